@@ -1,0 +1,53 @@
+# make test | demo | table | lint | types | bench | clean | help
+#   PYTHON=python3.12   interpreter the environment is made from
+#   VENV=path           environment to make or reuse (default .venv)
+#   PIP_FLAGS=...       more flags for pip, e.g. an extra index that has CPU builds of torch
+#   TESTS=tests/vit     run a part of the suite
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+TESTS ?= tests
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.fastprompt-installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install test lint types pytest demo table bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(f"fastprompt needs Python 3.10 or newer, {sys.executable} is {sys.version.split()[0]}: set PYTHON=" if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -m venv $(VENV) || { echo 'no virtual environment could be made: on Debian, apt-get install python3-venv' >&2; rm -rf $(VENV); exit 1; }
+
+$(STAMP): pyproject.toml setup.py constraints.txt | $(PY)
+	$(PY) -m pip install --quiet $(PIP_FLAGS) -c constraints.txt setuptools
+	$(PY) -m pip install --quiet $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+install: $(STAMP)  ## make the environment and install fastprompt in it, editable
+
+test: lint types pytest  ## ruff, mypy and the whole test suite
+
+lint: $(STAMP)  ## ruff
+	$(PY) -m ruff check .
+
+types: $(STAMP)  ## mypy on the package and its ops
+	$(PY) -m mypy fastprompt
+
+pytest: $(STAMP)  ## the test suite alone
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest $(TESTS)
+
+demo: $(STAMP)  ## adapt a real CLIP ViT-B/16 to real images and write an HTML report (minutes)
+	$(PY) -m fastprompt.report.demo
+
+table: $(STAMP)  ## every method, three seeds (hours; resumable)
+	$(PY) -m fastprompt.report.table
+
+bench: $(STAMP)  ## timings of the ops and the end-to-end jobs
+	$(VENV)/bin/pytest bench --benchmark-only
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
