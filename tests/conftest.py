@@ -1,0 +1,81 @@
+"""Fixtures shared by the whole suite. Every test starts from the same seeds and runs on one thread."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "tests" / "data"
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Seed Python, NumPy and torch before each test, so that no test depends on the ones before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter and float buffer of `module` random values, in place.
+
+    A fresh ViT has biases of 0 and norms of 1, which hide a forgotten bias or a swapped norm from a parity test.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            noise = torch.randn(value.shape, generator=generator)
+            if value.dim() < 2:
+                norm_weight = name.endswith("weight") or name.endswith("gamma")
+                value.copy_(1 + 0.2 * noise if norm_weight else 0.2 * noise)
+            else:
+                fan_in = value[0].numel()
+                value.copy_(noise * fan_in**-0.5)
+        for name, value in module.named_buffers():
+            if name.endswith("running_mean"):
+                value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+            elif name.endswith("running_var"):
+                value.copy_(0.5 + torch.rand(value.shape, generator=generator))
+    return module
+
+
+@pytest.fixture
+def tiny_vit() -> VisionTransformer:
+    """A random timm ViT: 32 px, patch 8 (grid 4 x 4), width 48, 3 blocks, 3 heads, no head, no zero bias, eval mode."""
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=0)
+    return randomise(vit).eval()
+
+
+@pytest.fixture
+def tiny_images() -> Tensor:
+    """Four normalised images (4, 3, 32, 32), float32."""
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def golden() -> Callable[[str], dict[str, Tensor]]:
+    """Loader of `tests/data/<name>.safetensors`, the outputs of the authors' published modules."""
+    return lambda name: load_file(DATA / f"{name}.safetensors")
+
+
+@pytest.fixture
+def randomised() -> Callable[..., nn.Module]:
+    """`randomised(module, seed=0)`: the module with random norms, biases and batch statistics."""
+    return randomise
+
+
+@pytest.fixture
+def repository() -> Path:
+    """The root of the working tree."""
+    return ROOT
