@@ -30,14 +30,14 @@ def seeded() -> None:
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     """Give every parameter and float buffer of `module` random values, in place.
 
-    A fresh ViT has biases of 0 and norms of 1, which hide a forgotten bias or a swapped norm from a parity test.
+    A fresh ViT has biases of 0 and norms of 1, which hide a forgotten bias or swapped norm from parity tests.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in module.named_parameters():
             noise = torch.randn(value.shape, generator=generator)
             if value.dim() < 2:
-                norm_weight = name.endswith("weight") or name.endswith("gamma")
+                norm_weight = name.endswith(("weight", "gamma"))
                 value.copy_(1 + 0.2 * noise if norm_weight else 0.2 * noise)
             else:
                 fan_in = value[0].numel()
@@ -52,7 +52,7 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
 @pytest.fixture
 def tiny_vit() -> VisionTransformer:
-    """A random timm ViT: 32 px, patch 8 (grid 4 x 4), width 48, 3 blocks, 3 heads, no head, no zero bias, eval mode."""
+    """A random timm ViT in eval mode: 32 px, patch 8 (grid 4 x 4), width 48, 3 blocks, 3 heads, no head."""
     vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=0)
     return randomise(vit).eval()
 
