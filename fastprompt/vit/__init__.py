@@ -1,0 +1,7 @@
+"""The frozen vision transformer as data: its tensors, the readers that fill them, and the plain forward."""
+
+from __future__ import annotations
+
+from fastprompt.vit.weights import FrozenViT
+
+__all__ = ["FrozenViT"]

@@ -1,0 +1,147 @@
+"""Reader for timm's `VisionTransformer` built of `Block` or `ResPostBlock`."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+import torch.nn as nn
+from timm import layers as tl
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import vision_transformer as vt
+
+from fastprompt.vit.weights import Block, Dense, MapPool, Mlp, Norm, ViTSpec
+
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    tl.GELU: "gelu", tl.GELUTanh: "gelu_tanh", tl.QuickGELU: "quick_gelu",
+    nn.SiLU: "silu", nn.ReLU: "relu", nn.ReLU6: "relu6", nn.LeakyReLU: "leaky_relu", nn.ELU: "elu",
+    nn.CELU: "celu", nn.SELU: "selu", nn.Mish: "mish", nn.Tanh: "tanh", tl.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid", tl.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid", nn.Hardswish: "hard_swish",
+    nn.Identity: "identity",
+}
+_POOLS = {"token": "cls", "avg": "patches", "map": "map"}
+
+
+def read(model: nn.Module) -> dict[str, Any]:
+    """Canonical parts of a timm `VisionTransformer`; see `FrozenViT`.
+
+    Raises:
+        ValueError: another timm class, or a part that cannot be represented (parallel or differential blocks,
+            hybrid patch embeddings, pooling other than CLS, average or map, ...), named.
+    """
+    if type(model) is not vt.VisionTransformer:
+        _refuse("model", f"{type(model).__name__} of {type(model).__module__}",
+                "timm.models.vision_transformer.VisionTransformer")
+    if model.global_pool not in _POOLS:
+        _refuse("global_pool", repr(model.global_pool), "'token', 'avg' or 'map'")
+    embed = model.patch_embed
+    if type(embed) not in (tl.PatchEmbed, tl.PatchEmbedWithSize):
+        _refuse("patch_embed", type(embed).__name__, "PatchEmbed")
+    patch = tuple(embed.patch_size)
+    if patch[0] != patch[1]:
+        _refuse("patch_size", str(patch), "square patches")
+    if embed.img_size is None:
+        _refuse("img_size", "None", "a model built with an image size")
+    if embed.proj.in_channels != 3:
+        _refuse("in_chans", str(embed.proj.in_channels), "3")
+
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    blocks = [_block(block) for block in model.blocks]
+    spec = ViTSpec(
+        name=cfg.get("architecture") or type(model).__name__,
+        image_size=tuple(embed.img_size), grid=tuple(embed.grid_size), patch_size=patch[0],
+        num_heads=blocks[0].num_heads, has_cls=model.cls_token is not None, num_registers=model.num_reg_tokens,
+        pool=_POOLS[model.global_pool], pos_on_prefix=not model.no_embed_class,
+        pool_prefix=bool(model.pool_include_prefix), dynamic_size=bool(model.dynamic_img_size),
+        dynamic_pad=bool(embed.dynamic_img_pad),
+        mean=tuple(cfg.get("mean") or IMAGENET_DEFAULT_MEAN), std=tuple(cfg.get("std") or IMAGENET_DEFAULT_STD))
+    return {
+        "spec": spec,
+        "patch_weight": embed.proj.weight, "patch_bias": embed.proj.bias, "patch_norm": _norm(embed.norm),
+        "cls_token": model.cls_token, "registers": model.reg_token, "pos_embed": model.pos_embed,
+        "norm_pre": _norm(model.norm_pre), "blocks": blocks, "norm": _norm(model.norm),
+        "map_pool": _map_pool(model.attn_pool), "fc_norm": _norm(model.fc_norm), "head": _dense(model.head),
+    }
+
+
+def _refuse(part: str, got: str, takes: str) -> NoReturn:
+    raise ValueError(f"this model cannot be frozen: {part} is {got}; supported: {takes}")
+
+
+def _norm(module: nn.Module | None) -> Norm | None:
+    if module is None or isinstance(module, nn.Identity):
+        return None
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if type(module) in (tl.LayerNorm, tl.LayerNormFp32, nn.LayerNorm):
+        kind = "layernorm"
+    elif type(module) in (tl.RmsNorm, tl.RmsNormFp32, nn.RMSNorm):
+        kind = "rmsnorm"
+    else:
+        _refuse("norm layer", type(module).__name__, "LayerNorm, RmsNorm")
+    eps = module.eps if module.eps is not None else torch.finfo(torch.float32).eps
+    return Norm(kind, module.normalized_shape[0], eps, weight, bias,
+                upcast=type(module) in (tl.LayerNormFp32, tl.RmsNormFp32))
+
+
+def _dense(module: nn.Module | None) -> Dense | None:
+    if module is None or isinstance(module, nn.Identity):
+        return None
+    if type(module) is not nn.Linear:
+        _refuse("linear layer", type(module).__name__, "nn.Linear")
+    return Dense(module.weight, module.bias)
+
+
+def _act(module: nn.Module) -> str:
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    name = _ACTIVATIONS.get(type(module))
+    if name is None or (name == "leaky_relu" and module.negative_slope != 0.01) or (
+            name in ("elu", "celu") and module.alpha != 1.0):
+        _refuse("activation", repr(module), ", ".join(sorted(set(_ACTIVATIONS.values()))))
+    return name
+
+
+def _mlp(module: nn.Module) -> Mlp:
+    if type(module) is tl.SwiGLU:
+        # two separate products, stacked as [gate, value]
+        weight = torch.cat([module.fc1_g.weight, module.fc1_x.weight])
+        bias = None if module.fc1_g.bias is None else torch.cat([module.fc1_g.bias, module.fc1_x.bias])
+        fc1, glu = Dense(weight, bias), "first"
+    elif type(module) is tl.GluMlp:
+        fc1, glu = _dense(module.fc1), "last" if module.gate_last else "first"
+    elif type(module) is tl.Mlp:
+        fc1, glu = _dense(module.fc1), "none"
+    else:
+        _refuse("mlp layer", type(module).__name__, "Mlp, GluMlp, SwiGLU")
+    return Mlp(fc1, _dense(module.fc2), _act(module.act), _norm(module.norm), glu)  # type: ignore[arg-type]
+
+
+def _block(module: nn.Module) -> Block:
+    if type(module) not in (vt.Block, vt.ResPostBlock):
+        _refuse("block", type(module).__name__, "Block, ResPostBlock")
+    attn = module.attn
+    if type(attn) is not tl.Attention:
+        _refuse("attention layer", type(attn).__name__, "Attention")
+    if attn.gate is not None:
+        _refuse("attention layer", "gated Attention", "Attention without gate")
+    post_norm = type(module) is vt.ResPostBlock
+    scales = {} if post_norm else {"ls1": _layer_scale(module.ls1), "ls2": _layer_scale(module.ls2)}
+    return Block(
+        norm1=_norm(module.norm1), qkv=_dense(attn.qkv), proj=_dense(attn.proj), norm2=_norm(module.norm2),
+        mlp=_mlp(module.mlp), num_heads=attn.num_heads, q_norm=_norm(attn.q_norm), k_norm=_norm(attn.k_norm),
+        attn_norm=_norm(attn.norm), post_norm=post_norm, **scales)  # type: ignore[arg-type]
+
+
+def _layer_scale(module: nn.Module) -> torch.Tensor | None:
+    return None if isinstance(module, nn.Identity) else module.gamma
+
+
+def _map_pool(module: nn.Module | None) -> MapPool | None:
+    if module is None:
+        return None
+    if type(module) is not tl.AttentionPoolLatent or module.pos_embed is not None or module.latent_len != 1 \
+            or module.mlp is None:
+        _refuse("attention pool", type(module).__name__, "AttentionPoolLatent with one latent")
+    return MapPool(latent=module.latent, q=_dense(module.q), kv=_dense(module.kv), proj=_dense(module.proj),
+                   norm=_norm(module.norm), mlp=_mlp(module.mlp), num_heads=module.num_heads,
+                   q_norm=_norm(module.q_norm), k_norm=_norm(module.k_norm))  # type: ignore[arg-type]

@@ -1,0 +1,185 @@
+"""The papers' forward of a prompted ViT, written plainly: the oracle and the baseline of every faster one.
+
+Prompt tokens are rows of the sequence. A generator says which blocks get new prompts (`layers`), where the rows
+stand (`placement`) and how they are computed (`prompts`); here they are concatenated, run through every block and
+thrown away where the next block replaces them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastprompt.vit.weights import ACTIVATIONS, Block, FrozenViT, MapPool, Mlp
+
+if TYPE_CHECKING:
+    from fastprompt.generators.base import PromptGenerator
+
+
+@dataclasses.dataclass
+class Sequence:
+    """Tokens (B, T, D) and which of them are prefix (class token, registers), prompts and patches."""
+
+    tokens: Tensor
+    num_prefix: int
+    num_prompts: int = 0
+    prompts_last: bool = False
+
+    @property
+    def prefix(self) -> Tensor:
+        return self.tokens[:, :self.num_prefix]
+
+    @property
+    def prompts(self) -> Tensor:
+        if self.prompts_last:
+            return self.tokens[:, self.tokens.shape[1] - self.num_prompts:]
+        return self.tokens[:, self.num_prefix:self.num_prefix + self.num_prompts]
+
+    @property
+    def patches(self) -> Tensor:
+        if self.prompts_last:
+            return self.tokens[:, self.num_prefix:self.tokens.shape[1] - self.num_prompts]
+        return self.tokens[:, self.num_prefix + self.num_prompts:]
+
+    def with_prompts(self, prompts: Tensor, prompts_last: bool) -> Sequence:
+        """The same prefix and patches with `prompts` (1 or B, P, D) in place of the former prompt rows."""
+        rows = prompts.to(self.tokens.dtype).expand(self.tokens.shape[0], -1, -1)
+        parts = [self.prefix, self.patches, rows] if prompts_last else [self.prefix, rows, self.patches]
+        return Sequence(torch.cat(parts, dim=1), self.num_prefix, prompts.shape[1], prompts_last)
+
+
+def embed(vit: FrozenViT, images: Tensor) -> Sequence:
+    """Normalised images (B, 3, H, W) → [class token, registers, patches] with position embedding."""
+    if vit.spec.dynamic_pad:
+        pad = [-images.shape[i] % vit.patch_size for i in (2, 3)]
+        images = F.pad(images, (0, pad[1], 0, pad[0]))
+    x = F.conv2d(images, vit.patch_weight, vit.patch_bias, stride=vit.patch_size)  # (B, D, gh, gw)
+    grid = (x.shape[2], x.shape[3])
+    x = x.flatten(2).transpose(1, 2)  # (B, N, D)
+    if vit.patch_norm is not None:
+        x = vit.patch_norm(x)
+    prefix = [t.expand(x.shape[0], -1, -1) for t in (vit.cls_token, vit.registers) if t is not None]
+    pos = position_embedding(vit, grid)
+    if pos is not None and not vit.spec.pos_on_prefix:
+        x = x + pos
+    x = torch.cat([*prefix, x], dim=1)
+    if pos is not None and vit.spec.pos_on_prefix:
+        x = x + pos
+    return Sequence(x, vit.num_prefix)
+
+
+def position_embedding(vit: FrozenViT, grid: tuple[int, int]) -> Tensor | None:
+    """The position embedding for a grid of patches, resampled as timm does when it differs from the backbone's."""
+    if vit.pos_embed is None or grid == tuple(vit.grid):
+        return vit.pos_embed
+    from timm.layers import resample_abs_pos_embed
+
+    return resample_abs_pos_embed(vit.pos_embed, new_size=list(grid), old_size=list(vit.grid),
+                                  num_prefix_tokens=vit.num_prefix if vit.spec.pos_on_prefix else 0)
+
+
+def attention(block: Block, x: Tensor) -> Tensor:
+    """softmax(q kᵀ / √d) v over all tokens of x (B, T, D), heads joined and projected."""
+    b, t, _ = x.shape
+    qkv = block.qkv(x).view(b, t, 3, block.num_heads, block.head_dim).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)  # (B, heads, T, d)
+    if block.q_norm is not None:
+        q = block.q_norm(q)
+    if block.k_norm is not None:
+        k = block.k_norm(k)
+    x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, -1)
+    if block.attn_norm is not None:
+        x = block.attn_norm(x)
+    return block.proj(x)
+
+
+def mlp(module: Mlp, x: Tensor) -> Tensor:
+    """fc2(norm(act(fc1 x))), gated where the model gates."""
+    x, act = module.fc1(x), ACTIVATIONS[module.act]
+    if module.glu == "none":
+        x = act(x)
+    else:
+        first, second = x.chunk(2, dim=-1)
+        x = act(first) * second if module.glu == "first" else first * act(second)
+    if module.norm is not None:
+        x = module.norm(x)
+    return module.fc2(x)
+
+
+def run_block(block: Block, x: Tensor) -> Tensor:
+    """One encoder block over x (B, T, D)."""
+    if block.post_norm:
+        x = x + block.norm1(attention(block, x))
+        return x + block.norm2(mlp(block.mlp, x))
+    h = attention(block, block.norm1(x))
+    x = x + (h if block.ls1 is None else h * block.ls1)
+    h = mlp(block.mlp, block.norm2(x))
+    return x + (h if block.ls2 is None else h * block.ls2)
+
+
+def map_pool(pool: MapPool, x: Tensor) -> Tensor:
+    """Attention pooling of x (B, N, D) with the learned query → (B, D)."""
+    b, n, _ = x.shape
+    q = pool.latent if pool.q is None else pool.q(pool.latent)
+    q = q.view(1, 1, pool.num_heads, -1).transpose(1, 2).expand(b, -1, -1, -1)  # (B, heads, 1, d)
+    k, v = pool.kv(x).view(b, n, 2, pool.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    if pool.q_norm is not None:
+        q = pool.q_norm(q)
+    if pool.k_norm is not None:
+        k = pool.k_norm(k)
+    x = pool.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, 1, -1))
+    x = x + mlp(pool.mlp, x if pool.norm is None else pool.norm(x))
+    return x[:, 0]
+
+
+def encode(vit: FrozenViT, images: Tensor, generator: PromptGenerator | None = None, context: Any = None,
+           draws: dict[str, Tensor] | None = None, embedded: Sequence | None = None) -> Sequence:
+    """Normalised images (B, 3, H, W) → the last block's output, final norm applied, prompts among the tokens.
+
+    Args:
+        generator: where and which prompts enter; None: no prompts.
+        context: what `generator.context` returned for this batch.
+        draws: the random tensors of a training step (`generator.draw`).
+        embedded: the result of `embed`, where the caller already has it.
+    """
+    sequence = embed(vit, images) if embedded is None else embedded
+    if generator is not None and generator.before_pre_norm:
+        first = generator.plain_prompts(0, context, sequence.patches, draws)
+        sequence = sequence.with_prompts(first, generator.prompts_last)
+    if vit.norm_pre is not None:
+        sequence.tokens = vit.norm_pre(sequence.tokens)
+    for i, block in enumerate(vit.blocks):
+        if generator is not None and i in generator.layers and not (i == 0 and generator.before_pre_norm):
+            prompts = generator.plain_prompts(i, context, sequence.patches, draws)
+            sequence = sequence.with_prompts(prompts, generator.prompts_last)
+        sequence = dataclasses.replace(sequence, tokens=run_block(block, sequence.tokens))
+    if vit.norm is not None:
+        sequence = dataclasses.replace(sequence, tokens=vit.norm(sequence.tokens))
+    return sequence
+
+
+READOUTS = ("cls", "patches", "patches+prompts", "prompts", "map")
+
+
+def read_out(vit: FrozenViT, sequence: Sequence, readout: str) -> Tensor:
+    """(B, D): what the head sees of a sequence after the final norm.
+
+    `readout`: "cls" the class token; "patches", "prompts", "patches+prompts" the mean over those tokens; "map"
+    attention pooling of the patches. A norm that follows pooling (timm's `fc_norm`, MAE) is applied last.
+    """
+    if readout == "cls":
+        x = sequence.tokens[:, 0]
+    elif readout == "prompts":
+        x = sequence.prompts.mean(dim=1)
+    elif readout == "patches+prompts":
+        x = torch.cat([sequence.prompts, sequence.patches], dim=1).mean(dim=1)
+    else:
+        patches = sequence.patches
+        if vit.spec.pool_prefix:
+            patches = torch.cat([sequence.prefix, patches], dim=1)
+        x = map_pool(vit.map_pool, patches) if readout == "map" else patches.mean(dim=1)  # type: ignore[arg-type]
+    return x if vit.fc_norm is None else vit.fc_norm(x)

@@ -1,0 +1,357 @@
+"""Canonical tensors of a frozen vision transformer.
+
+Every reader (`fastprompt/vit/readers/`) fills the same few containers, so each forward is written once. The
+containers hold tensors and switches and compute nothing; `reference.py` computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any, Callable, Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "celu": F.celu,
+    "selu": F.selu,
+    "mish": F.mish,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "hard_sigmoid": F.hardsigmoid,
+    "hard_swish": F.hardswish,
+    "identity": lambda x: x,
+}
+
+
+def frozen(tensor: Tensor | None) -> nn.Parameter | None:
+    """A detached copy of `tensor` that does not train."""
+    return None if tensor is None else nn.Parameter(tensor.detach().clone(), requires_grad=False)
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last axis: x̂ · weight + bias.
+
+    `upcast` computes in float32 whatever the input's dtype (timm's `*Fp32` norms).
+    """
+
+    def __init__(self, kind: str, size: int, eps: float, weight: Tensor | None, bias: Tensor | None,
+                 upcast: bool = False) -> None:
+        super().__init__()
+        if kind not in ("layernorm", "rmsnorm"):
+            raise ValueError(f"kind must be 'layernorm' or 'rmsnorm', got {kind!r}")
+        self.kind, self.size, self.eps, self.upcast = kind, size, eps, upcast
+        self.weight, self.bias = frozen(weight), frozen(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, dtype = self.weight, self.bias, x.dtype
+        if self.upcast and dtype in (torch.float16, torch.bfloat16):
+            x = x.float()
+            weight = weight.float() if weight is not None else None
+            bias = bias.float() if bias is not None else None
+        if self.kind == "layernorm":
+            x = F.layer_norm(x, (self.size,), weight, bias, self.eps)
+        else:
+            x = F.rms_norm(x, (self.size,), weight, self.eps)
+        return x.to(dtype)
+
+
+class Dense(nn.Module):
+    """A frozen Linear: weight (out, in), optional bias (out,)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight: nn.Parameter = frozen(weight)  # type: ignore[assignment]
+        self.bias = frozen(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Mlp(nn.Module):
+    """fc2(norm(gate(fc1 x))). `glu` says how fc1's output is gated.
+
+    `glu`: "none" act(h); "first" act(h₁)·h₂ (SwiGLU); "last" h₁·act(h₂) (GLU), with h = [h₁, h₂].
+    """
+
+    def __init__(self, fc1: Dense, fc2: Dense, act: str, norm: Norm | None = None, glu: str = "none") -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.norm = fc1, fc2, norm
+        self.act, self.glu = act, glu
+
+
+class Block(nn.Module):
+    """One encoder block.
+
+    `post_norm` False: x + ls1·attn(norm1(x)), then x + ls2·mlp(norm2(x)).
+    `post_norm` True:  x + norm1(attn(x)), then x + norm2(mlp(x)) (timm's ResPostBlock).
+    `qkv` stacks q, k, v; `q_norm`, `k_norm` act per head, `attn_norm` on the heads' joined output.
+    """
+
+    def __init__(self, *, norm1: Norm, qkv: Dense, proj: Dense, norm2: Norm, mlp: Mlp, num_heads: int,
+                 q_norm: Norm | None = None, k_norm: Norm | None = None, attn_norm: Norm | None = None,
+                 ls1: Tensor | None = None, ls2: Tensor | None = None, post_norm: bool = False) -> None:
+        super().__init__()
+        self.norm1, self.qkv, self.proj, self.norm2, self.mlp = norm1, qkv, proj, norm2, mlp
+        self.q_norm, self.k_norm, self.attn_norm = q_norm, k_norm, attn_norm
+        self.ls1, self.ls2 = frozen(ls1), frozen(ls2)
+        self.num_heads, self.post_norm = num_heads, post_norm
+        self.head_dim = qkv.weight.shape[0] // (3 * num_heads)
+
+
+class MapPool(nn.Module):
+    """Attention pooling with one learned query (timm's AttentionPoolLatent, SigLIP's head)."""
+
+    def __init__(self, *, latent: Tensor, q: Dense | None, kv: Dense, proj: Dense, norm: Norm | None, mlp: Mlp,
+                 num_heads: int, q_norm: Norm | None = None, k_norm: Norm | None = None) -> None:
+        super().__init__()
+        self.latent: nn.Parameter = frozen(latent)  # type: ignore[assignment]
+        self.q, self.kv, self.proj, self.norm, self.mlp = q, kv, proj, norm, mlp
+        self.q_norm, self.k_norm, self.num_heads = q_norm, k_norm, num_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTSpec:
+    """What a ViT's tensors do not say by themselves.
+
+    Attributes:
+        image_size: (height, width) in pixels the position embedding is for.
+        grid: (rows, columns) of patches.
+        pool: "cls", "patches" or "map": the readout of the model's own head.
+        pos_on_prefix: the position embedding has rows for class and register tokens.
+        pool_prefix: the model's own pooling also reads class and register tokens.
+        dynamic_size: images of other sizes are taken and the position embedding is resampled.
+        dynamic_pad: images are zero-padded to whole patches.
+    """
+
+    name: str
+    image_size: tuple[int, int]
+    grid: tuple[int, int]
+    patch_size: int
+    num_heads: int
+    has_cls: bool
+    num_registers: int
+    pool: str
+    pos_on_prefix: bool = True
+    pool_prefix: bool = False
+    dynamic_size: bool = False
+    dynamic_pad: bool = False
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+class FrozenViT(nn.Module):
+    """A vision transformer whose weights are constants.
+
+    `FrozenViT(module)` reads a model of a supported library and copies its tensors; `backbone(images)` is then
+    that model's own forward. Models it cannot represent are refused with a `ValueError` that names the part.
+
+    Images are (B, 3, H, W): floating point = already normalised, uint8 = raw pixels, normalised here with
+    `mean` and `std` (never resized).
+
+    Attributes:
+        width: token width D. depth: number of blocks. num_heads: attention heads of a block.
+        patch_size: pixels. grid: (rows, columns) of patches. image_size: (height, width) in pixels.
+        num_prefix: class and register tokens. mean, std: per channel, of pixels in [0, 1].
+        fingerprint: sha256 of the tensors (in float32, without the classifier) and the structure.
+    """
+
+    def __init__(self, module: nn.Module, *, mean: Sequence[float] | None = None,
+                 std: Sequence[float] | None = None) -> None:
+        super().__init__()
+        from fastprompt.vit.readers import read
+
+        parts = read(module)
+        spec: ViTSpec = parts.pop("spec")
+        for key, value in (("mean", mean), ("std", std)):
+            if value is not None:
+                spec = dataclasses.replace(spec, **{key: _channel_triple(key, value)})
+        self.spec = spec
+        self.patch_weight = frozen(parts.pop("patch_weight"))  # (D, 3, p, p)
+        self.patch_bias = frozen(parts.pop("patch_bias"))
+        self.patch_norm: Norm | None = parts.pop("patch_norm", None)
+        self.cls_token = frozen(parts.pop("cls_token"))  # (1, 1, D)
+        self.registers = frozen(parts.pop("registers"))  # (1, R, D)
+        self.pos_embed = frozen(parts.pop("pos_embed"))  # (1, [prefix +] patches, D)
+        self.norm_pre: Norm | None = parts.pop("norm_pre", None)
+        self.blocks = nn.ModuleList(parts.pop("blocks"))
+        self.norm: Norm | None = parts.pop("norm", None)
+        self.map_pool: MapPool | None = parts.pop("map_pool", None)
+        self.fc_norm: Norm | None = parts.pop("fc_norm", None)
+        self.head: Dense | None = parts.pop("head", None)
+        if parts:
+            raise ValueError(f"the reader returned unknown parts: {sorted(parts)}")
+        self._fingerprint: str | None = None
+        self.eval()
+
+    @classmethod
+    def from_timm(cls, name: str, pretrained: bool = False, image_size: int | tuple[int, int] | None = None,
+                  **kwargs: Any) -> FrozenViT:
+        """Build a timm model by name and freeze it.
+
+        Args:
+            name: a timm model name of `timm.models.vision_transformer`.
+            pretrained: load the published weights from the hub.
+            image_size: pixels (or (height, width)); the position embedding is resampled by timm.
+            kwargs: passed to `timm.create_model`.
+        """
+        import timm
+
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a timm model name, got {type(name).__name__}; "
+                            "a timm module goes to FrozenViT(module)")
+        if image_size is not None:
+            kwargs["img_size"] = image_size
+        return cls(timm.create_model(name, pretrained=pretrained, **kwargs))
+
+    @property
+    def width(self) -> int:
+        return self.patch_weight.shape[0]  # type: ignore[union-attr]
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def num_heads(self) -> int:
+        return self.spec.num_heads
+
+    @property
+    def patch_size(self) -> int:
+        return self.spec.patch_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.spec.grid
+
+    @property
+    def num_patches(self) -> int:
+        return self.spec.grid[0] * self.spec.grid[1]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.spec.image_size
+
+    @property
+    def num_prefix(self) -> int:
+        return int(self.spec.has_cls) + self.spec.num_registers
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        return self.spec.mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        return self.spec.std
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_weight.dtype  # type: ignore[union-attr]
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_weight.device  # type: ignore[union-attr]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over structure and float32 tensors; the classifier is left out, since adapters rarely read it."""
+        if self._fingerprint is None:
+            structure = dataclasses.asdict(self.spec)
+            for key in ("name", "mean", "std"):
+                del structure[key]
+            structure["blocks"] = [(b.mlp.act, b.mlp.glu, b.post_norm, b.norm1.kind, b.norm1.eps) for b in self.blocks]
+            digest = hashlib.sha256(json.dumps(structure, sort_keys=True).encode())
+            for name, tensor in sorted(self.state_dict().items()):
+                if not name.startswith("head."):
+                    digest.update(f"{name}{tuple(tensor.shape)}".encode())
+                    digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def pin_fingerprint(self) -> None:
+        """Compute the fingerprint now, before the tensors are cast or trained."""
+        if not self.device.type == "meta":
+            self.fingerprint  # noqa: B018
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenViT:
+        if fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype != self.dtype:
+            self.pin_fingerprint()
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> FrozenViT:
+        """A frozen backbone has no training mode: it stays in eval mode whatever `mode` is."""
+        return super().train(False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) → (x / 255 − mean) / std; floating-point images pass unchanged."""
+        if images.dtype != torch.uint8:
+            return images
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        mean = torch.tensor(self.mean, dtype=dtype, device=images.device).view(3, 1, 1)
+        std = torch.tensor(self.std, dtype=dtype, device=images.device).view(3, 1, 1)
+        return (images.to(dtype) / 255 - mean) / std
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise TypeError or ValueError, naming `images`, where this backbone cannot take them."""
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a torch.Tensor, got {type(images).__name__}")
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise TypeError(f"images must be floating point (normalised) or uint8 (raw pixels), got {images.dtype}")
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must have shape (B, 3, H, W), got {tuple(images.shape)}")
+        if images.device != self.device:
+            raise ValueError(f"images are on {images.device}, the backbone is on {self.device}")
+        height, width = images.shape[2:]
+        p = self.patch_size
+        if not self.spec.dynamic_size:
+            if (height, width) != self.image_size:
+                raise ValueError(f"images must be {self.image_size[0]} x {self.image_size[1]} pixels for this backbone, "
+                                 f"got {height} x {width}; resize them, or build the backbone with image_size=")
+        elif not self.spec.dynamic_pad and (height % p or width % p or not height or not width):
+            raise ValueError(f"images must have sides that are multiples of the patch size {p}, got {height} x {width}")
+        if (images.device.type == "cpu" and images.is_floating_point() and not torch.compiler.is_compiling()
+                and not torch.isfinite(images).all()):
+            raise ValueError("images contain NaN or infinite values")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The model's own forward without prompts.
+
+        Args:
+            images: (B, 3, H, W), float (normalised) or uint8.
+
+        Returns:
+            (B, C) outputs of the pretrained classifier or projection, or (B, D) features when it has none.
+        """
+        features = self.forward_features(images)
+        return features if self.head is None else self.head(features)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(B, D): the readout of the model's own head, before the classifier."""
+        from fastprompt.vit import reference
+
+        self.check_images(images)
+        sequence = reference.encode(self, self.normalise(images).to(self.dtype))
+        return reference.read_out(self, sequence, self.spec.pool)
+
+    def extra_repr(self) -> str:
+        return (f"{self.spec.name}, width={self.width}, depth={self.depth}, heads={self.num_heads}, "
+                f"patch={self.patch_size}, grid={self.grid}")
+
+
+def _channel_triple(name: str, value: Sequence[float]) -> tuple[float, float, float]:
+    triple = tuple(float(v) for v in value)
+    if len(triple) != 3 or (name == "std" and min(triple) <= 0):
+        raise ValueError(f"{name} must be three {'positive ' if name == 'std' else ''}numbers, got {value!r}")
+    return triple
