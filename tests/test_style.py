@@ -1,0 +1,111 @@
+"""House rules that a linter does not know: what imports what, what an import costs, names of files."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastprompt as fp
+
+ROOT = Path(__file__).resolve().parent.parent
+OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py"))
+MODULES = sorted(
+    path.relative_to(ROOT)
+    for folder in ("fastprompt", "kernels", "bench", "tests")
+    for path in (ROOT / folder).rglob("*.py")
+    if not (folder == "fastprompt" and "kernels" in path.parts)
+)
+LAYERS = [{"fetch"}, {"vit", "kernels"}, {"generators"}, {"heads"}, {"model"}, {"official"}]
+LAYERS += [{"train", "engine", "rgb", "report", "data"}, {"cli", "__main__"}]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Absolute names of the `fastprompt` and `kernels` modules that a source file imports, anywhere in it."""
+    package = path.with_suffix("").parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] in ("fastprompt", "kernels")}
+
+
+def test_no_catch_all_modules() -> None:
+    assert not [path for path in MODULES if path.stem in ("utils", "helpers", "misc", "common")]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_annotations_are_postponed(path: Path) -> None:
+    code = ast.parse((ROOT / path).read_text()).body
+    if code and isinstance(code[0], ast.Expr):  # the docstring
+        code = code[1:]
+    assert not code or ast.unparse(code[0]) == "from __future__ import annotations"
+
+
+def test_ops_know_nothing_of_the_package() -> None:
+    upward = [
+        f"{path} imports {name}"
+        for path in MODULES
+        if path.parts[0] == "kernels"
+        for name in imports_of(path)
+        if name.startswith("fastprompt") and not name.startswith("fastprompt.kernels")
+    ]
+    assert not upward
+
+
+def test_imports_run_downwards() -> None:
+    upward = []
+    for path in MODULES:
+        if path.parts[0] != "fastprompt" or path == Path("fastprompt/__init__.py"):
+            continue
+        layer = path.parts[1].removesuffix(".py")
+        for name in imports_of(path):
+            target = name.split(".")[1] if "." in name else ""
+            if RANK.get(target, -1) > RANK[layer]:
+                upward.append(f"{path} imports {name}")
+    assert not upward
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_importing_an_op_is_light_and_needs_no_triton(op: str) -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        f"import fastprompt.kernels.{op}\n"
+        "print([name for name in ('timm', 'torchvision', 'sklearn', 'matplotlib') if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "[]"
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = "import sys, fastprompt; print(fastprompt.__version__, 'torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout.split() == [fp.__version__, "False"], ran.stderr
+
+
+def test_public_names_resolve_and_have_docstrings() -> None:
+    assert set(fp.__all__) <= set(dir(fp))
+    bare = []
+    for name in fp.__all__:
+        value = getattr(fp, name)
+        if not (inspect.isclass(value) or inspect.isroutine(value)):
+            continue
+        generated = inspect.isclass(value) and (value.__doc__ or "").startswith(f"{value.__name__}(")
+        if generated or len((value.__doc__ or "").strip()) < 20:
+            bare.append(name)
+    assert not bare
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = fp.no_such_name
