@@ -22,8 +22,9 @@ $(PY):
 	@$(PYTHON) -m venv $(VENV) || { echo 'no virtual environment could be made: on Debian, apt-get install python3-venv' >&2; rm -rf $(VENV); exit 1; }
 
 $(STAMP): pyproject.toml setup.py constraints.txt | $(PY)
-	$(PY) -m pip install --quiet $(PIP_FLAGS) -c constraints.txt setuptools
-	$(PY) -m pip install --quiet $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[dev]'
+	@echo 'installing fastprompt and what it needs into $(VENV): minutes, and about 6 GB where torch comes with CUDA'
+	@$(PY) -m pip install -qq $(PIP_FLAGS) -c constraints.txt setuptools
+	@$(PY) -m pip install -qq $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 install: $(STAMP)  ## make the environment and install fastprompt in it, editable
@@ -37,7 +38,7 @@ types: $(STAMP)  ## mypy on the package and its ops
 	$(PY) -m mypy fastprompt
 
 pytest: $(STAMP)  ## the test suite alone
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q $(TESTS)
 
 demo: $(STAMP)  ## adapt a real CLIP ViT-B/16 to real images and write an HTML report (minutes)
 	$(PY) -m fastprompt.report.demo

@@ -26,10 +26,15 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 
 def imports_of(path: Path) -> set[str]:
-    """Absolute names of the `fastprompt` and `kernels` modules that a source file imports, anywhere in it."""
+    """Absolute names of what a source file imports from this project, in functions too but not for types alone."""
     package = path.with_suffix("").parts[:-1]
     found = set()
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+    nodes: list[ast.AST] = [ast.parse((ROOT / path).read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        nodes += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
