@@ -26,7 +26,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 
 def imports_of(path: Path) -> set[str]:
-    """Absolute names of what a source file imports from this project, in functions too but not for types alone."""
+    """Absolute names of what a source file imports from this project, leaving out imports for types alone."""
     package = path.with_suffix("").parts[:-1]
     found = set()
     nodes: list[ast.AST] = [ast.parse((ROOT / path).read_text())]
