@@ -1,0 +1,164 @@
+"""Accuracy, confusion and calibration of a model on labelled images."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastprompt.train.batches import Batches
+
+if TYPE_CHECKING:
+    from fastprompt.model import PromptedViT
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured, over N images and C classes.
+
+    Attributes:
+        accuracy: share of images whose most probable class is the label.
+        per_class: (C,) accuracy within each true class; NaN for a class without images.
+        mean_per_class: mean of ``per_class`` over the classes that occur.
+        confusion: (C, C) int64 counts; rows are true classes, columns predicted ones.
+        loss: mean cross-entropy in nats.
+        ece: expected calibration error of the top class, 15 equal-width bins (Guo et al. 2017).
+        probabilities: (N, C) float32. labels: (N,) int64, in the order of the data.
+        seconds: wall time, reading included.
+    """
+
+    accuracy: float
+    per_class: Tensor
+    mean_per_class: float
+    confusion: Tensor
+    loss: float
+    ece: float
+    probabilities: Tensor
+    labels: Tensor
+    seconds: float
+
+    @property
+    def predictions(self) -> Tensor:
+        """(N,) the most probable class."""
+        return self.probabilities.argmax(-1)
+
+    @property
+    def correct(self) -> Tensor:
+        """(N,) bool, for `fastprompt.train.grid.paired_difference`."""
+        return self.predictions == self.labels
+
+
+def expected_calibration_error(probabilities: Tensor, labels: Tensor, num_bins: int = 15) -> float:
+    """Σ_b n_b / N · |accuracy_b − confidence_b| over equal-width bins (low, high] of the top class's probability."""
+    confidence, predicted = probabilities.double().max(-1)
+    correct = (predicted == labels).double()
+    bins = (confidence * num_bins).ceil().long().clamp(1, num_bins) - 1
+    gap = torch.zeros(num_bins, dtype=torch.float64).index_add_(0, bins, correct - confidence)
+    return float(gap.abs().sum() / len(labels))
+
+
+def summarise(logits: Tensor, labels: Tensor, seconds: float, probabilities: Tensor | None = None) -> Evaluation:
+    """An `Evaluation` from float logits (N, C) and labels (N,); ``probabilities`` default to their softmax."""
+    num_classes = logits.shape[1]
+    log_probabilities = logits.double().log_softmax(-1) if probabilities is None else probabilities.double().log()
+    probabilities = log_probabilities.exp().float()
+    cells = labels * num_classes + probabilities.argmax(-1)
+    confusion = torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
+    counts = confusion.sum(1)
+    per_class = confusion.diagonal().double() / counts  # 0 / 0 is NaN: no image of that class
+    return Evaluation(
+        accuracy=float(confusion.diagonal().sum() / len(labels)),
+        per_class=per_class,
+        mean_per_class=float(per_class[counts > 0].mean()),
+        confusion=confusion,
+        loss=float(F.nll_loss(log_probabilities, labels)),
+        ece=expected_calibration_error(probabilities, labels),
+        probabilities=probabilities,
+        labels=labels,
+        seconds=seconds,
+    )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter lies."""
+    return next(model.parameters()).device
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module gets its own former mode back."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def backbone_precision(model: PromptedViT, dtype: torch.dtype | None) -> Iterator[None]:
+    """The frozen backbone in another dtype for a while; afterwards it holds its own tensors again, bit for bit."""
+    backbone = model.backbone
+    before = next(backbone.parameters()).dtype
+    if dtype is None or dtype == before:
+        yield
+        return
+    tensors = {name: tensor.data for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers())}
+    model.set_backbone_dtype(dtype)
+    try:
+        yield
+    finally:
+        model.set_backbone_dtype(before)
+        for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers()):
+            if name in tensors and tensors[name].device == tensor.device:
+                tensor.data = tensors[name]
+
+
+def evaluate(model: PromptedViT, dataset: Any, batch_size: int = 64, *, num_samples: int | None = None,
+             num_workers: int = 0) -> Evaluation:
+    """Runs the model in eval mode over the data, once, and puts the former modes back.
+
+    Args:
+        model: with a head (num_classes given).
+        dataset: a Dataset yielding (image, label), an (images, labels) pair of tensors, or a DataLoader.
+        batch_size: images per forward; ignored for a DataLoader.
+        num_samples: V²APT only: average the class probabilities of that many latent samples instead of using the mean
+            of the latent.
+        num_workers: loading processes of a Dataset.
+
+    Raises:
+        TypeError, ValueError: the model has no head, the data is empty or has wrong images or labels.
+    """
+    if getattr(model, "num_classes", None) is None:
+        raise ValueError("model must have a head to be evaluated: build it with num_classes=")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+        raise TypeError(f"batch_size must be an integer, got {type(batch_size).__name__}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    num_classes = int(model.num_classes)  # type: ignore[arg-type]
+    batches = Batches(dataset, batch_size, name="dataset", num_classes=num_classes, device=device_of(model),
+                      num_workers=num_workers)
+    logits: list[Tensor] = []
+    probabilities: list[Tensor] = []
+    labels: list[Tensor] = []
+    began = time.perf_counter()
+    with evaluation_mode(model):
+        for images, targets in batches.epoch():
+            if num_samples is None:
+                logits.append(model(images).float().cpu())
+            else:
+                probabilities.append(sampled_probabilities(model, images, num_samples).cpu())
+            labels.append(targets.cpu())
+    seconds = time.perf_counter() - began
+    if num_samples is not None:
+        mixed = torch.cat(probabilities)
+        return summarise(mixed, torch.cat(labels), seconds, probabilities=mixed)
+    return summarise(torch.cat(logits), torch.cat(labels), seconds)

@@ -1,0 +1,180 @@
+"""The linear probe solved exactly: multinomial logistic regression on frozen features by L-BFGS, C from validation."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastprompt.train.batches import Batches, as_tensor_pair, check_data, check_labels, is_tensor_pair
+from fastprompt.train.evaluate import backbone_precision, device_of, evaluation_mode
+
+if TYPE_CHECKING:
+    from fastprompt.model import PromptedViT
+
+C_GRID = tuple(10.0 ** (exponent / 2) for exponent in range(-12, 7))
+"""Inverse regularisation strengths that are tried: 1e-6 to 1e3, two to a decade."""
+
+ABSENT_CLASS_MARGIN = 10.0
+"""A class without training images gets weight 0 and a bias this far (nats) below the lowest one."""
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What `fit_linear_probe` found.
+
+    Attributes:
+        C: the chosen inverse regularisation strength.
+        best_val_accuracy, best_val_loss: of the chosen C (loss: mean cross-entropy, nats).
+        grid: one dict per C: C, train_accuracy, val_accuracy, val_loss, converged.
+        at_edge: the chosen C is the first or last of the grid: a wider grid might do better.
+        weight (C, width), bias (C,): float64, on the features as they are (standardisation folded in).
+        seconds: feature extraction and all fits. feature_seconds: extraction alone.
+    """
+
+    C: float
+    best_val_accuracy: float
+    best_val_loss: float
+    grid: list[dict[str, Any]]
+    at_edge: bool
+    weight: Tensor
+    bias: Tensor
+    seconds: float
+    feature_seconds: float
+
+
+def extract_features(model: nn.Module, data: Any, batch_size: int = 64, dtype: torch.dtype | None = None, *,
+                     num_workers: int = 0) -> tuple[Tensor, Tensor]:
+    """Features of every image, in the order of the data, in eval mode.
+
+    Args:
+        model: a PromptedViT (its ``forward_features``: what its head reads) or a backbone (its own features).
+        data: a Dataset yielding (image, label), an (images, labels) pair of tensors, or a DataLoader.
+        batch_size: images per forward.
+        dtype: of the frozen backbone while extracting; None leaves it as it is.
+        num_workers: loading processes of a Dataset.
+
+    Returns:
+        features (N, width) float32 and labels (N,) int64, both on the CPU.
+    """
+    batches = Batches(data, batch_size, name="data", num_classes=getattr(model, "num_classes", None) or 2**62,
+                      device=device_of(model), num_workers=num_workers)
+    forward = getattr(model, "forward_features", model)
+    features, labels = [], []
+    precision = backbone_precision(model, dtype) if hasattr(model, "backbone") else evaluation_mode(model)  # type: ignore[arg-type]
+    with precision, evaluation_mode(model):
+        for images, targets in batches.epoch():
+            features.append(forward(images).float().cpu())
+            labels.append(targets.cpu())
+    return torch.cat(features), torch.cat(labels)
+
+
+def fit_linear_probe(model: PromptedViT, train: Any, val: Any, C_grid: Sequence[float] | None = None, *,
+                     standardize: bool = True, batch_size: int = 64, max_iter: int = 1000,
+                     dtype: torch.dtype | None = None, num_workers: int = 0) -> ProbeResult:
+    """Fits the model's linear head on the features it reads now, and chooses C on validation.
+
+    min_{W, b} ½ ‖W‖² + C Σ_i CE(W x_i + b, y_i) in float64 (scikit-learn's LogisticRegression, L-BFGS) for every C of
+    the grid; the highest validation accuracy wins, of equals the lower validation loss. The features are standardised
+    with the training set's mean m and deviation s, and that is folded into the head: W / s and b − W (m / s).
+
+    Args:
+        model: with ``head="linear"``. Its head is overwritten; nothing else changes.
+        train, val: as in `fastprompt.fit`, or (features (N, width), labels (N,)) pairs from `extract_features`.
+        C_grid: positive numbers; None is `C_GRID`, 1e-6 to 1e3, two to a decade.
+        standardize: False fits on the features as they are.
+        batch_size, dtype, num_workers: of the feature extraction (`extract_features`).
+        max_iter: L-BFGS iterations per C (``converged`` in the result says where they did not suffice).
+
+    Raises:
+        TypeError, ValueError: the head is not linear, the data is wrong, the training set has a single class.
+    """
+    if getattr(model, "num_classes", None) is None or getattr(model.head, "kind", None) != "linear":
+        raise ValueError(f"model must have a linear head with num_classes, got head {getattr(model.head, 'kind', None)!r} "
+                         f"and num_classes={getattr(model, 'num_classes', None)}")
+    num_classes = int(model.num_classes)  # type: ignore[arg-type]
+    grid = tuple(float(c) for c in (C_GRID if C_grid is None else C_grid))
+    if not grid or not all(np.isfinite(c) and c > 0 for c in grid):
+        raise ValueError(f"C_grid must hold positive finite numbers, got {C_grid!r}")
+    began = time.perf_counter()
+    pairs = []
+    for name, data in (("train", train), ("val", val)):
+        if is_tensor_pair(data) and data[0].ndim == 2:
+            features, labels = as_tensor_pair(data)
+            check_labels(labels, name, num_classes)
+            if len(features) != len(labels) or len(labels) == 0 or features.shape[1] != model.head.weight.shape[1]:
+                raise ValueError(f"{name} must have features (N, {model.head.weight.shape[1]}) and N > 0 labels, got "
+                                 f"{tuple(features.shape)} and {tuple(labels.shape)}")
+        else:
+            check_data(data, name, num_classes)
+            features, labels = extract_features(model, data, batch_size, dtype, num_workers=num_workers)
+        if not torch.isfinite(features).all():
+            raise ValueError(f"{name} has NaN or infinite features")
+        pairs.append((features.double().cpu().numpy(), labels.cpu().numpy()))
+    feature_seconds = time.perf_counter() - began
+    (x, y), (x_val, y_val) = pairs
+    if len(np.unique(y)) < 2:
+        raise ValueError(f"train must have images of at least two classes, got only class {int(y[0])}")
+
+    mean, scale = np.zeros(x.shape[1]), np.ones(x.shape[1])
+    if standardize:
+        mean, scale = x.mean(0), x.std(0)
+        scale[scale < 1e-12 * max(1.0, scale.max())] = 1.0
+    rows: list[dict[str, Any]] = []
+    best: tuple[tuple[float, float], np.ndarray, np.ndarray] | None = None
+    for c, weight, bias, converged in _regularisation_path((x - mean) / scale, y, sorted(grid), num_classes, max_iter):
+        weight = weight / scale
+        bias = bias - weight @ mean
+        accuracy, loss = _score(x_val @ weight.T + bias, y_val)
+        rows.append({"C": c, "train_accuracy": _score(x @ weight.T + bias, y)[0], "val_accuracy": accuracy,
+                     "val_loss": loss, "converged": converged})
+        if best is None or (accuracy, -loss) > best[0]:
+            best = ((accuracy, -loss), weight, bias)
+            chosen = c
+    assert best is not None
+    (accuracy, negative_loss), weight, bias = best
+    with torch.no_grad():
+        model.head.weight.copy_(torch.from_numpy(weight))
+        model.head.bias.copy_(torch.from_numpy(bias))
+    return ProbeResult(C=chosen, best_val_accuracy=accuracy, best_val_loss=-negative_loss, grid=rows,
+                       at_edge=len(grid) > 1 and chosen in (min(grid), max(grid)), weight=torch.from_numpy(weight),
+                       bias=torch.from_numpy(bias), seconds=time.perf_counter() - began,
+                       feature_seconds=feature_seconds)
+
+
+def _regularisation_path(x: np.ndarray, y: np.ndarray, grid: Sequence[float], num_classes: int, max_iter: int):  # type: ignore[no-untyped-def]
+    """Yields (C, weight (num_classes, width), bias (num_classes,), converged) from strong to weak regularisation.
+
+    Each fit starts at the one before. With two classes scikit-learn returns one row w: ∓w / 2 gives the same
+    probabilities (as a softmax the penalty of that pair is ‖w‖² / 2).
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    solver = LogisticRegression(solver="lbfgs", max_iter=max_iter, tol=1e-6, warm_start=True)
+    for c in grid:
+        solver.set_params(C=c)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            solver.fit(x, y)
+        rows, bias = solver.coef_, solver.intercept_
+        if len(solver.classes_) == 2:
+            rows, bias = np.concatenate([-rows, rows]) / 2, np.concatenate([-bias, bias]) / 2
+        weight = np.zeros((num_classes, x.shape[1]))
+        full_bias = np.full(num_classes, bias.min() - ABSENT_CLASS_MARGIN)
+        weight[solver.classes_], full_bias[solver.classes_] = rows, bias
+        yield c, weight, full_bias, bool((solver.n_iter_ < max_iter).all())
+
+
+def _score(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Accuracy and mean cross-entropy of float64 logits (N, C)."""
+    logits = logits - logits.max(1, keepdims=True)
+    log_probabilities = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    return (float((logits.argmax(1) == labels).mean()),
+            float(-log_probabilities[np.arange(len(labels)), labels].mean()))

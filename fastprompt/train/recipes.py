@@ -1,0 +1,240 @@
+"""How a model is trained: one frozen description, our defaults per method, and the papers' published settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PAPER_BASE_LRS = (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05)
+"""Base learning rates (for batch 256) that VPT and VAPT search over on VTAB-1k (tune_vtab.py, "prompt")."""
+
+PAPER_WEIGHT_DECAYS = (0.01, 0.001, 0.0001, 0.0)
+"""Weight decays that VPT and VAPT search over (tune_vtab.py)."""
+
+_CHOICES = {
+    "optimizer": ("adamw", "sgd"),
+    "dtype": ("bfloat16", "float32", "auto"),
+    "head_init": ("default", "probe"),
+}
+_RUNTIME_FIELDS = ("num_workers",)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of one training run. Every field is checked on construction.
+
+    Attributes:
+        epochs: passes over the training set.
+        batch_size: images per step. The last partial batch is kept; a last batch of one image joins the one before it
+            (a generator's BatchNorm cannot normalise a single 1×1 map).
+        lr: peak learning rate of the generator (and of the backbone in full fine-tuning), as the optimizer sees it:
+            not rescaled by the batch size (`Recipe.scaled_lr` does what the papers do).
+        head_lr: peak learning rate of the head; None is ``lr``.
+        weight_decay: on every trained tensor with two or more axes; never on biases and norms.
+        optimizer: "adamw" (betas 0.9, 0.999) or "sgd" (with ``momentum``).
+        momentum: SGD's momentum.
+        warmup_epochs: linear warm-up from lr / steps to lr, in epochs (fractions allowed), stepped per batch.
+        min_lr_ratio: the cosine after the warm-up ends at ``lr * min_lr_ratio``.
+        clip_grad: largest global gradient norm; None does not clip.
+        label_smoothing: mass spread over all classes in the training loss.
+        kl_warmup_epochs: the KL term's weight rises linearly from 0 to the configuration's ``beta`` over these epochs.
+        seed: of shuffling, dropout, latent noise and augmentation.
+        dtype: of the frozen backbone's computation: "bfloat16", "float32", or "auto" (bfloat16 where the device has
+            bfloat16 instructions, else float32). Generator, head and losses are float32 always.
+        head_init: "default", or "probe": the linear head starts as the L-BFGS probe (C chosen on validation) of the
+            features it sees before the first step.
+        num_workers: processes that load images (0: this one); does not change the result without augmentation.
+
+    Raises:
+        TypeError, ValueError: a field has the wrong type or is out of range; the message names it.
+    """
+
+    epochs: int = 30
+    batch_size: int = 32
+    lr: float = 1e-3
+    head_lr: float | None = None
+    weight_decay: float = 1e-4
+    optimizer: str = "adamw"
+    momentum: float = 0.9
+    warmup_epochs: float = 3.0
+    min_lr_ratio: float = 0.0
+    clip_grad: float | None = None
+    label_smoothing: float = 0.0
+    kl_warmup_epochs: float = 0.0
+    seed: int = 0
+    dtype: str = "bfloat16"
+    head_init: str = "default"
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("num_workers", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
+            if not low <= value < 2**63:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+        self._check_number("lr", low=0, open_low=True)
+        self._check_number("head_lr", low=0, open_low=True, optional=True)
+        self._check_number("weight_decay", low=0)
+        self._check_number("momentum", low=0, high=1, open_high=True)
+        self._check_number("warmup_epochs", low=0)
+        self._check_number("min_lr_ratio", low=0, high=1)
+        self._check_number("clip_grad", low=0, open_low=True, optional=True)
+        self._check_number("label_smoothing", low=0, high=1, open_high=True)
+        self._check_number("kl_warmup_epochs", low=0)
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs must be at most epochs ({self.epochs}), got {self.warmup_epochs}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
+
+    def _check_number(self, name: str, *, low: float, high: float = math.inf, open_low: bool = False,
+                      open_high: bool = False, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if optional and value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number{' or None' if optional else ''}, "
+                            f"got {type(value).__name__} {value!r}")
+        above = value > low if open_low else value >= low
+        below = value < high if open_high else value <= high
+        if not (math.isfinite(value) and above and below):
+            interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high or high == math.inf else ']'}"
+            raise ValueError(f"{name} must be in {interval}, got {value!r}")
+
+    def replace(self, **changes: Any) -> Recipe:
+        """A copy with some fields changed.
+
+        Raises:
+            ValueError: a name is not a field.
+        """
+        return Recipe.from_dict({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """The inverse of `to_dict`; missing fields take their defaults.
+
+        Raises:
+            ValueError: an unknown key; the message names it.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ValueError(f"recipe: unknown key {key!r}; known are {', '.join(known)}")
+        return cls(**values)
+
+    def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
+        """Fields that change the result and differ: name -> (mine, other's)."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return {name: (mine[name], theirs[name]) for name in mine
+                if name not in _RUNTIME_FIELDS and mine[name] != theirs[name]}
+
+    @staticmethod
+    def scaled_lr(base_lr: float, batch_size: int) -> float:
+        """``base_lr * batch_size / 256``: how VPT and VAPT scale their learning rates."""
+        return base_lr * batch_size / 256
+
+    def lr_factor(self, step: int, steps_per_epoch: int) -> float:
+        """What the peak learning rates are multiplied by at one optimizer step.
+
+        (step + 1) / W during the W = warmup_epochs · steps_per_epoch warm-up steps, then
+        r + (1 − r) · (1 + cos(π (step − W) / (T − W))) / 2, with r = min_lr_ratio and T steps in all.
+
+        Args:
+            step: 0 for the first step of the run.
+            steps_per_epoch: optimizer steps in one epoch.
+        """
+        warmup = round(self.warmup_epochs * steps_per_epoch)
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(1, self.epochs * steps_per_epoch - warmup)
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def kl_factor(self, step: int, steps_per_epoch: int) -> float:
+        """What ``beta`` is multiplied by at one step: rises linearly to 1 over ``kl_warmup_epochs``."""
+        warmup = round(self.kl_warmup_epochs * steps_per_epoch)
+        return min(1.0, (step + 1) / warmup) if warmup else 1.0
+
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "pgn": dict(lr=3e-3),
+    "v2apt": dict(lr=5e-3, kl_warmup_epochs=5.0),
+    "vapt": dict(lr=2e-3),
+    "vpt": dict(lr=5e-3),
+    "free": dict(lr=5e-3),
+    "pixel": dict(lr=1e-2, weight_decay=0.0),
+    "linear": dict(lr=1e-2, epochs=100, warmup_epochs=5.0),
+    "full": dict(lr=1e-5, head_lr=1e-3, weight_decay=1e-2),
+}
+
+
+def _kind(config: Any) -> str:
+    kind = getattr(config, "kind", config)
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
+        raise ValueError(f"config must be a method's configuration such as fp.PGNConfig() or one of "
+                         f"{', '.join(map(repr, _DEFAULTS))}, got {config!r}")
+    return kind
+
+
+def default_recipe(config: Any) -> Recipe:
+    """The recipe `fp.fit` uses when it is given none: AdamW, warm-up and cosine, a learning rate per method.
+
+    The learning rates are for float32 prompts on CLIP ViT-B/16 and a few hundred images; choose yours on validation
+    (`fastprompt.train.grid.select_learning_rate`).
+
+    Args:
+        config: a method's configuration (fp.PGNConfig(), ...) or its kind.
+    """
+    return Recipe(**_DEFAULTS[_kind(config)])
+
+
+def paper_recipe(config: Any, *, base_lr: float | None = None, weight_decay: float | None = None,
+                 batch_size: int = 64, num_train: int | None = None, seed: int = 0) -> Recipe:
+    """The settings the authors published, as far as they published them. Float32 throughout.
+
+    * PGN (pgn/scripts/*/train_*.py, cosine_with_warmup.py): SGD, momentum 0.9, lr 0.1 whatever the batch, no weight
+      decay, 100 epochs of which 50 warm up, then cosine to lr / 100. Their script steps the schedule per epoch, ours per
+      batch. The batch size of the paper's runs is not known (the script's default is 2). Free prompts, PGN's control,
+      use the same.
+    * VPT, VAPT (src/configs, tune_vtab.py): SGD, momentum 0.9, 100 epochs, 10 of warm-up, cosine to 0, batch 64,
+      lr = base_lr · batch / 256. They search base_lr in `PAPER_BASE_LRS` and weight decay in `PAPER_WEIGHT_DECAYS` per
+      task. Without arguments: base_lr 1.0 and weight decay 1e-3 for VPT (demo.ipynb), 2.5 and 0.01 for VAPT (its CIFAR-100
+      configuration). Their first epoch runs at learning rate 0, since they step per epoch; ours does not.
+    * V²APT published no recipe: VPT's is used, with beta warmed up over the same 10 epochs.
+    * Pixel prompt (hjbahng/visual_prompting): SGD, momentum 0.9, lr 40, no weight decay, 1000 epochs, batch 256, 1000
+      warm-up steps (hence ``num_train``).
+    * Linear probe and full fine-tuning, in VPT's framework: SGD as above for the probe; AdamW, base_lr 1e-3, for full
+      fine-tuning (their code's settings are not in our notes: treat these two as ours).
+
+    Args:
+        config: a method's configuration or its kind.
+        base_lr: before scaling by batch / 256 (PGN, free and pixel prompts: the learning rate itself).
+        weight_decay, batch_size, seed: as in `Recipe`.
+        num_train: training images; needed for the pixel prompt only.
+    """
+    kind = _kind(config)
+    if kind in ("pgn", "free"):
+        return Recipe(epochs=100, batch_size=batch_size, lr=0.1 if base_lr is None else base_lr,
+                      weight_decay=weight_decay or 0.0, optimizer="sgd", momentum=0.9, warmup_epochs=50,
+                      min_lr_ratio=0.01, seed=seed, dtype="float32")
+    if kind == "pixel":
+        if num_train is None:
+            raise ValueError("num_train must be given for the pixel prompt: its warm-up is 1000 steps long")
+        steps_per_epoch = math.ceil(num_train / 256)
+        return Recipe(epochs=1000, batch_size=256, lr=40.0 if base_lr is None else base_lr,
+                      weight_decay=weight_decay or 0.0, optimizer="sgd", momentum=0.9,
+                      warmup_epochs=1000 / steps_per_epoch, seed=seed, dtype="float32")
+    published = {"vpt": (1.0, 1e-3), "v2apt": (1.0, 1e-3), "vapt": (2.5, 1e-2), "linear": (1.0, 1e-3),
+                 "full": (1e-3, 1e-2)}[kind]
+    return Recipe(epochs=100, batch_size=batch_size,
+                  lr=Recipe.scaled_lr(published[0] if base_lr is None else base_lr, batch_size),
+                  weight_decay=published[1] if weight_decay is None else weight_decay,
+                  optimizer="adamw" if kind == "full" else "sgd", momentum=0.9, warmup_epochs=10,
+                  kl_warmup_epochs=10 if kind == "v2apt" else 0, seed=seed, dtype="float32")
