@@ -1,0 +1,113 @@
+"""Files that are either whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+Content = bytes | str | Callable[[BinaryIO], Any]
+
+
+def _sync_directory(directory: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_synced(path: Path, content: Content) -> None:
+    with open(path, "xb") as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _second_name(path: Path, backup: Path) -> None:
+    try:
+        os.link(path, backup)
+    except OSError:  # a file system without hard links
+        shutil.copy2(path, backup)
+
+
+def atomic_write_many(directory: str | os.PathLike[str], files: Mapping[str, Content]) -> None:
+    """Writes several files of one directory together: all of them are replaced, or none is.
+
+    Every file is first written in full and fsynced under a hidden temporary name, and only then are they renamed
+    over the old ones, in the order given. An exception between two renames (Ctrl-C included) puts the old files back.
+    Other files of the directory are left alone; the directory is made if it is missing.
+
+    Args:
+        directory: where to write.
+        files: file name -> bytes, text (UTF-8), or a function that is given the open binary file.
+
+    Raises:
+        OSError: the disk is full or the place is not writable; the message names the file. Nothing has changed then.
+    """
+    directory = Path(directory)
+    tag = f"{os.getpid()}-{secrets.token_hex(4)}"
+    temporaries = {directory / name: directory / f".{name}.{tag}.tmp" for name in files}
+    backups = {directory / name: directory / f".{name}.{tag}.old.tmp" for name in files}
+    existed = {path: path.exists() for path in temporaries}
+    current, renaming = directory, False
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for (current, temporary), content in zip(temporaries.items(), files.values(), strict=True):
+            _write_synced(temporary, content)
+        if len(files) > 1:
+            for current in temporaries:
+                if existed[current]:
+                    _second_name(current, backups[current])
+        renaming = True
+        for current, temporary in temporaries.items():
+            os.replace(temporary, current)
+    except BaseException as error:
+        for path, temporary in temporaries.items():
+            if renaming and len(files) > 1 and not temporary.exists():
+                if existed[path]:
+                    os.replace(backups[path], path)
+                else:
+                    path.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
+            backups[path].unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+            raise OSError(error.errno, f"could not write {current}: {reason}; no file was changed") from error
+        raise
+    for backup in backups.values():
+        backup.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        _sync_directory(directory)
+
+
+def atomic_write(path: str | os.PathLike[str], content: Content) -> None:
+    """Writes one file so that a reader sees the old content or the new, never a part.
+
+    Temporary file in the same directory, fsync, ``os.replace``, fsync of the directory. The temporary file is removed
+    on any exception, a full disk and Ctrl-C included, and the old file stays.
+
+    Args:
+        path: the file to write; its directory is made if missing.
+        content: bytes, text (UTF-8), or a function that is given the open binary file and writes to it.
+
+    Raises:
+        OSError: the file could not be written; the message names it. The old content is intact.
+    """
+    path = Path(path)
+    atomic_write_many(path.parent, {path.name: content})
+
+
+def remove_stale_temporaries(directory: str | os.PathLike[str]) -> None:
+    """Removes the temporary files a killed process left in ``directory`` (not in the directories below it)."""
+    for path in Path(directory).glob(".*.tmp"):
+        path.unlink(missing_ok=True)
