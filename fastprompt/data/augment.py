@@ -1,0 +1,58 @@
+"""Random changes of training images, from torchvision, repeatable image by image."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torchvision.transforms import v2
+
+AUGMENTS = ("none", "flip", "crop", "pgn")
+Augment = Callable[[torch.Tensor], torch.Tensor]
+
+
+def make_augment(kind: str | Augment, size: tuple[int, int]) -> Augment | None:
+    """uint8 (3, H, W) -> uint8 (3, H, W) drawing from torch's global CPU generator; None for "none".
+
+    "flip"  left-right with probability 0.5.
+    "crop"  pad by an eighth of the side (reflected), random crop back to size, flip.
+    "pgn"   PGN's training recipe: RandomResizedCrop (their lower scale bound is 1, so it hardly crops), ColorJitter
+            (0.4, 0.4, 0.4, 0.4) with probability 0.8, grey 0.2, solarize 0.2, flip.
+    A callable is used as it is.
+    """
+    if callable(kind):
+        return kind
+    flip = v2.RandomHorizontalFlip()
+    if kind == "none":
+        return None
+    if kind == "flip":
+        return flip
+    if kind == "crop":
+        padding = [max(1, size[1] // 8), max(1, size[0] // 8)]
+        return v2.Compose([v2.RandomCrop(size, padding=padding, padding_mode="reflect"), flip])
+    if kind == "pgn":
+        return v2.Compose(
+            [
+                v2.RandomResizedCrop(
+                    size, scale=(1.0, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+                ),
+                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.4)], p=0.8),
+                v2.RandomGrayscale(p=0.2),
+                v2.RandomSolarize(threshold=128, p=0.2),
+                flip,
+            ]
+        )
+    raise ValueError(f"augment: expected one of {', '.join(map(repr, AUGMENTS))} or a callable, got {kind!r}")
+
+
+def apply_seeded(augment: Augment, image: torch.Tensor, seed: int, epoch: int, index: int) -> torch.Tensor:
+    """``augment(image)`` with randomness that depends on (seed, epoch, index) only; torch's generator is left as it was."""
+    key = hashlib.sha256(f"{seed} {epoch} {index}".encode()).digest()
+    generator = torch.default_generator
+    state = generator.get_state()
+    try:
+        generator.manual_seed(int.from_bytes(key[:8], "little"))
+        return augment(image)
+    finally:
+        generator.set_state(state)

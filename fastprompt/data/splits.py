@@ -1,0 +1,237 @@
+"""The train/val/test split of a labelled image source, fixed by a seed, and the datasets that serve it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from fastprompt.data.augment import Augment, apply_seeded
+from fastprompt.data.images import to_tensor
+from fastprompt.data.sources import Pool, Source
+
+KEEP_BYTES = 1 << 30  # a split whose resized images take at most this much stays in memory
+
+
+class ImageSet(Dataset[tuple[torch.Tensor, int]]):
+    """Images ``indices`` of a pool as (uint8 (3, H, W), label), decoded and resized on first use.
+
+    Up to KEEP_BYTES of resized images are kept in memory (each DataLoader worker keeps its own). ``labels``: the labels
+    in order, without decoding anything. With an augmentation, image i of epoch e is the same in every run
+    (``set_epoch(e)``; workers that persist over epochs do not see it).
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        indices: Sequence[int],
+        size: tuple[int, int],
+        resize: str,
+        augment: Augment | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.pool = pool
+        self.indices = list(indices)
+        self.size = size
+        self.resize = resize
+        self.augment = augment
+        self.seed = seed
+        self.epoch = 0
+        self.labels = [pool.labels[i] for i in self.indices]
+        self._kept: torch.Tensor | None = None
+        self._has: list[bool] = []
+        if len(self.indices) * 3 * size[0] * size[1] <= KEEP_BYTES:
+            self._kept = torch.empty(len(self.indices), 3, *size, dtype=torch.uint8)
+            self._has = [False] * len(self.indices)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the augmentations' random numbers: call it before each epoch with the epoch's number."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} images")
+        index %= len(self)
+        image = self._image(index)
+        if self.augment is not None:
+            image = apply_seeded(self.augment, image, self.seed, self.epoch, index)
+        return image, self.labels[index]
+
+    def _image(self, index: int) -> torch.Tensor:
+        if self._kept is None:
+            return to_tensor(self.pool.read(self.indices[index]), self.size, self.resize)
+        if not self._has[index]:
+            self._kept[index] = to_tensor(self.pool.read(self.indices[index]), self.size, self.resize)
+            self._has[index] = True
+        return self._kept[index].clone()
+
+
+class DataSplits:
+    """``.train``, ``.val`` and ``.test`` of a data set, each yielding (uint8 (3, H, W), int).
+
+    ``.test`` can be read once: it is for the end, after every choice was made on ``.val``. Keep the dataset it gives to
+    evaluate several models on it. ``.class_names``: one name per label. ``.name``: the source.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        class_names: list[str],
+        train: ImageSet,
+        val: ImageSet,
+        test: ImageSet,
+        facts: dict[str, Any],
+    ) -> None:
+        self.name = name
+        self.class_names = class_names
+        self.train = train
+        self.val = val
+        self._test = test
+        self._facts = facts
+        self.test_reads = 0
+
+    @property
+    def test(self) -> ImageSet:
+        """The test split; a second read is a RuntimeError."""
+        if self.test_reads:
+            raise RuntimeError(
+                f"the test split of {self.name} was read already. It is read once, at the end, when every choice has been made on "
+                "the validation split: keep the dataset of the first read (test = splits.test) to evaluate several models"
+            )
+        self.test_reads += 1
+        return self._test
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    def summary(self) -> dict[str, Any]:
+        """Name, sizes, seed, image size, augmentation and the sha256 of which images are in which split."""
+        return dict(self._facts)
+
+    def __repr__(self) -> str:
+        return (
+            f"DataSplits({self.name!r}: {len(self.train)} train, {len(self.val)} val, {len(self._test)} test, "
+            f"{self.num_classes} classes)"
+        )
+
+
+def split(
+    source: Source,
+    *,
+    size: tuple[int, int],
+    num_train: int | None,
+    num_val: int | None,
+    num_test: int | None,
+    seed: int,
+    resize: str,
+    augment: Augment | None,
+    augment_name: str,
+) -> DataSplits:
+    """Draw the three splits, stratified by class.
+
+    The test images do not depend on ``seed``, so runs with several seeds are measured on the same ones: the publisher's
+    test split (``num_test`` of it), else a fifth of all images. Then validation is drawn with ``seed`` from the
+    publisher's val split, else from the train images: ``num_val``, or by default a quarter of ``num_train`` (800 and
+    200 in VTAB-1k), or a fifth of what is there. Train is drawn from the rest. Raises ValueError for too few images.
+    """
+    everything = range(len(source.train.labels))
+    if source.test is not None:
+        test_pool, test = (
+            source.test,
+            draw(source.test.labels, range(len(source.test.labels)), num_test, 0, "test", "num_test"),
+        )
+        rest: Sequence[int] = everything
+    else:
+        test_pool = source.train
+        test = draw(
+            source.train.labels, everything, num_test or max(1, len(everything) // 5), 0, "test", "num_test"
+        )
+        rest = sorted(set(everything) - set(test))
+    if source.val is not None:
+        val_pool, val = (
+            source.val,
+            draw(source.val.labels, range(len(source.val.labels)), num_val, seed, "val", "num_val"),
+        )
+    else:
+        default = max(1, len(rest) // 5 if num_train is None else min(num_train // 4, len(rest) - num_train))
+        val_pool, val = (
+            source.train,
+            draw(source.train.labels, rest, num_val or default, seed, "val", "num_val"),
+        )
+        rest = sorted(set(rest) - set(val))
+    train = draw(source.train.labels, rest, num_train, seed, "train", "num_train")
+    for part, indices in (("train", train), ("val", val), ("test", test)):
+        if not indices:
+            raise ValueError(f"name: no image is left for the {part} split of {source.name}")
+    facts = {
+        "name": source.name,
+        "num_classes": len(source.class_names),
+        "train": len(train),
+        "val": len(val),
+        "test": len(test),
+        "image_size": list(size),
+        "resize": resize,
+        "augment": augment_name,
+        "seed": seed,
+        "sha256": _checksum(source.train, train, val_pool, val, test_pool, test),
+    }
+    return DataSplits(
+        source.name,
+        source.class_names,
+        ImageSet(source.train, train, size, resize, augment, seed),
+        ImageSet(val_pool, val, size, resize),
+        ImageSet(test_pool, test, size, resize),
+        facts,
+    )
+
+
+def draw(
+    labels: Sequence[int], indices: Sequence[int], number: int | None, seed: int, part: str, argument: str
+) -> list[int]:
+    """``number`` of ``indices``, each class in proportion (and at least once where that many fit), in shuffled order.
+
+    The order is that of sha256(seed, part, index): the same on every machine and version. None takes all.
+    """
+    if number is not None and number > len(indices):
+        raise ValueError(f"{argument}: {number} images asked for, {len(indices)} are there")
+    shuffled = sorted(indices, key=lambda i: hashlib.sha256(f"{seed} {part} {i}".encode()).digest())
+    if number is None or number == len(indices):
+        return shuffled
+    by_class: dict[int, list[int]] = {}
+    for i in shuffled:
+        by_class.setdefault(labels[i], []).append(i)
+    least = 1 if number >= len(by_class) else 0
+    shares = {label: number * len(members) / len(indices) for label, members in by_class.items()}
+    counts = {label: max(least, int(share)) for label, share in shares.items()}
+    # Whole shares leave some images to give out (largest remainder first), or take back where `least` gave too many.
+    while sum(counts.values()) != number:
+        if sum(counts.values()) < number:
+            open_classes = [label for label in counts if counts[label] < len(by_class[label])]
+            counts[max(open_classes, key=lambda label: (shares[label] - counts[label], -label))] += 1
+        else:
+            open_classes = [label for label in counts if counts[label] > least]
+            counts[max(open_classes, key=lambda label: (counts[label] - shares[label], -label))] -= 1
+    taken = {i for label, members in by_class.items() for i in members[: counts[label]]}
+    return [i for i in shuffled if i in taken]
+
+
+def _checksum(
+    train_pool: Pool, train: list[int], val_pool: Pool, val: list[int], test_pool: Pool, test: list[int]
+) -> str:
+    digest = hashlib.sha256()
+    for part, pool, indices in (
+        ("train", train_pool, train),
+        ("val", val_pool, val),
+        ("test", test_pool, test),
+    ):
+        for i in indices:
+            digest.update(f"{part}\t{pool.keys[i]}\t{pool.labels[i]}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
