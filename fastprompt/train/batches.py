@@ -1,4 +1,4 @@
-"""Labelled images in batches: a Dataset, an (images, labels) pair of tensors or a DataLoader, checked before use."""
+"""Labelled images in batches, checked: from a Dataset, an (images, labels) pair or a DataLoader."""
 
 from __future__ import annotations
 
@@ -35,29 +35,38 @@ def num_images(data: Any, name: str) -> int:
     source = data.dataset if isinstance(data, DataLoader) else data
     if is_tensor_pair(source):
         count = len(source[0])
-    elif isinstance(source, IterableDataset) or not (hasattr(source, "__getitem__") and hasattr(source, "__len__")) \
-            or isinstance(source, (dict, str, Tensor)):
-        raise TypeError(f"{name} must be a Dataset with a length that yields (image, label), an (images, labels) pair of "
-                        f"tensors or a DataLoader over such a Dataset, got {type(source).__name__}")
+    elif (
+        isinstance(source, IterableDataset)
+        or not (hasattr(source, "__getitem__") and hasattr(source, "__len__"))
+        or isinstance(source, (dict, str, Tensor))
+    ):
+        raise TypeError(
+            f"{name} must be a Dataset with a length that yields (image, label), an (images, labels) pair of "
+            f"tensors or a DataLoader over such a Dataset, got {type(source).__name__}"
+        )
     else:
         count = len(source)
     if count == 0:
         raise ValueError(f"{name} is empty: there is no image to use")
     if isinstance(data, DataLoader) and len(data) == 0:
-        raise ValueError(f"{name} gives no batch: it has {count} images, fewer than its batch size, and drop_last is set")
+        raise ValueError(
+            f"{name} gives no batch: it has {count} images, fewer than its batch size, and drop_last is set"
+        )
     return count
 
 
 def check_images(images: Tensor, where: str, ndim: int) -> None:
-    """Raises when ``images`` is no uint8 or floating-point tensor of three channels, or holds NaN or infinity."""
+    """Raises unless ``images`` is a uint8 or a finite floating-point tensor with three channels."""
     if not isinstance(images, Tensor):
         raise TypeError(f"{where} must hold a torch.Tensor image, got {type(images).__name__}")
     shape = "(3, H, W)" if ndim == 3 else "(N, 3, H, W)"
     if images.ndim != ndim or images.shape[-3] != 3:
         raise ValueError(f"{where} must have images of shape {shape}, got {tuple(images.shape)}")
     if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise TypeError(f"{where} must have uint8 images (raw pixels) or floating-point ones (normalised), "
-                        f"got {images.dtype}")
+        raise TypeError(
+            f"{where} must have uint8 images (raw pixels) or floating-point ones (normalised), "
+            f"got {images.dtype}"
+        )
     if images.is_floating_point() and not torch.isfinite(images).all():
         raise ValueError(f"{where} has NaN or infinite pixels")
 
@@ -65,18 +74,23 @@ def check_images(images: Tensor, where: str, ndim: int) -> None:
 def check_labels(labels: Tensor, where: str, num_classes: int) -> None:
     """Raises when ``labels`` are no class indices below ``num_classes``."""
     if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{where} must have integer labels of shape (N,), got {labels.dtype} of shape "
-                        f"{tuple(labels.shape)}")
+        raise TypeError(
+            f"{where} must have integer labels of shape (N,), got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}"
+        )
     if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
         wrong = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
-        raise ValueError(f"{where} has label {wrong}, the model takes 0 to {num_classes - 1} (num_classes={num_classes})")
+        raise ValueError(
+            f"{where} has label {wrong}, the model takes 0 to {num_classes - 1} (num_classes={num_classes})"
+        )
 
 
 def check_data(data: Any, name: str, num_classes: int) -> Tensor:
     """Looks at the data before anything is trained on it.
 
-    Tensors are checked in full. Of a Dataset every item is read when there are at most 20,000, else 2,048 evenly spaced
-    ones (what is not read here is checked in its batch). A DataLoader's own collate function is not called here.
+    Tensors are checked in full. Of a Dataset every item is read when there are at most 20,000, else 2,048
+    evenly spaced ones (what is not read here is checked in its batch). A DataLoader's own collate function is
+    not called here.
 
     Args:
         data: see `Batches`.
@@ -87,8 +101,8 @@ def check_data(data: Any, name: str, num_classes: int) -> Tensor:
         The labels that were read, (N,) int64.
 
     Raises:
-        TypeError, ValueError: empty, wrong shape or dtype, NaN or infinite pixels, images of several sizes, labels that
-            are no class of the model.
+        TypeError, ValueError: empty, wrong shape or dtype, NaN or infinite pixels, images of several sizes,
+            labels that are no class of the model.
     """
     count = num_images(data, name)
     if isinstance(data, DataLoader):
@@ -115,20 +129,26 @@ def check_data(data: Any, name: str, num_classes: int) -> Tensor:
         if first is None:
             first = image
         if image.shape != first.shape or image.dtype != first.dtype:
-            raise ValueError(f"{where} is {tuple(image.shape)} {image.dtype}, {name}[0] is {tuple(first.shape)} "
-                             f"{first.dtype}: all images must be alike")
-        if isinstance(label, bool) or not (isinstance(label, (int, np.integer)) or (
-                isinstance(label, Tensor) and label.ndim == 0 and not label.is_floating_point())):
+            raise ValueError(
+                f"{where} is {tuple(image.shape)} {image.dtype}, {name}[0] is {tuple(first.shape)} "
+                f"{first.dtype}: all images must be alike"
+            )
+        if isinstance(label, bool) or not (
+            isinstance(label, (int, np.integer))
+            or (isinstance(label, Tensor) and label.ndim == 0 and not label.is_floating_point())
+        ):
             raise TypeError(f"{where} must have an integer label, got {type(label).__name__} {label!r}")
         if not 0 <= int(label) < num_classes:
-            raise ValueError(f"{where} has label {int(label)}, the model takes 0 to {num_classes - 1} "
-                             f"(num_classes={num_classes})")
+            raise ValueError(
+                f"{where} has label {int(label)}, the model takes 0 to {num_classes - 1} "
+                f"(num_classes={num_classes})"
+            )
         found.append(int(label))
     return torch.tensor(found)
 
 
 def split_indices(indices: Tensor, batch_size: int, merge_single: bool) -> list[list[int]]:
-    """Consecutive batches of ``indices``; with ``merge_single`` a last batch of one joins the batch before it."""
+    """Consecutive batches of ``indices``; with ``merge_single`` a last batch of one joins the one before."""
     batches = [part.tolist() for part in indices.split(batch_size)]
     if merge_single and len(batches) > 1 and len(batches[-1]) == 1 and batch_size > 1:
         batches[-2:] = [batches[-2] + batches[-1]]
@@ -139,20 +159,32 @@ class Batches:
     """(images, labels) batches of one data source, on the model's device.
 
     Args:
-        data: a map-style Dataset yielding (image (3, H, W), label), an (images (N, 3, H, W), labels (N,)) pair of tensors,
-            or a DataLoader (used as it is: its batch size, order and workers).
+        data: a map-style Dataset yielding (image (3, H, W), label), an (images (N, 3, H, W), labels (N,))
+            pair of tensors, or a DataLoader (used as it is: its batch size, order and workers).
         batch_size: images in a batch; ignored for a DataLoader.
         name: how messages call the data.
         num_classes: labels of every batch are checked against it.
         device: where batches go.
-        seed: None keeps the order; otherwise epoch e is shuffled by a generator seeded with (seed, e), so any epoch can
-            be repeated alone. A DataLoader with a generator of its own has it seeded in the same way.
-        merge_single: a last batch of one image joins the one before; of a DataLoader, a batch of one is left out.
+        seed: None keeps the order; otherwise epoch e is shuffled by a generator seeded with (seed, e), so any
+            epoch can be repeated alone. A DataLoader with a generator of its own has it seeded in the same
+            way.
+        merge_single: a last batch of one image joins the one before; of a DataLoader, a batch of one is left
+            out.
         num_workers: loading processes of a Dataset.
     """
 
-    def __init__(self, data: Any, batch_size: int, *, name: str, num_classes: int, device: torch.device | str = "cpu",
-                 seed: int | None = None, merge_single: bool = False, num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        data: Any,
+        batch_size: int,
+        *,
+        name: str,
+        num_classes: int,
+        device: torch.device | str = "cpu",
+        seed: int | None = None,
+        merge_single: bool = False,
+        num_workers: int = 0,
+    ) -> None:
         self.data, self.batch_size, self.name, self.num_classes = data, batch_size, name, num_classes
         self.device, self.seed, self.merge_single = torch.device(device), seed, merge_single
         self.num_workers = num_workers
@@ -175,10 +207,16 @@ class Batches:
                 continue
             if labels.device.type == "cpu":
                 check_labels(labels, f"a batch of {self.name}", self.num_classes)
-            if not is_tensor_pair(self.data) and images.is_floating_point() and not torch.isfinite(images).all():
+            if (
+                not is_tensor_pair(self.data)
+                and images.is_floating_point()
+                and not torch.isfinite(images).all()
+            ):
                 raise ValueError(f"a batch of {self.name} has NaN or infinite pixels")
-            yield (images.to(self.device, non_blocking=True),
-                   labels.to(self.device, torch.int64, non_blocking=True))
+            yield (
+                images.to(self.device, non_blocking=True),
+                labels.to(self.device, torch.int64, non_blocking=True),
+            )
 
     def _raw(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         epoch_seed = (0 if self.seed is None else self.seed) * 1_000_003 % 2**40 + epoch
@@ -204,5 +242,10 @@ class Batches:
                 index = torch.tensor(batch)
                 yield images[index.to(images.device)], labels[index.to(labels.device)]
             return
-        yield from DataLoader(self.data, batch_sampler=batches, num_workers=self.num_workers,  # type: ignore[arg-type]
-                              pin_memory=self.device.type == "cuda", generator=generator)
+        yield from DataLoader(
+            self.data,
+            batch_sampler=batches,
+            num_workers=self.num_workers,  # type: ignore[arg-type]
+            pin_memory=self.device.type == "cuda",
+            generator=generator,
+        )

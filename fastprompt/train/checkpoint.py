@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 
-from fastprompt.files import atomic_write, atomic_write_many, remove_stale_temporaries
+from fastprompt.files import atomic_write
+
 
 def rng_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The random states of torch (CPU and every CUDA device), numpy and Python, as tensors and JSON values."""
+    """The random states of torch (CPU and CUDA), numpy and Python, as tensors and JSON values."""
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -44,8 +45,10 @@ def set_rng_state(tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]
     random.setstate((version, tuple(words), gauss_next))
 
 
-def save_state(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
-    """Writes tensors and JSON values into one safetensors file, atomically (the JSON sits in the file's header).
+def save_state(
+    path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]
+) -> None:
+    """Writes tensors and JSON values into one safetensors file, atomically (the JSON is in its header).
 
     Raises:
         OSError: the file could not be written; the old one is intact.
@@ -69,13 +72,14 @@ def load_state(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], d
             values = json.loads((file.metadata() or {})["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable training state ({error}); delete it or start anew with "
-                         "resume=False") from error
+        raise ValueError(
+            f"{path} is not a readable training state ({error}); delete it or start anew with resume=False"
+        ) from error
     return tensors, values
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The optimizer's per-parameter state: tensors under ``<index>.<name>``, everything else as JSON values."""
+    """The optimizer's per-parameter state: tensors under ``<index>.<name>``, the rest as JSON values."""
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
     for index, entries in optimizer.state_dict()["state"].items():
@@ -87,9 +91,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.T
     return tensors, values
 
 
-def set_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor],
-                        values: Mapping[str, Any]) -> None:
-    """Puts back what `optimizer_state` returned, into an optimizer over the same parameters in the same order."""
+def set_optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]
+) -> None:
+    """Puts back what `optimizer_state` returned; the optimizer has the same parameters in the same order."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in (*tensors.items(), *values.items()):
         index, name = key.split(".", 1)

@@ -55,7 +55,7 @@ class Evaluation:
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, num_bins: int = 15) -> float:
-    """Σ_b n_b / N · |accuracy_b − confidence_b| over equal-width bins (low, high] of the top class's probability."""
+    """Σ_b n_b / N · |accuracy_b − confidence_b|, equal-width bins (low, high] of the top probability."""
     confidence, predicted = probabilities.double().max(-1)
     correct = (predicted == labels).double()
     bins = (confidence * num_bins).ceil().long().clamp(1, num_bins) - 1
@@ -63,10 +63,14 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, num_bins: 
     return float(gap.abs().sum() / len(labels))
 
 
-def summarise(logits: Tensor, labels: Tensor, seconds: float, probabilities: Tensor | None = None) -> Evaluation:
-    """An `Evaluation` from float logits (N, C) and labels (N,); ``probabilities`` default to their softmax."""
+def summarise(
+    logits: Tensor, labels: Tensor, seconds: float, probabilities: Tensor | None = None
+) -> Evaluation:
+    """An `Evaluation` from logits (N, C) and labels (N,); ``probabilities`` default to their softmax."""
     num_classes = logits.shape[1]
-    log_probabilities = logits.double().log_softmax(-1) if probabilities is None else probabilities.double().log()
+    log_probabilities = (
+        logits.double().log_softmax(-1) if probabilities is None else probabilities.double().log()
+    )
     probabilities = log_probabilities.exp().float()
     cells = labels * num_classes + probabilities.argmax(-1)
     confusion = torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
@@ -105,13 +109,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def backbone_precision(model: PromptedViT, dtype: torch.dtype | None) -> Iterator[None]:
-    """The frozen backbone in another dtype for a while; afterwards it holds its own tensors again, bit for bit."""
+    """The frozen backbone in another dtype for a while; afterwards it has its own tensors back, bit for bit."""
     backbone = model.backbone
     before = next(backbone.parameters()).dtype
     if dtype is None or dtype == before:
         yield
         return
-    tensors = {name: tensor.data for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers())}
+    tensors = {
+        name: tensor.data for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers())
+    }
     model.set_backbone_dtype(dtype)
     try:
         yield
@@ -122,16 +128,22 @@ def backbone_precision(model: PromptedViT, dtype: torch.dtype | None) -> Iterato
                 tensor.data = tensors[name]
 
 
-def evaluate(model: PromptedViT, dataset: Any, batch_size: int = 64, *, num_samples: int | None = None,
-             num_workers: int = 0) -> Evaluation:
+def evaluate(
+    model: PromptedViT,
+    dataset: Any,
+    batch_size: int = 64,
+    *,
+    num_samples: int | None = None,
+    num_workers: int = 0,
+) -> Evaluation:
     """Runs the model in eval mode over the data, once, and puts the former modes back.
 
     Args:
         model: with a head (num_classes given).
         dataset: a Dataset yielding (image, label), an (images, labels) pair of tensors, or a DataLoader.
         batch_size: images per forward; ignored for a DataLoader.
-        num_samples: V²APT only: average the class probabilities of that many latent samples instead of using the mean
-            of the latent.
+        num_samples: V²APT only: average the class probabilities of that many latent samples instead of using
+            the mean of the latent.
         num_workers: loading processes of a Dataset.
 
     Raises:
@@ -144,8 +156,14 @@ def evaluate(model: PromptedViT, dataset: Any, batch_size: int = 64, *, num_samp
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     num_classes = int(model.num_classes)  # type: ignore[arg-type]
-    batches = Batches(dataset, batch_size, name="dataset", num_classes=num_classes, device=device_of(model),
-                      num_workers=num_workers)
+    batches = Batches(
+        dataset,
+        batch_size,
+        name="dataset",
+        num_classes=num_classes,
+        device=device_of(model),
+        num_workers=num_workers,
+    )
     logits: list[Tensor] = []
     probabilities: list[Tensor] = []
     labels: list[Tensor] = []

@@ -50,9 +50,11 @@ class TrainingDiverged(FloatingPointError):
     def __init__(self, what: str, epoch: int, step: int, lr: float) -> None:
         self.what, self.epoch, self.step, self.lr = what, epoch, step, lr
         place = f"step {step}" if step else "validation"
-        super().__init__(f"training diverged: the {what} at epoch {epoch}, {place}, with lr={lr:g}. Use a lower learning "
-                         f"rate (for example a third of it), a longer warm-up or clip_grad=1.0; the model holds the best "
-                         f"weights of the epochs before")
+        super().__init__(
+            f"training diverged: the {what} at epoch {epoch}, {place}, with lr={lr:g}. Use a lower learning "
+            f"rate (for example a third of it), a longer warm-up or clip_grad=1.0; the model holds the best "
+            f"weights of the epochs before"
+        )
 
 
 @dataclass
@@ -60,7 +62,8 @@ class FitResult:
     """What `fit` did.
 
     Attributes:
-        best_epoch: epoch (counted from 1) with the highest validation accuracy; of equals, the lower validation loss.
+        best_epoch: epoch (counted from 1) with the highest validation accuracy; of equals, the lower
+            validation loss.
         best_val_accuracy, best_val_loss: of that epoch.
         history: one dict per epoch, as in the log.
         images_per_second: training images over training time (validation and saving excluded).
@@ -93,32 +96,42 @@ class _Progress:
     seconds: float = 0.0
 
 
-def fit(model: PromptedViT, train: Any, val: Any, recipe: Recipe | None = None,
-        out_dir: str | Path | None = None, resume: bool = True, progress: bool = True) -> FitResult:
+def fit(
+    model: PromptedViT,
+    train: Any,
+    val: Any,
+    recipe: Recipe | None = None,
+    out_dir: str | Path | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> FitResult:
     """Trains the model and leaves it with the weights that were best on validation.
 
     The loss is cross-entropy, plus beta · mean(KL) where the generator returns a KL (V²APT; beta from its
-    configuration). The frozen backbone runs in ``recipe.dtype`` and gets its own tensors back at the end, bit for bit;
-    in full fine-tuning its weights stay float32 and bfloat16 is autocast. A linear probe on data without augmentation
-    computes its features once.
+    configuration). The frozen backbone runs in ``recipe.dtype`` and gets its own tensors back at the end, bit
+    for bit; in full fine-tuning its weights stay float32 and bfloat16 is autocast. A linear probe on data
+    without augmentation computes its features once.
 
     With ``out_dir`` it writes ``log.jsonl`` (one JSON object a line: start, epoch, end, resume, diverged),
-    ``recipe.json``, ``last.safetensors`` (everything needed to go on) and ``best/`` (`PromptedViT.save_pretrained`),
-    each whole or not at all. A run that was killed goes on after its last complete epoch and ends with the same bits as
-    if it had not been (on CPU, and wherever the operations are deterministic); a finished run returns its result at once.
+    ``recipe.json``, ``last.safetensors`` (everything needed to go on) and ``best/``
+    (`PromptedViT.save_pretrained`), each whole or not at all. A run that was killed goes on after its last
+    complete epoch and ends with the same bits as if it had not been (on CPU, and wherever the operations are
+    deterministic); a finished run returns its result at once.
 
     Args:
         model: built with num_classes.
-        train, val: a Dataset yielding (image (3, H, W), label), an (images, labels) pair of tensors, or a DataLoader.
-            uint8 images are raw pixels, floating-point ones are normalised. All images are checked before training
-            (of more than 20,000: a sample; the others in their batch). A last batch of one image joins the one before.
+        train, val: a Dataset yielding (image (3, H, W), label), an (images, labels) pair of tensors, or a
+            DataLoader. uint8 images are raw pixels, floating-point ones are normalised. All images are
+            checked before training (of more than 20,000: a sample; the others in their batch). A last batch
+            of one image joins the one before.
         recipe: None is `default_recipe(model.config)`.
         out_dir: None keeps everything in memory.
         resume: False starts anew and replaces what is in ``out_dir``.
         progress: show a bar with loss, accuracy, images per second and remaining time (stderr).
 
     Raises:
-        TypeError, ValueError: a wrong argument, wrong data, or an ``out_dir`` that holds another run; nothing is trained.
+        TypeError, ValueError: a wrong argument, wrong data, or an ``out_dir`` that holds another run; nothing
+            is trained.
         TrainingDiverged: loss or gradient became NaN or infinite; the log has the event.
         OSError: a file could not be written; what was written before is intact.
     """
@@ -149,8 +162,15 @@ def fit(model: PromptedViT, train: Any, val: Any, recipe: Recipe | None = None,
 
 
 class _Run:
-    def __init__(self, model: PromptedViT, train: Any, val: Any, recipe: Recipe, directory: Path | None,
-                 show_progress: bool) -> None:
+    def __init__(
+        self,
+        model: PromptedViT,
+        train: Any,
+        val: Any,
+        recipe: Recipe,
+        directory: Path | None,
+        show_progress: bool,
+    ) -> None:
         self.model, self.recipe, self.directory = model, recipe, directory
         self.device = device_of(model)
         self.train_source, self.val_source = train, val
@@ -165,8 +185,11 @@ class _Run:
         self.backbone_dtype = None if self.trains_backbone else self.dtype
         self.optimizer = _make_optimizer(named, recipe)
         self.best: dict[str, Tensor] = self._weights()
-        self.cached = getattr(model.config, "kind", None) == "linear" and _same_every_epoch(train) \
+        self.cached = (
+            getattr(model.config, "kind", None) == "linear"
+            and _same_every_epoch(train)
             and _same_every_epoch(val)
+        )
 
     def signature(self, train_labels: Tensor) -> dict[str, Any]:
         """What must be the same for a run to be resumed."""
@@ -185,37 +208,61 @@ class _Run:
             return None
         tensors, values = load_state(self.directory / STATE_FILE)
         found = values["signature"]
-        differences = {f"recipe.{name}": pair
-                       for name, pair in self.recipe.differences(Recipe.from_dict(found["recipe"])).items()}
+        differences = {
+            f"recipe.{name}": pair
+            for name, pair in self.recipe.differences(Recipe.from_dict(found["recipe"])).items()
+        }
         mine = json.loads(json.dumps(signature))
-        differences |= {name: (mine[name], found[name]) for name in mine if name != "recipe" and mine[name] != found[name]}
+        differences |= {
+            name: (mine[name], found[name]) for name in mine if name != "recipe" and mine[name] != found[name]
+        }
         if differences:
             text = ", ".join(f"{name} is {new!r}, there {old!r}" for name, (new, old) in differences.items())
-            raise ValueError(f"out_dir {self.directory} holds another run ({text}); choose another directory, or "
-                             f"resume=False to replace it")
+            raise ValueError(
+                f"out_dir {self.directory} holds another run ({text}); choose another directory, or "
+                f"resume=False to replace it"
+            )
         return tensors, values
 
     def prepare_data(self) -> None:
-        """Batches of images, or for a linear probe of features; one trial forward before anything is written."""
+        """Batches of images, or of a linear probe's features; one trial forward before anything is written."""
         train, val = self.train_source, self.val_source
         for name, data in (("train", train), ("val", val)):
-            images, _ = next(iter(Batches(data, 2, name=name, num_classes=self.num_classes,
-                                          device=self.device).epoch()))
+            images, _ = next(
+                iter(Batches(data, 2, name=name, num_classes=self.num_classes, device=self.device).epoch())
+            )
             with evaluation_mode(self.model):
                 self.model(images[:2])
         if self.cached:
             from fastprompt.train.probe import extract_features
 
-            train = extract_features(self.model, train, self.recipe.batch_size, num_workers=self.recipe.num_workers)
-            val = extract_features(self.model, val, self.recipe.batch_size, num_workers=self.recipe.num_workers)
-        self.train = Batches(train, self.recipe.batch_size, name="train", num_classes=self.num_classes,
-                             device=self.device, seed=self.recipe.seed, merge_single=True,
-                             num_workers=self.recipe.num_workers)
-        self.val = Batches(val, max(64, self.recipe.batch_size), name="val", num_classes=self.num_classes,
-                           device=self.device, num_workers=self.recipe.num_workers)
+            train = extract_features(
+                self.model, train, self.recipe.batch_size, num_workers=self.recipe.num_workers
+            )
+            val = extract_features(
+                self.model, val, self.recipe.batch_size, num_workers=self.recipe.num_workers
+            )
+        self.train = Batches(
+            train,
+            self.recipe.batch_size,
+            name="train",
+            num_classes=self.num_classes,
+            device=self.device,
+            seed=self.recipe.seed,
+            merge_single=True,
+            num_workers=self.recipe.num_workers,
+        )
+        self.val = Batches(
+            val,
+            max(64, self.recipe.batch_size),
+            name="val",
+            num_classes=self.num_classes,
+            device=self.device,
+            num_workers=self.recipe.num_workers,
+        )
 
     def start(self, signature: dict[str, Any]) -> None:
-        """A new run: seeds, the head's start, and a state file, so that a kill in the first epoch can be resumed."""
+        """A new run: seeds, the head's start, and a state file, so that even the first epoch can be resumed."""
         self._signature = signature
         seed = self.recipe.seed
         torch.manual_seed(seed)
@@ -224,17 +271,28 @@ class _Run:
         if self.recipe.head_init == "probe":
             from fastprompt.train.probe import extract_features, fit_linear_probe
 
-            pairs = [extract_features(self.model, data, self.recipe.batch_size, num_workers=self.recipe.num_workers)
-                     for data in (self.train_source, self.val_source)]
+            pairs = [
+                extract_features(
+                    self.model, data, self.recipe.batch_size, num_workers=self.recipe.num_workers
+                )
+                for data in (self.train_source, self.val_source)
+            ]
             fit_linear_probe(self.model, *pairs)
             self.best = self._weights()
-        self.progress.events = [{
-            "event": "start", "recipe": self.recipe.to_dict(), "config": signature["config"],
-            "num_train": self.train.num_images, "num_val": self.val.num_images,
-            "trained_parameters": sum(parameter.numel() for parameter in self.parameters),
-            "device": str(self.device), "backbone_dtype": str(self.dtype).removeprefix("torch."),
-            "torch": torch.__version__, "seed": seed,
-        }]
+        self.progress.events = [
+            {
+                "event": "start",
+                "recipe": self.recipe.to_dict(),
+                "config": signature["config"],
+                "num_train": self.train.num_images,
+                "num_val": self.val.num_images,
+                "trained_parameters": sum(parameter.numel() for parameter in self.parameters),
+                "device": str(self.device),
+                "backbone_dtype": str(self.dtype).removeprefix("torch."),
+                "torch": torch.__version__,
+                "seed": seed,
+            }
+        ]
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
             remove_stale_temporaries(self.directory)
@@ -263,32 +321,51 @@ class _Run:
         recipe, state = self.recipe, self.progress
         if state.events[-1]["event"] != "end":
             _reset_peak_memory(self.device)
-            with _bar(self.show_progress, recipe.epochs * self.train.num_images,
-                      state.epoch * self.train.num_images) as bar:
+            with _bar(
+                self.show_progress, recipe.epochs * self.train.num_images, state.epoch * self.train.num_images
+            ) as bar:
                 try:
                     while state.epoch < recipe.epochs:
                         self._one_epoch(state.epoch + 1, bar)
                 except TrainingDiverged as error:
-                    state.events.append({"event": "diverged", "epoch": error.epoch, "step": error.step, "lr": error.lr,
-                                         "message": str(error)})
+                    state.events.append(
+                        {
+                            "event": "diverged",
+                            "epoch": error.epoch,
+                            "step": error.step,
+                            "lr": error.lr,
+                            "message": str(error),
+                        }
+                    )
                     self._write_log()
                     self.model.load_adapter_state_dict(self.best)
                     raise
-            state.events.append({
-                "event": "end", "best_epoch": state.best_epoch, "best_val_accuracy": state.best_val_accuracy,
-                "best_val_loss": state.best_val_loss, "images_per_second": state.train_images / state.train_seconds,
-                "seconds": state.seconds, "peak_memory_mib": _peak_memory_mib(self.device),
-            })
+            state.events.append(
+                {
+                    "event": "end",
+                    "best_epoch": state.best_epoch,
+                    "best_val_accuracy": state.best_val_accuracy,
+                    "best_val_loss": state.best_val_loss,
+                    "images_per_second": state.train_images / state.train_seconds,
+                    "seconds": state.seconds,
+                    "peak_memory_mib": _peak_memory_mib(self.device),
+                }
+            )
             self._save_state()
             self._write_log()
         self.model.load_adapter_state_dict(self.best)
         self.model.eval()
         end = state.events[-1]
         return FitResult(
-            best_epoch=state.best_epoch, best_val_accuracy=state.best_val_accuracy, best_val_loss=state.best_val_loss,
+            best_epoch=state.best_epoch,
+            best_val_accuracy=state.best_val_accuracy,
+            best_val_loss=state.best_val_loss,
             history=[event for event in state.events if event["event"] == "epoch"],
-            images_per_second=end["images_per_second"], peak_memory_mib=end["peak_memory_mib"], seconds=state.seconds,
-            out_dir=self.directory)
+            images_per_second=end["images_per_second"],
+            peak_memory_mib=end["peak_memory_mib"],
+            seconds=state.seconds,
+            out_dir=self.directory,
+        )
 
     def _one_epoch(self, epoch: int, bar: Any) -> None:
         state = self.progress
@@ -305,11 +382,20 @@ class _Run:
         state.train_seconds += trained
         seconds = time.perf_counter() - began
         state.seconds += seconds
-        state.events.append({
-            "event": "epoch", "epoch": epoch, **record, "val_loss": val_loss, "val_accuracy": val_accuracy,
-            "images_per_second": self.train.num_images / trained, "seconds": seconds,
-        })
-        bar.set_postfix_str(bar.postfix.rsplit(" val ", 1)[0] + f" val {val_accuracy:.3f}" if bar.postfix else "")
+        state.events.append(
+            {
+                "event": "epoch",
+                "epoch": epoch,
+                **record,
+                "val_loss": val_loss,
+                "val_accuracy": val_accuracy,
+                "images_per_second": self.train.num_images / trained,
+                "seconds": seconds,
+            }
+        )
+        bar.set_postfix_str(
+            bar.postfix.rsplit(" val ", 1)[0] + f" val {val_accuracy:.3f}" if bar.postfix else ""
+        )
         if self.directory is not None:
             self._save_state()
             self._write_log()
@@ -341,8 +427,11 @@ class _Run:
                 raise TrainingDiverged(f"loss is {value}", epoch, index + 1, lr)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            norm = float(torch.nn.utils.clip_grad_norm_(
-                self.parameters, float("inf") if recipe.clip_grad is None else recipe.clip_grad))
+            norm = float(
+                torch.nn.utils.clip_grad_norm_(
+                    self.parameters, float("inf") if recipe.clip_grad is None else recipe.clip_grad
+                )
+            )
             if not np.isfinite(norm):
                 raise TrainingDiverged(f"gradient norm is {norm}", epoch, index + 1, lr)
             self.optimizer.step()
@@ -350,13 +439,19 @@ class _Run:
             total_norm += norm
             correct += int((logits.detach().argmax(-1) == labels).sum())
             seen += len(labels)
-            bar.set_postfix_str(f"epoch {epoch}/{recipe.epochs} loss {total_loss / seen:.3f} acc {correct / seen:.3f}"
-                                + (f" val {self.progress.best_val_accuracy:.3f} (best)" if self.progress.epoch else ""),
-                                refresh=False)
+            bar.set_postfix_str(
+                f"epoch {epoch}/{recipe.epochs} loss {total_loss / seen:.3f} acc {correct / seen:.3f}"
+                + (f" val {self.progress.best_val_accuracy:.3f} (best)" if self.progress.epoch else ""),
+                refresh=False,
+            )
             bar.update(len(labels))
         self.optimizer.zero_grad(set_to_none=True)
-        record = {"train_loss": total_loss / seen, "train_accuracy": correct / seen, "lr": lr,
-                  "grad_norm": total_norm / steps}
+        record = {
+            "train_loss": total_loss / seen,
+            "train_accuracy": correct / seen,
+            "lr": lr,
+            "grad_norm": total_norm / steps,
+        }
         if has_kl:
             record["kl"] = total_kl / seen
             record["beta"] = self.beta * recipe.kl_factor(epoch * steps - 1, steps)
@@ -366,11 +461,14 @@ class _Run:
         return record
 
     def _forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Float32 logits and what the loss needs besides; for a cached linear probe ``images`` are features."""
+        """Float32 logits and what the loss needs besides; a cached linear probe's ``images`` are features."""
         if self.cached:
             return self.model.head(images).float(), {}
-        autocast = torch.autocast(self.device.type, torch.bfloat16) \
-            if self.trains_backbone and self.dtype == torch.bfloat16 else contextlib.nullcontext()
+        autocast = (
+            torch.autocast(self.device.type, torch.bfloat16)
+            if self.trains_backbone and self.dtype == torch.bfloat16
+            else contextlib.nullcontext()
+        )
         with autocast:
             logits, aux = self.model(images, return_aux=True)
         return logits.float(), aux
@@ -386,7 +484,9 @@ class _Run:
                 correct += (logits.argmax(-1) == labels).sum()
         loss = float(total) / self.val.num_images
         if not np.isfinite(loss):
-            raise TrainingDiverged(f"validation loss is {loss}", epoch, 0, self.optimizer.param_groups[0]["lr"])
+            raise TrainingDiverged(
+                f"validation loss is {loss}", epoch, 0, self.optimizer.param_groups[0]["lr"]
+            )
         return loss, int(correct) / self.val.num_images
 
     def _weights(self) -> dict[str, Tensor]:
@@ -403,14 +503,22 @@ class _Run:
             **{f"optimizer.{name}": tensor for name, tensor in optimizer_tensors.items()},
             **{f"rng.{name}": tensor for name, tensor in rng_tensors.items()},
         }
-        save_state(self.directory / STATE_FILE, tensors, {
-            "signature": self._signature, "progress": vars(self.progress), "optimizer": optimizer_values,
-            "rng": rng_values,
-        })
+        save_state(
+            self.directory / STATE_FILE,
+            tensors,
+            {
+                "signature": self._signature,
+                "progress": vars(self.progress),
+                "optimizer": optimizer_values,
+                "rng": rng_values,
+            },
+        )
 
     def _write_log(self) -> None:
         if self.directory is not None:
-            atomic_write(self.directory / LOG_FILE, "".join(json.dumps(event) + "\n" for event in self.progress.events))
+            atomic_write(
+                self.directory / LOG_FILE, "".join(json.dumps(event) + "\n" for event in self.progress.events)
+            )
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -418,14 +526,18 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _make_optimizer(named: list[tuple[str, torch.nn.Parameter]], recipe: Recipe) -> torch.optim.Optimizer:
-    """Parameter groups by part (head or not) and by weight decay (matrices and prompts, never biases and norms)."""
+    """Parameter groups by part (head or not) and by weight decay (never on biases and norms)."""
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, parameter in named:
         head, decays = name.startswith("head."), parameter.ndim > 1
-        group = groups.setdefault((head, decays), {
-            "params": [], "weight_decay": recipe.weight_decay if decays else 0.0,
-            "peak_lr": recipe.head_lr if head and recipe.head_lr is not None else recipe.lr,
-        })
+        group = groups.setdefault(
+            (head, decays),
+            {
+                "params": [],
+                "weight_decay": recipe.weight_decay if decays else 0.0,
+                "peak_lr": recipe.head_lr if head and recipe.head_lr is not None else recipe.lr,
+            },
+        )
         group["params"].append(parameter)
     if not groups:
         raise ValueError("model has no parameter that trains")
@@ -441,8 +553,11 @@ def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
         if name == "auto":
             return torch.bfloat16 if fast else torch.float32
         if not fast:
-            warnings.warn("this CPU has no bfloat16 instructions: dtype='bfloat16' is emulated and slow here, "
-                          "dtype='float32' or 'auto' is faster", stacklevel=4)
+            warnings.warn(
+                "this CPU has no bfloat16 instructions: dtype='bfloat16' is emulated and slow here, "
+                "dtype='float32' or 'auto' is faster",
+                stacklevel=4,
+            )
     return torch.float32 if name == "float32" else torch.bfloat16
 
 
@@ -480,6 +595,7 @@ def _bar(show: bool, total: int, initial: int) -> Iterator[Any]:
 
     # A file or a pipe gets a line every ten seconds, a terminal ten a second.
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    with tqdm(total=total, initial=initial, unit="img", disable=not show, mininterval=interval,
-              dynamic_ncols=True) as bar:
+    with tqdm(
+        total=total, initial=initial, unit="img", disable=not show, mininterval=interval, dynamic_ncols=True
+    ) as bar:
         yield bar

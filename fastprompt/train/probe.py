@@ -1,10 +1,10 @@
-"""The linear probe solved exactly: multinomial logistic regression on frozen features by L-BFGS, C from validation."""
+"""The linear probe: multinomial logistic regression on frozen features, L-BFGS, C from validation."""
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +49,14 @@ class ProbeResult:
     feature_seconds: float
 
 
-def extract_features(model: nn.Module, data: Any, batch_size: int = 64, dtype: torch.dtype | None = None, *,
-                     num_workers: int = 0) -> tuple[Tensor, Tensor]:
+def extract_features(
+    model: nn.Module,
+    data: Any,
+    batch_size: int = 64,
+    dtype: torch.dtype | None = None,
+    *,
+    num_workers: int = 0,
+) -> tuple[Tensor, Tensor]:
     """Features of every image, in the order of the data, in eval mode.
 
     Args:
@@ -63,8 +69,14 @@ def extract_features(model: nn.Module, data: Any, batch_size: int = 64, dtype: t
     Returns:
         features (N, width) float32 and labels (N,) int64, both on the CPU.
     """
-    batches = Batches(data, batch_size, name="data", num_classes=getattr(model, "num_classes", None) or 2**62,
-                      device=device_of(model), num_workers=num_workers)
+    batches = Batches(
+        data,
+        batch_size,
+        name="data",
+        num_classes=getattr(model, "num_classes", None) or 2**62,
+        device=device_of(model),
+        num_workers=num_workers,
+    )
     forward = getattr(model, "forward_features", model)
     features, labels = [], []
     precision = backbone_precision(model, dtype) if hasattr(model, "backbone") else evaluation_mode(model)  # type: ignore[arg-type]
@@ -75,18 +87,29 @@ def extract_features(model: nn.Module, data: Any, batch_size: int = 64, dtype: t
     return torch.cat(features), torch.cat(labels)
 
 
-def fit_linear_probe(model: PromptedViT, train: Any, val: Any, C_grid: Sequence[float] | None = None, *,
-                     standardize: bool = True, batch_size: int = 64, max_iter: int = 1000,
-                     dtype: torch.dtype | None = None, num_workers: int = 0) -> ProbeResult:
+def fit_linear_probe(
+    model: PromptedViT,
+    train: Any,
+    val: Any,
+    C_grid: Sequence[float] | None = None,
+    *,
+    standardize: bool = True,
+    batch_size: int = 64,
+    max_iter: int = 1000,
+    dtype: torch.dtype | None = None,
+    num_workers: int = 0,
+) -> ProbeResult:
     """Fits the model's linear head on the features it reads now, and chooses C on validation.
 
-    min_{W, b} ½ ‖W‖² + C Σ_i CE(W x_i + b, y_i) in float64 (scikit-learn's LogisticRegression, L-BFGS) for every C of
-    the grid; the highest validation accuracy wins, of equals the lower validation loss. The features are standardised
-    with the training set's mean m and deviation s, and that is folded into the head: W / s and b − W (m / s).
+    min_{W, b} ½ ‖W‖² + C Σ_i CE(W x_i + b, y_i) in float64 (scikit-learn's LogisticRegression, L-BFGS) for
+    every C of the grid; the highest validation accuracy wins, of equals the lower validation loss. The
+    features are standardised with the training set's mean m and deviation s, and that is folded into the
+    head: W / s and b − W (m / s).
 
     Args:
         model: with ``head="linear"``. Its head is overwritten; nothing else changes.
-        train, val: as in `fastprompt.fit`, or (features (N, width), labels (N,)) pairs from `extract_features`.
+        train, val: as in `fastprompt.fit`, or (features (N, width), labels (N,)) pairs from
+            `extract_features`.
         C_grid: positive numbers; None is `C_GRID`, 1e-6 to 1e3, two to a decade.
         standardize: False fits on the features as they are.
         batch_size, dtype, num_workers: of the feature extraction (`extract_features`).
@@ -96,8 +119,10 @@ def fit_linear_probe(model: PromptedViT, train: Any, val: Any, C_grid: Sequence[
         TypeError, ValueError: the head is not linear, the data is wrong, the training set has a single class.
     """
     if getattr(model, "num_classes", None) is None or getattr(model.head, "kind", None) != "linear":
-        raise ValueError(f"model must have a linear head with num_classes, got head {getattr(model.head, 'kind', None)!r} "
-                         f"and num_classes={getattr(model, 'num_classes', None)}")
+        raise ValueError(
+            f"model must have a linear head with num_classes, got head {getattr(model.head, 'kind', None)!r} "
+            f"and num_classes={getattr(model, 'num_classes', None)}"
+        )
     num_classes = int(model.num_classes)  # type: ignore[arg-type]
     grid = tuple(float(c) for c in (C_GRID if C_grid is None else C_grid))
     if not grid or not all(np.isfinite(c) and c > 0 for c in grid):
@@ -108,9 +133,15 @@ def fit_linear_probe(model: PromptedViT, train: Any, val: Any, C_grid: Sequence[
         if is_tensor_pair(data) and data[0].ndim == 2:
             features, labels = as_tensor_pair(data)
             check_labels(labels, name, num_classes)
-            if len(features) != len(labels) or len(labels) == 0 or features.shape[1] != model.head.weight.shape[1]:
-                raise ValueError(f"{name} must have features (N, {model.head.weight.shape[1]}) and N > 0 labels, got "
-                                 f"{tuple(features.shape)} and {tuple(labels.shape)}")
+            if (
+                len(features) != len(labels)
+                or len(labels) == 0
+                or features.shape[1] != model.head.weight.shape[1]
+            ):
+                raise ValueError(
+                    f"{name} must have features (N, {model.head.weight.shape[1]}) and N > 0 labels, got "
+                    f"{tuple(features.shape)} and {tuple(labels.shape)}"
+                )
         else:
             check_data(data, name, num_classes)
             features, labels = extract_features(model, data, batch_size, dtype, num_workers=num_workers)
@@ -128,12 +159,21 @@ def fit_linear_probe(model: PromptedViT, train: Any, val: Any, C_grid: Sequence[
         scale[scale < 1e-12 * max(1.0, scale.max())] = 1.0
     rows: list[dict[str, Any]] = []
     best: tuple[tuple[float, float], np.ndarray, np.ndarray] | None = None
-    for c, weight, bias, converged in _regularisation_path((x - mean) / scale, y, sorted(grid), num_classes, max_iter):
+    for c, weight, bias, converged in _regularisation_path(
+        (x - mean) / scale, y, sorted(grid), num_classes, max_iter
+    ):
         weight = weight / scale
         bias = bias - weight @ mean
         accuracy, loss = _score(x_val @ weight.T + bias, y_val)
-        rows.append({"C": c, "train_accuracy": _score(x @ weight.T + bias, y)[0], "val_accuracy": accuracy,
-                     "val_loss": loss, "converged": converged})
+        rows.append(
+            {
+                "C": c,
+                "train_accuracy": _score(x @ weight.T + bias, y)[0],
+                "val_accuracy": accuracy,
+                "val_loss": loss,
+                "converged": converged,
+            }
+        )
         if best is None or (accuracy, -loss) > best[0]:
             best = ((accuracy, -loss), weight, bias)
             chosen = c
@@ -142,17 +182,26 @@ def fit_linear_probe(model: PromptedViT, train: Any, val: Any, C_grid: Sequence[
     with torch.no_grad():
         model.head.weight.copy_(torch.from_numpy(weight))
         model.head.bias.copy_(torch.from_numpy(bias))
-    return ProbeResult(C=chosen, best_val_accuracy=accuracy, best_val_loss=-negative_loss, grid=rows,
-                       at_edge=len(grid) > 1 and chosen in (min(grid), max(grid)), weight=torch.from_numpy(weight),
-                       bias=torch.from_numpy(bias), seconds=time.perf_counter() - began,
-                       feature_seconds=feature_seconds)
+    return ProbeResult(
+        C=chosen,
+        best_val_accuracy=accuracy,
+        best_val_loss=-negative_loss,
+        grid=rows,
+        at_edge=len(grid) > 1 and chosen in (min(grid), max(grid)),
+        weight=torch.from_numpy(weight),
+        bias=torch.from_numpy(bias),
+        seconds=time.perf_counter() - began,
+        feature_seconds=feature_seconds,
+    )
 
 
-def _regularisation_path(x: np.ndarray, y: np.ndarray, grid: Sequence[float], num_classes: int, max_iter: int):  # type: ignore[no-untyped-def]
-    """Yields (C, weight (num_classes, width), bias (num_classes,), converged) from strong to weak regularisation.
+def _regularisation_path(
+    x: np.ndarray, y: np.ndarray, grid: Sequence[float], num_classes: int, max_iter: int
+) -> Iterator[tuple[float, np.ndarray, np.ndarray, bool]]:
+    """Yields (C, weight (num_classes, width), bias (num_classes,), converged), C rising.
 
-    Each fit starts at the one before. With two classes scikit-learn returns one row w: ∓w / 2 gives the same
-    probabilities (as a softmax the penalty of that pair is ‖w‖² / 2).
+    Each fit starts at the one before. With two classes scikit-learn fits one row w: the rows ∓w / 2 give the
+    same probabilities.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -176,5 +225,7 @@ def _score(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     """Accuracy and mean cross-entropy of float64 logits (N, C)."""
     logits = logits - logits.max(1, keepdims=True)
     log_probabilities = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    return (float((logits.argmax(1) == labels).mean()),
-            float(-log_probabilities[np.arange(len(labels)), labels].mean()))
+    return (
+        float((logits.argmax(1) == labels).mean()),
+        float(-log_probabilities[np.arange(len(labels)), labels].mean()),
+    )

@@ -1,4 +1,4 @@
-"""How a model is trained: one frozen description, our defaults per method, and the papers' published settings."""
+"""How a model is trained: one frozen description, our defaults, and the papers' published settings."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Recipe:
 
     Attributes:
         epochs: passes over the training set.
-        batch_size: images per step. The last partial batch is kept; a last batch of one image joins the one before it
-            (a generator's BatchNorm cannot normalise a single 1×1 map).
-        lr: peak learning rate of the generator (and of the backbone in full fine-tuning), as the optimizer sees it:
-            not rescaled by the batch size (`Recipe.scaled_lr` does what the papers do).
+        batch_size: images per step. The last partial batch is kept; a last batch of one image joins the one
+            before it (a generator's BatchNorm cannot normalise a single 1×1 map).
+        lr: peak learning rate of the generator (and of the backbone in full fine-tuning), as the optimizer
+            sees it: not rescaled by the batch size (`Recipe.scaled_lr` does what the papers do).
         head_lr: peak learning rate of the head; None is ``lr``.
         weight_decay: on every trained tensor with two or more axes; never on biases and norms.
         optimizer: "adamw" (betas 0.9, 0.999) or "sgd" (with ``momentum``).
@@ -40,13 +40,15 @@ class Recipe:
         min_lr_ratio: the cosine after the warm-up ends at ``lr * min_lr_ratio``.
         clip_grad: largest global gradient norm; None does not clip.
         label_smoothing: mass spread over all classes in the training loss.
-        kl_warmup_epochs: the KL term's weight rises linearly from 0 to the configuration's ``beta`` over these epochs.
+        kl_warmup_epochs: the KL term's weight rises linearly from 0 to the configuration's ``beta`` over
+            these epochs.
         seed: of shuffling, dropout, latent noise and augmentation.
-        dtype: of the frozen backbone's computation: "bfloat16", "float32", or "auto" (bfloat16 where the device has
-            bfloat16 instructions, else float32). Generator, head and losses are float32 always.
-        head_init: "default", or "probe": the linear head starts as the L-BFGS probe (C chosen on validation) of the
-            features it sees before the first step.
-        num_workers: processes that load images (0: this one); does not change the result without augmentation.
+        dtype: of the frozen backbone's computation: "bfloat16", "float32", or "auto" (bfloat16 where the
+            device has bfloat16 instructions, else float32). Generator, head and losses are float32 always.
+        head_init: "default", or "probe": the linear head starts as the L-BFGS probe (C chosen on validation)
+            of the features it sees before the first step.
+        num_workers: processes that load images (0: this one); does not change the result without
+            augmentation.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or is out of range; the message names it.
@@ -86,23 +88,39 @@ class Recipe:
         self._check_number("label_smoothing", low=0, high=1, open_high=True)
         self._check_number("kl_warmup_epochs", low=0)
         if self.warmup_epochs > self.epochs:
-            raise ValueError(f"warmup_epochs must be at most epochs ({self.epochs}), got {self.warmup_epochs}")
+            raise ValueError(
+                f"warmup_epochs must be at most epochs ({self.epochs}), got {self.warmup_epochs}"
+            )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}"
+                )
 
-    def _check_number(self, name: str, *, low: float, high: float = math.inf, open_low: bool = False,
-                      open_high: bool = False, optional: bool = False) -> None:
+    def _check_number(
+        self,
+        name: str,
+        *,
+        low: float,
+        high: float = math.inf,
+        open_low: bool = False,
+        open_high: bool = False,
+        optional: bool = False,
+    ) -> None:
         value = getattr(self, name)
         if optional and value is None:
             return
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number{' or None' if optional else ''}, "
-                            f"got {type(value).__name__} {value!r}")
+            raise TypeError(
+                f"{name} must be a number{' or None' if optional else ''}, "
+                f"got {type(value).__name__} {value!r}"
+            )
         above = value > low if open_low else value >= low
         below = value < high if open_high else value <= high
         if not (math.isfinite(value) and above and below):
-            interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high or high == math.inf else ']'}"
+            interval = (
+                f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high or high == math.inf else ']'}"
+            )
             raise ValueError(f"{name} must be in {interval}, got {value!r}")
 
     def replace(self, **changes: Any) -> Recipe:
@@ -133,8 +151,11 @@ class Recipe:
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
         """Fields that change the result and differ: name -> (mine, other's)."""
         mine, theirs = self.to_dict(), other.to_dict()
-        return {name: (mine[name], theirs[name]) for name in mine
-                if name not in _RUNTIME_FIELDS and mine[name] != theirs[name]}
+        return {
+            name: (mine[name], theirs[name])
+            for name in mine
+            if name not in _RUNTIME_FIELDS and mine[name] != theirs[name]
+        }
 
     @staticmethod
     def scaled_lr(base_lr: float, batch_size: int) -> float:
@@ -164,30 +185,32 @@ class Recipe:
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "pgn": dict(lr=3e-3),
-    "v2apt": dict(lr=5e-3, kl_warmup_epochs=5.0),
-    "vapt": dict(lr=2e-3),
-    "vpt": dict(lr=5e-3),
-    "free": dict(lr=5e-3),
-    "pixel": dict(lr=1e-2, weight_decay=0.0),
-    "linear": dict(lr=1e-2, epochs=100, warmup_epochs=5.0),
-    "full": dict(lr=1e-5, head_lr=1e-3, weight_decay=1e-2),
+    "pgn": {"lr": 3e-3},
+    "v2apt": {"lr": 5e-3, "kl_warmup_epochs": 5.0},
+    "vapt": {"lr": 2e-3},
+    "vpt": {"lr": 5e-3},
+    "free": {"lr": 5e-3},
+    "pixel": {"lr": 1e-2, "weight_decay": 0.0},
+    "linear": {"lr": 1e-2, "epochs": 100, "warmup_epochs": 5.0},
+    "full": {"lr": 1e-5, "head_lr": 1e-3, "weight_decay": 1e-2},
 }
 
 
 def _kind(config: Any) -> str:
     kind = getattr(config, "kind", config)
     if not isinstance(kind, str) or kind not in _DEFAULTS:
-        raise ValueError(f"config must be a method's configuration such as fp.PGNConfig() or one of "
-                         f"{', '.join(map(repr, _DEFAULTS))}, got {config!r}")
+        raise ValueError(
+            f"config must be a method's configuration such as fp.PGNConfig() or one of "
+            f"{', '.join(map(repr, _DEFAULTS))}, got {config!r}"
+        )
     return kind
 
 
 def default_recipe(config: Any) -> Recipe:
     """The recipe `fp.fit` uses when it is given none: AdamW, warm-up and cosine, a learning rate per method.
 
-    The learning rates are for float32 prompts on CLIP ViT-B/16 and a few hundred images; choose yours on validation
-    (`fastprompt.train.grid.select_learning_rate`).
+    The learning rates are for float32 prompts on CLIP ViT-B/16 and a few hundred images; choose yours on
+    validation (`fastprompt.train.grid.select_learning_rate`).
 
     Args:
         config: a method's configuration (fp.PGNConfig(), ...) or its kind.
@@ -195,23 +218,31 @@ def default_recipe(config: Any) -> Recipe:
     return Recipe(**_DEFAULTS[_kind(config)])
 
 
-def paper_recipe(config: Any, *, base_lr: float | None = None, weight_decay: float | None = None,
-                 batch_size: int = 64, num_train: int | None = None, seed: int = 0) -> Recipe:
+def paper_recipe(
+    config: Any,
+    *,
+    base_lr: float | None = None,
+    weight_decay: float | None = None,
+    batch_size: int = 64,
+    num_train: int | None = None,
+    seed: int = 0,
+) -> Recipe:
     """The settings the authors published, as far as they published them. Float32 throughout.
 
-    * PGN (pgn/scripts/*/train_*.py, cosine_with_warmup.py): SGD, momentum 0.9, lr 0.1 whatever the batch, no weight
-      decay, 100 epochs of which 50 warm up, then cosine to lr / 100. Their script steps the schedule per epoch, ours per
-      batch. The batch size of the paper's runs is not known (the script's default is 2). Free prompts, PGN's control,
-      use the same.
-    * VPT, VAPT (src/configs, tune_vtab.py): SGD, momentum 0.9, 100 epochs, 10 of warm-up, cosine to 0, batch 64,
-      lr = base_lr · batch / 256. They search base_lr in `PAPER_BASE_LRS` and weight decay in `PAPER_WEIGHT_DECAYS` per
-      task. Without arguments: base_lr 1.0 and weight decay 1e-3 for VPT (demo.ipynb), 2.5 and 0.01 for VAPT (its CIFAR-100
-      configuration). Their first epoch runs at learning rate 0, since they step per epoch; ours does not.
+    * PGN (pgn/scripts/*/train_*.py, cosine_with_warmup.py): SGD, momentum 0.9, lr 0.1 whatever the batch, no
+      weight decay, 100 epochs of which 50 warm up, then cosine to lr / 100. Their script steps the schedule
+      per epoch, ours per batch. The batch size of the paper's runs is not known (the script's default is 2).
+      Free prompts, PGN's control, use the same.
+    * VPT, VAPT (src/configs, tune_vtab.py): SGD, momentum 0.9, 100 epochs, 10 of warm-up, cosine to 0, batch
+      64, lr = base_lr · batch / 256. They search base_lr in `PAPER_BASE_LRS` and weight decay in
+      `PAPER_WEIGHT_DECAYS` per task. Without arguments: base_lr 1.0 and weight decay 1e-3 for VPT
+      (demo.ipynb), 2.5 and 0.01 for VAPT (its CIFAR-100 configuration). Their first epoch runs at learning
+      rate 0, since they step per epoch; ours does not.
     * V²APT published no recipe: VPT's is used, with beta warmed up over the same 10 epochs.
-    * Pixel prompt (hjbahng/visual_prompting): SGD, momentum 0.9, lr 40, no weight decay, 1000 epochs, batch 256, 1000
-      warm-up steps (hence ``num_train``).
-    * Linear probe and full fine-tuning, in VPT's framework: SGD as above for the probe; AdamW, base_lr 1e-3, for full
-      fine-tuning (their code's settings are not in our notes: treat these two as ours).
+    * Pixel prompt (hjbahng/visual_prompting): SGD, momentum 0.9, lr 40, no weight decay, 1000 epochs, batch
+      256, 1000 warm-up steps (hence ``num_train``).
+    * Linear probe and full fine-tuning, in VPT's framework: SGD as above for the probe; AdamW, base_lr 1e-3,
+      for full fine-tuning (their code's settings are not in our notes: treat these two as ours).
 
     Args:
         config: a method's configuration or its kind.
@@ -221,20 +252,49 @@ def paper_recipe(config: Any, *, base_lr: float | None = None, weight_decay: flo
     """
     kind = _kind(config)
     if kind in ("pgn", "free"):
-        return Recipe(epochs=100, batch_size=batch_size, lr=0.1 if base_lr is None else base_lr,
-                      weight_decay=weight_decay or 0.0, optimizer="sgd", momentum=0.9, warmup_epochs=50,
-                      min_lr_ratio=0.01, seed=seed, dtype="float32")
+        return Recipe(
+            epochs=100,
+            batch_size=batch_size,
+            lr=0.1 if base_lr is None else base_lr,
+            weight_decay=weight_decay or 0.0,
+            optimizer="sgd",
+            momentum=0.9,
+            warmup_epochs=50,
+            min_lr_ratio=0.01,
+            seed=seed,
+            dtype="float32",
+        )
     if kind == "pixel":
         if num_train is None:
             raise ValueError("num_train must be given for the pixel prompt: its warm-up is 1000 steps long")
         steps_per_epoch = math.ceil(num_train / 256)
-        return Recipe(epochs=1000, batch_size=256, lr=40.0 if base_lr is None else base_lr,
-                      weight_decay=weight_decay or 0.0, optimizer="sgd", momentum=0.9,
-                      warmup_epochs=1000 / steps_per_epoch, seed=seed, dtype="float32")
-    published = {"vpt": (1.0, 1e-3), "v2apt": (1.0, 1e-3), "vapt": (2.5, 1e-2), "linear": (1.0, 1e-3),
-                 "full": (1e-3, 1e-2)}[kind]
-    return Recipe(epochs=100, batch_size=batch_size,
-                  lr=Recipe.scaled_lr(published[0] if base_lr is None else base_lr, batch_size),
-                  weight_decay=published[1] if weight_decay is None else weight_decay,
-                  optimizer="adamw" if kind == "full" else "sgd", momentum=0.9, warmup_epochs=10,
-                  kl_warmup_epochs=10 if kind == "v2apt" else 0, seed=seed, dtype="float32")
+        return Recipe(
+            epochs=1000,
+            batch_size=256,
+            lr=40.0 if base_lr is None else base_lr,
+            weight_decay=weight_decay or 0.0,
+            optimizer="sgd",
+            momentum=0.9,
+            warmup_epochs=1000 / steps_per_epoch,
+            seed=seed,
+            dtype="float32",
+        )
+    published = {
+        "vpt": (1.0, 1e-3),
+        "v2apt": (1.0, 1e-3),
+        "vapt": (2.5, 1e-2),
+        "linear": (1.0, 1e-3),
+        "full": (1e-3, 1e-2),
+    }[kind]
+    return Recipe(
+        epochs=100,
+        batch_size=batch_size,
+        lr=Recipe.scaled_lr(published[0] if base_lr is None else base_lr, batch_size),
+        weight_decay=published[1] if weight_decay is None else weight_decay,
+        optimizer="adamw" if kind == "full" else "sgd",
+        momentum=0.9,
+        warmup_epochs=10,
+        kl_warmup_epochs=10 if kind == "v2apt" else 0,
+        seed=seed,
+        dtype="float32",
+    )

@@ -1,0 +1,274 @@
+"""Several runs of one method: learning rates, seeds, and how sure a difference between two methods is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastprompt.files import atomic_write
+from fastprompt.train.fit import BEST_DIRECTORY, TrainingDiverged, fit
+from fastprompt.train.recipes import Recipe
+
+if TYPE_CHECKING:
+    from fastprompt.model import PromptedViT
+
+RESULT_FILE = "result.json"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One run of a grid.
+
+    Attributes:
+        lr, seed: of the run. diverged: its loss became NaN or infinite; the accuracies are then 0 and the
+            loss infinite.
+        best_epoch, best_val_accuracy, best_val_loss, images_per_second, peak_memory_mib, seconds: as in
+            `FitResult`.
+        trained_parameters: how many numbers were trained.
+        directory: with ``best/`` (the adapter), ``log.jsonl`` and ``result.json``.
+    """
+
+    lr: float
+    seed: int
+    diverged: bool
+    best_epoch: int
+    best_val_accuracy: float
+    best_val_loss: float
+    images_per_second: float
+    peak_memory_mib: float
+    seconds: float
+    trained_parameters: int
+    directory: Path
+
+    @property
+    def adapter(self) -> Path:
+        """The directory `PromptedViT.from_pretrained` reads."""
+        return self.directory / BEST_DIRECTORY
+
+
+def run_grid(
+    make_model: Callable[[int], PromptedViT],
+    train: Any,
+    val: Any,
+    recipe: Recipe,
+    lrs: Sequence[float],
+    seeds: Sequence[int],
+    out_dir: str | Path,
+    progress: bool = True,
+) -> list[RunResult]:
+    """Trains one model for every learning rate and seed; what an earlier call finished is not run again.
+
+    Each run has its own directory ``lr-<lr>_seed-<seed>``. Its ``result.json`` is written last and marks it
+    as finished; an interrupted run goes on after its last epoch. A run that diverges is recorded as such and
+    the grid goes on.
+
+    Args:
+        make_model: seed -> a freshly initialised model. Its initialisation should depend on the seed.
+        train, val: as in `fastprompt.fit`. Learning rates may only be chosen on validation data.
+        recipe: everything but ``lr`` and ``seed``, which the grid sets.
+        lrs, seeds: the grid.
+        out_dir: where the runs lie.
+        progress: show a bar for every run.
+
+    Returns:
+        One result per learning rate and seed, learning rates outermost.
+
+    Raises:
+        ValueError: an empty grid, or a finished run in ``out_dir`` with another recipe.
+    """
+    if len(lrs) == 0 or len(seeds) == 0:
+        raise ValueError(f"lrs and seeds must not be empty, got {list(lrs)} and {list(seeds)}")
+    recipes = [recipe.replace(lr=float(lr), seed=int(seed)) for lr in lrs for seed in seeds]
+    return [_one_run(make_model, train, val, each, Path(out_dir), progress) for each in recipes]
+
+
+def _one_run(
+    make_model: Callable[[int], PromptedViT],
+    train: Any,
+    val: Any,
+    recipe: Recipe,
+    out_dir: Path,
+    progress: bool,
+) -> RunResult:
+    directory = out_dir / f"lr-{recipe.lr:g}_seed-{recipe.seed}"
+    finished = _read_result(directory, recipe)
+    if finished is not None:
+        return finished
+    model = make_model(recipe.seed)
+    trained = sum(parameter.numel() for _, parameter in model.trainable_parameters())
+    try:
+        fitted = fit(model, train, val, recipe, out_dir=directory, progress=progress)
+        values = {
+            "diverged": False,
+            "best_epoch": fitted.best_epoch,
+            "best_val_accuracy": fitted.best_val_accuracy,
+            "best_val_loss": fitted.best_val_loss,
+            "images_per_second": fitted.images_per_second,
+            "peak_memory_mib": fitted.peak_memory_mib,
+            "seconds": fitted.seconds,
+        }
+    except TrainingDiverged:
+        values = {
+            "diverged": True,
+            "best_epoch": 0,
+            "best_val_accuracy": 0.0,
+            "best_val_loss": math.inf,
+            "images_per_second": 0.0,
+            "peak_memory_mib": 0.0,
+            "seconds": 0.0,
+        }
+    result = RunResult(
+        lr=recipe.lr, seed=recipe.seed, trained_parameters=trained, directory=directory, **values
+    )
+    record = {**dataclasses.asdict(result), "directory": directory.name, "recipe": recipe.to_dict()}
+    if result.diverged:
+        record["best_val_loss"] = None
+    atomic_write(directory / RESULT_FILE, json.dumps(record, indent=2) + "\n")
+    return result
+
+
+def _read_result(directory: Path, recipe: Recipe) -> RunResult | None:
+    path = directory / RESULT_FILE
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        differences = recipe.differences(Recipe.from_dict(record.pop("recipe")))
+        if record["best_val_loss"] is None:
+            record["best_val_loss"] = math.inf
+        result = RunResult(**{**record, "directory": directory})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a run's result ({error}); delete {directory} to run it again"
+        ) from error
+    if differences:
+        text = ", ".join(f"{name} is {new!r}, there {old!r}" for name, (new, old) in differences.items())
+        raise ValueError(
+            f"{directory} holds a finished run with another recipe ({text}); choose another out_dir"
+        )
+    return result
+
+
+def best_learning_rate(results: Sequence[RunResult]) -> float:
+    """The learning rate with the highest validation accuracy, averaged over its seeds.
+
+    Of equal ones the lower mean validation loss wins, then the smaller learning rate.
+    """
+    if not results:
+        raise ValueError("results must hold at least one run")
+
+    def score(lr: float) -> tuple[float, float, float]:
+        runs = [run for run in results if run.lr == lr]
+        return (
+            sum(run.best_val_accuracy for run in runs) / len(runs),
+            -sum(run.best_val_loss for run in runs) / len(runs),
+            -lr,
+        )
+
+    return max({run.lr for run in results}, key=score)
+
+
+def select_learning_rate(
+    make_model: Callable[[int], PromptedViT],
+    train: Any,
+    val: Any,
+    recipe: Recipe,
+    lrs: Sequence[float],
+    out_dir: str | Path,
+    seeds: Sequence[int] = (0,),
+    progress: bool = True,
+) -> tuple[float, list[RunResult]]:
+    """Runs the grid and picks the learning rate on validation (`run_grid`, `best_learning_rate`).
+
+    Returns:
+        The learning rate and every run, to be reported with it.
+
+    Raises:
+        TrainingDiverged: every run diverged.
+    """
+    results = run_grid(make_model, train, val, recipe, lrs, seeds, out_dir, progress)
+    if all(run.diverged for run in results):
+        raise TrainingDiverged(f"loss of every run in {out_dir}", 0, 0, min(run.lr for run in results))
+    return best_learning_rate(results), results
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Accuracy of a minus accuracy of b on the same images.
+
+    Attributes:
+        difference: mean over images and seeds.
+        image_interval: (low, high), t interval over images of the per-image difference (averaged over seeds):
+            what another test set of the same kind would show with these trained models.
+        seed_interval: (low, high), t interval over seeds of the difference: what other seeds would show on
+            these images. NaN with a single seed.
+        p_value: exact McNemar test, two-sided, on the images that only one of the two gets right; NaN with
+            several seeds.
+        num_images, num_seeds: N and S.
+        level: of both intervals.
+    """
+
+    difference: float
+    image_interval: tuple[float, float]
+    seed_interval: tuple[float, float]
+    p_value: float
+    num_images: int
+    num_seeds: int
+    level: float
+
+
+def paired_difference(correct_a: Any, correct_b: Any, level: float = 0.95) -> PairedDifference:
+    """How much better a is than b on the same test images, with intervals.
+
+    Args:
+        correct_a, correct_b: (N,) or (seeds, N) booleans: whether each image was classified correctly, in the
+            same order (`Evaluation.correct`). One of the two may have a single row where the other has
+            several (a deterministic probe against several seeds).
+        level: of the intervals, between 0 and 1.
+
+    Raises:
+        ValueError: shapes that do not pair up, fewer than two images, values other than 0 and 1.
+    """
+    from scipy import stats
+
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, got {level!r}")
+    a, b = (np.atleast_2d(np.asarray(each, dtype=np.float64)) for each in (correct_a, correct_b))
+    for name, values in (("correct_a", a), ("correct_b", b)):
+        if values.ndim != 2 or values.shape[1] < 2:
+            raise ValueError(
+                f"{name} must have shape (N,) or (seeds, N) with at least 2 images, got {values.shape}"
+            )
+        if not np.isin(values, (0, 1)).all():
+            raise ValueError(f"{name} must hold booleans")
+    if a.shape[1] != b.shape[1] or (a.shape[0] != b.shape[0] and 1 not in (a.shape[0], b.shape[0])):
+        raise ValueError(f"correct_a and correct_b must pair up, got shapes {a.shape} and {b.shape}")
+    differences = a - b  # (seeds, N)
+    seeds, images = differences.shape
+
+    def interval(samples: np.ndarray) -> tuple[float, float]:
+        if len(samples) < 2:
+            return math.nan, math.nan
+        half = stats.t.ppf((1 + level) / 2, len(samples) - 1) * samples.std(ddof=1) / math.sqrt(len(samples))
+        return float(samples.mean() - half), float(samples.mean() + half)
+
+    p_value = math.nan
+    if seeds == 1:
+        only_a, only_b = int((differences > 0).sum()), int((differences < 0).sum())
+        p_value = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    return PairedDifference(
+        difference=float(differences.mean()),
+        image_interval=interval(differences.mean(0)),
+        seed_interval=interval(differences.mean(1)),
+        p_value=p_value,
+        num_images=images,
+        num_seeds=seeds,
+        level=level,
+    )
