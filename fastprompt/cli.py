@@ -1,0 +1,555 @@
+"""The command line: `fastprompt adapt | eval | predict | info | report`, a thin shell over the API.
+
+Exit codes: 0 done, 1 failed while working (disk, network, training that diverged), 2 wrong input, 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from fastprompt.report.runs import METHODS, RunSettings
+
+if TYPE_CHECKING:
+    from fastprompt.model import PromptedViT
+
+KeyValues = Annotated[list[str], tyro.conf.arg(metavar="KEY=VALUE")]
+WRONG_INPUT = (
+    ValueError,
+    TypeError,
+    FileNotFoundError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
+
+
+@dataclass
+class Adapt:
+    """Adapt a frozen backbone to a data set and write a run directory.
+
+    The same command goes on where an interrupted run stopped. The test split is read only with --test, once,
+    at the end.
+    """
+
+    data: str
+    """Image folder, torchvision data set, mnist5k or fashion-mnist."""
+    out: Path
+    """Run directory: adapter, log, results."""
+    method: Literal[tuple(METHODS)] = "pgn"  # type: ignore[valid-type]
+    """What trains."""
+    backbone: str = "clip-vit-b16"
+    """clip-vit-b16, vit-s14 or any timm name."""
+    image_size: int | None = None
+    """Side in pixels; the backbone's own if not given."""
+    num_prompts: int | None = None
+    """Prompts, short for --set num_prompts=..."""
+    set: KeyValues = field(default_factory=list)
+    """Options of the method: --set library_size=128 kernel=3"""
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    """Peak learning rate; the method's own if not given."""
+    head_lr: float | None = None
+    weight_decay: float | None = None
+    optimizer: Literal["adamw", "sgd"] | None = None
+    warmup_epochs: float | None = None
+    dtype: Literal["auto", "bfloat16", "float32"] | None = None
+    """Number format of the frozen backbone."""
+    seed: int | None = None
+    """Initial values, batch order, dropout."""
+    recipe: KeyValues = field(default_factory=list)
+    """Other fields of the recipe: --recipe label_smoothing=0.1"""
+    num_train: int | None = None
+    num_val: int | None = None
+    num_test: int | None = None
+    data_seed: int = 0
+    """Seed of the train/validation/test split."""
+    data_root: Path | None = None
+    """Where torchvision sets are kept."""
+    augment: str = "none"
+    head: Literal["linear", "text", "label_map", "prototypes"] = "linear"
+    class_embeddings: Path | None = None
+    """(classes, width) array in a .npy file for --head text."""
+    readout: str | None = None
+    """cls, patches, patches+prompts, prompts or map; the backbone's own if not given."""
+    test: bool = False
+    """Evaluate once on the test split after training."""
+    resume: bool = True
+    """Go on with what is in --out; --no-resume starts over."""
+    threads: int | None = None
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass
+class Eval:
+    """Evaluate an adapter: accuracy, mean per class, confusion matrix.
+
+    For a run directory of `adapt`, backbone, data and split are those of the run unless given.
+    """
+
+    adapter: tyro.conf.Positional[Path]
+    """Adapter or run directory."""
+    data: str | None = None
+    backbone: str | None = None
+    image_size: int | None = None
+    split: Literal["val", "test", "train"] = "val"
+    num_train: int | None = None
+    num_val: int | None = None
+    num_test: int | None = None
+    data_seed: int | None = None
+    data_root: Path | None = None
+    dtype: Literal["bfloat16", "float32"] = "float32"
+    batch_size: int = 64
+    out: Path | None = None
+    """JSON file; otherwise only a summary is printed."""
+    threads: int | None = None
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass
+class Predict:
+    """Predict the classes of image files; CSV or JSON with the probability of every class."""
+
+    adapter: tyro.conf.Positional[Path]
+    """Adapter or run directory."""
+    images: tyro.conf.Positional[list[Path]]
+    """Image files, or folders that are searched for images."""
+    backbone: str | None = None
+    """Needed where the run directory does not say."""
+    image_size: int | None = None
+    out: Path | None = None
+    """.csv or .json file; CSV on standard output if not given."""
+    dtype: Literal["bfloat16", "float32"] = "float32"
+    batch_size: int = 32
+    threads: int | None = None
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass
+class Info:
+    """Show a backbone, what each method would train on it, and what an adapter directory holds."""
+
+    adapter: tyro.conf.Positional[Path | None] = None
+    """Adapter or run directory."""
+    backbone: str | None = None
+    """clip-vit-b16 if neither this nor an adapter is given."""
+    image_size: int | None = None
+    method: Literal[tuple(METHODS)] | None = None  # type: ignore[valid-type]
+    """One method; all of them if not given."""
+    num_prompts: int | None = None
+    set: KeyValues = field(default_factory=list)
+    """Options of --method: --set library_size=128"""
+    num_classes: int = 10
+    json: bool = False
+    """Print JSON."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass
+class Report:
+    """Build one self-contained HTML file from run directories."""
+
+    runs: tyro.conf.Positional[list[Path]]
+    """Run directories of `adapt`."""
+    out: Path = Path("report.html")
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+Command = (
+    Annotated[Adapt, tyro.conf.subcommand("adapt")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Predict, tyro.conf.subcommand("predict")]
+    | Annotated[Info, tyro.conf.subcommand("info")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+)
+
+RECIPE_FLAGS = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "head_lr",
+    "weight_decay",
+    "optimizer",
+    "warmup_epochs",
+    "dtype",
+    "seed",
+)
+
+
+def method_options(command: Adapt | Info) -> dict[str, Any]:
+    from fastprompt.report.runs import parse_options
+
+    options = parse_options(command.set, "--set")
+    if command.num_prompts is not None:
+        if "num_prompts" in options:
+            raise ValueError("--num-prompts: is given in --set as well")
+        options["num_prompts"] = command.num_prompts
+    return options
+
+
+def adapt_settings(command: Adapt) -> RunSettings:
+    """The flags as settings. A recipe field given both as a flag and in --recipe is an error."""
+    from fastprompt.report.runs import parse_options
+
+    recipe = parse_options(command.recipe, "--recipe")
+    for name in RECIPE_FLAGS:
+        value = getattr(command, name)
+        if value is not None:
+            if name in recipe:
+                raise ValueError(f"--{name.replace('_', '-')}: is given in --recipe as well")
+            recipe[name] = value
+    return RunSettings(
+        method=command.method,
+        data=command.data,
+        backbone=command.backbone,
+        options=method_options(command),
+        recipe=recipe,
+        image_size=command.image_size,
+        data_root=None if command.data_root is None else str(command.data_root),
+        num_train=command.num_train,
+        num_val=command.num_val,
+        num_test=command.num_test,
+        data_seed=command.data_seed,
+        augment=command.augment,
+        head=command.head,
+        class_embeddings=None if command.class_embeddings is None else str(command.class_embeddings),
+        readout=command.readout,
+    )
+
+
+def set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        if threads < 1:
+            raise ValueError(f"--threads: takes a number from 1, got {threads}")
+        torch.set_num_threads(threads)
+
+
+def adapt(command: Adapt) -> None:
+    from fastprompt.report.runs import execute, results_table
+
+    settings = adapt_settings(command)
+    set_threads(command.threads)
+    results = execute(
+        settings, command.out, test=command.test, resume=command.resume, progress=sys.stderr.isatty()
+    )
+    print(results_table([results]))
+    print(f"\nadapter: {command.out / 'best'}\nresults: {command.out / 'results.json'}")
+
+
+def load_adapter(command: Eval | Predict, settings: RunSettings | None) -> PromptedViT:
+    import torch
+
+    import fastprompt as fp
+    from fastprompt.model import read_adapter
+    from fastprompt.report.runs import adapter_dir
+    from fastprompt.vit.assets import load_backbone
+
+    directory = adapter_dir(command.adapter)
+    config, _ = read_adapter(directory)
+    name = command.backbone or (settings.backbone if settings else None)
+    if name is None:
+        raise ValueError(
+            f"--backbone: is needed, {command.adapter} does not say which backbone the adapter is for"
+        )
+    image_size = command.image_size or (settings.image_size if settings else None)
+    model = fp.PromptedViT.from_pretrained(load_backbone(name, image_size=image_size), directory)
+    if command.dtype == "bfloat16":
+        model.set_backbone_dtype(torch.bfloat16)
+    return model.eval()
+
+
+def evaluate_adapter(command: Eval) -> None:
+    from dataclasses import replace
+
+    from fastprompt.report.runs import (
+        evaluation_record,
+        load_run_data,
+        read_settings,
+        square_size,
+        write_json,
+    )
+    from fastprompt.train.evaluate import evaluate
+
+    set_threads(command.threads)
+    settings = read_settings(command.adapter)
+    if settings is None and command.data is None:
+        raise ValueError(f"--data: is needed, {command.adapter} does not say which data the adapter is for")
+    model = load_adapter(command, settings)
+    if settings is None:
+        settings = RunSettings(method="linear", data=str(command.data))
+    changed = {
+        name: getattr(command, name)
+        for name in ("data", "num_train", "num_val", "num_test", "data_seed")
+        if getattr(command, name) is not None
+    }
+    if command.data_root is not None:
+        changed["data_root"] = str(command.data_root)
+    settings = replace(settings, **changed, augment="none")
+    splits = load_run_data(settings, square_size(model.backbone))
+    names = list(splits.class_names)
+    if model.class_names is not None and list(model.class_names) != names:
+        raise ValueError(
+            f"--data: {settings.data} has the classes {short(names)}, the adapter was trained for {short(model.class_names)}"
+        )
+    record = evaluation_record(evaluate(model, getattr(splits, command.split), batch_size=command.batch_size))
+    record |= {
+        "adapter": str(command.adapter),
+        "split": command.split,
+        "data": splits.summary(),
+        "class_names": names,
+    }
+    print(f"{settings.data} {command.split}: {record['num_images']} images, {record['seconds']:.1f} s")
+    print(f"accuracy        {record['accuracy']:.4f}")
+    print(f"mean per class  {record['mean_per_class']:.4f}")
+    print("confusion (rows: true class, columns: predicted)")
+    width = max(len(str(n)) for row in record["confusion"] for n in row) + 1
+    label_width = min(24, max(map(len, names)))
+    for name, row in zip(names, record["confusion"], strict=True):
+        print(f"  {name[:label_width]:<{label_width}}" + "".join(f"{n:>{width}}" for n in row))
+    if command.out is not None:
+        write_json(command.out, record)
+        print(f"written: {command.out}")
+
+
+def short(names: Sequence[str]) -> str:
+    return f"{len(names)}: " + ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def predict(command: Predict) -> None:
+    import torch
+
+    from fastprompt.data import list_images, read_images
+    from fastprompt.report.runs import read_settings, square_size
+    from fastprompt.files import atomic_write
+
+    if command.out is not None and command.out.suffix.lower() not in (".csv", ".json"):
+        raise ValueError(f"--out: takes a .csv or .json file, got {command.out}")
+    if command.batch_size < 1:
+        raise ValueError(f"--batch-size: takes a number from 1, got {command.batch_size}")
+    set_threads(command.threads)
+    files = list_images(command.images)
+    model = load_adapter(command, read_settings(command.adapter))
+    image_size = square_size(model.backbone)
+    rows: list[list[float]] = []
+    with torch.inference_mode():
+        for start in range(0, len(files), command.batch_size):
+            images, _ = read_images(files[start : start + command.batch_size], image_size)
+            rows += model(images).double().softmax(-1).tolist()
+    names = list(model.class_names or [str(i) for i in range(len(rows[0]))])
+    best = [max(range(len(row)), key=row.__getitem__) for row in rows]
+    if command.out is not None and command.out.suffix.lower() == ".json":
+        entries = [
+            {
+                "file": f,
+                "class": names[b],
+                "probability": row[b],
+                "probabilities": dict(zip(names, row, strict=True)),
+            }
+            for f, b, row in zip(files, best, rows, strict=True)
+        ]
+        text = json.dumps({"class_names": names, "images": entries}, indent=1, ensure_ascii=False) + "\n"
+    else:
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(["file", "class", "probability", *(f"p({name})" for name in names)])
+        for f, b, row in zip(files, best, rows, strict=True):
+            writer.writerow([f, names[b], f"{row[b]:.6f}", *(f"{p:.6f}" for p in row)])
+        text = buffer.getvalue()
+    if command.out is None:
+        sys.stdout.write(text)
+    else:
+        atomic_write(command.out, text)
+        print(f"{len(files)} images -> {command.out}")
+
+
+def info(command: Info) -> None:
+    facts: dict[str, Any] = {}
+    name, image_size = command.backbone, command.image_size
+    if command.adapter is not None:
+        from fastprompt.report.runs import read_settings
+
+        settings = read_settings(command.adapter)
+        name = name or (settings.backbone if settings else None)
+        image_size = image_size or (settings.image_size if settings else None)
+        facts["adapter"] = adapter_facts(command.adapter)
+    elif name is None:
+        name = "clip-vit-b16"
+    options = method_options(command)
+    if options and command.method is None:
+        raise ValueError("--method: is needed with --set or --num-prompts")
+    if name is not None:
+        from fastprompt.report.runs import TITLES
+        from fastprompt.vit.assets import load_backbone
+
+        backbone = load_backbone(name, image_size=image_size)
+        facts["backbone"] = {
+            "name": name,
+            "architecture": backbone.spec.name,
+            "parameters": sum(p.numel() for p in backbone.parameters()),
+            "width": backbone.width,
+            "depth": backbone.depth,
+            "heads": backbone.num_heads,
+            "patch size": backbone.patch_size,
+            "image size": list(backbone.image_size),
+            "patch grid": list(backbone.grid),
+            "class and register tokens": backbone.num_prefix,
+            "mean": list(backbone.mean),
+            "std": list(backbone.std),
+            "fingerprint": backbone.fingerprint,
+        }
+        if "adapter" in facts:
+            facts["adapter"]["fits this backbone"] = (
+                (
+                facts["adapter"]["config"]["backbone"]["fingerprint"] == backbone.fingerprint
+            )
+            )
+        facts["methods"] = {
+            TITLES[method]: method_facts(method, options, backbone, command.num_classes)
+            for method in ([command.method] if command.method else METHODS)
+            if method != "linear-sgd"
+        }
+    print(json.dumps(facts, indent=1, ensure_ascii=False) if command.json else info_text(facts))
+
+
+def method_facts(method: str, options: dict[str, Any], backbone: Any, num_classes: int) -> dict[str, Any]:
+    """Trained parameters by our count and by the paper's formula. For full fine-tuning nothing is built."""
+    import fastprompt as fp
+    from fastprompt.report.runs import build_config
+
+    model = fp.PromptedViT(backbone, build_config(method, options), num_classes=num_classes)
+    counts = model.num_trainable()
+    return {
+        "generator": counts["generator"],
+        "head": counts["head"],
+        "backbone": counts["backbone"],
+        "total": counts["total"],
+        "paper formula": model.paper_parameter_count(),
+        "options": {k: v for k, v in model.config.to_dict().items() if k != "kind"},
+    }
+
+
+def adapter_facts(path: Path) -> dict[str, Any]:
+    """What an adapter directory holds; the backbone is not needed."""
+    from fastprompt.model import WEIGHTS_FILE, read_adapter
+    from fastprompt.report.runs import adapter_dir
+
+    directory = adapter_dir(path)
+    config, tensors = read_adapter(directory)
+    return {
+        "directory": str(directory),
+        "bytes": (directory / WEIGHTS_FILE).stat().st_size,
+        "config": config,
+        "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
+    }
+
+
+def info_text(facts: dict[str, Any]) -> str:
+    from fastprompt.report.runs import text_table
+
+    lines: list[str] = []
+    if "adapter" in facts:
+        adapter = facts["adapter"]
+        lines += [f"Adapter {adapter['directory']} ({adapter['bytes']:,} bytes)"]
+        for key, value in adapter["config"].items():
+            lines.append(f"  {key:<24} {json.dumps(value, ensure_ascii=False)}")
+        if "fits this backbone" in adapter:
+            lines.append(f"  {'fits this backbone':<24} {'yes' if adapter['fits this backbone'] else 'NO'}")
+        lines.append("  tensors")
+        lines += [
+            f"    {key:<40} {' x '.join(map(str, shape)) or 'scalar'}"
+            for key, shape in adapter["tensors"].items()
+        ]
+    if "backbone" in facts:
+        lines += ([""] if lines else []) + [f"Backbone {facts['backbone']['name']}"]
+        lines += [f"  {key:<26} {value}" for key, value in facts["backbone"].items() if key != "name"]
+        lines += [
+            "",
+            "Trained parameters (our count; the paper's formula where there is one, without the head)",
+        ]
+        rows = [
+            [
+                title,
+                *(f"{m[key]:,}" for key in ("generator", "head", "backbone", "total")),
+                "–" if m["paper formula"] is None else f"{m['paper formula']:,}",
+            ]
+            for title, m in facts["methods"].items()
+        ]
+        lines.append(
+            text_table(["method", "generator", "head", "backbone", "total", "paper's formula"], rows)
+        )
+    return "\n".join(lines)
+
+
+def report(command: Report) -> None:
+    from fastprompt.report.html import build_report
+
+    build_report(command.runs, command.out)
+    print(f"written: {command.out}")
+
+
+def run(command: Adapt | Eval | Predict | Info | Report) -> None:
+    if isinstance(command, Adapt):
+        adapt(command)
+    elif isinstance(command, Eval):
+        evaluate_adapter(command)
+    elif isinstance(command, Predict):
+        predict(command)
+    elif isinstance(command, Info):
+        info(command)
+    else:
+        report(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. A usage error leaves with `SystemExit(2)`, `--help` with
+    `SystemExit(0)`.
+    """
+    command = tyro.cli(
+        Command,  # type: ignore[arg-type]
+        args=arguments,
+        prog="fastprompt",
+        description="Instance-conditioned visual prompts on frozen vision transformers.",
+    )
+    name = type(command).__name__.lower()
+    try:
+        run(command)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        if isinstance(command, Adapt):
+            print(f"\ninterrupted; the same command goes on with what is in {command.out}", file=sys.stderr)
+        else:
+            print("\ninterrupted; nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if command.debug:
+            traceback.print_exc()
+        text = " ".join(str(error).split()) or type(error).__name__
+        known = isinstance(error, (*WRONG_INPUT, OSError, RuntimeError, ArithmeticError, ImportError))
+        print(
+            f"fastprompt {name}: error: {text if known else f'{type(error).__name__}: {text}'}",
+            file=sys.stderr,
+        )
+        return 2 if isinstance(error, WRONG_INPUT) else 1

@@ -1,0 +1,222 @@
+"""Figures of the report, each returned as the bytes of a PNG file (white background, drawn without a
+display).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+# Okabe and Ito's palette without its yellow, distinguishable with the common colour-vision deficiencies.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of `width` x `height` inches."""
+    figure = Figure(figsize=(width, height), dpi=110, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def to_png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def plain(axes: Axes) -> None:
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
+    """Loss and accuracy by epoch; a line style for training and one for validation, a colour a run.
+
+    `histories`: run title -> epoch records with `epoch` and any of `train_loss`, `val_loss`,
+    `train_accuracy`, `val_accuracy`.
+    """
+    figure = new_figure(10, 3.9)
+    loss, accuracy = figure.subplots(1, 2)
+    for number, (title, history) in enumerate(histories.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        marker = MARKERS[number % len(MARKERS)]
+        epochs = [entry["epoch"] for entry in history]
+        for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
+            for split, style, shown in (("train", "--", None), ("val", "-", title)):
+                values = [entry.get(f"{split}_{name}") for entry in history]
+                if not any(value is not None for value in values):
+                    continue
+                pairs = [(e, v) for e, v in zip(epochs, values, strict=True) if v is not None]
+                axes.plot(
+                    *zip(*pairs, strict=True),
+                    style,
+                    color=colour,
+                    marker=marker if split == "val" else None,
+                    markersize=4,
+                    linewidth=1.6 if split == "val" else 1.1,
+                    label=shown,
+                )
+    for axes, name in ((loss, "Cross-entropy"), (accuracy, "Accuracy")):
+        plain(axes)
+        axes.set_xlabel("Epoch")
+        axes.set_ylabel(name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    loss.set_ylim(bottom=0)
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    loss.plot([], [], "-", color="#555555", label="validation")
+    loss.plot([], [], "--", color="#555555", linewidth=1.1, label="training")
+    loss.legend(fontsize=8, frameon=False)
+    return to_png(figure)
+
+
+def confusion_matrix(
+    confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str = ""
+) -> bytes:
+    """Counts by true class (rows) and predicted class (columns), coloured by the share of the row."""
+    size = len(confusion)
+    if size != len(class_names) or any(len(row) != size for row in confusion):
+        raise ValueError(
+            f"confusion: takes a square matrix with a row for each of {len(class_names)} classes"
+        )
+    side = min(12.0, 2.4 + 0.38 * size)
+    figure = new_figure(side + 0.9, side)
+    axes = figure.subplots()
+    shares = [[n / max(1, sum(row)) for n in row] for row in confusion]
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, format=PercentFormatter(1.0, decimals=0))
+    bar.set_label("Share of the true class", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    if size <= 40:
+        short = [name if len(name) <= 16 else name[:15] + "…" for name in class_names]
+        axes.set_xticks(range(size), short, rotation=90, fontsize=7)
+        axes.set_yticks(range(size), short, fontsize=7)
+    if size <= 20:
+        for i, row in enumerate(confusion):
+            for j, n in enumerate(row):
+                if n:
+                    axes.text(
+                        j,
+                        i,
+                        str(n),
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color="white" if shares[i][j] > 0.55 else "black",
+                    )
+    axes.set_xlabel("Predicted class", fontsize=9)
+    axes.set_ylabel("True class", fontsize=9)
+    axes.set_title(title, fontsize=10)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return to_png(figure)
+
+
+def library_tokens(usage: Mapping[str, Any], title: str = "", top: int = 24) -> bytes:
+    """The most used tokens of a PGN's library and how use is spread over the whole library.
+
+    `usage` is what `fastprompt.report.runs.library_usage` returns: `mean_weight` (M,), `effective_tokens`,
+    `effective_library`.
+    """
+    weights = list(usage["mean_weight"])
+    order = sorted(range(len(weights)), key=weights.__getitem__, reverse=True)
+    figure = new_figure(10, 3.4)
+    bars, spread = figure.subplots(1, 2, width_ratios=(3, 1))
+    shown = order[:top]
+    bars.bar(range(len(shown)), [weights[i] for i in shown], color=COLOURS[0], width=0.75)
+    bars.set_xticks(
+        range(len(shown)), [str(i) for i in shown], fontsize=7, rotation=90 if len(shown) > 16 else 0
+    )
+    bars.axhline(
+        1 / len(weights),
+        color=COLOURS[1],
+        linestyle="--",
+        linewidth=1.2,
+        label=f"all {len(weights)} used alike",
+    )
+    bars.set_xlabel("Library token")
+    bars.set_ylabel("Mean mixture weight")
+    bars.set_title(title, fontsize=10)
+    bars.legend(fontsize=8, frameon=False)
+    total, cumulative = 0.0, [0.0]
+    for i in order:
+        total += weights[i]
+        cumulative.append(total)
+    spread.plot(range(len(cumulative)), cumulative, color=COLOURS[0])
+    spread.plot([0, len(weights)], [0, 1], color=COLOURS[1], linestyle="--", linewidth=1)
+    spread.set_xlabel("Most used tokens")
+    spread.set_ylabel("Share of all weight")
+    spread.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    spread.set_title(
+        f"{usage['effective_tokens']:.1f} tokens a prompt, {usage['effective_library']:.1f} over all",
+        fontsize=8,
+    )
+    for axes in (bars, spread):
+        plain(axes)
+    bars.grid(False, axis="x")
+    return to_png(figure)
+
+
+def accuracy_against_parameters(points: Sequence[tuple[str, int, float, str]]) -> bytes:
+    """Accuracy over trained parameters (logarithmic). `points`: (title, parameters, accuracy, "test" or
+    "validation").
+    """
+    figure = new_figure(7, 4)
+    axes = figure.subplots()
+    for number, (title, parameters, accuracy, _) in enumerate(points):
+        axes.scatter(
+            parameters,
+            accuracy,
+            s=60,
+            color=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)],
+            label=title,
+            zorder=3,
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("Trained parameters")
+    splits = {split for *_, split in points}
+    axes.set_ylabel(f"{' or '.join(sorted(splits)).capitalize()} accuracy")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    axes.margins(0.12)
+    plain(axes)
+    axes.legend(fontsize=8, frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
+    return to_png(figure)
+
+
+def latent_units(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
+    """V²APT's KL and active latent units by epoch. Both at 0 is posterior collapse: the prompts no longer
+    depend on the image.
+    """
+    figure = new_figure(10, 3)
+    panels = figure.subplots(1, 2)
+    for axes, key, label in zip(
+        panels, ("kl", "active_units"), ("KL to the prior (nats)", "Active latent units"), strict=True
+    ):
+        for number, (title, history) in enumerate(histories.items()):
+            pairs = [(entry["epoch"], entry[key]) for entry in history if entry.get(key) is not None]
+            if pairs:
+                axes.plot(
+                    *zip(*pairs, strict=True),
+                    color=COLOURS[number % len(COLOURS)],
+                    marker="o",
+                    markersize=4,
+                    label=title,
+                )
+        axes.set_xlabel("Epoch")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        plain(axes)
+    panels[0].legend(fontsize=8, frameon=False)
+    return to_png(figure)

@@ -1,0 +1,513 @@
+"""Every method on the same small data set, three seeds each: `python -m fastprompt.report.table`, also `make
+table`.
+
+Protocol. A seed draws the training and validation images and sets everything random in the training; the test
+images are the same for all seeds. For each method every learning rate of its grid is run with the first seed
+and the one with the best validation accuracy is taken; the other seeds are run at that rate. The test split
+is read once for each run that counts, after its training, from the adapter that was best on validation.
+
+Each run is a process of its own with a run directory `OUT/<method>/lr<rate>-seed<seed>`. A finished run is
+skipped and an interrupted one goes on where it stopped, so the command may be killed and started again at any
+time, or started for a few methods at once (`--methods pgn vapt`); the table is rebuilt from all runs in OUT
+whenever it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastprompt.report.runs import METHODS, TITLES, RunSettings, execute, parse_options, read_json, write_json
+
+# Learning rates tried for each method; an empty grid: there is none (L-BFGS chooses C on validation by itself).
+GRIDS: dict[str, tuple[float, ...]] = {
+    "linear": (),
+    "linear-sgd": (0.01, 0.1, 1.0),
+    "vpt-deep": (0.002, 0.005, 0.01),
+    "pgn": (0.001, 0.003, 0.01),
+    "vapt": (0.002, 0.005, 0.01),
+    "v2apt": (0.002, 0.005, 0.01),
+    "vpt-shallow": (0.005, 0.02, 0.05),
+    "free": (0.005, 0.02, 0.05),
+    "pixel": (0.01, 0.03, 0.1),
+    "full": (1e-5, 3e-5),
+}
+PROBES = ("linear", "linear-sgd")
+# Epochs of the methods that train on features encoded once, where an epoch costs next to nothing.
+CACHED_EPOCHS = 100
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run: the settings every run shares, and methods, grids, seeds."""
+
+    base: RunSettings
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    lrs: tuple[float, ...] | None
+    out: Path
+
+    def grid(self, method: str) -> tuple[float | None, ...]:
+        grid = GRIDS[method]
+        return (self.lrs or grid) if grid else (None,)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a method at a learning rate with a seed; `test` says that the test split is to be read."""
+
+    method: str
+    lr: float | None
+    seed: int
+    test: bool
+
+    def directory(self, out: Path) -> Path:
+        """Where the run lies, the same with and without the test split."""
+        rate = "default" if self.lr is None else f"{self.lr:g}"
+        return out / self.method / f"lr{rate}-seed{self.seed}"
+
+    def settings(self, base: RunSettings) -> RunSettings:
+        """The run's settings. The seed is that of the drawn images and of the training; test images stay the
+        same.
+        """
+        recipe = dict(base.recipe) | {"seed": self.seed}
+        if self.lr is not None:
+            recipe["lr"] = self.lr
+        if self.method in PROBES:
+            recipe["epochs"] = CACHED_EPOCHS
+        options = dict(base.options)
+        if self.method == "pixel" and base.image_size is not None:
+            # The published border is 30 pixels of 224.
+            options.setdefault("border", max(1, round(30 * base.image_size / 224)))
+        return replace(base, method=self.method, options=options, recipe=recipe, data_seed=self.seed)
+
+
+def read_run(directory: Path) -> dict[str, Any] | None:
+    """A run's results, with `diverged` where training ended in NaN; None while it is not finished."""
+    for name in ("results.json", "diverged.json"):
+        if (directory / name).exists():
+            return dict(read_json(directory / name))
+    return None
+
+
+def validation_score(results: Mapping[str, Any]) -> tuple[float, float]:
+    """What learning rates are chosen by: validation accuracy, of equals the lower loss. A diverged run is the
+    worst.
+    """
+    if results.get("diverged"):
+        return -1.0, -math.inf
+    return float(results["validation"]["accuracy"]), -float(results["validation"]["loss"])
+
+
+def choose_lr(plan: Plan, method: str) -> tuple[float | None] | None:
+    """The chosen learning rate in a 1-tuple, None while the grid is not finished."""
+    scores: list[tuple[tuple[float, float], float | None]] = []
+    for lr in plan.grid(method):
+        results = read_run(Job(method, lr, plan.seeds[0], False).directory(plan.out))
+        if results is None:
+            return None
+        scores.append((validation_score(results), lr))
+    return (max(scores, key=lambda entry: entry[0])[1],)
+
+
+def next_jobs(plan: Plan, busy: Sequence[Job], failed: Sequence[Job]) -> list[Job]:
+    """The jobs that could start now, methods in order and a method's grid before its other seeds."""
+    jobs = []
+    taken = {(job.method, job.lr, job.seed) for job in [*busy, *failed]}
+    for method in plan.methods:
+        first, *others = plan.seeds
+        for lr in plan.grid(method):
+            job = Job(method, lr, first, test=False)
+            if (method, lr, first) not in taken and read_run(job.directory(plan.out)) is None:
+                jobs.append(job)
+        chosen = choose_lr(plan, method)
+        if chosen is None:
+            continue
+        for seed in (first, *others):
+            job = Job(method, chosen[0], seed, test=True)
+            results = read_run(job.directory(plan.out))
+            done = results is not None and (results.get("diverged") or results.get("test") is not None)
+            if (method, chosen[0], seed) not in taken and not done:
+                jobs.append(job)
+    return jobs
+
+
+def stop_with(parent: int) -> None:
+    """Interrupt this process when its parent is gone, so that a killed table leaves nothing running."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_single(settings: RunSettings, directory: Path, test: bool, threads: int) -> int:
+    """One run in this process. A second process on the same directory is refused; NaN is recorded, not
+    raised.
+    """
+    import torch
+
+    stop_with(os.getppid())
+    torch.set_num_threads(threads)
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print(f"{directory} is being run by another process", file=sys.stderr)
+            return 3
+        try:
+            execute(settings, directory, test=test, progress=False)
+        except FloatingPointError as error:
+            write_json(
+                directory / "diverged.json",
+                {"diverged": True, "error": str(error), "method": settings.method},
+            )
+    return 0
+
+
+def start(job: Job, plan: Plan, threads: int) -> subprocess.Popen[bytes]:
+    directory = job.directory(plan.out)
+    directory.mkdir(parents=True, exist_ok=True)
+    command = [
+        sys.executable,
+        "-m",
+        "fastprompt.report.table",
+        "--single",
+        json.dumps(job.settings(plan.base).to_dict()),
+    ]
+    command += ["--out", str(directory), "--threads", str(threads)] + (["--with-test"] if job.test else [])
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    with (directory / "output.txt").open("ab") as output:
+        return subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+
+
+def run_all(plan: Plan, workers: int, threads: int) -> list[Job]:
+    """Run until nothing is left; returns the jobs that failed. Ctrl-C interrupts the running ones, which can
+    be resumed.
+    """
+    running: dict[Job, subprocess.Popen[bytes]] = {}
+    failed: list[Job] = []
+    try:
+        while True:
+            for job, process in list(running.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                del running[job]
+                directory = job.directory(plan.out)
+                results = read_run(directory)
+                if code != 0 or results is None:
+                    failed.append(job)
+                    print(f"failed ({code})  {directory}: see output.txt there", flush=True)
+                elif results.get("diverged"):
+                    print(f"diverged    {directory}", flush=True)
+                else:
+                    print(
+                        f"val {results['validation']['accuracy']:.4f}  {directory}  {results['seconds']:.0f} s",
+                        flush=True,
+                    )
+            jobs = next_jobs(plan, list(running), failed)
+            while jobs and len(running) < workers:
+                job = jobs.pop(0)
+                running[job] = start(job, plan, threads)
+                print(f"start       {job.directory(plan.out)}", flush=True)
+            if not running:
+                return failed
+            time.sleep(0.5)
+    finally:
+        for process in running.values():
+            process.send_signal(signal.SIGINT)
+        for process in running.values():
+            process.wait()
+
+
+def seed_interval(values: Sequence[float]) -> float | None:
+    """Half the 95 % interval of the mean over seeds (Student's t); None for a single run."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return None
+    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def correct(run: Mapping[str, Any]) -> list[bool]:
+    """Whether each test image was classified correctly."""
+    return [p == y for p, y in zip(run["test"]["predictions"], run["test"]["labels"], strict=True)]
+
+
+def difference_to(
+    runs: Mapping[int, Mapping[str, Any]], reference: Mapping[int, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Accuracy minus the reference's on the same test images, over the seeds that both have (the same
+    training images).
+    """
+    from fastprompt.train.grid import paired_difference
+
+    seeds = [seed for seed in runs if seed in reference]
+    if not seeds:
+        raise ValueError(f"seeds: {sorted(runs)} and {sorted(reference)} have none in common")
+    for seed in seeds:
+        if runs[seed]["test"]["labels"] != reference[seed]["test"]["labels"]:
+            raise ValueError(f"seed {seed}: the two methods were tested on different images")
+    pair = paired_difference([correct(runs[s]) for s in seeds], [correct(reference[s]) for s in seeds])
+    return {
+        "mean": pair.difference,
+        "image_interval": list(pair.image_interval),
+        "seed_interval": list(pair.seed_interval) if len(seeds) > 1 else None,
+        "num_images": pair.num_images,
+        "seeds": seeds,
+    }
+
+
+def tested_runs(plan: Plan, method: str, lr: float | None) -> dict[int, dict[str, Any]]:
+    """Seed -> results, of the runs at the chosen learning rate that have their test record."""
+    runs = {}
+    for seed in plan.seeds:
+        results = read_run(Job(method, lr, seed, True).directory(plan.out))
+        if results is not None and not results.get("diverged") and results.get("test") is not None:
+            runs[seed] = results
+    return runs
+
+
+def aggregate(plan: Plan) -> dict[str, Any]:
+    """The table from all finished runs in `plan.out`: methods whose grid is finished and that have a test
+    record.
+    """
+    rows: list[dict[str, Any]] = []
+    tested: dict[str, dict[int, dict[str, Any]]] = {}
+    for method in GRIDS:
+        here = plan if method in plan.methods else replace(plan, lrs=None)
+        chosen = choose_lr(here, method)
+        runs = {} if chosen is None else tested_runs(here, method, chosen[0])
+        if chosen is None or not runs:
+            continue
+        tested[method] = runs
+        rows.append(summarise(method, chosen[0], runs) | grid_record(here, method, chosen[0]))
+    probes = [row for row in rows if row["method"] in PROBES]
+    best_probe = max(probes, key=lambda row: row["validation_accuracy"])["method"] if probes else None
+    for row in rows:
+        compared = best_probe is not None and row["method"] != best_probe
+        row["difference_to_probe"] = (
+            difference_to(tested[row["method"]], tested[str(best_probe)]) if compared else None
+        )
+    one = next((run for runs in tested.values() for run in runs.values()), None)
+    shared = ("backbone", "backbone_fingerprint", "image_size", "data", "machine", "torch_version")
+    return {
+        "protocol": {} if one is None else {key: one[key] for key in shared},
+        "seeds": list(plan.seeds),
+        "best_probe": best_probe,
+        "rows": rows,
+    }
+
+
+def grid_record(plan: Plan, method: str, chosen: float | None) -> dict[str, Any]:
+    """Validation accuracy by learning rate, None where training diverged, and whether the chosen one is an
+    end of the grid.
+    """
+    grid: dict[str, float | None] = {}
+    for lr in plan.grid(method):
+        results = read_run(Job(method, lr, plan.seeds[0], False).directory(plan.out))
+        if lr is not None and results is not None:
+            grid[f"{lr:g}"] = None if results.get("diverged") else results["validation"]["accuracy"]
+    at_edge = (
+        chosen is not None and len(grid) > 1 and f"{chosen:g}" in (min(grid, key=float), max(grid, key=float))
+    )
+    return {"grid": grid, "at_edge_of_grid": at_edge}
+
+
+def summarise(method: str, lr: float | None, runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """One row of the table: means over seeds."""
+    one = next(iter(runs.values()))
+    test = [r["test"]["accuracy"] for r in runs.values()]
+    return {
+        "method": method,
+        "title": TITLES[method],
+        "config": one["config"],
+        "recipe": one["recipe"],
+        "lr": lr,
+        "seeds": list(runs),
+        "trained_parameters": one["trained_parameters"],
+        "paper_parameter_count": one["paper_parameter_count"],
+        "validation_accuracy": statistics.fmean(r["validation"]["accuracy"] for r in runs.values()),
+        "test_accuracy": statistics.fmean(test),
+        "test_accuracy_by_seed": test,
+        "test_interval_over_seeds": seed_interval(test),
+        "images_per_second": statistics.fmean(r["images_per_second"] for r in runs.values()),
+        "peak_memory_mib": max(r["peak_memory_mib"] for r in runs.values()),
+    }
+
+
+def markdown(table: Mapping[str, Any]) -> str:
+    """The table as Markdown, with what the numbers mean underneath."""
+    protocol = table["protocol"]
+    data = protocol.get("data", {})
+    lines = [
+        f"# {protocol.get('backbone')} at {protocol.get('image_size')} px on {data.get('name')}",
+        "",
+        "| Method | Trained parameters | of these head | Learning rate | Validation | Test, ± over seeds "
+        "| Minus the best probe [over images] | [over seeds] | Images/s | Peak MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in sorted(table["rows"], key=lambda row: -row["test_accuracy"]):
+        half, difference = row["test_interval_over_seeds"], row["difference_to_probe"]
+        lr = (
+            "C by L-BFGS"
+            if row["lr"] is None
+            else f"{row['lr']:g}" + (" (edge)" if row["at_edge_of_grid"] else "")
+        )
+        over_images, over_seeds = "the best probe" if row["method"] == table["best_probe"] else "–", "–"
+        if difference is not None:
+            over_images = f"{difference['mean']:+.4f} {bracket(difference['image_interval'])}"
+            over_seeds = bracket(difference["seed_interval"])
+        cells = [
+            row["title"],
+            f"{row['trained_parameters']['total']:,}",
+            f"{row['trained_parameters']['head']:,}",
+            lr,
+            f"{row['validation_accuracy']:.4f}",
+            f"{row['test_accuracy']:.4f} {'(one run)' if half is None else f'± {half:.4f}'}",
+            over_images,
+            over_seeds,
+            f"{row['images_per_second']:.1f}",
+            f"{row['peak_memory_mib']:,.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Learning rates tried with the first seed (validation accuracy):", ""]
+    for row in table["rows"]:
+        recipe = f"{row['recipe']['optimizer']}, {row['recipe']['epochs']} epochs, batch {row['recipe']['batch_size']}"
+        tried = ", ".join(f"{lr}: {'diverged' if a is None else f'{a:.4f}'}" for lr, a in row["grid"].items())
+        if tried:
+            lines.append(f"* {row['title']} ({recipe}): {tried}")
+    sizes = ", ".join(f"{data[key]} {key}" for key in ("train", "val", "test") if key in data)
+    seeds = ", ".join(str(seed) for seed in table["seeds"])
+    lines += [
+        "",
+        f"Images: {sizes}. A seed ({seeds}) draws the training and validation images and sets initial values, batch "
+        "order and dropout; it is the same for every method. The test images are the same for all seeds.",
+        "The learning rate is the one with the best validation accuracy at the first seed. The test split is read "
+        "once a run, after training, from the epoch that was best on validation.",
+        "All intervals are 95 %. ± is Student's t over the seeds' test accuracies. The difference to the probe with "
+        "the better validation accuracy is taken image by image and seed by seed; its first interval is over test "
+        "images (differences averaged over seeds), its second over seeds.",
+        f"Images/s and peak resident memory are those of one process ({protocol.get('machine')}) while another run "
+        "may go on beside it.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def bracket(interval: Sequence[float] | None) -> str:
+    """An interval as text; a dash for none."""
+    return "–" if interval is None else f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
+
+
+def write_table(plan: Plan, results: Path) -> dict[str, Any]:
+    from fastprompt.files import atomic_write
+
+    table = aggregate(plan)
+    write_json(results / "table.json", table)
+    atomic_write(results / "table.md", markdown(table))
+    return table
+
+
+def fetch(base: RunSettings) -> None:
+    """Fetch backbone and data once before runs start side by side."""
+    from fastprompt.report.runs import load_run_backbone, load_run_data, square_size
+
+    load_run_data(base, square_size(load_run_backbone(base)))
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m fastprompt.report.table", description=(__doc__ or "").split("\n")[0]
+    )
+    p.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(GRIDS),
+        choices=list(METHODS),
+        metavar="METHOD",
+        help=" ".join(GRIDS),
+    )
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    p.add_argument("--lrs", nargs="+", type=float, help="learning rates in place of the methods' own grids")
+    p.add_argument("--epochs", type=int, default=10)
+    p.add_argument(
+        "--recipe",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another recipe field, for every method",
+    )
+    p.add_argument("--backbone", default="clip-vit-b16")
+    p.add_argument("--image-size", type=int, default=112)
+    p.add_argument("--data", default="fashion-mnist")
+    p.add_argument("--num-train", type=int, default=800)
+    p.add_argument("--num-val", type=int, default=400)
+    p.add_argument("--num-test", type=int, default=2000)
+    p.add_argument("--workers", type=int, default=2, help="runs side by side")
+    p.add_argument("--threads", type=int, default=1, help="threads of each run")
+    p.add_argument("--out", type=Path, default=Path("runs/table"), help="run directories")
+    p.add_argument("--results", type=Path, default=Path("results"), help="where table.json and table.md go")
+    p.add_argument("--aggregate-only", action="store_true", help="rebuild the table, run nothing")
+    p.add_argument("--single", help=argparse.SUPPRESS)
+    p.add_argument("--with-test", action="store_true", help=argparse.SUPPRESS)
+    p.add_argument("--fetch", action="store_true", help=argparse.SUPPRESS)
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    if args.single is not None:
+        return run_single(
+            RunSettings.from_dict(json.loads(args.single)), args.out, args.with_test, args.threads
+        )
+    base = RunSettings(
+        method=args.methods[0],
+        data=args.data,
+        backbone=args.backbone,
+        image_size=args.image_size,
+        num_train=args.num_train,
+        num_val=args.num_val,
+        num_test=args.num_test,
+        recipe={"epochs": args.epochs, **parse_options(args.recipe, "--recipe")},
+    )
+    if args.fetch:
+        fetch(base)
+        return 0
+    plan = Plan(base, tuple(args.methods), tuple(args.seeds), tuple(args.lrs) if args.lrs else None, args.out)
+    failed: list[Job] = []
+    if not args.aggregate_only:
+        passed_on = list(sys.argv[1:] if arguments is None else arguments)
+        subprocess.run([sys.executable, "-m", "fastprompt.report.table", *passed_on, "--fetch"], check=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            failed = run_all(plan, args.workers, args.threads)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+            return 130
+    write_table(plan, args.results)
+    print((args.results / "table.md").read_text(encoding="utf-8"))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
