@@ -137,7 +137,7 @@ def map_pool(pool: MapPool, x: Tensor) -> Tensor:
 
 
 def encode(vit: FrozenViT, images: Tensor, generator: PromptGenerator | None = None, context: Any = None,
-           draws: dict[str, Tensor] | None = None, embedded: Sequence | None = None) -> Sequence:
+           draws: dict[str, Tensor] | None = None, embedded: Sequence | None = None, plain: bool = True) -> Sequence:
     """Normalised images (B, 3, H, W) → the last block's output, final norm applied, prompts among the tokens.
 
     Args:
@@ -145,16 +145,19 @@ def encode(vit: FrozenViT, images: Tensor, generator: PromptGenerator | None = N
         context: what `generator.context` returned for this batch.
         draws: the random tensors of a training step (`generator.draw`).
         embedded: the result of `embed`, where the caller already has it.
+        plain: compute the prompts by the paper's own graph rather than the generator's.
     """
+    compute = None if generator is None else generator.plain_prompts if plain else generator.prompts
     sequence = embed(vit, images) if embedded is None else embedded
-    if generator is not None and generator.before_pre_norm:
-        first = generator.plain_prompts(0, context, sequence.patches, draws)
+    if generator is not None and compute is not None and generator.before_pre_norm:
+        first = compute(0, context, sequence.patches, draws)
         sequence = sequence.with_prompts(first, generator.prompts_last)
     if vit.norm_pre is not None:
         sequence.tokens = vit.norm_pre(sequence.tokens)
     for i, block in enumerate(vit.blocks):
-        if generator is not None and i in generator.layers and not (i == 0 and generator.before_pre_norm):
-            prompts = generator.plain_prompts(i, context, sequence.patches, draws)
+        if generator is not None and compute is not None and i in generator.layers and not (
+                i == 0 and generator.before_pre_norm):
+            prompts = compute(i, context, sequence.patches, draws)
             sequence = sequence.with_prompts(prompts, generator.prompts_last)
         sequence = dataclasses.replace(sequence, tokens=run_block(block, sequence.tokens))
     if vit.norm is not None:

@@ -1,0 +1,203 @@
+"""What every prompt generator is: a configuration, a module, and when its prompts are known."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar, Mapping, TypeVar
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastprompt.vit import FrozenViT
+
+Config = TypeVar("Config", bound="PromptConfig")
+Draws = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptConfig:
+    """Options of one method; `kind` names it in files and on the command line."""
+
+    kind: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options with `kind`, ready for JSON."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+        """Build from a mapping; an unknown key raises `ValueError` naming it."""
+        fields = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - fields)
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no option {unknown[0]!r}; it takes {sorted(fields)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def require(self, name: str, kind: type | tuple[type, ...], low: float | None = None,
+                high: float | None = None) -> None:
+        """Raise TypeError or ValueError unless option `name` is of `kind` and within [low, high]."""
+        value = getattr(self, name)
+        label = f"{type(self).__name__}.{name}"
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise TypeError(f"{label} must be {' or '.join(k.__name__ for k in kinds)}, got {value!r}")
+        # written so that NaN fails
+        if low is not None and not value >= low:
+            raise ValueError(f"{label} must be at least {low}, got {value!r}")
+        if high is not None and not value <= high:
+            raise ValueError(f"{label} must be at most {high}, got {value!r}")
+
+    def require_choice(self, name: str, choices: tuple[Any, ...]) -> None:
+        """Raise ValueError unless option `name` is one of `choices`."""
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(f"{type(self).__name__}.{name} must be one of {choices}, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """The sizes of a backbone that a generator's tensors depend on.
+
+    Attributes:
+        width: token width D. depth: blocks. grid: (rows, columns) of patches. patch_size and image_size: pixels.
+    """
+
+    width: int = 768
+    depth: int = 12
+    grid: tuple[int, int] = (14, 14)
+    patch_size: int = 16
+    image_size: tuple[int, int] = (224, 224)
+
+    @classmethod
+    def of(cls, backbone: FrozenViT) -> Geometry:
+        return cls(backbone.width, backbone.depth, tuple(backbone.grid), backbone.patch_size,
+                   tuple(backbone.image_size))
+
+
+class PromptGenerator(nn.Module, abc.ABC):
+    """Computes prompt tokens. Usable alone: `generator(x=None, layer=None)` → (1 or B, P, D).
+
+    `x` is what `known_at` names:
+
+    * "static": nothing, the prompts are parameters;
+    * "image": normalised images (B, 3, H, W);
+    * "embeddings": patch embeddings with position embedding (B, N, D), without class token;
+    * "layer": the patch tokens (B, N, D) that enter block `layer`.
+
+    A model calls `draw` and `context` once per forward pass and `prompts` once for each block in `layers`.
+
+    Attributes:
+        layers: indices of the blocks whose prompts this generator sets; elsewhere prompts flow on as tokens.
+        num_prompts: P.
+        prompts_last: the rows stand after the patches ([CLS, patches, prompts]) instead of before them.
+        before_pre_norm: block 0's prompts pass the backbone's pre-norm (CLIP's `ln_pre`), if it has one.
+    """
+
+    known_at: ClassVar[str]
+    config_class: ClassVar[type[PromptConfig]]
+    prompts_last: ClassVar[bool] = False
+    before_pre_norm: ClassVar[bool] = False
+    num_prompts: int
+    layers: tuple[int, ...]
+
+    def __init__(self, config: PromptConfig | None = None, geometry: Geometry | FrozenViT | None = None,
+                 **options: Any) -> None:
+        """
+        Args:
+            config: the options; None: defaults.
+            geometry: sizes of the backbone, or the backbone itself; None: ViT-B/16 at 224 px.
+            options: single options of the configuration (num_prompts=16) or sizes (width=384), by name.
+        """
+        super().__init__()
+        if config is not None and type(config) is not self.config_class:
+            raise TypeError(f"config must be {self.config_class.__name__}, got {type(config).__name__}")
+        if geometry is None:
+            geometry = Geometry()
+        elif isinstance(geometry, nn.Module):
+            geometry = Geometry.of(geometry)  # type: ignore[arg-type]
+        elif not isinstance(geometry, Geometry):
+            raise TypeError(f"geometry must be a Geometry or a FrozenViT, got {type(geometry).__name__}")
+        sizes = {k: options.pop(k) for k in [f.name for f in dataclasses.fields(Geometry)] if k in options}
+        known = {f.name for f in dataclasses.fields(self.config_class)}
+        for key in options:
+            if key not in known:
+                raise ValueError(f"{type(self).__name__} has no option {key!r}; it takes {sorted(known)}")
+        self.config = dataclasses.replace(config or self.config_class(), **options)
+        self.geometry = dataclasses.replace(geometry, **sizes)
+
+    def draw(self, batch: int) -> Draws:
+        """The random tensors of one training step for `batch` images, in a fixed order; {} in eval mode.
+
+        They come from torch's default generator of the parameters' device and are passed to `context` and
+        `prompts`, so that two forwards can be given the same ones.
+        """
+        return {}
+
+    def inference_draws(self) -> list[Draws]:
+        """Draws of each forward whose class probabilities are averaged at inference; [{}]: one plain forward."""
+        return [{}]
+
+    def context(self, x: Tensor | None, draws: Draws | None = None) -> Any:
+        """What is computed once per forward pass from `x` (None where `known_at` is "static" or "layer")."""
+        return None
+
+    @abc.abstractmethod
+    def prompts(self, layer: int, context: Any, tokens: Tensor | None = None, draws: Draws | None = None) -> Tensor:
+        """(1 or B, P, D) prompts of block `layer`, which must be in `layers`.
+
+        `tokens`: the patch tokens (B, N, D) entering the block, read where `known_at` is "layer".
+        """
+
+    def plain_prompts(self, layer: int, context: Any, tokens: Tensor | None = None,
+                      draws: Draws | None = None) -> Tensor:
+        """`prompts` by the paper's own graph; the same numbers, where a generator computes them another way."""
+        return self.prompts(layer, context, tokens, draws)
+
+    def aux(self, context: Any) -> dict[str, Tensor]:
+        """What a training loss needs beside the logits, from a `context`."""
+        return {}
+
+    def forward(self, x: Tensor | None = None, layer: int | None = None) -> Tensor:
+        """(1 or B, P, D) prompts of block `layer` (None: the first this generator sets).
+
+        Raises:
+            TypeError, ValueError: `x` or `layer` does not fit.
+        """
+        layer = self.layers[0] if layer is None else layer
+        if layer not in self.layers:
+            raise ValueError(f"layer must be one of {self.layers}, got {layer!r}")
+        needs_x = self.known_at != "static"
+        if needs_x:
+            self.check_input(x)
+        draws = self.draw(x.shape[0] if x is not None else 1)
+        context = self.context(x if self.known_at in ("image", "embeddings") else None, draws)
+        return self.prompts(layer, context, x if self.known_at == "layer" else None, draws)
+
+    def check_input(self, x: Tensor | None) -> None:
+        """Raise TypeError or ValueError unless `x` is what `known_at` names."""
+        what = {"image": "normalised images (B, 3, H, W)", "embeddings": f"(B, N, {self.geometry.width})",
+                "layer": f"(B, N, {self.geometry.width})"}[self.known_at]
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"x must be a floating-point tensor, {what}, got {getattr(x, 'dtype', type(x).__name__)}")
+        if self.known_at == "image":
+            fits = x.ndim == 4 and x.shape[1] == 3
+        else:
+            fits = x.ndim == 3 and x.shape[2] == self.geometry.width
+        if not fits:
+            raise ValueError(f"x must be {what}, got {tuple(x.shape)}")
+
+    def num_parameters(self) -> int:
+        """Trained parameters of this generator."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def paper_num_parameters(self) -> int | None:
+        """The same by the formula the paper prints; None where it prints none."""
+        return None
+
+
+def dropout_mask(shape: tuple[int, ...], p: float, like: Tensor) -> Tensor:
+    """A dropout mask: 0 with probability p, else 1 / (1 − p), in the dtype and on the device of `like`."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(1 - p).div_(1 - p)

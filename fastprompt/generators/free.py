@@ -1,0 +1,50 @@
+"""Free input-independent prompts: PGN's control without the generator."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from fastprompt.generators.base import Draws, Geometry, PromptConfig, PromptGenerator
+
+
+@dataclasses.dataclass(frozen=True)
+class FreePromptsConfig(PromptConfig):
+    """Options of `FreePrompts`."""
+
+    kind: ClassVar[str] = "free"
+    num_prompts: int = 16
+
+    def __post_init__(self) -> None:
+        self.require("num_prompts", int, 1)
+
+
+class FreePrompts(PromptGenerator):
+    """K learned vectors, the same for every image (PGN's input-independent baseline, "IIP").
+
+    Initialised N(0, 0.02²); placed as PGN's prompts are: last, before CLIP's pre-norm, in block 0 only.
+    """
+
+    known_at = "static"
+    config_class = FreePromptsConfig
+    prompts_last = True
+    before_pre_norm = True
+    config: FreePromptsConfig
+
+    def __init__(self, config: FreePromptsConfig | None = None, geometry: Geometry | None = None,
+                 **options: Any) -> None:
+        super().__init__(config, geometry, **options)
+        self.num_prompts, self.layers = self.config.num_prompts, (0,)
+        self.tokens = nn.Parameter(torch.randn(1, self.num_prompts, self.geometry.width) * 0.02)
+
+    def prompts(self, layer: int, context: Any = None, tokens: Tensor | None = None,
+                draws: Draws | None = None) -> Tensor:
+        return self.tokens
+
+    def paper_num_parameters(self) -> int:
+        """K · D."""
+        return self.num_prompts * self.geometry.width

@@ -1,0 +1,75 @@
+"""Pixel prompts: a learned border added to the image (Bahng et al., 2022)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from fastprompt.generators.base import Draws, Geometry, PromptConfig, PromptGenerator
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelPromptConfig(PromptConfig):
+    """Options of `PixelPrompt`. border: width in pixels of the frame."""
+
+    kind: ClassVar[str] = "pixel"
+    border: int = 30
+
+    def __post_init__(self) -> None:
+        self.require("border", int, 1)
+
+
+class PixelPrompt(PromptGenerator):
+    """x + δ with δ zero inside and learned on a frame of `border` pixels, N(0, 1) at the start.
+
+    Four strips, top and bottom (1, 3, b, W), left and right (1, 3, H − 2b, b): 2·3·b·(W + H − 2b) parameters
+    (69,840 for 30 px at 224). Added to the normalised image. It makes no tokens: `generator(images)` returns
+    prompted images (B, 3, H, W).
+    """
+
+    known_at = "image"
+    config_class = PixelPromptConfig
+    config: PixelPromptConfig
+
+    def __init__(self, config: PixelPromptConfig | None = None, geometry: Geometry | None = None,
+                 **options: Any) -> None:
+        super().__init__(config, geometry, **options)
+        self.num_prompts, self.layers = 0, ()
+        b, (h, w) = self.config.border, self.geometry.image_size
+        if 2 * b >= min(h, w):
+            raise ValueError(f"PixelPromptConfig.border must be less than half of the {h} x {w} image, got {b}")
+        self.top, self.bottom = (nn.Parameter(torch.randn(1, 3, b, w)) for _ in range(2))
+        self.left, self.right = (nn.Parameter(torch.randn(1, 3, h - 2 * b, b)) for _ in range(2))
+
+    def frame(self) -> Tensor:
+        """δ (1, 3, H, W)."""
+        rows, inside = self.left.shape[2], self.geometry.image_size[1] - 2 * self.config.border
+        middle = torch.cat([self.left, self.left.new_zeros(1, 3, rows, inside), self.right], dim=3)
+        return torch.cat([self.top, middle, self.bottom], dim=2)
+
+    def prompt_images(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) with the frame added, in the wider of the two dtypes."""
+        self.check_input(images)
+        if tuple(images.shape[2:]) != tuple(self.geometry.image_size):
+            raise ValueError(f"x must be {self.geometry.image_size} pixels, as the frame, got {tuple(images.shape[2:])}")
+        return images + self.frame()
+
+    def forward(self, x: Tensor | None = None, layer: int | None = None) -> Tensor:
+        """Prompted images (B, 3, H, W)."""
+        if layer is not None:
+            raise ValueError(f"layer must be None, pixel prompts have no layers, got {layer!r}")
+        self.check_input(x)
+        assert x is not None
+        return self.prompt_images(x)
+
+    def prompts(self, layer: int, context: Any, tokens: Tensor | None = None, draws: Draws | None = None) -> Tensor:
+        raise ValueError("a pixel prompt has no prompt tokens; call prompt_images")
+
+    def paper_num_parameters(self) -> int:
+        """2 · 3 · b · (W + H − 2b)."""
+        b, (h, w) = self.config.border, self.geometry.image_size
+        return 6 * b * (w + h - 2 * b)

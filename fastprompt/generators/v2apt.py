@@ -1,0 +1,150 @@
+"""V²APT: visual variational autoencoder prompt tuning (Xiao et al., arXiv 2503.17650)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastprompt.generators.base import Draws, Geometry, PromptConfig, PromptGenerator
+from fastprompt.generators.vpt import StaticPrompts
+from fastprompt.kernels.vae_prompts import Decoder, vae_prompts
+from fastprompt.kernels.vae_prompts.reference import gaussian, kl_per_unit, philox_normal
+
+ACTIVE_UNIT_NATS = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class V2APTConfig(PromptConfig):
+    """Options of `V2APT`; every one of them is a choice of this library, see there.
+
+    Attributes:
+        num_prompts: P per block, domain and instance prompts together.
+        num_instance: m of them come from the VAE; P − m are learned domain prompts of the block.
+        latent: Z, size of the Gaussian latent. hidden: h, width of encoder and decoder.
+        beta: weight of the KL term (nats per image) in the loss.
+        share: "all": one decoder, the same instance prompts in every block; "per_layer": a decoder per block.
+        inference_samples: K; 0: the latent's mean at inference, else class probabilities averaged over K draws.
+    """
+
+    kind: ClassVar[str] = "v2apt"
+    num_prompts: int = 10
+    num_instance: int = 5
+    latent: int = 64
+    hidden: int = 64
+    beta: float = 1e-3
+    share: str = "all"
+    inference_samples: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "num_instance", "latent", "hidden"):
+            self.require(name, int, 1)
+        self.require("num_instance", int, 1, self.num_prompts)
+        self.require("beta", (float, int), 0)
+        self.require_choice("share", ("all", "per_layer"))
+        self.require("inference_samples", int, 0)
+
+
+class PromptDecoder(nn.Module):
+    """z (Z) → m · D: Linear, GELU, Linear; the last Linear starts at zero, so instance prompts start at zero."""
+
+    def __init__(self, latent: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(latent, hidden)
+        self.fc2 = nn.Linear(hidden, outputs)
+        nn.init.zeros_(self.fc2.weight)
+        nn.init.zeros_(self.fc2.bias)
+
+    def tensors(self) -> Decoder:
+        return Decoder(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+
+class Latent(NamedTuple):
+    """What one forward pass computes once: prompts (L, B, P, D), KL (B,), KL of each unit (B, Z)."""
+
+    prompts: Tensor
+    kl: Tensor
+    kl_units: Tensor
+
+
+class V2APT(PromptGenerator):
+    """V²APT: every block reads [CLS, domain prompts, instance prompts, patches], P prompts in all, as VPT-deep.
+
+    From the paper (abstract, Fig. 1): a VAE on the image's embeddings gives instance prompts; they join learned
+    domain prompts in every block with VPT's token count; loss = CE + β KL(N(μ, σ²) ‖ N(0, I)).
+
+    The authors published neither code nor sizes. Ours: the encoder reads the patch embeddings E with position
+    embedding, without class token: stats = W_s GELU(W_e mean(LN(E)) + b_e) + b_s, (μ, log σ²) = stats, log σ²
+    clamped; z = μ + σ ε in training, z = μ at inference (or `inference_samples` draws); P_inst = W₂ GELU(W₁ z);
+    no reconstruction loss; domain prompts start like VPT's; KL summed over the latent, mean over the batch.
+
+    `generator(embeddings, layer)` (B, N, D) → (B, P, D).
+    """
+
+    known_at = "embeddings"
+    config_class = V2APTConfig
+    config: V2APTConfig
+
+    def __init__(self, config: V2APTConfig | None = None, geometry: Geometry | None = None, **options: Any) -> None:
+        super().__init__(config, geometry, **options)
+        cfg, g = self.config, self.geometry
+        self.num_prompts, self.layers = cfg.num_prompts, tuple(range(g.depth))
+        self.domain = StaticPrompts(g.depth, cfg.num_prompts - cfg.num_instance, g, None)
+        self.norm = nn.LayerNorm(g.width)
+        self.encoder = nn.Linear(g.width, cfg.hidden)
+        self.to_stats = nn.Linear(cfg.hidden, 2 * cfg.latent)
+        self.decoders = nn.ModuleList(PromptDecoder(cfg.latent, cfg.hidden, cfg.num_instance * g.width)
+                                      for _ in range(1 if cfg.share == "all" else g.depth))
+
+    def stats(self, embeddings: Tensor) -> Tensor:
+        """(B, N, D) patch embeddings → (B, 2Z) = [μ, log σ²], not yet clamped."""
+        self.check_input(embeddings)
+        x = self.norm(embeddings.to(self.norm.weight.dtype)).mean(dim=1)  # (B, D)
+        return self.to_stats(F.gelu(self.encoder(x)))
+
+    def draw(self, batch: int) -> Draws:
+        """"noise": (2,) int64, seed and offset of the latent's noise; {} in eval mode, where z is the mean."""
+        if not self.training:
+            return {}
+        device = self.norm.weight.device
+        return {"noise": torch.randint(2**62, (2,), device=device) * torch.tensor([1, 0], device=device)}
+
+    def inference_draws(self) -> list[Draws]:
+        """Draws of the K inference samples, one forward each; [{}] (the mean) when `inference_samples` is 0.
+
+        "epsilon": (Z,), fixed, the same for every image, so that a prediction does not depend on the batch.
+        """
+        cfg, like = self.config, self.norm.weight
+        if cfg.inference_samples == 0:
+            return [{}]
+        seed = torch.zeros(2, dtype=torch.int64, device=like.device)
+        noise = philox_normal(seed, cfg.inference_samples * cfg.latent, torch.float64)
+        return [{"epsilon": row} for row in noise.to(like.dtype).view(cfg.inference_samples, cfg.latent)]
+
+    def context(self, x: Tensor | None, draws: Draws | None = None) -> Latent:
+        assert x is not None
+        draws, stats = draws or {}, self.stats(x)
+        mu, logvar = gaussian(stats)
+        kl_units = kl_per_unit(mu, logvar)
+        if "epsilon" in draws:
+            stats = torch.cat([mu + torch.exp(0.5 * logvar) * draws["epsilon"], logvar], dim=-1)
+        decoders = [d.tensors() for d in self.decoders]  # type: ignore[operator]
+        prompts, kl = vae_prompts(stats, decoders, self.domain.embeddings, draws.get("noise"))
+        return Latent(prompts, kl_units.sum(dim=-1) if "epsilon" in draws else kl, kl_units.detach())
+
+    def prompts(self, layer: int, context: Latent, tokens: Tensor | None = None,
+                draws: Draws | None = None) -> Tensor:
+        return context.prompts[layer]
+
+    def aux(self, context: Latent) -> dict[str, Tensor]:
+        """"kl": (B,) nats; "kl_units": (B, Z), to see posterior collapse."""
+        return {"kl": context.kl, "kl_units": context.kl_units}
+
+
+def active_units(kl_units: Tensor) -> int:
+    """Latent units whose mean KL over the images (B, Z) is above 0.01 nats (Burda et al., ICLR 2016)."""
+    return int((kl_units.mean(dim=0) > ACTIVE_UNIT_NATS).sum())

@@ -1,0 +1,195 @@
+"""VAPT: visual adaptive prompt tuning (Le et al., ICLR 2026)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastprompt.generators.base import Draws, Geometry, PromptConfig, PromptGenerator, dropout_mask
+from fastprompt.generators.vpt import StaticPrompts
+from fastprompt.kernels.adaptive_prompts import ACTIVATIONS, adaptive_prompts
+from fastprompt.kernels.adaptive_prompts.reference import bottleneck, position_matrix
+
+
+@dataclasses.dataclass(frozen=True)
+class VAPTConfig(PromptConfig):
+    """Options of `VAPT`; the last eight are the ablation switches of the released code.
+
+    Attributes:
+        num_prompts: P per block. hidden: r, width of the feature projector's bottleneck.
+        kernel, padding: of the convolution over the patch grid (stride 1).
+        channel_dropout: rate of dropping whole channels after the convolution.
+        hidden_dropout: rate on the bottleneck's hidden units.
+        prompt_dropout: rate on elements of the static prompts.
+        static_layers: how many first blocks have learned static prompts; the later ones are adaptive.
+        activation: of the bottleneck.
+        conv: False: no convolution, the token projector reads the patches themselves.
+        channelwise: True: one kernel shared by all channels; False: a kernel for each channel.
+        feature_projector: False: no bottleneck.
+        share_projector: False: a bottleneck for each block.
+        learnable_scale: the bottleneck's output is scaled by a learned number, which starts at 1.
+        project: width the static prompts are learned in and projected from; None: none.
+    """
+
+    kind: ClassVar[str] = "vapt"
+    num_prompts: int = 10
+    hidden: int = 8
+    kernel: int = 2
+    padding: int = 0
+    channel_dropout: float = 0.1
+    hidden_dropout: float = 0.1
+    prompt_dropout: float = 0.0
+    static_layers: int = 1
+    activation: str = "relu"
+    conv: bool = True
+    channelwise: bool = True
+    feature_projector: bool = True
+    share_projector: bool = True
+    learnable_scale: bool = False
+    project: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "hidden", "kernel"):
+            self.require(name, int, 1)
+        for name in ("padding", "static_layers"):
+            self.require(name, int, 0)
+        for name in ("channel_dropout", "hidden_dropout", "prompt_dropout"):
+            self.require(name, (float, int), 0, 0.999)
+        for name in ("conv", "channelwise", "feature_projector", "share_projector", "learnable_scale"):
+            self.require(name, bool)
+        self.require_choice("activation", ACTIVATIONS)
+        if self.project is not None:
+            self.require("project", int, 1)
+
+
+class FeatureProjector(nn.Module):
+    """g(p) = scale · W₂ σ(W₁ p) + p: W₁ (r, D), W₂ (D, r), no biases, PyTorch's Linear initialisation."""
+
+    def __init__(self, width: int, hidden: int, learnable_scale: bool) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(nn.Linear(width, hidden, bias=False).weight.detach().clone())
+        self.w2 = nn.Parameter(nn.Linear(hidden, width, bias=False).weight.detach().clone())
+        self.scale: nn.Parameter | float = nn.Parameter(torch.ones(())) if learnable_scale else 1.0
+
+
+class AdaptiveLayer(nn.Module):
+    """One block's LayerNorm (eps 1e-5), kernel F ~ N(0, 1) and zero-initialised token projector A."""
+
+    def __init__(self, config: VAPTConfig, geometry: Geometry, positions: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(geometry.width, eps=1e-5)
+        channels = 1 if config.channelwise else geometry.width
+        self.kernel = nn.Parameter(torch.randn(channels, 1, config.kernel, config.kernel)) if config.conv else None
+        self.projector = nn.Linear(positions, config.num_prompts)
+        nn.init.zeros_(self.projector.weight)
+        nn.init.zeros_(self.projector.bias)
+
+
+class VAPT(PromptGenerator):
+    """VAPT: block i's prompts are a function of the patch tokens X that enter it (VAPT §4).
+
+    X_conv = F ∗ LN(X) on the patch grid, one k × k kernel F for all channels;
+    pⱼ = Σ_k α_{j,k} x_k^conv (+ bias), the token projector of the block;
+    P = W₂ σ(W₁ p) + p, the feature projector shared by all blocks.
+
+    The residual, the projector's bias, the LayerNorm's affine and the static prompts of the first block are the
+    released code's; the paper's g has no residual. Placement as VPT-deep: [CLS, prompts, patches], replaced in
+    every block. Any patch grid is taken. With one shared kernel, F and α are applied as one (P, N) matrix.
+    """
+
+    known_at = "layer"
+    config_class = VAPTConfig
+    config: VAPTConfig
+
+    def __init__(self, config: VAPTConfig | None = None, geometry: Geometry | None = None, **options: Any) -> None:
+        super().__init__(config, geometry, **options)
+        cfg, g = self.config, self.geometry
+        if cfg.static_layers > g.depth:
+            raise ValueError(f"VAPTConfig.static_layers must be at most the {g.depth} blocks, got {cfg.static_layers}")
+        grow = 2 * cfg.padding - cfg.kernel + 1 if cfg.conv else 0
+        self.conv_grid = (g.grid[0] + grow, g.grid[1] + grow)
+        if min(self.conv_grid) < 1:
+            raise ValueError(f"VAPTConfig.kernel {cfg.kernel} with padding {cfg.padding} does not fit the "
+                             f"{g.grid[0]} x {g.grid[1]} patch grid")
+        self.num_prompts, self.layers = cfg.num_prompts, tuple(range(g.depth))
+        adaptive = g.depth - cfg.static_layers
+        self.static = StaticPrompts(cfg.static_layers, cfg.num_prompts, g, cfg.project) if cfg.static_layers else None
+        self.adaptive = nn.ModuleList(AdaptiveLayer(cfg, g, self.conv_grid[0] * self.conv_grid[1])
+                                      for _ in range(adaptive))
+        projectors = 0 if not cfg.feature_projector or not adaptive else 1 if cfg.share_projector else adaptive
+        self.feature_projectors = nn.ModuleList(FeatureProjector(g.width, cfg.hidden, cfg.learnable_scale)
+                                                for _ in range(projectors))
+
+    def draw(self, batch: int) -> Draws:
+        """Dropout masks: "prompts" (static, B, P, D), "channels" (adaptive, B, D), "hidden" (adaptive, B, P, r)."""
+        cfg, like, draws = self.config, next(self.parameters()), {}
+        if not self.training:
+            return draws
+        shapes = {"prompts": (cfg.prompt_dropout, (cfg.static_layers, batch, self.num_prompts, self.geometry.width)),
+                  "channels": (cfg.channel_dropout if cfg.conv else 0.0, (len(self.adaptive), batch, self.geometry.width)),
+                  "hidden": (cfg.hidden_dropout if self.feature_projectors else 0.0,
+                             (len(self.adaptive), batch, self.num_prompts, cfg.hidden))}
+        for name, (p, shape) in shapes.items():
+            if p > 0 and shape[0]:
+                draws[name] = dropout_mask(shape, p, like)
+        return draws
+
+    def forward(self, x: Tensor | None = None, layer: int | None = None) -> Tensor:
+        """(1 or B, P, D) prompts of block `layer`; `x` (B, N, D) is read by the adaptive blocks only."""
+        first = self.config.static_layers
+        layer = (first if x is not None and first < len(self.layers) else 0) if layer is None else layer
+        if layer in self.layers and layer < first:
+            return self.prompts(layer, None, None, self.draw(1 if x is None else x.shape[0]))
+        return super().forward(x, layer)
+
+    def prompts(self, layer: int, context: Any = None, tokens: Tensor | None = None,
+                draws: Draws | None = None) -> Tensor:
+        return self._prompts(layer, tokens, draws, plain=not self.config.channelwise)
+
+    def plain_prompts(self, layer: int, context: Any = None, tokens: Tensor | None = None,
+                      draws: Draws | None = None) -> Tensor:
+        """`prompts` as released: depthwise convolution, channel dropout, Linear over positions, bottleneck."""
+        return self._prompts(layer, tokens, draws, plain=True)
+
+    def _prompts(self, layer: int, tokens: Tensor | None, draws: Draws | None, plain: bool) -> Tensor:
+        draws, cfg = draws or {}, self.config
+        if self.static is not None and layer < cfg.static_layers:
+            return self.static(layer, draws["prompts"][layer] if "prompts" in draws else None)
+        self.check_input(tokens)
+        assert tokens is not None
+        if tokens.shape[1] != self.geometry.grid[0] * self.geometry.grid[1]:
+            raise ValueError(f"x has {tokens.shape[1]} patch tokens, this generator was built for a "
+                             f"{self.geometry.grid[0]} x {self.geometry.grid[1]} grid")
+        j = layer - cfg.static_layers
+        parts: AdaptiveLayer = self.adaptive[j]  # type: ignore[assignment]
+        channels = draws["channels"][j] if "channels" in draws else None
+        hidden = draws["hidden"][j] if "hidden" in draws else None
+        g: FeatureProjector | None = None
+        if self.feature_projectors:
+            g = self.feature_projectors[0 if cfg.share_projector else j]  # type: ignore[assignment]
+        weight, bias, norm = parts.projector.weight, parts.projector.bias, parts.norm
+        if not plain:
+            mix = weight if parts.kernel is None else position_matrix(parts.kernel, weight, self.geometry.grid, cfg.padding)
+            w1, w2, scale = (None, None, 1.0) if g is None else (g.w1, g.w2, g.scale)
+            return adaptive_prompts(tokens, norm.weight, norm.bias, mix, bias, w1, w2, scale, eps=norm.eps,
+                                    activation=cfg.activation, channel_mask=channels, hidden_mask=hidden)
+        x = norm(tokens.to(norm.weight.dtype)).transpose(1, 2)  # (B, D, N)
+        b, d, _ = x.shape
+        if parts.kernel is not None:
+            x = F.conv2d(x.reshape(b, d, *self.geometry.grid), parts.kernel.expand(d, -1, -1, -1), padding=cfg.padding,
+                         groups=d).flatten(2)
+            if channels is not None:
+                x = x * channels[:, :, None]
+        x = F.linear(x, weight, bias).transpose(1, 2)  # (B, P, D)
+        return x if g is None else bottleneck(x, g.w1, g.w2, g.scale, cfg.activation, hidden)
+
+    def paper_num_parameters(self) -> int:
+        """L · P · H'W' + L · K² + 2 r D; the code has LayerNorms, biases and the first block's prompts instead."""
+        cfg, depth = self.config, self.geometry.depth
+        positions = self.conv_grid[0] * self.conv_grid[1]
+        return depth * cfg.num_prompts * positions + depth * cfg.kernel**2 + 2 * cfg.hidden * self.geometry.width

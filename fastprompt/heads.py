@@ -1,0 +1,257 @@
+"""From backbone features (B, D) to class logits (B, C)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastprompt.vit import FrozenViT
+
+CLIP_LOGIT_SCALE = 100.0
+CLIP_TEMPLATE = "This is a photo of a {}"
+
+
+class Head(nn.Module):
+    """Features (B, D) → logits (B, num_classes), in the dtype of the head's own tensors.
+
+    Attributes:
+        kind: its name in files and on the command line. reads_classifier: it uses the backbone's classifier.
+    """
+
+    kind: ClassVar[str]
+    reads_classifier: ClassVar[bool] = False
+    num_classes: int
+
+    def describe(self) -> dict[str, Any]:
+        """What `build_head` needs, beside the tensors, to make this head again."""
+        return {"kind": self.kind}
+
+
+class LinearHead(Head):
+    """W f + b, trained. W ~ truncated N(0, 0.01²), b = 0."""
+
+    kind = "linear"
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_classes, width), std=0.01))
+        self.bias = nn.Parameter(torch.zeros(num_classes))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
+
+
+class TextHead(Head):
+    """CLIP: scale · cos(P f, t_c) against class-text embeddings, nothing trained (PGN §4, CLIP).
+
+    Args:
+        class_embeddings: (C, E), one per class, computed once; normalised here and stored in the adapter.
+        backbone: its classifier is the projection P (E, D); without classifier E must be D.
+        logit_scale: exp of CLIP's logit scale, frozen.
+    """
+
+    kind = "text"
+    reads_classifier = True
+
+    def __init__(self, class_embeddings: Any, backbone: FrozenViT, logit_scale: float = CLIP_LOGIT_SCALE) -> None:
+        super().__init__()
+        texts = torch.as_tensor(class_embeddings).detach().to(torch.float32)
+        outputs = backbone.width if backbone.head is None else backbone.head.weight.shape[0]
+        if texts.ndim != 2 or texts.shape[1] != outputs:
+            raise ValueError(f"class_embeddings must have shape (C, {outputs}) for this backbone, "
+                             f"got {tuple(texts.shape)}")
+        if not torch.isfinite(texts).all() or (texts.norm(dim=-1) == 0).any():
+            raise ValueError("class_embeddings contain NaN, infinite or all-zero rows")
+        if not logit_scale > 0 or math.isinf(logit_scale):
+            raise ValueError(f"logit_scale must be positive, got {logit_scale!r}")
+        self.num_classes, self.logit_scale = texts.shape[0], float(logit_scale)
+        self.register_buffer("class_embeddings", F.normalize(texts, dim=-1))
+        _register_classifier(self, backbone)
+
+    def forward(self, features: Tensor) -> Tensor:
+        texts: Tensor = self.class_embeddings  # type: ignore[assignment]
+        features = _classifier(self, features.to(texts.dtype))
+        return self.logit_scale * F.normalize(features, dim=-1) @ texts.T
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, "logit_scale": self.logit_scale}
+
+
+class LabelMapHead(Head):
+    """Class c reads output c of the pretrained classifier, frozen (PGN §4, supervised ViT)."""
+
+    kind = "label_map"
+    reads_classifier = True
+
+    def __init__(self, backbone: FrozenViT, num_classes: int) -> None:
+        super().__init__()
+        if backbone.head is None:
+            raise ValueError("head 'label_map' needs a backbone with a pretrained classifier; this one has none")
+        outputs = backbone.head.weight.shape[0]
+        if num_classes > outputs:
+            raise ValueError(f"num_classes must be at most the {outputs} outputs of the pretrained classifier, "
+                             f"got {num_classes}")
+        self.num_classes = num_classes
+        _register_classifier(self, backbone, num_classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return _classifier(self, features.to(self.classifier_weight.dtype))  # type: ignore[union-attr]
+
+
+class PrototypeHead(Head):
+    """Cosine similarity of projected features to C fixed prototypes, frozen (PGN §4, DINO).
+
+    logits = normalise(MLP(f)) Vᵀ with the rows of V normalised: DINO's projection head with C of its prototypes.
+
+    Args:
+        prototypes: (C, E).
+        layers: [(weight, bias or None), ...] of the MLP (GELU between, none after the last); [] = features as
+            they are.
+    """
+
+    kind = "prototypes"
+
+    def __init__(self, prototypes: Any, layers: Sequence[tuple[Any, Any]] = ()) -> None:
+        super().__init__()
+        rows = torch.as_tensor(prototypes).detach().to(torch.float32)
+        if rows.ndim != 2 or not torch.isfinite(rows).all() or (rows.norm(dim=-1) == 0).any():
+            raise ValueError(f"prototypes must be finite, non-zero rows (C, E), got {tuple(rows.shape)}")
+        self.num_classes, self.num_layers = rows.shape[0], len(layers)
+        self.register_buffer("prototypes", F.normalize(rows, dim=-1))
+        for i, (weight, bias) in enumerate(layers):
+            weight = torch.as_tensor(weight).detach().to(torch.float32).clone()
+            bias = torch.zeros(weight.shape[0]) if bias is None else torch.as_tensor(bias).detach().to(torch.float32)
+            self.register_buffer(f"weight{i}", weight)
+            self.register_buffer(f"bias{i}", bias.clone())
+
+    @classmethod
+    def from_dino(cls, state_dict: Mapping[str, Tensor], num_classes: int, seed: int = 0) -> PrototypeHead:
+        """From a DINO checkpoint's projection head, with `num_classes` of its prototypes chosen at random.
+
+        Args:
+            state_dict: has `mlp.{0,2,4}.{weight,bias}` and `last_layer.weight_v` (or `.weight`), under any prefix
+                ending in "head." ("module.head." in the released student checkpoints).
+
+        Raises:
+            ValueError: the keys are not there, or fewer prototypes than classes.
+        """
+        names = [k for k in state_dict if k.endswith(("last_layer.weight_v", "last_layer.weight"))]
+        if len(names) != 1:
+            raise ValueError("state_dict has no DINO head: no single key ends in 'last_layer.weight_v'")
+        prefix = names[0].rpartition("last_layer.")[0]
+        rows = state_dict[names[0]]
+        if not 1 <= num_classes <= rows.shape[0]:
+            raise ValueError(f"num_classes must be from 1 to the {rows.shape[0]} prototypes, got {num_classes}")
+        indices = sorted({int(k[len(prefix) + 4:].split(".")[0]) for k in state_dict
+                          if k.startswith(prefix + "mlp.") and k.endswith(".weight")})
+        layers = [(state_dict[f"{prefix}mlp.{i}.weight"], state_dict.get(f"{prefix}mlp.{i}.bias")) for i in indices
+                  if state_dict[f"{prefix}mlp.{i}.weight"].ndim == 2]
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(rows.shape[0], generator=generator)[:num_classes]
+        return cls(rows[chosen], layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        rows: Tensor = self.prototypes  # type: ignore[assignment]
+        x = features.to(rows.dtype)
+        for i in range(self.num_layers):
+            x = F.linear(F.gelu(x) if i else x, getattr(self, f"weight{i}"), getattr(self, f"bias{i}"))
+        return F.normalize(x, dim=-1) @ rows.T
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, "num_layers": self.num_layers}
+
+
+HEADS = ("linear", "text", "label_map", "prototypes")
+
+
+def build_head(head: str, backbone: FrozenViT, num_classes: int, class_embeddings: Any = None,
+               logit_scale: float = CLIP_LOGIT_SCALE, prototypes: Any = None) -> Head:
+    """A head by name; `class_embeddings` (C, E) for "text", `prototypes` (C, E) for "prototypes".
+
+    Raises:
+        ValueError: unknown name, or what that head needs is missing or of another number of classes.
+    """
+    if head not in HEADS:
+        raise ValueError(f"head must be one of {HEADS} or a fastprompt head, got {head!r}")
+    if head == "linear":
+        return LinearHead(backbone.width, num_classes)
+    if head == "label_map":
+        return LabelMapHead(backbone, num_classes)
+    name, rows = ("class_embeddings", class_embeddings) if head == "text" else ("prototypes", prototypes)
+    if rows is None:
+        raise ValueError(f"head {head!r} needs {name} (C, E), one row per class")
+    if len(rows) != num_classes:
+        raise ValueError(f"{name} has {len(rows)} rows, num_classes is {num_classes}")
+    return TextHead(rows, backbone, logit_scale) if head == "text" else PrototypeHead(rows)
+
+
+def encode_class_texts(class_names: Sequence[str], encode: str | Callable[[list[str]], Any], *,
+                       template: str = CLIP_TEMPLATE, library: str = "open_clip", pretrained: str | None = None
+                       ) -> Tensor:
+    """Class-text embeddings (C, E), computed once, for `head="text"` (PGN §4: one template per data set).
+
+    Args:
+        class_names: names; underscores become spaces, letters lower case.
+        encode: a function list of C texts → (C, E), or the name of a model of `library`.
+        template: a text with one {} for the class name.
+        library: "open_clip" (`encode="ViT-B-16"`, `pretrained="openai"`) or "transformers"
+            (`encode="openai/clip-vit-base-patch16"`); needed only for a name.
+
+    Raises:
+        ValueError: no class names, or a template without {}.
+        ImportError: `library` is not installed.
+    """
+    if isinstance(class_names, str) or not class_names or not all(isinstance(n, str) for n in class_names):
+        raise ValueError(f"class_names must be a list of names, got {class_names!r}")
+    if template.count("{}") != 1:
+        raise ValueError(f"template must have one {{}} for the class name, got {template!r}")
+    texts = [template.format(name.replace("_", " ").lower()) for name in class_names]
+    if isinstance(encode, str):
+        if library not in ("open_clip", "transformers"):
+            raise ValueError(f"library must be 'open_clip' or 'transformers', got {library!r}")
+        encode = (_open_clip_encoder(encode, pretrained) if library == "open_clip" else _transformers_encoder(encode))
+    embeddings = torch.as_tensor(encode(texts)).detach().float().cpu()
+    if embeddings.ndim != 2 or embeddings.shape[0] != len(texts):
+        raise ValueError(f"encode must return ({len(texts)}, E), got {tuple(embeddings.shape)}")
+    return F.normalize(embeddings, dim=-1)
+
+
+def _open_clip_encoder(name: str, pretrained: str | None) -> Callable[[list[str]], Tensor]:
+    import open_clip
+
+    model = open_clip.create_model(name, pretrained=pretrained).eval()
+    tokenizer = open_clip.get_tokenizer(name)
+    return lambda texts: _without_gradient(model.encode_text, tokenizer(texts))
+
+
+def _transformers_encoder(name: str) -> Callable[[list[str]], Tensor]:
+    from transformers import AutoTokenizer, CLIPTextModelWithProjection
+
+    model, tokenizer = CLIPTextModelWithProjection.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+    return lambda texts: _without_gradient(
+        lambda batch: model(**batch).text_embeds, tokenizer(texts, padding=True, return_tensors="pt"))
+
+
+def _without_gradient(function: Callable[[Any], Tensor], argument: Any) -> Tensor:
+    with torch.no_grad():
+        return function(argument)
+
+
+def _register_classifier(head: Head, backbone: FrozenViT, rows: int | None = None) -> None:
+    """Copies of the backbone's classifier rows, in float32, kept out of the adapter's files."""
+    weight = None if backbone.head is None else backbone.head.weight[:rows].detach().float().clone()
+    bias = None if backbone.head is None or backbone.head.bias is None else backbone.head.bias[:rows].detach().float().clone()
+    head.register_buffer("classifier_weight", weight, persistent=False)
+    head.register_buffer("classifier_bias", bias, persistent=False)
+
+
+def _classifier(head: Head, features: Tensor) -> Tensor:
+    weight = head.classifier_weight
+    return features if weight is None else F.linear(features, weight, head.classifier_bias)  # type: ignore[arg-type]

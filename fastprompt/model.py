@@ -1,0 +1,317 @@
+"""A frozen backbone, a prompt generator and a head in one module."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
+
+import fastprompt
+from fastprompt.files import atomic_write_many
+from fastprompt.generators import (
+    FullFineTuneConfig,
+    Geometry,
+    PixelPrompt,
+    PromptConfig,
+    PromptGenerator,
+    build_generator,
+    config_from_dict,
+)
+from fastprompt.generators.base import Draws
+from fastprompt.heads import CLIP_LOGIT_SCALE, Head, PrototypeHead, TextHead, build_head
+from fastprompt.vit import FrozenViT, reference
+from fastprompt.vit.reference import READOUTS
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_FORMAT = 1
+
+
+class PromptedViT(nn.Module):
+    """A frozen ViT adapted by prompts: `model(images)` → logits.
+
+    Only generator and head train; the backbone is constant and stays in eval mode. (Full fine-tuning, a baseline,
+    trains its own copy of the backbone.)
+
+    Args:
+        backbone: the frozen ViT; it is shared, not copied.
+        config: the method and its options, e.g. `PGNConfig(num_prompts=16)`.
+        num_classes: C; None: no head, the model returns features.
+        head: "linear", "text", "label_map", "prototypes", or a head of `fastprompt.heads`.
+        readout: what the head sees: "cls", "patches", "patches+prompts", "prompts" or "map"; None: as the
+            backbone's own head does.
+        class_names: C names, kept in the adapter.
+        class_embeddings, logit_scale: for head "text". prototypes: for head "prototypes".
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; it is named.
+    """
+
+    def __init__(self, backbone: FrozenViT, config: PromptConfig, num_classes: int | None = None,
+                 head: str | Head = "linear", readout: str | None = None, *,
+                 class_names: Sequence[str] | None = None, class_embeddings: Any = None,
+                 logit_scale: float = CLIP_LOGIT_SCALE, prototypes: Any = None) -> None:
+        super().__init__()
+        if not isinstance(backbone, FrozenViT):
+            raise TypeError(f"backbone must be a FrozenViT, got {type(backbone).__name__}; "
+                            "wrap a timm model as FrozenViT(module)")
+        if num_classes is not None and (not isinstance(num_classes, int) or isinstance(num_classes, bool)
+                                        or num_classes < 1):
+            raise ValueError(f"num_classes must be a positive integer or None, got {num_classes!r}")
+        generator = build_generator(config, Geometry.of(backbone))
+        self.readout = check_readout(backbone, generator, readout)
+        self.config, self.full = config, isinstance(config, FullFineTuneConfig)
+        backbone.pin_fingerprint()
+        self.backbone = backbone
+        if self.full:
+            self.backbone = copy.deepcopy(backbone).requires_grad_(True)
+            if self.backbone.head is not None:
+                self.backbone.head.requires_grad_(False)  # the pretrained classifier is not part of the features
+        self.generator = generator
+        self.head: Head | None = None
+        if isinstance(head, Head):
+            if num_classes not in (None, head.num_classes):
+                raise ValueError(f"num_classes is {num_classes}, the given head has {head.num_classes}")
+            self.head = head
+        elif num_classes is not None:
+            self.head = build_head(head, backbone, num_classes, class_embeddings, logit_scale, prototypes)
+        self.num_classes = None if self.head is None else self.head.num_classes
+        if class_names is not None:
+            class_names = [str(name) for name in class_names]
+            if len(class_names) != self.num_classes:
+                raise ValueError(f"class_names has {len(class_names)} names, num_classes is {self.num_classes}")
+        self.class_names = class_names
+        self._autocast: torch.dtype | None = None
+        for module in (self.generator, self.head):
+            if module is not None:
+                module.to(device=backbone.device,
+                          dtype=torch.float64 if backbone.dtype == torch.float64 else torch.float32)
+
+    def forward(self, images: Tensor, return_aux: bool = False, draws: Draws | None = None
+                ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Logits (B, C), or features (B, D) without head.
+
+        Args:
+            images: (B, 3, H, W), float (normalised) or uint8 (raw pixels).
+            return_aux: also return what a loss needs beside the logits: "kl" (B,) in nats for V²APT.
+            draws: the random tensors of a training step (`draw`); None: drawn here in training mode.
+        """
+        return self._forward(images, return_aux, draws, plain=False)
+
+    def reference_forward(self, images: Tensor, return_aux: bool = False, draws: Draws | None = None
+                          ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """`forward` by the papers' own graph, nothing rewritten: oracle and baseline."""
+        return self._forward(images, return_aux, draws, plain=True)
+
+    def _forward(self, images: Tensor, return_aux: bool, draws: Draws | None, plain: bool
+                 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        samples = [draws] if draws is not None or self.training or self.generator is None \
+            else self.generator.inference_draws()
+        outputs, aux = [], {}
+        for sample in samples:
+            features, aux = self._features(images, sample, plain)
+            outputs.append(features if self.head is None else self.head(features))
+        output = outputs[0]
+        if len(outputs) > 1:
+            stacked = torch.stack(outputs)
+            output = stacked.mean(0) if self.head is None else stacked.softmax(-1).mean(0).log()
+        return (output, aux) if return_aux else output
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(B, D): what the head sees."""
+        return self._features(images, None, plain=False)[0]
+
+    def draw(self, batch: int) -> Draws:
+        """The random tensors of one training step for `batch` images: dropout masks, latent noise."""
+        return {} if self.generator is None else self.generator.draw(batch)
+
+    def _features(self, images: Tensor, draws: Draws | None, plain: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        vit, generator = self.backbone, self.generator
+        vit.check_images(images)
+        if draws is None:
+            draws = self.draw(images.shape[0])
+        images = vit.normalise(images)
+        if isinstance(generator, PixelPrompt):
+            images, generator = generator.prompt_images(images), None
+        if self._autocast is not None:
+            with torch.autocast(images.device.type, self._autocast):
+                sequence = reference.encode(vit, images)
+                return reference.read_out(vit, sequence, self.readout), {}
+        context, embedded = None, reference.embed(vit, images.to(vit.dtype))
+        if generator is not None and generator.known_at == "image":
+            context = generator.context(images, draws)
+        elif generator is not None and generator.known_at == "embeddings":
+            patches = embedded.patches if vit.norm_pre is None else vit.norm_pre(embedded.patches)
+            context = generator.context(patches, draws)
+        sequence = reference.encode(vit, images, generator, context, draws, embedded, plain)
+        aux = {} if generator is None else generator.aux(context)
+        return reference.read_out(vit, sequence, self.readout), aux
+
+    def set_backbone_dtype(self, dtype: torch.dtype) -> None:
+        """Run the backbone in `dtype`; generator and head keep theirs, and logits come out in the head's.
+
+        A frozen backbone is cast. Under full fine-tuning its weights train in float32 and are cast as they are
+        used (autocast).
+        """
+        if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"dtype must be a floating-point dtype, got {dtype!r}")
+        if self.full:
+            self._autocast = dtype if dtype in (torch.float16, torch.bfloat16) else None
+        else:
+            self.backbone.to(dtype)
+
+    @property
+    def backbone_dtype(self) -> torch.dtype:
+        """The dtype the backbone computes in."""
+        return self._autocast or self.backbone.dtype
+
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of all that trains."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def num_trainable(self) -> dict[str, int]:
+        """Trained parameters: "total", and of "generator", "head" and "backbone"."""
+        counts = {"generator": 0, "head": 0, "backbone": 0}
+        for name, p in self.trainable_parameters():
+            counts[name.partition(".")[0]] += p.numel()
+        return {"total": sum(counts.values()), **counts}
+
+    def paper_parameter_count(self) -> int | None:
+        """Trained parameters without head by the formula the method's paper prints; None where it prints none."""
+        return None if self.generator is None else self.generator.paper_num_parameters()
+
+    def print_trainable_parameters(self) -> None:
+        """Print trained and all parameters, in PEFT's format."""
+        trained, total = self.num_trainable()["total"], sum(p.numel() for p in self.parameters())
+        print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """Every tensor that is not the frozen backbone's: parameters and buffers of generator and head."""
+        parts = ("generator.", "head.", "backbone.") if self.full else ("generator.", "head.")
+        return {k: v for k, v in self.state_dict().items() if k.startswith(parts)}
+
+    def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load `adapter_state_dict`; a missing, unknown or misshapen tensor raises `ValueError` before any change."""
+        own = self.adapter_state_dict()
+        missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+        if missing or unknown:
+            raise ValueError(f"state does not fit this model: missing {missing[:5]}, unknown {unknown[:5]}")
+        for name, tensor in state.items():
+            if tensor.shape != own[name].shape:
+                raise ValueError(f"state: {name} has shape {tuple(tensor.shape)}, this model has {tuple(own[name].shape)}")
+        with torch.no_grad():
+            for name, tensor in state.items():
+                own[name].copy_(tensor)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors` into `directory`, both or neither.
+
+        The configuration records the backbone's fingerprint, so that another backbone is refused.
+
+        Raises:
+            OSError: the disk is full or the place is not writable; nothing has changed then.
+        """
+        backbone = self.backbone
+        config = {
+            "format": _FORMAT, "fastprompt_version": fastprompt.__version__, "method": self.config.to_dict(),
+            "num_classes": self.num_classes, "head": None if self.head is None else self.head.describe(),
+            "readout": self.readout, "class_names": self.class_names,
+            "backbone": {"name": backbone.spec.name, "fingerprint": backbone.fingerprint,
+                         "image_size": list(backbone.image_size), "patch_size": backbone.patch_size,
+                         "width": backbone.width, "depth": backbone.depth, "mean": list(backbone.mean),
+                         "std": list(backbone.std)},
+        }
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self.adapter_state_dict().items()}
+        atomic_write_many(directory, {WEIGHTS_FILE: tensors_to_bytes(tensors, {"format": "pt"}),
+                                      CONFIG_FILE: json.dumps(config, indent=2) + "\n"})
+
+    @classmethod
+    def from_pretrained(cls, backbone: FrozenViT, directory: str | os.PathLike[str]) -> PromptedViT:
+        """The model that `save_pretrained` wrote into `directory`, on `backbone`, in eval mode.
+
+        Raises:
+            FileNotFoundError: no adapter there.
+            ValueError: a file is corrupted, or the adapter was trained on another backbone.
+        """
+        config, state = read_adapter(directory)
+        stored = config["backbone"]
+        if backbone.fingerprint != stored["fingerprint"]:
+            raise ValueError(
+                f"the adapter in {directory} was trained on another backbone: {stored['name']} at "
+                f"{'x'.join(map(str, stored['image_size']))} px, fingerprint {stored['fingerprint'][:12]}; this one is "
+                f"{backbone.spec.name} at {'x'.join(map(str, backbone.image_size))} px, fingerprint "
+                f"{backbone.fingerprint[:12]}")
+        try:
+            head_info = config["head"]
+            model = cls(backbone, config_from_dict(config["method"]), None, readout=config["readout"])
+            if head_info is not None:
+                model.head = _head_from(head_info, backbone, config["num_classes"], state)
+                model.head.to(device=backbone.device)
+                model.num_classes = config["num_classes"]
+            model.class_names = config["class_names"]
+            model.load_adapter_state_dict(state)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the adapter in {directory} cannot be read: {error}") from error
+        return model.eval()
+
+    def extra_repr(self) -> str:
+        return f"{self.config}, num_classes={self.num_classes}, readout={self.readout!r}"
+
+
+def check_readout(backbone: FrozenViT, generator: PromptGenerator | None, readout: str | None) -> str:
+    """The readout to use; ValueError where backbone or generator cannot give it."""
+    readout = backbone.spec.pool if readout is None else readout
+    if readout not in READOUTS:
+        raise ValueError(f"readout must be one of {READOUTS} or None, got {readout!r}")
+    if readout == "cls" and not backbone.spec.has_cls:
+        raise ValueError("readout 'cls' needs a class token; this backbone has none")
+    if readout == "map" and backbone.map_pool is None:
+        raise ValueError("readout 'map' needs an attention-pooling head; this backbone has none")
+    if "prompts" in readout and (generator is None or generator.num_prompts == 0):
+        raise ValueError(f"readout {readout!r} needs prompt tokens; this method has none")
+    return readout
+
+
+def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors of an adapter directory.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: a file is corrupted or of an unknown format.
+    """
+    directory = Path(directory)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory} is no adapter: {name} is missing")
+    try:
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{directory / CONFIG_FILE} is corrupted: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != _FORMAT:
+        raise ValueError(f"{directory / CONFIG_FILE} is not an adapter configuration of format {_FORMAT}")
+    keys = {"format", "fastprompt_version", "method", "num_classes", "head", "readout", "class_names", "backbone"}
+    if set(config) != keys:
+        raise ValueError(f"{directory / CONFIG_FILE}: missing keys {sorted(keys - set(config))}, "
+                         f"unknown keys {sorted(set(config) - keys)}")
+    try:
+        with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{directory / WEIGHTS_FILE} is corrupted: {error}") from error
+    return config, state
+
+
+def _head_from(info: Mapping[str, Any], backbone: FrozenViT, num_classes: int, state: Mapping[str, Tensor]) -> Head:
+    if info["kind"] == "text":
+        return TextHead(state["head.class_embeddings"], backbone, info["logit_scale"])
+    if info["kind"] == "prototypes":
+        return PrototypeHead(state["head.prototypes"], [(state[f"head.weight{i}"], state[f"head.bias{i}"])
+                                                        for i in range(info["num_layers"])])
+    return build_head(info["kind"], backbone, num_classes)

@@ -1,0 +1,1 @@
+"""Fused operations, one folder each; importable as `fastprompt.kernels.<op>`."""

@@ -1,0 +1,57 @@
+"""VAPT's prompts: functions of the layer's own patch tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastprompt.kernels.adaptive_prompts import reference
+
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
+
+
+def adaptive_prompts(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix: Tensor, bias: Tensor,
+                     w1: Tensor | None = None, w2: Tensor | None = None, scale: Tensor | float = 1.0, *,
+                     activation: str = "relu", eps: float = 1e-5, channel_mask: Tensor | None = None,
+                     hidden_mask: Tensor | None = None) -> Tensor:
+    """g(mask ∘ (M · LN(X)) + b) with g(p) = scale · W₂ σ(W₁ p) + p (VAPT §4; the residual is the released code's).
+
+    M (P, N) is the shared spatial kernel and the token projector in one: both act on positions and are blind to
+    channels, so A · conv(X) = (A · Toeplitz(F)) · X.
+
+    Args:
+        tokens: (B, N, D) patch tokens.
+        norm_weight, norm_bias: (D,) affine of the layer's LayerNorm. eps: its epsilon.
+        mix: (P, N). bias: (P,), added to every channel of a prompt.
+        w1: (r, D), w2: (D, r), the bottleneck; None: no feature projector.
+        scale: factor of the bottleneck's output.
+        activation: of the bottleneck, one of `ACTIVATIONS`.
+        channel_mask: (B, D), scaled dropout mask of whole channels; None: no dropout.
+        hidden_mask: (B, P, r), scaled dropout mask of the bottleneck's hidden units; None: no dropout.
+
+    Returns:
+        (B, P, D) prompts in the dtype of `mix`.
+
+    Raises:
+        TypeError: `tokens` is no floating-point tensor.
+        ValueError: a shape or `activation` does not fit.
+    """
+    if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
+        raise TypeError(f"tokens must be a floating-point tensor, got {getattr(tokens, 'dtype', type(tokens))}")
+    if tokens.ndim != 3:
+        raise ValueError(f"tokens must have shape (B, N, D), got {tuple(tokens.shape)}")
+    b, n, d = tokens.shape
+    if mix.ndim != 2 or mix.shape[1] != n:
+        raise ValueError(f"mix must have shape (P, {n}) for tokens {tuple(tokens.shape)}, got {tuple(mix.shape)}")
+    p = mix.shape[0]
+    r = 0 if w1 is None else w1.shape[0]
+    for name, tensor, shape in (("norm_weight", norm_weight, (d,)), ("norm_bias", norm_bias, (d,)), ("bias", bias, (p,)),
+                                ("w1", w1, (r, d)), ("w2", w2, (d, r)), ("channel_mask", channel_mask, (b, d)),
+                                ("hidden_mask", hidden_mask, (b, p, r))):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if (w1 is None) != (w2 is None):
+        raise ValueError("w1 and w2 must be given together")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    return reference.adaptive_prompts(tokens, norm_weight, norm_bias, mix, bias, w1, w2, scale, activation, eps,
+                                      channel_mask, hidden_mask)
