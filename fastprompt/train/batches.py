@@ -245,7 +245,7 @@ class Batches:
         yield from DataLoader(
             self.data,
             batch_sampler=batches,
-            num_workers=self.num_workers,  # type: ignore[arg-type]
+            num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
             generator=generator,
         )

@@ -14,7 +14,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 
-from fastprompt.files import atomic_write
+from fastprompt.files import atomic_write, atomic_write_many, remove_stale_temporaries
+
+__all__ = [
+    "atomic_write",
+    "atomic_write_many",
+    "load_state",
+    "optimizer_state",
+    "remove_stale_temporaries",
+    "rng_state",
+    "save_state",
+    "set_optimizer_state",
+    "set_rng_state",
+]
 
 
 def rng_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -22,7 +34,7 @@ def rng_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     tensors["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
     version, words, gauss_next = random.getstate()
     return tensors, {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,14 +64,10 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, num_bins: 
     return float(gap.abs().sum() / len(labels))
 
 
-def summarise(
-    logits: Tensor, labels: Tensor, seconds: float, probabilities: Tensor | None = None
-) -> Evaluation:
-    """An `Evaluation` from logits (N, C) and labels (N,); ``probabilities`` default to their softmax."""
+def summarise(logits: Tensor, labels: Tensor, seconds: float) -> Evaluation:
+    """An `Evaluation` from logits (N, C) and labels (N,)."""
     num_classes = logits.shape[1]
-    log_probabilities = (
-        logits.double().log_softmax(-1) if probabilities is None else probabilities.double().log()
-    )
+    log_probabilities = logits.double().log_softmax(-1)
     probabilities = log_probabilities.exp().float()
     cells = labels * num_classes + probabilities.argmax(-1)
     confusion = torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
@@ -109,23 +106,37 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def backbone_precision(model: PromptedViT, dtype: torch.dtype | None) -> Iterator[None]:
-    """The frozen backbone in another dtype for a while; afterwards it has its own tensors back, bit for bit."""
-    backbone = model.backbone
-    before = next(backbone.parameters()).dtype
+    """The backbone in another dtype for a while; a frozen one then gets its own tensors back, exactly."""
+    before = model.backbone_dtype
     if dtype is None or dtype == before:
         yield
         return
-    tensors = {
-        name: tensor.data for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers())
-    }
+    backbone = model.backbone
+    named = dict((*backbone.named_parameters(), *backbone.named_buffers()))
+    frozen = {name: tensor.data for name, tensor in named.items() if not tensor.requires_grad}
     model.set_backbone_dtype(dtype)
     try:
         yield
     finally:
         model.set_backbone_dtype(before)
         for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers()):
-            if name in tensors and tensors[name].device == tensor.device:
-                tensor.data = tensors[name]
+            if name in frozen and frozen[name].device == tensor.device:
+                tensor.data = frozen[name]
+
+
+@contextlib.contextmanager
+def latent_samples(model: PromptedViT, num_samples: int | None) -> Iterator[None]:
+    """V²APT's ``inference_samples`` set to another number for a while; None leaves it."""
+    generator: Any = model.generator
+    if num_samples is None:
+        yield
+        return
+    config = generator.config
+    generator.config = dataclasses.replace(config, inference_samples=num_samples)
+    try:
+        yield
+    finally:
+        generator.config = config
 
 
 def evaluate(
@@ -149,13 +160,20 @@ def evaluate(
     Raises:
         TypeError, ValueError: the model has no head, the data is empty or has wrong images or labels.
     """
-    if getattr(model, "num_classes", None) is None:
+    if model.num_classes is None:
         raise ValueError("model must have a head to be evaluated: build it with num_classes=")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int):
         raise TypeError(f"batch_size must be an integer, got {type(batch_size).__name__}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    num_classes = int(model.num_classes)  # type: ignore[arg-type]
+    if num_samples is not None:
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+            raise ValueError(f"num_samples must be a positive integer or None, got {num_samples!r}")
+        if model.config.kind != "v2apt":
+            raise ValueError(
+                f"num_samples is for V²APT's latent, this model's method is {model.config.kind!r}"
+            )
+    num_classes = model.num_classes
     batches = Batches(
         dataset,
         batch_size,
@@ -165,18 +183,10 @@ def evaluate(
         num_workers=num_workers,
     )
     logits: list[Tensor] = []
-    probabilities: list[Tensor] = []
     labels: list[Tensor] = []
     began = time.perf_counter()
-    with evaluation_mode(model):
+    with evaluation_mode(model), latent_samples(model, num_samples):
         for images, targets in batches.epoch():
-            if num_samples is None:
-                logits.append(model(images).float().cpu())
-            else:
-                probabilities.append(sampled_probabilities(model, images, num_samples).cpu())
+            logits.append(model(images).float().cpu())
             labels.append(targets.cpu())
-    seconds = time.perf_counter() - began
-    if num_samples is not None:
-        mixed = torch.cat(probabilities)
-        return summarise(mixed, torch.cat(labels), seconds, probabilities=mixed)
-    return summarise(torch.cat(logits), torch.cat(labels), seconds)
+    return summarise(torch.cat(logits), torch.cat(labels), time.perf_counter() - began)

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import random
+import shutil
 import sys
 import time
 import warnings
@@ -20,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from fastprompt.files import atomic_write, remove_stale_temporaries
+from fastprompt.generators.v2apt import ACTIVE_UNIT_NATS
 from fastprompt.train.batches import Batches, check_data, is_tensor_pair
 from fastprompt.train.checkpoint import (
-    atomic_write,
     load_state,
     optimizer_state,
-    remove_stale_temporaries,
     rng_state,
     save_state,
     set_optimizer_state,
@@ -139,9 +140,11 @@ def fit(
         recipe = default_recipe(model.config)
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a fastprompt Recipe or None, got {type(recipe).__name__}")
-    if getattr(model, "num_classes", None) is None:
+    if model.num_classes is None or model.head is None:
         raise ValueError("model must have a head to be trained: build it with num_classes=")
-    num_classes = int(model.num_classes)  # type: ignore[arg-type]
+    if recipe.head_init == "probe" and model.head.kind != "linear":
+        raise ValueError(f"recipe.head_init 'probe' needs a linear head, got {model.head.kind!r}")
+    num_classes = model.num_classes
     train_labels = check_data(train, "train", num_classes)
     check_data(val, "val", num_classes)
     directory = None if out_dir is None else Path(out_dir)
@@ -151,12 +154,16 @@ def fit(
         signature = run.signature(train_labels)
         saved = run.find_saved(signature) if resume and directory is not None else None
         with backbone_precision(model, run.backbone_dtype):
+            if saved is not None and saved[1]["progress"]["events"][-1]["event"] == "end":
+                run.restore(*saved)
+                return run.result()
             run.prepare_data()
             if saved is None:
                 run.start(signature)
             else:
                 run.restore(*saved)
-            return run.train_to_the_end()
+            run.train_to_the_end()
+            return run.result()
     finally:
         set_rng_state(*before)
 
@@ -175,16 +182,16 @@ class _Run:
         self.device = device_of(model)
         self.train_source, self.val_source = train, val
         self.show_progress = show_progress
-        self.num_classes = int(model.num_classes)  # type: ignore[arg-type]
+        assert model.head is not None
+        self.num_classes, self.head = model.head.num_classes, model.head
         self.beta = float(getattr(model.config, "beta", 0.0))
         self.progress = _Progress()
         named = list(model.trainable_parameters())
         self.parameters = [parameter for _, parameter in named]
-        self.trains_backbone = any(name.startswith("backbone.") for name, _ in named)
-        self.dtype = _compute_dtype(recipe.dtype, self.device)
-        self.backbone_dtype = None if self.trains_backbone else self.dtype
+        self.backbone_dtype = _compute_dtype(recipe.dtype, self.device)
         self.optimizer = _make_optimizer(named, recipe)
         self.best: dict[str, Tensor] = self._weights()
+        self.feature_seconds = 0.0
         self.cached = (
             getattr(model.config, "kind", None) == "linear"
             and _same_every_epoch(train)
@@ -199,7 +206,7 @@ class _Run:
             "num_classes": self.num_classes,
             "num_train": Batches(self.train_source, 1, name="train", num_classes=self.num_classes).num_images,
             "train_labels": hashlib.sha256(train_labels.numpy().tobytes()).hexdigest(),
-            "backbone": None if self.trains_backbone else str(self.model.backbone.fingerprint),
+            "backbone": self.model.backbone.fingerprint,
         }
 
     def find_saved(self, signature: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -225,7 +232,7 @@ class _Run:
         return tensors, values
 
     def prepare_data(self) -> None:
-        """Batches of images, or of a linear probe's features; one trial forward before anything is written."""
+        """Batches of images, or of a linear probe's features; a trial forward before anything is written."""
         train, val = self.train_source, self.val_source
         for name, data in (("train", train), ("val", val)):
             images, _ = next(
@@ -236,12 +243,14 @@ class _Run:
         if self.cached:
             from fastprompt.train.probe import extract_features
 
+            began = time.perf_counter()
             train = extract_features(
                 self.model, train, self.recipe.batch_size, num_workers=self.recipe.num_workers
             )
             val = extract_features(
                 self.model, val, self.recipe.batch_size, num_workers=self.recipe.num_workers
             )
+            self.feature_seconds = time.perf_counter() - began
         self.train = Batches(
             train,
             self.recipe.batch_size,
@@ -262,7 +271,7 @@ class _Run:
         )
 
     def start(self, signature: dict[str, Any]) -> None:
-        """A new run: seeds, the head's start, and a state file, so that even the first epoch can be resumed."""
+        """A new run: seeds, the head's start, and a state file, so that the first epoch can be resumed."""
         self._signature = signature
         seed = self.recipe.seed
         torch.manual_seed(seed)
@@ -277,8 +286,9 @@ class _Run:
                 )
                 for data in (self.train_source, self.val_source)
             ]
-            fit_linear_probe(self.model, *pairs)
+            fit_linear_probe(self.model, pairs[0], pairs[1])
             self.best = self._weights()
+        self.progress.seconds = self.progress.train_seconds = self.feature_seconds
         self.progress.events = [
             {
                 "event": "start",
@@ -288,7 +298,7 @@ class _Run:
                 "num_val": self.val.num_images,
                 "trained_parameters": sum(parameter.numel() for parameter in self.parameters),
                 "device": str(self.device),
-                "backbone_dtype": str(self.dtype).removeprefix("torch."),
+                "backbone_dtype": str(self.backbone_dtype).removeprefix("torch."),
                 "torch": torch.__version__,
                 "seed": seed,
             }
@@ -299,6 +309,8 @@ class _Run:
             atomic_write(self.directory / RECIPE_FILE, json.dumps(self.recipe.to_dict(), indent=2) + "\n")
             self._save_state()
             self._write_log()
+            if (self.directory / BEST_DIRECTORY).exists():
+                shutil.rmtree(self.directory / BEST_DIRECTORY)
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Goes on where the state file was written."""
@@ -317,42 +329,45 @@ class _Run:
             self.progress.events.append({"event": "resume", "epoch": self.progress.epoch})
             self._write_log()
 
-    def train_to_the_end(self) -> FitResult:
+    def train_to_the_end(self) -> None:
+        """All epochs that are left, then the event that marks the run as finished."""
         recipe, state = self.recipe, self.progress
-        if state.events[-1]["event"] != "end":
-            _reset_peak_memory(self.device)
-            with _bar(
-                self.show_progress, recipe.epochs * self.train.num_images, state.epoch * self.train.num_images
-            ) as bar:
-                try:
-                    while state.epoch < recipe.epochs:
-                        self._one_epoch(state.epoch + 1, bar)
-                except TrainingDiverged as error:
-                    state.events.append(
-                        {
-                            "event": "diverged",
-                            "epoch": error.epoch,
-                            "step": error.step,
-                            "lr": error.lr,
-                            "message": str(error),
-                        }
-                    )
-                    self._write_log()
-                    self.model.load_adapter_state_dict(self.best)
-                    raise
-            state.events.append(
-                {
-                    "event": "end",
-                    "best_epoch": state.best_epoch,
-                    "best_val_accuracy": state.best_val_accuracy,
-                    "best_val_loss": state.best_val_loss,
-                    "images_per_second": state.train_images / state.train_seconds,
-                    "seconds": state.seconds,
-                    "peak_memory_mib": _peak_memory_mib(self.device),
-                }
-            )
-            self._save_state()
-            self._write_log()
+        total, done = (epochs * self.train.num_images for epochs in (recipe.epochs, state.epoch))
+        _reset_peak_memory(self.device)
+        with _bar(self.show_progress, total, done) as bar:
+            try:
+                while state.epoch < recipe.epochs:
+                    self._one_epoch(state.epoch + 1, bar)
+            except TrainingDiverged as error:
+                state.events.append(
+                    {
+                        "event": "diverged",
+                        "epoch": error.epoch,
+                        "step": error.step,
+                        "lr": error.lr,
+                        "message": str(error),
+                    }
+                )
+                self._write_log()
+                self.model.load_adapter_state_dict(self.best)
+                raise
+        state.events.append(
+            {
+                "event": "end",
+                "best_epoch": state.best_epoch,
+                "best_val_accuracy": state.best_val_accuracy,
+                "best_val_loss": state.best_val_loss,
+                "images_per_second": state.train_images / state.train_seconds,
+                "seconds": state.seconds,
+                "peak_memory_mib": _peak_memory_mib(self.device),
+            }
+        )
+        self._save_state()
+        self._write_log()
+
+    def result(self) -> FitResult:
+        """The finished run's result; the model gets the best weights."""
+        state = self.progress
         self.model.load_adapter_state_dict(self.best)
         self.model.eval()
         end = state.events[-1]
@@ -409,6 +424,7 @@ class _Run:
         correct = seen = 0
         lr = recipe.lr
         has_kl = False
+        units: Tensor | None = None
         for index, (images, labels) in enumerate(self.train.epoch(epoch - 1)):
             step = (epoch - 1) * steps + index
             factor = recipe.lr_factor(step, steps)
@@ -422,6 +438,9 @@ class _Run:
                 kl = aux["kl"].float().mean()
                 loss = loss + self.beta * recipe.kl_factor(step, steps) * kl
                 total_kl += float(kl.detach()) * len(labels)
+            if "kl_units" in aux:
+                of_batch = aux["kl_units"].detach().double().sum(0)
+                units = of_batch if units is None else units + of_batch
             value = float(loss.detach())
             if not np.isfinite(value):
                 raise TrainingDiverged(f"loss is {value}", epoch, index + 1, lr)
@@ -455,22 +474,15 @@ class _Run:
         if has_kl:
             record["kl"] = total_kl / seen
             record["beta"] = self.beta * recipe.kl_factor(epoch * steps - 1, steps)
-            statistics = getattr(self.model.generator, "last_statistics", None) or {}
-            if "active_units" in statistics:
-                record["active_units"] = int(statistics["active_units"])
+        if units is not None:
+            record["active_units"] = int((units / seen > ACTIVE_UNIT_NATS).sum())
         return record
 
     def _forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Float32 logits and what the loss needs besides; a cached linear probe's ``images`` are features."""
         if self.cached:
-            return self.model.head(images).float(), {}
-        autocast = (
-            torch.autocast(self.device.type, torch.bfloat16)
-            if self.trains_backbone and self.dtype == torch.bfloat16
-            else contextlib.nullcontext()
-        )
-        with autocast:
-            logits, aux = self.model(images, return_aux=True)
+            return self.head(images).float(), {}
+        logits, aux = self.model(images, return_aux=True)
         return logits.float(), aux
 
     def _validate(self, epoch: int) -> tuple[float, float]:

@@ -105,7 +105,7 @@ def _one_run(
     trained = sum(parameter.numel() for _, parameter in model.trainable_parameters())
     try:
         fitted = fit(model, train, val, recipe, out_dir=directory, progress=progress)
-        values = {
+        values: dict[str, Any] = {
             "diverged": False,
             "best_epoch": fitted.best_epoch,
             "best_val_accuracy": fitted.best_val_accuracy,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastprompt.heads import LinearHead
 from fastprompt.train.batches import Batches, as_tensor_pair, check_data, check_labels, is_tensor_pair
 from fastprompt.train.evaluate import backbone_precision, device_of, evaluation_mode
 
@@ -63,11 +65,11 @@ def extract_features(
         model: a PromptedViT (its ``forward_features``: what its head reads) or a backbone (its own features).
         data: a Dataset yielding (image, label), an (images, labels) pair of tensors, or a DataLoader.
         batch_size: images per forward.
-        dtype: of the frozen backbone while extracting; None leaves it as it is.
+        dtype: of a PromptedViT's frozen backbone while extracting; None leaves it as it is.
         num_workers: loading processes of a Dataset.
 
     Returns:
-        features (N, width) float32 and labels (N,) int64, both on the CPU.
+        features (N, width), float32 or wider, and labels (N,) int64, both on the CPU.
     """
     batches = Batches(
         data,
@@ -79,10 +81,14 @@ def extract_features(
     )
     forward = getattr(model, "forward_features", model)
     features, labels = [], []
-    precision = backbone_precision(model, dtype) if hasattr(model, "backbone") else evaluation_mode(model)  # type: ignore[arg-type]
+    prompted: Any = model
+    precision = (
+        backbone_precision(prompted, dtype) if hasattr(model, "backbone") else contextlib.nullcontext()
+    )
     with precision, evaluation_mode(model):
         for images, targets in batches.epoch():
-            features.append(forward(images).float().cpu())
+            of_batch = forward(images)
+            features.append(of_batch.to("cpu", torch.promote_types(of_batch.dtype, torch.float32)))
             labels.append(targets.cpu())
     return torch.cat(features), torch.cat(labels)
 
@@ -118,12 +124,13 @@ def fit_linear_probe(
     Raises:
         TypeError, ValueError: the head is not linear, the data is wrong, the training set has a single class.
     """
-    if getattr(model, "num_classes", None) is None or getattr(model.head, "kind", None) != "linear":
+    head = model.head
+    if not isinstance(head, LinearHead):
+        kind = None if head is None else head.kind
         raise ValueError(
-            f"model must have a linear head with num_classes, got head {getattr(model.head, 'kind', None)!r} "
-            f"and num_classes={getattr(model, 'num_classes', None)}"
+            f"model must have a linear head, got {kind!r}: build it with num_classes= and head='linear'"
         )
-    num_classes = int(model.num_classes)  # type: ignore[arg-type]
+    num_classes, width = head.weight.shape
     grid = tuple(float(c) for c in (C_GRID if C_grid is None else C_grid))
     if not grid or not all(np.isfinite(c) and c > 0 for c in grid):
         raise ValueError(f"C_grid must hold positive finite numbers, got {C_grid!r}")
@@ -133,13 +140,9 @@ def fit_linear_probe(
         if is_tensor_pair(data) and data[0].ndim == 2:
             features, labels = as_tensor_pair(data)
             check_labels(labels, name, num_classes)
-            if (
-                len(features) != len(labels)
-                or len(labels) == 0
-                or features.shape[1] != model.head.weight.shape[1]
-            ):
+            if len(features) != len(labels) or len(labels) == 0 or features.shape[1] != width:
                 raise ValueError(
-                    f"{name} must have features (N, {model.head.weight.shape[1]}) and N > 0 labels, got "
+                    f"{name} must have features (N, {width}) and N > 0 labels, got "
                     f"{tuple(features.shape)} and {tuple(labels.shape)}"
                 )
         else:
@@ -180,8 +183,8 @@ def fit_linear_probe(
     assert best is not None
     (accuracy, negative_loss), weight, bias = best
     with torch.no_grad():
-        model.head.weight.copy_(torch.from_numpy(weight))
-        model.head.bias.copy_(torch.from_numpy(bias))
+        head.weight.copy_(torch.from_numpy(weight))
+        head.bias.copy_(torch.from_numpy(bias))
     return ProbeResult(
         C=chosen,
         best_val_accuracy=accuracy,
