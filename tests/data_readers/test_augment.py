@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastprompt.data.augment import apply_seeded, make_augment
+
+
+@pytest.fixture
+def image():
+    return torch.randint(0, 256, (3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("kind", ["flip", "crop", "pgn"])
+def test_same_seed_epoch_and_index_give_the_same_image(kind, image):
+    augment = make_augment(kind, (24, 24))
+    first = [apply_seeded(augment, image, 0, 1, i) for i in range(12)]
+    torch.rand(100)
+    again = [apply_seeded(augment, image, 0, 1, i) for i in range(12)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(out.shape == (3, 24, 24) and out.dtype == torch.uint8 for out in first)
+    assert len({out.numpy().tobytes() for out in first}) > 1
+    for seed, epoch in ((1, 1), (0, 2)):
+        other = [apply_seeded(augment, image, seed, epoch, i) for i in range(12)]
+        assert any(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_the_global_generator_is_left_alone(image):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    apply_seeded(make_augment("pgn", (24, 24)), image, 0, 0, 0)
+    assert torch.equal(torch.rand(3), expected)
+
+    def fail(_):
+        torch.rand(7)
+        raise RuntimeError("a user's function may fail")
+
+    torch.manual_seed(5)
+    with pytest.raises(RuntimeError, match="may fail"):
+        apply_seeded(fail, image, 0, 0, 0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_flip_flips_about_half(image):
+    augment = make_augment("flip", (24, 24))
+    outs = [apply_seeded(augment, image, 0, 0, i) for i in range(200)]
+    flipped = sum(torch.equal(out, image.flip(-1)) for out in outs)
+    assert flipped + sum(torch.equal(out, image) for out in outs) == 200
+    assert 70 < flipped < 130
+
+
+def test_crop_shifts_by_at_most_an_eighth():
+    dot = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    dot[:, 16, 16] = 255
+    augment = make_augment("crop", (32, 32))
+    places = [apply_seeded(augment, dot, 0, 0, i)[0].nonzero().tolist() for i in range(60)]
+    rows = {row for place in places for row, _ in place}
+    assert rows <= set(range(12, 21))
+    assert len(rows) > 4
+
+
+def test_pgn_greys_and_solarizes_some():
+    colour = torch.stack([torch.full((16, 16), value, dtype=torch.uint8) for value in (200, 60, 20)])
+    augment = make_augment("pgn", (16, 16))
+    outs = [apply_seeded(augment, colour, 0, 0, i).float() for i in range(200)]
+    grey = sum(bool((out[0] == out[1]).all() and (out[1] == out[2]).all()) for out in outs)
+    assert 15 < grey < 80
+    assert any(out[0].mean() < out[2].mean() for out in outs)
+
+
+def test_none_own_function_and_unknown_kind():
+    assert make_augment("none", (8, 8)) is None
+    assert make_augment(torch.neg, (8, 8)) is torch.neg
+    with pytest.raises(ValueError, match="augment: expected one of 'none', 'flip', 'crop', 'pgn'"):
+        make_augment("mixup", (8, 8))
