@@ -250,8 +250,7 @@ def torchvision_source(class_name: str, root: str | os.PathLike[str] | None) -> 
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(
             f"name: 'torchvision:{class_name}' is not one of torchvision's labelled image sets that can be "
-            "read "
-            f"here.{hint} Known: {', '.join(sorted(_SPLITS))}"
+            f"read here.{hint} Known: {', '.join(sorted(_SPLITS))}"
         )
     folder = Path(root).expanduser() if root is not None else cache_dir() / "torchvision"
     if folder.exists() and not folder.is_dir():
@@ -267,14 +266,8 @@ def torchvision_source(class_name: str, root: str | os.PathLike[str] | None) -> 
     train = pools[0]
     assert train is not None
     named = getattr(parts[0], "classes", None) or getattr(parts[0], "categories", None)
-    classes = (
-        [str(c[0] if isinstance(c, tuple) else c) for c in named]
-        if named
-        else [str(i) for i in range(max(train.labels) + 1)]
-    )
-    if min(train.labels) < 0 or max(train.labels) >= len(
-        classes
-    ):  # EMNIST's class list is that of another split
+    classes = [str(c[0] if isinstance(c, tuple) else c) for c in named or []]
+    if max(train.labels) >= len(classes):
         classes = [str(i) for i in range(max(train.labels) + 1)]
     return Source(class_name, classes, train, pools[1], pools[2])
 
@@ -296,9 +289,8 @@ def _open_torchvision(class_name: str, folder: Path, arguments: dict[str, Any]) 
     except Exception as error:  # torchvision passes on whatever urllib, gdown, tarfile and h5py raise
         raise FetchError(
             f"{class_name} is not in {folder} and torchvision could not download it "
-            f"({type(error).__name__}: {error}). "
-            "Pass root= with a folder that has it, or use a set that needs only a package registry: mnist5k, "
-            "fashion-mnist"
+            f"({type(error).__name__}: {error}). Pass root= with a folder that has it, or use a set that "
+            "needs only a package registry: mnist5k, fashion-mnist"
         ) from error
 
 

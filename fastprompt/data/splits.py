@@ -118,11 +118,8 @@ class DataSplits:
         return dict(self._facts)
 
     def __repr__(self) -> str:
-        return (
-            f"DataSplits({self.name!r}: {len(self.train)} train, {len(self.val)} val, {len(self._test)} "
-            f"test, "
-            f"{self.num_classes} classes)"
-        )
+        sizes = f"{len(self.train)} train, {len(self.val)} val, {len(self._test)} test"
+        return f"DataSplits({self.name!r}: {sizes}, {self.num_classes} classes)"
 
 
 def split(
@@ -145,30 +142,22 @@ def split(
     of ``num_train`` (800 and 200 in VTAB-1k), or a fifth of what is there. Train is drawn from the rest.
     Raises ValueError for too few images.
     """
-    everything = range(len(source.train.labels))
+    candidates: Sequence[int]
+    rest: Sequence[int] = range(len(source.train.labels))
     if source.test is not None:
-        test_pool, test = (
-            source.test,
-            draw(source.test.labels, range(len(source.test.labels)), num_test, 0, "test", "num_test"),
-        )
-        rest: Sequence[int] = everything
+        test_pool, candidates, number = source.test, range(len(source.test.labels)), num_test
     else:
-        test_pool = source.train
-        test = draw(
-            source.train.labels, everything, num_test or max(1, len(everything) // 5), 0, "test", "num_test"
-        )
-        rest = sorted(set(everything) - set(test))
+        test_pool, candidates, number = source.train, rest, num_test or max(1, len(rest) // 5)
+    test = draw(test_pool.labels, candidates, number, 0, "test", "num_test")
+    if source.test is None:
+        rest = sorted(set(rest) - set(test))
     if source.val is not None:
-        val_pool, val = (
-            source.val,
-            draw(source.val.labels, range(len(source.val.labels)), num_val, seed, "val", "num_val"),
-        )
+        val_pool, candidates, number = source.val, range(len(source.val.labels)), num_val
     else:
-        default = max(1, len(rest) // 5 if num_train is None else min(num_train // 4, len(rest) - num_train))
-        val_pool, val = (
-            source.train,
-            draw(source.train.labels, rest, num_val or default, seed, "val", "num_val"),
-        )
+        default = len(rest) // 5 if num_train is None else min(num_train // 4, len(rest) - num_train)
+        val_pool, candidates, number = source.train, rest, num_val or max(1, default)
+    val = draw(val_pool.labels, candidates, number, seed, "val", "num_val")
+    if source.val is None:
         rest = sorted(set(rest) - set(val))
     train = draw(source.train.labels, rest, num_train, seed, "train", "num_train")
     for part, indices in (("train", train), ("val", val), ("test", test)):

