@@ -20,7 +20,7 @@ MODULES = sorted(
     for path in (ROOT / folder).rglob("*.py")
     if not (folder == "fastprompt" and "kernels" in path.parts)
 )
-LAYERS = [{"fetch"}, {"vit", "kernels"}, {"generators"}, {"heads"}, {"model"}, {"official"}]
+LAYERS = [{"fetch", "files"}, {"vit", "kernels"}, {"generators"}, {"heads"}, {"model"}, {"official"}]
 LAYERS += [{"train", "engine", "rgb", "report", "data"}, {"cli", "__main__"}]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
