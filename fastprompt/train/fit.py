@@ -204,6 +204,8 @@ class _Run:
             "recipe": self.recipe.to_dict(),
             "config": {"kind": self.model.config.kind, **self.model.config.to_dict()},
             "num_classes": self.num_classes,
+            "head": self.head.describe(),
+            "readout": self.model.readout,
             "num_train": Batches(self.train_source, 1, name="train", num_classes=self.num_classes).num_images,
             "train_labels": hashlib.sha256(train_labels.numpy().tobytes()).hexdigest(),
             "backbone": self.model.backbone.fingerprint,

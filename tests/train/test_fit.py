@@ -1,0 +1,629 @@
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import fastprompt as fp
+from fastprompt.train.fit import TrainingDiverged, fit
+from fastprompt.train.recipes import Recipe
+
+RECIPE = Recipe(epochs=3, batch_size=16, lr=1e-2, warmup_epochs=1)
+V2APT = fp.V2APTConfig(num_prompts=4, num_instance=2, latent=8, hidden=16)
+PGN = fp.PGNConfig(num_prompts=2, library_size=8, widths=(4, 4, 8, 8))
+CONFIGS = [
+    PGN,
+    V2APT,
+    fp.VAPTConfig(num_prompts=2),
+    fp.VPTConfig(num_prompts=2, prompt_dropout=0.1),
+    fp.FreePromptsConfig(num_prompts=2),
+    fp.PixelPromptConfig(border=4),
+    fp.LinearProbeConfig(),
+    fp.FullFineTuneConfig(),
+]
+TIMES = {"seconds", "images_per_second"}
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.adapter_state_dict().items()}
+
+
+def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in history]
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def read_log(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+def every_file(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.kind)
+def test_learns_an_easy_problem_and_leaves_the_backbone_alone(
+    config: Any, make_model: Callable[..., Any], colours: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = make_model(config)
+    frozen = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
+    recipe = RECIPE.replace(epochs=4, lr=1e-3 if config.kind == "full" else 1e-2)
+    result = fit(model, colours(65), colours(40, seed=1), recipe, out_dir=tmp_path, progress=False)
+    assert result.history[-1]["train_loss"] < 0.8 * result.history[0]["train_loss"]
+    assert result.best_val_accuracy > 0.6  # chance is 0.25
+    assert model.backbone.dtype == torch.float32
+    if config.kind != "full":
+        assert_same(frozen, dict(model.backbone.state_dict()))
+    saved = fp.PromptedViT.from_pretrained(make_model().backbone, tmp_path / "best")
+    assert_same(weights(saved), weights(model))
+
+
+def test_the_result_and_the_log_say_what_happened(
+    make_model: Callable[..., Any], colours: Callable[..., Any], tmp_path: Path
+) -> None:
+    result = fit(make_model(), colours(40), colours(20, seed=1), RECIPE, out_dir=tmp_path, progress=False)
+    log = read_log(tmp_path)
+    assert [event["event"] for event in log] == ["start", "epoch", "epoch", "epoch", "end"]
+    assert log[0]["recipe"] == RECIPE.to_dict() == json.loads((tmp_path / "recipe.json").read_text())
+    assert log[0]["num_train"] == 40
+    assert result.history == log[1:4]
+    for number, record in enumerate(result.history, 1):
+        assert record["epoch"] == number
+        assert record["lr"] == pytest.approx(RECIPE.lr * RECIPE.lr_factor(3 * number - 1, 3))
+        assert 0 <= record["val_accuracy"] <= 1
+        assert record["images_per_second"] > 0
+    best = max(result.history, key=lambda record: (record["val_accuracy"], -record["val_loss"]))
+    assert result.best_epoch == best["epoch"] == log[-1]["best_epoch"]
+    assert result.best_val_accuracy == best["val_accuracy"]
+    assert result.peak_memory_mib > 50
+    assert result.out_dir == tmp_path
+
+
+def test_the_best_epoch_is_restored(make_model: Callable[..., Any], colours: Callable[..., Any]) -> None:
+    images, labels = colours(40, seed=1)
+    val = images, (labels + 1) % 4  # the more is learned, the worse it gets
+    model = make_model()
+    result = fit(model, colours(32), val, RECIPE.replace(dtype="float32"), progress=False)
+    losses = [record["val_loss"] for record in result.history]
+    assert result.best_epoch == 1
+    assert losses[0] < 0.9 * losses[-1]
+    evaluation = fp.evaluate(model, val)
+    assert evaluation.loss == pytest.approx(losses[0], rel=1e-5)
+    assert evaluation.accuracy == result.best_val_accuracy
+
+
+def test_equal_accuracies_are_decided_by_the_loss(
+    make_model: Callable[..., Any], colours: Callable[..., Any]
+) -> None:
+    result = fit(
+        make_model(), colours(64), colours(20, seed=1), RECIPE.replace(epochs=6, lr=2e-2), progress=False
+    )
+    tied = [record for record in result.history if record["val_accuracy"] == result.best_val_accuracy]
+    assert len(tied) > 1
+    assert result.best_val_loss == min(record["val_loss"] for record in tied)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("config", [PGN, V2APT, fp.VAPTConfig(num_prompts=2)], ids=lambda config: config.kind)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_killed_run_ends_with_the_same_bits(
+    config: Any,
+    optimizer: str,
+    make_model: Callable[..., Any],
+    colours: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = RECIPE.replace(optimizer=optimizer, lr=3e-3, kl_warmup_epochs=2)
+    train, val = colours(40), colours(20, seed=1)
+    whole = make_model(config)
+    expected = fit(whole, train, val, recipe, out_dir=tmp_path / "whole", progress=False)
+
+    forward = fp.PromptedViT.forward
+    for kills in (4, 8, 9):  # in every epoch once; 2 trial forwards, then 3 steps and 1 validation batch each
+
+        def dying(self: Any, *args: Any, left: list[int] = [kills], **kwargs: Any) -> Any:  # noqa: B006
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+            return forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(fp.PromptedViT, "forward", dying)
+        # A rerun starts from other random numbers; the state file has those that count.
+        torch.manual_seed(kills)
+        with pytest.raises(Killed):
+            fit(make_model(config), train, val, recipe, out_dir=tmp_path / "killed", progress=False)
+    monkeypatch.setattr(fp.PromptedViT, "forward", forward)
+    again = make_model(config, seed=7)
+    result = fit(again, train, val, recipe, out_dir=tmp_path / "killed", progress=False)
+
+    assert_same(weights(again), weights(whole))
+    assert without_times(result.history) == without_times(expected.history)
+    assert result.best_epoch == expected.best_epoch
+    best = [fp.PromptedViT.from_pretrained(make_model().backbone, tmp_path / run / "best") for run in
+            ("whole", "killed")]  # fmt: skip
+    assert_same(weights(best[0]), weights(best[1]))
+    assert "resume" in [event["event"] for event in read_log(tmp_path / "killed")]
+
+
+def test_a_kill_between_state_and_best_checkpoint_is_mended(
+    make_model: Callable[..., Any],
+    colours: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train, val = colours(40), colours(20, seed=1)
+
+    def die(self: Any, directory: Path) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fp.PromptedViT, "save_pretrained", die)
+        with pytest.raises(Killed):
+            fit(make_model(), train, val, RECIPE, out_dir=tmp_path, progress=False)
+    assert not (tmp_path / "best").exists()
+    model = make_model()
+    fit(model, train, val, RECIPE, out_dir=tmp_path, progress=False)
+    saved = fp.PromptedViT.from_pretrained(make_model().backbone, tmp_path / "best")
+    assert_same(weights(saved), weights(model))
+
+
+def test_a_finished_run_is_not_trained_again(
+    make_model: Callable[..., Any],
+    colours: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train, val = colours(40), colours(20, seed=1)
+    first = make_model()
+    expected = fit(first, train, val, RECIPE, out_dir=tmp_path, progress=False)
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("trained again")
+
+    second = make_model(seed=5)
+    monkeypatch.setattr(torch.optim.AdamW, "step", never)
+    assert fit(second, train, val, RECIPE, out_dir=tmp_path, progress=False) == expected
+    assert_same(weights(second), weights(first))
+    with pytest.raises(AssertionError, match="trained again"):
+        fit(make_model(), train, val, RECIPE, out_dir=tmp_path, resume=False, progress=False)
+
+
+@pytest.mark.parametrize("what", ["recipe", "config", "data", "backbone"])
+def test_another_run_in_the_directory_is_refused(
+    what: str, make_model: Callable[..., Any], colours: Callable[..., Any], tmp_path: Path
+) -> None:
+    train, val, recipe = colours(40), colours(20, seed=1), RECIPE.replace(epochs=1)
+    fit(make_model(), train, val, recipe, out_dir=tmp_path, progress=False)
+    before = every_file(tmp_path)
+    model = make_model(fp.VPTConfig(num_prompts=3)) if what == "config" else make_model()
+    if what == "recipe":
+        recipe = recipe.replace(lr=0.5)
+    if what == "data":
+        train = (train[0], train[1].flip(0))
+    if what == "backbone":
+        vit = make_model(fp.FullFineTuneConfig()).backbone
+        with torch.no_grad():
+            vit.cls_token.add_(1.0)
+        vit._fingerprint = None
+        model = fp.PromptedViT(vit.requires_grad_(False), fp.VPTConfig(num_prompts=2), num_classes=4)
+    message = {"recipe": r"recipe\.lr is 0\.5, there 0\.01", "config": "config", "data": "train_labels"}
+    with pytest.raises(ValueError, match=message.get(what, "backbone")):
+        fit(model, train, val, recipe, out_dir=tmp_path, progress=False)
+    assert every_file(tmp_path) == before
+
+
+def test_seeds(make_model: Callable[..., Any], colours: Callable[..., Any]) -> None:
+    train, val = colours(40), colours(20, seed=1)
+    ends = []
+    for seed in (0, 0, 1):
+        model = make_model(V2APT)
+        torch.manual_seed(len(ends))  # what came before does not matter
+        before = torch.get_rng_state()
+        fit(model, train, val, RECIPE.replace(seed=seed), progress=False)
+        assert torch.equal(torch.get_rng_state(), before)  # and nothing is left behind
+        ends.append(weights(model))
+    assert_same(ends[0], ends[1])
+    assert any(not torch.equal(ends[0][name], ends[2][name]) for name in ends[0])
+
+
+def test_the_kl_term_is_in_the_loss(make_model: Callable[..., Any], colours: Callable[..., Any]) -> None:
+    train, val = colours(40), colours(20, seed=1)
+    kls = {}
+    for beta in (0.0, 1.0):
+        config = fp.V2APTConfig(num_prompts=4, num_instance=2, latent=8, hidden=16, beta=beta)
+        history = fit(make_model(config), train, val, RECIPE.replace(epochs=5), progress=False).history
+        kls[beta] = [record["kl"] for record in history]
+        assert history[-1]["beta"] == beta
+        assert 0 <= history[-1]["active_units"] <= 8
+    assert kls[1.0][0] > 0
+    assert kls[1.0][-1] < 0.5 * kls[0.0][-1]
+
+
+def test_the_reported_loss_is_cross_entropy_plus_the_warmed_up_kl(
+    make_model: Callable[..., Any], colours: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, val = colours(16), colours(8, seed=1)
+    config = fp.V2APTConfig(num_prompts=4, num_instance=2, latent=8, hidden=16, beta=0.5)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    recipe = RECIPE.replace(epochs=2, kl_warmup_epochs=2, label_smoothing=0.1, dtype="float32")
+    seen: list[float] = []
+    forward = fp.PromptedViT.forward
+
+    def record(self: Any, images: torch.Tensor, return_aux: bool = False, **kwargs: Any) -> Any:
+        output = forward(self, images, return_aux, **kwargs)
+        if self.training:
+            order = [next(i for i, one in enumerate(train[0]) if torch.equal(one, image)) for image in images]
+            loss = torch.nn.functional.cross_entropy(output[0], train[1][order], label_smoothing=0.1)
+            seen.append((loss + 0.5 * (len(seen) + 1) / 2 * output[1]["kl"].mean()).item())
+        return output
+
+    monkeypatch.setattr(fp.PromptedViT, "forward", record)
+    history = fit(make_model(config), train, val, recipe, progress=False).history
+    assert [epoch["train_loss"] for epoch in history] == pytest.approx(seen, rel=1e-6)
+    assert [epoch["beta"] for epoch in history] == [0.25, 0.5]
+
+
+def test_weight_decay_spares_biases_and_norms_and_the_head_has_its_own_rate(
+    make_model: Callable[..., Any], colours: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[dict[str, Any]] = []
+    step = torch.optim.AdamW.step
+
+    def record(self: torch.optim.AdamW) -> None:
+        groups[:] = [{**group, "params": list(group["params"])} for group in self.param_groups]
+        step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    model = make_model(V2APT)
+    recipe = RECIPE.replace(weight_decay=0.3, head_lr=1e-4, warmup_epochs=0, epochs=1, batch_size=64)
+    fit(model, colours(64), colours(8, seed=1), recipe, progress=False)
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    named = dict(model.trainable_parameters())
+    assert len(found) == len(named)
+    for name, parameter in named.items():
+        rate = 1e-4 if name.startswith("head.") else 1e-2
+        assert found[id(parameter)] == (rate, 0.3 if parameter.ndim > 1 else 0.0), name
+
+
+def test_gradients_are_clipped(
+    make_model: Callable[..., Any], colours: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms = []
+    step = torch.optim.SGD.step
+
+    def record(self: torch.optim.SGD) -> None:
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
+        step(self)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", record)
+    recipe = RECIPE.replace(optimizer="sgd", clip_grad=0.01, epochs=1)
+    result = fit(make_model(), colours(32), colours(8, seed=1), recipe, progress=False)
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+    assert result.history[0]["grad_norm"] > 0.01  # as it was before clipping
+
+
+def test_divergence_stops_with_the_last_good_checkpoint(
+    make_model: Callable[..., Any],
+    colours: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forward = fp.PromptedViT.forward
+    steps = [0]
+
+    def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        if self.training:
+            steps[0] += 1
+            if steps[0] == 5:
+                return output[0] * math.nan, output[1]
+        return output
+
+    monkeypatch.setattr(fp.PromptedViT, "forward", poisoned)
+    model = make_model()
+    with pytest.raises(
+        TrainingDiverged, match=r"loss is nan at epoch 2, step 2.*lower learning rate"
+    ) as raised:
+        fit(model, colours(40), colours(20, seed=1), RECIPE, out_dir=tmp_path, progress=False)
+    lr = RECIPE.lr * RECIPE.lr_factor(4, 3)
+    assert (raised.value.epoch, raised.value.step, raised.value.lr) == (2, 2, lr)
+    assert isinstance(raised.value, FloatingPointError)
+    event = read_log(tmp_path)[-1]
+    assert (event["event"], event["epoch"], event["step"], event["lr"]) == ("diverged", 2, 2, lr)
+    saved = fp.PromptedViT.from_pretrained(make_model().backbone, tmp_path / "best")
+    assert_same(weights(saved), weights(model))
+    assert all(torch.isfinite(tensor).all() for tensor in weights(model).values())
+    assert model.backbone.dtype == torch.float32
+
+
+def test_a_learning_rate_that_is_too_high_diverges(
+    make_model: Callable[..., Any], colours: Callable[..., Any]
+) -> None:
+    recipe = Recipe(epochs=3, batch_size=8, lr=1e38, optimizer="sgd", warmup_epochs=0, dtype="float32")
+    with pytest.raises(TrainingDiverged):
+        fit(make_model(fp.LinearProbeConfig()), colours(32), colours(8, seed=1), recipe, progress=False)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("last.safetensors", 3), ("log.jsonl", 3), ("adapter_model.safetensors", 2), ("adapter_config.json", 2)],
+)
+def test_nothing_is_half_written_when_saving_fails(
+    name: str,
+    write: int,
+    error: BaseException,
+    make_model: Callable[..., Any],
+    colours: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A full disk or Ctrl-C while the second epoch's state, log or adapter is written."""
+    train, val = colours(32), colours(20, seed=1)
+    recipe = RECIPE.replace(epochs=2, lr=1e-3)
+    fsync, calls = os.fsync, [0]
+
+    def failing(descriptor: int) -> None:
+        calls[0] += f".{name}." in os.readlink(f"/proc/self/fd/{descriptor}")
+        if calls[0] == write:
+            calls[0] = -100
+            raise error
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(
+        type(error), match=f"could not write .*{name}" if isinstance(error, OSError) else None
+    ):
+        fit(make_model(), train, val, recipe, out_dir=tmp_path, progress=False)
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert not [file for file in every_file(tmp_path) if file.endswith(".tmp")]
+    read_log(tmp_path)
+    fp.PromptedViT.from_pretrained(make_model().backbone, tmp_path / "best")
+    model, whole = make_model(), make_model()
+    fit(model, train, val, recipe, out_dir=tmp_path, progress=False)
+    fit(whole, train, val, recipe, progress=False)
+    assert_same(weights(model), weights(whole))
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda x, y: (x[:0], y[:0]), ValueError, "{} is empty"),
+        (lambda x, y: (x, y + 1), ValueError, "{} has label 4, the model takes 0 to 3"),
+        (lambda x, y: (x, y - 1), ValueError, "{} has label -1"),
+        (lambda x, y: (x, y.float()), TypeError, "{} must have integer labels"),
+        (lambda x, y: (x[:, :2], y), ValueError, "{} must have images of shape"),
+        (lambda x, y: (x[:, :, :16], y), ValueError, "images must be 32 x 32 pixels"),
+        (lambda x, y: (x.int(), y), TypeError, "{} must have uint8"),
+        (lambda x, y: (x, y[:-1]), ValueError, "{} has 40 images but 39 labels"),
+        (lambda x, y: (torch.where(x == x[5, 0, 0, 0], math.nan, x.float()), y), ValueError, "{} has NaN"),
+        (lambda x, y: x, TypeError, "{} must be a Dataset"),
+        (lambda x, y: TensorDataset(x[:0], y[:0]), ValueError, "{} is empty"),
+        (lambda x, y: TensorDataset(x, y + 1), ValueError, r"{}\[3\] has label 4"),
+        (lambda x, y: TensorDataset(x.double() * math.inf, y), ValueError, r"{}\[0\] has NaN or infinite"),
+        (lambda x, y: TensorDataset(x), TypeError, r"{}\[0\] must be an \(image, label\) pair"),
+        (lambda x, y: TensorDataset(x, y.float()), TypeError, r"{}\[0\] must have an integer label"),
+        (lambda x, y: Uneven(x, y), ValueError, r"{}\[7\] is \(3, 16, 32\)"),
+        (lambda x, y: DataLoader(TensorDataset(x, y), 64, drop_last=True), ValueError, "{} gives no batch"),
+    ],
+)
+@pytest.mark.parametrize("which", ["train", "val"])
+def test_bad_data_is_refused_before_training(
+    which: str,
+    damage: Callable[..., Any],
+    error: type[Exception],
+    message: str,
+    make_model: Callable[..., Any],
+    colours: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    data = {"train": colours(40), "val": colours(40, seed=1)}
+    data[which] = damage(*data[which])
+    model = make_model()
+    before = weights(model)
+    with pytest.raises(error, match=message.format(which)):
+        fit(model, data["train"], data["val"], RECIPE, out_dir=tmp_path / "run", progress=False)
+    assert_same(weights(model), before)
+    assert not (tmp_path / "run").exists()
+
+
+class Uneven(Dataset[Any]):
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.images[index, :, : 16 if index == 7 else 32], int(self.labels[index])
+
+
+def test_other_wrong_arguments(make_model: Callable[..., Any], colours: Callable[..., Any]) -> None:
+    data = colours(8)
+    with pytest.raises(TypeError, match="recipe"):
+        fit(make_model(), data, data, {"lr": 1e-3})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_classes"):
+        fit(make_model(num_classes=None), data, data, RECIPE)
+    text = fp.PromptedViT(make_model().backbone, fp.LinearProbeConfig(), num_classes=4, head="text",
+                          class_embeddings=torch.randn(4, 48))  # fmt: skip
+    with pytest.raises(ValueError, match="no parameter that trains"):
+        fit(text, data, data, RECIPE)
+    prompted = fp.PromptedViT(make_model().backbone, fp.VPTConfig(num_prompts=2), num_classes=4, head="text",
+                              class_embeddings=torch.randn(4, 48))  # fmt: skip
+    with pytest.raises(ValueError, match="head_init"):
+        fit(prompted, data, data, RECIPE.replace(head_init="probe"))
+
+
+class Augmented(Dataset[Any]):
+    """Flips images by all three global generators, and remembers the epochs it was told."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        self.images, self.labels, self.epochs = images, labels, list[int]()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image = self.images[index]
+        if torch.rand(()) < 0.5:
+            image = image.flip(-1)
+        if np.random.rand() < 0.5:
+            image = image.flip(-2)
+        return image, int(self.labels[index])
+
+
+def test_datasets_are_told_the_epoch_and_augmentation_resumes(
+    make_model: Callable[..., Any], colours: Callable[..., Any], tmp_path: Path
+) -> None:
+    val = colours(20, seed=1)
+    train = Augmented(*colours(33))
+    whole = make_model(fp.LinearProbeConfig())
+    fit(whole, train, val, RECIPE, out_dir=tmp_path / "whole", progress=False)
+    assert [epoch for epoch in train.epochs if epoch][-2:] == [1, 2]
+
+    class Dying(Augmented):
+        def set_epoch(self, epoch: int) -> None:
+            if epoch == 2:
+                raise Killed
+
+    with pytest.raises(Killed):
+        fit(make_model(fp.LinearProbeConfig()), Dying(*colours(33)), val, RECIPE, out_dir=tmp_path / "killed",
+            progress=False)  # fmt: skip
+    again = make_model(fp.LinearProbeConfig(), seed=9)
+    fit(again, train, val, RECIPE, out_dir=tmp_path / "killed", progress=False)
+    assert_same(weights(again), weights(whole))
+
+
+def test_a_shuffling_loader_resumes(
+    make_model: Callable[..., Any],
+    colours: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    val = colours(20, seed=1)
+
+    def loader() -> Any:
+        return DataLoader(TensorDataset(*colours(33)), 16, shuffle=True)
+
+    whole = make_model()
+    fit(whole, loader(), val, RECIPE, out_dir=tmp_path / "whole", progress=False)
+    with monkeypatch.context() as patch:
+        save = fp.PromptedViT.save_pretrained
+
+        def die(self: Any, directory: Path) -> None:
+            save(self, directory)
+            raise Killed
+
+        patch.setattr(fp.PromptedViT, "save_pretrained", die)
+        with pytest.raises(Killed):
+            fit(make_model(), loader(), val, RECIPE, out_dir=tmp_path / "killed", progress=False)
+    again = make_model()
+    fit(again, loader(), val, RECIPE, out_dir=tmp_path / "killed", progress=False)
+    assert_same(weights(again), weights(whole))
+
+
+def test_a_single_last_image_joins_the_batch_before(
+    make_model: Callable[..., Any], colours: Callable[..., Any]
+) -> None:
+    """33 images in batches of 16: BatchNorm of 1 x 1 maps cannot take the last one alone."""
+    model = make_model(PGN)
+    sizes: list[int] = []
+    draw = model.draw
+
+    def record(batch: int) -> Any:
+        sizes.append(batch)
+        return draw(batch)
+
+    model.draw = record
+    result = fit(
+        model, colours(33), colours(8, seed=1), RECIPE.replace(epochs=1, dtype="float32"), progress=False
+    )
+    assert 17 in sizes
+    assert math.isfinite(result.history[0]["train_loss"])
+
+
+def test_the_linear_probe_reads_each_image_once(
+    make_model: Callable[..., Any], colours: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, val = colours(40), colours(20, seed=1)
+    recipe = RECIPE.replace(epochs=5, dtype="float32")
+    counted = [0]
+    features = fp.FrozenViT.check_images
+
+    def count(self: Any, images: torch.Tensor) -> None:
+        counted[0] += len(images)
+        features(self, images)
+
+    monkeypatch.setattr(fp.FrozenViT, "check_images", count)
+    cached = make_model(fp.LinearProbeConfig())
+    fit(cached, train, val, recipe, progress=False)
+    assert counted[0] == 40 + 20 + 4  # and two trial images of each
+    counted[0] = 0
+    plain = make_model(fp.LinearProbeConfig())
+    fit(plain, DataLoader(TensorDataset(*train), 16), val, recipe, progress=False)
+    assert counted[0] > 5 * 60
+
+
+def test_the_head_can_start_as_the_probe(make_model: Callable[..., Any], colours: Callable[..., Any]) -> None:
+    train, val = colours(64), colours(40, seed=1)
+    recipe = RECIPE.replace(epochs=1, lr=1e-9, dtype="float32")
+    accuracies = {}
+    for start in ("default", "probe"):
+        result = fit(make_model(), train, val, recipe.replace(head_init=start), progress=False)
+        accuracies[start] = result.best_val_accuracy
+    assert accuracies["probe"] == 1.0
+    assert accuracies["default"] < 0.8
+
+
+def test_progress_shows_loss_accuracy_speed_and_time_left(
+    make_model: Callable[..., Any], colours: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(make_model(), colours(32), colours(8, seed=1), RECIPE.replace(epochs=2))
+    shown = capsys.readouterr().err
+    assert "64/64" in shown and "img/s" in shown and "epoch 2/2" in shown  # noqa: PT018
+    assert "loss" in shown and "acc" in shown and "val" in shown  # noqa: PT018
+    fit(make_model(), colours(32), colours(8, seed=1), RECIPE.replace(epochs=2), progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_dtype_of_the_backbone_while_training(
+    make_model: Callable[..., Any], colours: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[torch.dtype] = set()
+    forward = fp.PromptedViT.forward
+
+    def record(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.add(self.backbone.dtype)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(fp.PromptedViT, "forward", record)
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        seen.clear()
+        model = make_model()
+        fit(model, colours(16), colours(8), RECIPE.replace(epochs=1, dtype=name), progress=False)
+        assert seen == {dtype}
+        assert {p.dtype for p in model.generator.parameters()} == {torch.float32}
