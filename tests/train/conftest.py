@@ -29,7 +29,7 @@ def colours() -> Callable[..., tuple[Tensor, Tensor]]:
 
 @pytest.fixture
 def make_model() -> Callable[..., Any]:
-    """make_model(config=VPT, num_classes=4, seed=0): a PromptedViT on a tiny random ViT, always the same one."""
+    """make_model(config=VPT, num_classes=4, seed=0): a PromptedViT, always on the same tiny ViT."""
 
     def make(config: Any = None, num_classes: int | None = 4, seed: int = 0) -> Any:
         torch.manual_seed(0)

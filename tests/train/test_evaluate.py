@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastprompt as fp
+from fastprompt.train.evaluate import backbone_precision, evaluate, expected_calibration_error, summarise
+
+V2APT = fp.V2APTConfig(num_prompts=4, num_instance=2, latent=8, hidden=16)
+
+
+def test_numbers_from_known_logits() -> None:
+    probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.5, 0.1], [0.1, 0.8, 0.1], [0.3, 0.6, 0.1]])
+    labels = torch.tensor([0, 0, 1, 1])
+    evaluation = summarise(probabilities.log(), labels, seconds=1.0)
+    assert evaluation.accuracy == 0.75
+    assert evaluation.confusion.tolist() == [[1, 1, 0], [0, 2, 0], [0, 0, 0]]
+    assert evaluation.per_class[:2].tolist() == [0.5, 1.0]
+    assert math.isnan(evaluation.per_class[2])
+    assert evaluation.mean_per_class == 0.75
+    assert evaluation.loss == pytest.approx(-sum(map(math.log, (0.7, 0.4, 0.8, 0.6))) / 4)
+    assert torch.allclose(evaluation.probabilities, probabilities)
+    assert evaluation.predictions.tolist() == [0, 1, 1, 1]
+    assert evaluation.correct.tolist() == [True, False, True, True]
+    # one image to a bin: |1 - 0.7|, |0 - 0.5|, |1 - 0.8|, |1 - 0.6|
+    assert evaluation.ece == pytest.approx((0.3 + 0.5 + 0.2 + 0.4) / 4, abs=1e-6)
+
+
+def test_calibration_error_is_zero_when_confidence_is_accuracy() -> None:
+    probabilities = torch.tensor([[0.75, 0.25]]).repeat(8, 1)
+    labels = torch.tensor([0, 0, 0, 1, 0, 0, 0, 1])
+    assert expected_calibration_error(probabilities, labels) == pytest.approx(0, abs=1e-12)
+    assert expected_calibration_error(probabilities, torch.ones(8, dtype=torch.long)) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("form", ["pair", "dataset", "loader"])
+def test_evaluates_in_order_and_in_eval_mode(
+    form: str, make_model: Callable[..., Any], colours: Callable[..., Any]
+) -> None:
+    images, labels = colours(9)
+    model = make_model(V2APT).train()
+    forms: dict[str, Any] = {"pair": (images, labels), "dataset": TensorDataset(images, labels)}
+    forms["loader"] = DataLoader(forms["dataset"], 2)
+    before = torch.get_rng_state()
+    evaluation = evaluate(model, forms[form], batch_size=4)
+    assert form == "loader" or torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert model.generator.training
+    assert not model.backbone.training
+    assert all(p.grad is None for p in model.parameters())
+    model.eval()
+    with torch.no_grad():
+        expected = model(images).softmax(-1)
+    assert torch.allclose(evaluation.probabilities, expected, atol=1e-6)
+    assert torch.equal(evaluation.labels, labels)
+    assert evaluation.confusion.sum() == 9
+
+
+def test_latent_samples_are_averaged(make_model: Callable[..., Any], colours: Callable[..., Any]) -> None:
+    model = make_model(V2APT)
+    with torch.no_grad():
+        for decoder in model.generator.decoders:
+            decoder.fc2.weight.normal_()
+    data = colours(8)
+    mean = evaluate(model, data).probabilities
+    one, many = (evaluate(model, data, num_samples=k).probabilities for k in (1, 16))
+    assert not torch.allclose(mean, one, atol=1e-4)
+    assert not torch.allclose(one, many, atol=1e-4)
+    assert torch.allclose(many.sum(-1), torch.ones(8), atol=1e-5)
+    assert model.generator.config.inference_samples == 0
+    again = evaluate(model, data, batch_size=3, num_samples=16).probabilities
+    assert torch.allclose(again, many, atol=1e-5)
+
+
+def test_wrong_arguments(make_model: Callable[..., Any], colours: Callable[..., Any]) -> None:
+    images, labels = colours(8)
+    model = make_model()
+    with pytest.raises(ValueError, match="dataset is empty"):
+        evaluate(model, (images[:0], labels[:0]))
+    with pytest.raises(ValueError, match="label 4"):
+        evaluate(model, (images, labels + 1))
+    with pytest.raises(ValueError, match="batch_size"):
+        evaluate(model, (images, labels), batch_size=0)
+    with pytest.raises(TypeError, match="batch_size"):
+        evaluate(model, (images, labels), batch_size=2.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_classes"):
+        evaluate(make_model(num_classes=None), (images, labels))
+    with pytest.raises(ValueError, match="num_samples"):
+        evaluate(model, (images, labels), num_samples=4)
+    with pytest.raises(ValueError, match="num_samples"):
+        evaluate(make_model(V2APT), (images, labels), num_samples=0)
+
+
+def test_precision_is_lent_and_given_back_exactly(make_model: Callable[..., Any]) -> None:
+    model = make_model()
+    before = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
+
+    def interrupted() -> None:
+        with backbone_precision(model, torch.bfloat16):
+            assert model.backbone.dtype == torch.bfloat16
+            raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        interrupted()
+    after = model.backbone.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    model.set_backbone_dtype(torch.bfloat16)
+    with backbone_precision(model, torch.float32):
+        assert model.backbone.dtype == torch.float32
+    assert model.backbone.dtype == torch.bfloat16
+
+
+def test_precision_of_a_training_backbone_keeps_what_was_trained(make_model: Callable[..., Any]) -> None:
+    model = make_model(fp.FullFineTuneConfig())
+    with backbone_precision(model, torch.bfloat16), torch.no_grad():
+        assert model.backbone.cls_token.dtype == torch.float32
+        model.backbone.cls_token.fill_(3.0)
+    assert (model.backbone.cls_token == 3).all()

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fastprompt as fp
+from fastprompt.train.fit import TrainingDiverged
+from fastprompt.train.grid import best_learning_rate, paired_difference, run_grid, select_learning_rate
+from fastprompt.train.recipes import Recipe
+
+RECIPE = Recipe(epochs=2, batch_size=16, warmup_epochs=0, dtype="float32", optimizer="sgd")
+LRS, SEEDS = (1e-6, 0.3), (0, 1)
+
+
+@pytest.fixture
+def make_probe(make_model: Callable[..., Any]) -> Callable[[int], Any]:
+    return lambda seed: make_model(fp.LinearProbeConfig(), seed=seed)
+
+
+def test_every_run_is_made_and_kept(
+    make_probe: Callable[[int], Any], colours: Callable[..., Any], tmp_path: Path
+) -> None:
+    train, val = colours(64), colours(40, seed=1)
+    results = run_grid(make_probe, train, val, RECIPE, LRS, SEEDS, tmp_path, progress=False)
+    assert [(run.lr, run.seed) for run in results] == [(1e-6, 0), (1e-6, 1), (0.3, 0), (0.3, 1)]
+    assert best_learning_rate(results) == 0.3
+    for run in results:
+        record = json.loads((run.directory / "result.json").read_text())
+        assert record["best_val_accuracy"] == run.best_val_accuracy
+        assert run.trained_parameters == 4 * 48 + 4
+        saved = fp.PromptedViT.from_pretrained(make_probe(0).backbone, run.adapter)
+        assert fp.evaluate(saved, val).accuracy == pytest.approx(run.best_val_accuracy)
+
+
+def test_finished_runs_are_skipped_and_the_interrupted_one_goes_on(
+    make_probe: Callable[[int], Any], colours: Callable[..., Any], tmp_path: Path
+) -> None:
+    train, val = colours(64), colours(40, seed=1)
+    made: list[int] = []
+
+    def interrupted(seed: int) -> Any:
+        made.append(seed)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return make_probe(seed)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_grid(interrupted, train, val, RECIPE, LRS, SEEDS, tmp_path, progress=False)
+    made.clear()
+
+    def counting(seed: int) -> Any:
+        made.append(seed)
+        return make_probe(seed)
+
+    results = run_grid(counting, train, val, RECIPE, LRS, SEEDS, tmp_path, progress=False)
+    assert made == [0, 1]  # the two that were left
+    made.clear()
+    assert run_grid(counting, train, val, RECIPE, LRS, SEEDS, tmp_path, progress=False) == results
+    assert made == []
+
+
+def test_a_diverged_run_is_recorded_and_loses(
+    make_probe: Callable[[int], Any], colours: Callable[..., Any], tmp_path: Path
+) -> None:
+    train, val = colours(64), colours(40, seed=1)
+    lr, results = select_learning_rate(make_probe, train, val, RECIPE, (1e-6, 1e38), tmp_path, progress=False)
+    assert lr == 1e-6
+    assert [run.diverged for run in results] == [False, True]
+    again = select_learning_rate(make_probe, train, val, RECIPE, (1e-6, 1e38), tmp_path, progress=False)
+    assert again == (lr, results)
+    with pytest.raises(TrainingDiverged):
+        select_learning_rate(make_probe, train, val, RECIPE, (1e38,), tmp_path, progress=False)
+
+
+def test_finished_runs_of_another_recipe_and_bad_files_are_refused(
+    make_probe: Callable[[int], Any], colours: Callable[..., Any], tmp_path: Path
+) -> None:
+    train, val = colours(32), colours(16, seed=1)
+    run = run_grid(make_probe, train, val, RECIPE, (0.1,), (0,), tmp_path, progress=False)[0]
+    with pytest.raises(ValueError, match="epochs is 3, there 2"):
+        run_grid(make_probe, train, val, RECIPE.replace(epochs=3), (0.1,), (0,), tmp_path, progress=False)
+    (run.directory / "result.json").write_text("{")
+    with pytest.raises(ValueError, match=r"result\.json is not a run's result"):
+        run_grid(make_probe, train, val, RECIPE, (0.1,), (0,), tmp_path, progress=False)
+    with pytest.raises(ValueError, match="must not be empty"):
+        run_grid(make_probe, train, val, RECIPE, (), (0,), tmp_path)
+
+
+def test_paired_difference_of_one_run() -> None:
+    a = torch.tensor([True] * 90 + [False] * 10)
+    b = torch.tensor([True] * 80 + [False] * 20)
+    found = paired_difference(a, b)
+    assert found.difference == pytest.approx(0.1)
+    assert found.p_value == pytest.approx(2 * 0.5**10)  # ten images against none
+    d = (a.double() - b.double()).numpy()
+    half = 1.984217 * d.std(ddof=1) / 10  # t, 99 degrees of freedom
+    assert found.image_interval == pytest.approx((0.1 - half, 0.1 + half), abs=1e-6)
+    assert all(map(math.isnan, found.seed_interval))
+    same = paired_difference(a, a)
+    assert (same.difference, same.p_value, same.image_interval) == (0.0, 1.0, (0.0, 0.0))
+
+
+def test_paired_difference_over_seeds_against_one_probe() -> None:
+    generator = np.random.default_rng(0)
+    a = generator.random((3, 200)) < 0.9
+    b = generator.random(200) < 0.7
+    found = paired_difference(a, b)
+    per_seed = a.mean(1) - b.mean()
+    half = 4.302653 * per_seed.std(ddof=1) / math.sqrt(3)  # t, 2 degrees of freedom
+    assert found.difference == pytest.approx(per_seed.mean())
+    assert found.seed_interval == pytest.approx((per_seed.mean() - half, per_seed.mean() + half), abs=1e-6)
+    assert found.image_interval[0] > 0
+    assert (found.num_seeds, found.num_images) == (3, 200)
+    assert math.isnan(found.p_value)
+
+
+def test_the_interval_covers_the_truth() -> None:
+    generator = np.random.default_rng(1)
+    covered = 0
+    for _ in range(300):
+        easy = generator.random(150) < 0.5  # what makes the two agree
+        a = easy | (generator.random(150) < 0.6)
+        b = easy | (generator.random(150) < 0.4)
+        low, high = paired_difference(a, b).image_interval
+        covered += low <= 0.1 <= high
+    assert 0.91 < covered / 300 < 0.985
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ([True] * 3, [True] * 4, "pair up"),
+        ([[True] * 4] * 2, [[True] * 4] * 3, "pair up"),
+        ([True], [True], "at least 2 images"),
+        ([0.5, 1.0], [1, 0], "correct_a must hold booleans"),
+    ],
+)
+def test_paired_difference_refuses(a: Any, b: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        paired_difference(a, b)
