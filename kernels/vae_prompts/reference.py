@@ -80,7 +80,7 @@ def kl_per_unit(mu: Tensor, logvar: Tensor) -> Tensor:
 def decode(decoder: Decoder, z: Tensor, width: int) -> Tensor:
     """(B, Z) → instance prompts (B, m, D)."""
     h = F.gelu(F.linear(z.to(decoder.w1.dtype), decoder.w1, decoder.b1))
-    return F.linear(h, decoder.w2, decoder.b2).view(z.shape[0], -1, width)
+    return F.linear(h, decoder.w2, decoder.b2).unflatten(-1, (-1, width))
 
 
 def vae_prompts(stats: Tensor, decoders: list[Decoder], domain: Tensor, seed: Tensor | None
