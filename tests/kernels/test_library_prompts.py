@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastprompt.kernels.library_prompts import library_prompts
+from fastprompt.kernels.library_prompts.reference import mixture
+
+
+def by_hand(logits: Tensor, library: Tensor, activation: str) -> Tensor:
+    """The formula in Python floats, entry by entry."""
+    b, k = logits.shape[:2]
+    out = torch.zeros(b, k, library.shape[1], dtype=torch.float64)
+    for i in range(b):
+        for j in range(k):
+            row = logits[i, j].tolist()
+            if activation == "softmax":
+                top = max(row)
+                weights = [math.exp(v - top) for v in row]
+                weights = [w / math.fsum(weights) for w in weights]
+            else:
+                weights = [1 / (1 + math.exp(-v)) for v in row]
+            for d in range(library.shape[1]):
+                out[i, j, d] = math.fsum(w * t for w, t in zip(weights, library[:, d].tolist(), strict=True))
+    return out
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("shape", [(3, 4, 7, 5), (1, 1, 1, 1), (2, 1, 9, 3)])
+def test_matches_the_formula(shape: tuple[int, int, int, int], activation: str) -> None:
+    b, k, m, d = shape
+    logits, library = 3 * torch.randn(b, k, m, dtype=torch.float64), torch.randn(m, d, dtype=torch.float64)
+    expected = by_hand(logits, library, activation)
+    torch.testing.assert_close(library_prompts(logits, library, activation), expected, rtol=1e-13, atol=1e-14)
+    single = library_prompts(logits.float(), library.float(), activation)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_softmax_is_the_default_and_its_weights_sum_to_one() -> None:
+    logits, library = torch.randn(2, 3, 6).double(), torch.ones(6, 4).double()
+    torch.testing.assert_close(
+        library_prompts(logits, library), torch.ones(2, 3, 4).double(), rtol=1e-14, atol=0
+    )
+    assert library_prompts(logits, library, "sigmoid").std() > 0.01
+
+
+def test_softmax_does_not_change_when_all_logits_shift() -> None:
+    logits, library = torch.randn(2, 3, 6).double(), torch.randn(6, 4).double()
+    shifted = library_prompts(logits + 700, library)
+    torch.testing.assert_close(shifted, library_prompts(logits, library), rtol=1e-11, atol=1e-12)
+    assert torch.isfinite(library_prompts(1e30 * logits.float(), library.float())).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_certain_selection_returns_the_library_row(dtype: torch.dtype) -> None:
+    library, chosen = torch.randn(5, 8).to(dtype), torch.tensor([[3, 0], [4, 4]])
+    logits = torch.where(torch.nn.functional.one_hot(chosen, 5) == 1, 0.0, float("-inf")).to(dtype)
+    assert torch.equal(library_prompts(logits, library), library[chosen])
+
+
+def test_order_of_library_and_prompts() -> None:
+    logits, library = torch.randn(2, 3, 6).double(), torch.randn(6, 4).double()
+    prompts, order = library_prompts(logits, library), torch.randperm(6)
+    torch.testing.assert_close(
+        library_prompts(logits[:, :, order], library[order]), prompts, rtol=1e-13, atol=1e-15
+    )
+    assert torch.equal(library_prompts(logits.flip(1), library), prompts.flip(1))
+    assert torch.equal(library_prompts(logits.flip(0), library), prompts.flip(0))
+
+
+def test_half_precision_library_mixes_in_float32() -> None:
+    logits, library = torch.randn(2, 3, 300).bfloat16(), torch.randn(300, 4).bfloat16()
+    prompts = library_prompts(logits, library)
+    assert prompts.dtype == torch.bfloat16
+    expected = library_prompts(logits.double(), library.double())
+    # one rounding to bfloat16 at the end, none on the way
+    assert torch.equal(prompts, expected.bfloat16())
+    assert mixture(logits, "softmax").dtype == torch.float32
+
+
+def test_empty_batch_and_strided_logits() -> None:
+    library = torch.randn(6, 4)
+    assert library_prompts(torch.zeros(0, 3, 6), library).shape == (0, 3, 4)
+    logits = torch.randn(6, 3, 2)
+    assert torch.equal(
+        library_prompts(logits.permute(2, 1, 0), library),
+        library_prompts(logits.permute(2, 1, 0).contiguous(), library),
+    )
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_gradients(activation: str) -> None:
+    logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    library = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a, b: library_prompts(a, b, activation), (logits, library))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"logits": torch.zeros(2, 3, 6, dtype=torch.int64)},
+            TypeError,
+            "logits must be a floating-point tensor",
+        ),
+        ({"logits": [[0.0]]}, TypeError, "logits must be a floating-point tensor, got <class 'list'>"),
+        ({"library": torch.zeros(6, 4, dtype=torch.uint8)}, TypeError, "library must be .* got torch.uint8"),
+        ({"logits": torch.zeros(3, 6)}, ValueError, r"logits must have shape \(B, K, M\), got \(3, 6\)"),
+        ({"library": torch.zeros(5, 4)}, ValueError, r"M = 6 as in logits, got \(5, 4\)"),
+        ({"library": torch.zeros(6)}, ValueError, r"library must have shape \(M, D\)"),
+        ({"activation": "relu"}, ValueError, "activation must be one of .* got 'relu'"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        library_prompts(**{"logits": torch.zeros(2, 3, 6), "library": torch.zeros(6, 4), **change})

@@ -1,0 +1,180 @@
+"""FrozenViT: its attributes, its fingerprint, that it stays frozen, and the images it takes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import fastprompt as fp
+
+
+def test_attributes(tiny_vit: VisionTransformer) -> None:
+    backbone = fp.FrozenViT(tiny_vit)
+    assert (backbone.width, backbone.depth, backbone.num_heads, backbone.patch_size) == (48, 3, 3, 8)
+    assert (backbone.grid, backbone.image_size, backbone.num_patches, backbone.num_prefix) == (
+        (4, 4),
+        (32, 32),
+        16,
+        1,
+    )
+    assert (backbone.mean, backbone.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (backbone.dtype, backbone.device) == (torch.float32, torch.device("cpu"))
+
+
+def test_mean_and_std_can_be_given(tiny_vit: VisionTransformer) -> None:
+    backbone = fp.FrozenViT(tiny_vit, mean=[0.5, 0.4, 0.3], std=(1, 2, 3))
+    assert (backbone.mean, backbone.std) == ((0.5, 0.4, 0.3), (1.0, 2.0, 3.0))
+    with pytest.raises(ValueError, match="mean must be three numbers"):
+        fp.FrozenViT(tiny_vit, mean=[0.5])
+    with pytest.raises(ValueError, match="std must be three positive numbers"):
+        fp.FrozenViT(tiny_vit, std=[0.5, 0.0, 0.5])
+
+
+def test_nothing_trains(tiny_vit: VisionTransformer, tiny_images: Tensor) -> None:
+    backbone = fp.FrozenViT(tiny_vit)
+    assert not any(p.requires_grad for p in backbone.parameters())
+    assert not backbone(tiny_images).requires_grad
+
+
+def test_eval_mode_is_sticky(tiny_vit: VisionTransformer) -> None:
+    backbone = fp.FrozenViT(tiny_vit.train())
+    assert not backbone.training
+    nn.Sequential(backbone).train()
+    assert not any(m.training for m in backbone.modules())
+
+
+def test_weights_are_copied(tiny_vit: VisionTransformer, tiny_images: Tensor) -> None:
+    backbone = fp.FrozenViT(tiny_vit)
+    before = backbone(tiny_images)
+    with torch.no_grad():
+        for p in tiny_vit.parameters():
+            p.zero_()
+    assert torch.equal(backbone(tiny_images), before)
+    assert before.abs().sum() > 0
+
+
+def test_fingerprint_survives_casts(tiny_vit: VisionTransformer) -> None:
+    fingerprint = fp.FrozenViT(tiny_vit).fingerprint
+    assert len(fingerprint) == 64
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        assert fp.FrozenViT(tiny_vit).to(dtype).fingerprint == fingerprint
+    assert fp.FrozenViT(tiny_vit).bfloat16().float().fingerprint == fingerprint
+    assert fp.FrozenViT(copy.deepcopy(tiny_vit).double()).fingerprint == fingerprint
+
+
+def test_fingerprint_leaves_the_classifier_out(tiny_vit: VisionTransformer) -> None:
+    fingerprint = fp.FrozenViT(tiny_vit).fingerprint
+    tiny_vit.reset_classifier(7)
+    assert fp.FrozenViT(tiny_vit).fingerprint == fingerprint
+
+
+def test_fingerprint_changes_with_every_tensor_of_the_trunk(tiny_vit: VisionTransformer) -> None:
+    seen = {fp.FrozenViT(tiny_vit).fingerprint}
+    for p in tiny_vit.parameters():
+        before = p.detach().clone()
+        with torch.no_grad():
+            p.view(-1)[-1] += 1e-3
+        seen.add(fp.FrozenViT(tiny_vit).fingerprint)
+        with torch.no_grad():
+            p.copy_(before)
+    assert len(seen) == 1 + len(list(tiny_vit.parameters()))
+
+
+def test_fingerprint_sees_the_structure() -> None:
+    def build(**options: object) -> str:
+        torch.manual_seed(0)
+        sizes = {
+            "img_size": 32,
+            "patch_size": 8,
+            "embed_dim": 48,
+            "depth": 1,
+            "num_heads": 3,
+            "num_classes": 0,
+        }
+        return fp.FrozenViT(VisionTransformer(**{**sizes, **options})).fingerprint
+
+    variants: list[dict[str, object]] = [
+        {},
+        {"num_heads": 6},
+        {"act_layer": "quick_gelu"},
+        {"global_pool": "avg"},
+        {"dynamic_img_size": True},
+    ]
+    assert len({build(**options) for options in variants}) == len(variants)
+
+
+def test_raw_pixels_are_normalised_inside(tiny_vit: VisionTransformer) -> None:
+    backbone = fp.FrozenViT(tiny_vit, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)).double()
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    mean, std = torch.tensor([0.5, 0.4, 0.3]).double(), torch.tensor([0.2, 0.3, 0.4]).double()
+    normalised = (pixels.double() / 255 - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(backbone(pixels), backbone(normalised), rtol=0, atol=1e-6)
+    assert not torch.allclose(backbone(pixels), backbone(pixels.double()))
+
+
+def test_raw_pixels_are_not_rounded_by_a_bfloat16_backbone(tiny_vit: VisionTransformer) -> None:
+    backbone = fp.FrozenViT(tiny_vit).bfloat16()
+    assert backbone.normalise(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda x: x.numpy(), TypeError, "images must be a torch.Tensor, got ndarray"),
+        (lambda x: x.long(), TypeError, "got torch.int64"),
+        (lambda x: x.to(torch.complex64), TypeError, "got torch.complex64"),
+        (lambda x: x[0], ValueError, r"shape \(B, 3, H, W\), got \(3, 32, 32\)"),
+        (lambda x: x[:, :1], ValueError, r"got \(4, 1, 32, 32\)"),
+        (lambda x: x.permute(0, 2, 3, 1), ValueError, r"got \(4, 32, 32, 3\)"),
+        (lambda x: x[..., :24], ValueError, "must be 32 x 32 pixels for this backbone, got 32 x 24"),
+        (lambda x: x * float("nan"), ValueError, "NaN or infinite"),
+        (lambda x: torch.where(x > 2, float("inf"), x), ValueError, "NaN or infinite"),
+        (lambda x: x.to("meta"), ValueError, "images are on meta, the backbone is on cpu"),
+    ],
+    ids=["array", "int64", "complex", "one image", "gray", "channels last", "size", "nan", "inf", "device"],
+)
+def test_bad_images_are_refused(
+    tiny_vit: VisionTransformer,
+    tiny_images: Tensor,
+    make: Callable[[Tensor], object],
+    error: type[Exception],
+    message: str,
+) -> None:
+    backbone = fp.FrozenViT(tiny_vit)
+    with pytest.raises(error, match=message):
+        backbone(make(tiny_images))
+
+
+def test_dynamic_size_takes_whole_patches_only() -> None:
+    vit = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, dynamic_img_size=True
+    )
+    backbone = fp.FrozenViT(vit)
+    assert backbone(torch.zeros(1, 3, 16, 24)).shape == (1, 1000)
+    for size in ((30, 32), (32, 0)):
+        with pytest.raises(ValueError, match=f"multiples of the patch size 8, got {size[0]} x {size[1]}"):
+            backbone(torch.zeros(1, 3, *size))
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_small_batches(tiny_vit: VisionTransformer, tiny_images: Tensor, batch: int) -> None:
+    backbone = fp.FrozenViT(tiny_vit)
+    expected = backbone(tiny_images)[:batch]
+    torch.testing.assert_close(backbone(tiny_images[:batch]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_from_timm_builds_at_another_size() -> None:
+    backbone = fp.FrozenViT.from_timm("test_vit", image_size=64)
+    assert (backbone.image_size, backbone.grid, backbone.width) == ((64, 64), (4, 4), 64)
+    assert backbone(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
+    assert fp.FrozenViT.from_timm("test_vit", image_size=(32, 64), num_classes=0).grid == (2, 4)
+
+
+def test_from_timm_takes_names_only(tiny_vit: VisionTransformer) -> None:
+    with pytest.raises(TypeError, match=r"name must be a timm model name.*FrozenViT\(module\)"):
+        fp.FrozenViT.from_timm(tiny_vit)
