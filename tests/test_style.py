@@ -80,11 +80,11 @@ def test_imports_run_downwards() -> None:
     assert not upward
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_importing_an_op_is_light_and_needs_no_triton(op: str) -> None:
+def test_importing_an_op_is_light_and_needs_no_triton() -> None:
+    assert "library_prompts" in OPS
     code = (
-        "import sys; sys.modules['triton'] = None\n"
-        f"import fastprompt.kernels.{op}\n"
+        "import importlib, sys; sys.modules['triton'] = None\n"
+        f"for op in {OPS}: assert callable(getattr(importlib.import_module('fastprompt.kernels.' + op), op))\n"
         "print([name for name in ('timm', 'torchvision', 'sklearn', 'matplotlib') if name in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
