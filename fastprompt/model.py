@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -28,7 +29,7 @@ from fastprompt.generators import (
 )
 from fastprompt.generators.base import Draws
 from fastprompt.heads import CLIP_LOGIT_SCALE, Head, PrototypeHead, TextHead, build_head
-from fastprompt.vit import FrozenViT, reference
+from fastprompt.vit import FrozenViT, forward, reference
 from fastprompt.vit.reference import READOUTS
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -141,19 +142,19 @@ class PromptedViT(nn.Module):
         images = vit.normalise(images)
         if isinstance(generator, PixelPrompt):
             images, generator = generator.prompt_images(images), None
-        if self._autocast is not None:
-            with torch.autocast(images.device.type, self._autocast):
-                sequence = reference.encode(vit, images)
-                return reference.read_out(vit, sequence, self.readout), {}
-        context, embedded = None, reference.embed(vit, images.to(vit.dtype))
-        if generator is not None and generator.known_at == "image":
-            context = generator.context(images, draws)
-        elif generator is not None and generator.known_at == "embeddings":
-            patches = embedded.patches if vit.norm_pre is None else vit.norm_pre(embedded.patches)
-            context = generator.context(patches, draws)
-        sequence = reference.encode(vit, images, generator, context, draws, embedded, plain)
-        aux = {} if generator is None else generator.aux(context)
-        return reference.read_out(vit, sequence, self.readout), aux
+        with contextlib.nullcontext() if self._autocast is None else torch.autocast(images.device.type, self._autocast):
+            embedded = reference.embed(vit, images.to(vit.dtype))
+            context = None
+            if generator is not None and generator.known_at == "image":
+                context = generator.context(images, draws)
+            elif generator is not None and generator.known_at == "embeddings":
+                patches = embedded.patches if vit.norm_pre is None else vit.norm_pre(embedded.patches)
+                context = generator.context(patches, draws)
+            aux = {} if generator is None else generator.aux(context)
+            if plain:
+                sequence = reference.encode(vit, images, generator, context, draws, embedded)
+                return reference.read_out(vit, sequence, self.readout), aux
+            return forward.features(vit, embedded, generator, context, draws, self.readout), aux
 
     def set_backbone_dtype(self, dtype: torch.dtype) -> None:
         """Run the backbone in `dtype`; generator and head keep theirs, and logits come out in the head's.

@@ -84,14 +84,13 @@ def position_embedding(vit: FrozenViT, grid: tuple[int, int]) -> Tensor | None:
 
 def attention(block: Block, x: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v over all tokens of x (B, T, D), heads joined and projected."""
-    b, t, _ = x.shape
-    qkv = block.qkv(x).view(b, t, 3, block.num_heads, block.head_dim).permute(2, 0, 3, 1, 4)
+    qkv = block.qkv(x).unflatten(-1, (3, block.num_heads, block.head_dim)).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)  # (B, heads, T, d)
     if block.q_norm is not None:
         q = block.q_norm(q)
     if block.k_norm is not None:
         k = block.k_norm(k)
-    x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, -1)
+    x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     if block.attn_norm is not None:
         x = block.attn_norm(x)
     return block.proj(x)
@@ -123,21 +122,21 @@ def run_block(block: Block, x: Tensor) -> Tensor:
 
 def map_pool(pool: MapPool, x: Tensor) -> Tensor:
     """Attention pooling of x (B, N, D) with the learned query → (B, D)."""
-    b, n, _ = x.shape
+    b = x.shape[0]
     q = pool.latent if pool.q is None else pool.q(pool.latent)
     q = q.view(1, 1, pool.num_heads, -1).transpose(1, 2).expand(b, -1, -1, -1)  # (B, heads, 1, d)
-    k, v = pool.kv(x).view(b, n, 2, pool.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    k, v = pool.kv(x).unflatten(-1, (2, pool.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     if pool.q_norm is not None:
         q = pool.q_norm(q)
     if pool.k_norm is not None:
         k = pool.k_norm(k)
-    x = pool.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, 1, -1))
+    x = pool.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
     x = x + mlp(pool.mlp, x if pool.norm is None else pool.norm(x))
     return x[:, 0]
 
 
 def encode(vit: FrozenViT, images: Tensor, generator: PromptGenerator | None = None, context: Any = None,
-           draws: dict[str, Tensor] | None = None, embedded: Sequence | None = None, plain: bool = True) -> Sequence:
+           draws: dict[str, Tensor] | None = None, embedded: Sequence | None = None) -> Sequence:
     """Normalised images (B, 3, H, W) → the last block's output, final norm applied, prompts among the tokens.
 
     Args:
@@ -145,19 +144,16 @@ def encode(vit: FrozenViT, images: Tensor, generator: PromptGenerator | None = N
         context: what `generator.context` returned for this batch.
         draws: the random tensors of a training step (`generator.draw`).
         embedded: the result of `embed`, where the caller already has it.
-        plain: compute the prompts by the paper's own graph rather than the generator's.
     """
-    compute = None if generator is None else generator.plain_prompts if plain else generator.prompts
     sequence = embed(vit, images) if embedded is None else embedded
-    if generator is not None and compute is not None and generator.before_pre_norm:
-        first = compute(0, context, sequence.patches, draws)
+    if generator is not None and generator.before_pre_norm:
+        first = generator.plain_prompts(0, context, sequence.patches, draws)
         sequence = sequence.with_prompts(first, generator.prompts_last)
     if vit.norm_pre is not None:
         sequence.tokens = vit.norm_pre(sequence.tokens)
     for i, block in enumerate(vit.blocks):
-        if generator is not None and compute is not None and i in generator.layers and not (
-                i == 0 and generator.before_pre_norm):
-            prompts = compute(i, context, sequence.patches, draws)
+        if generator is not None and i in generator.layers and not (i == 0 and generator.before_pre_norm):
+            prompts = generator.plain_prompts(i, context, sequence.patches, draws)
             sequence = sequence.with_prompts(prompts, generator.prompts_last)
         sequence = dataclasses.replace(sequence, tokens=run_block(block, sequence.tokens))
     if vit.norm is not None:
