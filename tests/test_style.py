@@ -84,7 +84,7 @@ def test_importing_an_op_is_light_and_needs_no_triton() -> None:
     assert "library_prompts" in OPS
     code = (
         "import importlib, sys; sys.modules['triton'] = None\n"
-        f"for op in {OPS}: assert callable(getattr(importlib.import_module('fastprompt.kernels.' + op), op))\n"
+        f"for op in {OPS}: getattr(importlib.import_module('fastprompt.kernels.' + op), op)\n"
         "print([name for name in ('timm', 'torchvision', 'sklearn', 'matplotlib') if name in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
