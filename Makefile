@@ -49,6 +49,6 @@ table: $(STAMP)  ## every method, three seeds (hours; resumable)
 bench: $(STAMP)  ## timings of the ops and the end-to-end jobs
 	$(VENV)/bin/pytest bench --benchmark-only
 
-clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+clean:  ## remove .venv and everything built
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
