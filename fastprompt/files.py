@@ -43,27 +43,29 @@ def _second_name(path: Path, backup: Path) -> None:
 def atomic_write_many(directory: str | os.PathLike[str], files: Mapping[str, Content]) -> None:
     """Writes several files of one directory together: all of them are replaced, or none is.
 
-    Every file is first written in full and fsynced under a hidden temporary name, and only then are they renamed
-    over the old ones, in the order given. An exception between two renames (Ctrl-C included) puts the old files back.
-    Other files of the directory are left alone; the directory is made if it is missing.
+    Every file is first written in full and fsynced under a hidden temporary name, and only then are they
+    renamed over the old ones, in the order given. An exception between two renames (Ctrl-C included) puts the
+    old files back. Other files of the directory are left alone; the directory is made if it is missing.
 
     Args:
         directory: where to write.
         files: file name -> bytes, text (UTF-8), or a function that is given the open binary file.
 
     Raises:
-        OSError: the disk is full or the place is not writable; the message names the file. Nothing has changed then.
+        OSError: the disk is full or the place is not writable; the message names the file. Nothing has
+            changed then.
     """
     directory = Path(directory)
     tag = f"{os.getpid()}-{secrets.token_hex(4)}"
     temporaries = {directory / name: directory / f".{name}.{tag}.tmp" for name in files}
     backups = {directory / name: directory / f".{name}.{tag}.old.tmp" for name in files}
     existed = {path: path.exists() for path in temporaries}
-    current, renaming = directory, False
+    current, renaming, made = directory, False, not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for (current, temporary), content in zip(temporaries.items(), files.values(), strict=True):
-            _write_synced(temporary, content)
+        for name, content in files.items():
+            current = directory / name
+            _write_synced(temporaries[current], content)
         if len(files) > 1:
             for current in temporaries:
                 if existed[current]:
@@ -78,8 +80,12 @@ def atomic_write_many(directory: str | os.PathLike[str], files: Mapping[str, Con
                     os.replace(backups[path], path)
                 else:
                     path.unlink(missing_ok=True)
-            temporary.unlink(missing_ok=True)
-            backups[path].unlink(missing_ok=True)
+            for leftover in (temporary, backups[path]):
+                with contextlib.suppress(OSError):
+                    leftover.unlink()
+        if made:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
         if isinstance(error, OSError):
             reason = error.strerror or str(error)
             raise OSError(error.errno, f"could not write {current}: {reason}; no file was changed") from error
@@ -93,8 +99,8 @@ def atomic_write_many(directory: str | os.PathLike[str], files: Mapping[str, Con
 def atomic_write(path: str | os.PathLike[str], content: Content) -> None:
     """Writes one file so that a reader sees the old content or the new, never a part.
 
-    Temporary file in the same directory, fsync, ``os.replace``, fsync of the directory. The temporary file is removed
-    on any exception, a full disk and Ctrl-C included, and the old file stays.
+    Temporary file in the same directory, fsync, ``os.replace``, fsync of the directory. The temporary file is
+    removed on any exception, a full disk and Ctrl-C included, and the old file stays.
 
     Args:
         path: the file to write; its directory is made if missing.
@@ -108,6 +114,6 @@ def atomic_write(path: str | os.PathLike[str], content: Content) -> None:
 
 
 def remove_stale_temporaries(directory: str | os.PathLike[str]) -> None:
-    """Removes the temporary files a killed process left in ``directory`` (not in the directories below it)."""
+    """Removes the temporary files a killed process left in ``directory`` (not in those below it)."""
     for path in Path(directory).glob(".*.tmp"):
         path.unlink(missing_ok=True)

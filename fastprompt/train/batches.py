@@ -231,7 +231,14 @@ class Batches:
                     own.manual_seed(epoch_seed)
             if hasattr(self.data.sampler, "set_epoch"):
                 self.data.sampler.set_epoch(epoch)
-            yield from self.data
+            for batch in self.data:
+                if not is_tensor_pair(batch):
+                    raise TypeError(
+                        f"{self.name} must be a DataLoader that yields (images, labels) tensors, "
+                        f"got batches of {type(batch).__name__}"
+                    )
+                check_images(batch[0], f"a batch of {self.name}", 4)
+                yield batch[0], batch[1]
             return
         count = self.num_images
         order = torch.arange(count) if self.seed is None else torch.randperm(count, generator=generator)

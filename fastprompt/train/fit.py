@@ -441,7 +441,7 @@ class _Run:
                 loss = loss + self.beta * recipe.kl_factor(step, steps) * kl
                 total_kl += float(kl.detach()) * len(labels)
             if "kl_units" in aux:
-                of_batch = aux["kl_units"].detach().double().sum(0)
+                of_batch = aux["kl_units"].detach().sum(0).cpu().double()
                 units = of_batch if units is None else units + of_batch
             value = float(loss.detach())
             if not np.isfinite(value):
@@ -489,19 +489,18 @@ class _Run:
 
     def _validate(self, epoch: int) -> tuple[float, float]:
         """Mean cross-entropy and accuracy on the validation data, in eval mode."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        total, correct = 0.0, 0
         with evaluation_mode(self.model):
             for images, labels in self.val.epoch(epoch - 1):
                 logits, _ = self._forward(images)
-                total += F.cross_entropy(logits, labels, reduction="sum").double()
-                correct += (logits.argmax(-1) == labels).sum()
-        loss = float(total) / self.val.num_images
+                total += float(F.cross_entropy(logits, labels, reduction="sum"))
+                correct += int((logits.argmax(-1) == labels).sum())
+        loss = total / self.val.num_images
         if not np.isfinite(loss):
             raise TrainingDiverged(
                 f"validation loss is {loss}", epoch, 0, self.optimizer.param_groups[0]["lr"]
             )
-        return loss, int(correct) / self.val.num_images
+        return loss, correct / self.val.num_images
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.model.adapter_state_dict().items()}

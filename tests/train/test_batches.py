@@ -100,3 +100,19 @@ def test_arrays_are_taken(colours: Callable[..., Any]) -> None:
     images, labels = colours(6)
     batches = list(Batches((images.numpy(), labels.numpy()), 4, name="train", num_classes=4).epoch())
     assert torch.equal(torch.cat([x for x, _ in batches]), images)
+
+
+def test_a_loader_must_yield_images_and_labels(colours: Callable[..., Any]) -> None:
+    data = TensorDataset(*colours(4))
+
+    def to_dict(items: Any) -> Any:
+        return {"image": items}
+
+    with pytest.raises(TypeError, match=r"train must be a DataLoader that yields \(images, labels\)"):
+        list(Batches(DataLoader(data, 2, collate_fn=to_dict), 1, name="train", num_classes=4).epoch())
+
+    def lost_axis(items: Any) -> Any:
+        return torch.stack([image for image, _ in items])[:, 0], torch.tensor([int(y) for _, y in items])
+
+    with pytest.raises(ValueError, match="a batch of train must have images of shape"):
+        list(Batches(DataLoader(data, 2, collate_fn=lost_axis), 1, name="train", num_classes=4).epoch())
