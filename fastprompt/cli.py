@@ -23,6 +23,7 @@ from fastprompt.report.runs import METHODS, RunSettings
 
 if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
+    from fastprompt.vit.weights import FrozenViT
 
 KeyValues = Annotated[list[str], tyro.conf.arg(metavar="KEY=VALUE")]
 WRONG_INPUT = (
@@ -88,6 +89,8 @@ class Adapt:
     """Evaluate once on the test split after training."""
     resume: bool = True
     """Go on with what is in --out; --no-resume starts over."""
+    progress: bool = True
+    """Progress bar on standard error."""
     threads: int | None = None
     debug: bool = False
     """Show the traceback of an error."""
@@ -194,6 +197,7 @@ RECIPE_FLAGS = (
 
 
 def method_options(command: Adapt | Info) -> dict[str, Any]:
+    """The options of --set and --num-prompts."""
     from fastprompt.report.runs import parse_options
 
     options = parse_options(command.set, "--set")
@@ -235,6 +239,7 @@ def adapt_settings(command: Adapt) -> RunSettings:
 
 
 def set_threads(threads: int | None) -> None:
+    """Use that many threads; None leaves PyTorch's choice."""
     if threads is not None:
         import torch
 
@@ -244,24 +249,25 @@ def set_threads(threads: int | None) -> None:
 
 
 def adapt(command: Adapt) -> None:
+    """Run `fastprompt adapt`."""
     from fastprompt.report.runs import execute, results_table
 
     settings = adapt_settings(command)
     set_threads(command.threads)
     results = execute(
-        settings, command.out, test=command.test, resume=command.resume, progress=sys.stderr.isatty()
+        settings, command.out, test=command.test, resume=command.resume, progress=command.progress
     )
     print(results_table([results]))
     print(f"\nadapter: {command.out / 'best'}\nresults: {command.out / 'results.json'}")
 
 
 def load_adapter(command: Eval | Predict, settings: RunSettings | None) -> PromptedViT:
+    """The adapter on its backbone, which is the one of the run unless --backbone names it."""
     import torch
 
     import fastprompt as fp
     from fastprompt.model import read_adapter
-    from fastprompt.report.runs import adapter_dir
-    from fastprompt.vit.assets import load_backbone
+    from fastprompt.report.runs import adapter_dir, backbone_at
 
     directory = adapter_dir(command.adapter)
     config, _ = read_adapter(directory)
@@ -270,14 +276,20 @@ def load_adapter(command: Eval | Predict, settings: RunSettings | None) -> Promp
         raise ValueError(
             f"--backbone: is needed, {command.adapter} does not say which backbone the adapter is for"
         )
-    image_size = command.image_size or (settings.image_size if settings else None)
-    model = fp.PromptedViT.from_pretrained(load_backbone(name, image_size=image_size), directory)
+    image_size = command.image_size or stored_size(config)
+    model = fp.PromptedViT.from_pretrained(backbone_at(name, image_size), directory)
     if command.dtype == "bfloat16":
         model.set_backbone_dtype(torch.bfloat16)
     return model.eval()
 
 
+def stored_size(config: dict[str, Any]) -> int:
+    """The image size that an adapter was trained at, in pixels."""
+    return int(config["backbone"]["image_size"][0])
+
+
 def evaluate_adapter(command: Eval) -> None:
+    """Run `fastprompt eval`."""
     from dataclasses import replace
 
     from fastprompt.report.runs import (
@@ -308,7 +320,8 @@ def evaluate_adapter(command: Eval) -> None:
     names = list(splits.class_names)
     if model.class_names is not None and list(model.class_names) != names:
         raise ValueError(
-            f"--data: {settings.data} has the classes {short(names)}, the adapter was trained for {short(model.class_names)}"
+            f"--data: {settings.data} has the classes {short(names)}, "
+            f"the adapter was trained for {short(model.class_names)}"
         )
     record = evaluation_record(evaluate(model, getattr(splits, command.split), batch_size=command.batch_size))
     record |= {
@@ -331,15 +344,17 @@ def evaluate_adapter(command: Eval) -> None:
 
 
 def short(names: Sequence[str]) -> str:
+    """How many names and the first five of them."""
     return f"{len(names)}: " + ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def predict(command: Predict) -> None:
+    """Run `fastprompt predict`."""
     import torch
 
     from fastprompt.data import list_images, read_images
-    from fastprompt.report.runs import read_settings, square_size
     from fastprompt.files import atomic_write
+    from fastprompt.report.runs import read_settings, square_size
 
     if command.out is not None and command.out.suffix.lower() not in (".csv", ".json"):
         raise ValueError(f"--out: takes a .csv or .json file, got {command.out}")
@@ -382,68 +397,89 @@ def predict(command: Predict) -> None:
 
 
 def info(command: Info) -> None:
+    """Print facts about a backbone, about what each method would train on it, and about an adapter."""
     facts: dict[str, Any] = {}
     name, image_size = command.backbone, command.image_size
-    if command.adapter is not None:
+    options = method_options(command)
+    if options and command.method is None:
+        raise ValueError("--method: is needed with --set or --num-prompts")
+    if command.adapter is None:
+        name = name or "clip-vit-b16"
+    else:
         from fastprompt.report.runs import read_settings
 
         settings = read_settings(command.adapter)
         name = name or (settings.backbone if settings else None)
-        image_size = image_size or (settings.image_size if settings else None)
         facts["adapter"] = adapter_facts(command.adapter)
-    elif name is None:
-        name = "clip-vit-b16"
-    options = method_options(command)
-    if options and command.method is None:
-        raise ValueError("--method: is needed with --set or --num-prompts")
+        image_size = image_size or stored_size(facts["adapter"]["config"])
     if name is not None:
-        from fastprompt.report.runs import TITLES
-        from fastprompt.vit.assets import load_backbone
+        from fastprompt.report.runs import backbone_at
 
-        backbone = load_backbone(name, image_size=image_size)
-        facts["backbone"] = {
-            "name": name,
-            "architecture": backbone.spec.name,
-            "parameters": sum(p.numel() for p in backbone.parameters()),
-            "width": backbone.width,
-            "depth": backbone.depth,
-            "heads": backbone.num_heads,
-            "patch size": backbone.patch_size,
-            "image size": list(backbone.image_size),
-            "patch grid": list(backbone.grid),
-            "class and register tokens": backbone.num_prefix,
-            "mean": list(backbone.mean),
-            "std": list(backbone.std),
-            "fingerprint": backbone.fingerprint,
-        }
+        backbone = backbone_at(name, image_size)
+        facts["backbone"] = backbone_facts(name, backbone)
         if "adapter" in facts:
-            facts["adapter"]["fits this backbone"] = (
-                (
-                facts["adapter"]["config"]["backbone"]["fingerprint"] == backbone.fingerprint
-            )
-            )
-        facts["methods"] = {
-            TITLES[method]: method_facts(method, options, backbone, command.num_classes)
-            for method in ([command.method] if command.method else METHODS)
-            if method != "linear-sgd"
-        }
+            stored = facts["adapter"]["config"]["backbone"]["fingerprint"]
+            facts["adapter"]["fits this backbone"] = stored == backbone.fingerprint
+        facts["methods"] = methods_facts(command, facts.get("adapter"), options, backbone)
     print(json.dumps(facts, indent=1, ensure_ascii=False) if command.json else info_text(facts))
 
 
-def method_facts(method: str, options: dict[str, Any], backbone: Any, num_classes: int) -> dict[str, Any]:
-    """Trained parameters by our count and by the paper's formula. For full fine-tuning nothing is built."""
-    import fastprompt as fp
-    from fastprompt.report.runs import build_config
-
-    model = fp.PromptedViT(backbone, build_config(method, options), num_classes=num_classes)
-    counts = model.num_trainable()
+def backbone_facts(name: str, backbone: FrozenViT) -> dict[str, Any]:
+    """Size, structure and normalisation of a backbone."""
     return {
-        "generator": counts["generator"],
-        "head": counts["head"],
-        "backbone": counts["backbone"],
-        "total": counts["total"],
+        "name": name,
+        "architecture": backbone.spec.name,
+        "parameters": sum(p.numel() for p in backbone.parameters()),
+        "width": backbone.width,
+        "depth": backbone.depth,
+        "heads": backbone.num_heads,
+        "patch size": backbone.patch_size,
+        "image size": list(backbone.image_size),
+        "patch grid": list(backbone.grid),
+        "class and register tokens": backbone.num_prefix,
+        "mean": list(backbone.mean),
+        "std": list(backbone.std),
+        "fingerprint": backbone.fingerprint,
+    }
+
+
+def methods_facts(
+    command: Info, adapter: dict[str, Any] | None, options: dict[str, Any], backbone: FrozenViT
+) -> dict[str, Any]:
+    """Trained parameters of the method asked for, else of the adapter's method, else of all methods.
+
+    Among all methods one that does not fit the backbone is listed with the reason.
+    """
+    from fastprompt.generators import config_from_dict
+    from fastprompt.report.runs import TITLES, build_config
+
+    if command.method is not None:
+        config = build_config(command.method, options)
+        return {TITLES[command.method]: method_facts(config, backbone, command.num_classes)}
+    if adapter is not None:
+        stored = adapter["config"]
+        config = config_from_dict(stored["method"])
+        return {config.kind: method_facts(config, backbone, stored["num_classes"])}
+    facts: dict[str, Any] = {}
+    for method in METHODS:
+        if method == "linear-sgd":  # trains what the other linear probe trains
+            continue
+        try:
+            facts[TITLES[method]] = method_facts(build_config(method, {}), backbone, command.num_classes)
+        except ValueError as error:
+            facts[TITLES[method]] = {"does not fit": str(error)}
+    return facts
+
+
+def method_facts(config: Any, backbone: FrozenViT, num_classes: int | None) -> dict[str, Any]:
+    """Trained parameters by our count and by the paper's formula."""
+    import fastprompt as fp
+
+    model = fp.PromptedViT(backbone, config, num_classes=num_classes)
+    return {
+        **model.num_trainable(),
         "paper formula": model.paper_parameter_count(),
-        "options": {k: v for k, v in model.config.to_dict().items() if k != "kind"},
+        "options": {key: value for key, value in config.to_dict().items() if key != "kind"},
     }
 
 
@@ -463,6 +499,7 @@ def adapter_facts(path: Path) -> dict[str, Any]:
 
 
 def info_text(facts: dict[str, Any]) -> str:
+    """The facts of `info` as text."""
     from fastprompt.report.runs import text_table
 
     lines: list[str] = []
@@ -470,36 +507,36 @@ def info_text(facts: dict[str, Any]) -> str:
         adapter = facts["adapter"]
         lines += [f"Adapter {adapter['directory']} ({adapter['bytes']:,} bytes)"]
         for key, value in adapter["config"].items():
-            lines.append(f"  {key:<24} {json.dumps(value, ensure_ascii=False)}")
+            lines.append(f"  {key:<20} {json.dumps(value, ensure_ascii=False)}")
         if "fits this backbone" in adapter:
-            lines.append(f"  {'fits this backbone':<24} {'yes' if adapter['fits this backbone'] else 'NO'}")
+            lines.append(f"  {'fits this backbone':<20} {'yes' if adapter['fits this backbone'] else 'NO'}")
         lines.append("  tensors")
-        lines += [
-            f"    {key:<40} {' x '.join(map(str, shape)) or 'scalar'}"
-            for key, shape in adapter["tensors"].items()
-        ]
+        for key, shape in adapter["tensors"].items():
+            lines.append(f"    {key:<40} {' x '.join(map(str, shape)) or 'scalar'}")
     if "backbone" in facts:
         lines += ([""] if lines else []) + [f"Backbone {facts['backbone']['name']}"]
         lines += [f"  {key:<26} {value}" for key, value in facts["backbone"].items() if key != "name"]
         lines += [
             "",
-            "Trained parameters (our count; the paper's formula where there is one, without the head)",
+            "Trained parameters: our count, and the generator's by the paper's formula where it prints one",
         ]
-        rows = [
-            [
-                title,
-                *(f"{m[key]:,}" for key in ("generator", "head", "backbone", "total")),
-                "–" if m["paper formula"] is None else f"{m['paper formula']:,}",
-            ]
-            for title, m in facts["methods"].items()
-        ]
-        lines.append(
-            text_table(["method", "generator", "head", "backbone", "total", "paper's formula"], rows)
-        )
+        rows = []
+        for title, method in facts["methods"].items():
+            if "does not fit" in method:
+                rows.append([title, *["–"] * 5])
+                continue
+            counts = [f"{method[key]:,}" for key in ("generator", "head", "backbone", "total")]
+            paper = method["paper formula"]
+            rows.append([title, *counts, "–" if paper is None else f"{paper:,}"])
+        lines.append(text_table(["method", "generator", "head", "backbone", "total", "by the paper"], rows))
+        for title, method in facts["methods"].items():
+            if "does not fit" in method:
+                lines.append(f"{title} does not fit this backbone as it is: {method['does not fit']}")
     return "\n".join(lines)
 
 
 def report(command: Report) -> None:
+    """Run `fastprompt report`."""
     from fastprompt.report.html import build_report
 
     build_report(command.runs, command.out)
@@ -507,6 +544,7 @@ def report(command: Report) -> None:
 
 
 def run(command: Adapt | Eval | Predict | Info | Report) -> None:
+    """Run one command."""
     if isinstance(command, Adapt):
         adapt(command)
     elif isinstance(command, Eval):
@@ -524,7 +562,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     `SystemExit(0)`.
     """
     command = tyro.cli(
-        Command,  # type: ignore[arg-type]
+        Command,
         args=arguments,
         prog="fastprompt",
         description="Instance-conditioned visual prompts on frozen vision transformers.",

@@ -42,6 +42,7 @@ def fetch(data: str | None, backbone: str, image_size: int) -> str:
 
 
 def command(method: str, args: argparse.Namespace, data: str) -> list[str]:
+    """The words of the `fastprompt` command that adapts with one method."""
     words = [
         "adapt",
         "--method",
@@ -78,6 +79,7 @@ def command(method: str, args: argparse.Namespace, data: str) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
     p = argparse.ArgumentParser(
         prog="python -m fastprompt.report.demo", description=(__doc__ or "").split("\n")[0]
     )
@@ -97,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Fetch, adapt, print the table, write the report; the exit code is that of what failed first, else 0."""
     from fastprompt.report.html import build_report
 
     args = parser().parse_args(arguments)
@@ -116,12 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = [read_json(args.out / method / "results.json") for method in args.methods]
     report = build_report(results, args.out / "report.html", f"Adapting a frozen {args.backbone} on {data}")
     print(f"\n{results_table(results)}\n")
-    print(
-        f"{args.num_train} training, {args.num_val} validation and {args.num_test} test images; the test images"
-    )
-    print(
-        f"were read once, at the end. {time.perf_counter() - began:.0f} s in all. Report: {report.resolve()}"
-    )
+    print(f"{args.num_train} training, {args.num_val} validation, {args.num_test} test images")
+    print(f"{time.perf_counter() - began:.0f} s in all. Report: {report.resolve()}")
     return 0
 
 

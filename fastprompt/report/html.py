@@ -54,6 +54,7 @@ summary { cursor: pointer; }
 
 
 def figure(png: bytes, alt: str, caption: str) -> str:
+    """A picture inside the page, with what it says in words."""
     data = base64.b64encode(png).decode("ascii")
     return (
         f'<figure><img src="data:image/png;base64,{data}" alt="{escape(alt, quote=True)}">'
@@ -84,6 +85,7 @@ def is_number(cell: Any) -> bool:
 
 
 def percent(value: float | None) -> str:
+    """A share in per cent with one decimal, a dash for none."""
     return "–" if value is None else f"{100 * value:.1f}%"
 
 
@@ -109,6 +111,7 @@ def titles(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def summary_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
+    """One row a run: parameters, accuracy, speed and memory."""
     rows = []
     for name, r in zip(names, results, strict=True):
         parameters, paper = r["trained_parameters"], r.get("paper_parameter_count")
@@ -146,6 +149,7 @@ def summary_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) ->
 
 
 def run_section(number: int, name: str, r: Mapping[str, Any]) -> str:
+    """Confusion, classes, library or latent, and settings of one run."""
     split = "test" if r.get("test") else "validation"
     record = r[split]
     classes = r["class_names"]
@@ -169,10 +173,10 @@ def run_section(number: int, name: str, r: Mapping[str, Any]) -> str:
             figure(
                 plots.library_tokens(usage, f"{name}: most-used library tokens"),
                 f"Bar chart of the most used tokens of the library of {name}",
-                f"Mixture weights averaged over {usage['num_images']} validation images and all prompts. A prompt "
-                f"is made of {usage['effective_tokens']:.1f} tokens (exponential of the mean entropy, "
-                f"{usage['entropy']:.2f} nats); over all images and prompts {usage['effective_library']:.1f} of "
-                f"{len(usage['mean_weight'])} tokens are in use.",
+                f"Mixture weights averaged over {usage['num_images']} validation images and all prompts. "
+                f"A prompt is made of {usage['effective_tokens']:.1f} tokens (exponential of the mean "
+                f"entropy, {usage['entropy']:.2f} nats); over all images and prompts "
+                f"{usage['effective_library']:.1f} of {len(usage['mean_weight'])} tokens are in use.",
             )
         )
     if any(entry.get("kl") is not None for entry in r["history"]):
@@ -181,8 +185,8 @@ def run_section(number: int, name: str, r: Mapping[str, Any]) -> str:
             figure(
                 plots.latent_units({name: r["history"]}),
                 f"KL and active latent units of {name} by epoch",
-                "KL and active latent units in training. Both near 0 mean posterior collapse: the prompts have "
-                "stopped depending on the image.",
+                "KL and active latent units in training. Both near 0 mean posterior collapse: "
+                "the prompts have stopped depending on the image.",
             )
         )
     settings = [
@@ -219,8 +223,8 @@ def render(results: Sequence[Mapping[str, Any]], heading: str) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(heading)}</title><style>{STYLE}</style></head><body><header><h1>{escape(heading)}</h1>",
-        f"<p>{escape(str(first['backbone']))} at {first['image_size']} px, frozen unless a method says otherwise; "
-        f"{len(results)} {'run' if len(results) == 1 else 'runs'}.</p>",
+        f"<p>{escape(str(first['backbone']))} at {first['image_size']} px, frozen unless a method says "
+        f"otherwise; {len(results)} {'run' if len(results) == 1 else 'runs'}.</p>",
         '<nav aria-label="Sections"><ul>',
         *[f'<li><a href="#{anchor}">{escape(text)}</a></li>' for anchor, text in links],
         '</ul></nav></header><main><section id="summary"><h2>Summary</h2>',
@@ -240,8 +244,8 @@ def render(results: Sequence[Mapping[str, Any]], heading: str) -> str:
             figure(
                 plots.curves(histories),
                 "Line plots of loss and accuracy by epoch for " + ", ".join(histories),
-                "Loss and accuracy by epoch. Training numbers are taken while the weights change and with dropout "
-                "on, so validation can be the better one.",
+                "Loss and accuracy by epoch. Training numbers are taken while the weights change and "
+                "with dropout on, so validation can be the better one.",
             ),
             "</section>",
         ]
@@ -267,8 +271,9 @@ def render(results: Sequence[Mapping[str, Any]], heading: str) -> str:
         table(
             "The split is fixed by its seed; the sums are those of the split's indices.", ["", "Value"], rows
         ),
-        "<p>Images/s counts training images seen by the method's own loop (for the L-BFGS probe: images encoded, over "
-        "encoding and fitting). Peak memory is the resident set of the process that ran the method.</p>",
+        "<p>Images/s counts training images seen by the method's own loop (for the L-BFGS probe: images "
+        "encoded, over encoding and fitting). Peak memory is the resident set of the process that ran the "
+        "method.</p>",
         "</section></main></body></html>",
     ]
     return "\n".join(parts)

@@ -26,12 +26,14 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def to_png(figure: Figure) -> bytes:
+    """The figure as the bytes of a PNG file, the same for the same figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
 def plain(axes: Axes) -> None:
+    """A light grid and no frame above and to the right."""
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -95,7 +97,7 @@ def confusion_matrix(
     bar = figure.colorbar(image, ax=axes, shrink=0.8, format=PercentFormatter(1.0, decimals=0))
     bar.set_label("Share of the true class", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     if size <= 40:
         short = [name if len(name) <= 16 else name[:15] + "…" for name in class_names]
         axes.set_xticks(range(size), short, rotation=90, fontsize=7)

@@ -46,6 +46,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("FullFineTuneConfig", {}),
 }
 
+# What a method's name says about the recipe.
+METHOD_RECIPES: dict[str, dict[str, Any]] = {"linear-sgd": {"optimizer": "sgd", "lr": 0.01}}
+
 TITLES: dict[str, str] = {
     "pgn": "PGN",
     "v2apt": "V²APT",
@@ -143,7 +146,7 @@ def build_config(method: str, options: Mapping[str, Any]) -> Any:
     return config_class(**{**values, **fixed})
 
 
-def build_recipe(config: Any, overrides: Mapping[str, Any]) -> Recipe:
+def build_recipe(method: str, config: Any, overrides: Mapping[str, Any]) -> Recipe:
     """The method's default recipe with `overrides`; an unknown field is a `ValueError` listing the fields.
 
     Where the number of epochs is given and the warm-ups are not, they keep their share of the epochs.
@@ -151,7 +154,7 @@ def build_recipe(config: Any, overrides: Mapping[str, Any]) -> Recipe:
     from fastprompt.train.recipes import default_recipe
 
     recipe = default_recipe(config)
-    changes = dict(overrides)
+    changes = METHOD_RECIPES.get(method, {}) | dict(overrides)
     epochs = changes.get("epochs")
     if isinstance(epochs, int) and epochs > 0:
         for warmup in ("warmup_epochs", "kl_warmup_epochs"):
@@ -160,6 +163,7 @@ def build_recipe(config: Any, overrides: Mapping[str, Any]) -> Recipe:
 
 
 def load_run_data(settings: RunSettings, image_size: int) -> DataSplits:
+    """The run's train, validation and test images at `image_size` pixels."""
     from fastprompt.data import load_data
 
     return load_data(
@@ -253,6 +257,10 @@ def library_usage(model: PromptedViT, dataset: Any, batch_size: int = 64) -> dic
     """
     import torch
 
+    from fastprompt.generators import PGN
+
+    if not isinstance(model.generator, PGN):
+        raise TypeError(f"model: only a PGN has a library, this one has {type(model.generator).__name__}")
     was_training = model.training
     model.eval()
     total: torch.Tensor | None = None
@@ -284,6 +292,7 @@ def library_usage(model: PromptedViT, dataset: Any, batch_size: int = 64) -> dic
 def build_model(
     settings: RunSettings, backbone: FrozenViT, class_names: Sequence[str], seed: int
 ) -> PromptedViT:
+    """The model before training; `seed` sets its initial values."""
     import torch
 
     import fastprompt as fp
@@ -309,10 +318,13 @@ def build_model(
     )
 
 
-def load_run_backbone(settings: RunSettings) -> FrozenViT:
+def backbone_at(name: str, image_size: int | None) -> FrozenViT:
+    """The named backbone for square images of `image_size` pixels, None: its own size."""
     from fastprompt.vit.assets import load_backbone
 
-    return load_backbone(settings.backbone, image_size=settings.image_size)
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size: takes a number of pixels from 1, got {image_size}")
+    return load_backbone(name, image_size=image_size)
 
 
 def square_size(backbone: FrozenViT) -> int:
@@ -335,7 +347,7 @@ def adapter_dir(run_dir: Path) -> Path:
 
 
 def read_settings(run_dir: Path) -> RunSettings | None:
-    """The settings of the run that a directory (or a run's `best/`) belongs to, None where none are recorded."""
+    """The settings of the run that a directory (or a run's `best/`) belongs to; None: none are recorded."""
     for candidate in (Path(run_dir), Path(run_dir).parent):
         if (candidate / "run.json").exists():
             return RunSettings.from_dict(read_json(candidate / "run.json"))
@@ -355,7 +367,8 @@ def prepare_run_dir(settings: RunSettings, out_dir: Path, resume: bool) -> dict[
         if different:
             said = "; ".join(f"{k}: {there.get(k)!r} there, {wanted.get(k)!r} now" for k in different)
             raise ValueError(
-                f"out: {out_dir} holds a run with other settings ({said}); take another directory or --no-resume"
+                f"out: {out_dir} holds a run with other settings ({said}); "
+                "take another directory or --no-resume"
             )
         if result_file.exists():
             return dict(read_json(result_file))
@@ -388,12 +401,12 @@ def execute(
 
     out_dir = Path(out_dir)
     config = build_config(settings.method, settings.options)
-    recipe = build_recipe(config, settings.recipe)
+    recipe = build_recipe(settings.method, config, settings.recipe)
     results = prepare_run_dir(settings, out_dir, resume)
     if results is not None and (not test or results.get("test") is not None):
         return results
 
-    backbone = load_run_backbone(settings)
+    backbone = backbone_at(settings.backbone, settings.image_size)
     image_size = square_size(backbone)
     splits = load_run_data(settings, image_size)
     if results is None:

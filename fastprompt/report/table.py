@@ -32,10 +32,10 @@ from typing import Any
 
 from fastprompt.report.runs import METHODS, TITLES, RunSettings, execute, parse_options, read_json, write_json
 
-# Learning rates tried for each method; an empty grid: there is none (L-BFGS chooses C on validation by itself).
+# Learning rates tried for each method; none for the L-BFGS probe, which chooses C on validation by itself.
 GRIDS: dict[str, tuple[float, ...]] = {
     "linear": (),
-    "linear-sgd": (0.01, 0.1, 1.0),
+    "linear-sgd": (0.001, 0.01, 0.1),
     "vpt-deep": (0.002, 0.005, 0.01),
     "pgn": (0.001, 0.003, 0.01),
     "vapt": (0.002, 0.005, 0.01),
@@ -61,6 +61,7 @@ class Plan:
     out: Path
 
     def grid(self, method: str) -> tuple[float | None, ...]:
+        """The learning rates to try; (None,) for the L-BFGS probe, which has none."""
         grid = GRIDS[method]
         return (self.lrs or grid) if grid else (None,)
 
@@ -80,9 +81,7 @@ class Job:
         return out / self.method / f"lr{rate}-seed{self.seed}"
 
     def settings(self, base: RunSettings) -> RunSettings:
-        """The run's settings. The seed is that of the drawn images and of the training; test images stay the
-        same.
-        """
+        """The run's settings. The seed draws the images and sets the training; test images stay the same."""
         recipe = dict(base.recipe) | {"seed": self.seed}
         if self.lr is not None:
             recipe["lr"] = self.lr
@@ -104,16 +103,16 @@ def read_run(directory: Path) -> dict[str, Any] | None:
 
 
 def validation_score(results: Mapping[str, Any]) -> tuple[float, float]:
-    """What learning rates are chosen by: validation accuracy, of equals the lower loss. A diverged run is the
-    worst.
-    """
+    """What learning rates are chosen by: validation accuracy, of equals the lower loss; diverged is worst."""
     if results.get("diverged"):
         return -1.0, -math.inf
     return float(results["validation"]["accuracy"]), -float(results["validation"]["loss"])
 
 
-def choose_lr(plan: Plan, method: str) -> tuple[float | None] | None:
+def choose_lr(plan: Plan, method: str) -> tuple[float | None, ...] | None:
     """The chosen learning rate in a 1-tuple, None while the grid is not finished."""
+    if len(plan.grid(method)) == 1:
+        return plan.grid(method)
     scores: list[tuple[tuple[float, float], float | None]] = []
     for lr in plan.grid(method):
         results = read_run(Job(method, lr, plan.seeds[0], False).directory(plan.out))
@@ -129,7 +128,8 @@ def next_jobs(plan: Plan, busy: Sequence[Job], failed: Sequence[Job]) -> list[Jo
     taken = {(job.method, job.lr, job.seed) for job in [*busy, *failed]}
     for method in plan.methods:
         first, *others = plan.seeds
-        for lr in plan.grid(method):
+        grid = plan.grid(method)
+        for lr in grid if len(grid) > 1 else ():
             job = Job(method, lr, first, test=False)
             if (method, lr, first) not in taken and read_run(job.directory(plan.out)) is None:
                 jobs.append(job)
@@ -146,7 +146,10 @@ def next_jobs(plan: Plan, busy: Sequence[Job], failed: Sequence[Job]) -> list[Jo
 
 
 def stop_with(parent: int) -> None:
-    """Interrupt this process when its parent is gone, so that a killed table leaves nothing running."""
+    """Interrupt this process when the one with the id `parent`, which started it, is gone.
+
+    So a table that is killed leaves nothing running.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -156,13 +159,14 @@ def stop_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_single(settings: RunSettings, directory: Path, test: bool, threads: int) -> int:
-    """One run in this process. A second process on the same directory is refused; NaN is recorded, not
-    raised.
-    """
+def run_single(
+    settings: RunSettings, directory: Path, test: bool, threads: int, parent: int | None = None
+) -> int:
+    """One run in this process. NaN is recorded, not raised; a second process on the directory is refused."""
     import torch
 
-    stop_with(os.getppid())
+    if parent is not None:
+        stop_with(parent)
     torch.set_num_threads(threads)
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as lock:
@@ -182,6 +186,7 @@ def run_single(settings: RunSettings, directory: Path, test: bool, threads: int)
 
 
 def start(job: Job, plan: Plan, threads: int) -> subprocess.Popen[bytes]:
+    """Start a job as a process of its own; what it prints goes to `output.txt` in its directory."""
     directory = job.directory(plan.out)
     directory.mkdir(parents=True, exist_ok=True)
     command = [
@@ -191,7 +196,8 @@ def start(job: Job, plan: Plan, threads: int) -> subprocess.Popen[bytes]:
         "--single",
         json.dumps(job.settings(plan.base).to_dict()),
     ]
-    command += ["--out", str(directory), "--threads", str(threads)] + (["--with-test"] if job.test else [])
+    command += ["--out", str(directory), "--threads", str(threads), "--parent", str(os.getpid())]
+    command += ["--with-test"] if job.test else []
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     with (directory / "output.txt").open("ab") as output:
         return subprocess.Popen(
@@ -200,8 +206,9 @@ def start(job: Job, plan: Plan, threads: int) -> subprocess.Popen[bytes]:
 
 
 def run_all(plan: Plan, workers: int, threads: int) -> list[Job]:
-    """Run until nothing is left; returns the jobs that failed. Ctrl-C interrupts the running ones, which can
-    be resumed.
+    """Run until nothing is left; returns the jobs that failed.
+
+    Ctrl-C interrupts the running ones, which can be resumed.
     """
     running: dict[Job, subprocess.Popen[bytes]] = {}
     failed: list[Job] = []
@@ -220,10 +227,8 @@ def run_all(plan: Plan, workers: int, threads: int) -> list[Job]:
                 elif results.get("diverged"):
                     print(f"diverged    {directory}", flush=True)
                 else:
-                    print(
-                        f"val {results['validation']['accuracy']:.4f}  {directory}  {results['seconds']:.0f} s",
-                        flush=True,
-                    )
+                    accuracy, seconds = results["validation"]["accuracy"], results["seconds"]
+                    print(f"val {accuracy:.4f}  {directory}  {seconds:.0f} s", flush=True)
             jobs = next_jobs(plan, list(running), failed)
             while jobs and len(running) < workers:
                 job = jobs.pop(0)
@@ -277,6 +282,16 @@ def difference_to(
     }
 
 
+def rates_on_disk(plan: Plan, method: str) -> tuple[float, ...]:
+    """The learning rates that were run to the end with the first seed, in whatever grid they were."""
+    rates = []
+    for directory in (plan.out / method).glob(f"lr*-seed{plan.seeds[0]}"):
+        rate = directory.name.removeprefix("lr").removesuffix(f"-seed{plan.seeds[0]}")
+        if rate != "default" and read_run(directory) is not None:
+            rates.append(float(rate))
+    return tuple(sorted(rates))
+
+
 def tested_runs(plan: Plan, method: str, lr: float | None) -> dict[int, dict[str, Any]]:
     """Seed -> results, of the runs at the chosen learning rate that have their test record."""
     runs = {}
@@ -294,7 +309,7 @@ def aggregate(plan: Plan) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     tested: dict[str, dict[int, dict[str, Any]]] = {}
     for method in GRIDS:
-        here = plan if method in plan.methods else replace(plan, lrs=None)
+        here = replace(plan, lrs=rates_on_disk(plan, method) or None)
         chosen = choose_lr(here, method)
         runs = {} if chosen is None else tested_runs(here, method, chosen[0])
         if chosen is None or not runs:
@@ -392,23 +407,26 @@ def markdown(table: Mapping[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Learning rates tried with the first seed (validation accuracy):", ""]
     for row in table["rows"]:
-        recipe = f"{row['recipe']['optimizer']}, {row['recipe']['epochs']} epochs, batch {row['recipe']['batch_size']}"
+        r = row["recipe"]
+        recipe = f"{r['optimizer']}, {r['epochs']} epochs, batch {r['batch_size']}"
         tried = ", ".join(f"{lr}: {'diverged' if a is None else f'{a:.4f}'}" for lr, a in row["grid"].items())
         if tried:
             lines.append(f"* {row['title']} ({recipe}): {tried}")
     sizes = ", ".join(f"{data[key]} {key}" for key in ("train", "val", "test") if key in data)
     seeds = ", ".join(str(seed) for seed in table["seeds"])
+    machine = protocol.get("machine")
     lines += [
         "",
-        f"Images: {sizes}. A seed ({seeds}) draws the training and validation images and sets initial values, batch "
-        "order and dropout; it is the same for every method. The test images are the same for all seeds.",
-        "The learning rate is the one with the best validation accuracy at the first seed. The test split is read "
-        "once a run, after training, from the epoch that was best on validation.",
-        "All intervals are 95 %. ± is Student's t over the seeds' test accuracies. The difference to the probe with "
-        "the better validation accuracy is taken image by image and seed by seed; its first interval is over test "
-        "images (differences averaged over seeds), its second over seeds.",
-        f"Images/s and peak resident memory are those of one process ({protocol.get('machine')}) while another run "
-        "may go on beside it.",
+        f"Images: {sizes}. A seed ({seeds}) draws the training and validation images and sets initial "
+        "values, batch order and dropout; it is the same for every method. The test images are the same for "
+        "all seeds.",
+        "The learning rate is the one with the best validation accuracy at the first seed. The test split is "
+        "read once a run, after training, from the epoch that was best on validation.",
+        "All intervals are 95 %. ± is Student's t over the seeds' test accuracies. The difference to the "
+        "probe with the better validation accuracy is taken image by image and seed by seed; its first interval is "
+        "over test images (differences averaged over seeds), its second over seeds.",
+        f"Images/s and peak resident memory are those of one process ({machine}) while another run may go on "
+        "beside it.",
         "",
     ]
     return "\n".join(lines)
@@ -420,6 +438,7 @@ def bracket(interval: Sequence[float] | None) -> str:
 
 
 def write_table(plan: Plan, results: Path) -> dict[str, Any]:
+    """Write table.json and table.md into the directory `results`."""
     from fastprompt.files import atomic_write
 
     table = aggregate(plan)
@@ -430,12 +449,13 @@ def write_table(plan: Plan, results: Path) -> dict[str, Any]:
 
 def fetch(base: RunSettings) -> None:
     """Fetch backbone and data once before runs start side by side."""
-    from fastprompt.report.runs import load_run_backbone, load_run_data, square_size
+    from fastprompt.report.runs import backbone_at, load_run_data, square_size
 
-    load_run_data(base, square_size(load_run_backbone(base)))
+    load_run_data(base, square_size(backbone_at(base.backbone, base.image_size)))
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
     p = argparse.ArgumentParser(
         prog="python -m fastprompt.report.table", description=(__doc__ or "").split("\n")[0]
     )
@@ -470,16 +490,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--aggregate-only", action="store_true", help="rebuild the table, run nothing")
     p.add_argument("--single", help=argparse.SUPPRESS)
     p.add_argument("--with-test", action="store_true", help=argparse.SUPPRESS)
+    p.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     p.add_argument("--fetch", action="store_true", help=argparse.SUPPRESS)
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing and write the table; the exit code is 1 where a run failed, 130 after Ctrl-C."""
     args = parser().parse_args(arguments)
     if args.single is not None:
-        return run_single(
-            RunSettings.from_dict(json.loads(args.single)), args.out, args.with_test, args.threads
-        )
+        settings = RunSettings.from_dict(json.loads(args.single))
+        return run_single(settings, args.out, args.with_test, args.threads, args.parent)
     base = RunSettings(
         method=args.methods[0],
         data=args.data,
@@ -496,8 +517,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = Plan(base, tuple(args.methods), tuple(args.seeds), tuple(args.lrs) if args.lrs else None, args.out)
     failed: list[Job] = []
     if not args.aggregate_only:
-        passed_on = list(sys.argv[1:] if arguments is None else arguments)
-        subprocess.run([sys.executable, "-m", "fastprompt.report.table", *passed_on, "--fetch"], check=True)
+        if args.workers > 1:
+            words = list(sys.argv[1:] if arguments is None else arguments)
+            subprocess.run([sys.executable, "-m", "fastprompt.report.table", *words, "--fetch"], check=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             failed = run_all(plan, args.workers, args.threads)

@@ -46,7 +46,8 @@ def results(title: str, **changes: Any) -> dict[str, Any]:
         "trained_parameters": {"total": 1234, "generator": 1000, "head": 234, "backbone": 0},
         "paper_parameter_count": 1000, "best_epoch": 3, "history": history, "seconds": 5.0,
         "images_per_second": 20.0, "peak_memory_mib": 512.0,
-        "validation": record([0, 0, 1, 1, 2], [0, 1, 1, 1, 2], 3), "test": record([0, 1, 2, 2], [0, 1, 2, 0], 3),
+        "validation": record([0, 0, 1, 1, 2], [0, 1, 1, 1, 2], 3),
+        "test": record([0, 1, 2, 2], [0, 1, 2, 0], 3),
     } | changes  # fmt: skip
 
 
@@ -153,7 +154,7 @@ def test_wrong_runs_are_named_and_nothing_is_written(tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     with pytest.raises(ValueError, match="runs"):
         build_report([], out)
-    with pytest.raises(FileNotFoundError, match="runs.*results.json"):
+    with pytest.raises(FileNotFoundError, match=r"runs.*results\.json"):
         build_report([tmp_path / "nowhere"], out)
     (tmp_path / "results.json").write_text('{"half')
     with pytest.raises(ValueError, match=r"results\.json"):

@@ -9,7 +9,13 @@ from PIL import Image
 from fastprompt.report import plots
 
 HISTORY = [
-    {"epoch": e, "train_loss": 2 / e, "val_loss": 2.2 / e, "train_accuracy": 0.2 * e, "val_accuracy": 0.19 * e}
+    {
+        "epoch": e,
+        "train_loss": 2 / e,
+        "val_loss": 2.2 / e,
+        "train_accuracy": 0.2 * e,
+        "val_accuracy": 0.19 * e,
+    }
     for e in (1, 2, 3)
 ]
 
@@ -40,8 +46,22 @@ def usage(mean_weight: list[float]) -> dict[str, Any]:
         ),
         (
             plots.latent_units,
-            ({"V²APT": [{"epoch": 1, "kl": 3.0, "active_units": 9}, {"epoch": 2, "kl": 2.0, "active_units": 4}]},),
-            ({"V²APT": [{"epoch": 1, "kl": 3.0, "active_units": 9}, {"epoch": 2, "kl": 0.0, "active_units": 0}]},),
+            (
+                {
+                    "V²APT": [
+                        {"epoch": 1, "kl": 3.0, "active_units": 9},
+                        {"epoch": 2, "kl": 2.0, "active_units": 4},
+                    ]
+                },
+            ),
+            (
+                {
+                    "V²APT": [
+                        {"epoch": 1, "kl": 3.0, "active_units": 9},
+                        {"epoch": 2, "kl": 0.0, "active_units": 0},
+                    ]
+                },
+            ),
         ),
     ],
     ids=["curves", "confusion", "library", "scatter", "latent"],

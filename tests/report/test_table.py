@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from fastprompt.report import table
+from fastprompt.report.runs import RunSettings
+from fastprompt.report.table import Job, Plan
+
+LABELS = [0, 1] * 50
+
+
+def make_plan(
+    out: Path, *methods: str, seeds: tuple[int, ...] = (0, 1), lrs: tuple[float, ...] | None = (0.1, 0.2)
+) -> Plan:
+    base = RunSettings(method=methods[0], data="images", image_size=112)
+    return Plan(base, methods, seeds, lrs, out)
+
+
+def finish(
+    plan: Plan, job: Job, wrong: int = 0, *, accuracy: float = 0.5, loss: float = 1.0, test: bool = True
+) -> None:
+    """Write a run's results: the first `wrong` test images are misclassified."""
+    directory = job.directory(plan.out)
+    directory.mkdir(parents=True, exist_ok=True)
+    predictions = [1 - y if i < wrong else y for i, y in enumerate(LABELS)]
+    results: dict[str, Any] = {
+        "method": job.method, "config": {"kind": job.method}, "backbone": "tiny", "backbone_fingerprint": "f",
+        "image_size": 112, "data": {"name": "images", "train": 8, "val": 4, "test": 100}, "machine": "m",
+        "torch_version": "0", "recipe": {"optimizer": "adamw", "epochs": 3, "batch_size": 4},
+        "trained_parameters": {"total": 1010, "generator": 1000, "head": 10, "backbone": 0},
+        "paper_parameter_count": None, "images_per_second": 10.0 + job.seed,
+        "peak_memory_mib": 100.0 + job.seed,
+        "seconds": 1.0, "validation": {"accuracy": accuracy, "loss": loss},
+        "test": {"accuracy": 1 - wrong / 100, "labels": LABELS, "predictions": predictions} if test else None,
+    }  # fmt: skip
+    (directory / "results.json").write_text(json.dumps(results))
+
+
+def row_of(found: dict[str, Any], method: str) -> dict[str, Any]:
+    return next(row for row in found["rows"] if row["method"] == method)
+
+
+def test_grid_then_seeds_then_nothing(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, "pgn")
+    grid = [Job("pgn", 0.1, 0, False), Job("pgn", 0.2, 0, False)]
+    assert table.next_jobs(plan, [], []) == grid
+    assert table.next_jobs(plan, grid[:1], []) == grid[1:]
+    finish(plan, grid[0], accuracy=0.6, test=False)
+    assert table.next_jobs(plan, [], []) == grid[1:]
+    finish(plan, grid[1], accuracy=0.7, test=False)
+    final = [Job("pgn", 0.2, 0, True), Job("pgn", 0.2, 1, True)]
+    assert table.next_jobs(plan, [], []) == final
+    finish(plan, final[0], accuracy=0.7)
+    assert table.next_jobs(plan, [], []) == final[1:]
+    assert table.next_jobs(plan, [], final[1:]) == []
+    finish(plan, final[1])
+    assert table.next_jobs(plan, [], []) == []
+
+
+def test_learning_rate_by_validation_then_loss_and_never_a_diverged_one(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, "pgn", lrs=(0.1, 0.2, 0.3))
+    for lr, loss in ((0.1, 0.9), (0.2, 0.8)):
+        finish(plan, Job("pgn", lr, 0, False), accuracy=0.7, loss=loss)
+    diverged = Job("pgn", 0.3, 0, False).directory(tmp_path)
+    diverged.mkdir(parents=True)
+    (diverged / "diverged.json").write_text(json.dumps({"diverged": True}))
+    assert table.choose_lr(plan, "pgn") == (0.2,)
+    for lr in (0.1, 0.2):
+        Job("pgn", lr, 0, False).directory(tmp_path).joinpath("results.json").unlink()
+    assert table.choose_lr(plan, "pgn") is None
+
+
+def test_settings_of_a_job() -> None:
+    base = RunSettings(method="pgn", data="images", image_size=112, recipe={"epochs": 7})
+    settings = Job("pixel", 0.1, 2, False).settings(base)
+    assert settings.recipe == {"epochs": 7, "seed": 2, "lr": 0.1}
+    assert settings.data_seed == 2
+    assert settings.options == {"border": 15}
+    assert Job("linear", None, 2, False).settings(base).recipe == {"epochs": table.CACHED_EPOCHS, "seed": 2}
+
+
+def test_rows_and_paired_differences(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, "linear", "linear-sgd", "vpt-deep", "pgn")
+    for seed in (0, 1):
+        finish(plan, Job("linear", None, seed, True), wrong=20, accuracy=0.8)
+        finish(plan, Job("linear-sgd", 0.1, seed, True), wrong=30, accuracy=0.7)
+        finish(plan, Job("vpt-deep", 0.2, seed, True), wrong=10 + seed, accuracy=0.9)
+    finish(plan, Job("linear-sgd", 0.2, 0, True), wrong=30, accuracy=0.6)
+    finish(plan, Job("vpt-deep", 0.1, 0, False), accuracy=0.5, test=False)
+    finish(plan, Job("pgn", 0.1, 0, False), test=False)  # its grid is not finished
+    found = table.aggregate(plan)
+    assert found["best_probe"] == "linear"
+    assert [row["method"] for row in found["rows"]] == ["linear", "linear-sgd", "vpt-deep"]
+    deep = row_of(found, "vpt-deep")
+    assert deep["lr"] == 0.2
+    assert deep["at_edge_of_grid"] is True
+    assert deep["grid"] == {"0.1": 0.5, "0.2": 0.9}
+    assert deep["test_accuracy_by_seed"] == [0.9, 0.89]
+    assert deep["test_accuracy"] == pytest.approx(0.895)
+    # t(0.975, 1 degree) = 12.706; standard error of (0.90, 0.89) = 0.005
+    assert deep["test_interval_over_seeds"] == pytest.approx(12.706 * 0.005, rel=1e-3)
+    assert deep["images_per_second"] == pytest.approx(10.5)
+    assert deep["peak_memory_mib"] == 101.0
+    difference = deep["difference_to_probe"]
+    assert difference["mean"] == pytest.approx(0.095)
+    per_image = np.array([0.0] * 10 + [0.5] + [1.0] * 9 + [0.0] * 80)
+    half = 1.984 * per_image.std(ddof=1) / 10
+    assert difference["image_interval"] == pytest.approx([0.095 - half, 0.095 + half], abs=1e-4)
+    assert row_of(found, "linear")["difference_to_probe"] is None
+    assert row_of(found, "linear-sgd")["difference_to_probe"]["mean"] == pytest.approx(-0.1)
+
+
+def test_other_test_images_are_refused(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, "linear", "pgn", lrs=(0.1,))
+    for job in (Job("linear", None, 0, True), Job("pgn", 0.1, 0, True)):
+        finish(plan, job)
+    path = Job("pgn", 0.1, 0, True).directory(tmp_path) / "results.json"
+    results = json.loads(path.read_text())
+    results["test"]["labels"] = results["test"]["labels"][::-1]
+    path.write_text(json.dumps(results))
+    with pytest.raises(ValueError, match="different images"):
+        table.aggregate(plan)
+
+
+def test_markdown_says_what_was_done(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, "linear", "pgn")
+    for seed in (0, 1):
+        finish(plan, Job("linear", None, seed, True), wrong=20)
+        finish(plan, Job("pgn", 0.2, seed, True), wrong=10, accuracy=0.9)
+    finish(plan, Job("pgn", 0.1, 0, False), accuracy=0.4, test=False)
+    text = table.markdown(table.aggregate(plan))
+    lines = text.splitlines()
+    pgn = next(line for line in lines if line.startswith("| PGN"))
+    assert "0.2 (edge)" in pgn
+    assert "+0.1000 [+0.0" in pgn
+    assert lines.index(pgn) < next(i for i, line in enumerate(lines) if line.startswith("| Linear"))
+    assert "* PGN (adamw, 3 epochs, batch 4): 0.1: 0.4000, 0.2: 0.9000" in lines
+    assert "8 train, 4 val, 100 test" in text
+    header = next(line for line in lines if line.startswith("| Method"))
+    assert {line.count("|") for line in lines if line.startswith("|")} == {header.count("|")}
+
+
+def test_other_methods_on_disk_stay_in_the_table(tmp_path: Path) -> None:
+    both = make_plan(tmp_path, "linear", "pgn", lrs=(0.7,), seeds=(0,))
+    finish(both, Job("linear", None, 0, True), wrong=20)
+    finish(both, Job("pgn", 0.7, 0, True), wrong=10)
+    only_vpt = make_plan(tmp_path, "vpt-deep", lrs=None, seeds=(0,))
+    found = table.write_table(only_vpt, tmp_path / "results")
+    assert [row["method"] for row in found["rows"]] == ["linear", "pgn"]
+    assert json.loads((tmp_path / "results" / "table.json").read_text()) == found
+    assert (tmp_path / "results" / "table.md").read_text() == table.markdown(found)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> list[str]:
+    """The flags of a table on a tiny backbone and tiny images."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, **sizes)
+    (tmp_path / "vit").mkdir()
+    save_file(model.state_dict(), tmp_path / "vit" / "model.safetensors")
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": sizes, "num_classes": 0}
+    config["pretrained_cfg"] = {"input_size": [3, 32, 32], "num_classes": 0}
+    (tmp_path / "vit" / "config.json").write_text(json.dumps(config))
+    random = np.random.default_rng(0)
+    for name, low in (("dark", 0), ("light", 128)):
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for i in range(10):
+            Image.fromarray(random.integers(low, low + 127, (32, 32, 3), dtype=np.uint8)).save(
+                folder / f"{i}.png"
+            )
+    flags = [
+        "--backbone",
+        f"local-dir:{tmp_path / 'vit'}",
+        "--image-size",
+        "32",
+        "--data",
+        str(tmp_path / "images"),
+    ]
+    flags += [
+        "--num-train",
+        "8",
+        "--num-val",
+        "6",
+        "--num-test",
+        "6",
+        "--epochs",
+        "1",
+        "--recipe",
+        "dtype=float32",
+    ]
+    return [*flags, "--seeds", "0", "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+
+
+def test_from_nothing_to_the_table(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three runs, one of which cannot start: it is reported, the others make the table, once."""
+    blocked = tmp_path / "runs" / "free" / "lr0.01-seed0"
+    blocked.mkdir(parents=True)
+    (blocked / "run.json").write_text("{}")  # a run with other settings
+    command = ["--methods", "free", "linear", "vpt-shallow", "--lrs", "0.01", "--workers", "1", *small]
+    assert table.main(command) == 1
+    found = json.loads((tmp_path / "results" / "table.json").read_text())
+    assert [row["method"] for row in found["rows"]] == ["linear", "vpt-shallow"]
+    assert row_of(found, "vpt-shallow")["difference_to_probe"]["num_images"] == 6
+    shown = capsys.readouterr().out
+    assert "VPT-shallow" in shown
+    assert f"failed (1)  {blocked}" in shown
+    assert "other settings" in (blocked / "output.txt").read_text()
+    monkeypatch.setattr(table, "start", lambda *_: pytest.fail("a finished run was started again"))
+    plan = make_plan(tmp_path / "runs", "linear", "vpt-shallow", lrs=(0.01,), seeds=(0,))
+    assert table.run_all(plan, 2, 1) == []
+
+
+def test_one_directory_is_not_run_twice_at_once(small: list[str], tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    with (directory / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert table.run_single(RunSettings(method="linear", data="x"), directory, False, 1) == 3
+    assert not (directory / "run.json").exists()
+
+
+def test_the_parents_end_interrupts_a_run(tmp_path: Path) -> None:
+    """A process that starts a watched one and dies must not leave it running."""
+    watched = (
+        "import pathlib, sys, time; from fastprompt.report.table import stop_with; "
+        "pathlib.Path(sys.argv[2]).touch(); stop_with(int(sys.argv[1])); time.sleep(60)"
+    )
+    parent = (
+        "import os, subprocess, sys; null = subprocess.DEVNULL; "
+        f"command = [sys.executable, '-c', {watched!r}, str(os.getpid()), {str(tmp_path / 'began')!r}]; "
+        "print(subprocess.Popen(command, stdout=null, stderr=null).pid)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", parent], capture_output=True, text=True, check=True, timeout=60
+    )
+    pid = int(shown.stdout)
+    try:
+        for _ in range(300):
+            if not alive(pid):
+                assert (tmp_path / "began").exists()
+                return
+            time.sleep(0.1)
+        pytest.fail("still running")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; a dead one that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

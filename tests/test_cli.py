@@ -1,0 +1,426 @@
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import fastprompt.train.fit as fit_module
+from fastprompt.cli import main
+
+COLOURS = {"blue": (0, 0, 200), "green": (0, 200, 0), "red": (200, 0, 0)}
+
+
+def make_backbone(directory: Path, seed: int) -> str:
+    """A tiny random ViT in timm's own folder format; returns its name for --backbone."""
+    torch.manual_seed(seed)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, **sizes)
+    directory.mkdir()
+    save_file(model.state_dict(), directory / "model.safetensors")
+    config = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 0}
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "model_args": sizes,
+        "pretrained_cfg": config,
+        "num_classes": 0,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    return f"local-dir:{directory}"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny backbone, another one, and labelled images of three colours."""
+    root = tmp_path_factory.mktemp("cli")
+    make_backbone(root / "vit", 0)
+    make_backbone(root / "other", 1)
+    random = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        folder = root / "images" / name
+        folder.mkdir(parents=True)
+        for i in range(12):
+            pixels = np.clip(np.array(colour) + random.integers(-40, 40, (32, 32, 3)), 0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+def adapt_command(place: Path, out: Path, *more: str, method: str = "vpt-deep") -> list[str]:
+    sizes = ["--num-train", "18", "--num-val", "6", "--num-test", "6"]
+    recipe = [
+        "--epochs",
+        "3",
+        "--batch-size",
+        "6",
+        "--lr",
+        "0.02",
+        "--dtype",
+        "float32",
+        "--threads",
+        "1",
+        "--no-progress",
+    ]
+    where = ["--backbone", f"local-dir:{place / 'vit'}", "--data", str(place / "images"), "--out", str(out)]
+    return ["adapt", "--method", method, *where, *sizes, *recipe, *more]
+
+
+@pytest.fixture(scope="module")
+def run_dir(place: Path) -> Path:
+    """A finished run with its test record."""
+    out = place / "run"
+    options = ["--set", "library_size=16", "widths=(4, 4, 8, 8)", "--num-prompts", "3", "--test"]
+    assert main(adapt_command(place, out, *options, method="pgn")) == 0
+    return out
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What is on stderr: exactly one line, no traceback."""
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    lines = text.strip().splitlines()
+    assert len(lines) == 1, text
+    return lines[0]
+
+
+def test_adapt_writes_the_run(run_dir: Path) -> None:
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["config"]["library_size"] == 16
+    assert results["config"]["num_prompts"] == 3
+    assert results["config"]["widths"] == [4, 4, 8, 8]
+    assert results["recipe"]["lr"] == 0.02
+    assert [entry["epoch"] for entry in results["history"]] == [1, 2, 3]
+    assert results["test"]["num_images"] == 6
+    assert np.trace(results["test"]["confusion"]) == round(results["test"]["accuracy"] * 6)
+    assert len(results["library"]["mean_weight"]) == 16
+    assert sum(results["library"]["mean_weight"]) == pytest.approx(1)
+    assert 1 <= results["library"]["effective_tokens"] <= results["library"]["effective_library"] <= 16 + 1e-9
+    saved = load_file(run_dir / "best" / "adapter_model.safetensors")
+    assert results["trained_parameters"]["generator"] == sum(
+        tensor.numel()
+        for name, tensor in saved.items()
+        if name.startswith("generator.")
+        and not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    )
+    assert not list(run_dir.rglob("*.tmp"))
+
+
+def test_a_finished_run_is_not_run_again(
+    run_dir: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit_module._Run, "_one_epoch", lambda *_: pytest.fail("trained again"))
+    command = ["--set", "library_size=16", "widths=(4, 4, 8, 8)", "--num-prompts", "3"]
+    assert main(adapt_command(place, run_dir, *command, method="pgn")) == 0
+    results = json.loads((run_dir / "results.json").read_text())
+    shown = capsys.readouterr().out
+    assert "PGN" in shown
+    assert f"{results['trained_parameters']['total']:,}" in shown
+    assert f"{results['test']['accuracy']:.4f}" in shown
+
+
+def test_other_settings_need_another_directory(
+    run_dir: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run_dir / "results.json").read_bytes()
+    assert main(adapt_command(place, run_dir, method="pgn")) == 2
+    line = error_line(capsys)
+    assert "out" in line
+    assert "options" in line
+    assert "--no-resume" in line
+    assert (run_dir / "results.json").read_bytes() == before
+
+
+def test_eval_agrees_with_the_run(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "eval.json"
+    assert main(["eval", str(run_dir), "--split", "test", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    test = json.loads((run_dir / "results.json").read_text())["test"]
+    for key in ("accuracy", "mean_per_class", "confusion", "labels", "predictions"):
+        assert found[key] == test[key]
+    shown = capsys.readouterr().out
+    assert f"accuracy        {test['accuracy']:.4f}" in shown
+    assert all(name in shown for name in COLOURS)
+
+
+def test_eval_of_a_bare_adapter_needs_backbone_and_data(
+    run_dir: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "adapter"
+    shutil.copytree(run_dir / "best", bare)
+    assert main(["eval", str(bare)]) == 2
+    assert "--data" in error_line(capsys)
+    assert main(["eval", str(bare), "--data", str(place / "images")]) == 2
+    assert "--backbone" in error_line(capsys)
+    data = ["--data", str(place / "images"), "--num-val", "6"]
+    assert main(["eval", str(bare), "--backbone", f"local-dir:{place / 'vit'}", *data]) == 0
+    assert "val: 6 images" in capsys.readouterr().out
+
+
+def test_predict_csv_and_json(
+    run_dir: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = [str(place / "images" / "red" / "3.png"), str(place / "images" / "blue")]
+    table, tree = tmp_path / "p.csv", tmp_path / "p.json"
+    assert main(["predict", str(run_dir), *inputs, "--out", str(table), "--batch-size", "5"]) == 0
+    assert main(["predict", str(run_dir), *inputs, "--out", str(tree)]) == 0
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == 13
+    assert rows[0]["file"] == inputs[0]
+    images = json.loads(tree.read_text())["images"]
+    for row, image in zip(rows, images, strict=True):
+        probabilities = {name: float(row[f"p({name})"]) for name in COLOURS}
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
+        assert row["class"] == image["class"] == max(probabilities, key=probabilities.__getitem__)
+        assert image["probabilities"] == pytest.approx(probabilities, abs=1e-5)
+    capsys.readouterr()
+    assert main(["predict", str(run_dir), inputs[0]]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "file,class,probability,p(blue),p(green),p(red)"
+
+
+def test_predict_writes_nothing_when_an_image_is_broken(
+    run_dir: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (place / "images" / "red" / "0.png").read_bytes()
+    (tmp_path / "torn.png").write_bytes(whole[: len(whole) // 2])
+    out = tmp_path / "p.csv"
+    assert main(["predict", str(run_dir), str(tmp_path), "--out", str(out)]) == 2
+    assert "torn.png" in error_line(capsys)
+    assert not out.exists()
+
+
+def test_info_of_an_adapter(run_dir: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(run_dir), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    results = json.loads((run_dir / "results.json").read_text())
+    assert facts["adapter"]["fits this backbone"] is True
+    assert facts["adapter"]["tensors"]["generator.library"] == [16, 48]
+    assert facts["methods"]["pgn"]["total"] == results["trained_parameters"]["total"]
+    assert main(["info", str(run_dir), "--backbone", f"local-dir:{place / 'other'}"]) == 0
+    assert "fits this backbone   NO" in capsys.readouterr().out
+
+
+def test_info_shows_our_count_beside_the_papers(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--backbone", f"local-dir:{place / 'vit'}", "--num-classes", "5"]) == 0
+    lines = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert lines["VPT-deep"][-1] == lines["VPT-deep"][-5] == "960"  # 10 prompts x 2 layers x 48
+    assert lines["VPT-deep"][-2] == "1,205"  # and a head of 5 x 49
+    assert lines["VAPT"][-1] != lines["VAPT"][-5]
+    assert lines["Linear probe (L-BFGS)"][-1] == "–"
+    assert (
+        main(
+            [
+                "info",
+                "--backbone",
+                f"local-dir:{place / 'vit'}",
+                "--method",
+                "vapt",
+                "--num-prompts",
+                "2",
+                "--json",
+            ]
+        )
+        == 0
+    )
+    counts = json.loads(capsys.readouterr().out)["methods"]["VAPT"]
+    assert counts["options"]["num_prompts"] == 2
+    assert counts["generator"] > counts["paper formula"]
+
+
+def test_report_from_the_run(run_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    assert main(["report", str(run_dir), "--out", str(out)]) == 0
+    text = out.read_text()
+    assert "Most-used library tokens" in text
+    assert "http" not in text.replace("data:image", "")
+
+
+@pytest.mark.parametrize("method", ["linear", "linear-sgd", "v2apt", "pixel", "full"])
+def test_other_methods(place: Path, tmp_path: Path, method: str) -> None:
+    border = ["--set", "border=4"] if method == "pixel" else []
+    assert main(adapt_command(place, tmp_path / method, "--test", *border, method=method)) == 0
+    results = json.loads((tmp_path / method / "results.json").read_text())
+    assert results["test"]["num_images"] == 6
+    if method == "linear":
+        assert results["probe"]["C"] > 0
+        assert results["validation"]["accuracy"] > 0.8  # plain colours
+    if method == "linear-sgd":
+        assert results["recipe"]["optimizer"] == "sgd"
+    if method == "v2apt":
+        assert {"kl", "active_units"} <= set(results["history"][0])
+    if method == "full":
+        assert results["trained_parameters"]["backbone"] > 0
+
+
+def test_text_head_takes_class_embeddings(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embeddings = np.random.default_rng(0).normal(size=(3, 48)).astype(np.float32)
+    np.save(tmp_path / "classes.npy", embeddings)
+    text = ["--head", "text", "--class-embeddings", str(tmp_path / "classes.npy")]
+    assert main(adapt_command(place, tmp_path / "run", *text)) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["trained_parameters"]["head"] == 0
+    missing = ["--head", "text", "--class-embeddings", str(tmp_path / "no.npy")]
+    capsys.readouterr()
+    assert main(adapt_command(place, tmp_path / "other", *missing)) == 2
+    assert "class_embeddings" in error_line(capsys)
+
+
+def test_interrupted_run_goes_on_to_the_same_result(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_epoch = fit_module._Run._one_epoch
+    trained: list[int] = []
+
+    def interrupted(self: Any, epoch: int, bar: Any) -> None:
+        if epoch == 3:
+            raise KeyboardInterrupt
+        one_epoch(self, epoch, bar)
+
+    def recorded(self: Any, epoch: int, bar: Any) -> None:
+        trained.append(epoch)
+        one_epoch(self, epoch, bar)
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(fit_module._Run, "_one_epoch", interrupted)
+    assert main(adapt_command(place, out)) == 130
+    line = error_line(capsys)
+    assert "goes on" in line
+    assert str(out) in line
+    assert not (out / "results.json").exists()
+    assert not list(out.rglob("*.tmp"))
+    monkeypatch.setattr(fit_module._Run, "_one_epoch", recorded)
+    assert main(adapt_command(place, out)) == 0
+    assert trained == [3]
+    assert main(adapt_command(place, tmp_path / "whole")) == 0
+    results, whole = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "whole"))
+    assert results["validation"]["predictions"] == whole["validation"]["predictions"]
+    assert [e["train_loss"] for e in results["history"]] == [e["train_loss"] for e in whole["history"]]
+    assert main(adapt_command(place, out, "--no-resume")) == 0
+    assert trained == [3, 1, 2, 3, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--set", "library=3"], "library: method 'vpt-deep' has no such option; it has num_prompts"),
+        (["--set", "num_prompts"], "--set"),
+        (["--set", "num_prompts=2", "--num-prompts", "2"], "--num-prompts"),
+        (["--num-prompts", "0"], "num_prompts"),
+        (["--set", "num_prompts=many"], "num_prompts"),
+        (["--lr", "-1"], "lr"),
+        (["--epochs", "0"], "epochs"),
+        (["--recipe", "speed=3"], "speed"),
+        (["--recipe", "lr=3"], "--lr"),
+        (["--threads", "0"], "--threads"),
+        (["--num-train", "0"], "num_train"),
+        (["--num-train", "5000"], "num_train"),
+        (["--augment", "magic"], "augment"),
+        (["--readout", "map"], "readout"),
+        (["--image-size", "0"], "image_size"),
+        (["--data", "no/such/folder"], "no/such/folder"),
+        (["--backbone", "vit_no_such_model"], "vit_no_such_model"),
+        (["--head", "text"], "class_embeddings"),
+    ],
+)
+def test_wrong_input_is_one_line_and_code_2(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], named: str
+) -> None:
+    out = tmp_path / "run"
+    assert main(adapt_command(place, out, *flags)) == 2
+    line = error_line(capsys)
+    assert line.startswith("fastprompt adapt: error: ")
+    assert any(word in line for word in named.split("|"))
+    assert not (out / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (["eval", "{root}/nowhere", "--data", "x"], "nowhere"),
+        (["eval", "{root}/run", "--batch-size", "0"], "batch_size"),
+        (["eval", "{root}/run", "--backbone", "local-dir:{root}/other"], "another backbone"),
+        (["predict", "{root}/nowhere", "{root}/images"], "nowhere"),
+        (["predict", "{root}/run", "{root}/no.png"], "no.png"),
+        (["predict", "{root}/run", "{root}/empty"], "empty"),
+        (["predict", "{root}/run", "{root}/images", "--out", "{root}/p.xlsx"], "--out"),
+        (["predict", "{root}/run", "{root}/images", "--batch-size", "0"], "--batch-size"),
+        (["info", "{root}/nowhere"], "nowhere"),
+        (["info", "--num-prompts", "3"], "--method"),
+        (["report", "{root}/nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_input_of_the_other_commands(
+    run_dir: Path, place: Path, capsys: pytest.CaptureFixture[str], command: list[str], named: str
+) -> None:
+    (place / "empty").mkdir(exist_ok=True)
+    assert main([word.format(root=place) for word in command]) == 2
+    line = error_line(capsys)
+    assert line.startswith(f"fastprompt {command[0]}: error: ")
+    assert named in line
+
+
+def test_classes_of_other_data_are_refused(
+    run_dir: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cat", "dog"):
+        shutil.copytree(place / "images" / "red", tmp_path / "images" / name)
+    sizes = ["--num-train", "6", "--num-val", "4", "--num-test", "4"]
+    assert main(["eval", str(run_dir), "--data", str(tmp_path / "images"), *sizes]) == 2
+    line = error_line(capsys)
+    assert "--data" in line
+    assert "cat" in line
+
+
+def test_a_damaged_adapter_is_named(
+    run_dir: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run_dir, tmp_path / "run")
+    weights = tmp_path / "run" / "best" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    for command in (["eval"], ["info"], ["predict"]):
+        more = [str(place / "images")] if command == ["predict"] else []
+        assert main([*command, str(tmp_path / "run"), *more]) == 2
+        assert "adapter_model.safetensors" in error_line(capsys)
+
+
+def test_a_run_that_diverges_exits_with_1(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--optimizer", "sgd", "--recipe", "warmup_epochs=0", "weight_decay=1e30"]
+    command = adapt_command(place, tmp_path / "run", *flags)
+    command[command.index("--lr") + 1] = "1e30"
+    assert main(command) == 1
+    assert "diverged" in error_line(capsys)
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "nowhere", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_as_a_program(place: Path) -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "fastprompt", "--help"], capture_output=True, text=True, check=True
+    )
+    assert all(name in shown.stdout for name in ("adapt", "eval", "predict", "info", "report"))
+    wrong = subprocess.run(
+        [sys.executable, "-m", "fastprompt", "adapt", "--method", "lora"], capture_output=True, text=True
+    )
+    assert wrong.returncode == 2
+    assert "--method" in wrong.stderr
+    missing = subprocess.run(
+        [sys.executable, "-m", "fastprompt", "report", str(place / "nowhere")], capture_output=True, text=True
+    )
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("fastprompt report: error: runs")
