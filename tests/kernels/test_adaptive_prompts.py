@@ -42,7 +42,7 @@ def released_graph(
     channel_mask: Tensor | None,
     hidden_mask: Tensor | None,
 ) -> Tensor:
-    """LayerNorm, depthwise convolution, channel dropout, Linear over positions, ReLU bottleneck with residual."""
+    """LayerNorm, depthwise convolution, channel dropout, Linear over positions, bottleneck with residual."""
     x = F.layer_norm(tokens, (D,), norm_weight, norm_bias, 1e-5).transpose(1, 2).reshape(B, D, *grid)
     x = F.conv2d(x, kernel.expand(D, 1, -1, -1), padding=padding, groups=D)
     if channel_mask is not None:

@@ -1,0 +1,105 @@
+"""What all generators share: configurations, geometry, dropout masks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+import fastprompt as fp
+from fastprompt.generators import CONFIGS, Geometry, PromptConfig, build_generator
+from fastprompt.generators.base import dropout_mask
+
+CHANGED = {
+    "pgn": fp.PGNConfig(num_prompts=3, widths=(4, 8), activation="sigmoid", resolution=64),
+    "v2apt": fp.V2APTConfig(num_prompts=4, num_instance=1, share="per_layer", beta=0.5),
+    "vapt": fp.VAPTConfig(num_prompts=4, kernel=3, conv=False, project=12, static_layers=2),
+    "vpt": fp.VPTConfig(num_prompts=4, deep=False, project=3),
+    "free": fp.FreePromptsConfig(num_prompts=2),
+    "pixel": fp.PixelPromptConfig(border=2),
+    "linear": fp.LinearProbeConfig(),
+    "full": fp.FullFineTuneConfig(),
+}
+
+
+def test_every_kind_is_known() -> None:
+    assert set(CONFIGS) == set(CHANGED)
+    assert all(config.kind == kind for kind, config in CHANGED.items())
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_configuration_round_trip_through_json(kind: str) -> None:
+    config = CHANGED[kind]
+    values = json.loads(json.dumps(config.to_dict()))
+    assert values["kind"] == kind
+    assert set(values) == {"kind", *(f.name for f in dataclasses.fields(config))}
+    assert fp.config_from_dict(values) == config
+    assert fp.config_from_dict({"kind": kind}) == type(config)()
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_unknown_keys_and_kinds_are_named(kind: str) -> None:
+    with pytest.raises(ValueError, match="has no option 'num_promts'"):
+        fp.config_from_dict({"kind": kind, "num_promts": 3})
+    with pytest.raises(ValueError, match="kind must be one of .* got 'pgm'"):
+        fp.config_from_dict({"kind": "pgm"})
+    with pytest.raises(ValueError, match="kind must be one of .* got None"):
+        fp.config_from_dict({})
+
+
+@pytest.mark.parametrize("config", CHANGED.values(), ids=CHANGED)
+def test_configurations_are_frozen(config: PromptConfig) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.kind_of_thing = 1  # type: ignore[attr-defined]
+
+
+def test_values_from_a_file_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"VPTConfig\.num_prompts must be at least 1"):
+        fp.config_from_dict({"kind": "vpt", "num_prompts": 0})
+
+
+@pytest.mark.parametrize("kind", ["pgn", "v2apt", "vapt", "vpt", "free", "pixel"])
+def test_build_generator(kind: str) -> None:
+    geometry = Geometry(width=48, depth=3, grid=(4, 4), patch_size=8, image_size=(32, 32))
+    generator = build_generator(CHANGED[kind], geometry)
+    assert generator is not None
+    assert (generator.config, generator.geometry) == (CHANGED[kind], geometry)
+    with pytest.raises(
+        TypeError, match=rf"config must be {type(CHANGED[kind]).__name__}, got FullFineTuneConfig"
+    ):
+        type(generator)(fp.FullFineTuneConfig())
+
+
+def test_probes_have_no_generator() -> None:
+    assert build_generator(fp.LinearProbeConfig(), Geometry()) is None
+    assert build_generator(fp.FullFineTuneConfig(), Geometry()) is None
+    with pytest.raises(TypeError, match="config must be one of PGNConfig, .* got dict"):
+        build_generator({}, Geometry())  # type: ignore[arg-type]
+
+
+def test_sizes_come_from_a_backbone_or_by_name(tiny_vit: VisionTransformer) -> None:
+    expected = Geometry(width=48, depth=3, grid=(4, 4), patch_size=8, image_size=(32, 32))
+    assert fp.VPT(geometry=fp.FrozenViT(tiny_vit)).geometry == expected
+    assert fp.VPT(geometry=expected, width=12).geometry == dataclasses.replace(expected, width=12)
+    assert fp.VPT().geometry == Geometry(768, 12, (14, 14), 16, (224, 224))
+
+
+def test_options_by_name_override_the_configuration() -> None:
+    vpt = fp.VPT(fp.VPTConfig(num_prompts=3, project=5), num_prompts=7)
+    assert vpt.config == fp.VPTConfig(num_prompts=7, project=5)
+    with pytest.raises(ValueError, match="VPT has no option 'prompts'; it takes"):
+        fp.VPT(prompts=7)
+    with pytest.raises(ValueError, match="num_prompts must be at least 1"):
+        fp.VPT(num_prompts=0)
+    with pytest.raises(TypeError, match="geometry must be a Geometry or a FrozenViT, got dict"):
+        fp.VPT(geometry={"width": 3})  # type: ignore[arg-type]
+
+
+def test_dropout_mask_keeps_the_mean() -> None:
+    mask = dropout_mask((100, 100), 0.3, torch.zeros(1, dtype=torch.float64))
+    assert mask.dtype == torch.float64
+    assert set(mask.unique().tolist()) == {0.0, 1 / 0.7}
+    assert abs(mask.mean() - 1) < 0.03

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import fastprompt as fp
+
+
+def test_alone() -> None:
+    free = fp.FreePrompts(num_prompts=500, width=48)
+    assert free.known_at == "static"
+    assert free().shape == (1, 500, 48)
+    assert abs(free().std() - 0.02) < 4e-4
+    assert free.num_parameters() == free.paper_num_parameters() == 500 * 48
+    with pytest.raises(ValueError, match=r"layer must be one of \(0,\)"):
+        free(layer=1)
+
+
+def test_prompts_join_last_before_the_pre_norm_and_flow_on(
+    randomised: Callable[..., nn.Module], tiny_images: Tensor
+) -> None:
+    vit = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=0, pre_norm=True
+    )
+    vit, images = randomised(vit).double().eval(), tiny_images.double()
+    model = fp.PromptedViT(fp.FrozenViT(vit), fp.FreePromptsConfig(num_prompts=4), readout="prompts")
+    x = torch.cat([vit._pos_embed(vit.patch_embed(images)), model.generator.tokens.expand(4, -1, -1)], dim=1)
+    x = vit.norm(vit.blocks(vit.norm_pre(x)))
+    torch.testing.assert_close(model(images), x[:, 17:].mean(dim=1), rtol=1e-10, atol=1e-10)
+    model.readout = "cls"
+    torch.testing.assert_close(model(images), x[:, 0], rtol=1e-10, atol=1e-10)
+
+
+def test_bad_options_are_named() -> None:
+    with pytest.raises(ValueError, match=r"FreePromptsConfig\.num_prompts must be at least 1, got -2"):
+        fp.FreePromptsConfig(num_prompts=-2)

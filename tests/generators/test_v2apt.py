@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import fastprompt as fp
+from fastprompt.generators import Geometry
+from fastprompt.generators.v2apt import active_units
+from fastprompt.kernels.vae_prompts import reference as vae_reference
+
+SIZES = {"num_prompts": 5, "num_instance": 3, "latent": 4, "hidden": 6}
+
+
+def trained(target: fp.V2APT) -> fp.V2APT:
+    """Random values in the zero-initialised decoder, as after some training."""
+    with torch.no_grad():
+        for p in target.parameters():
+            p.add_(0.5 * torch.randn_like(p))
+    return target
+
+
+def prompted(tiny_vit: VisionTransformer, **options: Any) -> fp.PromptedViT:
+    model = fp.PromptedViT(
+        fp.FrozenViT(tiny_vit).double(), fp.V2APTConfig(**{**SIZES, **options}), num_classes=4
+    )
+    with torch.no_grad():
+        model.head.weight.normal_()
+    trained(model.generator)
+    return model.eval()
+
+
+def by_hand(v2apt: fp.V2APT, embeddings: Tensor, layer: int) -> Tensor:
+    """[domain, instance] at the latent's mean."""
+    x = F.layer_norm(embeddings, (24,), v2apt.norm.weight, v2apt.norm.bias, 1e-5).mean(dim=1)
+    stats = v2apt.to_stats(F.gelu(v2apt.encoder(x)))
+    d = v2apt.decoders[layer if len(v2apt.decoders) > 1 else 0]
+    instance = d.fc2(F.gelu(d.fc1(stats[:, :4]))).view(-1, 3, 24)
+    return torch.cat([v2apt.domain.embeddings[layer].expand(len(x), -1, -1), instance], dim=1)
+
+
+@pytest.mark.parametrize("share", ["all", "per_layer"])
+def test_alone_at_the_mean(small: Geometry, share: str) -> None:
+    v2apt = trained(fp.V2APT(geometry=small, share=share, **SIZES)).double().eval()
+    assert v2apt.known_at == "embeddings"
+    embeddings = torch.randn(2, 12, 24).double()
+    for layer in range(3):
+        prompts = v2apt(embeddings, layer=layer)
+        assert prompts.shape == (2, 5, 24)
+        torch.testing.assert_close(prompts, by_hand(v2apt, embeddings, layer))
+    assert torch.equal(v2apt(embeddings), v2apt(embeddings, layer=0))
+
+
+def test_share_all_gives_every_block_the_same_instance_prompts_and_its_own_domain(small: Geometry) -> None:
+    embeddings = torch.randn(2, 12, 24).double()
+    shared = trained(fp.V2APT(geometry=small, share="all", **SIZES)).double().eval()
+    separate = trained(fp.V2APT(geometry=small, share="per_layer", **SIZES)).double().eval()
+    assert (len(shared.decoders), len(separate.decoders)) == (1, 3)
+    a, b = shared(embeddings, layer=0), shared(embeddings, layer=2)
+    assert torch.equal(a[:, 2:], b[:, 2:])
+    assert not torch.allclose(a[:, :2], b[:, :2])
+    assert not torch.allclose(separate(embeddings, layer=0)[:, 2:], separate(embeddings, layer=2)[:, 2:])
+
+
+def test_parameter_counts() -> None:
+    v2apt = fp.V2APT()
+    decoder = (64 * 64 + 64) + (64 * 5 * 768 + 5 * 768)
+    rest = 12 * 5 * 768 + 2 * 768 + (768 * 64 + 64) + (64 * 128 + 128)
+    assert v2apt.num_parameters() == rest + decoder
+    assert fp.V2APT(share="per_layer").num_parameters() == rest + 12 * decoder
+
+
+def test_instance_prompts_start_at_zero_and_domain_prompts_as_vpt_s(small: Geometry) -> None:
+    v2apt = fp.V2APT(geometry=small, **SIZES)
+    prompts = v2apt(torch.randn(2, 12, 24), layer=1)
+    assert torch.equal(prompts[:, 2:], torch.zeros(2, 3, 24))
+    bound = (6 / (3 * 64 + 24)) ** 0.5
+    assert 0.8 * bound < prompts[:, :2].abs().max() <= bound
+
+
+def test_only_instance_prompts(small: Geometry) -> None:
+    v2apt = trained(fp.V2APT(geometry=small, num_prompts=3, num_instance=3)).eval()
+    assert v2apt.domain.embeddings.shape == (3, 0, 24)
+    assert v2apt(torch.randn(2, 12, 24)).shape == (2, 3, 24)
+
+
+def test_kl_comes_out_with_the_logits(tiny_vit: VisionTransformer, tiny_images: Tensor) -> None:
+    model, images = prompted(tiny_vit), tiny_images.double()
+    generator, vit = model.generator, tiny_vit.double()
+    embeddings = vit._pos_embed(vit.patch_embed(images))[:, 1:]
+    mu, logvar = generator.stats(embeddings).chunk(2, dim=1)
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mu, (logvar / 2).exp()), normal(0, 1))
+    for mode in (True, False):
+        model.train(mode)
+        logits, aux = model(images, return_aux=True)
+        assert logits.shape == (4, 4)
+        torch.testing.assert_close(aux["kl"], expected.sum(1))
+        torch.testing.assert_close(aux["kl_units"], expected)
+        assert aux["kl"].requires_grad
+        assert not aux["kl_units"].requires_grad
+    assert active_units(aux["kl_units"]) == 4
+    assert active_units(torch.tensor([[0.0, 0.03, 0.5], [0.0, 0.0, 0.5]])) == 2
+
+
+def test_encoder_reads_the_patches_that_enter_block_0(
+    randomised: Callable[..., nn.Module], tiny_images: Tensor
+) -> None:
+    vit = VisionTransformer(
+        img_size=32,
+        patch_size=8,
+        embed_dim=48,
+        depth=2,
+        num_heads=3,
+        num_classes=0,
+        pre_norm=True,
+        reg_tokens=2,
+    )
+    vit = randomised(vit).double().eval()
+    model, images = fp.PromptedViT(fp.FrozenViT(vit), fp.V2APTConfig(**SIZES)).eval(), tiny_images.double()
+    trained(model.generator)
+    x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+    embeddings = x[:, 3:]
+    for i, block in enumerate(vit.blocks):
+        x = torch.cat([x[:, :3], model.generator(embeddings, layer=i), x[:, 3 if i == 0 else 8 :]], dim=1)
+        x = block(x)
+    torch.testing.assert_close(model(images), vit.norm(x)[:, 0], rtol=1e-10, atol=1e-10)
+
+
+def test_inference_is_deterministic_training_samples(
+    tiny_vit: VisionTransformer, tiny_images: Tensor
+) -> None:
+    model, images = prompted(tiny_vit), tiny_images.double()
+    assert torch.equal(model(images), model(images))
+    mean = model(images)
+    model.train()
+    torch.manual_seed(1)
+    first, second = model(images), model(images)
+    assert not torch.allclose(first, second)
+    assert not torch.allclose(first, mean)
+    torch.manual_seed(1)
+    assert torch.equal(model(images), first)
+    draws = model.draw(4)
+    assert draws["noise"].dtype == torch.int64
+    torch.testing.assert_close(
+        model(images, draws=draws), model.reference_forward(images, draws=draws), rtol=1e-10, atol=1e-10
+    )
+
+
+def test_samples_of_the_images_are_independent(tiny_vit: VisionTransformer, tiny_images: Tensor) -> None:
+    model = prompted(tiny_vit).train()
+    same = tiny_images[:1].double().expand(3, -1, -1, -1)
+    logits = model(same)
+    assert not torch.allclose(logits[0], logits[1])
+
+
+def test_inference_samples_average_probabilities(tiny_vit: VisionTransformer, tiny_images: Tensor) -> None:
+    model, images = prompted(tiny_vit, inference_samples=3), tiny_images.double()
+    draws = model.generator.inference_draws()
+    assert [d["epsilon"].shape for d in draws] == [(4,)] * 3
+    singles = [model(images, draws=d).softmax(-1) for d in draws]
+    assert not torch.allclose(singles[0], singles[1])
+    logits, aux = model(images, return_aux=True)
+    torch.testing.assert_close(logits.softmax(-1), sum(singles) / 3, rtol=1e-9, atol=1e-12)
+    mean_model = prompted(tiny_vit)
+    mean_model.load_adapter_state_dict(model.adapter_state_dict())
+    torch.testing.assert_close(aux["kl"], mean_model(images, return_aux=True)[1]["kl"])
+    assert not torch.allclose(logits.softmax(-1), mean_model(images).softmax(-1))
+    # deterministic, and an image's prediction does not depend on its neighbours
+    assert torch.equal(model(images), model(images))
+    torch.testing.assert_close(model(images[2:3]), model(images)[2:3], rtol=1e-10, atol=1e-10)
+
+
+def test_samples_follow_the_latent_s_standard_deviation(
+    small: Geometry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    v2apt = fp.V2APT(geometry=small, num_prompts=1, num_instance=1, latent=1, hidden=1).double().train()
+    with torch.no_grad():
+        v2apt.to_stats.weight.zero_()
+        v2apt.to_stats.bias.copy_(torch.tensor([0.5, -2.0]))
+    z, original = [], vae_reference.decode
+    monkeypatch.setattr(
+        vae_reference, "decode", lambda d, latent, w: z.append(latent) or original(d, latent, w)
+    )
+    v2apt(torch.randn(4000, 1, 24).double())
+    assert abs(z[0].mean() - 0.5) < 0.03
+    assert abs(z[0].std() - torch.tensor(-1.0).exp()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_instance": 11}, ValueError, "num_instance must be at most 10, got 11"),
+        ({"num_instance": 0}, ValueError, "num_instance must be at least 1"),
+        ({"latent": 0}, ValueError, "latent must be at least 1"),
+        ({"hidden": 1.5}, TypeError, "hidden must be int"),
+        ({"beta": -1.0}, ValueError, "beta must be at least 0"),
+        ({"share": "none"}, ValueError, "share must be one of"),
+        ({"inference_samples": -1}, ValueError, "inference_samples must be at least 0"),
+    ],
+)
+def test_bad_options_are_named(options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=rf"V2APTConfig\.{message}"):
+        fp.V2APTConfig(**options)

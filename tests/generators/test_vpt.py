@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import fastprompt as fp
+from fastprompt.generators import Geometry
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_golden_deep(
+    golden: Callable, golden_backbone: Callable, check_golden: Callable, dtype: torch.dtype
+) -> None:
+    data = golden("vpt_deep")
+    model = fp.PromptedViT(golden_backbone(data, dtype), fp.VPTConfig(num_prompts=10))
+    check_golden(
+        model, data, {"first": ("static.embeddings", slice(0, 1)), "deep": ("static.embeddings", slice(1, 4))}
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_golden_shallow(
+    golden: Callable, golden_backbone: Callable, check_golden: Callable, dtype: torch.dtype
+) -> None:
+    data = golden("vpt_shallow")
+    model = fp.PromptedViT(golden_backbone(data, dtype), fp.VPTConfig(num_prompts=10, deep=False))
+    check_golden(model, data, {"first": ("static.embeddings", None)})
+
+
+def test_parameter_counts() -> None:
+    assert fp.VPT().num_parameters() == fp.VPT().paper_num_parameters() == 92_160
+    assert fp.VPT(num_prompts=200).num_parameters() == 1_843_200
+    shallow = fp.VPT(num_prompts=5, deep=False)
+    assert shallow.num_parameters() == shallow.paper_num_parameters() == 3_840
+    projected = fp.VPT(num_prompts=10, project=16)
+    assert projected.num_parameters() == 12 * 10 * 16 + 16 * 768 + 768
+
+
+def test_uniform_initialisation_within_the_authors_bound() -> None:
+    bound = math.sqrt(6 / (3 * 16 * 16 + 768))
+    assert bound == 0.0625
+    values = fp.VPT(num_prompts=50).static.embeddings.detach()
+    assert 0.99 * bound < values.abs().max() <= bound
+    assert abs(values.var() - bound**2 / 3) < 0.02 * bound**2
+    narrow = fp.VPT(num_prompts=50, project=32).static.embeddings.detach()
+    assert 0.99 * math.sqrt(6 / (768 + 32)) < narrow.abs().max() <= math.sqrt(6 / (768 + 32))
+
+
+def test_alone(small: Geometry) -> None:
+    vpt = fp.VPT(num_prompts=2, geometry=small)
+    assert vpt.known_at == "static"
+    assert vpt().shape == (1, 2, 24)
+    for layer in range(3):
+        assert torch.equal(vpt(layer=layer)[0], vpt.static.embeddings[layer])
+    with pytest.raises(ValueError, match=r"layer must be one of \(0, 1, 2\), got 3"):
+        vpt(layer=3)
+    with pytest.raises(ValueError, match=r"layer must be one of \(0,\), got 1"):
+        fp.VPT(deep=False, geometry=small)(layer=1)
+
+
+def test_projection_maps_narrow_prompts(small: Geometry) -> None:
+    vpt = fp.VPT(num_prompts=2, project=5, geometry=small).double()
+    assert vpt.static.embeddings.shape == (3, 2, 5)
+    projection = vpt.static.projection
+    expected = vpt.static.embeddings[1] @ projection.weight.T + projection.bias
+    torch.testing.assert_close(vpt(layer=1)[0], expected)
+    assert vpt().shape == (1, 2, 24)
+
+
+def test_dropout_masks_are_per_image_and_only_in_training(small: Geometry) -> None:
+    vpt = fp.VPT(num_prompts=4, prompt_dropout=0.25, geometry=small)
+    mask = vpt.draw(50)["prompts"]
+    assert mask.shape == (3, 50, 4, 24)
+    assert set(mask.unique().tolist()) == {0.0, torch.tensor(1.0).div(0.75).item()}
+    assert abs((mask == 0).float().mean() - 0.25) < 0.02
+    assert not torch.equal(mask[0, 0], mask[0, 1])
+    torch.manual_seed(5)
+    first = vpt.draw(2)["prompts"]
+    torch.manual_seed(5)
+    assert torch.equal(vpt.draw(2)["prompts"], first)
+    assert torch.equal(vpt.prompts(1, draws={"prompts": first}), vpt.static.embeddings[1] * first[1])
+    assert vpt.eval().draw(2) == {}
+    assert fp.VPT(geometry=small).draw(2) == {}
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_prompts_stand_behind_prefix_and_registers_and_the_pre_norm(
+    randomised: Callable[..., nn.Module], tiny_images: Tensor, deep: bool
+) -> None:
+    vit = VisionTransformer(
+        img_size=32,
+        patch_size=8,
+        embed_dim=48,
+        depth=3,
+        num_heads=3,
+        num_classes=0,
+        pre_norm=True,
+        reg_tokens=2,
+    )
+    vit = randomised(vit).double().eval()
+    model = fp.PromptedViT(
+        fp.FrozenViT(vit), fp.VPTConfig(num_prompts=4, deep=deep), readout="patches+prompts"
+    )
+    images = tiny_images.double()
+    x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+    prompts = model.generator.static.embeddings
+    for i, block in enumerate(vit.blocks):
+        if i == 0:
+            x = torch.cat([x[:, :3], prompts[0].expand(4, -1, -1), x[:, 3:]], dim=1)
+        elif deep:
+            x = torch.cat([x[:, :3], prompts[i].expand(4, -1, -1), x[:, 7:]], dim=1)
+        x = block(x)
+    expected = vit.norm(x)[:, 3:].mean(dim=1)
+    torch.testing.assert_close(model(images), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model.reference_forward(images), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_prompts": 0}, ValueError, "VPTConfig.num_prompts must be at least 1, got 0"),
+        ({"num_prompts": 2.0}, TypeError, "VPTConfig.num_prompts must be int, got 2.0"),
+        ({"num_prompts": True}, TypeError, "VPTConfig.num_prompts must be int, got True"),
+        ({"deep": 1}, TypeError, "VPTConfig.deep must be bool, got 1"),
+        ({"prompt_dropout": 1.0}, ValueError, "VPTConfig.prompt_dropout must be at most 0.999"),
+        (
+            {"prompt_dropout": float("nan")},
+            ValueError,
+            "VPTConfig.prompt_dropout must be at least 0, got nan",
+        ),
+        ({"project": 0}, ValueError, "VPTConfig.project must be at least 1"),
+        ({"project": "16"}, TypeError, "VPTConfig.project must be int"),
+    ],
+)
+def test_bad_options_are_named(options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fp.VPTConfig(**options)
