@@ -59,25 +59,25 @@ def attention(block: Block, x: Tensor, prompts: Tensor | None, rows: int | None)
 
     x and `prompts` (1 or B, P, D) are what the block's projections read: normed, in a pre-norm block.
     """
-    b, t, _ = x.shape
+    b = x.shape[0]
     inner, heads = block.num_heads * block.head_dim, block.num_heads
     weight, bias = block.qkv.weight, block.qkv.bias
     kv_bias = None if bias is None else bias[inner:]
     if rows is None:
-        q, k, v = block.qkv(x).view(b, t, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, d)
+        q, k, v = block.qkv(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, d)
     else:
         q = F.linear(x[:, :rows], weight[:inner], None if bias is None else bias[:inner])
-        q = q.view(b, rows, heads, -1).transpose(1, 2)
-        k, v = F.linear(x, weight[inner:], kv_bias).view(b, t, 2, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q = q.unflatten(-1, (heads, -1)).transpose(1, 2)
+        k, v = F.linear(x, weight[inner:], kv_bias).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     if prompts is not None:
         kv = F.linear(prompts, weight[inner:], kv_bias)  # (1 or B, P, 2 · inner)
-        kv = kv.view(*prompts.shape[:2], 2, heads, -1).permute(2, 0, 3, 1, 4).expand(-1, b, -1, -1, -1)
+        kv = kv.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4).expand(-1, b, -1, -1, -1)
         k, v = torch.cat([kv[0], k], dim=2), torch.cat([kv[1], v], dim=2)
     if block.q_norm is not None:
         q = block.q_norm(q)
     if block.k_norm is not None:
         k = block.k_norm(k)
-    x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, -1, inner)
+    x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     return block.proj(x if block.attn_norm is None else block.attn_norm(x))
 
 
