@@ -33,7 +33,7 @@ def golden_backbone() -> Callable[[dict[str, Tensor], torch.dtype], fp.FrozenViT
 
 @pytest.fixture
 def check_golden() -> Callable[..., None]:
-    """`check_golden(model, data, names)`: output, tokens and gradients of both forwards against a golden file.
+    """`check_golden(model, data, names)`: both forwards, tokens and gradients against a golden file.
 
     names: the golden's name of a trained tensor -> ours, and the row of ours it is (None: all of it).
     """

@@ -42,11 +42,11 @@ def test_configuration_round_trip_through_json(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", CHANGED)
 def test_unknown_keys_and_kinds_are_named(kind: str) -> None:
-    with pytest.raises(ValueError, match="has no option 'num_promts'"):
+    with pytest.raises(ValueError, match=r"has no option 'num_promts'"):
         fp.config_from_dict({"kind": kind, "num_promts": 3})
-    with pytest.raises(ValueError, match="kind must be one of .* got 'pgm'"):
+    with pytest.raises(ValueError, match=r"kind must be one of .* got 'pgm'"):
         fp.config_from_dict({"kind": "pgm"})
-    with pytest.raises(ValueError, match="kind must be one of .* got None"):
+    with pytest.raises(ValueError, match=r"kind must be one of .* got None"):
         fp.config_from_dict({})
 
 
@@ -76,7 +76,7 @@ def test_build_generator(kind: str) -> None:
 def test_probes_have_no_generator() -> None:
     assert build_generator(fp.LinearProbeConfig(), Geometry()) is None
     assert build_generator(fp.FullFineTuneConfig(), Geometry()) is None
-    with pytest.raises(TypeError, match="config must be one of PGNConfig, .* got dict"):
+    with pytest.raises(TypeError, match=r"config must be one of PGNConfig, .* got dict"):
         build_generator({}, Geometry())  # type: ignore[arg-type]
 
 
@@ -90,11 +90,11 @@ def test_sizes_come_from_a_backbone_or_by_name(tiny_vit: VisionTransformer) -> N
 def test_options_by_name_override_the_configuration() -> None:
     vpt = fp.VPT(fp.VPTConfig(num_prompts=3, project=5), num_prompts=7)
     assert vpt.config == fp.VPTConfig(num_prompts=7, project=5)
-    with pytest.raises(ValueError, match="VPT has no option 'prompts'; it takes"):
+    with pytest.raises(ValueError, match=r"VPT has no option 'prompts'; it takes"):
         fp.VPT(prompts=7)
-    with pytest.raises(ValueError, match="num_prompts must be at least 1"):
+    with pytest.raises(ValueError, match=r"num_prompts must be at least 1"):
         fp.VPT(num_prompts=0)
-    with pytest.raises(TypeError, match="geometry must be a Geometry or a FrozenViT, got dict"):
+    with pytest.raises(TypeError, match=r"geometry must be a Geometry or a FrozenViT, got dict"):
         fp.VPT(geometry={"width": 3})  # type: ignore[arg-type]
 
 

@@ -249,7 +249,7 @@ def test_wrong_images_are_named() -> None:
         TypeError, match=r"x must be a floating-point tensor, normalised images .* got torch.uint8"
     ):
         pgn(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-    with pytest.raises(TypeError, match="got NoneType"):
+    with pytest.raises(TypeError, match=r"got NoneType"):
         pgn()
     with pytest.raises(ValueError, match=r"x must be normalised images \(B, 3, H, W\), got \(3, 32, 32\)"):
         pgn(torch.zeros(3, 32, 32))

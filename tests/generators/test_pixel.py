@@ -37,9 +37,9 @@ def test_alone_adds_the_frame() -> None:
     assert torch.equal(pixel(images), images + pixel.frame())
     with pytest.raises(ValueError, match=r"x must be \(16, 20\) pixels, as the frame, got \(16, 16\)"):
         pixel(torch.zeros(2, 3, 16, 16))
-    with pytest.raises(ValueError, match="layer must be None"):
+    with pytest.raises(ValueError, match=r"layer must be None"):
         pixel(images, layer=0)
-    with pytest.raises(ValueError, match="has no prompt tokens"):
+    with pytest.raises(ValueError, match=r"has no prompt tokens"):
         pixel.prompts(0, None)
 
 
@@ -63,5 +63,5 @@ def test_raw_pixels_are_normalised_before_the_frame_is_added(tiny_vit: VisionTra
 def test_bad_options_are_named() -> None:
     with pytest.raises(ValueError, match=r"PixelPromptConfig\.border must be at least 1"):
         fp.PixelPromptConfig(border=0)
-    with pytest.raises(ValueError, match="border must be less than half of the 32 x 48 image, got 16"):
+    with pytest.raises(ValueError, match=r"border must be less than half of the 32 x 48 image, got 16"):
         fp.PixelPrompt(border=16, image_size=(32, 48))

@@ -212,7 +212,7 @@ def test_static_layers(small: Geometry, static: int) -> None:
             assert torch.equal(vapt(layer=layer)[0], vapt.static.embeddings[layer])
         else:
             assert vapt(tokens, layer=layer).shape == (2, 5, 24)
-            with pytest.raises(TypeError, match="x must be a floating-point tensor"):
+            with pytest.raises(TypeError, match=r"x must be a floating-point tensor"):
                 vapt(layer=layer)
 
 
@@ -265,14 +265,14 @@ def test_dropout_masks_act_where_the_released_code_puts_them(small: Geometry) ->
 
 def test_wrong_input_and_geometry_are_named(small: Geometry) -> None:
     vapt = fp.VAPT(geometry=small)
-    with pytest.raises(ValueError, match="x has 9 patch tokens, this generator was built for a 3 x 4 grid"):
+    with pytest.raises(ValueError, match=r"x has 9 patch tokens, this generator was built for a 3 x 4 grid"):
         vapt(torch.zeros(1, 9, 24))
     with pytest.raises(ValueError, match=r"x must be \(B, N, 24\), got \(1, 12, 23\)"):
         vapt(torch.zeros(1, 12, 23))
-    with pytest.raises(ValueError, match="VAPTConfig.static_layers must be at most the 3 blocks, got 4"):
+    with pytest.raises(ValueError, match=r"VAPTConfig.static_layers must be at most the 3 blocks, got 4"):
         fp.VAPT(geometry=small, static_layers=4)
     with pytest.raises(
-        ValueError, match="VAPTConfig.kernel 5 with padding 0 does not fit the 3 x 4 patch grid"
+        ValueError, match=r"VAPTConfig.kernel 5 with padding 0 does not fit the 3 x 4 patch grid"
     ):
         fp.VAPT(geometry=small, kernel=5)
 

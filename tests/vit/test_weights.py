@@ -29,9 +29,9 @@ def test_attributes(tiny_vit: VisionTransformer) -> None:
 def test_mean_and_std_can_be_given(tiny_vit: VisionTransformer) -> None:
     backbone = fp.FrozenViT(tiny_vit, mean=[0.5, 0.4, 0.3], std=(1, 2, 3))
     assert (backbone.mean, backbone.std) == ((0.5, 0.4, 0.3), (1.0, 2.0, 3.0))
-    with pytest.raises(ValueError, match="mean must be three numbers"):
+    with pytest.raises(ValueError, match=r"mean must be three numbers"):
         fp.FrozenViT(tiny_vit, mean=[0.5])
-    with pytest.raises(ValueError, match="std must be three positive numbers"):
+    with pytest.raises(ValueError, match=r"std must be three positive numbers"):
         fp.FrozenViT(tiny_vit, std=[0.5, 0.0, 0.5])
 
 

@@ -225,9 +225,9 @@ def test_other_architectures_are_refused_by_name(name: str, part: str) -> None:
 
 def test_convolutional_and_swin_models_are_refused_by_name() -> None:
     swin = timm.create_model("swin_tiny_patch4_window7_224", embed_dim=24, depths=(1, 1), num_heads=(1, 2))
-    with pytest.raises(ValueError, match="SwinTransformer"):
+    with pytest.raises(ValueError, match=r"SwinTransformer"):
         fp.FrozenViT(swin)
-    with pytest.raises(ValueError, match="ResNet"):
+    with pytest.raises(ValueError, match=r"ResNet"):
         fp.FrozenViT(timm.create_model("test_resnet"))
 
 
@@ -281,12 +281,12 @@ def test_subclasses_that_may_compute_otherwise_are_refused() -> None:
     class Mine(VisionTransformer):
         pass
 
-    with pytest.raises(ValueError, match="Mine"):
+    with pytest.raises(ValueError, match=r"Mine"):
         fp.FrozenViT(Mine(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3))
 
 
 def test_modules_of_no_library_and_non_modules_are_refused() -> None:
-    with pytest.raises(ValueError, match="class Linear"):
+    with pytest.raises(ValueError, match=r"class Linear"):
         fp.FrozenViT(nn.Linear(3, 3))
     with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module, got str"):
         fp.FrozenViT("vit_base_patch16_224")
