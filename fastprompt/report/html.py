@@ -5,8 +5,8 @@ network.
 from __future__ import annotations
 
 import base64
+import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -26,7 +26,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body {
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif;
-  color: var(--ink); background: var(--paper); margin: 0 auto; max-width: 64rem; padding: 1.5rem;
+  color: var(--ink); background: var(--paper); margin: 0 auto; max-width: 68rem; padding: 1.5rem;
 }
 h1 { font-size: 1.7rem; margin: 0 0 .3rem; }
 h2 { font-size: 1.3rem; margin: 2.4rem 0 .6rem; border-bottom: 1px solid var(--line); }
@@ -37,17 +37,18 @@ nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; list-style: none; pa
 table { border-collapse: collapse; font-size: .92rem; margin: .6rem 0; }
 caption { text-align: left; font-size: .88rem; padding: .2rem 0 .4rem; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
-td { font-variant-numeric: tabular-nums; }
+td { font-variant-numeric: tabular-nums; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 thead th { background: var(--soft); vertical-align: bottom; }
-tbody th { font-weight: 600; }
-td.text { text-align: left; overflow-wrap: anywhere; }
+tbody th { font-weight: 600; white-space: nowrap; }
+table.settings td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+table.settings th { vertical-align: top; }
 figure { margin: .8rem 0; }
 figcaption { font-size: .88rem; margin-top: .3rem; }
 img { max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 4px; }
-.pair {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; align-items: start;
-}
+.pair { display: flex; flex-wrap: wrap; gap: 0 1.5rem; align-items: flex-start; }
+.pair figure { flex: 5 1 26rem; }
+.pair .scroll { flex: 2 1 14rem; }
 details { margin: .6rem 0; }
 summary { cursor: pointer; }
 """
@@ -62,31 +63,41 @@ def figure(png: bytes, alt: str, caption: str) -> str:
     )
 
 
-def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table whose first cell of each row is the row's heading. All cells are escaped."""
+def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "numbers") -> str:
+    """A table whose first cell of each row is the row's heading. All cells are escaped.
+
+    `kind` "settings" sets all cells flush left.
+    """
     head = "".join(f'<th scope="col">{escape(str(cell))}</th>' for cell in header)
     body = "".join(
         f'<tr><th scope="row">{escape(str(row[0]))}</th>'
-        + "".join(
-            f"<td{'' if is_number(cell) else ' class=text'}>{escape(str(cell))}</td>" for cell in row[1:]
-        )
+        + "".join(f"<td>{escape(str(cell))}</td>" for cell in row[1:])
         + "</tr>"
         for row in rows
     )
     return (
-        f'<div class="scroll"><table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        f'<div class="scroll"><table class="{kind}"><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
-
-
-def is_number(cell: Any) -> bool:
-    """Whether a cell is set flush right: a number, a percentage or the dash that stands for neither."""
-    return re.fullmatch(r"–|[+-]?[\d,.]+(e[+-]?\d+)?%?", str(cell)) is not None
 
 
 def percent(value: float | None) -> str:
     """A share in per cent with one decimal, a dash for none."""
     return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def bounds(record: Mapping[str, Any]) -> tuple[float, float]:
+    """Wilson's 95 % interval of an accuracy, over images."""
+    n, p, z = record["num_images"], record["accuracy"], 1.96
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return centre - half, centre + half
+
+
+def interval(record: Mapping[str, Any]) -> str:
+    """`bounds` in per cent."""
+    low, high = bounds(record)
+    return f"{100 * low:.1f}–{100 * high:.1f}%"
 
 
 def load_results(run: Path | str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -123,7 +134,7 @@ def summary_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) ->
                 "–" if paper is None else f"{paper:,}",
                 percent(r["validation"]["accuracy"]),
                 percent(r["test"]["accuracy"]) if r.get("test") else "–",
-                percent(r["test"]["mean_per_class"]) if r.get("test") else "–",
+                interval(r["test"]) if r.get("test") else "–",
                 f"{r['images_per_second']:.1f}",
                 f"{r['peak_memory_mib']:,.0f}",
                 f"{r['seconds']:.0f}",
@@ -132,17 +143,18 @@ def summary_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) ->
     header = [
         "Method",
         "Trained parameters",
-        "of these in the generator",
-        "Generator by the paper's formula",
+        "in the generator",
+        "by the paper",
         "Validation",
         "Test",
-        "Test, mean per class",
+        "95 % interval",
         "Images/s",
         "Peak MiB",
         "Seconds",
     ]
     return table(
-        "Test accuracy is measured once, after training, with the epoch that was best on validation.",
+        "Test accuracy is measured once, after training, with the epoch that was best on validation; the "
+        "interval is over test images. By the paper: the generator's parameters by the paper's own formula.",
         header,
         rows,
     )
@@ -163,9 +175,9 @@ def run_section(number: int, name: str, r: Mapping[str, Any]) -> str:
         [c, sum(row), percent(recall)]
         for c, row, recall in zip(classes, record["confusion"], record["per_class"], strict=True)
     ]
-    parts.append(
-        f'<div class="pair">{matrix}{table("Accuracy by class", ["Class", "Images", "Correct"], rows)}</div>'
-    )
+    mean = percent(record["mean_per_class"])
+    by_class = table(f"Accuracy by class; their mean is {mean}", ["Class", "Images", "Correct"], rows)
+    parts.append(f'<div class="pair">{matrix}{by_class}</div>')
     if r.get("library"):
         usage = r["library"]
         parts.append("<h3>Most-used library tokens</h3>")
@@ -194,7 +206,7 @@ def run_section(number: int, name: str, r: Mapping[str, Any]) -> str:
     ]
     parts.append(
         "<details><summary>Settings</summary>"
-        + table("Method and recipe", ["Setting", "Value"], settings)
+        + table("Method and recipe", ["Setting", "Value"], settings, "settings")
         + "</details>"
     )
     parts.append("</section>")
@@ -206,15 +218,11 @@ def render(results: Sequence[Mapping[str, Any]], heading: str) -> str:
     names = titles(results)
     first = results[0]
     histories = {name: r["history"] for name, r in zip(names, results, strict=True) if r["history"]}
-    points = [
-        (
-            name,
-            r["trained_parameters"]["total"],
-            r["test"]["accuracy"] if r.get("test") else r["validation"]["accuracy"],
-            "test" if r.get("test") else "validation",
-        )
-        for name, r in zip(names, results, strict=True)
-    ]
+    points = []
+    for name, r in zip(names, results, strict=True):
+        split = "test" if r.get("test") else "validation"
+        low, high = bounds(r[split])
+        points.append((name, r["trained_parameters"]["total"], r[split]["accuracy"], low, high, split))
     links = [("summary", "Summary"), ("parameters", "Accuracy and parameters")]
     links += [("curves", "Curves")] if histories else []
     links += [(f"run-{number}", name) for number, name in enumerate(names)]
@@ -233,8 +241,9 @@ def render(results: Sequence[Mapping[str, Any]], heading: str) -> str:
         figure(
             plots.accuracy_against_parameters(points),
             "Scatter plot of accuracy over trained parameters: "
-            + "; ".join(f"{name} {percent(accuracy)} with {count:,}" for name, count, accuracy, _ in points),
-            "Accuracy over the number of trained parameters (generator and head).",
+            + "; ".join(f"{name} {percent(accuracy)} with {count:,}" for name, count, accuracy, *_ in points),
+            "Accuracy over the number of trained parameters (generator and head); 95 % intervals over "
+            "images.",
         ),
         "</section>",
     ]
@@ -269,7 +278,10 @@ def render(results: Sequence[Mapping[str, Any]], heading: str) -> str:
     parts += [
         '<section id="data"><h2>Data and machine</h2>',
         table(
-            "The split is fixed by its seed; the sums are those of the split's indices.", ["", "Value"], rows
+            "The split is fixed by its seed; the sha256 says which images are in which part.",
+            ["", "Value"],
+            rows,
+            "settings",
         ),
         "<p>Images/s counts training images seen by the method's own loop (for the L-BFGS probe: images "
         "encoded, over encoding and fitting). Peak memory is the resident set of the process that ran the "

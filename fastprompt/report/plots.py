@@ -132,7 +132,7 @@ def library_tokens(usage: Mapping[str, Any], title: str = "", top: int = 24) -> 
     """
     weights = list(usage["mean_weight"])
     order = sorted(range(len(weights)), key=weights.__getitem__, reverse=True)
-    figure = new_figure(10, 3.4)
+    figure = new_figure(10, 3.6)
     bars, spread = figure.subplots(1, 2, width_ratios=(3, 1))
     shown = order[:top]
     bars.bar(range(len(shown)), [weights[i] for i in shown], color=COLOURS[0], width=0.75)
@@ -160,8 +160,8 @@ def library_tokens(usage: Mapping[str, Any], title: str = "", top: int = 24) -> 
     spread.set_ylabel("Share of all weight")
     spread.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     spread.set_title(
-        f"{usage['effective_tokens']:.1f} tokens a prompt, {usage['effective_library']:.1f} over all",
-        fontsize=8,
+        f"{usage['effective_tokens']:.1f} tokens a prompt,\n{usage['effective_library']:.1f} over all",
+        fontsize=9,
     )
     for axes in (bars, spread):
         plain(axes)
@@ -169,25 +169,29 @@ def library_tokens(usage: Mapping[str, Any], title: str = "", top: int = 24) -> 
     return to_png(figure)
 
 
-def accuracy_against_parameters(points: Sequence[tuple[str, int, float, str]]) -> bytes:
-    """Accuracy over trained parameters (logarithmic). `points`: (title, parameters, accuracy, "test" or
-    "validation").
+def accuracy_against_parameters(points: Sequence[tuple[str, int, float, float, float, str]]) -> bytes:
+    """Accuracy over trained parameters (logarithmic).
+
+    `points`: (title, parameters, accuracy, lower and upper end of its interval, "test" or "validation").
     """
-    figure = new_figure(7, 4)
+    figure = new_figure(7.5, 4)
     axes = figure.subplots()
-    for number, (title, parameters, accuracy, _) in enumerate(points):
-        axes.scatter(
+    for number, (title, parameters, accuracy, low, high, _) in enumerate(points):
+        axes.errorbar(
             parameters,
             accuracy,
-            s=60,
+            yerr=[[accuracy - low], [high - accuracy]],
             color=COLOURS[number % len(COLOURS)],
             marker=MARKERS[number % len(MARKERS)],
+            markersize=8,
+            linestyle="none",
+            elinewidth=1,
+            capsize=3,
             label=title,
-            zorder=3,
         )
     axes.set_xscale("log")
     axes.set_xlabel("Trained parameters")
-    splits = {split for *_, split in points}
+    splits = {point[-1] for point in points}
     axes.set_ylabel(f"{' or '.join(sorted(splits)).capitalize()} accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     axes.margins(0.12)

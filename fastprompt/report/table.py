@@ -423,8 +423,8 @@ def markdown(table: Mapping[str, Any]) -> str:
         "The learning rate is the one with the best validation accuracy at the first seed. The test split is "
         "read once a run, after training, from the epoch that was best on validation.",
         "All intervals are 95 %. ± is Student's t over the seeds' test accuracies. The difference to the "
-        "probe with the better validation accuracy is taken image by image and seed by seed; its first interval is "
-        "over test images (differences averaged over seeds), its second over seeds.",
+        "probe with the better validation accuracy is taken image by image and seed by seed; its first "
+        "interval is over test images (differences averaged over seeds), its second over seeds.",
         f"Images/s and peak resident memory are those of one process ({machine}) while another run may go on "
         "beside it.",
         "",

@@ -138,6 +138,7 @@ def test_numbers_are_those_of_the_runs(page_text: str) -> None:
     text = " ".join(parse(page_text).text)
     assert "1,234" in text
     assert "75.0%" in text  # 3 of 4 test images
+    assert "30.1–95.4%" in text  # Wilson's interval of 3 of 4
     assert "80.0%" in text  # 4 of 5 validation images
     assert "3.6 of 4 tokens" in text
 

@@ -41,8 +41,8 @@ def usage(mean_weight: list[float]) -> dict[str, Any]:
         (plots.library_tokens, (usage([0.7, 0.1, 0.1, 0.1]),), (usage([0.4, 0.4, 0.1, 0.1]),)),
         (
             plots.accuracy_against_parameters,
-            ([("PGN", 1000, 0.8, "test"), ("VPT", 10**5, 0.9, "test")],),
-            ([("PGN", 1000, 0.8, "test"), ("VPT", 10**6, 0.9, "test")],),
+            ([("PGN", 1000, 0.8, 0.7, 0.85, "test"), ("VPT", 10**5, 0.9, 0.8, 0.95, "test")],),
+            ([("PGN", 1000, 0.8, 0.7, 0.85, "test"), ("VPT", 10**6, 0.9, 0.8, 0.95, "test")],),
         ),
         (
             plots.latent_units,
