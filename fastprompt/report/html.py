@@ -91,7 +91,8 @@ def bounds(record: Mapping[str, Any]) -> tuple[float, float]:
     n, p, z = record["num_images"], record["accuracy"], 1.96
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return centre - half, centre + half
+    # Rounding must not push an end past an accuracy of 0 or 1.
+    return min(centre - half, p), max(centre + half, p)
 
 
 def interval(record: Mapping[str, Any]) -> str:

@@ -214,22 +214,6 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: is not valid JSON ({error})") from None
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The epoch lines of a `log.jsonl`, the last of each epoch where a run was resumed; a torn last line is
-    left out.
-    """
-    epochs: dict[int, dict[str, Any]] = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(entry, dict) and entry.get("event") == "epoch":
-                epochs[int(entry["epoch"])] = entry
-    return [epochs[epoch] for epoch in sorted(epochs)]
-
-
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     """An `Evaluation` as JSON values. Mean per class is over the classes that occur."""
     confusion = [[int(n) for n in row] for row in evaluation.confusion]

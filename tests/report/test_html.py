@@ -143,6 +143,15 @@ def test_numbers_are_those_of_the_runs(page_text: str) -> None:
     assert "3.6 of 4 tokens" in text
 
 
+def test_all_right_and_all_wrong(tmp_path: Path) -> None:
+    """Accuracies of 1 and 0 have intervals too, with no end beyond them."""
+    right, wrong = record([0, 1, 2] * 3, [0, 1, 2] * 3, 3), record([0, 1, 2] * 3, [1, 2, 0] * 3, 3)
+    out = build_report([results("PGN", test=right), results("VAPT", test=wrong)], tmp_path / "r.html")
+    text = " ".join(parse(out.read_text()).text)
+    assert "70.1–100.0%" in text
+    assert "0.0–29.9%" in text
+
+
 def test_from_run_directories(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

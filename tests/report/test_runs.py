@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+import fastprompt as fp
+from fastprompt.report import runs
+from fastprompt.report.runs import RunSettings
+
+
+def test_options_are_literals_or_words() -> None:
+    found = runs.parse_options(
+        ["num-prompts=8", "widths=(4, 8)", "trunk=resnet18", "stem_pool=false", "x=None"], "--set"
+    )
+    assert found == {"num_prompts": 8, "widths": (4, 8), "trunk": "resnet18", "stem_pool": False, "x": None}
+
+
+@pytest.mark.parametrize("items", [["a"], ["=3"], ["a b=3"], ["a=1", "a=2"]])
+def test_options_that_are_none_are_refused(items: list[str]) -> None:
+    with pytest.raises(ValueError, match="--set"):
+        runs.parse_options(items, "--set")
+
+
+def test_every_method_has_a_configuration_title_and_recipe() -> None:
+    for method in runs.METHODS:
+        config = runs.build_config(method, {})
+        assert runs.build_recipe(method, config, {}).epochs > 0
+        assert runs.TITLES[method]
+    assert runs.build_config("vpt-deep", {}).deep is True
+    assert runs.build_config("vpt-shallow", {}).deep is False
+    with pytest.raises(ValueError, match="deep"):
+        runs.build_config("vpt-deep", {"deep": False})
+    with pytest.raises(ValueError, match="lora"):
+        RunSettings(method="lora", data="x")
+
+
+def test_warm_up_keeps_its_share_of_fewer_epochs() -> None:
+    config = fp.V2APTConfig()
+    default = runs.build_recipe("v2apt", config, {})
+    short = runs.build_recipe("v2apt", config, {"epochs": 2})
+    assert short.warmup_epochs == pytest.approx(default.warmup_epochs * 2 / default.epochs)
+    assert short.kl_warmup_epochs == pytest.approx(default.kl_warmup_epochs * 2 / default.epochs)
+    assert runs.build_recipe("v2apt", config, {"epochs": 2, "warmup_epochs": 1}).warmup_epochs == 1
+
+
+def test_settings_of_another_version_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"method": "pgn", "data": "x", "colour": 1}))
+    with pytest.raises(ValueError, match="colour"):
+        runs.read_settings(tmp_path)
+    assert runs.read_settings(tmp_path / "a" / "b") is None
+
+
+def pgn(tiny_vit: Any) -> tuple[fp.PromptedViT, TensorDataset]:
+    config = fp.PGNConfig(num_prompts=2, library_size=8, widths=(4, 4, 4, 4))
+    model = fp.PromptedViT(fp.FrozenViT(tiny_vit), config, num_classes=3)
+    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    return model, TensorDataset(images, torch.zeros(5, dtype=torch.long))
+
+
+def test_library_usage_of_flat_and_of_one_token_mixtures(tiny_vit: Any) -> None:
+    model, data = pgn(tiny_vit)
+    fc = model.generator.trunk.fc
+    with torch.no_grad():
+        fc.weight.zero_()
+        fc.bias.zero_()
+    flat = runs.library_usage(model, data, batch_size=2)
+    assert flat["mean_weight"] == pytest.approx([1 / 8] * 8)
+    assert flat["effective_tokens"] == pytest.approx(8)
+    assert flat["effective_library"] == pytest.approx(8)
+    with torch.no_grad():
+        fc.bias.view(2, 8)[0, 3] = 100  # the first prompt is token 3, the second token 5
+        fc.bias.view(2, 8)[1, 5] = 100
+    peaked = runs.library_usage(model, data, batch_size=2)
+    assert peaked["mean_weight"] == pytest.approx([0, 0, 0, 0.5, 0, 0.5, 0, 0])
+    assert peaked["effective_tokens"] == pytest.approx(1)
+    assert peaked["effective_library"] == pytest.approx(2)
+    assert model.training
+
+
+def test_library_usage_needs_a_library_and_images(tiny_vit: Any) -> None:
+    model, data = pgn(tiny_vit)
+    with pytest.raises(ValueError, match="dataset"):
+        runs.library_usage(model, TensorDataset(torch.empty(0, 3, 32, 32), torch.empty(0)))
+    vpt = fp.PromptedViT(model.backbone, fp.VPTConfig(num_prompts=2), num_classes=3)
+    with pytest.raises(TypeError, match=r"model.*VPT"):
+        runs.library_usage(vpt, data)
+
+
+def test_peak_memory_is_that_of_the_process_alone() -> None:
+    """A small program started by a large one does not report the large one's peak."""
+    child = "from fastprompt.report.runs import peak_memory_mib; print(peak_memory_mib())"
+    parent = (
+        "import subprocess, sys; block = bytearray(b'x') * (400 << 20); "
+        f"print(subprocess.run([sys.executable, '-c', {child!r}], capture_output=True, text=True).stdout)"
+    )
+    found = float(
+        subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True).stdout
+    )
+    assert 5 < found < 300
+    before = runs.peak_memory_mib()
+    block = torch.ones(64 << 18)  # 64 MiB, touched
+    assert runs.peak_memory_mib() - before > -1
+    runs.reset_peak_memory()
+    assert runs.peak_memory_mib() > 60
+    del block
