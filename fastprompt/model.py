@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -231,7 +232,8 @@ class PromptedViT(nn.Module):
                          "std": list(backbone.std)},
         }
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.adapter_state_dict().items()}
-        atomic_write_many(directory, {WEIGHTS_FILE: tensors_to_bytes(tensors, {"format": "pt"}),
+        metadata = {"format": "pt", "sha256": _data_digest(tensors_to_bytes(tensors))}
+        atomic_write_many(directory, {WEIGHTS_FILE: tensors_to_bytes(tensors, metadata),
                                       CONFIG_FILE: json.dumps(config, indent=2) + "\n"})
 
     @classmethod
@@ -239,9 +241,12 @@ class PromptedViT(nn.Module):
         """The model that `save_pretrained` wrote into `directory`, on `backbone`, in eval mode.
 
         Raises:
+            TypeError: `backbone` is no FrozenViT.
             FileNotFoundError: no adapter there.
             ValueError: a file is corrupted, or the adapter was trained on another backbone.
         """
+        if not isinstance(backbone, FrozenViT):
+            raise TypeError(f"backbone must be a FrozenViT, got {type(backbone).__name__}")
         config, state = read_adapter(directory)
         stored = config["backbone"]
         if backbone.fingerprint != stored["fingerprint"]:
@@ -251,13 +256,10 @@ class PromptedViT(nn.Module):
                 f"{backbone.spec.name} at {'x'.join(map(str, backbone.image_size))} px, fingerprint "
                 f"{backbone.fingerprint[:12]}")
         try:
-            head_info = config["head"]
-            model = cls(backbone, config_from_dict(config["method"]), None, readout=config["readout"])
-            if head_info is not None:
-                model.head = _head_from(head_info, backbone, config["num_classes"], state)
-                model.head.to(device=backbone.device)
-                model.num_classes = config["num_classes"]
-            model.class_names = config["class_names"]
+            info, num_classes = config["head"], config["num_classes"]
+            head: str | Head = "linear" if info is None else _head_from(info, backbone, num_classes, state)
+            model = cls(backbone, config_from_dict(config["method"]), num_classes, head, config["readout"],
+                        class_names=config["class_names"])
             model.load_adapter_state_dict(state)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the adapter in {directory} cannot be read: {error}") from error
@@ -301,12 +303,27 @@ def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
     if set(config) != keys:
         raise ValueError(f"{directory / CONFIG_FILE}: missing keys {sorted(keys - set(config))}, "
                          f"unknown keys {sorted(set(config) - keys)}")
+    stored = config["backbone"]
+    for key, kind in (("name", str), ("fingerprint", str), ("image_size", list)):
+        if not isinstance(stored, dict) or not isinstance(stored.get(key), kind):
+            raise ValueError(f"{directory / CONFIG_FILE} is corrupted: backbone lacks {key}")
     try:
         with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+            digest = (file.metadata() or {}).get("sha256")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{directory / WEIGHTS_FILE} is corrupted: {error}") from error
+    if digest is not None and digest != _data_digest((directory / WEIGHTS_FILE).read_bytes()):
+        raise ValueError(f"{directory / WEIGHTS_FILE} is corrupted: its tensors are not those that were saved (sha256)")
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{directory / WEIGHTS_FILE}: {name} contains NaN or infinite values")
     return config, state
+
+
+def _data_digest(content: bytes) -> str:
+    """sha256 of the tensors' bytes in a safetensors file, which follow a header of the length its first 8 bytes say."""
+    return hashlib.sha256(memoryview(content)[8 + int.from_bytes(content[:8], "little"):]).hexdigest()
 
 
 def _head_from(info: Mapping[str, Any], backbone: FrozenViT, num_classes: int, state: Mapping[str, Tensor]) -> Head:

@@ -1,0 +1,469 @@
+"""PromptedViT: every method, readout and head; what trains; adapters on disk; bad arguments."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import fastprompt as fp
+from fastprompt import files
+
+METHODS: dict[str, Any] = {
+    "pgn": fp.PGNConfig(num_prompts=3, library_size=5, widths=(4, 8)),
+    "pgn-sigmoid": fp.PGNConfig(num_prompts=3, library_size=5, widths=(4,), activation="sigmoid", resolution=16),
+    "v2apt": fp.V2APTConfig(num_prompts=4, num_instance=2, latent=3, hidden=5),
+    "v2apt-per-layer": fp.V2APTConfig(num_prompts=3, num_instance=3, latent=3, hidden=5, share="per_layer",
+                                      inference_samples=2),
+    "vapt": fp.VAPTConfig(num_prompts=3, hidden=4, prompt_dropout=0.1),
+    "vapt-ablated": fp.VAPTConfig(num_prompts=3, channelwise=False, share_projector=False, learnable_scale=True,
+                                  static_layers=2, project=6),
+    "vpt": fp.VPTConfig(num_prompts=3, prompt_dropout=0.2),
+    "vpt-shallow": fp.VPTConfig(num_prompts=3, deep=False, project=6),
+    "free": fp.FreePromptsConfig(num_prompts=3),
+    "pixel": fp.PixelPromptConfig(border=4),
+    "linear": fp.LinearProbeConfig(),
+    "full": fp.FullFineTuneConfig(),
+}
+READOUTS = ["cls", "patches", "patches+prompts", "prompts", "map"]
+HEADS: dict[str, dict[str, Any]] = {
+    "none": {"num_classes": None},
+    "linear": {"num_classes": 5},
+    "text": {"num_classes": 5, "head": "text", "class_embeddings": torch.arange(35.0).view(5, 7).cos(),
+             "logit_scale": 14.3},
+    "label_map": {"num_classes": 5, "head": "label_map"},
+    "prototypes": {"num_classes": 5, "head": "prototypes", "prototypes": torch.arange(240.0).view(5, 48).sin()},
+}
+
+
+@pytest.fixture
+def backbone(randomised: Callable[..., nn.Module]) -> fp.FrozenViT:
+    """Class token, one register, attention pooling, a 7-way classifier."""
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=7, reg_tokens=1,
+                            global_pool="map")
+    return fp.FrozenViT(randomised(vit))
+
+
+def build(backbone: fp.FrozenViT, method: str, **options: Any) -> fp.PromptedViT:
+    """A model whose every trained tensor is random, as after some training."""
+    model = fp.PromptedViT(backbone, METHODS[method], **options)
+    with torch.no_grad():
+        for _, p in model.trainable_parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def fits(method: str, readout: str) -> bool:
+    return "prompts" not in readout or method not in ("pixel", "linear", "full")
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_forward_equals_the_reference(backbone: fp.FrozenViT, tiny_images: Tensor, method: str, readout: str) -> None:
+    if not fits(method, readout):
+        with pytest.raises(ValueError, match=f"readout '{readout.replace('+', '.')}' needs prompt tokens"):
+            fp.PromptedViT(backbone, METHODS[method], readout=readout)
+        return
+    model, images = build(backbone.double(), method, num_classes=5, readout=readout), tiny_images.double()
+    for mode in (False, True):
+        draws = model.train(mode).draw(4) or None
+        logits = model(images, draws=draws)
+        assert (logits.shape, logits.dtype) == ((4, 5), torch.float64)
+        torch.testing.assert_close(model.reference_forward(images, draws=draws), logits, rtol=1e-10, atol=1e-10)
+    if model.config.to_dict().get("inference_samples", 0) == 0:
+        expected = model.eval()(images)
+        torch.testing.assert_close(model.head(model.forward_features(images)), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("method", METHODS)
+def test_only_what_should_train_gets_gradients(backbone: fp.FrozenViT, tiny_images: Tensor, method: str,
+                                               head: str) -> None:
+    model = build(backbone, method, readout="cls", **HEADS[head]).train()
+    names = {name for name, _ in model.trainable_parameters()}
+    parts = {name.partition(".")[0] for name in names}
+    expected = ({"head"} if head == "linear" else set()) | (
+        {"backbone"} if method == "full" else set() if method == "linear" else {"generator"})
+    assert parts == expected
+    if not expected:
+        return
+    logits, aux = model(tiny_images, return_aux=True)
+    # cosine heads on top of a plain sum have a gradient too
+    ((logits * torch.randn_like(logits)).sum() + sum(v.sum() for v in aux.values())).backward()
+    unused = ("backbone.map_pool", "backbone.head")
+    for name, p in model.named_parameters():
+        if name in names and not name.startswith(unused):
+            assert p.grad is not None, name
+        elif name not in names:
+            assert p.grad is None, name
+            assert not p.requires_grad, name
+    assert all(p.grad is None for p in backbone.parameters())
+
+
+def test_default_readout_is_that_of_the_backbone_s_own_head(backbone: fp.FrozenViT, tiny_images: Tensor,
+                                                            tiny_vit: VisionTransformer) -> None:
+    model = fp.PromptedViT(backbone, fp.LinearProbeConfig())
+    assert model.readout == "map"
+    torch.testing.assert_close(model(tiny_images), backbone.forward_features(tiny_images))
+    assert fp.PromptedViT(fp.FrozenViT(tiny_vit), fp.VPTConfig()).readout == "cls"
+
+
+@pytest.mark.parametrize("readout", ["cls", "patches", "map"])
+def test_linear_probe_reads_the_backbone_s_tokens(randomised: Callable[..., nn.Module], tiny_images: Tensor,
+                                                  readout: str) -> None:
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0, reg_tokens=1,
+                            global_pool="map")
+    vit = randomised(vit).double().eval()
+    model = fp.PromptedViT(fp.FrozenViT(vit), fp.LinearProbeConfig(), readout=readout)
+    tokens = vit.forward_features(tiny_images.double())
+    expected = {"cls": tokens[:, 0], "patches": tokens[:, 2:].mean(1), "map": vit.attn_pool(tokens[:, 2:])}[readout]
+    torch.testing.assert_close(model(tiny_images.double()), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_train_mode_reaches_generator_and_head_but_not_the_backbone(backbone: fp.FrozenViT) -> None:
+    model = build(backbone, "pgn", num_classes=5)
+    assert model.train() is model
+    assert model.generator.training
+    assert model.head.training
+    assert not any(m.training for m in model.backbone.modules())
+    model.eval()
+    assert not model.generator.training
+
+
+def test_backbone_is_shared_between_adapters_but_copied_for_full_fine_tuning(backbone: fp.FrozenViT,
+                                                                            tiny_images: Tensor) -> None:
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    assert fp.PromptedViT(backbone, METHODS["vpt"]).backbone is backbone
+    full = fp.PromptedViT(backbone, METHODS["full"], num_classes=5).train()
+    assert full.backbone is not backbone
+    optimizer = torch.optim.SGD([p for _, p in full.trainable_parameters()], lr=0.1)
+    full(tiny_images).square().sum().backward()
+    optimizer.step()
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+    assert not torch.equal(full.backbone.blocks[0].qkv.weight, before["blocks.0.qkv.weight"])
+    assert not any(p.requires_grad for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("method", "head"), [*((m, "linear") for m in METHODS), *(("vpt", h) for h in HEADS)])
+def test_save_and_load_bit_for_bit(backbone: fp.FrozenViT, tiny_images: Tensor, tmp_path: Path, method: str, head: str,
+                                   dtype: torch.dtype) -> None:
+    backbone, images = backbone.to(dtype), tiny_images.to(dtype)
+    names = [f"class {i}" for i in range(5)] if head != "none" else None
+    model = build(backbone, method, readout="cls", class_names=names, **HEADS[head]).train()
+    model(images)  # moves PGN's batch statistics
+    model.eval().save_pretrained(tmp_path / "deep" / "adapter")
+    assert sorted(p.name for p in (tmp_path / "deep" / "adapter").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors"]
+    loaded = fp.PromptedViT.from_pretrained(backbone, tmp_path / "deep" / "adapter")
+    assert not loaded.training
+    assert (loaded.config, loaded.readout, loaded.class_names) == (model.config, model.readout, model.class_names)
+    assert loaded.num_classes == model.num_classes
+    state, other = model.adapter_state_dict(), loaded.adapter_state_dict()
+    assert list(state) == list(other)
+    for name, tensor in state.items():
+        assert tensor.dtype == other[name].dtype, name
+        assert torch.equal(tensor, other[name]), name
+    assert torch.equal(loaded(images), model(images))
+    trains = [name for name, _ in model.trainable_parameters()]
+    assert [name for name, _ in loaded.trainable_parameters()] == trains
+
+
+def test_a_head_object_is_saved_as_what_it_is(backbone: fp.FrozenViT, tiny_images: Tensor, tmp_path: Path) -> None:
+    head = fp.PrototypeHead(torch.randn(4, 6), [(torch.randn(9, 48), None), (torch.randn(6, 9), torch.randn(6))])
+    model = build(backbone, "free", head=head).eval()
+    assert model.num_classes == 4
+    model.save_pretrained(tmp_path)
+    assert torch.equal(fp.PromptedViT.from_pretrained(backbone, tmp_path)(tiny_images), model(tiny_images))
+
+
+def test_adapter_files_hold_no_backbone_and_say_what_they_are(backbone: fp.FrozenViT, tmp_path: Path) -> None:
+    model = build(backbone, "vpt", num_classes=5, class_names="abcde")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert set(tensors) == {"generator.static.embeddings", "head.weight", "head.bias"}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["backbone"]["fingerprint"] == backbone.fingerprint
+    assert config["method"] == model.config.to_dict()
+    assert (config["class_names"], config["fastprompt_version"]) == (list("abcde"), fp.__version__)
+
+
+def test_adapter_loads_onto_a_cast_backbone(backbone: fp.FrozenViT, tiny_vit: VisionTransformer, tmp_path: Path) -> None:
+    build(backbone, "vapt", num_classes=5).save_pretrained(tmp_path)
+    loaded = fp.PromptedViT.from_pretrained(backbone.bfloat16(), tmp_path)
+    assert {p.dtype for _, p in loaded.trainable_parameters()} == {torch.float32}
+
+
+def test_another_backbone_is_refused(backbone: fp.FrozenViT, tiny_vit: VisionTransformer, tmp_path: Path) -> None:
+    build(backbone, "vpt", num_classes=5).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"trained on another backbone: .*{backbone.fingerprint[:12]}.*32x32 px"):
+        fp.PromptedViT.from_pretrained(fp.FrozenViT(tiny_vit), tmp_path)
+
+
+def edit_config(directory: Path, change: Callable[[dict], Any]) -> None:
+    path = directory / "adapter_config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def edit_tensors(directory: Path, change: Callable[[dict], Any]) -> None:
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def damage(directory: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    (directory / name).write_bytes(change((directory / name).read_bytes()))
+
+
+CORRUPTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated tensors": (lambda d: damage(d, "adapter_model.safetensors", lambda b: b[:-10]),
+                          r"adapter_model\.safetensors is corrupted"),
+    "empty tensors": (lambda d: damage(d, "adapter_model.safetensors", lambda b: b""), "is corrupted"),
+    "flipped header": (lambda d: damage(d, "adapter_model.safetensors", lambda b: bytes([b[0] ^ 255]) + b[1:]),
+                       "is corrupted"),
+    "flipped bit": (lambda d: damage(d, "adapter_model.safetensors", lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]),
+                    r"adapter_model\.safetensors is corrupted: .*sha256"),
+    "truncated config": (lambda d: damage(d, "adapter_config.json", lambda b: b[:40]), r"config\.json is corrupted"),
+    "config no text": (lambda d: damage(d, "adapter_config.json", lambda b: b"\xff" + b), r"config\.json is corrupted"),
+    "config no object": (lambda d: damage(d, "adapter_config.json", lambda b: b"[1]"), "not an adapter configuration"),
+    "other format": (lambda d: edit_config(d, lambda c: c.update(format=2)), "configuration of format 1"),
+    "missing key": (lambda d: edit_config(d, lambda c: c.pop("readout")), r"missing keys \['readout'\]"),
+    "unknown key": (lambda d: edit_config(d, lambda c: c.update(extra=1)), r"unknown keys \['extra'\]"),
+    "unknown option": (lambda d: edit_config(d, lambda c: c["method"].update(promts=1)), "no option 'promts'"),
+    "unknown method": (lambda d: edit_config(d, lambda c: c["method"].update(kind="x")), "kind must be one of"),
+    "bad option": (lambda d: edit_config(d, lambda c: c["method"].update(num_prompts=0)), "num_prompts must be"),
+    "bad readout": (lambda d: edit_config(d, lambda c: c.update(readout="mean")), "readout must be one of"),
+    "bad head": (lambda d: edit_config(d, lambda c: c["head"].update(kind="mlp")), "head must be one of"),
+    "head no object": (lambda d: edit_config(d, lambda c: c.update(head=3)), "cannot be read"),
+    "backbone no object": (lambda d: edit_config(d, lambda c: c.update(backbone=None)), "backbone"),
+    "backbone without fingerprint": (lambda d: edit_config(d, lambda c: c["backbone"].pop("fingerprint")), "fingerprint"),
+    "method no object": (lambda d: edit_config(d, lambda c: c.update(method=[1])), "cannot be read"),
+    "number of classes": (lambda d: edit_config(d, lambda c: c.update(num_classes=4, class_names=None)), r"head\.\w+ has shape \(5"),
+    "class names": (lambda d: edit_config(d, lambda c: c.update(class_names=["a"])), "class_names has 1 names, num_classes is 5"),
+    "missing tensor": (lambda d: edit_tensors(d, lambda t: t.pop("head.bias")), r"missing \['head\.bias'\]"),
+    "unknown tensor": (lambda d: edit_tensors(d, lambda t: t.update(x=torch.ones(1))), r"unknown \['x'\]"),
+    "misshapen tensor": (lambda d: edit_tensors(d, lambda t: t.update({"head.bias": torch.ones(6)})),
+                         r"head\.bias has shape \(6,\), this model has \(5,\)"),
+    "NaN tensor": (lambda d: edit_tensors(d, lambda t: t["head.bias"].fill_(float("nan"))), r"head\.bias .*NaN"),
+}
+
+
+@pytest.mark.parametrize(("corrupt", "message"), CORRUPTIONS.values(), ids=CORRUPTIONS)
+def test_corrupted_adapters_are_refused(backbone: fp.FrozenViT, tmp_path: Path, corrupt: Callable[[Path], Any],
+                                        message: str) -> None:
+    build(backbone, "vpt", num_classes=5, class_names="abcde").save_pretrained(tmp_path)
+    corrupt(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        fp.PromptedViT.from_pretrained(backbone, tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_missing_files_are_named(backbone: fp.FrozenViT, tmp_path: Path, name: str) -> None:
+    build(backbone, "vpt", num_classes=5).save_pretrained(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"is no adapter: {name} is missing"):
+        fp.PromptedViT.from_pretrained(backbone, tmp_path)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in directory.iterdir()}
+
+
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize(("function", "error"), [
+    ("fsync", OSError(28, "No space left on device")), ("fsync", KeyboardInterrupt()), ("replace", KeyboardInterrupt())])
+def test_a_full_disk_or_ctrl_c_while_saving_changes_nothing(
+        backbone: fp.FrozenViT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: BaseException,
+        call: int, exists: bool) -> None:
+    directory = tmp_path / "adapter"
+    if exists:
+        build(backbone, "vpt", num_classes=5).save_pretrained(directory)
+        before = contents(directory)
+    model, original, calls = build(backbone, "pgn", num_classes=5), getattr(os, function), []
+
+    def failing(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == call:
+            raise error
+        return original(*args, **options)
+
+    monkeypatch.setattr(files.os, function, failing)
+    with pytest.raises(type(error)):
+        model.save_pretrained(directory)
+    monkeypatch.undo()
+    assert len(calls) >= call
+    if exists:
+        assert contents(directory) == before
+        fp.PromptedViT.from_pretrained(backbone, directory)
+    else:
+        assert not directory.exists() or contents(directory) == {}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file size limits are POSIX")
+def test_a_write_that_the_system_refuses_is_an_error_that_names_the_file(backbone: fp.FrozenViT, tmp_path: Path) -> None:
+    import resource
+
+    model = build(backbone, "pgn", num_classes=5)
+    model.save_pretrained(tmp_path)
+    before, limits = contents(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"adapter_model\.safetensors"):
+            model.save_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents(tmp_path) == before
+
+
+def test_load_adapter_state_dict_is_strict_and_changes_nothing_on_error(backbone: fp.FrozenViT) -> None:
+    model = build(backbone, "vpt", num_classes=5)
+    before = {k: v.clone() for k, v in model.adapter_state_dict().items()}
+    good = {k: torch.zeros_like(v) for k, v in before.items()}
+    for bad, message in (({k: v for k, v in good.items() if k != "head.bias"}, r"missing \['head\.bias'\]"),
+                         ({**good, "other": torch.ones(1)}, r"unknown \['other'\]"),
+                         ({**good, "head.weight": torch.ones(5, 1)}, r"head\.weight has shape \(5, 1\)")):
+        with pytest.raises(ValueError, match=message):
+            model.load_adapter_state_dict(bad)
+        assert all(torch.equal(v, before[k]) for k, v in model.adapter_state_dict().items())
+    model.load_adapter_state_dict(good)
+    assert all((v == 0).all() for v in model.adapter_state_dict().values())
+
+
+@pytest.mark.parametrize("method", ["pgn", "v2apt", "vapt", "vpt", "free", "pixel", "linear", "full"])
+def test_bfloat16_backbone_keeps_trained_tensors_and_logits_in_float32(backbone: fp.FrozenViT, tiny_images: Tensor,
+                                                                      method: str) -> None:
+    model = build(backbone, method, num_classes=5, readout="cls").eval()
+    expected = model(tiny_images)
+    model.set_backbone_dtype(torch.bfloat16)
+    assert model.backbone_dtype == torch.bfloat16
+    logits = model(tiny_images)
+    assert logits.dtype == torch.float32
+    assert {p.dtype for _, p in model.trainable_parameters()} == {torch.float32}
+    assert not torch.equal(logits, expected)
+    assert (logits - expected).norm() < 0.1 * expected.norm()
+    model.train()(tiny_images).square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for n, p in model.trainable_parameters() if p.grad is not None)
+    model.set_backbone_dtype(torch.float32)
+    assert model.backbone_dtype == torch.float32
+    assert model(tiny_images).dtype == torch.float32
+    with pytest.raises(ValueError, match="dtype must be a floating-point dtype, got torch.int8"):
+        model.set_backbone_dtype(torch.int8)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_double_moves_everything(backbone: fp.FrozenViT, tiny_images: Tensor, head: str) -> None:
+    model = build(backbone, "vapt", readout="cls", **HEADS[head]).eval()
+    single = model(tiny_images)
+    double = model.double()(tiny_images)
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), single, rtol=1e-3, atol=1e-4)
+    assert model.to(torch.bfloat16)(tiny_images).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+@pytest.mark.parametrize("method", METHODS)
+def test_small_batches(backbone: fp.FrozenViT, tiny_images: Tensor, method: str, batch: int) -> None:
+    for readout in ("cls", "map", *(["patches+prompts"] if fits(method, "prompts") else [])):
+        model = build(backbone.double(), method, num_classes=5, readout=readout).eval()
+        expected = model(tiny_images.double())[:batch]
+        for run in (model, model.reference_forward):
+            torch.testing.assert_close(run(tiny_images[:batch].double()), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_layout_of_the_images_does_not_matter(backbone: fp.FrozenViT, tiny_images: Tensor, method: str) -> None:
+    model, images = build(backbone.double(), method, num_classes=5).eval(), tiny_images.double()
+    expected = model(images)
+    strided = torch.stack([images, images], dim=-1).flatten(3)[..., ::2]
+    assert not strided.is_contiguous()
+    for other in (images.contiguous(memory_format=torch.channels_last), strided, images.expand(4, -1, -1, -1)):
+        torch.testing.assert_close(model(other), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_raw_pixels_are_the_normalised_image(backbone: fp.FrozenViT, method: str) -> None:
+    model = build(backbone.double(), method, num_classes=5).eval()
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(model(pixels), model(backbone.normalise(pixels)), rtol=1e-9, atol=1e-9)
+
+
+def test_aux_is_empty_where_a_loss_needs_nothing_more(backbone: fp.FrozenViT, tiny_images: Tensor) -> None:
+    logits, aux = build(backbone, "vpt", num_classes=5)(tiny_images, return_aux=True)
+    assert aux == {}
+    assert logits.shape == (4, 5)
+
+
+def test_counts(backbone: fp.FrozenViT, capsys: pytest.CaptureFixture[str]) -> None:
+    model = fp.PromptedViT(backbone, fp.VPTConfig(num_prompts=3), num_classes=5)
+    assert model.num_trainable() == {"total": 3 * 3 * 48 + 5 * 49, "generator": 432, "head": 245, "backbone": 0}
+    assert model.paper_parameter_count() == 432
+    total = sum(p.numel() for p in model.parameters())
+    model.print_trainable_parameters()
+    assert capsys.readouterr().out == (
+        f"trainable params: 677 || all params: {total:,} || trainable%: {100 * 677 / total:.4f}\n")
+    assert fp.PromptedViT(backbone, fp.LinearProbeConfig(), 5).paper_parameter_count() is None
+    full = fp.PromptedViT(backbone, fp.FullFineTuneConfig(), 5).num_trainable()
+    assert full["backbone"] == sum(p.numel() for n, p in backbone.named_parameters() if not n.startswith("head."))
+
+
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"num_classes": 0}, ValueError, "num_classes must be a positive integer or None, got 0"),
+    ({"num_classes": 2.0}, ValueError, r"num_classes must be a positive integer or None, got 2\.0"),
+    ({"num_classes": True}, ValueError, "num_classes must be a positive integer"),
+    ({"num_classes": 5, "head": "mlp"}, ValueError, "head must be one of .* got 'mlp'"),
+    ({"num_classes": 5, "head": "text"}, ValueError, "head 'text' needs class_embeddings"),
+    ({"num_classes": 5, "head": "text", "class_embeddings": torch.ones(4, 7)}, ValueError,
+     "class_embeddings has 4 rows, num_classes is 5"),
+    ({"num_classes": 5, "head": "text", "class_embeddings": torch.ones(5, 6)}, ValueError,
+     r"class_embeddings must have shape \(C, 7\).*got \(5, 6\)"),
+    ({"num_classes": 5, "head": "prototypes"}, ValueError, "head 'prototypes' needs prototypes"),
+    ({"num_classes": 8, "head": "label_map"}, ValueError, "num_classes must be at most the 7 outputs"),
+    ({"num_classes": 5, "readout": "mean"}, ValueError, "readout must be one of .* got 'mean'"),
+    ({"num_classes": 5, "class_names": ["a"]}, ValueError, "class_names has 1 names, num_classes is 5"),
+    ({"config": {"kind": "vpt"}}, TypeError, "config must be one of PGNConfig.* got dict"),
+    ({"config": "vpt"}, TypeError, "config must be one of .* got str"),
+    ({"backbone": "clip-vit-b16"}, TypeError, "backbone must be a FrozenViT, got str"),
+    ({"backbone": nn.Linear(2, 2)}, TypeError, "backbone must be a FrozenViT, got Linear; wrap a timm model"),
+])
+def test_bad_arguments_are_named(backbone: fp.FrozenViT, options: dict[str, Any], error: type[Exception],
+                                 message: str) -> None:
+    with pytest.raises(error, match=message):
+        fp.PromptedViT(**{"backbone": backbone, "config": fp.VPTConfig(), **options})
+
+
+def test_bad_readouts_for_a_backbone_are_named(tiny_vit: VisionTransformer) -> None:
+    with pytest.raises(ValueError, match="readout 'map' needs an attention-pooling head"):
+        fp.PromptedViT(fp.FrozenViT(tiny_vit), fp.VPTConfig(), readout="map")
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, class_token=False,
+                            global_pool="avg")
+    with pytest.raises(ValueError, match="readout 'cls' needs a class token"):
+        fp.PromptedViT(fp.FrozenViT(vit), fp.VPTConfig(), readout="cls")
+
+
+def test_given_head_must_agree_with_num_classes(backbone: fp.FrozenViT) -> None:
+    with pytest.raises(ValueError, match="num_classes is 3, the given head has 5"):
+        fp.PromptedViT(backbone, fp.VPTConfig(), 3, head=fp.LinearHead(48, 5))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bad_images_are_named(backbone: fp.FrozenViT, tiny_images: Tensor, method: str) -> None:
+    model = build(backbone, method, num_classes=5)
+    for images, error, message in ((tiny_images.long(), TypeError, "images must be floating point"),
+                                   (tiny_images[0], ValueError, "images must have shape"),
+                                   (tiny_images[..., :16], ValueError, "images must be 32 x 32 pixels"),
+                                   (tiny_images / 0, ValueError, "NaN or infinite")):
+        with pytest.raises(error, match=message):
+            model(images)

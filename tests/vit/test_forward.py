@@ -1,0 +1,100 @@
+"""The rewritten forward equals the papers' graph, in outputs and gradients, and leaves out the dead rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from timm import layers as tl
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from torch import Tensor, nn
+
+import fastprompt as fp
+from fastprompt.vit import forward, reference
+
+BACKBONES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "registers": {"reg_tokens": 2, "no_embed_class": True},
+    "pre-norm": {"pre_norm": True, "act_layer": "quick_gelu"},
+    "layer scale": {"init_values": 0.5},
+    "all norms": {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True},
+    "post-norm": {"block_fn": ResPostBlock, "init_values": 0.5},
+    "gated mlp": {"mlp_layer": partial(tl.GluMlp, gate_last=False), "act_layer": nn.SiLU},
+    "no biases": {"qkv_bias": False, "proj_bias": False, "norm_layer": tl.RmsNorm},
+    "fc_norm": {"global_pool": "avg", "fc_norm": True},
+    "map": {"global_pool": "map"},
+    "pool prefix": {"global_pool": "avg", "pool_include_prefix": True},
+    "one block": {"depth": 1},
+}
+CASES = [(name, readout) for name in BACKBONES for readout in reference.READOUTS if readout != "map" or name == "map"]
+METHODS = {
+    "vpt": fp.VPTConfig(num_prompts=3, prompt_dropout=0.2),
+    "vpt shallow": fp.VPTConfig(num_prompts=3, deep=False),
+    "vapt": fp.VAPTConfig(num_prompts=3),
+    "v2apt": fp.V2APTConfig(num_prompts=3, num_instance=2, latent=4, hidden=4),
+    "pgn": fp.PGNConfig(num_prompts=3, library_size=5, widths=(4, 4)),
+    "free": fp.FreePromptsConfig(num_prompts=3),
+}
+
+
+def model_of(randomised: Callable[..., nn.Module], method: str, backbone: str, readout: str) -> fp.PromptedViT:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
+    vit = randomised(VisionTransformer(**{**sizes, **BACKBONES[backbone]}))
+    model = fp.PromptedViT(fp.FrozenViT(vit).double(), METHODS[method], readout=readout)
+    with torch.no_grad():
+        for p in model.generator.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize(("backbone", "readout"), CASES)
+def test_equals_the_reference(randomised: Callable[..., nn.Module], tiny_images: Tensor, backbone: str,
+                              readout: str) -> None:
+    images = tiny_images[:2].double()
+    for method in METHODS:
+        model = model_of(randomised, method, backbone, readout).train()
+        draws, outputs, gradients = model.draw(2), [], []
+        for run in (model, model.reference_forward):
+            model.zero_grad()
+            out = run(images, draws=draws)
+            (out * torch.linspace(-1, 1, 48)).sum().backward()
+            outputs.append(out)
+            gradients.append([p.grad for p in model.generator.parameters()])
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-10, atol=1e-10)
+        for ours, theirs in zip(*gradients, strict=True):
+            if theirs is None or ours is None:
+                assert theirs is None or theirs.abs().max() == 0
+                assert ours is None or ours.abs().max() == 0
+                continue
+            assert (ours - theirs).norm() <= 1e-10 * theirs.norm() + 1e-13, method
+
+
+def rows_seen(model: fp.PromptedViT, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows of each block's MLP are computed."""
+    rows, original = [], reference.mlp
+    monkeypatch.setattr(reference, "mlp", lambda module, x: rows.append(x.shape[1]) or original(module, x))
+    model.eval()(images)
+    return rows
+
+
+@pytest.mark.parametrize(("method", "readout", "rows"), [
+    ("vpt", "cls", [17, 1]), ("vpt", "patches", [17, 17]), ("vpt", "patches+prompts", [17, 20]),
+    ("vapt", "cls", [17, 1]), ("v2apt", "cls", [17, 1]), ("vpt shallow", "cls", [20, 1]), ("pgn", "cls", [20, 1]),
+    ("free", "patches", [20, 20]),
+])
+def test_rows_nobody_reads_are_not_computed(randomised: Callable[..., nn.Module], tiny_images: Tensor, method: str,
+                                            readout: str, rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(randomised, method, "plain", readout)
+    assert rows_seen(model, tiny_images.double(), monkeypatch) == rows
+
+
+def test_static_prompts_are_projected_once_not_once_per_image(randomised: Callable[..., nn.Module], tiny_images: Tensor,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen, original = model_of(randomised, "vpt", "plain", "cls").eval(), [], forward.attention
+    monkeypatch.setattr(forward, "attention", lambda block, x, prompts, rows: (
+        seen.append(prompts.shape[0]) or original(block, x, prompts, rows)))
+    model(tiny_images.double())
+    assert seen == [1, 1]
