@@ -22,11 +22,13 @@ class Head(nn.Module):
 
     Attributes:
         kind: its name in files and on the command line. reads_classifier: it uses the backbone's classifier.
+        width: D.
     """
 
     kind: ClassVar[str]
     reads_classifier: ClassVar[bool] = False
     num_classes: int
+    width: int
 
     def describe(self) -> dict[str, Any]:
         """What `build_head` needs, beside the tensors, to make this head again."""
@@ -40,7 +42,7 @@ class LinearHead(Head):
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.width, self.num_classes = width, num_classes
         self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_classes, width), std=0.01))
         self.bias = nn.Parameter(torch.zeros(num_classes))
 
@@ -71,7 +73,7 @@ class TextHead(Head):
             raise ValueError("class_embeddings contain NaN, infinite or all-zero rows")
         if not logit_scale > 0 or math.isinf(logit_scale):
             raise ValueError(f"logit_scale must be positive, got {logit_scale!r}")
-        self.num_classes, self.logit_scale = texts.shape[0], float(logit_scale)
+        self.width, self.num_classes, self.logit_scale = backbone.width, texts.shape[0], float(logit_scale)
         self.register_buffer("class_embeddings", F.normalize(texts, dim=-1))
         _register_classifier(self, backbone)
 
@@ -98,7 +100,7 @@ class LabelMapHead(Head):
         if num_classes > outputs:
             raise ValueError(f"num_classes must be at most the {outputs} outputs of the pretrained classifier, "
                              f"got {num_classes}")
-        self.num_classes = num_classes
+        self.width, self.num_classes = backbone.width, num_classes
         _register_classifier(self, backbone, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -125,11 +127,19 @@ class PrototypeHead(Head):
             raise ValueError(f"prototypes must be finite, non-zero rows (C, E), got {tuple(rows.shape)}")
         self.num_classes, self.num_layers = rows.shape[0], len(layers)
         self.register_buffer("prototypes", F.normalize(rows, dim=-1))
+        outputs = None
         for i, (weight, bias) in enumerate(layers):
             weight = torch.as_tensor(weight).detach().to(torch.float32).clone()
             bias = torch.zeros(weight.shape[0]) if bias is None else torch.as_tensor(bias).detach().to(torch.float32)
+            if weight.ndim != 2 or bias.shape != weight.shape[:1] or outputs not in (None, weight.shape[1]):
+                raise ValueError(f"layers[{i}] must be (out, {outputs or 'in'}) and (out,), got {tuple(weight.shape)} "
+                                 f"and {tuple(bias.shape)}")
+            outputs = weight.shape[0]
             self.register_buffer(f"weight{i}", weight)
             self.register_buffer(f"bias{i}", bias.clone())
+        if outputs not in (None, rows.shape[1]):
+            raise ValueError(f"prototypes have width {rows.shape[1]}, the last of layers gives {outputs}")
+        self.width = torch.as_tensor(layers[0][0]).shape[1] if layers else rows.shape[1]
 
     @classmethod
     def from_dino(cls, state_dict: Mapping[str, Tensor], num_classes: int, seed: int = 0) -> PrototypeHead:
@@ -220,6 +230,8 @@ def encode_class_texts(class_names: Sequence[str], encode: str | Callable[[list[
     embeddings = torch.as_tensor(encode(texts)).detach().float().cpu()
     if embeddings.ndim != 2 or embeddings.shape[0] != len(texts):
         raise ValueError(f"encode must return ({len(texts)}, E), got {tuple(embeddings.shape)}")
+    if not torch.isfinite(embeddings).all() or (embeddings.norm(dim=-1) == 0).any():
+        raise ValueError("encode returned NaN, infinite or all-zero rows")
     return F.normalize(embeddings, dim=-1)
 
 

@@ -85,6 +85,9 @@ class PromptedViT(nn.Module):
             self.head = head
         elif num_classes is not None:
             self.head = build_head(head, backbone, num_classes, class_embeddings, logit_scale, prototypes)
+        if self.head is not None and self.head.width != backbone.width:
+            raise ValueError(f"head {self.head.kind!r} reads features of width {self.head.width}, "
+                             f"those of the backbone have {backbone.width}")
         self.num_classes = None if self.head is None else self.head.num_classes
         if class_names is not None:
             class_names = [str(name) for name in class_names]
