@@ -68,7 +68,8 @@ def load_official(source: str | os.PathLike[str] | Mapping[str, Any], backbone: 
     if backbone is None:
         return generator
     _compare_backbone(inner, backbone)
-    weight, bias = state.get("head.last_layer.weight"), state.get("head.last_layer.bias")
+    outer = prefix.removesuffix("enc.transformer.") + "head.last_layer."
+    weight, bias = state.get(outer + "weight"), state.get(outer + "bias")
     if weight is not None and weight.shape[1] != backbone.width:
         raise ValueError(f"source has a head for width {weight.shape[1]}, backbone has width {backbone.width}")
     model = PromptedViT(backbone, generator.config, None if weight is None else weight.shape[0])
@@ -234,7 +235,11 @@ def _visual_prompts(state: State, backbone: FrozenViT | None, overrides: dict[st
 
 def _vapt(state: State, backbone: FrozenViT | None, overrides: dict[str, Any], own: State, found: dict[str, Any],
           width: int, static_layers: int) -> tuple[PromptGenerator, set[str]]:
-    layers = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("deep_prompt_downsample."))
+    named = {k: k.split(".")[1] for k in state if k.startswith("deep_prompt_downsample.")}
+    strange = sorted(k for k, layer in named.items() if not layer.isdecimal())
+    if strange:
+        raise ValueError(f"source has prompt tensors that this method does not have: {strange[:5]}")
+    layers = 1 + max(map(int, named.values()))
     used, names = set(), {"deep_prompt_norm.{j}.weight": "norm.weight", "deep_prompt_norm.{j}.bias": "norm.bias",
                           "deep_prompt_downsample.{j}.conv.kernel": "kernel",
                           "deep_prompt_downsample.{j}.linear.weight": "projector.weight",

@@ -15,8 +15,12 @@ import fastprompt as fp
 from fastprompt.heads import CLIP_LOGIT_SCALE, build_head
 
 
-def backbone_with(randomised: Callable[..., nn.Module], outputs: int) -> tuple[VisionTransformer, fp.FrozenViT]:
-    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=outputs)
+def backbone_with(
+    randomised: Callable[..., nn.Module], outputs: int
+) -> tuple[VisionTransformer, fp.FrozenViT]:
+    vit = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=outputs
+    )
     vit = randomised(vit).double().eval()
     return vit, fp.FrozenViT(vit)
 
@@ -34,11 +38,14 @@ def test_linear_is_an_affine_map_that_trains() -> None:
     assert [n for n, p in head.named_parameters() if p.requires_grad] == ["weight", "bias"]
 
 
-def test_text_is_scaled_cosine_of_the_projected_features(randomised: Callable[..., nn.Module],
-                                                         tiny_images: Tensor) -> None:
+def test_text_is_scaled_cosine_of_the_projected_features(
+    randomised: Callable[..., nn.Module], tiny_images: Tensor
+) -> None:
     vit, backbone = backbone_with(randomised, 7)
     texts, images = 5 * torch.randn(4, 7).double(), tiny_images.double()
-    model = fp.PromptedViT(backbone, fp.LinearProbeConfig(), 4, "text", class_embeddings=texts, logit_scale=20.0)
+    model = fp.PromptedViT(
+        backbone, fp.LinearProbeConfig(), 4, "text", class_embeddings=texts, logit_scale=20.0
+    )
     projected = vit(images)
     expected = 20 * torch.cosine_similarity(projected[:, None], texts[None], dim=-1)
     torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
@@ -55,26 +62,37 @@ def test_text_without_projection_compares_the_features_themselves(tiny_vit: Visi
     assert torch.isfinite(head(torch.zeros(1, 48))).all()
 
 
-def test_label_map_reads_the_first_outputs_of_the_classifier(randomised: Callable[..., nn.Module],
-                                                             tiny_images: Tensor) -> None:
+def test_label_map_reads_the_first_outputs_of_the_classifier(
+    randomised: Callable[..., nn.Module], tiny_images: Tensor
+) -> None:
     vit, backbone = backbone_with(randomised, 7)
     model = fp.PromptedViT(backbone, fp.LinearProbeConfig(), 4, "label_map")
-    torch.testing.assert_close(model(tiny_images.double()), vit(tiny_images.double())[:, :4], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        model(tiny_images.double()), vit(tiny_images.double())[:, :4], rtol=1e-9, atol=1e-9
+    )
     assert list(model.trainable_parameters()) == []
     assert model.head.state_dict() == {}
 
 
 def test_prototypes_are_cosines() -> None:
     rows, x = torch.randn(4, 6), torch.randn(3, 6)
-    torch.testing.assert_close(fp.PrototypeHead(rows)(x), torch.cosine_similarity(x[:, None], rows[None], dim=-1))
+    torch.testing.assert_close(
+        fp.PrototypeHead(rows)(x), torch.cosine_similarity(x[:, None], rows[None], dim=-1)
+    )
     assert list(fp.PrototypeHead(rows).parameters()) == []
 
 
 def dino_head(prefix: str, weight: str = "last_layer.weight_v") -> dict[str, Tensor]:
-    state = {"backbone.norm.weight": torch.ones(6), prefix + "mlp.0.weight": torch.randn(9, 6),
-             prefix + "mlp.0.bias": torch.randn(9), prefix + "mlp.2.weight": torch.randn(9, 9),
-             prefix + "mlp.2.bias": torch.randn(9), prefix + "mlp.4.weight": torch.randn(5, 9),
-             prefix + "mlp.4.bias": torch.randn(5), prefix + "last_layer.weight_g": torch.ones(20, 1)}
+    state = {
+        "backbone.norm.weight": torch.ones(6),
+        prefix + "mlp.0.weight": torch.randn(9, 6),
+        prefix + "mlp.0.bias": torch.randn(9),
+        prefix + "mlp.2.weight": torch.randn(9, 9),
+        prefix + "mlp.2.bias": torch.randn(9),
+        prefix + "mlp.4.weight": torch.randn(5, 9),
+        prefix + "mlp.4.bias": torch.randn(5),
+        prefix + "last_layer.weight_g": torch.ones(20, 1),
+    }
     return {**state, prefix + weight: torch.randn(20, 5)}
 
 
@@ -85,10 +103,10 @@ def test_dino_s_projection_head(prefix: str, weight: str) -> None:
     head = fp.PrototypeHead.from_dino(state, 4)
     assert head.num_classes == 4
     mlp = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 9), nn.GELU(), nn.Linear(9, 5))
-    mlp.load_state_dict({k[len(prefix) + 4:]: v for k, v in state.items() if k.startswith(prefix + "mlp.")})
+    mlp.load_state_dict({k[len(prefix) + 4 :]: v for k, v in state.items() if k.startswith(prefix + "mlp.")})
     everything = torch.cosine_similarity(mlp(x)[:, None], state[prefix + weight][None], dim=-1)  # (3, 20)
     logits = head(x)
-    chosen = [int((everything - logits[:, c:c + 1]).abs().sum(0).argmin()) for c in range(4)]
+    chosen = [int((everything - logits[:, c : c + 1]).abs().sum(0).argmin()) for c in range(4)]
     assert len(set(chosen)) == 4
     torch.testing.assert_close(logits, everything[:, chosen], rtol=1e-5, atol=1e-6)
     assert torch.equal(fp.PrototypeHead.from_dino(state, 4).prototypes, head.prototypes)
@@ -102,37 +120,69 @@ def test_bad_dino_heads_are_named() -> None:
         fp.PrototypeHead.from_dino(dino_head(""), 21)
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda b: fp.TextHead(torch.ones(3, 6), b), r"class_embeddings must have shape \(C, 7\)"),
-    (lambda b: fp.TextHead(torch.ones(7), b), r"class_embeddings must have shape \(C, 7\).*got \(7,\)"),
-    (lambda b: fp.TextHead(torch.zeros(3, 7), b), "class_embeddings contain NaN, infinite or all-zero rows"),
-    (lambda b: fp.TextHead(torch.full((3, 7), float("nan")), b), "class_embeddings contain NaN"),
-    (lambda b: fp.TextHead(torch.ones(3, 7), b, logit_scale=0.0), r"logit_scale must be positive, got 0\.0"),
-    (lambda b: fp.TextHead(torch.ones(3, 7), b, logit_scale=float("nan")), "logit_scale must be positive"),
-    (lambda b: fp.TextHead(torch.ones(3, 7), b, logit_scale=float("inf")), "logit_scale must be positive"),
-    (lambda b: fp.LabelMapHead(b, 8), "num_classes must be at most the 7 outputs"),
-    (lambda b: fp.PrototypeHead(torch.zeros(2, 6)), r"prototypes must be finite, non-zero rows \(C, E\), got \(2, 6\)"),
-    (lambda b: fp.PrototypeHead(torch.ones(6)), r"prototypes must be finite, non-zero rows"),
-    (lambda b: fp.PrototypeHead(torch.ones(2, 6), [(torch.ones(5, 9), None)]), "prototypes have width 6.*gives 5"),
-    (lambda b: fp.PrototypeHead(torch.ones(2, 6), [(torch.ones(5, 9), None), (torch.ones(6, 4), None)]),
-     r"layers\[1\] must be \(out, 5\) and \(out,\), got \(6, 4\)"),
-    (lambda b: build_head("cosine", b, 3), "head must be one of .* got 'cosine'"),
-    (lambda b: build_head("prototypes", b, 3, prototypes=torch.ones(2, 4)), "prototypes has 2 rows, num_classes is 3"),
-])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda b: fp.TextHead(torch.ones(3, 6), b), r"class_embeddings must have shape \(C, 7\)"),
+        (lambda b: fp.TextHead(torch.ones(7), b), r"class_embeddings must have shape \(C, 7\).*got \(7,\)"),
+        (
+            lambda b: fp.TextHead(torch.zeros(3, 7), b),
+            "class_embeddings contain NaN, infinite or all-zero rows",
+        ),
+        (lambda b: fp.TextHead(torch.full((3, 7), float("nan")), b), "class_embeddings contain NaN"),
+        (
+            lambda b: fp.TextHead(torch.ones(3, 7), b, logit_scale=0.0),
+            r"logit_scale must be positive, got 0\.0",
+        ),
+        (
+            lambda b: fp.TextHead(torch.ones(3, 7), b, logit_scale=float("nan")),
+            "logit_scale must be positive",
+        ),
+        (
+            lambda b: fp.TextHead(torch.ones(3, 7), b, logit_scale=float("inf")),
+            "logit_scale must be positive",
+        ),
+        (lambda b: fp.LabelMapHead(b, 8), "num_classes must be at most the 7 outputs"),
+        (
+            lambda b: fp.PrototypeHead(torch.zeros(2, 6)),
+            r"prototypes must be finite, non-zero rows \(C, E\), got \(2, 6\)",
+        ),
+        (lambda b: fp.PrototypeHead(torch.ones(6)), r"prototypes must be finite, non-zero rows"),
+        (
+            lambda b: fp.PrototypeHead(torch.ones(2, 6), [(torch.ones(5, 9), None)]),
+            "prototypes have width 6.*gives 5",
+        ),
+        (
+            lambda b: fp.PrototypeHead(
+                torch.ones(2, 6), [(torch.ones(5, 9), None), (torch.ones(6, 4), None)]
+            ),
+            r"layers\[1\] must be \(out, 5\) and \(out,\), got \(6, 4\)",
+        ),
+        (lambda b: build_head("cosine", b, 3), "head must be one of .* got 'cosine'"),
+        (
+            lambda b: build_head("prototypes", b, 3, prototypes=torch.ones(2, 4)),
+            "prototypes has 2 rows, num_classes is 3",
+        ),
+    ],
+)
 def test_bad_arguments_are_named(randomised: Callable[..., nn.Module], make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(backbone_with(randomised, 7)[1])
 
 
 def test_prototypes_must_fit_the_features(tiny_vit: VisionTransformer, tiny_images: Tensor) -> None:
-    with pytest.raises(ValueError, match="head 'prototypes' reads features of width 47, those of the backbone have 48"):
-        fp.PromptedViT(fp.FrozenViT(tiny_vit), fp.LinearProbeConfig(), 3, "prototypes", prototypes=torch.ones(3, 47))
-    with pytest.raises(ValueError, match="head 'linear' reads features of width 47"):
+    with pytest.raises(
+        ValueError, match=r"head 'prototypes' reads features of width 47, those of the backbone have 48"
+    ):
+        fp.PromptedViT(
+            fp.FrozenViT(tiny_vit), fp.LinearProbeConfig(), 3, "prototypes", prototypes=torch.ones(3, 47)
+        )
+    with pytest.raises(ValueError, match=r"head 'linear' reads features of width 47"):
         fp.PromptedViT(fp.FrozenViT(tiny_vit), fp.LinearProbeConfig(), head=fp.LinearHead(47, 3))
 
 
 def test_label_map_needs_a_classifier(tiny_vit: VisionTransformer) -> None:
-    with pytest.raises(ValueError, match="needs a backbone with a pretrained classifier; this one has none"):
+    with pytest.raises(ValueError, match=r"needs a backbone with a pretrained classifier; this one has none"):
         fp.LabelMapHead(fp.FrozenViT(tiny_vit), 3)
 
 
@@ -158,9 +208,14 @@ def test_class_texts_by_open_clip(monkeypatch: pytest.MonkeyPatch) -> None:
             return tokens.float().requires_grad_() + 1
 
     calls: list[Any] = []
-    monkeypatch.setitem(sys.modules, "open_clip", SimpleNamespace(
-        create_model=lambda name, pretrained: calls.append((name, pretrained)) or Tower(),
-        get_tokenizer=lambda name: lambda texts: torch.tensor([[len(t), 1] for t in texts])))
+    monkeypatch.setitem(
+        sys.modules,
+        "open_clip",
+        SimpleNamespace(
+            create_model=lambda name, pretrained: calls.append((name, pretrained)) or Tower(),
+            get_tokenizer=lambda name: lambda texts: torch.tensor([[len(t), 1] for t in texts]),
+        ),
+    )
     embeddings = fp.encode_class_texts(["a", "bb"], "ViT-B-16", pretrained="openai")
     assert calls == [("ViT-B-16", "openai")]
     assert embeddings.shape == (2, 2)
@@ -172,22 +227,44 @@ def test_class_texts_by_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
         def forward(self, input_ids: Tensor) -> Any:
             return SimpleNamespace(text_embeds=input_ids.float())
 
-    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(
-        AutoTokenizer=SimpleNamespace(from_pretrained=lambda name: lambda texts, padding, return_tensors: {
-            "input_ids": torch.tensor([[len(t), 3] for t in texts])}),
-        CLIPTextModelWithProjection=SimpleNamespace(from_pretrained=lambda name: Tower())))
+    monkeypatch.setitem(
+        sys.modules,
+        "transformers",
+        SimpleNamespace(
+            AutoTokenizer=SimpleNamespace(
+                from_pretrained=lambda name: (
+                    lambda texts, padding, return_tensors: {
+                        "input_ids": torch.tensor([[len(t), 3] for t in texts])
+                    }
+                )
+            ),
+            CLIPTextModelWithProjection=SimpleNamespace(from_pretrained=lambda name: Tower()),
+        ),
+    )
     embeddings = fp.encode_class_texts(["a", "bb"], "openai/clip", library="transformers", template="{}")
     torch.testing.assert_close(embeddings, nn.functional.normalize(torch.tensor([[1.0, 3.0], [2.0, 3.0]])))
 
 
-@pytest.mark.parametrize(("arguments", "options", "message"), [
-    (([], len), {}, "class_names must be a list of names"), (("cat", len), {}, "class_names must be a list of names"),
-    (([1], len), {}, "class_names must be a list of names"),
-    ((["a"], len), {"template": "a photo"}, r"template must have one \{\}"),
-    ((["a"], "ViT-B-16"), {"library": "clip"}, "library must be 'open_clip' or 'transformers', got 'clip'"),
-    ((["a", "b"], lambda t: torch.ones(3, 4)), {}, r"encode must return \(2, E\), got \(3, 4\)"),
-    ((["a"], lambda t: torch.full((1, 4), float("nan"))), {}, "encode returned NaN, infinite or all-zero rows"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (([], len), {}, "class_names must be a list of names"),
+        (("cat", len), {}, "class_names must be a list of names"),
+        (([1], len), {}, "class_names must be a list of names"),
+        ((["a"], len), {"template": "a photo"}, r"template must have one \{\}"),
+        (
+            (["a"], "ViT-B-16"),
+            {"library": "clip"},
+            "library must be 'open_clip' or 'transformers', got 'clip'",
+        ),
+        ((["a", "b"], lambda t: torch.ones(3, 4)), {}, r"encode must return \(2, E\), got \(3, 4\)"),
+        (
+            (["a"], lambda t: torch.full((1, 4), float("nan"))),
+            {},
+            "encode returned NaN, infinite or all-zero rows",
+        ),
+    ],
+)
 def test_bad_class_texts_are_named(arguments: tuple, options: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fp.encode_class_texts(*arguments, **options)
@@ -195,5 +272,5 @@ def test_bad_class_texts_are_named(arguments: tuple, options: dict[str, str], me
 
 @pytest.mark.skipif(importlib.util.find_spec("open_clip") is not None, reason="open_clip is installed here")
 def test_a_missing_library_is_an_import_error() -> None:
-    with pytest.raises(ImportError, match="open_clip"):
+    with pytest.raises(ImportError, match=r"open_clip"):
         fp.encode_class_texts(["a"], "ViT-B-16")

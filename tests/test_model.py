@@ -19,13 +19,22 @@ from fastprompt import files
 
 METHODS: dict[str, Any] = {
     "pgn": fp.PGNConfig(num_prompts=3, library_size=5, widths=(4, 8)),
-    "pgn-sigmoid": fp.PGNConfig(num_prompts=3, library_size=5, widths=(4,), activation="sigmoid", resolution=16),
+    "pgn-sigmoid": fp.PGNConfig(
+        num_prompts=3, library_size=5, widths=(4,), activation="sigmoid", resolution=16
+    ),
     "v2apt": fp.V2APTConfig(num_prompts=4, num_instance=2, latent=3, hidden=5),
-    "v2apt-per-layer": fp.V2APTConfig(num_prompts=3, num_instance=3, latent=3, hidden=5, share="per_layer",
-                                      inference_samples=2),
+    "v2apt-per-layer": fp.V2APTConfig(
+        num_prompts=3, num_instance=3, latent=3, hidden=5, share="per_layer", inference_samples=2
+    ),
     "vapt": fp.VAPTConfig(num_prompts=3, hidden=4, prompt_dropout=0.1),
-    "vapt-ablated": fp.VAPTConfig(num_prompts=3, channelwise=False, share_projector=False, learnable_scale=True,
-                                  static_layers=2, project=6),
+    "vapt-ablated": fp.VAPTConfig(
+        num_prompts=3,
+        channelwise=False,
+        share_projector=False,
+        learnable_scale=True,
+        static_layers=2,
+        project=6,
+    ),
     "vpt": fp.VPTConfig(num_prompts=3, prompt_dropout=0.2),
     "vpt-shallow": fp.VPTConfig(num_prompts=3, deep=False, project=6),
     "free": fp.FreePromptsConfig(num_prompts=3),
@@ -37,18 +46,34 @@ READOUTS = ["cls", "patches", "patches+prompts", "prompts", "map"]
 HEADS: dict[str, dict[str, Any]] = {
     "none": {"num_classes": None},
     "linear": {"num_classes": 5},
-    "text": {"num_classes": 5, "head": "text", "class_embeddings": torch.arange(35.0).view(5, 7).cos(),
-             "logit_scale": 14.3},
+    "text": {
+        "num_classes": 5,
+        "head": "text",
+        "class_embeddings": torch.arange(35.0).view(5, 7).cos(),
+        "logit_scale": 14.3,
+    },
     "label_map": {"num_classes": 5, "head": "label_map"},
-    "prototypes": {"num_classes": 5, "head": "prototypes", "prototypes": torch.arange(240.0).view(5, 48).sin()},
+    "prototypes": {
+        "num_classes": 5,
+        "head": "prototypes",
+        "prototypes": torch.arange(240.0).view(5, 48).sin(),
+    },
 }
 
 
 @pytest.fixture
 def backbone(randomised: Callable[..., nn.Module]) -> fp.FrozenViT:
     """Class token, one register, attention pooling, a 7-way classifier."""
-    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=7, reg_tokens=1,
-                            global_pool="map")
+    vit = VisionTransformer(
+        img_size=32,
+        patch_size=8,
+        embed_dim=48,
+        depth=3,
+        num_heads=3,
+        num_classes=7,
+        reg_tokens=1,
+        global_pool="map",
+    )
     return fp.FrozenViT(randomised(vit))
 
 
@@ -67,9 +92,11 @@ def fits(method: str, readout: str) -> bool:
 
 @pytest.mark.parametrize("readout", READOUTS)
 @pytest.mark.parametrize("method", METHODS)
-def test_forward_equals_the_reference(backbone: fp.FrozenViT, tiny_images: Tensor, method: str, readout: str) -> None:
+def test_forward_equals_the_reference(
+    backbone: fp.FrozenViT, tiny_images: Tensor, method: str, readout: str
+) -> None:
     if not fits(method, readout):
-        with pytest.raises(ValueError, match=f"readout '{readout.replace('+', '.')}' needs prompt tokens"):
+        with pytest.raises(ValueError, match=rf"readout '{readout.replace('+', '.')}' needs prompt tokens"):
             fp.PromptedViT(backbone, METHODS[method], readout=readout)
         return
     model, images = build(backbone.double(), method, num_classes=5, readout=readout), tiny_images.double()
@@ -77,21 +104,27 @@ def test_forward_equals_the_reference(backbone: fp.FrozenViT, tiny_images: Tenso
         draws = model.train(mode).draw(4) or None
         logits = model(images, draws=draws)
         assert (logits.shape, logits.dtype) == ((4, 5), torch.float64)
-        torch.testing.assert_close(model.reference_forward(images, draws=draws), logits, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            model.reference_forward(images, draws=draws), logits, rtol=1e-10, atol=1e-10
+        )
     if model.config.to_dict().get("inference_samples", 0) == 0:
         expected = model.eval()(images)
-        torch.testing.assert_close(model.head(model.forward_features(images)), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            model.head(model.forward_features(images)), expected, rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("method", METHODS)
-def test_only_what_should_train_gets_gradients(backbone: fp.FrozenViT, tiny_images: Tensor, method: str,
-                                               head: str) -> None:
+def test_only_what_should_train_gets_gradients(
+    backbone: fp.FrozenViT, tiny_images: Tensor, method: str, head: str
+) -> None:
     model = build(backbone, method, readout="cls", **HEADS[head]).train()
     names = {name for name, _ in model.trainable_parameters()}
     parts = {name.partition(".")[0] for name in names}
     expected = ({"head"} if head == "linear" else set()) | (
-        {"backbone"} if method == "full" else set() if method == "linear" else {"generator"})
+        {"backbone"} if method == "full" else set() if method == "linear" else {"generator"}
+    )
     assert parts == expected
     if not expected:
         return
@@ -108,8 +141,9 @@ def test_only_what_should_train_gets_gradients(backbone: fp.FrozenViT, tiny_imag
     assert all(p.grad is None for p in backbone.parameters())
 
 
-def test_default_readout_is_that_of_the_backbone_s_own_head(backbone: fp.FrozenViT, tiny_images: Tensor,
-                                                            tiny_vit: VisionTransformer) -> None:
+def test_default_readout_is_that_of_the_backbone_s_own_head(
+    backbone: fp.FrozenViT, tiny_images: Tensor, tiny_vit: VisionTransformer
+) -> None:
     model = fp.PromptedViT(backbone, fp.LinearProbeConfig())
     assert model.readout == "map"
     torch.testing.assert_close(model(tiny_images), backbone.forward_features(tiny_images))
@@ -117,14 +151,25 @@ def test_default_readout_is_that_of_the_backbone_s_own_head(backbone: fp.FrozenV
 
 
 @pytest.mark.parametrize("readout", ["cls", "patches", "map"])
-def test_linear_probe_reads_the_backbone_s_tokens(randomised: Callable[..., nn.Module], tiny_images: Tensor,
-                                                  readout: str) -> None:
-    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0, reg_tokens=1,
-                            global_pool="map")
+def test_linear_probe_reads_the_backbone_s_tokens(
+    randomised: Callable[..., nn.Module], tiny_images: Tensor, readout: str
+) -> None:
+    vit = VisionTransformer(
+        img_size=32,
+        patch_size=8,
+        embed_dim=48,
+        depth=2,
+        num_heads=3,
+        num_classes=0,
+        reg_tokens=1,
+        global_pool="map",
+    )
     vit = randomised(vit).double().eval()
     model = fp.PromptedViT(fp.FrozenViT(vit), fp.LinearProbeConfig(), readout=readout)
     tokens = vit.forward_features(tiny_images.double())
-    expected = {"cls": tokens[:, 0], "patches": tokens[:, 2:].mean(1), "map": vit.attn_pool(tokens[:, 2:])}[readout]
+    expected = {"cls": tokens[:, 0], "patches": tokens[:, 2:].mean(1), "map": vit.attn_pool(tokens[:, 2:])}[
+        readout
+    ]
     torch.testing.assert_close(model(tiny_images.double()), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -138,8 +183,9 @@ def test_train_mode_reaches_generator_and_head_but_not_the_backbone(backbone: fp
     assert not model.generator.training
 
 
-def test_backbone_is_shared_between_adapters_but_copied_for_full_fine_tuning(backbone: fp.FrozenViT,
-                                                                            tiny_images: Tensor) -> None:
+def test_backbone_is_shared_between_adapters_but_copied_for_full_fine_tuning(
+    backbone: fp.FrozenViT, tiny_images: Tensor
+) -> None:
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     assert fp.PromptedViT(backbone, METHODS["vpt"]).backbone is backbone
     full = fp.PromptedViT(backbone, METHODS["full"], num_classes=5).train()
@@ -153,19 +199,28 @@ def test_backbone_is_shared_between_adapters_but_copied_for_full_fine_tuning(bac
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("method", "head"), [*((m, "linear") for m in METHODS), *(("vpt", h) for h in HEADS)])
-def test_save_and_load_bit_for_bit(backbone: fp.FrozenViT, tiny_images: Tensor, tmp_path: Path, method: str, head: str,
-                                   dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("method", "head"), [*((m, "linear") for m in METHODS), *(("vpt", h) for h in HEADS)]
+)
+def test_save_and_load_bit_for_bit(
+    backbone: fp.FrozenViT, tiny_images: Tensor, tmp_path: Path, method: str, head: str, dtype: torch.dtype
+) -> None:
     backbone, images = backbone.to(dtype), tiny_images.to(dtype)
     names = [f"class {i}" for i in range(5)] if head != "none" else None
     model = build(backbone, method, readout="cls", class_names=names, **HEADS[head]).train()
     model(images)  # moves PGN's batch statistics
     model.eval().save_pretrained(tmp_path / "deep" / "adapter")
     assert sorted(p.name for p in (tmp_path / "deep" / "adapter").iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors"]
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     loaded = fp.PromptedViT.from_pretrained(backbone, tmp_path / "deep" / "adapter")
     assert not loaded.training
-    assert (loaded.config, loaded.readout, loaded.class_names) == (model.config, model.readout, model.class_names)
+    assert (loaded.config, loaded.readout, loaded.class_names) == (
+        model.config,
+        model.readout,
+        model.class_names,
+    )
     assert loaded.num_classes == model.num_classes
     state, other = model.adapter_state_dict(), loaded.adapter_state_dict()
     assert list(state) == list(other)
@@ -177,8 +232,12 @@ def test_save_and_load_bit_for_bit(backbone: fp.FrozenViT, tiny_images: Tensor, 
     assert [name for name, _ in loaded.trainable_parameters()] == trains
 
 
-def test_a_head_object_is_saved_as_what_it_is(backbone: fp.FrozenViT, tiny_images: Tensor, tmp_path: Path) -> None:
-    head = fp.PrototypeHead(torch.randn(4, 6), [(torch.randn(9, 48), None), (torch.randn(6, 9), torch.randn(6))])
+def test_a_head_object_is_saved_as_what_it_is(
+    backbone: fp.FrozenViT, tiny_images: Tensor, tmp_path: Path
+) -> None:
+    head = fp.PrototypeHead(
+        torch.randn(4, 6), [(torch.randn(9, 48), None), (torch.randn(6, 9), torch.randn(6))]
+    )
     model = build(backbone, "free", head=head).eval()
     assert model.num_classes == 4
     model.save_pretrained(tmp_path)
@@ -196,15 +255,21 @@ def test_adapter_files_hold_no_backbone_and_say_what_they_are(backbone: fp.Froze
     assert (config["class_names"], config["fastprompt_version"]) == (list("abcde"), fp.__version__)
 
 
-def test_adapter_loads_onto_a_cast_backbone(backbone: fp.FrozenViT, tiny_vit: VisionTransformer, tmp_path: Path) -> None:
+def test_adapter_loads_onto_a_cast_backbone(
+    backbone: fp.FrozenViT, tiny_vit: VisionTransformer, tmp_path: Path
+) -> None:
     build(backbone, "vapt", num_classes=5).save_pretrained(tmp_path)
     loaded = fp.PromptedViT.from_pretrained(backbone.bfloat16(), tmp_path)
     assert {p.dtype for _, p in loaded.trainable_parameters()} == {torch.float32}
 
 
-def test_another_backbone_is_refused(backbone: fp.FrozenViT, tiny_vit: VisionTransformer, tmp_path: Path) -> None:
+def test_another_backbone_is_refused(
+    backbone: fp.FrozenViT, tiny_vit: VisionTransformer, tmp_path: Path
+) -> None:
     build(backbone, "vpt", num_classes=5).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=rf"trained on another backbone: .*{backbone.fingerprint[:12]}.*32x32 px"):
+    with pytest.raises(
+        ValueError, match=rf"trained on another backbone: .*{backbone.fingerprint[:12]}.*32x32 px"
+    ):
         fp.PromptedViT.from_pretrained(fp.FrozenViT(tiny_vit), tmp_path)
 
 
@@ -227,41 +292,80 @@ def damage(directory: Path, name: str, change: Callable[[bytes], bytes]) -> None
 
 
 CORRUPTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "truncated tensors": (lambda d: damage(d, "adapter_model.safetensors", lambda b: b[:-10]),
-                          r"adapter_model\.safetensors is corrupted"),
+    "truncated tensors": (
+        lambda d: damage(d, "adapter_model.safetensors", lambda b: b[:-10]),
+        r"adapter_model\.safetensors is corrupted",
+    ),
     "empty tensors": (lambda d: damage(d, "adapter_model.safetensors", lambda b: b""), "is corrupted"),
-    "flipped header": (lambda d: damage(d, "adapter_model.safetensors", lambda b: bytes([b[0] ^ 255]) + b[1:]),
-                       "is corrupted"),
-    "flipped bit": (lambda d: damage(d, "adapter_model.safetensors", lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]),
-                    r"adapter_model\.safetensors is corrupted: .*sha256"),
-    "truncated config": (lambda d: damage(d, "adapter_config.json", lambda b: b[:40]), r"config\.json is corrupted"),
-    "config no text": (lambda d: damage(d, "adapter_config.json", lambda b: b"\xff" + b), r"config\.json is corrupted"),
-    "config no object": (lambda d: damage(d, "adapter_config.json", lambda b: b"[1]"), "not an adapter configuration"),
+    "flipped header": (
+        lambda d: damage(d, "adapter_model.safetensors", lambda b: bytes([b[0] ^ 255]) + b[1:]),
+        "is corrupted",
+    ),
+    "flipped bit": (
+        lambda d: damage(d, "adapter_model.safetensors", lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]),
+        r"adapter_model\.safetensors is corrupted: .*sha256",
+    ),
+    "truncated config": (
+        lambda d: damage(d, "adapter_config.json", lambda b: b[:40]),
+        r"config\.json is corrupted",
+    ),
+    "config no text": (
+        lambda d: damage(d, "adapter_config.json", lambda b: b"\xff" + b),
+        r"config\.json is corrupted",
+    ),
+    "config no object": (
+        lambda d: damage(d, "adapter_config.json", lambda b: b"[1]"),
+        "not an adapter configuration",
+    ),
     "other format": (lambda d: edit_config(d, lambda c: c.update(format=2)), "configuration of format 1"),
     "missing key": (lambda d: edit_config(d, lambda c: c.pop("readout")), r"missing keys \['readout'\]"),
     "unknown key": (lambda d: edit_config(d, lambda c: c.update(extra=1)), r"unknown keys \['extra'\]"),
-    "unknown option": (lambda d: edit_config(d, lambda c: c["method"].update(promts=1)), "no option 'promts'"),
-    "unknown method": (lambda d: edit_config(d, lambda c: c["method"].update(kind="x")), "kind must be one of"),
-    "bad option": (lambda d: edit_config(d, lambda c: c["method"].update(num_prompts=0)), "num_prompts must be"),
+    "unknown option": (
+        lambda d: edit_config(d, lambda c: c["method"].update(promts=1)),
+        "no option 'promts'",
+    ),
+    "unknown method": (
+        lambda d: edit_config(d, lambda c: c["method"].update(kind="x")),
+        "kind must be one of",
+    ),
+    "bad option": (
+        lambda d: edit_config(d, lambda c: c["method"].update(num_prompts=0)),
+        "num_prompts must be",
+    ),
     "bad readout": (lambda d: edit_config(d, lambda c: c.update(readout="mean")), "readout must be one of"),
     "bad head": (lambda d: edit_config(d, lambda c: c["head"].update(kind="mlp")), "head must be one of"),
     "head no object": (lambda d: edit_config(d, lambda c: c.update(head=3)), "cannot be read"),
     "backbone no object": (lambda d: edit_config(d, lambda c: c.update(backbone=None)), "backbone"),
-    "backbone without fingerprint": (lambda d: edit_config(d, lambda c: c["backbone"].pop("fingerprint")), "fingerprint"),
+    "backbone without fingerprint": (
+        lambda d: edit_config(d, lambda c: c["backbone"].pop("fingerprint")),
+        "fingerprint",
+    ),
     "method no object": (lambda d: edit_config(d, lambda c: c.update(method=[1])), "cannot be read"),
-    "number of classes": (lambda d: edit_config(d, lambda c: c.update(num_classes=4, class_names=None)), r"head\.\w+ has shape \(5"),
-    "class names": (lambda d: edit_config(d, lambda c: c.update(class_names=["a"])), "class_names has 1 names, num_classes is 5"),
+    "number of classes": (
+        lambda d: edit_config(d, lambda c: c.update(num_classes=4, class_names=None)),
+        r"head\.\w+ has shape \(5",
+    ),
+    "class names": (
+        lambda d: edit_config(d, lambda c: c.update(class_names=["a"])),
+        "class_names has 1 names, num_classes is 5",
+    ),
     "missing tensor": (lambda d: edit_tensors(d, lambda t: t.pop("head.bias")), r"missing \['head\.bias'\]"),
     "unknown tensor": (lambda d: edit_tensors(d, lambda t: t.update(x=torch.ones(1))), r"unknown \['x'\]"),
-    "misshapen tensor": (lambda d: edit_tensors(d, lambda t: t.update({"head.bias": torch.ones(6)})),
-                         r"head\.bias has shape \(6,\), this model has \(5,\)"),
-    "NaN tensor": (lambda d: edit_tensors(d, lambda t: t["head.bias"].fill_(float("nan"))), r"head\.bias .*NaN"),
+    "misshapen tensor": (
+        lambda d: edit_tensors(d, lambda t: t.update({"head.bias": torch.ones(6)})),
+        r"head\.bias has shape \(6,\), this model has \(5,\)",
+    ),
+    "NaN tensor": (
+        lambda d: edit_tensors(d, lambda t: t["head.bias"].fill_(float("nan"))),
+        r"head\.bias .*NaN",
+    ),
 }
 
 
 @pytest.mark.parametrize(("corrupt", "message"), CORRUPTIONS.values(), ids=CORRUPTIONS)
-def test_corrupted_adapters_are_refused(backbone: fp.FrozenViT, tmp_path: Path, corrupt: Callable[[Path], Any],
-                                        message: str) -> None:
+def test_corrupted_adapters_are_refused(
+    backbone: fp.FrozenViT, tmp_path: Path, corrupt: Callable[[Path], Any], message: str
+) -> None:
     build(backbone, "vpt", num_classes=5, class_names="abcde").save_pretrained(tmp_path)
     corrupt(tmp_path)
     with pytest.raises(ValueError, match=message) as caught:
@@ -273,7 +377,7 @@ def test_corrupted_adapters_are_refused(backbone: fp.FrozenViT, tmp_path: Path, 
 def test_missing_files_are_named(backbone: fp.FrozenViT, tmp_path: Path, name: str) -> None:
     build(backbone, "vpt", num_classes=5).save_pretrained(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"is no adapter: {name} is missing"):
+    with pytest.raises(FileNotFoundError, match=rf"is no adapter: {name} is missing"):
         fp.PromptedViT.from_pretrained(backbone, tmp_path)
 
 
@@ -283,11 +387,23 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("exists", [True, False])
 @pytest.mark.parametrize("call", [1, 2])
-@pytest.mark.parametrize(("function", "error"), [
-    ("fsync", OSError(28, "No space left on device")), ("fsync", KeyboardInterrupt()), ("replace", KeyboardInterrupt())])
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [
+        ("fsync", OSError(28, "No space left on device")),
+        ("fsync", KeyboardInterrupt()),
+        ("replace", KeyboardInterrupt()),
+    ],
+)
 def test_a_full_disk_or_ctrl_c_while_saving_changes_nothing(
-        backbone: fp.FrozenViT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: BaseException,
-        call: int, exists: bool) -> None:
+    backbone: fp.FrozenViT,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    function: str,
+    error: BaseException,
+    call: int,
+    exists: bool,
+) -> None:
     directory = tmp_path / "adapter"
     if exists:
         build(backbone, "vpt", num_classes=5).save_pretrained(directory)
@@ -313,7 +429,9 @@ def test_a_full_disk_or_ctrl_c_while_saving_changes_nothing(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file size limits are POSIX")
-def test_a_write_that_the_system_refuses_is_an_error_that_names_the_file(backbone: fp.FrozenViT, tmp_path: Path) -> None:
+def test_a_write_that_the_system_refuses_is_an_error_that_names_the_file(
+    backbone: fp.FrozenViT, tmp_path: Path
+) -> None:
     import resource
 
     model = build(backbone, "pgn", num_classes=5)
@@ -332,9 +450,11 @@ def test_load_adapter_state_dict_is_strict_and_changes_nothing_on_error(backbone
     model = build(backbone, "vpt", num_classes=5)
     before = {k: v.clone() for k, v in model.adapter_state_dict().items()}
     good = {k: torch.zeros_like(v) for k, v in before.items()}
-    for bad, message in (({k: v for k, v in good.items() if k != "head.bias"}, r"missing \['head\.bias'\]"),
-                         ({**good, "other": torch.ones(1)}, r"unknown \['other'\]"),
-                         ({**good, "head.weight": torch.ones(5, 1)}, r"head\.weight has shape \(5, 1\)")):
+    for bad, message in (
+        ({k: v for k, v in good.items() if k != "head.bias"}, r"missing \['head\.bias'\]"),
+        ({**good, "other": torch.ones(1)}, r"unknown \['other'\]"),
+        ({**good, "head.weight": torch.ones(5, 1)}, r"head\.weight has shape \(5, 1\)"),
+    ):
         with pytest.raises(ValueError, match=message):
             model.load_adapter_state_dict(bad)
         assert all(torch.equal(v, before[k]) for k, v in model.adapter_state_dict().items())
@@ -343,8 +463,9 @@ def test_load_adapter_state_dict_is_strict_and_changes_nothing_on_error(backbone
 
 
 @pytest.mark.parametrize("method", ["pgn", "v2apt", "vapt", "vpt", "free", "pixel", "linear", "full"])
-def test_bfloat16_backbone_keeps_trained_tensors_and_logits_in_float32(backbone: fp.FrozenViT, tiny_images: Tensor,
-                                                                      method: str) -> None:
+def test_bfloat16_backbone_keeps_trained_tensors_and_logits_in_float32(
+    backbone: fp.FrozenViT, tiny_images: Tensor, method: str
+) -> None:
     model = build(backbone, method, num_classes=5, readout="cls").eval()
     expected = model(tiny_images)
     model.set_backbone_dtype(torch.bfloat16)
@@ -359,7 +480,7 @@ def test_bfloat16_backbone_keeps_trained_tensors_and_logits_in_float32(backbone:
     model.set_backbone_dtype(torch.float32)
     assert model.backbone_dtype == torch.float32
     assert model(tiny_images).dtype == torch.float32
-    with pytest.raises(ValueError, match="dtype must be a floating-point dtype, got torch.int8"):
+    with pytest.raises(ValueError, match=r"dtype must be a floating-point dtype, got torch.int8"):
         model.set_backbone_dtype(torch.int8)
 
 
@@ -384,12 +505,18 @@ def test_small_batches(backbone: fp.FrozenViT, tiny_images: Tensor, method: str,
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_memory_layout_of_the_images_does_not_matter(backbone: fp.FrozenViT, tiny_images: Tensor, method: str) -> None:
+def test_memory_layout_of_the_images_does_not_matter(
+    backbone: fp.FrozenViT, tiny_images: Tensor, method: str
+) -> None:
     model, images = build(backbone.double(), method, num_classes=5).eval(), tiny_images.double()
     expected = model(images)
     strided = torch.stack([images, images], dim=-1).flatten(3)[..., ::2]
     assert not strided.is_contiguous()
-    for other in (images.contiguous(memory_format=torch.channels_last), strided, images.expand(4, -1, -1, -1)):
+    for other in (
+        images.contiguous(memory_format=torch.channels_last),
+        strided,
+        images.expand(4, -1, -1, -1),
+    ):
         torch.testing.assert_close(model(other), expected, rtol=1e-9, atol=1e-9)
 
 
@@ -408,62 +535,87 @@ def test_aux_is_empty_where_a_loss_needs_nothing_more(backbone: fp.FrozenViT, ti
 
 def test_counts(backbone: fp.FrozenViT, capsys: pytest.CaptureFixture[str]) -> None:
     model = fp.PromptedViT(backbone, fp.VPTConfig(num_prompts=3), num_classes=5)
-    assert model.num_trainable() == {"total": 3 * 3 * 48 + 5 * 49, "generator": 432, "head": 245, "backbone": 0}
+    assert model.num_trainable() == {
+        "total": 3 * 3 * 48 + 5 * 49,
+        "generator": 432,
+        "head": 245,
+        "backbone": 0,
+    }
     assert model.paper_parameter_count() == 432
     total = sum(p.numel() for p in model.parameters())
     model.print_trainable_parameters()
     assert capsys.readouterr().out == (
-        f"trainable params: 677 || all params: {total:,} || trainable%: {100 * 677 / total:.4f}\n")
+        f"trainable params: 677 || all params: {total:,} || trainable%: {100 * 677 / total:.4f}\n"
+    )
     assert fp.PromptedViT(backbone, fp.LinearProbeConfig(), 5).paper_parameter_count() is None
     full = fp.PromptedViT(backbone, fp.FullFineTuneConfig(), 5).num_trainable()
-    assert full["backbone"] == sum(p.numel() for n, p in backbone.named_parameters() if not n.startswith("head."))
+    assert full["backbone"] == sum(
+        p.numel() for n, p in backbone.named_parameters() if not n.startswith("head.")
+    )
 
 
-@pytest.mark.parametrize(("options", "error", "message"), [
-    ({"num_classes": 0}, ValueError, "num_classes must be a positive integer or None, got 0"),
-    ({"num_classes": 2.0}, ValueError, r"num_classes must be a positive integer or None, got 2\.0"),
-    ({"num_classes": True}, ValueError, "num_classes must be a positive integer"),
-    ({"num_classes": 5, "head": "mlp"}, ValueError, "head must be one of .* got 'mlp'"),
-    ({"num_classes": 5, "head": "text"}, ValueError, "head 'text' needs class_embeddings"),
-    ({"num_classes": 5, "head": "text", "class_embeddings": torch.ones(4, 7)}, ValueError,
-     "class_embeddings has 4 rows, num_classes is 5"),
-    ({"num_classes": 5, "head": "text", "class_embeddings": torch.ones(5, 6)}, ValueError,
-     r"class_embeddings must have shape \(C, 7\).*got \(5, 6\)"),
-    ({"num_classes": 5, "head": "prototypes"}, ValueError, "head 'prototypes' needs prototypes"),
-    ({"num_classes": 8, "head": "label_map"}, ValueError, "num_classes must be at most the 7 outputs"),
-    ({"num_classes": 5, "readout": "mean"}, ValueError, "readout must be one of .* got 'mean'"),
-    ({"num_classes": 5, "class_names": ["a"]}, ValueError, "class_names has 1 names, num_classes is 5"),
-    ({"config": {"kind": "vpt"}}, TypeError, "config must be one of PGNConfig.* got dict"),
-    ({"config": "vpt"}, TypeError, "config must be one of .* got str"),
-    ({"backbone": "clip-vit-b16"}, TypeError, "backbone must be a FrozenViT, got str"),
-    ({"backbone": nn.Linear(2, 2)}, TypeError, "backbone must be a FrozenViT, got Linear; wrap a timm model"),
-])
-def test_bad_arguments_are_named(backbone: fp.FrozenViT, options: dict[str, Any], error: type[Exception],
-                                 message: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_classes": 0}, ValueError, "num_classes must be a positive integer or None, got 0"),
+        ({"num_classes": 2.0}, ValueError, r"num_classes must be a positive integer or None, got 2\.0"),
+        ({"num_classes": True}, ValueError, "num_classes must be a positive integer"),
+        ({"num_classes": 5, "head": "mlp"}, ValueError, "head must be one of .* got 'mlp'"),
+        ({"num_classes": 5, "head": "text"}, ValueError, "head 'text' needs class_embeddings"),
+        (
+            {"num_classes": 5, "head": "text", "class_embeddings": torch.ones(4, 7)},
+            ValueError,
+            "class_embeddings has 4 rows, num_classes is 5",
+        ),
+        (
+            {"num_classes": 5, "head": "text", "class_embeddings": torch.ones(5, 6)},
+            ValueError,
+            r"class_embeddings must have shape \(C, 7\).*got \(5, 6\)",
+        ),
+        ({"num_classes": 5, "head": "prototypes"}, ValueError, "head 'prototypes' needs prototypes"),
+        ({"num_classes": 8, "head": "label_map"}, ValueError, "num_classes must be at most the 7 outputs"),
+        ({"num_classes": 5, "readout": "mean"}, ValueError, "readout must be one of .* got 'mean'"),
+        ({"num_classes": 5, "class_names": ["a"]}, ValueError, "class_names has 1 names, num_classes is 5"),
+        ({"config": {"kind": "vpt"}}, TypeError, "config must be one of PGNConfig.* got dict"),
+        ({"config": "vpt"}, TypeError, "config must be one of .* got str"),
+        ({"backbone": "clip-vit-b16"}, TypeError, "backbone must be a FrozenViT, got str"),
+        (
+            {"backbone": nn.Linear(2, 2)},
+            TypeError,
+            "backbone must be a FrozenViT, got Linear; wrap a timm model",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(
+    backbone: fp.FrozenViT, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         fp.PromptedViT(**{"backbone": backbone, "config": fp.VPTConfig(), **options})
 
 
 def test_bad_readouts_for_a_backbone_are_named(tiny_vit: VisionTransformer) -> None:
-    with pytest.raises(ValueError, match="readout 'map' needs an attention-pooling head"):
+    with pytest.raises(ValueError, match=r"readout 'map' needs an attention-pooling head"):
         fp.PromptedViT(fp.FrozenViT(tiny_vit), fp.VPTConfig(), readout="map")
-    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, class_token=False,
-                            global_pool="avg")
-    with pytest.raises(ValueError, match="readout 'cls' needs a class token"):
+    vit = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, class_token=False, global_pool="avg"
+    )
+    with pytest.raises(ValueError, match=r"readout 'cls' needs a class token"):
         fp.PromptedViT(fp.FrozenViT(vit), fp.VPTConfig(), readout="cls")
 
 
 def test_given_head_must_agree_with_num_classes(backbone: fp.FrozenViT) -> None:
-    with pytest.raises(ValueError, match="num_classes is 3, the given head has 5"):
+    with pytest.raises(ValueError, match=r"num_classes is 3, the given head has 5"):
         fp.PromptedViT(backbone, fp.VPTConfig(), 3, head=fp.LinearHead(48, 5))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bad_images_are_named(backbone: fp.FrozenViT, tiny_images: Tensor, method: str) -> None:
     model = build(backbone, method, num_classes=5)
-    for images, error, message in ((tiny_images.long(), TypeError, "images must be floating point"),
-                                   (tiny_images[0], ValueError, "images must have shape"),
-                                   (tiny_images[..., :16], ValueError, "images must be 32 x 32 pixels"),
-                                   (tiny_images / 0, ValueError, "NaN or infinite")):
+    for images, error, message in (
+        (tiny_images.long(), TypeError, "images must be floating point"),
+        (tiny_images[0], ValueError, "images must have shape"),
+        (tiny_images[..., :16], ValueError, "images must be 32 x 32 pixels"),
+        (tiny_images / 0, ValueError, "NaN or infinite"),
+    ):
         with pytest.raises(error, match=message):
             model(images)

@@ -29,7 +29,12 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "pool prefix": {"global_pool": "avg", "pool_include_prefix": True},
     "one block": {"depth": 1},
 }
-CASES = [(name, readout) for name in BACKBONES for readout in reference.READOUTS if readout != "map" or name == "map"]
+CASES = [
+    (name, readout)
+    for name in BACKBONES
+    for readout in reference.READOUTS
+    if readout != "map" or name == "map"
+]
 METHODS = {
     "vpt": fp.VPTConfig(num_prompts=3, prompt_dropout=0.2),
     "vpt shallow": fp.VPTConfig(num_prompts=3, deep=False),
@@ -40,7 +45,9 @@ METHODS = {
 }
 
 
-def model_of(randomised: Callable[..., nn.Module], method: str, backbone: str, readout: str) -> fp.PromptedViT:
+def model_of(
+    randomised: Callable[..., nn.Module], method: str, backbone: str, readout: str
+) -> fp.PromptedViT:
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
     vit = randomised(VisionTransformer(**{**sizes, **BACKBONES[backbone]}))
     model = fp.PromptedViT(fp.FrozenViT(vit).double(), METHODS[method], readout=readout)
@@ -51,8 +58,9 @@ def model_of(randomised: Callable[..., nn.Module], method: str, backbone: str, r
 
 
 @pytest.mark.parametrize(("backbone", "readout"), CASES)
-def test_equals_the_reference(randomised: Callable[..., nn.Module], tiny_images: Tensor, backbone: str,
-                              readout: str) -> None:
+def test_equals_the_reference(
+    randomised: Callable[..., nn.Module], tiny_images: Tensor, backbone: str, readout: str
+) -> None:
     images = tiny_images[:2].double()
     for method in METHODS:
         model = model_of(randomised, method, backbone, readout).train()
@@ -80,21 +88,39 @@ def rows_seen(model: fp.PromptedViT, images: Tensor, monkeypatch: pytest.MonkeyP
     return rows
 
 
-@pytest.mark.parametrize(("method", "readout", "rows"), [
-    ("vpt", "cls", [17, 1]), ("vpt", "patches", [17, 17]), ("vpt", "patches+prompts", [17, 20]),
-    ("vapt", "cls", [17, 1]), ("v2apt", "cls", [17, 1]), ("vpt shallow", "cls", [20, 1]), ("pgn", "cls", [20, 1]),
-    ("free", "patches", [20, 20]),
-])
-def test_rows_nobody_reads_are_not_computed(randomised: Callable[..., nn.Module], tiny_images: Tensor, method: str,
-                                            readout: str, rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("method", "readout", "rows"),
+    [
+        ("vpt", "cls", [17, 1]),
+        ("vpt", "patches", [17, 17]),
+        ("vpt", "patches+prompts", [17, 20]),
+        ("vapt", "cls", [17, 1]),
+        ("v2apt", "cls", [17, 1]),
+        ("vpt shallow", "cls", [20, 1]),
+        ("pgn", "cls", [20, 1]),
+        ("free", "patches", [20, 20]),
+    ],
+)
+def test_rows_nobody_reads_are_not_computed(
+    randomised: Callable[..., nn.Module],
+    tiny_images: Tensor,
+    method: str,
+    readout: str,
+    rows: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = model_of(randomised, method, "plain", readout)
     assert rows_seen(model, tiny_images.double(), monkeypatch) == rows
 
 
-def test_static_prompts_are_projected_once_not_once_per_image(randomised: Callable[..., nn.Module], tiny_images: Tensor,
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_static_prompts_are_projected_once_not_once_per_image(
+    randomised: Callable[..., nn.Module], tiny_images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, seen, original = model_of(randomised, "vpt", "plain", "cls").eval(), [], forward.attention
-    monkeypatch.setattr(forward, "attention", lambda block, x, prompts, rows: (
-        seen.append(prompts.shape[0]) or original(block, x, prompts, rows)))
+    monkeypatch.setattr(
+        forward,
+        "attention",
+        lambda block, x, prompts, rows: seen.append(prompts.shape[0]) or original(block, x, prompts, rows),
+    )
     model(tiny_images.double())
     assert seen == [1, 1]

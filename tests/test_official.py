@@ -1,0 +1,582 @@
+"""load_official: every layout of the authors' checkpoints, and a clear error for everything else."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import fastprompt as fp
+
+State = dict[str, Tensor]
+D, P, L = 48, 3, 3
+
+
+@pytest.fixture
+def backbone(tiny_vit: VisionTransformer) -> fp.FrozenViT:
+    return fp.FrozenViT(tiny_vit)
+
+
+def vpt_state(deep: bool = True, project: int | None = None) -> State:
+    k = project or D
+    state = {"prompt_embeddings": torch.randn(1, P, k)}
+    if deep:
+        state["deep_prompt_embeddings"] = torch.randn(L - 1, P, k)
+    if project:
+        state |= {"prompt_proj.weight": torch.randn(D, k), "prompt_proj.bias": torch.randn(D)}
+    return state
+
+
+def vapt_state(
+    *,
+    static: int = 1,
+    kernel: int | None = 2,
+    padding: int = 0,
+    channels: int = 1,
+    shared: bool = True,
+    scale: bool = False,
+    projector: bool = True,
+    grid: tuple[int, int] = (4, 4),
+    depth: int = L,
+    width: int = D,
+    hidden: int = 5,
+) -> State:
+    state = {"prompt_embeddings": torch.randn(1, P, width)}
+    if static > 1:
+        state["deep_prompt_embeddings"] = torch.randn(static - 1, P, width)
+    grow = 0 if kernel is None else 2 * padding - kernel + 1
+    positions = (grid[0] + grow) * (grid[1] + grow)
+    for j in range(depth - static):
+        state |= {
+            f"deep_prompt_norm.{j}.weight": torch.randn(width),
+            f"deep_prompt_norm.{j}.bias": torch.randn(width),
+            f"deep_prompt_downsample.{j}.linear.weight": torch.randn(P, positions),
+            f"deep_prompt_downsample.{j}.linear.bias": torch.randn(P),
+        }
+        if kernel is not None:
+            state[f"deep_prompt_downsample.{j}.conv.kernel"] = torch.randn(channels, 1, kernel, kernel)
+    if projector:
+        for stem in [""] if shared else [f"{j}." for j in range(depth - static)]:
+            state[f"deep_prompt_embeddings_mlp.{stem}block.0.weight"] = torch.randn(hidden, width)
+            state[f"deep_prompt_embeddings_mlp.{stem}block.2.weight"] = torch.randn(width, hidden)
+            if scale:
+                state[f"deep_prompt_embeddings_mlp.{stem}scale"] = torch.tensor(0.7)
+    return state
+
+
+def adaptive_by_hand(
+    state: State,
+    j: int,
+    tokens: Tensor,
+    grid: tuple[int, int] = (4, 4),
+    padding: int = 0,
+    act: Callable[[Tensor], Tensor] = F.relu,
+) -> Tensor:
+    """Prompts of adaptive block j as the authors' code computes them, from their own names."""
+    x = F.layer_norm(
+        tokens,
+        (tokens.shape[2],),
+        state[f"deep_prompt_norm.{j}.weight"],
+        state[f"deep_prompt_norm.{j}.bias"],
+        1e-5,
+    ).transpose(1, 2)
+    stem = f"deep_prompt_downsample.{j}."
+    if stem + "conv.kernel" in state:
+        channels = x.shape[1]
+        kernel = state[stem + "conv.kernel"].expand(channels, -1, -1, -1)
+        x = F.conv2d(x.unflatten(2, grid), kernel, padding=padding, groups=channels).flatten(2)
+    x = F.linear(x, state[stem + "linear.weight"], state[stem + "linear.bias"]).transpose(1, 2)
+    for mlp in ("deep_prompt_embeddings_mlp.", f"deep_prompt_embeddings_mlp.{j}."):
+        if mlp + "block.0.weight" in state:
+            hidden = act(F.linear(x, state[mlp + "block.0.weight"]))
+            return F.linear(hidden, state[mlp + "block.2.weight"]) * state.get(mlp + "scale", 1.0) + x
+    return x
+
+
+def full_model(state: State, prefix: str = "enc.transformer.", classes: int = 4) -> State:
+    """The state dict of the authors' whole model around the prompts."""
+    inner = {
+        **state,
+        "embeddings.cls_token": torch.zeros(1, 1, D),
+        "embeddings.position_embeddings": torch.zeros(1, 17, D),
+        "embeddings.patch_embeddings.bias": torch.zeros(D),
+        "encoder.layer.0.attn.query.weight": torch.zeros(D, D),
+        "encoder.encoder_norm.weight": torch.ones(D),
+    }
+    outer = prefix[: -len("enc.transformer.")]
+    return {
+        **{prefix + k: v for k, v in inner.items()},
+        outer + "head.last_layer.weight": torch.randn(classes, D),
+        outer + "head.last_layer.bias": torch.randn(classes),
+    }
+
+
+def pgn_state(trunk: str = "resnet10") -> State:
+    pgn = fp.PGN(num_prompts=2, library_size=5, widths=(4, 8), width=D, trunk=trunk)
+    renamed = (
+        {
+            "trunk.stem.": "model.input_net.",
+            "trunk.fc.": "model.output_net.2.",
+            "trunk.": "model.",
+            ".body.": ".net.",
+            ".skip.": ".downsample.",
+        }
+        if trunk == "resnet10"
+        else {"trunk.": "model."}
+    )
+    state = {}
+    for name, tensor in pgn.state_dict().items():
+        for ours, theirs in renamed.items():
+            name = name.replace(ours, theirs)
+        state["tl_vectors" if name == "library" else name] = torch.rand_like(tensor.float()).to(tensor.dtype)
+    return state
+
+
+@pytest.mark.parametrize("prefix", ["", "enc.transformer.", "module.enc.transformer."])
+@pytest.mark.parametrize("deep", [True, False])
+def test_vpt(backbone: fp.FrozenViT, deep: bool, prefix: str) -> None:
+    state = vpt_state(deep)
+    model = fp.load_official({prefix + k: v for k, v in state.items()}, backbone)
+    assert isinstance(model, fp.PromptedViT)
+    assert model.config == fp.VPTConfig(num_prompts=P, deep=deep)
+    assert (model.num_classes, model.training) == (None, False)
+    assert torch.equal(model.generator(), state["prompt_embeddings"])
+    for i in range(1, L if deep else 1):
+        assert torch.equal(model.generator(layer=i)[0], state["deep_prompt_embeddings"][i - 1])
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_vpt_with_projection(backbone: fp.FrozenViT, deep: bool) -> None:
+    state = vpt_state(deep, project=6)
+    vpt = fp.load_official(state, backbone).generator
+    assert vpt.config.project == 6
+    expected = F.linear(state["prompt_embeddings"], state["prompt_proj.weight"], state["prompt_proj.bias"])
+    torch.testing.assert_close(vpt(), expected)
+
+
+def test_vpt_without_backbone() -> None:
+    vpt = fp.load_official(vpt_state())
+    assert isinstance(vpt, fp.VPT)
+    assert (vpt.geometry.width, vpt.geometry.depth) == (D, L)
+
+
+VAPT_LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "default": ({}, {}),
+    "kernel 3": ({"kernel": 3}, {"kernel": 3}),
+    "kernel 3 padded": ({"kernel": 3, "padding": 1}, {"kernel": 3, "padding": 1}),
+    "kernel 1": ({"kernel": 1}, {"kernel": 1}),
+    "no convolution": ({"kernel": None}, {"conv": False}),
+    "kernel per channel": ({"channels": D}, {"channelwise": False}),
+    "projector per layer": ({"shared": False}, {"share_projector": False}),
+    "projector per layer, scaled": (
+        {"shared": False, "scale": True},
+        {"share_projector": False, "learnable_scale": True},
+    ),
+    "shared, scaled": ({"scale": True}, {"learnable_scale": True}),
+    "no projector": ({"projector": False}, {"feature_projector": False}),
+    "two static layers": ({"static": 2}, {"static_layers": 2}),
+    "wide projector": ({"hidden": 16}, {"hidden": 16}),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "enc.transformer."])
+@pytest.mark.parametrize(("layout", "options"), VAPT_LAYOUTS.values(), ids=VAPT_LAYOUTS)
+def test_vapt(backbone: fp.FrozenViT, layout: dict[str, Any], options: dict[str, Any], prefix: str) -> None:
+    state = vapt_state(**layout)
+    vapt = fp.load_official({prefix + k: v for k, v in state.items()}, backbone).generator
+    hidden = 8 if not layout.get("projector", True) else 5
+    assert vapt.config == fp.VAPTConfig(**{"num_prompts": P, "hidden": hidden, **options})
+    tokens, static = torch.randn(2, 16, D), layout.get("static", 1)
+    assert torch.equal(vapt(layer=0), state["prompt_embeddings"])
+    for i in range(1, static):
+        assert torch.equal(vapt(layer=i)[0], state["deep_prompt_embeddings"][i - 1])
+    for i in range(static, L):
+        expected = adaptive_by_hand(state, i - static, tokens, padding=layout.get("padding", 0))
+        torch.testing.assert_close(vapt(tokens, layer=i), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("grid", "given"), [((14, 14), {}), ((16, 16), {}), ((7, 7), {}), ((5, 9), {"grid": (5, 9)})]
+)
+@pytest.mark.parametrize("padding", [0, 1])
+def test_vapt_without_backbone_infers_grid_and_padding(
+    grid: tuple[int, int], given: dict, padding: int
+) -> None:
+    if grid == (16, 16) or (grid == (7, 7) and padding):  # else taken for another padding of a 14 x 14 grid
+        given = {"padding": padding}
+    state = vapt_state(grid=grid, kernel=3, padding=padding, width=8, depth=2)
+    vapt = fp.load_official(state, **given)
+    assert vapt.config.padding == padding
+    assert vapt.geometry.grid == grid
+    tokens = torch.randn(1, grid[0] * grid[1], 8)
+    torch.testing.assert_close(
+        vapt(tokens), adaptive_by_hand(state, 0, tokens, grid, padding), rtol=1e-4, atol=1e-3
+    )
+
+
+def test_activation_and_dropouts_are_arguments(backbone: fp.FrozenViT) -> None:
+    state, tokens = vapt_state(), torch.randn(2, 16, D)
+    vapt = fp.load_official(state, backbone, activation="gelu", channel_dropout=0.0).generator
+    assert (vapt.config.activation, vapt.config.channel_dropout) == ("gelu", 0.0)
+    torch.testing.assert_close(
+        vapt(tokens, layer=2), adaptive_by_hand(state, 1, tokens, act=F.gelu), rtol=1e-4, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("prefix", ["enc.transformer.", "module.enc.transformer."])
+@pytest.mark.parametrize("make", [vpt_state, vapt_state])
+def test_full_model_brings_its_head(
+    backbone: fp.FrozenViT, tiny_images: Tensor, make: Callable[[], State], prefix: str
+) -> None:
+    state = full_model(make(), prefix)
+    model = fp.load_official(state, backbone)
+    outer = prefix[: -len("enc.transformer.")]
+    weight, bias = state[outer + "head.last_layer.weight"], state[outer + "head.last_layer.bias"]
+    assert model.num_classes == 4
+    torch.testing.assert_close(
+        model(tiny_images), F.linear(model.forward_features(tiny_images), weight, bias)
+    )
+    without = fp.load_official(
+        {k: v for k, v in state.items() if not k.endswith("bias")}
+        | {prefix + k: v for k, v in make().items() if k.endswith("bias")},
+        backbone,
+    )
+    assert (without.head.bias == 0).all()
+
+
+def test_a_checkpoint_of_another_backbone_warns(
+    backbone: fp.FrozenViT, recwarn: pytest.WarningsRecorder
+) -> None:
+    state = full_model(vpt_state())
+    key = "enc.transformer.embeddings.patch_embeddings.weight"
+    fp.load_official({**state, key: backbone.patch_weight.detach()}, backbone)
+    assert len(recwarn) == 0
+    with pytest.warns(UserWarning, match=r"carries the weights of another backbone"):
+        fp.load_official({**state, key: torch.randn(D, 3, 8, 8)}, backbone)
+
+
+@pytest.mark.parametrize(
+    ("trunk", "prefix"),
+    [("resnet10", ""), ("resnet10", "pgn."), ("resnet10", "model.pgn."), ("resnet18", "pgn.")],
+)
+def test_pgn(backbone: fp.FrozenViT, trunk: str, prefix: str) -> None:
+    state = pgn_state(trunk)
+    pgn = fp.load_official({prefix + k: v for k, v in state.items()})
+    assert isinstance(pgn, fp.PGN)
+    assert (pgn.config.trunk, pgn.config.num_prompts, pgn.config.library_size) == (trunk, 2, 5)
+    if trunk == "resnet10":
+        assert pgn.config.widths == (4, 8)
+    assert torch.equal(pgn.library, state["tl_vectors"])
+    ours = sorted(t.double().sum().item() for t in pgn.state_dict().values())
+    assert ours == sorted(t.double().sum().item() for t in state.values())
+    model = fp.load_official(state, backbone, activation="sigmoid", stem_pool=trunk != "resnet10")
+    assert model.config.activation == "sigmoid"
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, D)
+
+
+def test_golden_pgn_through_the_loader(golden: Callable[[str], State]) -> None:
+    data = golden("pgn_tiny")
+    pgn = fp.load_official({k[6:]: v for k, v in data.items() if k.startswith("state.")}).double()
+    out, expected = pgn(data["images"].double()), data["eval.prompts"].double()
+    assert (out - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["vapt", "vpt_deep", "vpt_shallow"])
+def test_golden_prompts_under_the_authors_names(golden: Callable[[str], State], name: str) -> None:
+    data = golden(name)
+    vit = VisionTransformer(patch_size=16, embed_dim=48, depth=4, num_heads=3, num_classes=0)
+    vit.load_state_dict({k[9:]: v for k, v in data.items() if k.startswith("backbone.")})
+    state = {}
+    for key, tensor in data.items():
+        layer, _, rest = key.removeprefix("prompt.").partition(".")
+        if key == "prompt.first":
+            state["prompt_embeddings"] = tensor
+        elif key == "prompt.deep":
+            state["deep_prompt_embeddings"] = tensor
+        elif key.startswith("prompt.feature_projector."):
+            state[f"deep_prompt_embeddings_mlp.block.{0 if rest == 'w1' else 2}.weight"] = tensor
+        elif key.startswith("prompt."):
+            rest = rest.replace("token_projector", "linear")
+            stem = "deep_prompt_norm" if rest.startswith("norm.") else "deep_prompt_downsample"
+            state[f"{stem}.{int(layer) - 1}.{rest.removeprefix('norm.')}"] = tensor
+    model = fp.load_official(state, fp.FrozenViT(vit)).double()
+    out, expected = model(data["images"].double()), data["cls"].double()
+    assert (out - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: {
+            "state_dict": {"pgn." + k: v for k, v in s.items()},
+            "epoch": 3,
+            "hyper_parameters": {"lr": 0.1},
+        },
+        lambda s: {"model": s, "optimizer": {"lr": 1}},
+        lambda s: {**s, "epoch": 7},
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt"])
+def test_files_and_wrappers(tmp_path: Path, wrap: Callable[[State], Any], suffix: str) -> None:
+    state = pgn_state()
+    torch.save(wrap(state), tmp_path / f"a{suffix}")
+    for source in (tmp_path / f"a{suffix}", str(tmp_path / f"a{suffix}"), wrap(state)):
+        assert torch.equal(fp.load_official(source).library, state["tl_vectors"])
+
+
+def test_safetensors_files_and_float64(tmp_path: Path) -> None:
+    state = {k: v.double() for k, v in vpt_state().items()}
+    save_file(state, tmp_path / "a.safetensors")
+    vpt = fp.load_official(tmp_path / "a.safetensors")
+    assert torch.equal(vpt()[0], state["prompt_embeddings"][0])
+
+
+class Malice:
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("malice"),))
+
+
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({**vpt_state(), "x": Malice()}, "a.pt")
+    Path("b.pt").write_bytes(pickle.dumps({"x": Malice()}, protocol=2))
+    for name in ("a.pt", "b.pt"):
+        with pytest.raises(
+            ValueError, match=rf"source {name} cannot be read as plain tensors \(weights_only=True\)"
+        ):
+            fp.load_official(name)
+    assert not Path("malice").exists()
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 no zip", b"\x80\x02}q\x00", bytes(1000)])
+def test_broken_files_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((ValueError, TypeError), match=r"source"):
+        fp.load_official(tmp_path / name)
+
+
+def test_truncated_files_are_refused(tmp_path: Path) -> None:
+    torch.save(pgn_state(), tmp_path / "a.pt")
+    save_file(vpt_state(), tmp_path / "a.safetensors")
+    for path in sorted(tmp_path.iterdir()):
+        whole = path.read_bytes()
+        for size in (100, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:size])
+            with pytest.raises(ValueError, match=rf"source .*{path.name}"):
+                fp.load_official(path)
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pt does not exist"):
+        fp.load_official(tmp_path / "nothing.pt")
+    with pytest.raises(FileNotFoundError):
+        fp.load_official(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        (3, TypeError, "source must be a path or a state dict"),
+        ([1], TypeError, "source must be a path or a state dict"),
+        ({}, TypeError, "source must be"),
+        ({"a": 1}, TypeError, "source must be a state dict of tensors, it holds none"),
+        ({1: torch.ones(1)}, TypeError, "source must be"),
+        (nn.Linear(2, 2), TypeError, "got Linear"),
+        (
+            {"fc.weight": torch.ones(2, 2)},
+            ValueError,
+            r"is no published PGN, VPT or VAPT checkpoint.*\['fc\.weight'\]",
+        ),
+        (nn.Linear(2, 2).state_dict(), ValueError, "neither 'tl_vectors' nor 'prompt_embeddings'"),
+    ],
+)
+def test_other_sources_are_refused(source: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fp.load_official(source)
+
+
+def without(state: State, *names: str) -> State:
+    assert set(names) <= set(state)
+    return {k: v for k, v in state.items() if k not in names}
+
+
+BAD: dict[str, tuple[Callable[[], State], str]] = {
+    "pgn: missing tensor": (
+        lambda: without(pgn_state(), "model.blocks.0.net.3.weight"),
+        "missing .*blocks.0.body.3",
+    ),
+    "pgn: missing statistics": (
+        lambda: without(pgn_state(), "model.input_net.1.running_var"),
+        "missing .*running_var",
+    ),
+    "pgn: extra tensor": (
+        lambda: {**pgn_state(), "model.extra.weight": torch.ones(1)},
+        "unknown .*extra.weight",
+    ),
+    "pgn: misshapen": (
+        lambda: {**pgn_state(), "model.output_net.2.bias": torch.ones(3)},
+        r"fc.bias has shape \(3,\)",
+    ),
+    "pgn: no network": (lambda: {"tl_vectors": torch.ones(5, D)}, "no known network"),
+    "pgn: no head": (
+        lambda: without(pgn_state(), "model.output_net.2.weight"),
+        r"lacks 'model\.output_net\.2\.weight'",
+    ),
+    "pgn: library": (
+        lambda: {**pgn_state(), "tl_vectors": torch.ones(4, D)},
+        "10 outputs are no multiple of .* 4",
+    ),
+    "pgn: library 1-d": (
+        lambda: {**pgn_state(), "tl_vectors": torch.ones(5)},
+        "tl_vectors must have 2 dimensions",
+    ),
+    "pgn: NaN": (
+        lambda: {**pgn_state(), "tl_vectors": torch.full((5, D), float("nan"))},
+        "tl_vectors contains NaN",
+    ),
+    "vpt: inf": (
+        lambda: {"prompt_embeddings": torch.full((1, 2, D), float("inf"))},
+        "prompt_embeddings contains NaN or inf",
+    ),
+    "vpt: 2-d": (lambda: {"prompt_embeddings": torch.ones(2, D)}, "prompt_embeddings must have 3 dimensions"),
+    "vpt: batch": (lambda: {"prompt_embeddings": torch.ones(2, P, D)}, r"do not fit \(1, P, k\)"),
+    "vpt: deep of other length": (
+        lambda: {**vpt_state(), "deep_prompt_embeddings": torch.ones(2, P + 1, D)},
+        "do not fit",
+    ),
+    "vpt: no projection bias": (
+        lambda: without(vpt_state(project=6), "prompt_proj.bias"),
+        r"lacks 'prompt_proj\.bias'",
+    ),
+    "vpt: projection of other width": (
+        lambda: {**vpt_state(project=6), "prompt_proj.weight": torch.ones(D, 7)},
+        r"projection.weight has shape \(48, 7\), expected \(48, 6\)",
+    ),
+    "vpt: unknown prompt tensor": (
+        lambda: {**vpt_state(), "prompt_gate": torch.ones(1)},
+        r"does not have: \['prompt_gate'\]",
+    ),
+    "swin": (
+        lambda: {"prompt_embeddings": torch.ones(1, P, D), "deep_prompt_embeddings_0": torch.ones(1, P, D)},
+        "Swin transformer",
+    ),
+    "two sets": (
+        lambda: {"a.tl_vectors": torch.ones(1, 1), "b.tl_vectors": torch.ones(1, 1)},
+        "more than one 'tl_vectors'",
+    ),
+    "vapt: no norm": (
+        lambda: without(vapt_state(), "deep_prompt_norm.1.bias"),
+        r"lacks 'deep_prompt_norm\.1\.bias'",
+    ),
+    "vapt: a kernel missing": (
+        lambda: without(vapt_state(), "deep_prompt_downsample.1.conv.kernel"),
+        "lacks .*1.conv.kernel",
+    ),
+    "vapt: a layer missing": (
+        lambda: {k: v for k, v in vapt_state().items() if ".0." not in k or "mlp" in k},
+        "lacks",
+    ),
+    "vapt: half a projector": (
+        lambda: without(vapt_state(), "deep_prompt_embeddings_mlp.block.2.weight"),
+        "lacks .*block.2",
+    ),
+    "vapt: positions": (
+        lambda: {**vapt_state(), "deep_prompt_downsample.0.linear.weight": torch.ones(P, 10)},
+        "reads 10 positions, which no padding gives on a grid of",
+    ),
+    "vapt: other layer misshapen": (
+        lambda: {**vapt_state(), "deep_prompt_downsample.1.linear.weight": torch.ones(P, 8)},
+        r"adaptive.1.projector.weight has shape \(3, 8\)",
+    ),
+    "vapt: kernel not square": (
+        lambda: {**vapt_state(), "deep_prompt_downsample.0.conv.kernel": torch.ones(1, 1, 3, 2)},
+        "kernel has shape",
+    ),
+    "vapt: unknown tensor": (
+        lambda: {**vapt_state(), "deep_prompt_gate.0.weight": torch.ones(1)},
+        "deep_prompt_gate",
+    ),
+    "vapt: layer name": (
+        lambda: {**vapt_state(), "deep_prompt_downsample.x.linear.weight": torch.ones(1)},
+        "deep_prompt_downsample.x",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), BAD.values(), ids=BAD)
+def test_tensors_that_do_not_fit_are_named(
+    backbone: fp.FrozenViT, make: Callable[[], State], message: str
+) -> None:
+    for b in (backbone, None):
+        if b is None and "positions" in message:
+            continue
+        with pytest.raises(ValueError, match=message):
+            fp.load_official(make(), b)
+
+
+@pytest.mark.parametrize(
+    ("make", "overrides", "message"),
+    [
+        (pgn_state, {"num_prompts": 3}, "num_prompts=3 contradicts the checkpoint, whose tensors say 2"),
+        (pgn_state, {"trunk": "resnet18"}, "trunk='resnet18' contradicts"),
+        (vpt_state, {"deep": False}, "deep=False contradicts"),
+        (vapt_state, {"kernel": 3}, "kernel=3 contradicts"),
+        (vapt_state, {"padding": 1}, "no padding gives|contradicts"),
+        (vapt_state, {"share_projector": False}, "share_projector=False contradicts"),
+        (vapt_state, {"hidden": 8}, "hidden=8 contradicts"),
+        (vpt_state, {"kernel": 2}, "VPTConfig has no option 'kernel'"),
+        (pgn_state, {"activation": "relu"}, "activation must be one of"),
+        (vpt_state, {"grid": (3, 3)}, r"grid \(3, 3\)"),
+        (vapt_state, {"grid": (3, 3)}, "grid"),
+    ],
+)
+def test_contradictory_overrides_are_refused(
+    backbone: fp.FrozenViT, make: Callable[[], State], overrides: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        fp.load_official(make(), backbone, **overrides)
+
+
+@pytest.mark.parametrize("make", [vpt_state, vapt_state])
+def test_other_backbones_are_refused(make: Callable[[], State]) -> None:
+    def vit(**options: Any) -> fp.FrozenViT:
+        sizes = {
+            "img_size": 32,
+            "patch_size": 8,
+            "embed_dim": 48,
+            "depth": 3,
+            "num_heads": 3,
+            "num_classes": 0,
+        }
+        return fp.FrozenViT(VisionTransformer(**{**sizes, **options}))
+
+    with pytest.raises(ValueError, match=r"source was trained for width 48, backbone has 24"):
+        fp.load_official(make(), vit(embed_dim=24))
+    with pytest.raises(ValueError, match=r"source was trained for depth 3, backbone has 4"):
+        fp.load_official(make(), vit(depth=4))
+    if make is vapt_state:
+        with pytest.raises(
+            ValueError, match=r"reads 9 positions, which no padding gives on a grid of \(8, 8\)"
+        ):
+            fp.load_official(make(), vit(img_size=64))
+    with pytest.raises(TypeError, match=r"backbone must be a FrozenViT or None, got VisionTransformer"):
+        fp.load_official(
+            make(), VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3)
+        )
+    with pytest.raises(ValueError, match=r"head for width 40, backbone has width 48"):
+        fp.load_official({**full_model(make()), "head.last_layer.weight": torch.ones(4, 40)}, vit())
+
+
+def test_pgn_of_another_width_is_refused() -> None:
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3)
+    with pytest.raises(ValueError, match=r"source was trained for width 48, backbone has 24"):
+        fp.load_official(pgn_state(), fp.FrozenViT(vit))
