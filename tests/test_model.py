@@ -619,3 +619,21 @@ def test_bad_images_are_named(backbone: fp.FrozenViT, tiny_images: Tensor, metho
     ):
         with pytest.raises(error, match=message):
             model(images)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_image_sizes_on_a_backbone_that_takes_them(
+    randomised: Callable[..., nn.Module], method: str
+) -> None:
+    vit = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0, dynamic_img_size=True
+    )
+    model = build(
+        fp.FrozenViT(randomised(vit)).double(), method.replace("-ablated", ""), num_classes=5
+    ).eval()
+    images = torch.randn(2, 3, 40, 24).double()
+    if method.startswith(("vapt", "pixel")):  # their tensors are made for one grid, or one frame
+        with pytest.raises(ValueError, match=r"15 patch tokens.* 4 x 4 grid|x must be \(32, 32\) pixels"):
+            model(images)
+        return
+    torch.testing.assert_close(model(images), model.reference_forward(images), rtol=1e-10, atol=1e-10)

@@ -206,13 +206,22 @@ class FrozenViT(nn.Module):
             pretrained: load the published weights from the hub.
             image_size: pixels (or (height, width)); the position embedding is resampled by timm.
             kwargs: passed to `timm.create_model`.
+
+        Raises:
+            TypeError, ValueError: `name` is no timm model, `image_size` no size, or the model has a part that cannot
+                be represented.
         """
         import timm
 
         if not isinstance(name, str):
             raise TypeError(f"name must be a timm model name, got {type(name).__name__}; "
                             "a timm module goes to FrozenViT(module)")
+        if ":" not in name and not timm.is_model(name.partition(".")[0]):
+            raise ValueError(f"name must be a timm model name, got {name!r}; timm.list_models() lists them")
         if image_size is not None:
+            sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+            if len(sides) != 2 or any(not isinstance(s, int) or isinstance(s, bool) or s < 1 for s in sides):
+                raise ValueError(f"image_size must be pixels or (height, width), got {image_size!r}")
             kwargs["img_size"] = image_size
         return cls(timm.create_model(name, pretrained=pretrained, **kwargs))
 

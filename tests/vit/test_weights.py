@@ -178,3 +178,14 @@ def test_from_timm_builds_at_another_size() -> None:
 def test_from_timm_takes_names_only(tiny_vit: VisionTransformer) -> None:
     with pytest.raises(TypeError, match=r"name must be a timm model name.*FrozenViT\(module\)"):
         fp.FrozenViT.from_timm(tiny_vit)
+
+
+@pytest.mark.parametrize("size", [0, -32, 32.5, "32", (32,), (32, 0), True])
+def test_from_timm_refuses_what_is_no_size(size: object) -> None:
+    with pytest.raises(ValueError, match=r"image_size must be pixels or \(height, width\), got"):
+        fp.FrozenViT.from_timm("test_vit", image_size=size)
+
+
+def test_from_timm_names_an_unknown_model() -> None:
+    with pytest.raises(ValueError, match=r"name must be a timm model name, got 'vit_huge_patch1'"):
+        fp.FrozenViT.from_timm("vit_huge_patch1")
