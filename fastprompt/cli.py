@@ -221,21 +221,26 @@ def adapt_settings(command: Adapt) -> RunSettings:
             recipe[name] = value
     return RunSettings(
         method=command.method,
-        data=command.data,
+        data=absolute(command.data),
         backbone=command.backbone,
         options=method_options(command),
         recipe=recipe,
         image_size=command.image_size,
-        data_root=None if command.data_root is None else str(command.data_root),
+        data_root=None if command.data_root is None else absolute(command.data_root),
         num_train=command.num_train,
         num_val=command.num_val,
         num_test=command.num_test,
         data_seed=command.data_seed,
         augment=command.augment,
         head=command.head,
-        class_embeddings=None if command.class_embeddings is None else str(command.class_embeddings),
+        class_embeddings=None if command.class_embeddings is None else absolute(command.class_embeddings),
         readout=command.readout,
     )
+
+
+def absolute(name: str | Path) -> str:
+    """A path that exists as an absolute one, so that `eval` finds it from anywhere; another name as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else str(name)
 
 
 def set_threads(threads: int | None) -> None:
@@ -254,9 +259,7 @@ def adapt(command: Adapt) -> None:
 
     settings = adapt_settings(command)
     set_threads(command.threads)
-    results = execute(
-        settings, command.out, test=command.test, resume=command.resume, progress=command.progress
-    )
+    results = execute(settings, command.out, test=command.test, resume=command.resume, progress=command.progress)
     print(results_table([results]))
     print(f"\nadapter: {command.out / 'best'}\nresults: {command.out / 'results.json'}")
 
@@ -273,9 +276,7 @@ def load_adapter(command: Eval | Predict, settings: RunSettings | None) -> Promp
     config, _ = read_adapter(directory)
     name = command.backbone or (settings.backbone if settings else None)
     if name is None:
-        raise ValueError(
-            f"--backbone: is needed, {command.adapter} does not say which backbone the adapter is for"
-        )
+        raise ValueError(f"--backbone: is needed, {command.adapter} does not say which backbone the adapter is for")
     image_size = command.image_size or stored_size(config)
     model = fp.PromptedViT.from_pretrained(backbone_at(name, image_size), directory)
     if command.dtype == "bfloat16":

@@ -108,8 +108,7 @@ def test_adapt_writes_the_run(run_dir: Path) -> None:
     assert results["trained_parameters"]["generator"] == sum(
         tensor.numel()
         for name, tensor in saved.items()
-        if name.startswith("generator.")
-        and not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        if name.startswith("generator.") and not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
     )
     assert not list(run_dir.rglob("*.tmp"))
 
@@ -127,9 +126,7 @@ def test_a_finished_run_is_not_run_again(
     assert f"{results['test']['accuracy']:.4f}" in shown
 
 
-def test_other_settings_need_another_directory(
-    run_dir: Path, place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_settings_need_another_directory(run_dir: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (run_dir / "results.json").read_bytes()
     assert main(adapt_command(place, run_dir, method="pgn")) == 2
     line = error_line(capsys)
@@ -151,6 +148,17 @@ def test_eval_agrees_with_the_run(run_dir: Path, tmp_path: Path, capsys: pytest.
     assert all(name in shown for name in COLOURS)
 
 
+def test_eval_finds_a_folder_that_was_given_relative_to_another_place(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    command = adapt_command(place, tmp_path / "run", method="linear")
+    command[command.index("--data") + 1] = "images"
+    assert main(command) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", "run"]) == 0
+
+
 def test_eval_of_a_bare_adapter_needs_backbone_and_data(
     run_dir: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,9 +173,7 @@ def test_eval_of_a_bare_adapter_needs_backbone_and_data(
     assert "val: 6 images" in capsys.readouterr().out
 
 
-def test_predict_csv_and_json(
-    run_dir: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_predict_csv_and_json(run_dir: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inputs = [str(place / "images" / "red" / "3.png"), str(place / "images" / "blue")]
     table, tree = tmp_path / "p.csv", tmp_path / "p.json"
     assert main(["predict", str(run_dir), *inputs, "--out", str(table), "--batch-size", "5"]) == 0
@@ -260,9 +266,7 @@ def test_other_methods(place: Path, tmp_path: Path, method: str) -> None:
         assert results["trained_parameters"]["backbone"] > 0
 
 
-def test_text_head_takes_class_embeddings(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_text_head_takes_class_embeddings(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     embeddings = np.random.default_rng(0).normal(size=(3, 48)).astype(np.float32)
     np.save(tmp_path / "classes.npy", embeddings)
     text = ["--head", "text", "--class-embeddings", str(tmp_path / "classes.npy")]
@@ -393,9 +397,7 @@ def test_a_damaged_adapter_is_named(
         assert "adapter_model.safetensors" in error_line(capsys)
 
 
-def test_a_run_that_diverges_exits_with_1(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_diverges_exits_with_1(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--optimizer", "sgd", "--recipe", "warmup_epochs=0", "weight_decay=1e30"]
     command = adapt_command(place, tmp_path / "run", *flags)
     command[command.index("--lr") + 1] = "1e30"
@@ -410,9 +412,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_as_a_program(place: Path) -> None:
-    shown = subprocess.run(
-        [sys.executable, "-m", "fastprompt", "--help"], capture_output=True, text=True, check=True
-    )
+    shown = subprocess.run([sys.executable, "-m", "fastprompt", "--help"], capture_output=True, text=True, check=True)
     assert all(name in shown.stdout for name in ("adapt", "eval", "predict", "info", "report"))
     wrong = subprocess.run(
         [sys.executable, "-m", "fastprompt", "adapt", "--method", "lora"], capture_output=True, text=True

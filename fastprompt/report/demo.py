@@ -71,18 +71,12 @@ def command(method: str, args: argparse.Namespace, data: str) -> list[str]:
         "--out",
         str(args.out / method),
     ]
-    return (
-        words
-        + (["--threads", str(args.threads)] if args.threads else [])
-        + (["--no-resume"] if args.fresh else [])
-    )
+    return words + (["--threads", str(args.threads)] if args.threads else []) + (["--no-resume"] if args.fresh else [])
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = argparse.ArgumentParser(
-        prog="python -m fastprompt.report.demo", description=(__doc__ or "").split("\n")[0]
-    )
+    p = argparse.ArgumentParser(prog="python -m fastprompt.report.demo", description=(__doc__ or "").split("\n")[0])
     p.add_argument("--methods", nargs="+", default=list(METHODS))
     p.add_argument("--data", help="fashion-mnist, or mnist5k where that cannot be had")
     p.add_argument("--backbone", default="clip-vit-b16")
@@ -90,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--num-train", type=int, default=320)
     p.add_argument("--num-val", type=int, default=160)
     p.add_argument("--num-test", type=int, default=500)
-    p.add_argument("--epochs", type=int, default=6)
+    p.add_argument("--epochs", type=int, default=5)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, help="all cores if not given")
     p.add_argument("--out", type=Path, default=Path("runs/demo"))

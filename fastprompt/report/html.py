@@ -115,9 +115,7 @@ def titles(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """A name for each run, with its seed and number where a method occurs more than once."""
     names = [str(r["title"]) for r in results]
     return [
-        name
-        if names.count(name) == 1
-        else f"{name} ({number}, seed {results[number - 1]['recipe'].get('seed')})"
+        name if names.count(name) == 1 else f"{name} ({number}, seed {results[number - 1]['recipe'].get('seed')})"
         for number, name in enumerate(names, 1)
     ]
 
@@ -202,9 +200,7 @@ def run_section(number: int, name: str, r: Mapping[str, Any]) -> str:
                 "the prompts have stopped depending on the image.",
             )
         )
-    settings = [
-        [f"{group}.{key}", value] for group in ("config", "recipe") for key, value in r[group].items()
-    ]
+    settings = [[f"{group}.{key}", value] for group in ("config", "recipe") for key, value in r[group].items()]
     parts.append(
         "<details><summary>Settings</summary>"
         + table("Method and recipe", ["Setting", "Value"], settings, "settings")
@@ -243,8 +239,7 @@ def render(results: Sequence[Mapping[str, Any]], heading: str) -> str:
             plots.accuracy_against_parameters(points),
             "Scatter plot of accuracy over trained parameters: "
             + "; ".join(f"{name} {percent(accuracy)} with {count:,}" for name, count, accuracy, *_ in points),
-            "Accuracy over the number of trained parameters (generator and head); 95 % intervals over "
-            "images.",
+            "Accuracy over the number of trained parameters (generator and head); 95 % intervals over images.",
         ),
         "</section>",
     ]
@@ -259,12 +254,8 @@ def render(results: Sequence[Mapping[str, Any]], heading: str) -> str:
             ),
             "</section>",
         ]
-    parts += [
-        run_section(number, name, r) for number, (name, r) in enumerate(zip(names, results, strict=True))
-    ]
-    data = {
-        (name, key): value for name, r in zip(names, results, strict=True) for key, value in r["data"].items()
-    }
+    parts += [run_section(number, name, r) for number, (name, r) in enumerate(zip(names, results, strict=True))]
+    data = {(name, key): value for name, r in zip(names, results, strict=True) for key, value in r["data"].items()}
     same = len({str(sorted(r["data"].items(), key=str)) for r in results}) == 1
     rows = (
         [[key, value] for key, value in first["data"].items()]

@@ -80,15 +80,11 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     return to_png(figure)
 
 
-def confusion_matrix(
-    confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str = ""
-) -> bytes:
+def confusion_matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str = "") -> bytes:
     """Counts by true class (rows) and predicted class (columns), coloured by the share of the row."""
     size = len(confusion)
     if size != len(class_names) or any(len(row) != size for row in confusion):
-        raise ValueError(
-            f"confusion: takes a square matrix with a row for each of {len(class_names)} classes"
-        )
+        raise ValueError(f"confusion: takes a square matrix with a row for each of {len(class_names)} classes")
     side = min(12.0, 2.4 + 0.38 * size)
     figure = new_figure(side + 0.9, side)
     axes = figure.subplots()
@@ -136,9 +132,7 @@ def library_tokens(usage: Mapping[str, Any], title: str = "", top: int = 24) -> 
     bars, spread = figure.subplots(1, 2, width_ratios=(3, 1))
     shown = order[:top]
     bars.bar(range(len(shown)), [weights[i] for i in shown], color=COLOURS[0], width=0.75)
-    bars.set_xticks(
-        range(len(shown)), [str(i) for i in shown], fontsize=7, rotation=90 if len(shown) > 16 else 0
-    )
+    bars.set_xticks(range(len(shown)), [str(i) for i in shown], fontsize=7, rotation=90 if len(shown) > 16 else 0)
     bars.axhline(
         1 / len(weights),
         color=COLOURS[1],

@@ -273,9 +273,7 @@ def library_usage(model: PromptedViT, dataset: Any, batch_size: int = 64) -> dic
     }
 
 
-def build_model(
-    settings: RunSettings, backbone: FrozenViT, class_names: Sequence[str], seed: int
-) -> PromptedViT:
+def build_model(settings: RunSettings, backbone: FrozenViT, class_names: Sequence[str], seed: int) -> PromptedViT:
     """The model before training; `seed` sets its initial values."""
     import torch
 
@@ -315,9 +313,7 @@ def square_size(backbone: FrozenViT) -> int:
     """The side of the backbone's input in pixels; data are read at one square size."""
     height, width = backbone.image_size
     if height != width:
-        raise ValueError(
-            f"image_size: the backbone takes {height} x {width} images, data are read as squares"
-        )
+        raise ValueError(f"image_size: the backbone takes {height} x {width} images, data are read as squares")
     return height
 
 
@@ -351,8 +347,7 @@ def prepare_run_dir(settings: RunSettings, out_dir: Path, resume: bool) -> dict[
         if different:
             said = "; ".join(f"{k}: {there.get(k)!r} there, {wanted.get(k)!r} now" for k in different)
             raise ValueError(
-                f"out: {out_dir} holds a run with other settings ({said}); "
-                "take another directory or --no-resume"
+                f"out: {out_dir} holds a run with other settings ({said}); take another directory or --no-resume"
             )
         if result_file.exists():
             return dict(read_json(result_file))
@@ -513,6 +508,4 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> str:
         ]
         for r in results
     ]
-    return text_table(
-        ["method", "trained parameters", "val accuracy", "test accuracy", "img/s", "peak MiB"], rows
-    )
+    return text_table(["method", "trained parameters", "val accuracy", "test accuracy", "img/s", "peak MiB"], rows)

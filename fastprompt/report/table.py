@@ -159,9 +159,7 @@ def stop_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_single(
-    settings: RunSettings, directory: Path, test: bool, threads: int, parent: int | None = None
-) -> int:
+def run_single(settings: RunSettings, directory: Path, test: bool, threads: int, parent: int | None = None) -> int:
     """One run in this process. NaN is recorded, not raised; a second process on the directory is refused."""
     import torch
 
@@ -258,9 +256,7 @@ def correct(run: Mapping[str, Any]) -> list[bool]:
     return [p == y for p, y in zip(run["test"]["predictions"], run["test"]["labels"], strict=True)]
 
 
-def difference_to(
-    runs: Mapping[int, Mapping[str, Any]], reference: Mapping[int, Mapping[str, Any]]
-) -> dict[str, Any]:
+def difference_to(runs: Mapping[int, Mapping[str, Any]], reference: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """Accuracy minus the reference's on the same test images, over the seeds that both have (the same
     training images).
     """
@@ -320,9 +316,7 @@ def aggregate(plan: Plan) -> dict[str, Any]:
     best_probe = max(probes, key=lambda row: row["validation_accuracy"])["method"] if probes else None
     for row in rows:
         compared = best_probe is not None and row["method"] != best_probe
-        row["difference_to_probe"] = (
-            difference_to(tested[row["method"]], tested[str(best_probe)]) if compared else None
-        )
+        row["difference_to_probe"] = difference_to(tested[row["method"]], tested[str(best_probe)]) if compared else None
     one = next((run for runs in tested.values() for run in runs.values()), None)
     shared = ("backbone", "backbone_fingerprint", "image_size", "data", "machine", "torch_version")
     return {
@@ -342,9 +336,7 @@ def grid_record(plan: Plan, method: str, chosen: float | None) -> dict[str, Any]
         results = read_run(Job(method, lr, plan.seeds[0], False).directory(plan.out))
         if lr is not None and results is not None:
             grid[f"{lr:g}"] = None if results.get("diverged") else results["validation"]["accuracy"]
-    at_edge = (
-        chosen is not None and len(grid) > 1 and f"{chosen:g}" in (min(grid, key=float), max(grid, key=float))
-    )
+    at_edge = chosen is not None and len(grid) > 1 and f"{chosen:g}" in (min(grid, key=float), max(grid, key=float))
     return {"grid": grid, "at_edge_of_grid": at_edge}
 
 
@@ -383,11 +375,7 @@ def markdown(table: Mapping[str, Any]) -> str:
     ]
     for row in sorted(table["rows"], key=lambda row: -row["test_accuracy"]):
         half, difference = row["test_interval_over_seeds"], row["difference_to_probe"]
-        lr = (
-            "C by L-BFGS"
-            if row["lr"] is None
-            else f"{row['lr']:g}" + (" (edge)" if row["at_edge_of_grid"] else "")
-        )
+        lr = "C by L-BFGS" if row["lr"] is None else f"{row['lr']:g}" + (" (edge)" if row["at_edge_of_grid"] else "")
         over_images, over_seeds = "the best probe" if row["method"] == table["best_probe"] else "–", "–"
         if difference is not None:
             over_images = f"{difference['mean']:+.4f} {bracket(difference['image_interval'])}"
@@ -456,9 +444,7 @@ def fetch(base: RunSettings) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = argparse.ArgumentParser(
-        prog="python -m fastprompt.report.table", description=(__doc__ or "").split("\n")[0]
-    )
+    p = argparse.ArgumentParser(prog="python -m fastprompt.report.table", description=(__doc__ or "").split("\n")[0])
     p.add_argument(
         "--methods",
         nargs="+",
@@ -481,7 +467,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--image-size", type=int, default=112)
     p.add_argument("--data", default="fashion-mnist")
     p.add_argument("--num-train", type=int, default=800)
-    p.add_argument("--num-val", type=int, default=400)
+    p.add_argument("--num-val", type=int, default=200)
     p.add_argument("--num-test", type=int, default=2000)
     p.add_argument("--workers", type=int, default=2, help="runs side by side")
     p.add_argument("--threads", type=int, default=1, help="threads of each run")

@@ -31,9 +31,7 @@ def test_from_nothing_to_the_report(tmp_path: Path, capfd: pytest.CaptureFixture
         folder = tmp_path / "images" / name
         folder.mkdir(parents=True)
         for i in range(15):
-            Image.fromarray(random.integers(low, low + 127, (32, 32, 3), dtype=np.uint8)).save(
-                folder / f"{i}.png"
-            )
+            Image.fromarray(random.integers(low, low + 127, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     flags = [
         "--backbone",
         f"local-dir:{tmp_path / 'vit'}",
@@ -56,9 +54,7 @@ def test_from_nothing_to_the_report(tmp_path: Path, capfd: pytest.CaptureFixture
     assert str(tmp_path / "demo" / "report.html") in shown
 
 
-def test_a_failing_method_ends_the_demo_with_its_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_method_ends_the_demo_with_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "fetch", lambda data, *_: data)
     flags = ["--data", "no/such/folder", "--methods", "linear", "--out", str(tmp_path / "demo")]
     assert demo.main(flags) == 2

@@ -100,9 +100,7 @@ def test_peak_memory_is_that_of_the_process_alone() -> None:
         "import subprocess, sys; block = bytearray(b'x') * (400 << 20); "
         f"print(subprocess.run([sys.executable, '-c', {child!r}], capture_output=True, text=True).stdout)"
     )
-    found = float(
-        subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True).stdout
-    )
+    found = float(subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True).stdout)
     assert 5 < found < 300
     before = runs.peak_memory_mib()
     block = torch.ones(64 << 18)  # 64 MiB, touched

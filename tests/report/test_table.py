@@ -183,9 +183,7 @@ def small(tmp_path: Path) -> list[str]:
         folder = tmp_path / "images" / name
         folder.mkdir(parents=True)
         for i in range(10):
-            Image.fromarray(random.integers(low, low + 127, (32, 32, 3), dtype=np.uint8)).save(
-                folder / f"{i}.png"
-            )
+            Image.fromarray(random.integers(low, low + 127, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     flags = [
         "--backbone",
         f"local-dir:{tmp_path / 'vit'}",
@@ -250,9 +248,7 @@ def test_the_parents_end_interrupts_a_run(tmp_path: Path) -> None:
         f"command = [sys.executable, '-c', {watched!r}, str(os.getpid()), {str(tmp_path / 'began')!r}]; "
         "print(subprocess.Popen(command, stdout=null, stderr=null).pid)"
     )
-    shown = subprocess.run(
-        [sys.executable, "-c", parent], capture_output=True, text=True, check=True, timeout=60
-    )
+    shown = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True, timeout=60)
     pid = int(shown.stdout)
     try:
         for _ in range(300):
