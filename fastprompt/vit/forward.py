@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprompt.kernels.prefix_attention import prefix_attention
 from fastprompt.vit import reference
 from fastprompt.vit.reference import Sequence
 from fastprompt.vit.weights import Block, FrozenViT
@@ -59,7 +59,6 @@ def attention(block: Block, x: Tensor, prompts: Tensor | None, rows: int | None)
 
     x and `prompts` (1 or B, P, D) are what the block's projections read: normed, in a pre-norm block.
     """
-    b = x.shape[0]
     inner, heads = block.num_heads * block.head_dim, block.num_heads
     weight, bias = block.qkv.weight, block.qkv.bias
     kv_bias = None if bias is None else bias[inner:]
@@ -69,15 +68,17 @@ def attention(block: Block, x: Tensor, prompts: Tensor | None, rows: int | None)
         q = F.linear(x[:, :rows], weight[:inner], None if bias is None else bias[:inner])
         q = q.unflatten(-1, (heads, -1)).transpose(1, 2)
         k, v = F.linear(x, weight[inner:], kv_bias).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    prefix_k = prefix_v = None
     if prompts is not None:
         kv = F.linear(prompts, weight[inner:], kv_bias)  # (1 or B, P, 2 · inner)
-        kv = kv.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4).expand(-1, b, -1, -1, -1)
-        k, v = torch.cat([kv[0], k], dim=2), torch.cat([kv[1], v], dim=2)
+        prefix_k, prefix_v = kv.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if block.k_norm is not None:
+            prefix_k = block.k_norm(prefix_k)
     if block.q_norm is not None:
         q = block.q_norm(q)
     if block.k_norm is not None:
         k = block.k_norm(k)
-    x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    x = prefix_attention(q, k, v, prefix_k, prefix_v).transpose(1, 2).flatten(2)
     return block.proj(x if block.attn_norm is None else block.attn_norm(x))
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprompt.kernels.prefix_attention.reference import attend
 from fastprompt.vit.weights import ACTIVATIONS, Block, FrozenViT, MapPool, Mlp
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def attention(block: Block, x: Tensor) -> Tensor:
         q = block.q_norm(q)
     if block.k_norm is not None:
         k = block.k_norm(k)
-    x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    x = attend(q, k, v).transpose(1, 2).flatten(2)
     if block.attn_norm is not None:
         x = block.attn_norm(x)
     return block.proj(x)
