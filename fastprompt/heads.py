@@ -258,10 +258,10 @@ def _without_gradient(function: Callable[[Any], Tensor], argument: Any) -> Tenso
 
 def _register_classifier(head: Head, backbone: FrozenViT, rows: int | None = None) -> None:
     """Copies of the backbone's classifier rows, in float32, kept out of the adapter's files."""
-    weight = None if backbone.head is None else backbone.head.weight[:rows].detach().float().clone()
-    bias = None if backbone.head is None or backbone.head.bias is None else backbone.head.bias[:rows].detach().float().clone()
-    head.register_buffer("classifier_weight", weight, persistent=False)
-    head.register_buffer("classifier_bias", bias, persistent=False)
+    for name in ("weight", "bias"):
+        tensor = None if backbone.head is None else getattr(backbone.head, name)
+        copied = None if tensor is None else tensor[:rows].detach().float().clone()
+        head.register_buffer(f"classifier_{name}", copied, persistent=False)
 
 
 def _classifier(head: Head, features: Tensor) -> Tensor:

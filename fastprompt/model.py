@@ -211,7 +211,8 @@ class PromptedViT(nn.Module):
             raise ValueError(f"state does not fit this model: missing {missing[:5]}, unknown {unknown[:5]}")
         for name, tensor in state.items():
             if tensor.shape != own[name].shape:
-                raise ValueError(f"state: {name} has shape {tuple(tensor.shape)}, this model has {tuple(own[name].shape)}")
+                raise ValueError(f"state: {name} has shape {tuple(tensor.shape)}, "
+                                 f"this model has {tuple(own[name].shape)}")
         with torch.no_grad():
             for name, tensor in state.items():
                 own[name].copy_(tensor)
@@ -312,7 +313,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
             raise ValueError(f"{directory / CONFIG_FILE} is corrupted: backbone lacks {key}")
     try:
         with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+            state = {name: file.get_tensor(name) for name in file.keys()}
             digest = (file.metadata() or {}).get("sha256")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{directory / WEIGHTS_FILE} is corrupted: {error}") from error

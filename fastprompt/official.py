@@ -155,7 +155,8 @@ def _load(generator: PromptGenerator, state: State) -> PromptGenerator:
     own = generator.state_dict()
     missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     if missing or unknown:
-        raise ValueError(f"source does not fit {type(generator).__name__}: missing {missing[:5]}, unknown {unknown[:5]}")
+        raise ValueError(f"source does not fit {type(generator).__name__}: missing {missing[:5]}, "
+                         f"unknown {unknown[:5]}")
     for name, tensor in state.items():
         if own[name].shape != tensor.shape:
             raise ValueError(f"source: {name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
@@ -264,7 +265,7 @@ def _vapt(state: State, backbone: FrozenViT | None, overrides: dict[str, Any], o
             for theirs, ours in (("block.0.weight", "w1"), ("block.2.weight", "w2"), ("scale", "scale")):
                 if ours != "scale" or found["learnable_scale"]:
                     tensor = _take(state, f"{stem}.{theirs}")
-                    own[f"feature_projectors.{i}.{ours}"] = tensor.reshape(()) if ours == "scale" and tensor.numel() == 1 else tensor
+                    own[f"feature_projectors.{i}.{ours}"] = tensor.squeeze() if ours == "scale" else tensor
                     used.add(f"{stem}.{theirs}")
         found["hidden"] = own["feature_projectors.0.w1"].shape[0]
     grow = 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from fastprompt.generators.base import Geometry, PromptConfig, PromptGenerator
 from fastprompt.generators.baselines import FullFineTuneConfig, LinearProbeConfig

@@ -55,7 +55,8 @@ class PixelPrompt(PromptGenerator):
         """Normalised images (B, 3, H, W) with the frame added, in the wider of the two dtypes."""
         self.check_input(images)
         if tuple(images.shape[2:]) != tuple(self.geometry.image_size):
-            raise ValueError(f"x must be {self.geometry.image_size} pixels, as the frame, got {tuple(images.shape[2:])}")
+            raise ValueError(f"x must be {self.geometry.image_size} pixels, as the frame, "
+                             f"got {tuple(images.shape[2:])}")
         return images + self.frame()
 
     def forward(self, x: Tensor | None = None, layer: int | None = None) -> Tensor:

@@ -130,10 +130,11 @@ class VAPT(PromptGenerator):
         cfg, like, draws = self.config, next(self.parameters()), {}
         if not self.training:
             return draws
-        shapes = {"prompts": (cfg.prompt_dropout, (cfg.static_layers, batch, self.num_prompts, self.geometry.width)),
-                  "channels": (cfg.channel_dropout if cfg.conv else 0.0, (len(self.adaptive), batch, self.geometry.width)),
+        width, adaptive = self.geometry.width, len(self.adaptive)
+        shapes = {"prompts": (cfg.prompt_dropout, (cfg.static_layers, batch, self.num_prompts, width)),
+                  "channels": (cfg.channel_dropout if cfg.conv else 0.0, (adaptive, batch, width)),
                   "hidden": (cfg.hidden_dropout if self.feature_projectors else 0.0,
-                             (len(self.adaptive), batch, self.num_prompts, cfg.hidden))}
+                             (adaptive, batch, self.num_prompts, cfg.hidden))}
         for name, (p, shape) in shapes.items():
             if p > 0 and shape[0]:
                 draws[name] = dropout_mask(shape, p, like)
@@ -174,7 +175,9 @@ class VAPT(PromptGenerator):
             g = self.feature_projectors[0 if cfg.share_projector else j]  # type: ignore[assignment]
         weight, bias, norm = parts.projector.weight, parts.projector.bias, parts.norm
         if not plain:
-            mix = weight if parts.kernel is None else position_matrix(parts.kernel, weight, self.geometry.grid, cfg.padding)
+            mix = weight
+            if parts.kernel is not None:
+                mix = position_matrix(parts.kernel, weight, self.geometry.grid, cfg.padding)
             w1, w2, scale = (None, None, 1.0) if g is None else (g.w1, g.w2, g.scale)
             return adaptive_prompts(tokens, norm.weight, norm.bias, mix, bias, w1, w2, scale, eps=norm.eps,
                                     activation=cfg.activation, channel_mask=channels, hidden_mask=hidden)

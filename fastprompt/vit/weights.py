@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -326,8 +327,8 @@ class FrozenViT(nn.Module):
         p = self.patch_size
         if not self.spec.dynamic_size:
             if (height, width) != self.image_size:
-                raise ValueError(f"images must be {self.image_size[0]} x {self.image_size[1]} pixels for this backbone, "
-                                 f"got {height} x {width}; resize them, or build the backbone with image_size=")
+                raise ValueError(f"images must be {self.image_size[0]} x {self.image_size[1]} pixels for this "
+                                 f"backbone, got {height} x {width}; resize them, or build the backbone with image_size=")
         elif not self.spec.dynamic_pad and (height % p or width % p or not height or not width):
             raise ValueError(f"images must have sides that are multiples of the patch size {p}, got {height} x {width}")
         if (images.device.type == "cpu" and images.is_floating_point() and not torch.compiler.is_compiling()

@@ -13,7 +13,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v for (B, H, R, d) and (B, H, S, d), by the faster of PyTorch's two ways.
 
     Training on a CPU in 16 bits, the fused kernel's backward takes several times as long as plain matrix products
-    while a head has few scores (`pytest bench/test_prefix_attention.py --benchmark-only`).
+    while a head has few scores (`pytest bench/bench_prefix_attention.py --benchmark-only`).
     """
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if trains and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) \
