@@ -8,6 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import fastprompt as fp
+from fastprompt.vit import reference
 
 
 def test_alone() -> None:
@@ -31,6 +32,9 @@ def test_prompts_join_last_before_the_pre_norm_and_flow_on(
     x = torch.cat([vit._pos_embed(vit.patch_embed(images)), model.generator.tokens.expand(4, -1, -1)], dim=1)
     x = vit.norm(vit.blocks(vit.norm_pre(x)))
     torch.testing.assert_close(model(images), x[:, 17:].mean(dim=1), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        reference.encode(model.backbone, images, model.generator).tokens, x, rtol=1e-10, atol=1e-10
+    )
     model.readout = "cls"
     torch.testing.assert_close(model(images), x[:, 0], rtol=1e-10, atol=1e-10)
 

@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import fastprompt as fp
+from fastprompt.vit import reference
 
 OFFICIAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "pgn_official"
 needs_official = pytest.mark.skipif(
@@ -229,6 +230,10 @@ def test_prompts_join_last_and_before_clip_s_pre_norm(
     expected = x[:, 3:].mean(dim=1)
     torch.testing.assert_close(model(images), expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(model.reference_forward(images), expected, rtol=1e-12, atol=1e-12)
+    # the order of tokens is invisible to attention, not to what reads the tokens
+    context = model.generator.context(images)
+    tokens = reference.encode(model.backbone, images, model.generator, context).tokens
+    torch.testing.assert_close(tokens, x, rtol=1e-10, atol=1e-10)
     model.readout = "prompts"
     torch.testing.assert_close(model(images), x[:, 19:].mean(dim=1), rtol=1e-10, atol=1e-10)
 

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastprompt.kernels.prefix_attention import prefix_attention
+from fastprompt.kernels.prefix_attention.reference import SMALL_SCORES
+
+B, H, R, T, P, D = 2, 3, 4, 5, 6, 8
+
+
+def tensors(shared: bool = False, rows: int = R, tokens: int = T) -> dict[str, Tensor]:
+    b = 1 if shared else B
+    shapes = {
+        "q": (B, H, rows, D),
+        "k": (B, H, tokens, D),
+        "v": (B, H, tokens, D),
+        "prefix_k": (b, H, P, D),
+        "prefix_v": (b, H, P, D),
+    }
+    return {name: torch.randn(shape).double() for name, shape in shapes.items()}
+
+
+def by_hand(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None = None, prefix_v: Tensor | None = None
+) -> Tensor:
+    """One query at a time: exponentials of the scores over prefix and tokens, normalised by their common sum."""
+    out = torch.zeros_like(q)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            keys, values = list(k[b, h]), list(v[b, h])
+            if prefix_k is not None and prefix_v is not None:
+                i = b if len(prefix_k) > 1 else 0
+                keys, values = list(prefix_k[i, h]) + keys, list(prefix_v[i, h]) + values
+            for r in range(q.shape[2]):
+                weights = [math.exp(float(q[b, h, r] @ key) / math.sqrt(q.shape[3])) for key in keys]
+                out[b, h, r] = sum(w * value for w, value in zip(weights, values, strict=True)) / sum(weights)
+    return out
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("rows", [1, R])
+def test_matches_the_formula(shared: bool, rows: int) -> None:
+    t = tensors(shared, rows)
+    torch.testing.assert_close(prefix_attention(**t), by_hand(**t), rtol=1e-11, atol=1e-12)
+
+
+def test_without_prefix_it_is_attention() -> None:
+    t = tensors()
+    out = prefix_attention(t["q"], t["k"], t["v"])
+    torch.testing.assert_close(out, by_hand(t["q"], t["k"], t["v"]), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(t["q"], t["k"], t["v"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [T, 1 + SMALL_SCORES // R])
+def test_other_dtypes_take_both_ways_within_tolerance(dtype: torch.dtype, tokens: int) -> None:
+    t = {name: x.to(dtype) for name, x in tensors(tokens=tokens).items()}
+    out = prefix_attention(**t)
+    assert out.dtype == dtype
+    exact = prefix_attention(**{name: x.double() for name, x in t.items()})
+    k, v = (torch.cat([t["prefix_" + n], t[n]], dim=2) for n in "kv")
+    plain = torch.softmax(t["q"] @ k.transpose(2, 3) / math.sqrt(D), dim=-1) @ v
+    bound = 2 * (plain.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+    assert (out.double() - exact).abs().max() <= bound
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_gradients(shared: bool) -> None:
+    inputs = [x.requires_grad_() for x in tensors(shared, rows=2, tokens=2).values()]
+    assert torch.autograd.gradcheck(prefix_attention, inputs)
+
+
+def test_empty_batch() -> None:
+    t = tensors(shared=True)
+    assert prefix_attention(t["q"][:0], t["k"][:0], t["v"][:0], t["prefix_k"], t["prefix_v"]).shape == (
+        0,
+        H,
+        R,
+        D,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(B, R, D)}, "q must be"),
+        ({"v": torch.zeros(B, H, T + 1, D)}, "k, v"),
+        ({"q": torch.zeros(B, H, R, D + 1)}, "q must be"),
+        ({"q": torch.zeros(B, H + 1, R, D)}, "q must be"),
+        ({"prefix_v": None}, "prefix_k and prefix_v must be given together"),
+        ({"prefix_k": torch.zeros(3, H, P, D)}, r"prefix_k must be \(1 or 2, 3, P, 8\), got \(3, 3, 6, 8\)"),
+        ({"prefix_v": torch.zeros(B, H, P, D + 1).double()}, "prefix_v must be"),
+        ({"prefix_v": torch.zeros(B, H, P + 1, D).double()}, "prefix_v must have the shape of prefix_k"),
+        (
+            {"prefix_k": torch.zeros(B, H, P, D)},
+            r"prefix_k must have the dtype of k, torch\.float64, got torch\.float32",
+        ),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prefix_attention(**{**tensors(), **change})
