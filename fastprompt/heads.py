@@ -29,6 +29,8 @@ class Head(nn.Module):
     reads_classifier: ClassVar[bool] = False
     num_classes: int
     width: int
+    classifier_weight: Tensor | None
+    classifier_bias: Tensor | None
 
     def describe(self) -> dict[str, Any]:
         """What `build_head` needs, beside the tensors, to make this head again."""
@@ -91,6 +93,7 @@ class LabelMapHead(Head):
 
     kind = "label_map"
     reads_classifier = True
+    classifier_weight: Tensor
 
     def __init__(self, backbone: FrozenViT, num_classes: int) -> None:
         super().__init__()
@@ -104,7 +107,7 @@ class LabelMapHead(Head):
         _register_classifier(self, backbone, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
-        return _classifier(self, features.to(self.classifier_weight.dtype))  # type: ignore[union-attr]
+        return _classifier(self, features.to(self.classifier_weight.dtype))
 
 
 class PrototypeHead(Head):
@@ -266,4 +269,4 @@ def _register_classifier(head: Head, backbone: FrozenViT, rows: int | None = Non
 
 def _classifier(head: Head, features: Tensor) -> Tensor:
     weight = head.classifier_weight
-    return features if weight is None else F.linear(features, weight, head.classifier_bias)  # type: ignore[arg-type]
+    return features if weight is None else F.linear(features, weight, head.classifier_bias)

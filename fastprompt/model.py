@@ -120,7 +120,8 @@ class PromptedViT(nn.Module):
                  ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         samples = [draws] if draws is not None or self.training or self.generator is None \
             else self.generator.inference_draws()
-        outputs, aux = [], {}
+        outputs: list[Tensor] = []
+        aux: dict[str, Tensor] = {}
         for sample in samples:
             features, aux = self._features(images, sample, plain)
             outputs.append(features if self.head is None else self.head(features))

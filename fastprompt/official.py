@@ -140,7 +140,7 @@ def _settings(config: type[PromptConfig], found: dict[str, Any], overrides: dict
 
 def _geometry(backbone: FrozenViT | None, width: int, overrides: dict[str, Any], **found: Any) -> Geometry:
     """The backbone's sizes, or else those the checkpoint and the overrides give."""
-    sizes = {k: overrides.pop(k) for k in ("grid", "patch_size", "image_size") if k in overrides}
+    sizes: dict[str, Any] = {k: overrides.pop(k) for k in ("grid", "patch_size", "image_size") if k in overrides}
     if backbone is None:
         return dataclasses.replace(Geometry(), **{"width": width, **found, **sizes})
     geometry = Geometry.of(backbone)
@@ -294,7 +294,7 @@ def _padding(positions: int, grow: int, grid: Any, conv: bool, given: Any) -> tu
                 return padding, (rows, columns)
     side = math.isqrt(positions)
     if grid is None and conv and side * side == positions:
-        return given or 0, (side - 2 * (given or 0) - grow,) * 2  # type: ignore[return-value]
+        return given or 0, (side - 2 * (given or 0) - grow,) * 2
     if grid is None and side * side == positions:
         return 0, (side, side)
     raise ValueError(f"source: the token projector reads {positions} positions, which no padding gives on a grid of "
@@ -306,7 +306,7 @@ def _compare_backbone(state: State, backbone: FrozenViT) -> None:
     theirs = state.get("embeddings.patch_embeddings.weight")
     if theirs is None:
         return
-    ours = backbone.patch_weight.detach().cpu()  # type: ignore[union-attr]
+    ours = backbone.patch_weight.detach().cpu()
     if theirs.shape != ours.shape or not torch.allclose(theirs.float(), ours.float(), rtol=1e-2, atol=1e-3):
         warnings.warn("the checkpoint carries the weights of another backbone than the given one (its patch embedding "
                       "differs); predictions will not be those of its authors", stacklevel=3)

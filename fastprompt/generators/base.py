@@ -42,7 +42,7 @@ class PromptConfig:
         """Raise TypeError or ValueError unless option `name` is of `kind` and within [low, high]."""
         value = getattr(self, name)
         label = f"{type(self).__name__}.{name}"
-        kinds = kind if isinstance(kind, tuple) else (kind,)
+        kinds: tuple[type[Any], ...] = kind if isinstance(kind, tuple) else (kind,)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise TypeError(f"{label} must be {' or '.join(k.__name__ for k in kinds)}, got {value!r}")
         # written so that NaN fails
@@ -74,8 +74,7 @@ class Geometry:
 
     @classmethod
     def of(cls, backbone: FrozenViT) -> Geometry:
-        return cls(backbone.width, backbone.depth, tuple(backbone.grid), backbone.patch_size,
-                   tuple(backbone.image_size))
+        return cls(backbone.width, backbone.depth, backbone.grid, backbone.patch_size, backbone.image_size)
 
 
 class PromptGenerator(nn.Module, abc.ABC):
@@ -118,7 +117,7 @@ class PromptGenerator(nn.Module, abc.ABC):
         if geometry is None:
             geometry = Geometry()
         elif isinstance(geometry, nn.Module):
-            geometry = Geometry.of(geometry)  # type: ignore[arg-type]
+            geometry = Geometry.of(geometry)
         elif not isinstance(geometry, Geometry):
             raise TypeError(f"geometry must be a Geometry or a FrozenViT, got {type(geometry).__name__}")
         sizes = {k: options.pop(k) for k in [f.name for f in dataclasses.fields(Geometry)] if k in options}

@@ -47,7 +47,7 @@ def features(vit: FrozenViT, embedded: Sequence, generator: PromptGenerator | No
             if not (i + 1 in layers or (i == last and "prompts" not in readout)):
                 sequence, prompts = sequence.with_prompts(prompts, generator.prompts_last), None
         rows = 1 if i == last and readout == "cls" else None
-        tokens = run_block(block, sequence.tokens, prompts, rows)  # type: ignore[arg-type]
+        tokens = run_block(block, sequence.tokens, prompts, rows)
         sequence = Sequence(tokens, sequence.num_prefix, sequence.num_prompts, sequence.prompts_last)
     if vit.norm is not None:
         sequence.tokens = vit.norm(sequence.tokens)

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast, overload
 
 import torch
 import torch.nn as nn
@@ -37,6 +37,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@overload
+def frozen(tensor: Tensor) -> nn.Parameter: ...
+@overload
+def frozen(tensor: Tensor | None) -> nn.Parameter | None: ...
 def frozen(tensor: Tensor | None) -> nn.Parameter | None:
     """A detached copy of `tensor` that does not train."""
     return None if tensor is None else nn.Parameter(tensor.detach().clone(), requires_grad=False)
@@ -57,7 +61,9 @@ class Norm(nn.Module):
         self.weight, self.bias = frozen(weight), frozen(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias, dtype = self.weight, self.bias, x.dtype
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        dtype = x.dtype
         if self.upcast and dtype in (torch.float16, torch.bfloat16):
             x = x.float()
             weight = weight.float() if weight is not None else None
@@ -74,7 +80,7 @@ class Dense(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight: nn.Parameter = frozen(weight)  # type: ignore[assignment]
+        self.weight = frozen(weight)
         self.bias = frozen(bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +124,7 @@ class MapPool(nn.Module):
     def __init__(self, *, latent: Tensor, q: Dense | None, kv: Dense, proj: Dense, norm: Norm | None, mlp: Mlp,
                  num_heads: int, q_norm: Norm | None = None, k_norm: Norm | None = None) -> None:
         super().__init__()
-        self.latent: nn.Parameter = frozen(latent)  # type: ignore[assignment]
+        self.latent = frozen(latent)
         self.q, self.kv, self.proj, self.norm, self.mlp = q, kv, proj, norm, mlp
         self.q_norm, self.k_norm, self.num_heads = q_norm, k_norm, num_heads
 
@@ -178,16 +184,17 @@ class FrozenViT(nn.Module):
         spec: ViTSpec = parts.pop("spec")
         for key, value in (("mean", mean), ("std", std)):
             if value is not None:
-                spec = dataclasses.replace(spec, **{key: _channel_triple(key, value)})
+                change: dict[str, Any] = {key: _channel_triple(key, value)}
+                spec = dataclasses.replace(spec, **change)
         self.spec = spec
-        self.patch_weight = frozen(parts.pop("patch_weight"))  # (D, 3, p, p)
-        self.patch_bias = frozen(parts.pop("patch_bias"))
+        self.patch_weight: nn.Parameter = frozen(parts.pop("patch_weight"))  # (D, 3, p, p)
+        self.patch_bias: nn.Parameter | None = frozen(parts.pop("patch_bias"))
         self.patch_norm: Norm | None = parts.pop("patch_norm", None)
-        self.cls_token = frozen(parts.pop("cls_token"))  # (1, 1, D)
-        self.registers = frozen(parts.pop("registers"))  # (1, R, D)
-        self.pos_embed = frozen(parts.pop("pos_embed"))  # (1, [prefix +] patches, D)
+        self.cls_token: nn.Parameter | None = frozen(parts.pop("cls_token"))  # (1, 1, D)
+        self.registers: nn.Parameter | None = frozen(parts.pop("registers"))  # (1, R, D)
+        self.pos_embed: nn.Parameter | None = frozen(parts.pop("pos_embed"))  # (1, [prefix +] patches, D)
         self.norm_pre: Norm | None = parts.pop("norm_pre", None)
-        self.blocks = nn.ModuleList(parts.pop("blocks"))
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(parts.pop("blocks")))
         self.norm: Norm | None = parts.pop("norm", None)
         self.map_pool: MapPool | None = parts.pop("map_pool", None)
         self.fc_norm: Norm | None = parts.pop("fc_norm", None)
@@ -228,7 +235,7 @@ class FrozenViT(nn.Module):
 
     @property
     def width(self) -> int:
-        return self.patch_weight.shape[0]  # type: ignore[union-attr]
+        return self.patch_weight.shape[0]
 
     @property
     def depth(self) -> int:
@@ -268,11 +275,11 @@ class FrozenViT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.patch_weight.dtype  # type: ignore[union-attr]
+        return self.patch_weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.patch_weight.device  # type: ignore[union-attr]
+        return self.patch_weight.device
 
     @property
     def fingerprint(self) -> str:
@@ -328,7 +335,8 @@ class FrozenViT(nn.Module):
         if not self.spec.dynamic_size:
             if (height, width) != self.image_size:
                 raise ValueError(f"images must be {self.image_size[0]} x {self.image_size[1]} pixels for this "
-                                 f"backbone, got {height} x {width}; resize them, or build the backbone with image_size=")
+                                 f"backbone, got {height} x {width}; resize them, or build the backbone with "
+                                 "image_size=")
         elif not self.spec.dynamic_pad and (height % p or width % p or not height or not width):
             raise ValueError(f"images must have sides that are multiples of the patch size {p}, got {height} x {width}")
         if (images.device.type == "cpu" and images.is_floating_point() and not torch.compiler.is_compiling()

@@ -45,8 +45,8 @@ def adaptive_prompts(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix
     p = mix.shape[0]
     r = 0 if w1 is None else w1.shape[0]
     for name, tensor, shape in (("norm_weight", norm_weight, (d,)), ("norm_bias", norm_bias, (d,)),
-                                ("bias", bias, (p,)), ("w1", w1, (r, d)), ("w2", w2, (d, r)), ("channel_mask", channel_mask, (b, d)),
-                                ("hidden_mask", hidden_mask, (b, p, r))):
+                                ("bias", bias, (p,)), ("w1", w1, (r, d)), ("w2", w2, (d, r)),
+                                ("channel_mask", channel_mask, (b, d)), ("hidden_mask", hidden_mask, (b, p, r))):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     if (w1 is None) != (w2 is None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn as nn
@@ -68,7 +68,7 @@ def _refuse(part: str, got: str, takes: str) -> NoReturn:
     raise ValueError(f"this model cannot be frozen: {part} is {got}; supported: {takes}")
 
 
-def _norm(module: nn.Module | None) -> Norm | None:
+def _norm(module: Any) -> Norm | None:
     if module is None or isinstance(module, nn.Identity):
         return None
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
@@ -108,15 +108,15 @@ def _mlp(module: nn.Module) -> Mlp:
         bias = None if module.fc1_g.bias is None else torch.cat([module.fc1_g.bias, module.fc1_x.bias])
         fc1, glu = Dense(weight, bias), "first"
     elif type(module) is tl.GluMlp:
-        fc1, glu = _dense(module.fc1), "last" if module.gate_last else "first"
+        fc1, glu = cast(Dense, _dense(module.fc1)), "last" if module.gate_last else "first"
     elif type(module) is tl.Mlp:
-        fc1, glu = _dense(module.fc1), "none"
+        fc1, glu = cast(Dense, _dense(module.fc1)), "none"
     else:
         _refuse("mlp layer", type(module).__name__, "Mlp, GluMlp, SwiGLU")
-    return Mlp(fc1, _dense(module.fc2), _act(module.act), _norm(module.norm), glu)  # type: ignore[arg-type]
+    return Mlp(fc1, cast(Dense, _dense(module.fc2)), _act(module.act), _norm(module.norm), glu)
 
 
-def _block(module: nn.Module) -> Block:
+def _block(module: Any) -> Block:
     if type(module) not in (vt.Block, vt.ResPostBlock):
         _refuse("block", type(module).__name__, "Block, ResPostBlock")
     attn = module.attn
@@ -127,21 +127,22 @@ def _block(module: nn.Module) -> Block:
     post_norm = type(module) is vt.ResPostBlock
     scales = {} if post_norm else {"ls1": _layer_scale(module.ls1), "ls2": _layer_scale(module.ls2)}
     return Block(
-        norm1=_norm(module.norm1), qkv=_dense(attn.qkv), proj=_dense(attn.proj), norm2=_norm(module.norm2),
+        norm1=cast(Norm, _norm(module.norm1)), qkv=cast(Dense, _dense(attn.qkv)),
+        proj=cast(Dense, _dense(attn.proj)), norm2=cast(Norm, _norm(module.norm2)),
         mlp=_mlp(module.mlp), num_heads=attn.num_heads, q_norm=_norm(attn.q_norm), k_norm=_norm(attn.k_norm),
-        attn_norm=_norm(attn.norm), post_norm=post_norm, **scales)  # type: ignore[arg-type]
+        attn_norm=_norm(attn.norm), post_norm=post_norm, **scales)
 
 
-def _layer_scale(module: nn.Module) -> torch.Tensor | None:
+def _layer_scale(module: Any) -> torch.Tensor | None:
     return None if isinstance(module, nn.Identity) else module.gamma
 
 
-def _map_pool(module: nn.Module | None) -> MapPool | None:
+def _map_pool(module: Any) -> MapPool | None:
     if module is None:
         return None
     if type(module) is not tl.AttentionPoolLatent or module.pos_embed is not None or module.latent_len != 1 \
             or module.mlp is None:
         _refuse("attention pool", type(module).__name__, "AttentionPoolLatent with one latent")
-    return MapPool(latent=module.latent, q=_dense(module.q), kv=_dense(module.kv), proj=_dense(module.proj),
-                   norm=_norm(module.norm), mlp=_mlp(module.mlp), num_heads=module.num_heads,
-                   q_norm=_norm(module.q_norm), k_norm=_norm(module.k_norm))  # type: ignore[arg-type]
+    return MapPool(latent=module.latent, q=_dense(module.q), kv=cast(Dense, _dense(module.kv)),
+                   proj=cast(Dense, _dense(module.proj)), norm=_norm(module.norm), mlp=_mlp(module.mlp),
+                   num_heads=module.num_heads, q_norm=_norm(module.q_norm), k_norm=_norm(module.k_norm))
