@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 import torch.nn as nn
@@ -60,7 +60,8 @@ def read(model: nn.Module) -> dict[str, Any]:
         "patch_weight": embed.proj.weight, "patch_bias": embed.proj.bias, "patch_norm": _norm(embed.norm),
         "cls_token": model.cls_token, "registers": model.reg_token, "pos_embed": model.pos_embed,
         "norm_pre": _norm(model.norm_pre), "blocks": blocks, "norm": _norm(model.norm),
-        "map_pool": _map_pool(model.attn_pool), "fc_norm": _norm(model.fc_norm), "head": _dense(model.head),
+        "map_pool": _map_pool(model.attn_pool), "fc_norm": _norm(model.fc_norm),
+        "head": None if isinstance(model.head, nn.Identity) else _dense(model.head),
     }
 
 
@@ -83,9 +84,14 @@ def _norm(module: Any) -> Norm | None:
                 upcast=type(module) in (tl.LayerNormFp32, tl.RmsNormFp32))
 
 
-def _dense(module: nn.Module | None) -> Dense | None:
-    if module is None or isinstance(module, nn.Identity):
-        return None
+def _block_norm(module: nn.Module) -> Norm:
+    norm = _norm(module)
+    if norm is None:
+        _refuse("a block's norm layer", "Identity", "LayerNorm, RmsNorm")
+    return norm
+
+
+def _dense(module: nn.Module) -> Dense:
     if type(module) is not nn.Linear:
         _refuse("linear layer", type(module).__name__, "nn.Linear")
     return Dense(module.weight, module.bias)
@@ -108,12 +114,12 @@ def _mlp(module: nn.Module) -> Mlp:
         bias = None if module.fc1_g.bias is None else torch.cat([module.fc1_g.bias, module.fc1_x.bias])
         fc1, glu = Dense(weight, bias), "first"
     elif type(module) is tl.GluMlp:
-        fc1, glu = cast(Dense, _dense(module.fc1)), "last" if module.gate_last else "first"
+        fc1, glu = _dense(module.fc1), "last" if module.gate_last else "first"
     elif type(module) is tl.Mlp:
-        fc1, glu = cast(Dense, _dense(module.fc1)), "none"
+        fc1, glu = _dense(module.fc1), "none"
     else:
         _refuse("mlp layer", type(module).__name__, "Mlp, GluMlp, SwiGLU")
-    return Mlp(fc1, cast(Dense, _dense(module.fc2)), _act(module.act), _norm(module.norm), glu)
+    return Mlp(fc1, _dense(module.fc2), _act(module.act), _norm(module.norm), glu)
 
 
 def _block(module: Any) -> Block:
@@ -127,8 +133,7 @@ def _block(module: Any) -> Block:
     post_norm = type(module) is vt.ResPostBlock
     scales = {} if post_norm else {"ls1": _layer_scale(module.ls1), "ls2": _layer_scale(module.ls2)}
     return Block(
-        norm1=cast(Norm, _norm(module.norm1)), qkv=cast(Dense, _dense(attn.qkv)),
-        proj=cast(Dense, _dense(attn.proj)), norm2=cast(Norm, _norm(module.norm2)),
+        norm1=_block_norm(module.norm1), qkv=_dense(attn.qkv), proj=_dense(attn.proj), norm2=_block_norm(module.norm2),
         mlp=_mlp(module.mlp), num_heads=attn.num_heads, q_norm=_norm(attn.q_norm), k_norm=_norm(attn.k_norm),
         attn_norm=_norm(attn.norm), post_norm=post_norm, **scales)
 
@@ -143,6 +148,6 @@ def _map_pool(module: Any) -> MapPool | None:
     if type(module) is not tl.AttentionPoolLatent or module.pos_embed is not None or module.latent_len != 1 \
             or module.mlp is None:
         _refuse("attention pool", type(module).__name__, "AttentionPoolLatent with one latent")
-    return MapPool(latent=module.latent, q=_dense(module.q), kv=cast(Dense, _dense(module.kv)),
-                   proj=cast(Dense, _dense(module.proj)), norm=_norm(module.norm), mlp=_mlp(module.mlp),
+    return MapPool(latent=module.latent, q=None if isinstance(module.q, nn.Identity) else _dense(module.q),
+                   kv=_dense(module.kv), proj=_dense(module.proj), norm=_norm(module.norm), mlp=_mlp(module.mlp),
                    num_heads=module.num_heads, q_norm=_norm(module.q_norm), k_norm=_norm(module.k_norm))
