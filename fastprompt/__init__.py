@@ -6,7 +6,49 @@ Public names are resolved on first use, so importing one op does not import timm
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what `__getattr__` below finds at run time
+    from fastprompt.data import load_data as load_data
+    from fastprompt.generators import (
+        PGN as PGN,
+        V2APT as V2APT,
+        VAPT as VAPT,
+        VPT as VPT,
+        FreePrompts as FreePrompts,
+        FreePromptsConfig as FreePromptsConfig,
+        FullFineTuneConfig as FullFineTuneConfig,
+        LinearProbeConfig as LinearProbeConfig,
+        PGNConfig as PGNConfig,
+        PixelPrompt as PixelPrompt,
+        PixelPromptConfig as PixelPromptConfig,
+        PromptGenerator as PromptGenerator,
+        V2APTConfig as V2APTConfig,
+        VAPTConfig as VAPTConfig,
+        VPTConfig as VPTConfig,
+        config_from_dict as config_from_dict,
+    )
+    from fastprompt.heads import (
+        LabelMapHead as LabelMapHead,
+        LinearHead as LinearHead,
+        PrototypeHead as PrototypeHead,
+        TextHead as TextHead,
+        encode_class_texts as encode_class_texts,
+    )
+    from fastprompt.model import PromptedViT as PromptedViT
+    from fastprompt.official import load_official as load_official
+    from fastprompt.train.evaluate import evaluate as evaluate
+    from fastprompt.train.fit import (
+        FitResult as FitResult,
+        fit as fit,
+    )
+    from fastprompt.train.probe import fit_linear_probe as fit_linear_probe
+    from fastprompt.train.recipes import (
+        Recipe as Recipe,
+        default_recipe as default_recipe,
+    )
+    from fastprompt.vit import FrozenViT as FrozenViT
+    from fastprompt.vit.assets import load_backbone as load_backbone
 
 __version__ = "0.1.0"
 

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprompt.generators.base import Draws, Geometry, PromptConfig, PromptGenerator
-from fastprompt.kernels.library_prompts import ACTIVATIONS, library_prompts
-from fastprompt.kernels.library_prompts import reference as library_reference
+from fastprompt.kernels.library_prompts import ACTIVATIONS, library_prompts, reference as library_reference
 
 
 @dataclasses.dataclass(frozen=True)
