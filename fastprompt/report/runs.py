@@ -18,6 +18,7 @@ import json
 import platform
 import resource
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear-sgd": ("LinearProbeConfig", {}),
     "full": ("FullFineTuneConfig", {}),
 }
+
+# Augmented views of each training image that the L-BFGS probe is fitted to.
+PROBE_VIEWS = 4
 
 # What a method's name says about the recipe.
 METHOD_RECIPES: dict[str, dict[str, Any]] = {"linear-sgd": {"optimizer": "sgd", "lr": 0.01}}
@@ -444,18 +448,31 @@ def execute(
 
 
 def run_probe(model: PromptedViT, splits: DataSplits, recipe: Recipe, out_dir: Path) -> dict[str, Any]:
-    """The L-BFGS probe, saved to `best/`. Its speed is images encoded over encoding and fitting."""
-    from fastprompt.train.probe import fit_linear_probe
+    """The L-BFGS probe, saved to `best/`. Its speed is images encoded over encoding and fitting.
+
+    With an augmentation it fits `PROBE_VIEWS` augmented views of every training image.
+    """
+    import torch
+
+    from fastprompt.train.evaluate import backbone_precision
+    from fastprompt.train.probe import extract_features, fit_linear_probe
 
     reset_peak_memory()
-    probe = fit_linear_probe(model, splits.train, splits.val, dtype=backbone_dtype(recipe, model.backbone))
+    began = time.perf_counter()
+    views = 1 if splits.train.augment is None else PROBE_VIEWS
+    with backbone_precision(model, backbone_dtype(recipe, model.backbone)):
+        train = [extract_features(model, splits.train, epoch=view) for view in range(views)]
+        val = extract_features(model, splits.val)
+    features, labels = (torch.cat(parts) for parts in zip(*train, strict=True))
+    probe = fit_linear_probe(model, (features, labels), val)
+    seconds = time.perf_counter() - began
     model.save_pretrained(out_dir / "best")
     return {
         "best_epoch": None,
         "best_val_loss": probe.best_val_loss,
         "history": [],
-        "seconds": probe.seconds,
-        "images_per_second": (len(splits.train) + len(splits.val)) / probe.seconds,
+        "seconds": seconds,
+        "images_per_second": (len(features) + len(val[0])) / seconds,
         "peak_memory_mib": peak_memory_mib(),
         "probe": {"C": probe.C, "at_edge": probe.at_edge, "grid": probe.grid},
     }
@@ -463,9 +480,9 @@ def run_probe(model: PromptedViT, splits: DataSplits, recipe: Recipe, out_dir: P
 
 def backbone_dtype(recipe: Recipe, backbone: FrozenViT) -> torch.dtype:
     """The number format that `fastprompt.fit` computes the backbone in."""
-    from fastprompt.train.fit import _compute_dtype
+    from fastprompt.train.fit import compute_dtype
 
-    return _compute_dtype(recipe.dtype, backbone.device)
+    return compute_dtype(recipe.dtype, backbone.device)
 
 
 def load_best(backbone: FrozenViT, out_dir: Path, recipe: Recipe) -> PromptedViT:

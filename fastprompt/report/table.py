@@ -36,16 +36,18 @@ from fastprompt.report.runs import METHODS, TITLES, RunSettings, execute, parse_
 GRIDS: dict[str, tuple[float, ...]] = {
     "linear": (),
     "linear-sgd": (0.001, 0.01, 0.1),
-    "vpt-deep": (0.002, 0.005, 0.01),
-    "pgn": (0.001, 0.003, 0.01),
-    "vapt": (0.002, 0.005, 0.01),
-    "v2apt": (0.002, 0.005, 0.01),
-    "vpt-shallow": (0.005, 0.02, 0.05),
-    "free": (0.005, 0.02, 0.05),
-    "pixel": (0.01, 0.03, 0.1),
+    "vapt": (0.002, 0.005),
+    "vpt-deep": (0.002, 0.005),
+    "pgn": (0.001, 0.003),
+    "v2apt": (0.002, 0.005),
+    "vpt-shallow": (0.005, 0.02),
+    "free": (0.005, 0.02),
+    "pixel": (0.01, 0.03),
     "full": (1e-5, 3e-5),
 }
 PROBES = ("linear", "linear-sgd")
+# What every method but the probes trains with, beside its learning rate: the head starts as the probe.
+RECIPE: dict[str, Any] = {"batch_size": 16, "head_init": "probe", "head_lr": 1e-3}
 # Epochs of the methods that train on features encoded once, where an epoch costs next to nothing.
 CACHED_EPOCHS = 100
 
@@ -82,16 +84,21 @@ class Job:
 
     def settings(self, base: RunSettings) -> RunSettings:
         """The run's settings. The seed draws the images and sets the training; test images stay the same."""
-        recipe = dict(base.recipe) | {"seed": self.seed}
+        recipe = dict(base.recipe)
+        if self.method in PROBES:
+            recipe = {key: value for key, value in recipe.items() if RECIPE.get(key) != value}
+            recipe["epochs"] = CACHED_EPOCHS
+        recipe["seed"] = self.seed
         if self.lr is not None:
             recipe["lr"] = self.lr
-        if self.method in PROBES:
-            recipe["epochs"] = CACHED_EPOCHS
+        augment = "none" if self.method == "linear-sgd" else base.augment
         options = dict(base.options)
         if self.method == "pixel" and base.image_size is not None:
             # The published border is 30 pixels of 224.
             options.setdefault("border", max(1, round(30 * base.image_size / 224)))
-        return replace(base, method=self.method, options=options, recipe=recipe, data_seed=self.seed)
+        return replace(
+            base, method=self.method, options=options, recipe=recipe, data_seed=self.seed, augment=augment
+        )
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:
@@ -160,9 +167,14 @@ def stop_with(parent: int) -> None:
 
 
 def run_single(settings: RunSettings, directory: Path, test: bool, threads: int, parent: int | None = None) -> int:
-    """One run in this process. NaN is recorded, not raised; a second process on the directory is refused."""
+    """One run in this process. NaN is recorded, not raised; a second process on the directory is refused.
+
+    Ctrl-C stops it even where a background shell started the table: its children begin with SIGINT ignored, and
+    the table would wait for them for ever.
+    """
     import torch
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if parent is not None:
         stop_with(parent)
     torch.set_num_threads(threads)
@@ -455,7 +467,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--lrs", nargs="+", type=float, help="learning rates in place of the methods' own grids")
-    p.add_argument("--epochs", type=int, default=10)
+    p.add_argument("--epochs", type=int, default=6)
     p.add_argument(
         "--recipe",
         action="append",
@@ -469,6 +481,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--num-train", type=int, default=800)
     p.add_argument("--num-val", type=int, default=200)
     p.add_argument("--num-test", type=int, default=2000)
+    p.add_argument("--augment", default="flip", help="of training images; the SGD probe, on features, has none")
     p.add_argument("--workers", type=int, default=2, help="runs side by side")
     p.add_argument("--threads", type=int, default=1, help="threads of each run")
     p.add_argument("--out", type=Path, default=Path("runs/table"), help="run directories")
@@ -495,7 +508,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_train=args.num_train,
         num_val=args.num_val,
         num_test=args.num_test,
-        recipe={"epochs": args.epochs, **parse_options(args.recipe, "--recipe")},
+        augment=args.augment,
+        recipe={**RECIPE, "epochs": args.epochs, **parse_options(args.recipe, "--recipe")},
     )
     if args.fetch:
         fetch(base)

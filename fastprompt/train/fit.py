@@ -188,7 +188,7 @@ class _Run:
         self.progress = _Progress()
         named = list(model.trainable_parameters())
         self.parameters = [parameter for _, parameter in named]
-        self.backbone_dtype = _compute_dtype(recipe.dtype, self.device)
+        self.backbone_dtype = compute_dtype(recipe.dtype, self.device)
         self.optimizer = _make_optimizer(named, recipe)
         self.best: dict[str, Tensor] = self._weights()
         self.feature_seconds = 0.0
@@ -559,7 +559,8 @@ def _make_optimizer(named: list[tuple[str, torch.nn.Parameter]], recipe: Recipe)
     return torch.optim.AdamW(list(groups.values()), lr=recipe.lr)
 
 
-def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that a recipe's ``dtype`` means on a device; warns where bfloat16 is emulated there."""
     if device.type == "cpu" and name != "float32":
         capabilities = torch.cpu.get_capabilities()
         fast = any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"))

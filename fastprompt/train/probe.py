@@ -58,6 +58,7 @@ def extract_features(
     dtype: torch.dtype | None = None,
     *,
     num_workers: int = 0,
+    epoch: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Features of every image, in the order of the data, in eval mode.
 
@@ -67,6 +68,7 @@ def extract_features(
         batch_size: images per forward.
         dtype: of a PromptedViT's frozen backbone while extracting; None leaves it as it is.
         num_workers: loading processes of a Dataset.
+        epoch: which augmented view of the images, where the data has a ``set_epoch``.
 
     Returns:
         features (N, width), float32 or wider, and labels (N,) int64, both on the CPU.
@@ -86,7 +88,7 @@ def extract_features(
         backbone_precision(prompted, dtype) if hasattr(model, "backbone") else contextlib.nullcontext()
     )
     with precision, evaluation_mode(model):
-        for images, targets in batches.epoch():
+        for images, targets in batches.epoch(epoch):
             of_batch = forward(images)
             features.append(of_batch.to("cpu", torch.promote_types(of_batch.dtype, torch.float32)))
             labels.append(targets.cpu())

@@ -6,13 +6,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import TensorDataset
 
 import fastprompt as fp
+from fastprompt.data import load_data
 from fastprompt.report import runs
 from fastprompt.report.runs import RunSettings
+from fastprompt.train import probe as probe_module
 
 
 def test_options_are_literals_or_words() -> None:
@@ -82,6 +86,40 @@ def test_library_usage_of_flat_and_of_one_token_mixtures(tiny_vit: Any) -> None:
     assert peaked["effective_tokens"] == pytest.approx(1)
     assert peaked["effective_library"] == pytest.approx(2)
     assert model.training
+
+
+def test_the_probe_is_fitted_to_several_views_where_images_are_augmented(
+    tiny_vit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+    fitted: list[Any] = []
+    fit_linear_probe = probe_module.fit_linear_probe
+
+    def record(model: Any, train: Any, val: Any) -> Any:
+        fitted.append((train, val))
+        return fit_linear_probe(model, train, val)
+
+    monkeypatch.setattr(probe_module, "fit_linear_probe", record)
+    backbone = fp.FrozenViT(tiny_vit)
+    config = fp.LinearProbeConfig()
+    recipe = runs.build_recipe("linear", config, {"dtype": "float32"})
+    for augment, views in (("none", 1), ("flip", runs.PROBE_VIEWS)):
+        splits = load_data(tmp_path / "images", image_size=32, augment=augment)
+        model = fp.PromptedViT(backbone, config, num_classes=2)
+        results = runs.run_probe(model, splits, recipe, tmp_path / augment)
+        (features, labels), (of_val, _) = fitted[-1]
+        assert len(features) == len(labels) == views * len(splits.train)
+        assert labels.tolist() == splits.train.labels * views
+        assert len(of_val) == len(splits.val)
+        assert results["images_per_second"] == pytest.approx((len(features) + len(of_val)) / results["seconds"])
+        assert (tmp_path / augment / "best" / "adapter_config.json").exists()
+    of_view = features.view(views, len(splits.train), -1)
+    assert len({view.numpy().tobytes() for view in of_view}) == views, "the same view several times"
 
 
 def test_library_usage_needs_a_library_and_images(tiny_vit: Any) -> None:

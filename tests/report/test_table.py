@@ -95,6 +95,27 @@ def test_settings_of_a_job() -> None:
     assert Job("linear", None, 2, False).settings(base).recipe == {"epochs": table.CACHED_EPOCHS, "seed": 2}
 
 
+def test_the_flags_reach_every_method_and_the_shared_recipe_only_those_that_train_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[Plan] = []
+    monkeypatch.setattr(table, "run_all", lambda plan, *_: plans.append(plan) or [])
+    where = ["--workers", "1", "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    assert table.main([*where, "--augment", "crop", "--epochs", "9", "--recipe", "dtype=float32"]) == 0
+    base = plans[0].base
+    vapt = Job("vapt", 0.1, 2, False).settings(base)
+    assert vapt.recipe == {**table.RECIPE, "epochs": 9, "dtype": "float32", "seed": 2, "lr": 0.1}
+    assert vapt.augment == "crop"
+    probe = Job("linear", None, 2, False).settings(base)
+    assert probe.recipe == {"epochs": table.CACHED_EPOCHS, "dtype": "float32", "seed": 2}
+    assert probe.augment == "crop"
+    by_sgd = Job("linear-sgd", 0.1, 2, False).settings(base)
+    assert by_sgd.recipe == {**probe.recipe, "lr": 0.1}
+    assert by_sgd.augment == "none"  # it trains on features that are encoded once
+    assert table.main([*where, "--recipe", "head_lr=0.5"]) == 0
+    assert Job("pgn", 0.1, 0, False).settings(plans[1].base).recipe["head_lr"] == 0.5
+
+
 def test_rows_and_paired_differences(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, "linear", "linear-sgd", "vpt-deep", "pgn")
     for seed in (0, 1):
@@ -235,6 +256,24 @@ def test_one_directory_is_not_run_twice_at_once(small: list[str], tmp_path: Path
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert table.run_single(RunSettings(method="linear", data="x"), directory, False, 1) == 3
     assert not (directory / "run.json").exists()
+
+
+def test_a_run_can_be_interrupted_where_a_background_shell_started_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a shell starts its children with SIGINT ignored."""
+
+    def execute(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(table, "execute", execute)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            table.run_single(RunSettings(method="linear", data="x"), tmp_path / "run", False, 1)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_parents_end_interrupts_a_run(tmp_path: Path) -> None:

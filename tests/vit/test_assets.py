@@ -67,6 +67,9 @@ def test_vit_s14_at_its_size_and_another():
         ("clip-vit-b16", -16, ValueError, "got -16"),
         ("clip-vit-b16", 112.0, TypeError, "image_size"),
         ("clip-vit-b16", (112, 112, 3), TypeError, "image_size"),
+        ("test_vit", 40, ValueError, "image_size: test_vit takes positive multiples of its patch size 16, got 40"),
+        ("test_vit.r160_in1k", (32, 40), ValueError, "multiples of its patch size 16"),
+        ("test_vit", 64.0, TypeError, "image_size"),
         ("clip-vit-b61", None, ValueError, "close: clip-vit-b16"),
         ("vit_base_patch16_223", None, ValueError, "vit_base_patch16_224"),
         (None, None, TypeError, "name"),
@@ -74,6 +77,7 @@ def test_vit_s14_at_its_size_and_another():
 )
 def test_bad_names_and_sizes_fail_before_any_work(name, size, error, message, monkeypatch):
     monkeypatch.setattr(assets, "_tensors", lambda name: pytest.fail("weights were read"))
+    monkeypatch.setattr(FrozenViT, "from_timm", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(error, match=message):
         load_backbone(name, size)
 
