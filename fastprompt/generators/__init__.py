@@ -40,10 +40,13 @@ def config_from_dict(values: Mapping[str, Any]) -> PromptConfig:
     """The inverse of `PromptConfig.to_dict`.
 
     Raises:
+        TypeError: `values` is no mapping.
         ValueError: `kind` is unknown or missing, or a key is not an option of that kind (the key is named).
     """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"values must be a mapping of options, got {type(values).__name__}")
     values = dict(values)
     kind = values.pop("kind", None)
-    if kind not in CONFIGS:
+    if not isinstance(kind, str) or kind not in CONFIGS:
         raise ValueError(f"kind must be one of {sorted(CONFIGS)}, got {kind!r}")
     return CONFIGS[kind].from_dict(values)

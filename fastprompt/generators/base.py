@@ -63,7 +63,8 @@ class Geometry:
     """The sizes of a backbone that a generator's tensors depend on.
 
     Attributes:
-        width: token width D. depth: blocks. grid: (rows, columns) of patches. patch_size and image_size: pixels.
+        width: token width D. depth: blocks. grid: (rows, columns) of patches. patch_size: pixels.
+        image_size: (height, width) in pixels.
     """
 
     width: int = 768
@@ -71,6 +72,16 @@ class Geometry:
     grid: tuple[int, int] = (14, 14)
     patch_size: int = 16
     image_size: tuple[int, int] = (224, 224)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, pair = getattr(self, field.name), isinstance(field.default, tuple)
+            sizes = tuple(value) if pair and isinstance(value, (tuple, list)) else (value,)
+            if len(sizes) != 1 + pair or any(not isinstance(s, int) or isinstance(s, bool) or s < 1 for s in sizes):
+                takes = "two positive integers" if pair else "a positive integer"
+                raise ValueError(f"{field.name} must be {takes}, got {value!r}")
+            if pair:
+                object.__setattr__(self, field.name, sizes)
 
     @classmethod
     def of(cls, backbone: FrozenViT) -> Geometry:
@@ -84,7 +95,8 @@ class PromptGenerator(nn.Module, abc.ABC):
 
     * "static": nothing, the prompts are parameters;
     * "image": normalised images (B, 3, H, W);
-    * "embeddings": patch embeddings with position embedding (B, N, D), without class token;
+    * "embeddings": patch embeddings (B, N, D) with position embedding, behind the backbone's pre-norm where it has
+      one, without class token;
     * "layer": the patch tokens (B, N, D) that enter block `layer`.
 
     A model calls `draw` and `context` once per forward pass and `prompts` once for each block in `layers`.
@@ -112,11 +124,13 @@ class PromptGenerator(nn.Module, abc.ABC):
             options: single options of the configuration (num_prompts=16) or sizes (width=384), by name.
         """
         super().__init__()
+        from fastprompt.vit import FrozenViT
+
         if config is not None and type(config) is not self.config_class:
             raise TypeError(f"config must be {self.config_class.__name__}, got {type(config).__name__}")
         if geometry is None:
             geometry = Geometry()
-        elif isinstance(geometry, nn.Module):
+        elif isinstance(geometry, FrozenViT):
             geometry = Geometry.of(geometry)
         elif not isinstance(geometry, Geometry):
             raise TypeError(f"geometry must be a Geometry or a FrozenViT, got {type(geometry).__name__}")
@@ -169,10 +183,9 @@ class PromptGenerator(nn.Module, abc.ABC):
         layer = self.layers[0] if layer is None else layer
         if layer not in self.layers:
             raise ValueError(f"layer must be one of {self.layers}, got {layer!r}")
-        needs_x = self.known_at != "static"
-        if needs_x:
+        if self.known_at != "static":
             self.check_input(x)
-        draws = self.draw(x.shape[0] if x is not None else 1)
+        draws = self.draw(x.shape[0] if isinstance(x, Tensor) else 1)
         context = self.context(x if self.known_at in ("image", "embeddings") else None, draws)
         return self.prompts(layer, context, x if self.known_at == "layer" else None, draws)
 
@@ -188,6 +201,9 @@ class PromptGenerator(nn.Module, abc.ABC):
             fits = x.ndim == 3 and x.shape[2] == self.geometry.width
         if not fits:
             raise ValueError(f"x must be {what}, got {tuple(x.shape)}")
+        device = next(self.parameters()).device
+        if x.device != device:
+            raise ValueError(f"x is on {x.device}, the generator is on {device}")
 
     def num_parameters(self) -> int:
         """Trained parameters of this generator."""

@@ -78,8 +78,8 @@ class V2APT(PromptGenerator):
     domain prompts in every block with VPT's token count; loss = CE + β KL(N(μ, σ²) ‖ N(0, I)).
 
     The authors published neither code nor sizes. Ours: the encoder reads the patch embeddings E with position
-    embedding, without class token: stats = W_s GELU(W_e mean(LN(E)) + b_e) + b_s, (μ, log σ²) = stats, log σ²
-    clamped; z = μ + σ ε in training, z = μ at inference (or `inference_samples` draws); P_inst = W₂ GELU(W₁ z);
+    embedding (behind CLIP's pre-norm), without class token: stats = W_s GELU(W_e mean(LN(E)) + b_e) + b_s,
+    (μ, log σ²) = stats, log σ² clamped; z = μ + σ ε in training, z = μ at inference (or `inference_samples` draws); P_inst = W₂ GELU(W₁ z);
     no reconstruction loss; domain prompts start like VPT's; KL summed over the latent, mean over the batch.
 
     `generator(embeddings, layer)` (B, N, D) → (B, P, D).

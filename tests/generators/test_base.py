@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import fastprompt as fp
-from fastprompt.generators import CONFIGS, Geometry, PromptConfig, build_generator
+from fastprompt.generators import CONFIGS, Geometry, PromptConfig, PromptGenerator, build_generator
 from fastprompt.generators.base import dropout_mask
 
 CHANGED = {
@@ -103,3 +103,47 @@ def test_dropout_mask_keeps_the_mean() -> None:
     assert mask.dtype == torch.float64
     assert set(mask.unique().tolist()) == {0.0, 1 / 0.7}
     assert abs(mask.mean() - 1) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("width", 0),
+        ("width", "384"),
+        ("depth", 0),
+        ("depth", True),
+        ("patch_size", 16.0),
+        ("grid", 14),
+        ("grid", (14,)),
+        ("grid", (0, 0)),
+        ("image_size", 224),
+    ],
+)
+def test_sizes_that_are_none_are_named(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be .*positive integer.*got"):
+        fp.VPT(**{name: value})
+
+
+def test_a_size_may_be_a_list() -> None:
+    assert Geometry(grid=[3, 4]) == Geometry(grid=(3, 4))  # type: ignore[arg-type]
+
+
+def test_a_model_that_is_not_frozen_is_no_geometry(tiny_vit: VisionTransformer) -> None:
+    with pytest.raises(TypeError, match=r"geometry must be a Geometry or a FrozenViT, got VisionTransformer"):
+        fp.VPT(geometry=tiny_vit)
+
+
+@pytest.mark.parametrize("values", [None, ["vpt"], "vpt"])
+def test_configurations_are_mappings(values: object) -> None:
+    with pytest.raises(TypeError, match=r"values must be a mapping"):
+        fp.config_from_dict(values)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"kind must be one of"):
+        fp.config_from_dict({"kind": [values]})
+
+
+@pytest.mark.parametrize("kind", [fp.PGN, fp.V2APT, fp.VAPT])
+def test_input_on_another_device_is_named(kind: type[PromptGenerator]) -> None:
+    generator = kind(width=8, depth=2, grid=(2, 2), num_prompts=6)
+    shape = (1, 3, 32, 32) if kind is fp.PGN else (1, 4, 8)
+    with pytest.raises(ValueError, match=r"x is on meta, the generator is on cpu"):
+        generator(torch.zeros(shape, device="meta"))
