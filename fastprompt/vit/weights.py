@@ -162,8 +162,10 @@ class ViTSpec:
 class FrozenViT(nn.Module):
     """A vision transformer whose weights are constants.
 
-    `FrozenViT(module)` reads a model of a supported library and copies its tensors; `backbone(images)` is then
-    that model's own forward. Models it cannot represent are refused with a `ValueError` that names the part.
+    `FrozenViT(module)` reads a model of timm, torchvision, open_clip or transformers and copies its tensors;
+    `backbone(images)` is then that model's own forward. Models it cannot represent are refused with a `ValueError`
+    that names the part. `image_size` resamples the position embedding once, by the rule of the module's library;
+    `mean` and `std` override the ones the library gives.
 
     Images are (B, 3, H, W): floating point = already normalised, uint8 = raw pixels, normalised here with
     `mean` and `std` (never resized).
@@ -175,12 +177,12 @@ class FrozenViT(nn.Module):
         fingerprint: sha256 of the tensors (in float32, without the classifier) and the structure.
     """
 
-    def __init__(self, module: nn.Module, *, mean: Sequence[float] | None = None,
-                 std: Sequence[float] | None = None) -> None:
+    def __init__(self, module: nn.Module, *, image_size: int | tuple[int, int] | None = None,
+                 mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> None:
         super().__init__()
         from fastprompt.vit.readers import read
 
-        parts = read(module)
+        parts = read(module, image_size)
         spec: ViTSpec = parts.pop("spec")
         for key, value in (("mean", mean), ("std", std)):
             if value is not None:
@@ -221,17 +223,42 @@ class FrozenViT(nn.Module):
         """
         import timm
 
+        from fastprompt.vit.readers import image_sides
+
         if not isinstance(name, str):
             raise TypeError(f"name must be a timm model name, got {type(name).__name__}; "
                             "a timm module goes to FrozenViT(module)")
         if ":" not in name and not timm.is_model(name.partition(".")[0]):
             raise ValueError(f"name must be a timm model name, got {name!r}; timm.list_models() lists them")
-        if image_size is not None:
-            sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
-            if len(sides) != 2 or any(not isinstance(s, int) or isinstance(s, bool) or s < 1 for s in sides):
-                raise ValueError(f"image_size must be pixels or (height, width), got {image_size!r}")
+        if image_sides(image_size) is not None:
             kwargs["img_size"] = image_size
         return cls(timm.create_model(name, pretrained=pretrained, **kwargs))
+
+    @classmethod
+    def from_torchvision(cls, name: str, pretrained: bool | str = False,
+                         image_size: int | tuple[int, int] | None = None, *, mean: Sequence[float] | None = None,
+                         std: Sequence[float] | None = None, **kwargs: Any) -> FrozenViT:
+        """Build a torchvision model by name and freeze it.
+
+        Args:
+            name: "vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32" or "vit_h_14".
+            pretrained: load the default published weights, or those of this name ("IMAGENET1K_SWAG_E2E_V1").
+            image_size: pixels (or (height, width)); the position embedding is resampled as torchvision does.
+            mean, std: per channel; None: ImageNet's.
+            kwargs: passed to `torchvision.models.get_model`.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit, or the model has a part that cannot be represented.
+        """
+        from fastprompt.vit.readers import image_sides, torchvision
+
+        image_sides(image_size)
+        module = torchvision.build(name, pretrained, **kwargs)
+        return cls(module, image_size=image_size, mean=mean, std=std)._named(name)
+
+    def _named(self, name: str) -> FrozenViT:
+        self.spec = dataclasses.replace(self.spec, name=name)
+        return self
 
     @property
     def width(self) -> int:

@@ -1,26 +1,73 @@
-"""Readers turn a library's model into the canonical parts of `FrozenViT`; one file per library."""
+"""Readers turn a library's model into the canonical parts of `FrozenViT`; one file per library.
+
+`timm.py`, `torchvision.py`, `open_clip.py` and `transformers.py` each import their library, and each is imported
+only when a model of that library is read. `parts.py` reads what they share: torch's own layers.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 from typing import Any
 
+import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+LIBRARIES = ("timm", "open_clip", "transformers", "torchvision")
 
 
-def read(module: nn.Module) -> dict[str, Any]:
+def read(module: nn.Module, image_size: int | tuple[int, int] | None = None) -> dict[str, Any]:
     """The canonical parts of `module`, by the reader of the library it comes from.
+
+    Args:
+        image_size: pixels, or (height, width), where they differ from the module's: the position embedding is
+            resampled once, by the rule of the module's library.
 
     Raises:
         TypeError: `module` is no `nn.Module`.
-        ValueError: no reader knows this class, or it has a part that cannot be represented.
+        ValueError: no reader knows this class, it has a part that cannot be represented, or `image_size` does not fit.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    library = type(module).__module__.partition(".")[0]
+    sides = image_sides(image_size)
     names = {cls.__module__.partition(".")[0] for cls in type(module).__mro__}
-    if "timm" in names:
-        from fastprompt.vit.readers import timm
+    for library in LIBRARIES:
+        if library in names:
+            parts = importlib.import_module(f"fastprompt.vit.readers.{library}").read(module)
+            break
+    else:
+        library = type(module).__module__.partition(".")[0]
+        raise ValueError(f"module of class {type(module).__name__} (library {library!r}) is not supported; vision "
+                         f"transformers of {', '.join(LIBRARIES)} are")
+    rule = parts.pop("resampling", {"antialias": True, "align_corners": False})
+    if sides is not None and sides != parts["spec"].image_size:
+        _resize(parts, sides, rule)
+    return parts
 
-        return timm.read(module)
-    raise ValueError(f"module of class {type(module).__name__} (library {library!r}) is not supported; "
-                     "timm's VisionTransformer is")
+
+def image_sides(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """(height, width) in pixels of `image_size`; ValueError where it is no size."""
+    if image_size is None:
+        return None
+    sides = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    if len(sides) != 2 or any(not isinstance(s, int) or isinstance(s, bool) or s < 1 for s in sides):
+        raise ValueError(f"image_size must be pixels or (height, width), got {image_size!r}")
+    return sides[0], sides[1]
+
+
+def _resize(parts: dict[str, Any], sides: tuple[int, int], rule: dict[str, bool]) -> None:
+    """Resample the position embedding of `parts` for images of `sides` pixels: bicubic, at least in float32."""
+    spec = parts["spec"]
+    if sides[0] % spec.patch_size or sides[1] % spec.patch_size:
+        raise ValueError(f"image_size must have sides that are multiples of the patch size {spec.patch_size}, "
+                         f"got {sides[0]} x {sides[1]}")
+    grid = (sides[0] // spec.patch_size, sides[1] // spec.patch_size)
+    if parts["pos_embed"] is not None and grid != spec.grid:
+        prefix = int(spec.has_cls) + spec.num_registers if spec.pos_on_prefix else 0
+        pos: Tensor = parts["pos_embed"].detach()  # (1, [prefix +] patches, D)
+        rows = pos[:, prefix:].unflatten(1, spec.grid).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+        rows = F.interpolate(rows.to(torch.promote_types(pos.dtype, torch.float32)), size=grid, mode="bicubic", **rule)
+        parts["pos_embed"] = torch.cat([pos[:, :prefix], rows.flatten(2).transpose(1, 2).to(pos.dtype)], dim=1)
+    parts["spec"] = dataclasses.replace(spec, image_size=sides, grid=grid)

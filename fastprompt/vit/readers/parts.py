@@ -1,0 +1,98 @@
+"""Torch's own layers as canonical parts: what the readers of torchvision, open_clip and transformers share."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from fastprompt.vit.weights import Dense, Norm
+
+IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+CLIP: dict[str, Any] = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+HALF: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.SiLU: "silu", nn.ReLU: "relu", nn.ReLU6: "relu6", nn.LeakyReLU: "leaky_relu", nn.ELU: "elu", nn.CELU: "celu",
+    nn.SELU: "selu", nn.Mish: "mish", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid",
+    nn.Hardswish: "hard_swish", nn.Identity: "identity",
+}
+
+
+def refuse(part: str, got: str, takes: str) -> NoReturn:
+    """Raise the ValueError of a model that cannot be represented, which names the part."""
+    raise ValueError(f"this model cannot be frozen: {part} is {got}; supported: {takes}")
+
+
+def patch_size(conv: Any) -> int:
+    """The side in pixels of the patches of a patch embedding."""
+    if type(conv) is not nn.Conv2d:
+        refuse("patch embedding", type(conv).__name__, "one Conv2d")
+    if conv.in_channels != 3:
+        refuse("patch embedding", f"for {conv.in_channels} channels", "3")
+    size = tuple(conv.kernel_size)
+    if size[0] != size[1] or tuple(conv.stride) != size or conv.padding not in ((0, 0), "valid") \
+            or tuple(conv.dilation) != (1, 1) or conv.groups != 1:
+        refuse("patch embedding", f"{conv}", "square patches that do not overlap")
+    return int(size[0])
+
+
+def layer_norm(module: Any, upcast: bool = False) -> Norm:
+    """A LayerNorm, whose class the caller has checked."""
+    return Norm("layernorm", module.normalized_shape[0], module.eps, module.weight, module.bias, upcast=upcast)
+
+
+def torch_norm(module: Any) -> Norm:
+    """torch's LayerNorm or RMSNorm."""
+    if type(module) is nn.LayerNorm:
+        return layer_norm(module)
+    if type(module) is nn.RMSNorm:
+        dtype = torch.float32 if module.weight is None else module.weight.dtype
+        eps = torch.finfo(dtype).eps if module.eps is None else module.eps
+        return Norm("rmsnorm", module.normalized_shape[0], eps, module.weight, None)
+    refuse("norm layer", type(module).__name__, "LayerNorm, RMSNorm")
+
+
+def dense(module: Any) -> Dense:
+    """torch's Linear."""
+    if type(module) is not nn.Linear:
+        refuse("linear layer", type(module).__name__, "nn.Linear")
+    return Dense(module.weight, module.bias)
+
+
+def stacked(*modules: Any) -> Dense:
+    """Linears of one input as one, in order."""
+    parts = [dense(module) for module in modules]
+    weights: list[Tensor] = [part.weight for part in parts]
+    biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
+    if biases and len(biases) < len(parts):
+        refuse("bias of stacked linear layers", "in some of them", "in all or none")
+    return Dense(torch.cat(weights), torch.cat(biases) if biases else None)
+
+
+def classifier(module: Any) -> Dense | None:
+    """A Linear, or None for an Identity."""
+    return None if isinstance(module, nn.Identity) else dense(module)
+
+
+def activation(module: Any) -> str:
+    """The canonical name of torch's activation layer."""
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    name = _ACTIVATIONS.get(type(module))
+    if name is None or (name == "leaky_relu" and module.negative_slope != 0.01) or (
+            name in ("elu", "celu") and module.alpha != 1.0):
+        refuse("activation", repr(module), ", ".join(sorted({"gelu", "gelu_tanh", *_ACTIVATIONS.values()})))
+    return name
+
+
+def attention(module: Any) -> dict[str, Any]:
+    """qkv, proj and num_heads of torch's MultiheadAttention."""
+    if type(module) is not nn.MultiheadAttention:
+        refuse("attention layer", type(module).__name__, "MultiheadAttention")
+    if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
+        refuse("attention layer", "MultiheadAttention with other keys and values", "self-attention without extra keys")
+    return {"qkv": Dense(module.in_proj_weight, module.in_proj_bias), "num_heads": module.num_heads,
+            "proj": Dense(module.out_proj.weight, module.out_proj.bias)}
