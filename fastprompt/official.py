@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,8 +31,8 @@ from fastprompt.vit import FrozenViT
 State = dict[str, Tensor]
 
 
-def load_official(source: str | os.PathLike[str] | Mapping[str, Any], backbone: FrozenViT | None = None,
-                  **overrides: Any) -> PromptGenerator | PromptedViT:
+def load_official(source: str | os.PathLike[str] | Mapping[str, Any], backbone: FrozenViT | None = None, *,
+                  readout: str | None = None, **overrides: Any) -> PromptGenerator | PromptedViT:
     """A published PGN, VPT or VAPT checkpoint as a generator, or with a backbone as a `PromptedViT`; eval mode.
 
     The method and its sizes are read from tensor names and shapes. What a state dict does not say takes the
@@ -44,6 +44,8 @@ def load_official(source: str | os.PathLike[str] | Mapping[str, Any], backbone: 
             prompts are accepted.
         backbone: the backbone the prompts were trained for; None: only the generator is returned. A linear head
             in the checkpoint (`head.last_layer.*`) comes along.
+        readout: what the head sees, as for `PromptedViT`; None: as in the authors' code, that is the backbone's own,
+            and the mean of patches and prompts for VPT and VAPT on a backbone that averages patches (MAE).
         overrides: options of the method's configuration, and `grid=(rows, columns)`, `patch_size=` or
             `image_size=` for a generator without backbone.
 
@@ -56,6 +58,10 @@ def load_official(source: str | os.PathLike[str] | Mapping[str, Any], backbone: 
     state = _read(source)
     if backbone is not None and not isinstance(backbone, FrozenViT):
         raise TypeError(f"backbone must be a FrozenViT or None, got {type(backbone).__name__}")
+    if readout is not None and backbone is None:
+        raise ValueError(f"readout={readout!r} needs a backbone: a generator alone has no readout")
+    if "grid" in overrides:
+        overrides["grid"] = Geometry(grid=overrides["grid"]).grid
     for marker, reader in (("tl_vectors", _pgn), ("prompt_embeddings", _visual_prompts)):
         prefix = _prefix(state, marker)
         if prefix is not None:
@@ -68,11 +74,20 @@ def load_official(source: str | os.PathLike[str] | Mapping[str, Any], backbone: 
     if backbone is None:
         return generator
     _compare_backbone(inner, backbone)
-    outer = prefix.removesuffix("enc.transformer.") + "head.last_layer."
-    weight, bias = state.get(outer + "weight"), state.get(outer + "bias")
-    if weight is not None and weight.shape[1] != backbone.width:
-        raise ValueError(f"source has a head for width {weight.shape[1]}, backbone has width {backbone.width}")
-    model = PromptedViT(backbone, generator.config, None if weight is None else weight.shape[0])
+    outer = re.sub(r"enc\.(transformer\.)?$", "", prefix) + "head."
+    weight, bias = state.get(outer + "last_layer.weight"), state.get(outer + "last_layer.bias")
+    if weight is not None:
+        if any(k.startswith(outer + "projection.") for k in state):
+            raise ValueError(f"source has a head of several layers ({outer}projection.*); only a linear one can be "
+                             "read. Without backbone its prompts can")
+        if weight.ndim != 2 or weight.shape[1] != backbone.width:
+            raise ValueError(f"source has a head of shape {tuple(weight.shape)}, backbone takes (C, {backbone.width})")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"source has a head of shape {tuple(weight.shape)} with a bias of shape "
+                             f"{tuple(bias.shape)}")
+    if readout is None and marker == "prompt_embeddings" and backbone.spec.pool == "patches":
+        readout = "patches+prompts"
+    model = PromptedViT(backbone, generator.config, None if weight is None else weight.shape[0], readout=readout)
     assert model.generator is not None
     model.generator.load_state_dict(generator.state_dict())
     if weight is not None and model.head is not None:
@@ -92,12 +107,9 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> State:
                 content: Any = load_file(path)
             else:
                 content = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-            raise ValueError(f"source {path} cannot be read as plain tensors (weights_only=True): {error}") from error
-        except Exception as error:
-            if type(error).__name__ != "SafetensorError":
-                raise
-            raise ValueError(f"source {path} is not a whole safetensors file: {error}") from error
+        except Exception as error:  # the unpickler fails in as many ways as a file can be broken
+            how = "a whole safetensors file" if path.suffix == ".safetensors" else "plain tensors (weights_only=True)"
+            raise ValueError(f"source {path} cannot be read as {how}: {error}") from error
     else:
         content = source
     for key in ("state_dict", "model"):
@@ -151,8 +163,9 @@ def _geometry(backbone: FrozenViT | None, width: int, overrides: dict[str, Any],
 
 
 def _load(generator: PromptGenerator, state: State) -> PromptGenerator:
-    """Strict load with the shapes named where they differ."""
+    """Strict load with the shapes named where they differ; BatchNorm's batch counters may be missing."""
     own = generator.state_dict()
+    state = {**{k: v for k, v in own.items() if k.endswith("num_batches_tracked")}, **state}
     missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     if missing or unknown:
         raise ValueError(f"source does not fit {type(generator).__name__}: missing {missing[:5]}, "
@@ -192,7 +205,7 @@ def _pgn(state: State, backbone: FrozenViT | None, overrides: dict[str, Any]) ->
                     name = new + name[len(old):]
             own["trunk." + name.replace(".net.", ".body.").replace(".downsample.", ".skip.")
                 if found["trunk"] == "resnet10" else "trunk." + name] = tensor
-    if outputs % library.shape[0]:
+    if not len(library) or outputs % len(library):
         raise ValueError(f"source: {outputs} outputs are no multiple of the library's {library.shape[0]} tokens")
     found |= {"library_size": library.shape[0], "num_prompts": outputs // library.shape[0]}
     geometry = _geometry(backbone, library.shape[1], overrides)
@@ -267,13 +280,14 @@ def _vapt(state: State, backbone: FrozenViT | None, overrides: dict[str, Any], o
                     tensor = _take(state, f"{stem}.{theirs}")
                     own[f"feature_projectors.{i}.{ours}"] = tensor.squeeze() if ours == "scale" else tensor
                     used.add(f"{stem}.{theirs}")
-        found["hidden"] = own["feature_projectors.0.w1"].shape[0]
+        found["hidden"] = _take(state, f"{stems[0]}.block.0.weight", 2).shape[0]
     grow = 0
     if conv:
         kernel = _take(state, "deep_prompt_downsample.0.conv.kernel", 4)
         found |= {"kernel": kernel.shape[-1], "channelwise": kernel.shape[0] == 1}
         grow = 1 - kernel.shape[-1]
     grid = overrides.get("grid") or (backbone.grid if backbone is not None else None)
+    VAPTConfig(padding=overrides.get("padding", 0))  # refuses what is none
     padding, grid = _padding(positions, grow, grid, conv, overrides.get("padding"))
     if conv:
         found["padding"] = padding
@@ -303,7 +317,7 @@ def _padding(positions: int, grow: int, grid: Any, conv: bool, given: Any) -> tu
 
 def _compare_backbone(state: State, backbone: FrozenViT) -> None:
     """Warn when the checkpoint carries another backbone than the given one."""
-    theirs = state.get("embeddings.patch_embeddings.weight")
+    theirs = state.get("embeddings.patch_embeddings.weight", state.get("patch_embed.proj.weight"))
     if theirs is None:
         return
     ours = backbone.patch_weight.detach().cpu()

@@ -357,7 +357,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 no zip", b"\x80\x02}q\x00", bytes(1000)])
+@pytest.mark.parametrize("content", [b"", b"hello", b"abc", b"PK\x03\x04 no zip", b"\x80\x02}q\x00", bytes(1000)])
 def test_broken_files_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises((ValueError, TypeError), match=r"source"):
@@ -435,6 +435,10 @@ BAD: dict[str, tuple[Callable[[], State], str]] = {
         lambda: {**pgn_state(), "tl_vectors": torch.ones(4, D)},
         "10 outputs are no multiple of .* 4",
     ),
+    "pgn: empty library": (
+        lambda: {**pgn_state(), "tl_vectors": torch.ones(0, D)},
+        "10 outputs are no multiple of .* 0",
+    ),
     "pgn: library 1-d": (
         lambda: {**pgn_state(), "tl_vectors": torch.ones(5)},
         "tl_vectors must have 2 dimensions",
@@ -488,6 +492,10 @@ BAD: dict[str, tuple[Callable[[], State], str]] = {
     "vapt: half a projector": (
         lambda: without(vapt_state(), "deep_prompt_embeddings_mlp.block.2.weight"),
         "lacks .*block.2",
+    ),
+    "vapt: projector without dimensions": (
+        lambda: {**vapt_state(), "deep_prompt_embeddings_mlp.block.0.weight": torch.ones(())},
+        "block.0.weight must have 2 dimensions",
     ),
     "vapt: positions": (
         lambda: {**vapt_state(), "deep_prompt_downsample.0.linear.weight": torch.ones(P, 10)},
@@ -572,7 +580,7 @@ def test_other_backbones_are_refused(make: Callable[[], State]) -> None:
         fp.load_official(
             make(), VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3)
         )
-    with pytest.raises(ValueError, match=r"head for width 40, backbone has width 48"):
+    with pytest.raises(ValueError, match=r"head of shape \(4, 40\), backbone takes \(C, 48\)"):
         fp.load_official({**full_model(make()), "head.last_layer.weight": torch.ones(4, 40)}, vit())
 
 
@@ -580,3 +588,81 @@ def test_pgn_of_another_width_is_refused() -> None:
     vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3)
     with pytest.raises(ValueError, match=r"source was trained for width 48, backbone has 24"):
         fp.load_official(pgn_state(), fp.FrozenViT(vit))
+
+
+def averaging_backbone() -> fp.FrozenViT:
+    return fp.FrozenViT(
+        VisionTransformer(
+            img_size=32,
+            patch_size=8,
+            embed_dim=D,
+            depth=L,
+            num_heads=3,
+            num_classes=0,
+            global_pool="avg",
+        )
+    )
+
+
+@pytest.mark.parametrize("make", [vpt_state, vapt_state])
+def test_mae_models_average_patches_and_prompts_as_the_authors_do(
+    tiny_images: Tensor, make: Callable[[], State]
+) -> None:
+    backbone, head = averaging_backbone(), torch.randn(4, D)
+    state = {**{"enc." + k: v for k, v in make().items()}, "head.last_layer.weight": head}
+    model = fp.load_official(state, backbone)
+    assert (model.readout, model.num_classes) == ("patches+prompts", 4)
+    torch.testing.assert_close(model(tiny_images), F.linear(model.forward_features(tiny_images), head))
+    assert fp.load_official(state, backbone, readout="patches").readout == "patches"
+    assert fp.load_official(pgn_state(), backbone).readout == "patches"
+
+
+def test_readout_needs_a_backbone_and_must_be_one(backbone: fp.FrozenViT) -> None:
+    with pytest.raises(ValueError, match=r"readout='cls' needs a backbone"):
+        fp.load_official(vpt_state(), readout="cls")
+    with pytest.raises(ValueError, match=r"readout must be one of .* got 'mean'"):
+        fp.load_official(vpt_state(), backbone, readout="mean")
+
+
+def test_a_checkpoint_of_another_mae_backbone_warns(backbone: fp.FrozenViT) -> None:
+    with pytest.warns(UserWarning, match=r"carries the weights of another backbone"):
+        fp.load_official({**vpt_state(), "patch_embed.proj.weight": torch.randn(D, 3, 8, 8)}, backbone)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"last_layer.weight": torch.ones(4)}, r"head of shape \(4,\), backbone takes \(C, 48\)"),
+        ({"last_layer.weight": torch.ones(4, 7)}, r"head of shape \(4, 7\)"),
+        (
+            {"last_layer.weight": torch.ones(4, D), "last_layer.bias": torch.ones(3)},
+            r"with a bias of shape \(3,\)",
+        ),
+        (
+            {"last_layer.weight": torch.ones(4, D), "projection.0.weight": torch.ones(D, D)},
+            r"head of several layers \(head\.projection\.\*\)",
+        ),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(
+    backbone: fp.FrozenViT, tensors: State, message: str
+) -> None:
+    state = {"enc.transformer." + k: v for k, v in vpt_state().items()}
+    state |= {"head." + k: v for k, v in tensors.items()}
+    with pytest.raises(ValueError, match=message):
+        fp.load_official(state, backbone)
+
+
+def test_batch_counters_may_be_missing() -> None:
+    state = {k: v for k, v in pgn_state().items() if not k.endswith("num_batches_tracked")}
+    assert torch.equal(fp.load_official(state).library, state["tl_vectors"])
+
+
+@pytest.mark.parametrize("options", [{"grid": 4}, {"grid": (4, 0)}, {"padding": "1"}, {"patch_size": "8"}])
+def test_sizes_that_are_none_are_named(options: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, TypeError), match=rf"{next(iter(options))} must be"):
+        fp.load_official(vapt_state(), **options)
+
+
+def test_a_grid_may_be_a_list(backbone: fp.FrozenViT) -> None:
+    assert fp.load_official(vapt_state(), backbone, grid=[4, 4]).generator.geometry.grid == (4, 4)
