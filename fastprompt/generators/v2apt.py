@@ -79,8 +79,9 @@ class V2APT(PromptGenerator):
 
     The authors published neither code nor sizes. Ours: the encoder reads the patch embeddings E with position
     embedding (behind CLIP's pre-norm), without class token: stats = W_s GELU(W_e mean(LN(E)) + b_e) + b_s,
-    (μ, log σ²) = stats, log σ² clamped; z = μ + σ ε in training, z = μ at inference (or `inference_samples` draws); P_inst = W₂ GELU(W₁ z);
-    no reconstruction loss; domain prompts start like VPT's; KL summed over the latent, mean over the batch.
+    (μ, log σ²) = stats, log σ² clamped; z = μ + σ ε in training, z = μ at inference (or `inference_samples`
+    draws); P_inst = W₂ GELU(W₁ z + b₁) + b₂; no reconstruction loss; domain prompts start like VPT's; KL summed
+    over the latent, mean over the batch.
 
     `generator(embeddings, layer)` (B, N, D) → (B, P, D).
     """
