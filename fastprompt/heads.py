@@ -66,14 +66,14 @@ class TextHead(Head):
 
     def __init__(self, class_embeddings: Any, backbone: FrozenViT, logit_scale: float = CLIP_LOGIT_SCALE) -> None:
         super().__init__()
-        texts = torch.as_tensor(class_embeddings).detach().to(torch.float32)
+        texts = _tensor("class_embeddings", class_embeddings)
         outputs = backbone.width if backbone.head is None else backbone.head.weight.shape[0]
         if texts.ndim != 2 or texts.shape[1] != outputs:
             raise ValueError(f"class_embeddings must have shape (C, {outputs}) for this backbone, "
                              f"got {tuple(texts.shape)}")
         if not torch.isfinite(texts).all() or (texts.norm(dim=-1) == 0).any():
             raise ValueError("class_embeddings contain NaN, infinite or all-zero rows")
-        if not logit_scale > 0 or math.isinf(logit_scale):
+        if not isinstance(logit_scale, (int, float)) or not logit_scale > 0 or math.isinf(logit_scale):
             raise ValueError(f"logit_scale must be positive, got {logit_scale!r}")
         self.width, self.num_classes, self.logit_scale = backbone.width, texts.shape[0], float(logit_scale)
         self.register_buffer("class_embeddings", F.normalize(texts, dim=-1))
@@ -125,24 +125,24 @@ class PrototypeHead(Head):
 
     def __init__(self, prototypes: Any, layers: Sequence[tuple[Any, Any]] = ()) -> None:
         super().__init__()
-        rows = torch.as_tensor(prototypes).detach().to(torch.float32)
+        rows = _tensor("prototypes", prototypes)
         if rows.ndim != 2 or not torch.isfinite(rows).all() or (rows.norm(dim=-1) == 0).any():
             raise ValueError(f"prototypes must be finite, non-zero rows (C, E), got {tuple(rows.shape)}")
         self.num_classes, self.num_layers = rows.shape[0], len(layers)
         self.register_buffer("prototypes", F.normalize(rows, dim=-1))
         outputs = None
         for i, (weight, bias) in enumerate(layers):
-            weight = torch.as_tensor(weight).detach().to(torch.float32).clone()
-            bias = torch.zeros(weight.shape[0]) if bias is None else torch.as_tensor(bias).detach().to(torch.float32)
+            weight = _tensor(f"layers[{i}][0]", weight)
+            bias = weight.new_zeros(weight.shape[:1]) if bias is None else _tensor(f"layers[{i}][1]", bias)
             if weight.ndim != 2 or bias.shape != weight.shape[:1] or outputs not in (None, weight.shape[1]):
                 raise ValueError(f"layers[{i}] must be (out, {outputs or 'in'}) and (out,), got {tuple(weight.shape)} "
                                  f"and {tuple(bias.shape)}")
             outputs = weight.shape[0]
             self.register_buffer(f"weight{i}", weight)
-            self.register_buffer(f"bias{i}", bias.clone())
+            self.register_buffer(f"bias{i}", bias)
         if outputs not in (None, rows.shape[1]):
             raise ValueError(f"prototypes have width {rows.shape[1]}, the last of layers gives {outputs}")
-        self.width = torch.as_tensor(layers[0][0]).shape[1] if layers else rows.shape[1]
+        self.width = self.get_buffer("weight0").shape[1] if layers else rows.shape[1]
 
     @classmethod
     def from_dino(cls, state_dict: Mapping[str, Tensor], num_classes: int, seed: int = 0) -> PrototypeHead:
@@ -200,7 +200,8 @@ def build_head(head: str, backbone: FrozenViT, num_classes: int, class_embedding
     name, rows = ("class_embeddings", class_embeddings) if head == "text" else ("prototypes", prototypes)
     if rows is None:
         raise ValueError(f"head {head!r} needs {name} (C, E), one row per class")
-    if len(rows) != num_classes:
+    rows = _tensor(name, rows)
+    if rows.ndim and len(rows) != num_classes:
         raise ValueError(f"{name} has {len(rows)} rows, num_classes is {num_classes}")
     return TextHead(rows, backbone, logit_scale) if head == "text" else PrototypeHead(rows)
 
@@ -216,20 +217,24 @@ def encode_class_texts(class_names: Sequence[str], encode: str | Callable[[list[
         template: a text with one {} for the class name.
         library: "open_clip" (`encode="ViT-B-16"`, `pretrained="openai"`) or "transformers"
             (`encode="openai/clip-vit-base-patch16"`); needed only for a name.
+        pretrained: which of open_clip's weights; needed unless `encode` names a hub or a directory ("hf-hub:...").
 
     Raises:
-        ValueError: no class names, or a template without {}.
+        TypeError: `encode` is neither a function nor a name.
+        ValueError: no class names, a template without {}, or no weights to encode with.
         ImportError: `library` is not installed.
     """
     if isinstance(class_names, str) or not class_names or not all(isinstance(n, str) for n in class_names):
         raise ValueError(f"class_names must be a list of names, got {class_names!r}")
-    if template.count("{}") != 1:
+    if not isinstance(template, str) or template.count("{}") != 1:
         raise ValueError(f"template must have one {{}} for the class name, got {template!r}")
-    texts = [template.format(name.replace("_", " ").lower()) for name in class_names]
+    texts = [template.replace("{}", name.replace("_", " ").lower()) for name in class_names]
     if isinstance(encode, str):
         if library not in ("open_clip", "transformers"):
             raise ValueError(f"library must be 'open_clip' or 'transformers', got {library!r}")
         encode = (_open_clip_encoder(encode, pretrained) if library == "open_clip" else _transformers_encoder(encode))
+    if not callable(encode):
+        raise TypeError(f"encode must be a function or the name of a model, got {type(encode).__name__}")
     embeddings = torch.as_tensor(encode(texts)).detach().float().cpu()
     if embeddings.ndim != 2 or embeddings.shape[0] != len(texts):
         raise ValueError(f"encode must return ({len(texts)}, E), got {tuple(embeddings.shape)}")
@@ -239,6 +244,9 @@ def encode_class_texts(class_names: Sequence[str], encode: str | Callable[[list[
 
 
 def _open_clip_encoder(name: str, pretrained: str | None) -> Callable[[list[str]], Tensor]:
+    if pretrained is None and ":" not in name:  # open_clip would initialise the tower at random
+        raise ValueError(f"pretrained must name the weights of open_clip's {name!r}, as 'openai'; "
+                         "open_clip.list_pretrained() lists them")
     import open_clip
 
     model = open_clip.create_model(name, pretrained=pretrained).eval()
@@ -257,6 +265,16 @@ def _transformers_encoder(name: str) -> Callable[[list[str]], Tensor]:
 def _without_gradient(function: Callable[[Any], Tensor], argument: Any) -> Tensor:
     with torch.no_grad():
         return function(argument)
+
+
+def _tensor(name: str, values: Any) -> Tensor:
+    """A float32 copy of `values`; TypeError where they are no array of numbers."""
+    if isinstance(values, (list, tuple)) and values and all(isinstance(v, Tensor) for v in values):
+        values = torch.stack(list(values))
+    try:
+        return torch.as_tensor(values).detach().to(torch.float32, copy=True)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be an array of numbers, got {type(values).__name__}: {error}") from error
 
 
 def _register_classifier(head: Head, backbone: FrozenViT, rows: int | None = None) -> None:

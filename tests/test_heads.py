@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -142,6 +141,7 @@ def test_bad_dino_heads_are_named() -> None:
             lambda b: fp.TextHead(torch.ones(3, 7), b, logit_scale=float("inf")),
             "logit_scale must be positive",
         ),
+        (lambda b: fp.TextHead(torch.ones(3, 7), b, logit_scale="1"), "logit_scale must be positive, got '1'"),
         (lambda b: fp.LabelMapHead(b, 8), "num_classes must be at most the 7 outputs"),
         (
             lambda b: fp.PrototypeHead(torch.zeros(2, 6)),
@@ -270,7 +270,43 @@ def test_bad_class_texts_are_named(arguments: tuple, options: dict[str, str], me
         fp.encode_class_texts(*arguments, **options)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("open_clip") is not None, reason="open_clip is installed here")
-def test_a_missing_library_is_an_import_error() -> None:
-    with pytest.raises(ImportError, match=r"open_clip"):
+def test_weights_at_random_encode_nothing() -> None:
+    with pytest.raises(ValueError, match=r"pretrained must name the weights of open_clip's 'ViT-B-16'"):
         fp.encode_class_texts(["a"], "ViT-B-16")
+
+
+def test_what_cannot_encode_is_named() -> None:
+    with pytest.raises(TypeError, match=r"encode must be a function or the name of a model, got NoneType"):
+        fp.encode_class_texts(["a"], None)
+
+
+def test_a_template_may_have_other_braces() -> None:
+    seen: list[str] = []
+    fp.encode_class_texts(["a"], lambda texts: seen.extend(texts) or torch.ones(1, 2), template="{x} {}")
+    assert seen == ["{x} a"]
+
+
+@pytest.mark.parametrize("values", ["abc", object(), [[1.0], [1.0, 2.0]]])
+def test_what_is_no_array_is_named(tiny_vit: VisionTransformer, values: object) -> None:
+    backbone = fp.FrozenViT(tiny_vit)
+    for make, name in (
+        (lambda: fp.TextHead(values, backbone), "class_embeddings"),
+        (lambda: build_head("text", backbone, 3, class_embeddings=values), "class_embeddings"),
+        (lambda: fp.PrototypeHead(values), "prototypes"),
+        (lambda: fp.PrototypeHead(torch.ones(2, 3), [(values, None)]), r"layers\[0\]\[0\]"),
+    ):
+        with pytest.raises(TypeError, match=rf"{name} must be an array of numbers"):
+            make()
+
+
+def test_rows_may_be_lists_tensors_or_arrays(tiny_vit: VisionTransformer) -> None:
+    backbone, rows = fp.FrozenViT(tiny_vit), torch.randn(3, 48)
+    expected = fp.TextHead(rows, backbone).class_embeddings
+    for values in (list(rows), rows.tolist(), rows.numpy()):
+        assert torch.equal(build_head("text", backbone, 3, class_embeddings=values).class_embeddings, expected)
+
+
+def test_a_missing_library_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ImportError, match=r"open_clip"):
+        fp.encode_class_texts(["a"], "ViT-B-16", pretrained="openai")
