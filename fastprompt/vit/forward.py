@@ -44,7 +44,9 @@ def features(vit: FrozenViT, embedded: Sequence, generator: PromptGenerator | No
         prompts = None
         if generator is not None and i in layers:
             prompts = generator.prompts(i, context, sequence.patches, draws)
-            if not (i + 1 in layers or (i == last and "prompts" not in readout)):
+            if i + 1 in layers or (i == last and "prompts" not in readout):
+                sequence = sequence.without_prompts()
+            else:
                 sequence, prompts = sequence.with_prompts(prompts, generator.prompts_last), None
         rows = 1 if i == last and readout == "cls" else None
         tokens = run_block(block, sequence.tokens, prompts, rows)

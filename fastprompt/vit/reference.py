@@ -46,6 +46,12 @@ class Sequence:
             return self.tokens[:, self.num_prefix:self.tokens.shape[1] - self.num_prompts]
         return self.tokens[:, self.num_prefix + self.num_prompts:]
 
+    def without_prompts(self) -> Sequence:
+        """Prefix and patches alone."""
+        if self.num_prompts == 0:
+            return self
+        return Sequence(torch.cat([self.prefix, self.patches], dim=1), self.num_prefix)
+
     def with_prompts(self, prompts: Tensor, prompts_last: bool) -> Sequence:
         """The same prefix and patches with `prompts` (1 or B, P, D) in place of the former prompt rows."""
         rows = prompts.to(self.tokens.dtype).expand(self.tokens.shape[0], -1, -1)

@@ -124,3 +124,15 @@ def test_static_prompts_are_projected_once_not_once_per_image(
     )
     model(tiny_images.double())
     assert seen == [1, 1]
+
+
+@pytest.mark.parametrize("readout", ["cls", "patches", "patches+prompts"])
+@pytest.mark.parametrize("layers", [(0, 2), (1,), (0, 1), (1, 2), (2,)])
+def test_generators_may_set_any_blocks(
+    randomised: Callable[..., nn.Module], tiny_images: Tensor, layers: tuple[int, ...], readout: str
+) -> None:
+    vit = randomised(VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3))
+    model = fp.PromptedViT(fp.FrozenViT(vit).double(), METHODS["vpt"], readout=readout).eval()
+    model.generator.layers = layers
+    images = tiny_images[:2].double()
+    torch.testing.assert_close(model(images), model.reference_forward(images), rtol=1e-10, atol=1e-10)
