@@ -21,12 +21,10 @@ class Head(nn.Module):
     """Features (B, D) → logits (B, num_classes), in the dtype of the head's own tensors.
 
     Attributes:
-        kind: its name in files and on the command line. reads_classifier: it uses the backbone's classifier.
-        width: D.
+        kind: its name in files and on the command line. width: D.
     """
 
     kind: ClassVar[str]
-    reads_classifier: ClassVar[bool] = False
     num_classes: int
     width: int
     classifier_weight: Tensor | None
@@ -62,7 +60,6 @@ class TextHead(Head):
     """
 
     kind = "text"
-    reads_classifier = True
 
     def __init__(self, class_embeddings: Any, backbone: FrozenViT, logit_scale: float = CLIP_LOGIT_SCALE) -> None:
         super().__init__()
@@ -92,7 +89,6 @@ class LabelMapHead(Head):
     """Class c reads output c of the pretrained classifier, frozen (PGN §4, supervised ViT)."""
 
     kind = "label_map"
-    reads_classifier = True
     classifier_weight: Tensor
 
     def __init__(self, backbone: FrozenViT, num_classes: int) -> None:

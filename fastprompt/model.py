@@ -7,7 +7,8 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class PromptedViT(nn.Module):
         head: "linear", "text", "label_map", "prototypes", or a head of `fastprompt.heads`.
         readout: what the head sees: "cls", "patches", "patches+prompts", "prompts" or "map"; None: as the
             backbone's own head does.
-        class_names: C names, kept in the adapter.
+        class_names: C names, kept in the adapter, as a list.
         class_embeddings, logit_scale: for head "text". prototypes: for head "prototypes".
 
     Raises:
@@ -68,6 +69,12 @@ class PromptedViT(nn.Module):
         if num_classes is not None and (not isinstance(num_classes, int) or isinstance(num_classes, bool)
                                         or num_classes < 1):
             raise ValueError(f"num_classes must be a positive integer or None, got {num_classes!r}")
+        for name, rows, reader in (("class_embeddings", class_embeddings, "text"),
+                                   ("prototypes", prototypes, "prototypes")):
+            if rows is not None and head != reader:
+                raise ValueError(f"{name} is for head {reader!r}, head is {head!r}")
+        if class_names is not None and not isinstance(class_names, Iterable):
+            raise TypeError(f"class_names must be a sequence of names, got {type(class_names).__name__}")
         generator = build_generator(config, Geometry.of(backbone))
         self.readout = check_readout(backbone, generator, readout)
         self.config, self.full = config, isinstance(config, FullFineTuneConfig)
@@ -85,6 +92,8 @@ class PromptedViT(nn.Module):
             self.head = head
         elif num_classes is not None:
             self.head = build_head(head, backbone, num_classes, class_embeddings, logit_scale, prototypes)
+        elif head != "linear":
+            raise ValueError(f"head {head!r} needs num_classes; without it the model returns features")
         if self.head is not None and self.head.width != backbone.width:
             raise ValueError(f"head {self.head.kind!r} reads features of width {self.head.width}, "
                              f"those of the backbone have {backbone.width}")
@@ -206,6 +215,8 @@ class PromptedViT(nn.Module):
 
     def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load `adapter_state_dict`; a missing, unknown or misshapen tensor raises `ValueError` before any change."""
+        if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
+            raise TypeError(f"state must be a mapping of tensors, as of adapter_state_dict, got {type(state).__name__}")
         own = self.adapter_state_dict()
         missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
         if missing or unknown:
@@ -260,6 +271,11 @@ class PromptedViT(nn.Module):
                 f"{'x'.join(map(str, stored['image_size']))} px, fingerprint {stored['fingerprint'][:12]}; this one is "
                 f"{backbone.spec.name} at {'x'.join(map(str, backbone.image_size))} px, fingerprint "
                 f"{backbone.fingerprint[:12]}")
+        ours = {"mean": list(backbone.mean), "std": list(backbone.std)}
+        theirs = {key: stored.get(key) for key in ours}
+        if ours != theirs:
+            warnings.warn(f"the adapter in {directory} was trained on images normalised with {theirs}, this backbone "
+                          f"normalises raw (uint8) ones with {ours}", stacklevel=2)
         try:
             info, num_classes = config["head"], config["num_classes"]
             head: str | Head = "linear" if info is None else _head_from(info, backbone, num_classes, state)

@@ -273,6 +273,12 @@ def test_another_backbone_is_refused(
         fp.PromptedViT.from_pretrained(fp.FrozenViT(tiny_vit), tmp_path)
 
 
+def test_other_mean_and_std_warn(tiny_vit: VisionTransformer, tmp_path: Path) -> None:
+    fp.PromptedViT(fp.FrozenViT(tiny_vit), METHODS["vpt"], 5).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"trained on images normalised with .*0\.485.* this backbone .*0\.5"):
+        fp.PromptedViT.from_pretrained(fp.FrozenViT(tiny_vit, mean=(0.5, 0.5, 0.5)), tmp_path)
+
+
 def edit_config(directory: Path, change: Callable[[dict], Any]) -> None:
     path = directory / "adapter_config.json"
     config = json.loads(path.read_text())
@@ -458,6 +464,9 @@ def test_load_adapter_state_dict_is_strict_and_changes_nothing_on_error(backbone
         with pytest.raises(ValueError, match=message):
             model.load_adapter_state_dict(bad)
         assert all(torch.equal(v, before[k]) for k, v in model.adapter_state_dict().items())
+    for bad in (None, {k: v.tolist() for k, v in good.items()}):
+        with pytest.raises(TypeError, match=r"state must be a mapping of tensors"):
+            model.load_adapter_state_dict(bad)
     model.load_adapter_state_dict(good)
     assert all((v == 0).all() for v in model.adapter_state_dict().values())
 
@@ -574,6 +583,23 @@ def test_counts(backbone: fp.FrozenViT, capsys: pytest.CaptureFixture[str]) -> N
         ),
         ({"num_classes": 5, "head": "prototypes"}, ValueError, "head 'prototypes' needs prototypes"),
         ({"num_classes": 8, "head": "label_map"}, ValueError, "num_classes must be at most the 7 outputs"),
+        ({"head": "text", "class_embeddings": torch.ones(5, 7)}, ValueError, "head 'text' needs num_classes"),
+        ({"head": "label_map"}, ValueError, "head 'label_map' needs num_classes"),
+        (
+            {"num_classes": 5, "class_embeddings": torch.ones(5, 7)},
+            ValueError,
+            "class_embeddings is for head 'text', head is 'linear'",
+        ),
+        (
+            {"num_classes": 5, "head": "text", "prototypes": torch.ones(5, 7)},
+            ValueError,
+            "prototypes is for head 'prototypes', head is 'text'",
+        ),
+        (
+            {"num_classes": 5, "class_names": 5},
+            TypeError,
+            "class_names must be a sequence of names, got int",
+        ),
         ({"num_classes": 5, "readout": "mean"}, ValueError, "readout must be one of .* got 'mean'"),
         ({"num_classes": 5, "class_names": ["a"]}, ValueError, "class_names has 1 names, num_classes is 5"),
         ({"config": {"kind": "vpt"}}, TypeError, "config must be one of PGNConfig.* got dict"),
