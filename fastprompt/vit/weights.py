@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, cast, overload
@@ -256,6 +257,36 @@ class FrozenViT(nn.Module):
         module = torchvision.build(name, pretrained, **kwargs)
         return cls(module, image_size=image_size, mean=mean, std=std)._named(name)
 
+    @classmethod
+    def from_open_clip(cls, model: str | nn.Module, pretrained: str | None = None,
+                       image_size: int | tuple[int, int] | None = None, *, mean: Sequence[float] | None = None,
+                       std: Sequence[float] | None = None, **kwargs: Any) -> FrozenViT:
+        """Build an open_clip model by name and freeze its image tower; its projection is `head`.
+
+        Args:
+            model: one of `open_clip.list_models()`, "hf-hub:...", "local-dir:...", a model or an image tower.
+            pretrained: a tag of published weights ("openai", "laion2b_s34b_b88k") or a file; None: random weights.
+            image_size: pixels (or (height, width)); the position embedding is resampled as open_clip does.
+            mean, std: per channel; None: those that come with the weights, else CLIP's.
+            kwargs: passed to `open_clip.create_model`.
+
+        Raises:
+            ImportError: open_clip is not installed.
+            TypeError, ValueError: an argument does not fit, or the model has a part that cannot be represented.
+        """
+        from fastprompt.vit.readers import image_sides
+
+        image_sides(image_size)
+        if isinstance(model, nn.Module):
+            if pretrained is not None or kwargs:
+                raise ValueError(f"pretrained must be None for a model that is built, got {pretrained!r}, {kwargs}")
+            return cls(model, image_size=image_size, mean=mean, std=std)
+        _require("open_clip", "openclip")
+        from fastprompt.vit.readers import open_clip
+
+        module = open_clip.build(model, pretrained, **kwargs)
+        return cls(module, image_size=image_size, mean=mean, std=std)._named(model)
+
     def _named(self, name: str) -> FrozenViT:
         self.spec = dataclasses.replace(self.spec, name=name)
         return self
@@ -393,6 +424,11 @@ class FrozenViT(nn.Module):
     def extra_repr(self) -> str:
         return (f"{self.spec.name}, width={self.width}, depth={self.depth}, heads={self.num_heads}, "
                 f"patch={self.patch_size}, grid={self.grid}")
+
+
+def _require(library: str, extra: str) -> None:
+    if importlib.util.find_spec(library) is None:
+        raise ImportError(f"{library} is not installed: pip install 'fastprompt[{extra}]'")
 
 
 def _channel_triple(name: str, value: Sequence[float]) -> tuple[float, float, float]:
