@@ -42,6 +42,12 @@ def read(model: nn.Module) -> dict[str, Any]:
         _refuse("patch_size", str(patch), "square patches")
     if embed.img_size is None:
         _refuse("img_size", "None", "a model built with an image size")
+    if min(embed.grid_size) < 1:
+        _refuse("img_size", f"{tuple(embed.img_size)}", f"at least one patch of {patch[0]} pixels")
+    if (embed.proj.kernel_size, embed.proj.stride, embed.proj.padding) != (patch, patch, (0, 0)):
+        _refuse("patch_embed.proj", str(embed.proj), "patches side by side")
+    if not len(model.blocks):
+        _refuse("depth", "0", "at least one block")
     if embed.proj.in_channels != 3:
         _refuse("in_chans", str(embed.proj.in_channels), "3")
 

@@ -249,6 +249,12 @@ def with_slope() -> nn.Module:
     return model
 
 
+def with_overlap() -> nn.Module:
+    model = build()
+    model.patch_embed.proj = nn.Conv2d(3, 48, 8, stride=4)
+    return model
+
+
 def with_head() -> nn.Module:
     model = build()
     model.head = nn.Sequential(nn.Linear(48, 5))
@@ -270,6 +276,9 @@ def with_head() -> nn.Module:
         (with_strange_norm, "norm layer is GroupNorm"),
         (with_slope, r"activation is LeakyReLU\(negative_slope=0.3"),
         (with_head, "linear layer is Sequential"),
+        (with_overlap, r"patch_embed\.proj is Conv2d"),
+        (lambda: build(depth=0), "depth is 0"),
+        (lambda: build(img_size=4), r"img_size is \(4, 4\); supported: at least one patch of 8 pixels"),
     ],
     ids=str,
 )
