@@ -80,9 +80,12 @@ class Adapt:
     data_root: Path | None = None
     """Where torchvision sets are kept."""
     augment: str = "none"
+    """Of training images: none, flip, crop or pgn."""
+    on_bad: Literal["error", "skip"] = "error"
+    """What to do about image files that cannot be read."""
     head: Literal["linear", "text", "label_map", "prototypes"] = "linear"
     class_embeddings: Path | None = None
-    """(classes, width) array in a .npy file for --head text."""
+    """(classes, width) array in a .npy file for --head text or prototypes."""
     readout: str | None = None
     """cls, patches, patches+prompts, prompts or map; the backbone's own if not given."""
     test: bool = False
@@ -100,7 +103,8 @@ class Adapt:
 class Eval:
     """Evaluate an adapter: accuracy, mean per class, confusion matrix.
 
-    For a run directory of `adapt`, backbone, data and split are those of the run unless given.
+    For a run directory of `adapt`, backbone, data and split are those of the run unless given. Other data are split
+    anew: how many images and with which seed is not taken from the run.
     """
 
     adapter: tyro.conf.Positional[Path]
@@ -114,6 +118,8 @@ class Eval:
     num_test: int | None = None
     data_seed: int | None = None
     data_root: Path | None = None
+    on_bad: Literal["error", "skip"] | None = None
+    """What to do about image files that cannot be read."""
     dtype: Literal["bfloat16", "float32"] = "float32"
     batch_size: int = 64
     out: Path | None = None
@@ -136,6 +142,8 @@ class Predict:
     image_size: int | None = None
     out: Path | None = None
     """.csv or .json file; CSV on standard output if not given."""
+    on_bad: Literal["error", "skip"] = "error"
+    """What to do about image files that cannot be read."""
     dtype: Literal["bfloat16", "float32"] = "float32"
     batch_size: int = 32
     threads: int | None = None
@@ -232,6 +240,7 @@ def adapt_settings(command: Adapt) -> RunSettings:
         num_test=command.num_test,
         data_seed=command.data_seed,
         augment=command.augment,
+        on_bad=command.on_bad,
         head=command.head,
         class_embeddings=None if command.class_embeddings is None else absolute(command.class_embeddings),
         readout=command.readout,
@@ -311,11 +320,13 @@ def evaluate_adapter(command: Eval) -> None:
         settings = RunSettings(method="linear", data=str(command.data))
     changed = {
         name: getattr(command, name)
-        for name in ("data", "num_train", "num_val", "num_test", "data_seed")
+        for name in ("data", "num_train", "num_val", "num_test", "data_seed", "on_bad")
         if getattr(command, name) is not None
     }
     if command.data_root is not None:
         changed["data_root"] = str(command.data_root)
+    if command.data is not None and absolute(command.data) != settings.data:
+        settings = RunSettings(method=settings.method, data=command.data)
     settings = replace(settings, **changed, augment="none")
     splits = load_run_data(settings, square_size(model.backbone))
     names = list(splits.class_names)
@@ -354,6 +365,7 @@ def predict(command: Predict) -> None:
     import torch
 
     from fastprompt.data import list_images, read_images
+    from fastprompt.data.images import bad_images, report_bad
     from fastprompt.files import atomic_write
     from fastprompt.report.runs import read_settings, square_size
 
@@ -363,6 +375,11 @@ def predict(command: Predict) -> None:
         raise ValueError(f"--batch-size: takes a number from 1, got {command.batch_size}")
     set_threads(command.threads)
     files = list_images(command.images)
+    bad = bad_images(files)
+    report_bad([(files[i], reason) for i, reason in bad.items()], command.on_bad)
+    files = [file for i, file in enumerate(files) if i not in bad]
+    if not files:
+        raise ValueError(f"images: none of the {len(bad)} files can be read")
     model = load_adapter(command, read_settings(command.adapter))
     image_size = square_size(model.backbone)
     rows: list[list[float]] = []
@@ -383,6 +400,7 @@ def predict(command: Predict) -> None:
             for f, b, row in zip(files, best, rows, strict=True)
         ]
         text = json.dumps({"class_names": names, "images": entries}, indent=1, ensure_ascii=False) + "\n"
+        content = text.encode("utf-8", "backslashreplace")  # a byte that is no UTF-8 in a file name: "\udcff"
     else:
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
@@ -390,10 +408,12 @@ def predict(command: Predict) -> None:
         for f, b, row in zip(files, best, rows, strict=True):
             writer.writerow([f, names[b], f"{row[b]:.6f}", *(f"{p:.6f}" for p in row)])
         text = buffer.getvalue()
+        content = text.encode("utf-8", "surrogateescape")  # file names as the bytes they are
     if command.out is None:
-        sys.stdout.write(text)
+        sys.stdout.flush()
+        sys.stdout.buffer.write(content)
     else:
-        atomic_write(command.out, text)
+        atomic_write(command.out, content)
         print(f"{len(files)} images -> {command.out}")
 
 

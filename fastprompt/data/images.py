@@ -113,7 +113,8 @@ def report_bad(bad: Sequence[tuple[str, str]], on_bad: str) -> None:
     )
     if on_bad == "error":
         raise ValueError(
-            f"{len(bad)} image file(s) cannot be read: {listed}. Remove them or pass on_bad='skip'"
+            f"{len(bad)} image file(s) cannot be read: {listed}. Remove them or leave them out with on_bad='skip' "
+            "(--on-bad skip)"
         )
     warnings.warn(f"skipped {len(bad)} image file(s) that cannot be read: {listed}", stacklevel=4)
 

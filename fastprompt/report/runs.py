@@ -19,7 +19,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +88,7 @@ class RunSettings:
     num_test: int | None = None
     data_seed: int = 0
     augment: str = "none"
+    on_bad: str = "error"
     head: str = "linear"
     class_embeddings: str | None = None
     readout: str | None = None
@@ -170,16 +171,30 @@ def load_run_data(settings: RunSettings, image_size: int) -> DataSplits:
     """The run's train, validation and test images at `image_size` pixels."""
     from fastprompt.data import load_data
 
-    return load_data(
-        settings.data,
-        image_size=image_size,
-        num_train=settings.num_train,
-        num_val=settings.num_val,
-        num_test=settings.num_test,
-        seed=settings.data_seed,
-        root=settings.data_root,
-        augment=settings.augment,
-    )
+    with renamed(name="data", root="data_root", seed="data_seed"):
+        return load_data(
+            settings.data,
+            image_size=image_size,
+            num_train=settings.num_train,
+            num_val=settings.num_val,
+            num_test=settings.num_test,
+            seed=settings.data_seed,
+            root=settings.data_root,
+            augment=settings.augment,
+            on_bad=settings.on_bad,
+        )
+
+
+@contextlib.contextmanager
+def renamed(**names: str) -> Iterator[None]:
+    """Errors about an argument of the function called inside name the setting that the argument came from."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        argument, colon, rest = str(error).partition(":")
+        if colon and argument in names:
+            raise type(error)(f"{names[argument]}:{rest}") from error
+        raise
 
 
 def reset_peak_memory() -> None:
@@ -289,9 +304,15 @@ def build_model(settings: RunSettings, backbone: FrozenViT, class_names: Sequenc
         import numpy as np
 
         path = Path(settings.class_embeddings)
-        if not path.exists():
+        argument = {"text": "class_embeddings", "prototypes": "prototypes"}.get(settings.head)
+        if argument is None:
+            raise ValueError(f"class_embeddings: are for head 'text' or 'prototypes', the head is {settings.head!r}")
+        if not path.is_file():
             raise FileNotFoundError(f"class_embeddings: no file {path}")
-        arguments["class_embeddings"] = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        try:
+            arguments[argument] = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        except (ValueError, TypeError, AttributeError, EOFError) as error:
+            raise ValueError(f"class_embeddings: {path} is no .npy file with one array of numbers ({error})") from error
     torch.manual_seed(seed)
     return fp.PromptedViT(
         backbone,
@@ -310,7 +331,8 @@ def backbone_at(name: str, image_size: int | None) -> FrozenViT:
 
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: takes a number of pixels from 1, got {image_size}")
-    return load_backbone(name, image_size=image_size)
+    with renamed(name="backbone"):
+        return load_backbone(name, image_size=image_size)
 
 
 def square_size(backbone: FrozenViT) -> int:
@@ -338,15 +360,17 @@ def read_settings(run_dir: Path) -> RunSettings | None:
     return None
 
 
-def prepare_run_dir(settings: RunSettings, out_dir: Path, resume: bool) -> dict[str, Any] | None:
-    """Claim `out_dir` for these settings. Returns the results of a run that is already finished there.
+def finished_results(settings: RunSettings, out_dir: Path, resume: bool) -> dict[str, Any] | None:
+    """The results of a run with these settings that is already finished in `out_dir`; None: there is none.
 
-    Raises `ValueError` where the directory holds a run with other settings and `resume` is set.
+    Raises `ValueError` where `out_dir` is a file, or holds a run with other settings and `resume` is set.
     """
+    if out_dir.exists() and not out_dir.is_dir():
+        raise ValueError(f"out: {out_dir} is a file, a directory is needed")
     wanted = json.loads(json.dumps(settings.to_dict()))
     run_file, result_file = out_dir / "run.json", out_dir / "results.json"
     if resume and run_file.exists():
-        there = read_json(run_file)
+        there = {"on_bad": "error", **read_json(run_file)}  # runs from before there was a choice
         different = [k for k in sorted({*wanted, *there}) if wanted.get(k) != there.get(k)]
         if different:
             said = "; ".join(f"{k}: {there.get(k)!r} there, {wanted.get(k)!r} now" for k in different)
@@ -355,10 +379,24 @@ def prepare_run_dir(settings: RunSettings, out_dir: Path, resume: bool) -> dict[
             )
         if result_file.exists():
             return dict(read_json(result_file))
-    out_dir.mkdir(parents=True, exist_ok=True)
-    result_file.unlink(missing_ok=True)
-    write_json(run_file, wanted)
     return None
+
+
+@contextlib.contextmanager
+def claimed(settings: RunSettings, out_dir: Path) -> Iterator[None]:
+    """`out_dir` is these settings' from here on, unless wrong input ends the run before it wrote anything."""
+    made = not out_dir.exists()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_json(out_dir / "run.json", settings.to_dict())
+    (out_dir / "results.json").unlink(missing_ok=True)
+    try:
+        yield
+    except (ValueError, TypeError):
+        if [path.name for path in out_dir.iterdir()] == ["run.json"]:
+            (out_dir / "run.json").unlink()
+            if made:
+                out_dir.rmdir()
+        raise
 
 
 def execute(
@@ -385,7 +423,7 @@ def execute(
     out_dir = Path(out_dir)
     config = build_config(settings.method, settings.options)
     recipe = build_recipe(settings.method, config, settings.recipe)
-    results = prepare_run_dir(settings, out_dir, resume)
+    results = finished_results(settings, out_dir, resume)
     if results is not None and (not test or results.get("test") is not None):
         return results
 
@@ -394,26 +432,27 @@ def execute(
     splits = load_run_data(settings, image_size)
     if results is None:
         model = build_model(settings, backbone, splits.class_names, recipe.seed)
-        if settings.method == "linear":
-            training = run_probe(model, splits, recipe, out_dir)
-        else:
-            fitted = fit(
-                model,
-                splits.train,
-                splits.val,
-                recipe=recipe,
-                out_dir=out_dir,
-                resume=resume,
-                progress=progress,
-            )
-            training = {
-                "best_epoch": fitted.best_epoch,
-                "best_val_loss": fitted.best_val_loss,
-                "history": fitted.history,
-                "seconds": fitted.seconds,
-                "images_per_second": fitted.images_per_second,
-                "peak_memory_mib": fitted.peak_memory_mib,
-            }
+        with claimed(settings, out_dir):
+            if settings.method == "linear":
+                training = run_probe(model, splits, recipe, out_dir)
+            else:
+                fitted = fit(
+                    model,
+                    splits.train,
+                    splits.val,
+                    recipe=recipe,
+                    out_dir=out_dir,
+                    resume=resume,
+                    progress=progress,
+                )
+                training = {
+                    "best_epoch": fitted.best_epoch,
+                    "best_val_loss": fitted.best_val_loss,
+                    "history": fitted.history,
+                    "seconds": fitted.seconds,
+                    "images_per_second": fitted.images_per_second,
+                    "peak_memory_mib": fitted.peak_memory_mib,
+                }
         trainable = model.num_trainable()
         paper_count = model.paper_parameter_count()
         model = load_best(backbone, out_dir, recipe)

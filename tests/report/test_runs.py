@@ -122,6 +122,21 @@ def test_the_probe_is_fitted_to_several_views_where_images_are_augmented(
     assert len({view.numpy().tobytes() for view in of_view}) == views, "the same view several times"
 
 
+def test_wrong_input_that_only_the_training_finds_leaves_nothing(
+    tiny_vit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (32, 32)).save(tmp_path / "images" / name / f"{i}.png")
+    monkeypatch.setattr(runs, "backbone_at", lambda *_: fp.FrozenViT(tiny_vit))
+    for method, recipe in (("linear", {}), ("vpt-deep", {"head_init": "probe"})):
+        settings = RunSettings(method, str(tmp_path / "images"), num_train=1, recipe={"epochs": 1, **recipe})
+        with pytest.warns(UserWarning, match="no training image"), pytest.raises(ValueError, match="two classes"):
+            runs.execute(settings, tmp_path / "run", progress=False)
+        assert not (tmp_path / "run").exists()
+
+
 def test_library_usage_needs_a_library_and_images(tiny_vit: Any) -> None:
     model, data = pgn(tiny_vit)
     with pytest.raises(ValueError, match="dataset"):
