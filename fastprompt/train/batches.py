@@ -168,8 +168,8 @@ class Batches:
         seed: None keeps the order; otherwise epoch e is shuffled by a generator seeded with (seed, e), so any
             epoch can be repeated alone. A DataLoader with a generator of its own has it seeded in the same
             way.
-        merge_single: a last batch of one image joins the one before; of a DataLoader, a batch of one is left
-            out.
+        merge_single: a last batch of one image joins the one before; of a DataLoader, a batch of one after a
+            larger one is left out.
         num_workers: loading processes of a Dataset.
     """
 
@@ -202,8 +202,10 @@ class Batches:
         Yields:
             images (B, 3, H, W), uint8 or floating point, and labels (B,) int64.
         """
+        largest = 0
         for images, labels in self._raw(epoch):
-            if self.merge_single and isinstance(self.data, DataLoader) and len(labels) == 1:
+            largest = max(largest, len(labels))
+            if self.merge_single and isinstance(self.data, DataLoader) and len(labels) == 1 < largest:
                 continue
             if labels.device.type == "cpu":
                 check_labels(labels, f"a batch of {self.name}", self.num_classes)

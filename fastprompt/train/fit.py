@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import random
@@ -136,6 +137,10 @@ def fit(
         TrainingDiverged: loss or gradient became NaN or infinite; the log has the event.
         OSError: a file could not be written; what was written before is intact.
     """
+    from fastprompt.model import PromptedViT
+
+    if not isinstance(model, PromptedViT):
+        raise TypeError(f"model must be a PromptedViT, got {type(model).__name__}")
     if recipe is None:
         recipe = default_recipe(model.config)
     if not isinstance(recipe, Recipe):
@@ -148,6 +153,8 @@ def fit(
     train_labels = check_data(train, "train", num_classes)
     check_data(val, "val", num_classes)
     directory = None if out_dir is None else Path(out_dir)
+    if directory is not None and directory.exists() and not directory.is_dir():
+        raise ValueError(f"out_dir must be a directory, {directory} is a file")
     before = rng_state()
     try:
         run = _Run(model, train, val, recipe, directory, progress)
@@ -242,6 +249,7 @@ class _Run:
             )
             with evaluation_mode(self.model):
                 self.model(images[:2])
+        self._check_single_images()
         if self.cached:
             from fastprompt.train.probe import extract_features
 
@@ -271,6 +279,22 @@ class _Run:
             device=self.device,
             num_workers=self.recipe.num_workers,
         )
+
+    def _check_single_images(self) -> None:
+        """Raises where batches of one image come and the generator's batch norm cannot take them."""
+        generator, train = self.model.generator, self.train_source
+        size = train.batch_size if isinstance(train, DataLoader) else self.recipe.batch_size
+        first = Batches(train, 1, name="train", num_classes=self.num_classes, device=self.device)
+        if generator is None or generator.known_at != "image" or 1 not in (size, first.num_images):
+            return
+        images, _ = next(iter(first.epoch()))
+        try:
+            copy.deepcopy(generator).train()(self.model.backbone.normalise(images[:1]).float())
+        except ValueError as error:
+            raise ValueError(
+                f"batch_size must be at least 2 and train must hold at least 2 images for {self.model.config.kind!r} "
+                f"here, got {size} and {first.num_images}: its batch norm cannot take a single image ({error})"
+            ) from error
 
     def start(self, signature: dict[str, Any]) -> None:
         """A new run: seeds, the head's start, and a state file, so that the first epoch can be resumed."""
@@ -489,18 +513,19 @@ class _Run:
 
     def _validate(self, epoch: int) -> tuple[float, float]:
         """Mean cross-entropy and accuracy on the validation data, in eval mode."""
-        total, correct = 0.0, 0
+        total, correct, seen = 0.0, 0, 0
         with evaluation_mode(self.model):
             for images, labels in self.val.epoch(epoch - 1):
                 logits, _ = self._forward(images)
                 total += float(F.cross_entropy(logits, labels, reduction="sum"))
                 correct += int((logits.argmax(-1) == labels).sum())
-        loss = total / self.val.num_images
+                seen += len(labels)
+        loss = total / seen
         if not np.isfinite(loss):
             raise TrainingDiverged(
                 f"validation loss is {loss}", epoch, 0, self.optimizer.param_groups[0]["lr"]
             )
-        return loss, correct / self.val.num_images
+        return loss, correct / seen
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.model.adapter_state_dict().items()}

@@ -64,6 +64,10 @@ def test_a_loader_keeps_its_batches_but_one_of_a_single_image(colours: Callable[
     assert [
         len(b) for b in labels_of(Batches(loader, 1, name="train", num_classes=4, merge_single=True))
     ] == [4, 4]
+    singles: Any = DataLoader(TensorDataset(*colours(3)), 1)
+    assert [
+        len(b) for b in labels_of(Batches(singles, 1, name="train", num_classes=4, merge_single=True))
+    ] == [1, 1, 1]
 
 
 def test_a_loader_with_a_generator_of_its_own_repeats_epochs(colours: Callable[..., Any]) -> None:

@@ -627,3 +627,44 @@ def test_dtype_of_the_backbone_while_training(
         fit(model, colours(16), colours(8), RECIPE.replace(epochs=1, dtype=name), progress=False)
         assert seen == {dtype}
         assert {p.dtype for p in model.generator.parameters()} == {torch.float32}
+
+
+def test_validation_counts_the_images_that_its_loader_gives(
+    colours: Callable[..., Any], make_model: Callable[..., Any]
+) -> None:
+    """A loader that drops its last batch: the accuracy is over the others, not over the dataset."""
+    data = TensorDataset(*colours(10))
+    model = make_model()
+    loader: Any = DataLoader(data, 4, drop_last=True)
+    result = fit(model, data, loader, RECIPE.replace(dtype="float32"), progress=False)
+    first = TensorDataset(*(part[:8] for part in colours(10)))
+    assert result.best_val_accuracy == fp.evaluate(model, first).accuracy
+    assert result.best_val_loss == pytest.approx(fp.evaluate(model, first).loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["pair", "loader", "recipe"])
+def test_a_single_image_that_batch_norm_cannot_take_is_refused_before_any_work(
+    colours: Callable[..., Any], make_model: Callable[..., Any], tmp_path: Path, form: str
+) -> None:
+    images, labels = colours(6)
+    train: Any = {
+        "pair": (images[:1], labels[:1]),
+        "loader": DataLoader(TensorDataset(images, labels), 1),
+        "recipe": (images, labels),
+    }[form]
+    recipe = RECIPE.replace(batch_size=1) if form == "recipe" else RECIPE
+    with pytest.raises(ValueError, match=r"batch_size must be at least 2 .*'pgn'"):
+        fit(make_model(PGN), train, (images, labels), recipe, out_dir=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+    assert fit(make_model(), train, (images, labels), recipe, progress=False).best_epoch > 0
+
+
+def test_what_is_no_model_and_no_directory_is_named(
+    colours: Callable[..., Any], make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    data = colours(4)
+    with pytest.raises(TypeError, match="model must be a PromptedViT, got Linear"):
+        fit(torch.nn.Linear(2, 2), data, data, progress=False)  # type: ignore[arg-type]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="out_dir must be a directory"):
+        fit(make_model(), data, data, RECIPE, out_dir=tmp_path / "file", progress=False)
