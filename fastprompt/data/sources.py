@@ -157,6 +157,9 @@ def _no_root(name: str, root: object) -> None:
         raise ValueError(f"root: is where torchvision's sets are kept; {name} does not take it")
 
 
+_SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}
+
+
 class _Folder(datasets.ImageFolder):
     """torchvision's ImageFolder without hidden class folders; with ``classes`` where those are given."""
 
@@ -189,6 +192,11 @@ def folder_source(root: Path, on_bad: str) -> Source:
     walk(root)  # an unreadable folder below is an error, not an empty one
     parts = {name.lower(): root / name for name in class_folders(root)}
     if "train" not in parts or not class_folders(parts["train"]):
+        if parts and set(parts) <= _SPLIT_FOLDERS:
+            raise ValueError(
+                f"{root} has the folders {', '.join(sorted(parts))}, but no train/<class name>/: images are expected "
+                f"in {root / 'train'}/<class name>/, or in {root}/<class name>/ to be split here"
+            )
         train, classes = _folder_pool(root, root, None, on_bad)
         return Source(str(root), classes, train)
     train, classes = _folder_pool(root, parts["train"], None, on_bad)

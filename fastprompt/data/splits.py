@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -163,6 +164,14 @@ def split(
     for part, indices in (("train", train), ("val", val), ("test", test)):
         if not indices:
             raise ValueError(f"name: no image is left for the {part} split of {source.name}")
+    seen = {source.train.labels[i] for i in train}
+    unseen = [name for label, name in enumerate(source.class_names) if label not in seen]
+    if unseen:
+        warnings.warn(
+            f"{len(unseen)} of {len(source.class_names)} classes of {source.name} have no training image, so they "
+            f"cannot be learned: {', '.join(unseen[:10])}",
+            stacklevel=3,
+        )
     facts = {
         "name": source.name,
         "num_classes": len(source.class_names),

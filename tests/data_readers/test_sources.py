@@ -113,6 +113,10 @@ def test_bad_folders(tmp_path, plain, divided):
     (tmp_path / "partly" / "b").mkdir()
     fill(divided / "val" / "fox")
     (tmp_path / "file").write_text("")
+    fill(tmp_path / "flat" / "train")
+    fill(tmp_path / "flat" / "Test")
+    fill(tmp_path / "trainless" / "val" / "a")
+    fill(tmp_path / "trainless" / "test" / "a")
     for name, message in {
         "loose": "has images but no class folders",
         "empty": "no class folders and no images",
@@ -121,6 +125,8 @@ def test_bad_folders(tmp_path, plain, divided):
         "partly": r"no image in the class folder\(s\) b",
         "set": "classes that .*train does not have: fox",
         "file": "is a file",
+        "flat": "has the folders test, train, but no train/<class name>/",
+        "trainless": "has the folders test, val, but no train/<class name>/",
         "absent": "no such folder",
     }.items():
         with pytest.raises(ValueError, match=message):

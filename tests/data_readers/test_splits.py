@@ -127,6 +127,12 @@ def test_draw_keeps_rare_classes_and_the_number(number):
     assert Counter(labels[i] for i in taken)[0] <= 90
 
 
+def test_classes_without_a_training_image_are_named():
+    rare = Source("rare", ["many", "once"], pool([0] * 9 + [1]))
+    with pytest.warns(UserWarning, match="1 of 2 classes of rare have no training image.*: once"):
+        make(rare)  # its only image is a test image
+
+
 def test_images_are_decoded_once_and_labels_without_decoding():
     counts = {}
     data = ImageSet(pool([0, 1, 1], counts=counts), [2, 0], (8, 8), "crop")
