@@ -96,6 +96,7 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[s
     bar.outline.set_visible(False)
     if size <= 40:
         short = [name if len(name) <= 16 else name[:15] + "…" for name in class_names]
+        short = [name.replace("$", r"\$") for name in short]  # what stands between two of them is no formula
         axes.set_xticks(range(size), short, rotation=90, fontsize=7)
         axes.set_yticks(range(size), short, fontsize=7)
     if size <= 20:

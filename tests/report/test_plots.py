@@ -87,3 +87,4 @@ def test_confusion_matrix_takes_many_classes_and_names_a_wrong_shape() -> None:
 
 def test_class_names_are_drawn_as_they_are() -> None:
     picture(plots.confusion_matrix([[5, 1], [0, 6]], ["cost in $", "_under^score_"]))
+    picture(plots.confusion_matrix([[5, 1], [0, 6]], ["$ or ^$", "in US$, not C$ or A^"]))
