@@ -52,7 +52,7 @@ def load_backbone(name: str, image_size: int | tuple[int, int] | None = None) ->
         return FrozenViT(vit_s14_module(image_size))
     _check_timm_name(name)
     try:
-        _check_timm_size(name, image_size)
+        _check_timm_model(name, image_size)
         return FrozenViT.from_timm(name, pretrained=True, image_size=image_size)
     except Exception as error:
         if not _is_network_error(error):
@@ -339,17 +339,18 @@ def _check_timm_name(name: str) -> None:
         )
 
 
-def _check_timm_size(name: str, image_size: int | tuple[int, int] | None) -> None:
-    """Raises unless ``image_size`` is whole patches; timm would leave out the pixels behind the last one."""
+def _check_timm_model(name: str, image_size: int | tuple[int, int] | None) -> None:
+    """Raises before weights are fetched: for a model that `FrozenViT` cannot represent, and for an ``image_size``
+    that is not whole patches (timm would leave out the pixels behind the last one).
+    """
     import timm
 
-    if image_size is None:
-        return
+    from fastprompt.vit.weights import FrozenViT
+
     with torch.device("meta"):
-        patches = getattr(timm.create_model(name, pretrained=False), "patch_embed", None)
-    size = getattr(patches, "patch_size", None)
-    if size is not None and not getattr(patches, "dynamic_img_pad", False):
-        _sides(name, image_size, size[0])
+        backbone = FrozenViT(timm.create_model(name, pretrained=False))
+    if image_size is not None and not backbone.spec.dynamic_pad:
+        _sides(name, image_size, backbone.patch_size)
 
 
 def _is_network_error(error: BaseException | None) -> bool:

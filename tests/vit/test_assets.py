@@ -69,6 +69,8 @@ def test_vit_s14_at_its_size_and_another():
         ("clip-vit-b16", (112, 112, 3), TypeError, "image_size"),
         ("test_vit", 40, ValueError, "image_size: test_vit takes positive multiples of its patch size 16, got 40"),
         ("test_vit.r160_in1k", (32, 40), ValueError, "multiples of its patch size 16"),
+        ("resnet18", None, ValueError, "model is ResNet"),
+        ("resnet18", 64, ValueError, "model is ResNet"),
         ("test_vit", 64.0, TypeError, "image_size"),
         ("clip-vit-b61", None, ValueError, "close: clip-vit-b16"),
         ("vit_base_patch16_223", None, ValueError, "vit_base_patch16_224"),
