@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import os
 import warnings
@@ -151,6 +152,11 @@ class PromptedViT(nn.Module):
     def _features(self, images: Tensor, draws: Draws | None, plain: bool) -> tuple[Tensor, dict[str, Tensor]]:
         vit, generator = self.backbone, self.generator
         vit.check_images(images)
+        for name, module in (("generator", generator), ("head", self.head)):
+            tensor = None if module is None else next(itertools.chain(module.parameters(), module.buffers()), None)
+            if tensor is not None and tensor.device != vit.device:
+                raise ValueError(f"the {name} is on {tensor.device}, the backbone is on {vit.device}; a backbone that "
+                                 f"models share moves with any of them: call model.to({str(vit.device)!r})")
         if draws is None:
             draws = self.draw(images.shape[0])
         images = vit.normalise(images)
@@ -173,7 +179,8 @@ class PromptedViT(nn.Module):
     def set_backbone_dtype(self, dtype: torch.dtype) -> None:
         """Run the backbone in `dtype`; generator and head keep theirs, and logits come out in the head's.
 
-        A frozen backbone is cast. Under full fine-tuning its weights train in float32 and are cast as they are
+        A frozen backbone is cast, for every model that shares it; casting it back does not bring back the bits that
+        were lost. Under full fine-tuning its weights train in float32 and are cast as they are
         used (autocast).
         """
         if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):

@@ -536,6 +536,17 @@ def test_raw_pixels_are_the_normalised_image(backbone: fp.FrozenViT, method: str
     torch.testing.assert_close(model(pixels), model(backbone.normalise(pixels)), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(("method", "part"), [("vpt", "generator"), ("pgn", "generator"), ("linear", "head")])
+def test_a_shared_backbone_that_was_moved_is_named(
+    backbone: fp.FrozenViT, tiny_images: Tensor, method: str, part: str
+) -> None:
+    first, second = build(backbone, method, num_classes=5), build(backbone, "vpt", num_classes=5)
+    second.to("meta")
+    with pytest.raises(ValueError, match=rf"the {part} is on cpu, the backbone is on meta.*model\.to\('meta'\)"):
+        first(tiny_images.to("meta"))
+    assert first.to("meta")(tiny_images.to("meta")).shape == (4, 5)
+
+
 def test_aux_is_empty_where_a_loss_needs_nothing_more(backbone: fp.FrozenViT, tiny_images: Tensor) -> None:
     logits, aux = build(backbone, "vpt", num_classes=5)(tiny_images, return_aux=True)
     assert aux == {}
