@@ -287,6 +287,38 @@ class FrozenViT(nn.Module):
         module = open_clip.build(model, pretrained, **kwargs)
         return cls(module, image_size=image_size, mean=mean, std=std)._named(model)
 
+    @classmethod
+    def from_transformers(cls, model: Any, pretrained: bool = True, image_size: int | tuple[int, int] | None = None, *,
+                          mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+                          **kwargs: Any) -> FrozenViT:
+        """Freeze the vision model of a transformers checkpoint: ViT, CLIP, SigLIP or DINOv2.
+
+        Args:
+            model: a hub name, a folder of `save_pretrained`, a config (random weights), or a model.
+            pretrained: of a name or folder: load its weights; False: random ones.
+            image_size: pixels (or (height, width)); the position embedding is resampled as transformers does.
+            mean, std: per channel; None: those of the checkpoint's image processor, else the model family's.
+            kwargs: passed to `from_pretrained` (revision, cache_dir, local_files_only, ...).
+
+        Raises:
+            ImportError: transformers is not installed.
+            OSError: there is no such checkpoint, or the hub cannot be reached.
+            TypeError, ValueError: an argument does not fit, or the model has a part that cannot be represented.
+        """
+        from fastprompt.vit.readers import image_sides
+
+        image_sides(image_size)
+        if isinstance(model, nn.Module):
+            if kwargs:
+                raise ValueError(f"a model takes no options of from_pretrained, got {sorted(kwargs)}")
+            return cls(model, image_size=image_size, mean=mean, std=std)
+        _require("transformers", "hf")
+        from fastprompt.vit.readers import transformers
+
+        module, known = transformers.build(model, pretrained, **kwargs)
+        return cls(module, image_size=image_size, mean=known.get("mean") if mean is None else mean,
+                   std=known.get("std") if std is None else std)
+
     def _named(self, name: str) -> FrozenViT:
         self.spec = dataclasses.replace(self.spec, name=name)
         return self

@@ -1,0 +1,277 @@
+"""Reader for transformers' ViT, CLIP, SigLIP and DINOv2 vision models.
+
+A model that is built is read by the names of its classes, so reading imports nothing of transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from fastprompt.vit.readers.parts import (
+    CLIP,
+    HALF,
+    IMAGENET,
+    activation,
+    attention,
+    classifier,
+    dense,
+    patch_size,
+    refuse,
+    stacked,
+    torch_norm,
+)
+from fastprompt.vit.weights import Block, Dense, MapPool, Mlp, ViTSpec
+
+_ACTIVATIONS = {
+    "GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "NewGELUActivation": "gelu_tanh",
+    "AccurateGELUActivation": "gelu_tanh", "QuickGELUActivation": "quick_gelu", "SiLUActivation": "silu",
+    "MishActivation": "mish", "LinearActivation": "identity",
+}
+# Of a model with text: its image tower. Of a checkpoint: the class whose output is its head's.
+_TOWERS = {"CLIPModel": "CLIPVisionModelWithProjection", "SiglipModel": "SiglipVisionModel"}
+_OF_TYPE = {
+    "vit": "ViTModel", "clip": "CLIPVisionModelWithProjection", "clip_vision_model": "CLIPVisionModelWithProjection",
+    "siglip": "SiglipVisionModel", "siglip_vision_model": "SiglipVisionModel", "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+}
+
+
+def build(model: Any, pretrained: bool = True, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """(a transformers vision model, the mean and std that come with its weights).
+
+    Args:
+        model: a hub name, a folder of `save_pretrained`, or a config.
+        pretrained: load the weights of the hub or folder; False: random ones, as a config always gives.
+        kwargs: passed to `from_pretrained` (revision, cache_dir, local_files_only, ...); of a config: none.
+
+    Raises:
+        TypeError, ValueError: `model` is none of these or of another type of model, or `pretrained` does not fit.
+    """
+    import transformers
+
+    if not isinstance(pretrained, bool):
+        raise TypeError(f"pretrained must be a bool, got {pretrained!r}")
+    if isinstance(model, transformers.PretrainedConfig):
+        if kwargs:
+            raise ValueError(f"a config takes no options of from_pretrained, got {sorted(kwargs)}")
+        config, name = copy.deepcopy(model), None
+    elif isinstance(model, (str, os.PathLike)):
+        name = os.fspath(model)
+        config = transformers.AutoConfig.from_pretrained(name, **kwargs)
+    else:
+        raise TypeError("model must be a transformers model, its config, a hub name or a folder, "
+                        f"got {type(model).__name__}")
+    if config.model_type not in _OF_TYPE:
+        raise ValueError(f"model must be of type {', '.join(_OF_TYPE)}, got {config.model_type!r}")
+    architecture = (getattr(config, "architectures", None) or [_OF_TYPE[config.model_type]])[0]
+    architecture = _TOWERS.get(architecture, architecture)
+    if architecture not in _READERS:
+        architecture = _OF_TYPE[config.model_type]
+    kind = getattr(transformers, architecture)
+    if name is not None and pretrained:
+        kwargs.setdefault("dtype", torch.float32)
+        return kind.from_pretrained(name, **kwargs), _statistics(name, kwargs)
+    statistics = {} if name is None else _statistics(name, kwargs)
+    if hasattr(config, "vision_config") and kind.config_class is not type(config):
+        projection = getattr(config, "projection_dim", None)
+        config = config.vision_config
+        if projection is not None:
+            config.projection_dim = projection
+    return kind._from_config(config), statistics
+
+
+def _statistics(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """mean and std of the checkpoint's image processor; {} where it has none."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    keys = ("revision", "cache_dir", "local_files_only", "token", "subfolder", "force_download", "proxies")
+    try:
+        config, _ = ImageProcessingMixin.get_image_processor_dict(name, **{k: options[k] for k in keys if k in options})
+    except OSError:
+        return {}
+    if config.get("do_normalize", True) is False:
+        return {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    return {key: config[f"image_{key}"] for key in ("mean", "std") if config.get(f"image_{key}")}
+
+
+def read(model: Any) -> dict[str, Any]:
+    """Canonical parts of a transformers vision model; see `FrozenViT`.
+
+    `backbone(images)` is, and the head that gives it is `backbone.head`, of
+
+    * `ViTForImageClassification`: `logits`. `ViTModel`: the class token of `last_hidden_state`, which that class
+      classifies; the pooler (a layer with tanh, untrained in most checkpoints) is left out.
+    * `CLIPVisionModelWithProjection`: `image_embeds`; `CLIPModel`: the same, `get_image_features`.
+      `CLIPVisionModel`: `pooler_output`. `CLIPForImageClassification`: `logits`.
+    * `SiglipVisionModel`, and the one in a `SiglipModel`: `pooler_output`, of attention pooling, or without that
+      head the average of `last_hidden_state`. `SiglipForImageClassification`: `logits` (of that average).
+    * `Dinov2Model`, `Dinov2WithRegistersModel`: `pooler_output`, the class token.
+
+    mean and std are CLIP's for CLIP, ImageNet's for DINOv2 and 0.5 for ViT and SigLIP. Another `image_size` resamples
+    as transformers does with `interpolate_pos_encoding=True` (bicubic; antialiased for DINOv2 with registers only).
+
+    Raises:
+        ValueError: another class, or a part that cannot be represented, named.
+    """
+    name = type(model).__name__
+    if not type(model).__module__.startswith("transformers.models.") or name not in _READERS:
+        hint = "; its classifier reads the class token and the patches' average: give its Dinov2Model" \
+            if name.startswith("Dinov2") and name.endswith("ForImageClassification") else ""
+        refuse("model", f"{name} of {type(model).__module__}", ", ".join(_READERS) + hint)
+    try:
+        parts = _READERS[name](model)
+    except AttributeError as error:
+        import transformers
+
+        raise ValueError(f"this model cannot be frozen: {name} of transformers {transformers.__version__} is laid out "
+                         f"in another way than the reader knows, that of 5.23 ({error})") from error
+    path = getattr(model.config, "name_or_path", "") or name
+    parts["spec"] = ViTSpec(name=Path(path).name if os.path.isdir(path) else path,
+                            num_heads=parts["blocks"][0].num_heads, **parts["spec"])
+    return parts
+
+
+def _embeddings(embeddings: Any, conv: Any, statistics: dict[str, Any]) -> dict[str, Any]:
+    """The parts before the first block, and what is known of the spec."""
+    patch, size = patch_size(conv), getattr(embeddings, "image_size", None)
+    if size is None:
+        size = embeddings.patch_embeddings.image_size
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    if hasattr(embeddings, "position_embedding"):
+        pos = embeddings.position_embedding.weight.unsqueeze(0)
+    else:
+        pos = embeddings.position_embeddings
+    cls_token = getattr(embeddings, "cls_token", None)
+    if hasattr(embeddings, "class_embedding"):
+        cls_token = embeddings.class_embedding.view(1, 1, -1)
+    return {
+        "spec": {"image_size": (height, width), "grid": (height // patch, width // patch), "patch_size": patch,
+                 "has_cls": cls_token is not None, "num_registers": 0, "pool": "cls", **statistics},
+        "patch_weight": conv.weight, "patch_bias": conv.bias, "cls_token": cls_token, "registers": None,
+        "pos_embed": pos, "resampling": {"antialias": False, "align_corners": False},
+    }
+
+
+def _check(module: Any, *takes: str) -> None:
+    if type(module).__name__ not in takes:
+        refuse("layer", type(module).__name__, ", ".join(takes))
+
+
+def _head(model: Any) -> Dense | None:
+    return classifier(model.classifier) if hasattr(model, "classifier") else None
+
+
+def _act(module: Any) -> str:
+    if type(module).__module__ == "transformers.activations" and type(module).__name__ in _ACTIVATIONS:
+        return _ACTIVATIONS[type(module).__name__]
+    return activation(module)
+
+
+def _mlp(module: Any) -> Mlp:
+    if type(module).__name__ in ("Dinov2SwiGLUFFN", "Dinov2WithRegistersSwiGLUFFN"):
+        return Mlp(stacked(module.gate_proj, module.up_proj), dense(module.down_proj), _act(module.act_fn), glu="first")
+    _check(module, "ViTMLP", "CLIPMLP", "SiglipMLP", "Dinov2MLP", "Dinov2WithRegistersMLP")
+    return Mlp(dense(module.fc1), dense(module.fc2), _act(module.activation_fn))
+
+
+def _qkv(attn: Any) -> dict[str, Any]:
+    _check(attn, "ViTAttention", "CLIPAttention", "SiglipAttention", "Dinov2Attention", "Dinov2WithRegistersAttention")
+    clip = hasattr(attn, "out_proj")
+    return {"qkv": stacked(attn.q_proj, attn.k_proj, attn.v_proj),
+            "proj": dense(attn.out_proj if clip else attn.o_proj),
+            "num_heads": attn.num_heads if clip else attn.num_attention_heads}
+
+
+def _block(layer: Any) -> Block:
+    _check(layer, "ViTLayer", "CLIPEncoderLayer", "SiglipEncoderLayer", "Dinov2Layer", "Dinov2WithRegistersLayer")
+    mlp = _mlp(layer.mlp)
+    if hasattr(layer, "layernorm_before"):
+        return Block(norm1=torch_norm(layer.layernorm_before), norm2=torch_norm(layer.layernorm_after), mlp=mlp,
+                     **_qkv(layer.attention))
+    if hasattr(layer, "layer_scale1"):
+        _check(layer.layer_scale1, "Dinov2LayerScale", "Dinov2WithRegistersLayerScale")
+        _check(layer.layer_scale2, "Dinov2LayerScale", "Dinov2WithRegistersLayerScale")
+        return Block(norm1=torch_norm(layer.norm1), norm2=torch_norm(layer.norm2), mlp=mlp,
+                     ls1=layer.layer_scale1.lambda1, ls2=layer.layer_scale2.lambda1, **_qkv(layer.attention))
+    return Block(norm1=torch_norm(layer.layer_norm1), norm2=torch_norm(layer.layer_norm2), mlp=mlp,
+                 **_qkv(layer.self_attn))
+
+
+def _map_pool(head: Any) -> MapPool:
+    _check(head, "SiglipMultiheadAttentionPoolingHead")
+    parts = attention(head.attention)
+    q, kv = _split(parts["qkv"], head.probe.shape[-1])
+    return MapPool(latent=head.probe, q=q, kv=kv, proj=parts["proj"], norm=torch_norm(head.layernorm),
+                   mlp=_mlp(head.mlp), num_heads=parts["num_heads"])
+
+
+def _split(qkv: Dense, width: int) -> tuple[Dense, Dense]:
+    bias = (None, None) if qkv.bias is None else (qkv.bias[:width], qkv.bias[width:])
+    return Dense(qkv.weight[:width], bias[0]), Dense(qkv.weight[width:], bias[1])
+
+
+def _vit(model: Any) -> dict[str, Any]:
+    tower = model.vit if hasattr(model, "vit") else model
+    return {
+        **_embeddings(tower.embeddings, tower.embeddings.patch_embeddings.projection, HALF),
+        "blocks": [_block(layer) for layer in tower.layers], "norm": torch_norm(tower.layernorm), "head": _head(model),
+    }
+
+
+def _dinov2(model: Any) -> dict[str, Any]:
+    embeddings = model.embeddings
+    parts = _embeddings(embeddings, embeddings.patch_embeddings.projection, IMAGENET)
+    spec = parts["spec"]
+    if spec["grid"][0] != spec["grid"][1]:
+        refuse("image_size", f"{spec['image_size']} in its config", "a square, of which transformers resamples others")
+    registers = getattr(embeddings, "register_tokens", None)
+    if registers is not None:
+        # registers have no position embedding and stand behind the class token, whose own is added to it once
+        pos = parts["pos_embed"]
+        parts.update(cls_token=parts["cls_token"] + pos[:, :1], pos_embed=pos[:, 1:], registers=registers)
+        spec.update(num_registers=registers.shape[1], pos_on_prefix=False)
+        parts["resampling"] = {"antialias": True, "align_corners": False}
+        if registers.shape[1] == 0:
+            parts["registers"] = None
+    blocks = [_block(layer) for layer in model.encoder.layer]
+    return {**parts, "blocks": blocks, "norm": torch_norm(model.layernorm), "head": None}
+
+
+def _clip(model: Any) -> dict[str, Any]:
+    tower = model.vision_model if hasattr(model, "vision_model") else model
+    parts = _embeddings(tower.embeddings, tower.embeddings.patch_embedding, CLIP)
+    parts.update(blocks=[_block(layer) for layer in tower.encoder.layers], norm_pre=torch_norm(tower.pre_layrnorm))
+    if type(model).__name__ == "CLIPForImageClassification":
+        # the average of the last block's patches, without the norm that the class token gets
+        parts["spec"]["pool"] = "patches"
+        return {**parts, "norm": None, "head": _head(model)}
+    head = dense(model.visual_projection) if tower is not model else None
+    return {**parts, "norm": torch_norm(tower.post_layernorm), "head": head}
+
+
+def _siglip(model: Any) -> dict[str, Any]:
+    tower = model.vision_model if hasattr(model, "vision_model") else model
+    parts = _embeddings(tower.embeddings, tower.embeddings.patch_embedding, HALF)
+    parts.update(blocks=[_block(layer) for layer in tower.encoder.layers], norm=torch_norm(tower.post_layernorm))
+    parts["head"] = _head(model)
+    classifies = type(model).__name__ == "SiglipForImageClassification"
+    if tower.use_head and not classifies:
+        parts["spec"]["pool"], parts["map_pool"] = "map", _map_pool(tower.head)
+    else:
+        parts["spec"]["pool"] = "patches"
+    return parts
+
+
+_READERS = {
+    "ViTModel": _vit, "ViTForImageClassification": _vit,
+    "CLIPModel": _clip, "CLIPVisionModel": _clip, "CLIPVisionModelWithProjection": _clip,
+    "CLIPForImageClassification": _clip,
+    "SiglipModel": _siglip, "SiglipVisionModel": _siglip, "SiglipForImageClassification": _siglip,
+    "Dinov2Model": _dinov2, "Dinov2WithRegistersModel": _dinov2,
+}
