@@ -10,7 +10,8 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast, overload
 
 import torch
@@ -233,7 +234,11 @@ class FrozenViT(nn.Module):
             raise ValueError(f"name must be a timm model name, got {name!r}; timm.list_models() lists them")
         if image_sides(image_size) is not None:
             kwargs["img_size"] = image_size
-        return cls(timm.create_model(name, pretrained=pretrained, **kwargs))
+        try:
+            model = timm.create_model(name, pretrained=pretrained, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"timm does not build {name!r} with {kwargs}: {error}") from error
+        return cls(model)
 
     @classmethod
     def from_torchvision(cls, name: str, pretrained: bool | str = False,
@@ -397,6 +402,14 @@ class FrozenViT(nn.Module):
             self.pin_fingerprint()
         return super()._apply(fn, recurse)
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if not any(p.requires_grad for p in self.parameters()):  # a fine-tuned copy stays that of its original
+            given = ((tensor, state_dict.get(prefix + name)) for name, tensor in self.state_dict().items())
+            if self.device.type == "meta" or any(isinstance(new, Tensor) and not torch.equal(new.to(old), old)
+                                                 for old, new in given):
+                self._fingerprint = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def train(self, mode: bool = True) -> FrozenViT:
         """A frozen backbone has no training mode: it stays in eval mode whatever `mode` is."""
         return super().train(False)
@@ -464,7 +477,10 @@ def _require(library: str, extra: str) -> None:
 
 
 def _channel_triple(name: str, value: Sequence[float]) -> tuple[float, float, float]:
-    triple = tuple(float(v) for v in value)
-    if len(triple) != 3 or (name == "std" and min(triple) <= 0):
+    try:
+        triple = tuple(float(v) for v in value)
+    except (TypeError, ValueError):
+        triple = ()
+    if len(triple) != 3 or not all(map(math.isfinite, triple)) or (name == "std" and min(triple) <= 0):
         raise ValueError(f"{name} must be three {'positive ' if name == 'std' else ''}numbers, got {value!r}")
     return triple

@@ -29,8 +29,9 @@ def test_attributes(tiny_vit: VisionTransformer) -> None:
 def test_mean_and_std_can_be_given(tiny_vit: VisionTransformer) -> None:
     backbone = fp.FrozenViT(tiny_vit, mean=[0.5, 0.4, 0.3], std=(1, 2, 3))
     assert (backbone.mean, backbone.std) == ((0.5, 0.4, 0.3), (1.0, 2.0, 3.0))
-    with pytest.raises(ValueError, match=r"mean must be three numbers"):
-        fp.FrozenViT(tiny_vit, mean=[0.5])
+    for mean in ([0.5], 0.5, "abc", (0.5, 0.5, float("nan"))):
+        with pytest.raises(ValueError, match=r"mean must be three numbers, got"):
+            fp.FrozenViT(tiny_vit, mean=mean)
     with pytest.raises(ValueError, match=r"std must be three positive numbers"):
         fp.FrozenViT(tiny_vit, std=[0.5, 0.0, 0.5])
 
@@ -65,6 +66,29 @@ def test_fingerprint_survives_casts(tiny_vit: VisionTransformer) -> None:
         assert fp.FrozenViT(tiny_vit).to(dtype).fingerprint == fingerprint
     assert fp.FrozenViT(tiny_vit).bfloat16().float().fingerprint == fingerprint
     assert fp.FrozenViT(copy.deepcopy(tiny_vit).double()).fingerprint == fingerprint
+
+
+def test_fingerprint_follows_loaded_tensors(
+    tiny_vit: VisionTransformer, randomised: Callable[..., nn.Module]
+) -> None:
+    backbone = fp.FrozenViT(tiny_vit)
+    fingerprint, state = backbone.fingerprint, copy.deepcopy(backbone.state_dict())
+    nn.Sequential(backbone).load_state_dict({"0." + k: v for k, v in state.items()})
+    assert backbone.fingerprint == fingerprint
+    cast = copy.deepcopy(backbone).bfloat16()
+    cast.load_state_dict(state)
+    cast.load_state_dict(cast.state_dict())
+    assert cast.fingerprint == fingerprint
+    other = fp.FrozenViT(randomised(tiny_vit, seed=1))
+    backbone.load_state_dict(other.state_dict())
+    assert backbone.fingerprint == other.fingerprint != fingerprint
+
+
+def test_fingerprint_of_a_fine_tuned_copy_is_that_of_its_original(tiny_vit: VisionTransformer) -> None:
+    backbone = fp.FrozenViT(tiny_vit)
+    model = fp.PromptedViT(backbone, fp.FullFineTuneConfig(), 3)
+    model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()})
+    assert model.backbone.fingerprint == backbone.fingerprint
 
 
 def test_fingerprint_leaves_the_classifier_out(tiny_vit: VisionTransformer) -> None:
@@ -189,3 +213,15 @@ def test_from_timm_refuses_what_is_no_size(size: object) -> None:
 def test_from_timm_names_an_unknown_model() -> None:
     with pytest.raises(ValueError, match=r"name must be a timm model name, got 'vit_huge_patch1'"):
         fp.FrozenViT.from_timm("vit_huge_patch1")
+
+
+def test_from_timm_names_options_that_the_model_does_not_take() -> None:
+    with pytest.raises(ValueError, match=r"timm does not build 'test_resnet' with \{'img_size': 64\}"):
+        fp.FrozenViT.from_timm("test_resnet", image_size=64)
+
+
+def test_tensors_load_into_a_backbone_without_memory(tiny_vit: VisionTransformer) -> None:
+    backbone = fp.FrozenViT(tiny_vit)
+    empty = copy.deepcopy(backbone).to("meta")
+    empty.load_state_dict(backbone.state_dict(), assign=True)
+    assert empty.fingerprint == backbone.fingerprint
