@@ -108,7 +108,11 @@ def load_results(run: Path | str | os.PathLike[str] | Mapping[str, Any]) -> dict
     path = Path(run) / "results.json"
     if not path.exists():
         raise FileNotFoundError(f"runs: {path} does not exist; is {run} the directory of a finished run?")
-    return dict(read_json(path))
+    results = read_json(path)
+    missing = [key for key in ("title", "history", "validation", "data") if key not in results]
+    if missing:
+        raise ValueError(f"runs: {path} is not the results of a run: it has no {missing[0]!r}")
+    return results
 
 
 def titles(results: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -5,6 +5,7 @@ display).
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,10 @@ def new_figure(width: float, height: float) -> Figure:
 def to_png(figure: Figure) -> bytes:
     """The figure as the bytes of a PNG file, the same for the same figure."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    with warnings.catch_warnings():
+        # The page's tables have the names that the font cannot write.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from")
+        figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 

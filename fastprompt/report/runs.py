@@ -102,11 +102,14 @@ class RunSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunSettings:
-        """Raises `ValueError` for a key that is no setting."""
+        """Raises `ValueError` for a key that is no setting, and without method or data."""
         known = {f.name for f in dataclasses.fields(cls)}
         for key in values:
             if key not in known:
                 raise ValueError(f"run.json: unknown key {key!r}; known are {', '.join(sorted(known))}")
+        for key in ("method", "data"):
+            if key not in values:
+                raise ValueError(f"run.json: has no {key!r}")
         return cls(**values)
 
 
@@ -225,12 +228,15 @@ def write_json(path: Path, value: Any) -> None:
     atomic_write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Raises `ValueError` naming the file where it is no JSON."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises `ValueError` naming the file where it holds none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: is not valid JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds a {type(found).__name__}, not a JSON object")
+    return found
 
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
@@ -378,7 +384,7 @@ def finished_results(settings: RunSettings, out_dir: Path, resume: bool) -> dict
                 f"out: {out_dir} holds a run with other settings ({said}); take another directory or --no-resume"
             )
         if result_file.exists():
-            return dict(read_json(result_file))
+            return read_json(result_file)
     return None
 
 

@@ -160,6 +160,13 @@ def test_from_run_directories(tmp_path: Path) -> None:
     assert "PGN (2, seed 0)" in " ".join(parse(out.read_text()).text)
 
 
+def test_files_that_are_no_results_are_named(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"results\.json is not the results of a run: it has no 'title'"):
+        build_report([tmp_path], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_wrong_runs_are_named_and_nothing_is_written(tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     with pytest.raises(ValueError, match="runs"):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from typing import Any
 
 import pytest
@@ -87,4 +88,7 @@ def test_confusion_matrix_takes_many_classes_and_names_a_wrong_shape() -> None:
 
 def test_class_names_are_drawn_as_they_are() -> None:
     picture(plots.confusion_matrix([[5, 1], [0, 6]], ["cost in $", "_under^score_"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture(plots.confusion_matrix([[5, 1], [0, 6]], ["\u8d64", "red"]))  # the font has no such glyph
     picture(plots.confusion_matrix([[5, 1], [0, 6]], ["$ or ^$", "in US$, not C$ or A^"]))

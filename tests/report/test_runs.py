@@ -161,3 +161,17 @@ def test_peak_memory_is_that_of_the_process_alone() -> None:
     runs.reset_peak_memory()
     assert runs.peak_memory_mib() > 60
     del block
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[1]", "holds a list, not a JSON object"),
+        ('{"method": "pgn"}', "run.json: has no 'data'"),
+    ],
+)
+def test_damaged_settings_are_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        runs.read_settings(tmp_path)
