@@ -107,6 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = subprocess.run([sys.executable, "-m", "fastprompt", *words]).returncode
             if code:
                 return code
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        print(f"demo: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -105,7 +105,7 @@ def read_run(directory: Path) -> dict[str, Any] | None:
     """A run's results, with `diverged` where training ended in NaN; None while it is not finished."""
     for name in ("results.json", "diverged.json"):
         if (directory / name).exists():
-            return dict(read_json(directory / name))
+            return read_json(directory / name)
     return None
 
 
@@ -512,14 +512,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe={**RECIPE, "epochs": args.epochs, **parse_options(args.recipe, "--recipe")},
     )
     if args.fetch:
-        fetch(base)
+        try:
+            fetch(base)
+        except (ValueError, TypeError, OSError, RuntimeError) as error:
+            print(f"table: error: {error}", file=sys.stderr)
+            return 1
         return 0
     plan = Plan(base, tuple(args.methods), tuple(args.seeds), tuple(args.lrs) if args.lrs else None, args.out)
     failed: list[Job] = []
     if not args.aggregate_only:
         if args.workers > 1:
             words = list(sys.argv[1:] if arguments is None else arguments)
-            subprocess.run([sys.executable, "-m", "fastprompt.report.table", *words, "--fetch"], check=True)
+            if subprocess.run([sys.executable, "-m", "fastprompt.report.table", *words, "--fetch"]).returncode:
+                return 1
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             failed = run_all(plan, args.workers, args.threads)

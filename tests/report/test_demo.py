@@ -81,3 +81,20 @@ def test_mnist_stands_in_only_where_fashion_mnist_cannot_be_had(
         demo.fetch("fashion-mnist", "clip-vit-b16", 112)
     reachable["fashion-mnist"] = True
     assert demo.fetch(None, "clip-vit-b16", 112) == "fashion-mnist"
+
+
+@pytest.mark.parametrize(("error", "text"), [(FetchError, "no network"), (ValueError, "name: no such folder")])
+def test_what_cannot_be_fetched_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    error: type[Exception],
+    text: str,
+) -> None:
+    def load_data(*_: Any, **__: Any) -> None:
+        raise error(text)
+
+    monkeypatch.setattr(fastprompt.data, "load_data", load_data)
+    assert demo.main(["--data", "x", "--out", str(tmp_path / "demo")]) == 1
+    assert capsys.readouterr().err == f"demo: error: {text}\n"
+    assert not (tmp_path / "demo").exists()

@@ -307,3 +307,13 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_what_cannot_be_fetched_ends_the_table_without_a_traceback(
+    small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert table.main([*small, "--methods", "linear", "--workers", "2", "--data", str(tmp_path / "nowhere")]) == 1
+    shown = capfd.readouterr().err
+    assert shown.startswith("table: error: data: no such folder")
+    assert "Traceback" not in shown
+    assert not (tmp_path / "runs").exists()
