@@ -203,6 +203,16 @@ def test_other_resolution_by_set_input_size() -> None:
     assert backbone.grid == (5, 3)
 
 
+@pytest.mark.parametrize("options", [{}, {"no_embed_class": True, "reg_tokens": 2}, {"pos_embed": "none"}], ids=str)
+@torch.no_grad()
+def test_other_resolution_at_reading(options: dict[str, Any]) -> None:
+    model, images = build(**options), torch.randn(2, 3, 40, 24, dtype=torch.float64)
+    backbone = fp.FrozenViT(model, image_size=(40, 24))
+    model.set_input_size((40, 24))  # timm resamples in float32
+    assert backbone.grid == (5, 3)
+    assert (backbone(images) - model(images)).norm() <= 1e-6 * model(images).norm()
+
+
 @pytest.mark.parametrize(
     ("name", "part"),
     [
