@@ -274,11 +274,11 @@ def _tensor(name: str, values: Any) -> Tensor:
 
 
 def _register_classifier(head: Head, backbone: FrozenViT, rows: int | None = None) -> None:
-    """Copies of the backbone's classifier rows, in float32, kept out of the adapter's files."""
+    """Copies of the backbone's classifier rows, in float32, kept in the adapter: its fingerprint leaves them out."""
     for name in ("weight", "bias"):
         tensor = None if backbone.head is None else getattr(backbone.head, name)
         copied = None if tensor is None else tensor[:rows].detach().float().clone()
-        head.register_buffer(f"classifier_{name}", copied, persistent=False)
+        head.register_buffer(f"classifier_{name}", copied)
 
 
 def _classifier(head: Head, features: Tensor) -> Tensor:

@@ -238,7 +238,7 @@ def _visual_prompts(state: State, backbone: FrozenViT | None, overrides: dict[st
     else:
         depth = {} if deep is None else {"depth": embeddings.shape[0]}
         geometry = _geometry(backbone, width, overrides, **depth)
-        config = _settings(VPTConfig, {**found, "deep": deep is not None or geometry.depth == 1}, overrides)
+        config = _settings(VPTConfig, {**found, "deep": deep is not None}, overrides)
         assert isinstance(config, VPTConfig)
         generator = _load(VPT(config, geometry), own)
     leftover = sorted(k for k in state if "prompt" in k and k not in known)

@@ -341,7 +341,6 @@ def test_interrupted_run_goes_on_to_the_same_result(
         (["--class-embeddings", __file__], "class_embeddings: are for head 'text' or 'prototypes'"),
         (["--head", "text", "--class-embeddings", "no.npy"], "class_embeddings: no file no.npy"),
         (["--head", "text", "--class-embeddings", __file__], "class_embeddings: "),
-        (["--recipe", "head_init=probe", "--head", "label_map"], "label_map"),
     ],
 )
 def test_wrong_input_is_one_line_and_code_2(

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,7 +51,7 @@ def test_text_is_scaled_cosine_of_the_projected_features(
     expected = 20 * torch.cosine_similarity(projected[:, None], texts[None], dim=-1)
     torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
     assert list(model.trainable_parameters()) == []
-    assert set(model.head.state_dict()) == {"class_embeddings"}
+    assert set(model.head.state_dict()) == {"class_embeddings", "classifier_weight", "classifier_bias"}
     assert model.head.class_embeddings.norm(dim=1).sub(1).abs().max() < 1e-6
 
 
@@ -70,7 +72,23 @@ def test_label_map_reads_the_first_outputs_of_the_classifier(
         model(tiny_images.double()), vit(tiny_images.double())[:, :4], rtol=1e-9, atol=1e-9
     )
     assert list(model.trainable_parameters()) == []
-    assert model.head.state_dict() == {}
+    assert set(model.head.state_dict()) == {"classifier_weight", "classifier_bias"}
+
+
+@pytest.mark.parametrize("head", ["label_map", "text"])
+def test_an_adapter_brings_the_classifier_it_was_trained_with(
+    randomised: Callable[..., nn.Module], tiny_images: Tensor, tmp_path: Path, head: str
+) -> None:
+    _, backbone = backbone_with(randomised, 7)
+    options = {"class_embeddings": torch.randn(4, 7)} if head == "text" else {}
+    model = fp.PromptedViT(backbone, fp.VPTConfig(num_prompts=2), 4, head, **options).eval()
+    model.save_pretrained(tmp_path)
+    other = copy.deepcopy(backbone)
+    assert other.head is not None
+    other.head.weight.data.neg_()
+    assert other.fingerprint == backbone.fingerprint
+    loaded = fp.PromptedViT.from_pretrained(other, tmp_path)
+    torch.testing.assert_close(loaded(tiny_images.double()), model(tiny_images.double()))
 
 
 def test_prototypes_are_cosines() -> None:

@@ -43,8 +43,10 @@ class V2APTConfig(PromptConfig):
     def __post_init__(self) -> None:
         for name in ("num_prompts", "num_instance", "latent", "hidden"):
             self.require(name, int, 1)
-        self.require("num_instance", int, 1, self.num_prompts)
-        self.require("beta", (float, int), 0)
+        if self.num_instance > self.num_prompts:
+            raise ValueError(f"V2APTConfig.num_instance must be at most num_prompts ({self.num_prompts}), "
+                             f"got {self.num_instance}")
+        self.require("beta", (float, int), 0, 1e6)
         self.require_choice("share", ("all", "per_layer"))
         self.require("inference_samples", int, 0)
 

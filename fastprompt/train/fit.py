@@ -147,18 +147,16 @@ def fit(
         raise TypeError(f"recipe must be a fastprompt Recipe or None, got {type(recipe).__name__}")
     if model.num_classes is None or model.head is None:
         raise ValueError("model must have a head to be trained: build it with num_classes=")
-    if recipe.head_init == "probe" and model.head.kind != "linear":
-        raise ValueError(f"recipe.head_init 'probe' needs a linear head, got {model.head.kind!r}")
     num_classes = model.num_classes
     train_labels = check_data(train, "train", num_classes)
-    check_data(val, "val", num_classes)
+    val_labels = check_data(val, "val", num_classes)
     directory = None if out_dir is None else Path(out_dir)
     if directory is not None and directory.exists() and not directory.is_dir():
         raise ValueError(f"out_dir must be a directory, {directory} is a file")
     before = rng_state()
     try:
         run = _Run(model, train, val, recipe, directory, progress)
-        signature = run.signature(train_labels)
+        signature = run.signature(train_labels, val_labels)
         saved = run.find_saved(signature) if resume and directory is not None else None
         with backbone_precision(model, run.backbone_dtype):
             if saved is not None and saved[1]["progress"]["events"][-1]["event"] == "end":
@@ -205,7 +203,7 @@ class _Run:
             and _same_every_epoch(val)
         )
 
-    def signature(self, train_labels: Tensor) -> dict[str, Any]:
+    def signature(self, train_labels: Tensor, val_labels: Tensor) -> dict[str, Any]:
         """What must be the same for a run to be resumed."""
         return {
             "recipe": self.recipe.to_dict(),
@@ -215,6 +213,7 @@ class _Run:
             "readout": self.model.readout,
             "num_train": Batches(self.train_source, 1, name="train", num_classes=self.num_classes).num_images,
             "train_labels": hashlib.sha256(train_labels.numpy().tobytes()).hexdigest(),
+            "val_labels": hashlib.sha256(val_labels.numpy().tobytes()).hexdigest(),
             "backbone": self.model.backbone.fingerprint,
         }
 
@@ -230,7 +229,9 @@ class _Run:
         }
         mine = json.loads(json.dumps(signature))
         differences |= {
-            name: (mine[name], found[name]) for name in mine if name != "recipe" and mine[name] != found[name]
+            name: (mine[name], found[name])
+            for name in mine
+            if name in found and name != "recipe" and mine[name] != found[name]
         }
         if differences:
             text = ", ".join(f"{name} is {new!r}, there {old!r}" for name, (new, old) in differences.items())
@@ -303,7 +304,7 @@ class _Run:
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
-        if self.recipe.head_init == "probe":
+        if self.recipe.head_init == "probe" and self.head.kind == "linear":
             from fastprompt.train.probe import extract_features, fit_linear_probe
 
             pairs = [

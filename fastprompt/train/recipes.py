@@ -46,7 +46,7 @@ class Recipe:
         dtype: of the frozen backbone's computation: "bfloat16", "float32", or "auto" (bfloat16 where the
             device has bfloat16 instructions, else float32). Generator, head and losses are float32 always.
         head_init: "default", or "probe": the linear head starts as the L-BFGS probe (C chosen on validation)
-            of the features it sees before the first step.
+            of the features it sees before the first step. Other heads have nothing to start.
         num_workers: processes that load images (0: this one); does not change the result without
             augmentation.
 
@@ -184,15 +184,22 @@ class Recipe:
         return min(1.0, (step + 1) / warmup) if warmup else 1.0
 
 
+_SMALL_DATA: dict[str, Any] = {
+    "epochs": 10,
+    "batch_size": 16,
+    "warmup_epochs": 1.0,
+    "head_init": "probe",
+    "head_lr": 1e-3,
+}
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "pgn": {"lr": 3e-3},
-    "v2apt": {"lr": 5e-3, "kl_warmup_epochs": 5.0},
-    "vapt": {"lr": 2e-3},
-    "vpt": {"lr": 5e-3},
-    "free": {"lr": 5e-3},
-    "pixel": {"lr": 1e-2, "weight_decay": 0.0},
+    "pgn": _SMALL_DATA | {"lr": 1e-3},
+    "v2apt": _SMALL_DATA | {"lr": 2e-3, "kl_warmup_epochs": 2.0},
+    "vapt": _SMALL_DATA | {"lr": 5e-3},
+    "vpt": _SMALL_DATA | {"lr": 2e-3},
+    "free": _SMALL_DATA | {"lr": 5e-3},
+    "pixel": _SMALL_DATA | {"lr": 1e-2, "weight_decay": 0.0},
     "linear": {"lr": 1e-2, "epochs": 100, "warmup_epochs": 5.0},
-    "full": {"lr": 1e-5, "head_lr": 1e-3, "weight_decay": 1e-2},
+    "full": _SMALL_DATA | {"lr": 1e-5, "weight_decay": 1e-2},
 }
 
 
@@ -209,8 +216,9 @@ def _kind(config: Any) -> str:
 def default_recipe(config: Any) -> Recipe:
     """The recipe `fp.fit` uses when it is given none: AdamW, warm-up and cosine, a learning rate per method.
 
-    The learning rates are for float32 prompts on CLIP ViT-B/16 and a few hundred images; choose yours on
-    validation (`fastprompt.train.grid.select_learning_rate`).
+    For float32 prompts on a bfloat16 CLIP ViT-B/16 and a few hundred images, where the head starts as the
+    linear probe and moves slowly: a head trained from scratch fits so few images before the prompts have
+    moved. Choose yours on validation (`fastprompt.train.grid.select_learning_rate`).
 
     Args:
         config: a method's configuration (fp.PGNConfig(), ...) or its kind.

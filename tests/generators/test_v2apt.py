@@ -195,7 +195,7 @@ def test_samples_follow_the_latent_s_standard_deviation(
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"num_instance": 11}, ValueError, "num_instance must be at most 10, got 11"),
+        ({"num_instance": 11}, ValueError, "num_instance must be at most num_prompts \\(10\\), got 11"),
         ({"num_instance": 0}, ValueError, "num_instance must be at least 1"),
         ({"latent": 0}, ValueError, "latent must be at least 1"),
         ({"hidden": 1.5}, TypeError, "hidden must be int"),

@@ -469,10 +469,6 @@ def test_other_wrong_arguments(make_model: Callable[..., Any], colours: Callable
                           class_embeddings=torch.randn(4, 48))  # fmt: skip
     with pytest.raises(ValueError, match="no parameter that trains"):
         fit(text, data, data, RECIPE)
-    prompted = fp.PromptedViT(make_model().backbone, fp.VPTConfig(num_prompts=2), num_classes=4, head="text",
-                              class_embeddings=torch.randn(4, 48))  # fmt: skip
-    with pytest.raises(ValueError, match="head_init"):
-        fit(prompted, data, data, RECIPE.replace(head_init="probe"))
 
 
 class Augmented(Dataset[Any]):
@@ -597,6 +593,27 @@ def test_the_head_can_start_as_the_probe(make_model: Callable[..., Any], colours
         accuracies[start] = result.best_val_accuracy
     assert accuracies["probe"] == 1.0
     assert accuracies["default"] < 0.8
+
+
+def test_a_head_that_does_not_train_is_left_as_it_is_by_the_probe_start(
+    make_model: Callable[..., Any], colours: Callable[..., Any]
+) -> None:
+    model = fp.PromptedViT(make_model().backbone, fp.VPTConfig(num_prompts=2), num_classes=4, head="text",
+                           class_embeddings=torch.randn(4, 48))  # fmt: skip
+    before = {name: tensor.clone() for name, tensor in model.head.state_dict().items()}
+    prompts = model.generator.static.embeddings.detach().clone()
+    fit(model, colours(32), colours(8, seed=1), RECIPE.replace(epochs=1, head_init="probe"), progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.head.state_dict().items())
+    assert not torch.equal(model.generator.static.embeddings, prompts)
+
+
+def test_other_validation_images_are_another_run(
+    make_model: Callable[..., Any], colours: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = RECIPE.replace(epochs=1)
+    fit(make_model(), colours(16), colours(8, seed=1), recipe, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="val_labels"):
+        fit(make_model(), colours(16), colours(12, seed=1), recipe, tmp_path, progress=False)
 
 
 def test_progress_shows_loss_accuracy_speed_and_time_left(
