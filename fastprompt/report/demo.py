@@ -67,6 +67,8 @@ def command(method: str, args: argparse.Namespace, data: str) -> list[str]:
         str(args.epochs),
         "--seed",
         str(args.seed),
+        "--augment",
+        "flip",
         "--test",
         "--out",
         str(args.out / method),

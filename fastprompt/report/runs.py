@@ -423,6 +423,7 @@ def execute(
     import torch
 
     import fastprompt as fp
+    from fastprompt.model import CONFIG_FILE
     from fastprompt.train.evaluate import evaluate
     from fastprompt.train.fit import fit
 
@@ -432,6 +433,8 @@ def execute(
     results = finished_results(settings, out_dir, resume)
     if results is not None and (not test or results.get("test") is not None):
         return results
+    if results is not None and not any((out_dir / p / CONFIG_FILE).is_file() for p in (".", "best")):
+        results = None  # only the record was kept, not the adapter: train it again
 
     backbone = backbone_at(settings.backbone, settings.image_size)
     image_size = square_size(backbone)

@@ -484,7 +484,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--augment", default="flip", help="of training images; the SGD probe, on features, has none")
     p.add_argument("--workers", type=int, default=2, help="runs side by side")
     p.add_argument("--threads", type=int, default=1, help="threads of each run")
-    p.add_argument("--out", type=Path, default=Path("runs/table"), help="run directories")
+    p.add_argument("--out", type=Path, default=Path("results/runs"), help="run directories")
     p.add_argument("--results", type=Path, default=Path("results"), help="where table.json and table.md go")
     p.add_argument("--aggregate-only", action="store_true", help="rebuild the table, run nothing")
     p.add_argument("--single", help=argparse.SUPPRESS)

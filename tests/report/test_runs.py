@@ -137,6 +137,27 @@ def test_wrong_input_that_only_the_training_finds_leaves_nothing(
         assert not (tmp_path / "run").exists()
 
 
+def test_a_record_whose_adapter_was_not_kept_is_trained_again_for_its_test(
+    tiny_vit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+    monkeypatch.setattr(runs, "backbone_at", lambda *_: fp.FrozenViT(tiny_vit))
+    settings = RunSettings("vpt-deep", str(tmp_path / "images"), recipe={"epochs": 1, "dtype": "float32"})
+    first = runs.execute(settings, tmp_path / "run", progress=False)
+    for path in (tmp_path / "run").rglob("*"):
+        if path.is_file() and path.name not in ("run.json", "results.json"):
+            path.unlink()
+    assert runs.execute(settings, tmp_path / "run", progress=False) == first
+    tested = runs.execute(settings, tmp_path / "run", test=True, progress=False)
+    assert tested["validation"]["predictions"] == first["validation"]["predictions"]
+    assert tested["test"]["num_images"] > 0
+
+
 def test_library_usage_needs_a_library_and_images(tiny_vit: Any) -> None:
     model, data = pgn(tiny_vit)
     with pytest.raises(ValueError, match="dataset"):
