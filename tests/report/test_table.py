@@ -13,10 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
-import torch
-from PIL import Image
-from safetensors.torch import save_file
 
 from fastprompt.report import table
 from fastprompt.report.runs import RunSettings
@@ -189,30 +185,9 @@ def test_other_methods_on_disk_stay_in_the_table(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> list[str]:
+def small(tiny_run: list[str], tmp_path: Path) -> list[str]:
     """The flags of a table on a tiny backbone and tiny images."""
-    torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
-    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, **sizes)
-    (tmp_path / "vit").mkdir()
-    save_file(model.state_dict(), tmp_path / "vit" / "model.safetensors")
-    config = {"architecture": "vit_tiny_patch16_224", "model_args": sizes, "num_classes": 0}
-    config["pretrained_cfg"] = {"input_size": [3, 32, 32], "num_classes": 0}
-    (tmp_path / "vit" / "config.json").write_text(json.dumps(config))
-    random = np.random.default_rng(0)
-    for name, low in (("dark", 0), ("light", 128)):
-        folder = tmp_path / "images" / name
-        folder.mkdir(parents=True)
-        for i in range(10):
-            Image.fromarray(random.integers(low, low + 127, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    flags = [
-        "--backbone",
-        f"local-dir:{tmp_path / 'vit'}",
-        "--image-size",
-        "32",
-        "--data",
-        str(tmp_path / "images"),
-    ]
+    flags = list(tiny_run)
     flags += [
         "--num-train",
         "8",
