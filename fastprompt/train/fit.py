@@ -64,8 +64,8 @@ class FitResult:
     """What `fit` did.
 
     Attributes:
-        best_epoch: epoch (counted from 1) with the highest validation accuracy; of equals, the lower
-            validation loss.
+        best_epoch: epoch (counted from 1) with the highest validation accuracy, of equals the lower
+            validation loss; or by ``recipe.select_by`` the other way round.
         best_val_accuracy, best_val_loss: of that epoch.
         history: one dict per epoch, as in the log.
         images_per_second: training images over training time (validation and saving excluded).
@@ -415,7 +415,8 @@ class _Run:
         record = self._train(epoch, bar)
         trained = time.perf_counter() - began
         val_loss, val_accuracy = self._validate(epoch)
-        improved = (val_accuracy, -val_loss) > (state.best_val_accuracy, -state.best_val_loss)
+        now, best = (val_accuracy, -val_loss), (state.best_val_accuracy, -state.best_val_loss)
+        improved = now[::-1] > best[::-1] if self.recipe.select_by == "loss" else now > best
         if improved:
             state.best_epoch, state.best_val_accuracy, state.best_val_loss = epoch, val_accuracy, val_loss
             self.best = self._weights()

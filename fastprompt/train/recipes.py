@@ -18,6 +18,7 @@ _CHOICES = {
     "optimizer": ("adamw", "sgd"),
     "dtype": ("bfloat16", "float32", "auto"),
     "head_init": ("default", "probe"),
+    "select_by": ("accuracy", "loss"),
 }
 _RUNTIME_FIELDS = ("num_workers",)
 
@@ -47,6 +48,8 @@ class Recipe:
             device has bfloat16 instructions, else float32). Generator, head and losses are float32 always.
         head_init: "default", or "probe": the linear head starts as the L-BFGS probe (C chosen on validation)
             of the features it sees before the first step. Other heads have nothing to start.
+        select_by: which epoch is the best on validation: the one with the highest "accuracy" (of equals, the
+            lower loss) or with the lowest "loss", which moves less where validation images are few.
         num_workers: processes that load images (0: this one); does not change the result without
             augmentation.
 
@@ -69,6 +72,7 @@ class Recipe:
     seed: int = 0
     dtype: str = "bfloat16"
     head_init: str = "default"
+    select_by: str = "accuracy"
     num_workers: int = 0
 
     def __post_init__(self) -> None:

@@ -108,6 +108,21 @@ def test_the_best_epoch_is_restored(make_model: Callable[..., Any], colours: Cal
     assert evaluation.accuracy == result.best_val_accuracy
 
 
+@pytest.mark.parametrize(("select_by", "epoch"), [("accuracy", 1), ("loss", 3)])
+def test_the_best_epoch_is_chosen_by_accuracy_or_by_loss(
+    make_model: Callable[..., Any],
+    colours: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    select_by: str,
+    epoch: int,
+) -> None:
+    validation = {1: (0.9, 0.8), 2: (0.5, 0.6), 3: (0.4, 0.7), 4: (0.4, 0.6)}  # loss, accuracy
+    monkeypatch.setattr("fastprompt.train.fit._Run._validate", lambda _, epoch: validation[epoch])
+    recipe = RECIPE.replace(epochs=4, warmup_epochs=0.0, select_by=select_by)
+    result = fit(make_model(), colours(16), colours(8, seed=1), recipe, progress=False)
+    assert (result.best_epoch, result.best_val_loss, result.best_val_accuracy) == (epoch, *validation[epoch])
+
+
 def test_equal_accuracies_are_decided_by_the_loss(
     make_model: Callable[..., Any], colours: Callable[..., Any]
 ) -> None:
