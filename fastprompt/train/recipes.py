@@ -196,8 +196,8 @@ _SMALL_DATA: dict[str, Any] = {
     "head_lr": 1e-3,
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "pgn": _SMALL_DATA | {"lr": 1e-3},
-    "v2apt": _SMALL_DATA | {"lr": 2e-3, "kl_warmup_epochs": 2.0},
+    "pgn": _SMALL_DATA | {"lr": 3e-3},
+    "v2apt": _SMALL_DATA | {"lr": 5e-3, "kl_warmup_epochs": 2.0},
     "vapt": _SMALL_DATA | {"lr": 5e-3},
     "vpt": _SMALL_DATA | {"lr": 2e-3},
     "free": _SMALL_DATA | {"lr": 5e-3},
@@ -220,9 +220,10 @@ def _kind(config: Any) -> str:
 def default_recipe(config: Any) -> Recipe:
     """The recipe `fp.fit` uses when it is given none: AdamW, warm-up and cosine, a learning rate per method.
 
-    For float32 prompts on a bfloat16 CLIP ViT-B/16 and a few hundred images, where the head starts as the
-    linear probe and moves slowly: a head trained from scratch fits so few images before the prompts have
-    moved. Choose yours on validation (`fastprompt.train.grid.select_learning_rate`).
+    For float32 prompts on a bfloat16 CLIP ViT-B/16 and a few hundred images; a linear head starts as the
+    probe. The rates of PGN, V²APT, VAPT and VPT are those chosen in results/table.md from two values each;
+    the others are untested guesses. Choose yours on validation
+    (`fastprompt.train.grid.select_learning_rate`).
 
     Args:
         config: a method's configuration (fp.PGNConfig(), ...) or its kind.
