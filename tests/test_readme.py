@@ -6,22 +6,25 @@ import json
 import re
 from pathlib import Path
 
+from fastprompt.report.table import bracket
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_results_are_those_of_the_committed_table() -> None:
     table = json.loads((ROOT / "results" / "table.json").read_text(encoding="utf-8"))
     rows = {row["title"]: row for row in table["rows"]}
-    found = re.findall(r"^\| ([^|]+) \| ([\d,]+) \| (0\.\d+) \((\w+) seeds?\) \| ?(.*?) ?\|$",
+    found = re.findall(r"^\| ([^|]+) \| ([\d,]+) \| (0\.\d+) \((\w+) seeds?\) \| ?(.*?) ?\| (\S.*?) \|$",
                        (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert {title for title, *_ in found} == set(rows)
-    for title, parameters, accuracy, seeds, difference in found:
+    for title, parameters, accuracy, seeds, difference, over_seeds in found:
         row = rows[title]
         assert int(parameters.replace(",", "")) == row["trained_parameters"]["total"]
         assert accuracy == f"{row['test_accuracy']:.4f}"
         assert len(row["seeds"]) == {"one": 1, "three": 3}[seeds]
         if row["difference_to_probe"] is None:
-            assert difference == ""
+            assert (difference, over_seeds) == ("", "–")
         else:
             low, high = row["difference_to_probe"]["image_interval"]
             assert difference == f"{row['difference_to_probe']['mean']:+.4f} [{low:+.4f}, {high:+.4f}]"
+            assert over_seeds == bracket(row["difference_to_probe"]["seed_interval"])

@@ -354,10 +354,11 @@ def grid_record(plan: Plan, method: str, chosen: float | None) -> dict[str, Any]
 
 def speed(run: Mapping[str, Any]) -> float:
     """Training images per second: the median epoch's, so that an epoch in which the run was held up does not
-    count; of a run without epochs, its own.
+    count. A probe's is that of the whole run, since its epochs read features and no images.
     """
-    epochs = [epoch["images_per_second"] for epoch in run["history"] if "images_per_second" in epoch]
-    return statistics.median(epochs) if epochs else float(run["images_per_second"])
+    if run["method"] in PROBES:
+        return float(run["images_per_second"])
+    return statistics.median(epoch["images_per_second"] for epoch in run["history"])
 
 
 def summarise(method: str, lr: float | None, runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:

@@ -40,7 +40,8 @@ def finish(
         "image_size": 112, "data": {"name": "images", "train": 8, "val": 4, "test": 100}, "machine": "m",
         "torch_version": "0", "recipe": {"optimizer": "adamw", "epochs": 3, "batch_size": 4},
         "trained_parameters": {"total": 1010, "generator": 1000, "head": 10, "backbone": 0},
-        "paper_parameter_count": None, "images_per_second": 10.0 + job.seed,
+        "paper_parameter_count": None, "images_per_second": 3.0,  # held up in its last epoch
+        "history": [{"epoch": i, "images_per_second": s + job.seed} for i, s in enumerate((10.0, 10.5, 0.5))],
         "peak_memory_mib": 100.0 + job.seed,
         "seconds": 1.0, "validation": {"accuracy": accuracy, "loss": loss},
         "test": {"accuracy": 1 - wrong / 100, "labels": LABELS, "predictions": predictions} if test else None,
@@ -139,6 +140,7 @@ def test_rows_and_paired_differences(tmp_path: Path) -> None:
     per_image = np.array([0.0] * 10 + [0.5] + [1.0] * 9 + [0.0] * 80)
     half = 1.984 * per_image.std(ddof=1) / 10
     assert difference["image_interval"] == pytest.approx([0.095 - half, 0.095 + half], abs=1e-4)
+    assert row_of(found, "linear-sgd")["images_per_second"] == 3.0
     assert row_of(found, "linear")["difference_to_probe"] is None
     assert row_of(found, "linear-sgd")["difference_to_probe"]["mean"] == pytest.approx(-0.1)
 
