@@ -33,6 +33,7 @@ from fastprompt.generators import (
 from fastprompt.generators.base import Draws
 from fastprompt.heads import CLIP_LOGIT_SCALE, Head, PrototypeHead, TextHead, build_head
 from fastprompt.vit import FrozenViT, forward, reference
+from fastprompt.vit.forward import Prefix
 from fastprompt.vit.reference import READOUTS
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -105,6 +106,9 @@ class PromptedViT(nn.Module):
                 raise ValueError(f"class_names has {len(class_names)} names, num_classes is {self.num_classes}")
         self.class_names = class_names
         self._autocast: torch.dtype | None = None
+        self._recompute = False
+        self._static: tuple[Any, dict[int, Prefix]] | None = None
+        self.backbone.folded()
         for module in (self.generator, self.head):
             if module is not None:
                 module.to(device=backbone.device,
@@ -159,11 +163,14 @@ class PromptedViT(nn.Module):
                                  f"models share moves with any of them: call model.to({str(vit.device)!r})")
         if draws is None:
             draws = self.draw(images.shape[0])
-        images = vit.normalise(images)
+        raw, images = images, vit.normalise(images)
         if isinstance(generator, PixelPrompt):
             images, generator = generator.prompt_images(images), None
         with contextlib.nullcontext() if self._autocast is None else torch.autocast(images.device.type, self._autocast):
-            embedded = reference.embed(vit, images.to(vit.dtype))
+            if plain or isinstance(self.generator, PixelPrompt):
+                embedded = reference.embed(vit, images.to(vit.dtype))
+            else:
+                embedded = forward.embed(vit, raw, images)
             context = None
             if generator is not None and generator.known_at == "image":
                 context = generator.context(images, draws)
@@ -174,7 +181,34 @@ class PromptedViT(nn.Module):
             if plain:
                 sequence = reference.encode(vit, images, generator, context, draws, embedded)
                 return reference.read_out(vit, sequence, self.readout), aux
-            return forward.features(vit, embedded, generator, context, draws, self.readout), aux
+            return forward.features(vit, embedded, generator, context, draws, self.readout,
+                                    self._static_prefixes(generator, draws), self._recompute), aux
+
+    def _static_prefixes(self, generator: PromptGenerator | None, draws: Draws) -> dict[int, Prefix] | None:
+        """Keys and values of prompts that depend on parameters only, made once for an adapter; None while training."""
+        if generator is None or generator.known_at != "static" or draws or torch.is_grad_enabled() \
+                or torch.compiler.is_compiling():
+            return None
+        parameters = tuple(generator.parameters())
+        if any(p.is_inference() for p in parameters):
+            return None
+        key = (id(self.backbone.folded()), self.readout, *((p.data_ptr(), p._version) for p in parameters))
+        if self._static is None or self._static[0] != key:
+            self._static = (key, forward.static_prefixes(self.backbone, generator, self.readout))
+        return self._static[1]
+
+    def train(self, mode: bool = True) -> PromptedViT:
+        """Training or eval mode of generator and head; the backbone stays in eval mode."""
+        self._static = None
+        super().train(mode)
+        return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only what enters each block for the backward pass and compute the blocks again there.
+
+        Outputs and gradients stay the same; memory falls, a training step takes longer.
+        """
+        self._recompute = bool(enable)
 
     def set_backbone_dtype(self, dtype: torch.dtype) -> None:
         """Run the backbone in `dtype`; generator and head keep theirs, and logits come out in the head's.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprompt.kernels.prefix_attention.reference import attend
-from fastprompt.vit.weights import ACTIVATIONS, Block, FrozenViT, MapPool, Mlp
+from fastprompt.vit.weights import ACTIVATIONS, Block, Dense, FrozenViT, MapPool, Mlp
 
 if TYPE_CHECKING:
     from fastprompt.generators.base import PromptGenerator
@@ -59,12 +59,16 @@ class Sequence:
         return Sequence(torch.cat(parts, dim=1), self.num_prefix, prompts.shape[1], prompts_last)
 
 
-def embed(vit: FrozenViT, images: Tensor) -> Sequence:
-    """Normalised images (B, 3, H, W) → [class token, registers, patches] with position embedding."""
+def embed(vit: FrozenViT, images: Tensor, patches: Dense | None = None) -> Sequence:
+    """Images (B, 3, H, W) → [class token, registers, patches] with position embedding.
+
+    `patches`: the patch embedding for images that are not normalised; None: the backbone's own.
+    """
+    weight, bias = (vit.patch_weight, vit.patch_bias) if patches is None else (patches.weight, patches.bias)
     if vit.spec.dynamic_pad:
         pad = [-images.shape[i] % vit.patch_size for i in (2, 3)]
         images = F.pad(images, (0, pad[1], 0, pad[0]))
-    x = F.conv2d(images, vit.patch_weight, vit.patch_bias, stride=vit.patch_size)  # (B, D, gh, gw)
+    x = F.conv2d(images, weight, bias, stride=vit.patch_size)  # (B, D, gh, gw)
     grid = (x.shape[2], x.shape[3])
     x = x.flatten(2).transpose(1, 2)  # (B, N, D)
     if vit.patch_norm is not None:

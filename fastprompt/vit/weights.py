@@ -12,12 +12,15 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastprompt.vit.folding import Folded
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -106,18 +109,21 @@ class Block(nn.Module):
 
     `post_norm` False: x + ls1·attn(norm1(x)), then x + ls2·mlp(norm2(x)).
     `post_norm` True:  x + norm1(attn(x)), then x + norm2(mlp(x)) (timm's ResPostBlock).
-    `qkv` stacks q, k, v; `q_norm`, `k_norm` act per head, `attn_norm` on the heads' joined output.
+    `qkv` stacks q, k, v; `q_norm`, `k_norm` act per head, `attn_norm` on the heads' joined output. `scale` multiplies
+    the attention scores; None: 1/√d.
     """
 
     def __init__(self, *, norm1: Norm, qkv: Dense, proj: Dense, norm2: Norm, mlp: Mlp, num_heads: int,
                  q_norm: Norm | None = None, k_norm: Norm | None = None, attn_norm: Norm | None = None,
-                 ls1: Tensor | None = None, ls2: Tensor | None = None, post_norm: bool = False) -> None:
+                 ls1: Tensor | None = None, ls2: Tensor | None = None, post_norm: bool = False,
+                 scale: float | None = None) -> None:
         super().__init__()
         self.norm1, self.qkv, self.proj, self.norm2, self.mlp = norm1, qkv, proj, norm2, mlp
         self.q_norm, self.k_norm, self.attn_norm = q_norm, k_norm, attn_norm
         self.ls1, self.ls2 = frozen(ls1), frozen(ls2)
         self.num_heads, self.post_norm = num_heads, post_norm
         self.head_dim = qkv.weight.shape[0] // (3 * num_heads)
+        self.scale = self.head_dim**-0.5 if scale is None else scale
 
 
 class MapPool(nn.Module):
@@ -206,6 +212,7 @@ class FrozenViT(nn.Module):
         if parts:
             raise ValueError(f"the reader returned unknown parts: {sorted(parts)}")
         self._fingerprint: str | None = None
+        self._folded: tuple[int, Folded] | None = None
         self.eval()
 
     @classmethod
@@ -397,10 +404,33 @@ class FrozenViT(nn.Module):
         if not self.device.type == "meta":
             self.fingerprint  # noqa: B018
 
+    def folded(self) -> Folded | None:
+        """The blocks with their constants folded; None while the weights train.
+
+        Made at the first call and again when tensors were cast, moved, loaded or changed in place. (A write through
+        `.data` goes unnoticed.)
+        """
+        if torch.compiler.is_compiling():
+            return None if self._folded is None else self._folded[1]
+        tensors = list(self.parameters())
+        if any(p.requires_grad for p in tensors) or self.device.type == "meta":
+            return None
+        version = sum(0 if p.is_inference() else p._version for p in tensors)
+        if self._folded is None or self._folded[0] != version:
+            from fastprompt.vit.folding import fold_backbone
+
+            with torch.inference_mode(False), torch.no_grad():
+                self._folded = (version, fold_backbone(self))
+        return self._folded[1]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenViT:
         if fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype != self.dtype:
             self.pin_fingerprint()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if self._folded is not None:
+            self._folded = None
+            self.folded()
+        return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if not any(p.requires_grad for p in self.parameters()):  # a fine-tuned copy stays that of its original

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastprompt.kernels.prefix_attention import reference
+from fastprompt.kernels.prefix_attention import recompute, reference
 
 
-def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None = None, prefix_v: Tensor | None = None
-                     ) -> Tensor:
-    """softmax(q [prefix_k, k]ᵀ / √d) [prefix_v, v].
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None = None, prefix_v: Tensor | None = None,
+                     scale: float | None = None) -> Tensor:
+    """softmax(scale · q [prefix_k, k]ᵀ) [prefix_v, v].
 
     Args:
         q: (B, H, R, d). k, v: (B, H, T, d).
         prefix_k, prefix_v: (1 or B, H, P, d), shared by all images or one per image; None: plain attention.
+        scale: of the scores; None: 1/√d.
 
     Returns:
         (B, H, R, d).
@@ -38,4 +39,7 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None = 
                              f"got {tuple(prefix.shape)}")
         if prefix.dtype != k.dtype:
             raise ValueError(f"{name} must have the dtype of k, {k.dtype}, got {prefix.dtype}")
-    return reference.prefix_attention(q, k, v, prefix_k, prefix_v)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if recompute.suits(q, k, v, prefix_k, prefix_v):
+        return recompute.prefix_attention(q, k, v, prefix_k, prefix_v, scale)
+    return reference.prefix_attention(q, k, v, prefix_k, prefix_v, scale)

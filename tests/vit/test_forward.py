@@ -92,13 +92,14 @@ def rows_seen(model: fp.PromptedViT, images: Tensor, monkeypatch: pytest.MonkeyP
     ("method", "readout", "rows"),
     [
         ("vpt", "cls", [17, 1]),
-        ("vpt", "patches", [17, 17]),
-        ("vpt", "patches+prompts", [17, 20]),
+        ("vpt", "patches", [17, 16]),
+        ("vpt", "patches+prompts", [17, 19]),
+        ("vpt", "prompts", [17, 3]),
         ("vapt", "cls", [17, 1]),
         ("v2apt", "cls", [17, 1]),
         ("vpt shallow", "cls", [20, 1]),
         ("pgn", "cls", [20, 1]),
-        ("free", "patches", [20, 20]),
+        ("free", "patches", [20, 16]),
     ],
 )
 def test_rows_nobody_reads_are_not_computed(
@@ -116,14 +117,38 @@ def test_rows_nobody_reads_are_not_computed(
 def test_static_prompts_are_projected_once_not_once_per_image(
     randomised: Callable[..., nn.Module], tiny_images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, seen, original = model_of(randomised, "vpt", "plain", "cls").eval(), [], forward.attention
+    model, seen, original = model_of(randomised, "vpt", "plain", "patches").train(), [], forward.prompt_keys
     monkeypatch.setattr(
-        forward,
-        "attention",
-        lambda block, x, prompts, rows: seen.append(prompts.shape[0]) or original(block, x, prompts, rows),
+        forward, "prompt_keys", lambda block, prompts: seen.append(prompts.shape[0]) or original(block, prompts)
     )
+    model.draw = lambda batch: {}  # no dropout
     model(tiny_images.double())
     assert seen == [1, 1]
+
+
+def test_keys_and_values_of_an_adapter_are_made_once_and_again_when_it_changes(
+    randomised: Callable[..., nn.Module], tiny_images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen, original = model_of(randomised, "vpt", "plain", "patches").eval(), [], forward.prompt_keys
+    monkeypatch.setattr(
+        forward, "prompt_keys", lambda block, prompts: seen.append(prompts.shape[0]) or original(block, prompts)
+    )
+    images = tiny_images.double()
+    with torch.no_grad():
+        first = model(images)
+        torch.testing.assert_close(model(images), first, rtol=0, atol=0)
+        assert seen == [1, 1]
+        for change in (
+            lambda: next(model.generator.parameters()).mul_(2),
+            lambda: model.backbone.blocks[0].qkv.weight.mul_(2),
+            lambda: model.load_adapter_state_dict({k: 3 * v for k, v in model.adapter_state_dict().items()}),
+        ):
+            change()
+            after = model(images)
+            assert (after - first).abs().max() > 1e-6
+            torch.testing.assert_close(after, model.reference_forward(images), rtol=1e-10, atol=1e-10)
+            first = after
+    assert len(seen) == 8
 
 
 @pytest.mark.parametrize("readout", ["cls", "patches", "patches+prompts"])

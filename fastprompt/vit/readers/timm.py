@@ -137,11 +137,11 @@ def _block(module: Any) -> Block:
     if attn.gate is not None:
         _refuse("attention layer", "gated Attention", "Attention without gate")
     post_norm = type(module) is vt.ResPostBlock
-    scales = {} if post_norm else {"ls1": _layer_scale(module.ls1), "ls2": _layer_scale(module.ls2)}
+    ls1, ls2 = (None, None) if post_norm else (_layer_scale(module.ls1), _layer_scale(module.ls2))
     return Block(
         norm1=_block_norm(module.norm1), qkv=_dense(attn.qkv), proj=_dense(attn.proj), norm2=_block_norm(module.norm2),
         mlp=_mlp(module.mlp), num_heads=attn.num_heads, q_norm=_norm(attn.q_norm), k_norm=_norm(attn.k_norm),
-        attn_norm=_norm(attn.norm), post_norm=post_norm, **scales)
+        attn_norm=_norm(attn.norm), ls1=ls1, ls2=ls2, post_norm=post_norm)
 
 
 def _layer_scale(module: Any) -> torch.Tensor | None:

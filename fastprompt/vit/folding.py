@@ -1,0 +1,153 @@
+"""Exact folding: the same block with fewer constants, valid for as long as its weights do not change.
+
+Nothing here is an approximation: in real arithmetic a folded block computes what the original does, while prompts
+train too. The conditions under which a constant can move stand beside each move.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastprompt.vit.weights import Block, Dense, Mlp, Norm
+
+if TYPE_CHECKING:
+    from fastprompt.vit.weights import FrozenViT
+
+QUICK_GELU_SLOPE = 1.702
+
+
+class Folded(NamedTuple):
+    """`blocks`: every block through `fold`. `pixels`: the patch embedding of raw pixels 0 … 255 (`fold_pixels`)."""
+
+    blocks: tuple[Block, ...]
+    pixels: Dense
+
+
+def fold_backbone(vit: FrozenViT) -> Folded:
+    """Everything of a backbone that folds; None of it shares memory that a later change of the backbone writes to,
+    but for the tensors that folding leaves as they are.
+    """
+    return Folded(tuple(fold(block) for block in vit.blocks),
+                  fold_pixels(Dense(vit.patch_weight, vit.patch_bias), vit.mean, vit.std))
+
+
+def fold(block: Block) -> Block:
+    """The block with its constants moved into its Linears; tensors that do not change are shared.
+
+    * γ, β of a norm move into the Linear behind it: norm1 into qkv, norm2 into fc1 (both not where the block
+      normalises behind attention and MLP: there the norm feeds the residual), the inner norms into proj and fc2;
+    * LayerScale moves into proj and fc2;
+    * 1/√d moves into W_q, or into the q-norm's affine;
+    * the key bias is dropped: every key, prompts included, has it, so it cancels in the softmax (not with a k-norm);
+    * W_o b_v moves into b_o, as attention weights sum to 1 (not with a norm between them);
+    * quick-GELU x σ(1.702 x) = silu(1.702 x) / 1.702 becomes SiLU between two scaled Linears (not with a norm
+      behind it, whose epsilon would see the scale).
+    """
+    qkv, proj, norm1 = _Affine(block.qkv), _Affine(block.proj), block.norm1
+    inner = block.num_heads * block.head_dim
+    if not block.post_norm:
+        qkv.absorb_norm(norm1)
+        norm1 = without_affine(norm1)
+    q_norm, attn_norm = block.q_norm, block.attn_norm
+    if q_norm is None:
+        qkv.scale_rows(slice(0, inner), block.scale)
+    else:
+        q_norm = _scaled(q_norm, block.scale, block.qkv.weight)
+    if block.k_norm is None:
+        qkv.bias[inner:2 * inner] = 0
+    if attn_norm is None:
+        proj.bias = proj.bias + proj.weight @ qkv.bias[2 * inner:]
+        qkv.bias[2 * inner:] = 0
+    else:
+        proj.absorb_norm(attn_norm)
+        attn_norm = without_affine(attn_norm)
+    if block.ls1 is not None and not block.post_norm:
+        proj.scale_rows(slice(None), block.ls1)
+    norm2 = block.norm2 if block.post_norm else without_affine(block.norm2)
+    folded = Block(norm1=norm1, qkv=qkv.dense(), proj=proj.dense(), norm2=norm2, mlp=_fold_mlp(block),
+                   num_heads=block.num_heads, q_norm=q_norm, k_norm=block.k_norm, attn_norm=attn_norm,
+                   post_norm=block.post_norm, scale=1.0)
+    return folded.eval()
+
+
+def _fold_mlp(block: Block) -> Mlp:
+    mlp, norm, act = block.mlp, block.mlp.norm, block.mlp.act
+    fc1, fc2 = _Affine(mlp.fc1), _Affine(mlp.fc2)
+    if not block.post_norm:
+        fc1.absorb_norm(block.norm2)
+    if act == "quick_gelu" and norm is None:
+        hidden = fc1.weight.shape[0]
+        gate = {"none": slice(None), "first": slice(0, hidden // 2), "last": slice(hidden // 2, None)}[mlp.glu]
+        fc1.scale_rows(gate, QUICK_GELU_SLOPE)
+        fc2.weight = fc2.weight / QUICK_GELU_SLOPE
+        act = "silu"
+    if norm is not None:
+        fc2.absorb_norm(norm)
+        norm = without_affine(norm)
+    if block.ls2 is not None and not block.post_norm:
+        fc2.scale_rows(slice(None), block.ls2)
+    return Mlp(fc1.dense(), fc2.dense(), act, norm, mlp.glu)
+
+
+class _Affine:
+    """A Linear's weight (out, in) and bias (out,) in float32 or wider, on which constants are moved."""
+
+    def __init__(self, source: Dense) -> None:
+        self.source = source
+        self.wide = torch.promote_types(source.weight.dtype, torch.float32)
+        self.weight = source.weight.detach().to(self.wide)
+        bias = source.bias
+        self.bias = self.weight.new_zeros(self.weight.shape[0]) if bias is None else bias.detach().to(self.wide).clone()
+
+    def absorb_norm(self, norm: Norm) -> None:
+        """W (x̂ γ + β) + b = (W γ) x̂ + (b + W β)."""
+        if norm.bias is not None:
+            self.bias = self.bias + self.weight @ norm.bias.to(self.wide)
+        if norm.weight is not None:
+            self.weight = self.weight * norm.weight.to(self.wide)
+
+    def scale_rows(self, rows: slice, factor: Tensor | float) -> None:
+        """Multiply these outputs by a number or a vector."""
+        column = factor.detach().to(self.wide) if isinstance(factor, Tensor) else self.weight.new_tensor(factor)
+        self.weight, self.bias = self.weight.clone(), self.bias.clone()
+        self.weight[rows] *= column[..., None]
+        self.bias[rows] *= column
+
+    def dense(self) -> Dense:
+        """A frozen Linear of the source's dtype; the source itself where nothing has moved, no bias where it is 0."""
+        weight, bias = self.weight.to(self.source.weight.dtype), self.bias.to(self.source.weight.dtype)
+        dense = Dense(weight, bias if bias.any() else None)
+        if torch.equal(weight, self.source.weight):
+            dense.weight = self.source.weight
+        return dense
+
+
+def without_affine(norm: Norm) -> Norm:
+    """x̂ alone."""
+    return Norm(norm.kind, norm.size, norm.eps, None, None, norm.upcast)
+
+
+def _scaled(norm: Norm, factor: float, like: Tensor) -> Norm:
+    """factor · (x̂ γ + β)."""
+    weight = like.new_ones(norm.size) if norm.weight is None else norm.weight
+    return Norm(norm.kind, norm.size, norm.eps, weight * factor, None if norm.bias is None else norm.bias * factor,
+                norm.upcast)
+
+
+def fold_pixels(patches: Dense, mean: tuple[float, ...], std: tuple[float, ...]) -> Dense:
+    """The patch embedding of raw pixels 0 … 255: W ((x / 255 − mean) / std) + b = (W / (255 std)) x + b'.
+
+    Not where the normalised image is zero-padded: a padded zero is no raw zero.
+    """
+    weight, bias = patches.weight, patches.bias
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    scale = torch.tensor(std, dtype=wide, device=weight.device).view(3, 1, 1)
+    shift = torch.tensor(mean, dtype=wide, device=weight.device).view(3, 1, 1)
+    folded = weight.to(wide) / scale
+    moved = -(folded * shift).sum(dim=(1, 2, 3))
+    if bias is not None:
+        moved = moved + bias.to(wide)
+    return Dense((folded / 255).to(weight.dtype), moved.to(weight.dtype))

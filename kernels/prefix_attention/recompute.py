@@ -1,0 +1,104 @@
+"""`prefix_attention` for training on a CPU: saves its inputs alone and computes the weights again in the backward.
+
+What autograd would save (keys and values behind a copied prefix, output, weights) is made again from q, k, v and the
+prefix, which are views of what the projections returned. A few images at a time go through buffers that stay in the
+cache: the weights of a whole batch would come from memory, page by page.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastprompt.kernels.prefix_attention.reference import with_prefix
+
+BUFFER_SCORES = 3 * 2**19
+"""Scores that the backward holds at a time, in two buffers."""
+
+
+def suits(*inputs: Tensor | None) -> bool:
+    """Whether these inputs (q first) take this way: on a CPU, for a backward, not traced by a compiler."""
+    return (torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            and all(t is None or t.device.type == "cpu" for t in inputs)
+            and any(t is not None and t.requires_grad for t in inputs))
+
+
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
+                     scale: float) -> Tensor:
+    """See `fastprompt.kernels.prefix_attention.prefix_attention`."""
+    return _PrefixAttention.apply(q, k, v, prefix_k, prefix_v, scale)
+
+
+class _PrefixAttention(torch.autograd.Function):
+    """With S = scale · q Kᵀ, A = softmax(S), O = A V and Ȯ = ∂L/∂O:
+
+    V̇ = Aᵀ Ȯ, Ȧ = Ȯ Vᵀ, Ṡ = A ∘ (Ȧ − rowsum(A ∘ Ȧ)), q̇ = scale · Ṡ K, K̇ = scale · Ṡᵀ q; K, V = [prefix, tokens].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
+                scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v, prefix_k, prefix_v)
+        ctx.scale = scale
+        return F.scaled_dot_product_attention(q, with_prefix(prefix_k, k), with_prefix(prefix_v, v), scale=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, prefix_k, prefix_v = ctx.saved_tensors
+        (b, h, r, d), t = q.shape, k.shape[2]
+        p = 0 if prefix_k is None else prefix_k.shape[2]
+        wants_q, wants_tokens = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        wants_prefix = p > 0 and (ctx.needs_input_grad[3] or ctx.needs_input_grad[4])
+        read = slice(0 if wants_prefix else p, p + t if wants_tokens else p)  # the keys that need a gradient
+        # the layout (B, T, H, d) is that of the products which take these gradients
+        grad_q = q.new_empty(b, r, h, d).transpose(1, 2) if wants_q else None
+        grad_k, grad_v = (q.new_empty(b, t, h, d).transpose(1, 2) for _ in "kv") if wants_tokens else (None, None)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        prefix_grads = [q.new_zeros(x.shape, dtype=wide) for x in (prefix_k, prefix_v)] if wants_prefix else []
+
+        images, group = (1, BUFFER_SCORES // (r * (p + t)) or 1) if h * r * (p + t) > BUFFER_SCORES else \
+            (min(b, BUFFER_SCORES // max(1, h * r * (p + t))) or 1, h)
+        buffers = [q.new_empty(images * group * size) for size in (r * d, r * d, (p + t) * d, (p + t) * d,
+                                                                   r * (p + t), r * (p + t), max(r, p + t) * d)]
+        for i in range(0, b, images):
+            for j in range(0, h, group):
+                at = (slice(i, i + images), slice(j, j + group))
+                shape = q[at].shape[:2]
+                queries, out, keys, values, weights, scores = (
+                    buffer[:shape.numel() * rows * columns].view(*shape, rows, columns) for buffer, rows, columns in
+                    zip(buffers, (r, r, p + t, p + t, r, r), (d, d, d, d, p + t, p + t), strict=False))
+                torch.mul(q[at], ctx.scale, out=queries)
+                out.copy_(grad[at])
+                for joined, prefix, tokens in ((keys, prefix_k, k), (values, prefix_v, v)):
+                    if prefix is not None:
+                        joined[:, :, :p] = prefix[at if prefix.shape[0] == b else (slice(0, 1), at[1])]
+                    joined[:, :, p:] = tokens[at]
+                _product(queries, keys.transpose(2, 3), scores)
+                torch.softmax(scores, dim=-1, out=weights)
+                _product(out, values.transpose(2, 3), scores)
+                torch.ops.aten._softmax_backward_data.out(scores, weights, -1, q.dtype, grad_input=scores)
+                if grad_q is not None:
+                    torch.mul(_product(scores, keys, buffers[6]), ctx.scale, out=grad_q[at])
+                for left, right, whole, n in ((scores, queries, grad_k, 0), (weights, out, grad_v, 1)):
+                    moved = _product(left[..., read].transpose(2, 3), right, buffers[6])  # (images, group, read, d)
+                    if wants_prefix:
+                        shared = prefix_grads[n].shape[0] == 1
+                        into = prefix_grads[n][(slice(0, 1), at[1]) if shared else at]
+                        into += moved[:, :, :p].sum(0, keepdim=True, dtype=wide) if shared else moved[:, :, :p]
+                    if whole is not None:
+                        whole[at] = moved[:, :, p - (read.start or 0):]
+        grad_prefix_k, grad_prefix_v = (g.to(q.dtype) for g in prefix_grads) if wants_prefix else (None, None)
+        return grad_q, grad_k, grad_v, grad_prefix_k, grad_prefix_v, None
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a @ b of (n, h, i, j) and (n, h, j, k) into the memory of `out`."""
+    n, h, i, k = *a.shape[:3], b.shape[3]
+    out = out.view(-1)[:n * h * i * k].view(n * h, i, k)
+    torch.bmm(a.reshape(n * h, i, a.shape[3]), b.reshape(n * h, a.shape[3], k), out=out)
+    return out.view(n, h, i, k)
