@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastprompt.kernels.adaptive_prompts import reference
+from fastprompt.kernels.adaptive_prompts import recompute, reference
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
@@ -53,5 +53,8 @@ def adaptive_prompts(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix
         raise ValueError("w1 and w2 must be given together")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if recompute.suits(tokens, norm_weight, norm_bias, mix):
+        prompts = recompute.mix_positions(tokens, norm_weight, norm_bias, mix, eps)
+        return reference.finish(prompts, bias, w1, w2, scale, activation, channel_mask, hidden_mask)
     return reference.adaptive_prompts(tokens, norm_weight, norm_bias, mix, bias, w1, w2, scale, activation, eps,
                                       channel_mask, hidden_mask)

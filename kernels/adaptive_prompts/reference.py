@@ -38,7 +38,12 @@ def adaptive_prompts(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix
                      channel_mask: Tensor | None, hidden_mask: Tensor | None) -> Tensor:
     """See `fastprompt.kernels.adaptive_prompts.adaptive_prompts`."""
     x = F.layer_norm(tokens.to(mix.dtype), norm_weight.shape, norm_weight, norm_bias, eps)
-    prompts = torch.einsum("pn,bnd->bpd", mix, x)
+    return finish(mix @ x, bias, w1, w2, scale, activation, channel_mask, hidden_mask)
+
+
+def finish(prompts: Tensor, bias: Tensor, w1: Tensor | None, w2: Tensor | None, scale: Tensor | float,
+           activation: str, channel_mask: Tensor | None, hidden_mask: Tensor | None) -> Tensor:
+    """g(mask ∘ prompts + b) for mixed positions (B, P, D)."""
     if channel_mask is not None:
         prompts = prompts * channel_mask[:, None, :]
     prompts = prompts + bias[:, None]
