@@ -220,3 +220,15 @@ def test_inductor_freezes_the_folded_weights(make: Make, method: str, monkeypatc
         out = torch.compile(model, fullgraph=True)(images)
         torch.testing.assert_close(out, model(images), rtol=1e-4, atol=1e-4)
     assert [tuple(node.meta["val"].shape) for node in left] == [(2, 3, 32, 32)]
+
+
+def test_a_compiled_model_sees_loaded_weights(make: Make, tiny_images: Tensor, method: str) -> None:
+    torch._dynamo.reset()
+    model, images = make(method).eval(), tiny_images.double()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        before = compiled(images)
+        model.load_state_dict({k: v * 1.1 if v.is_floating_point() else v for k, v in model.state_dict().items()})
+        after = compiled(images)
+        assert (after - before).abs().max() > 1e-6
+        torch.testing.assert_close(after, model.reference_forward(images), rtol=1e-10, atol=1e-10)
