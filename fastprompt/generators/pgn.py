@@ -132,7 +132,13 @@ class PGN(PromptGenerator):
         r = self.config.resolution
         if r is not None and tuple(images.shape[2:]) != (r, r):
             images = F.interpolate(images, size=(r, r), mode="bilinear", align_corners=False, antialias=True)
-        return self.trunk(images).view(images.shape[0], self.num_prompts, self.config.library_size)
+        try:
+            logits = self.trunk(images)
+        except ValueError as error:
+            raise ValueError(f"x has {images.shape[0]} image of {images.shape[2]} x {images.shape[3]} pixels, of which "
+                             "the trunk's batch norm has one value per channel; train PGN on batches of at least 2 "
+                             f"images ({error})") from error
+        return logits.view(images.shape[0], self.num_prompts, self.config.library_size)
 
     def mixture(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) → weights of the library tokens (B, K, M)."""

@@ -213,6 +213,7 @@ class FrozenViT(nn.Module):
             raise ValueError(f"the reader returned unknown parts: {sorted(parts)}")
         self._fingerprint: str | None = None
         self._folded: tuple[int, Folded] | None = None
+        self.register_load_state_dict_post_hook(_fold_again)
         self.eval()
 
     @classmethod
@@ -499,6 +500,12 @@ class FrozenViT(nn.Module):
     def extra_repr(self) -> str:
         return (f"{self.spec.name}, width={self.width}, depth={self.depth}, heads={self.num_heads}, "
                 f"patch={self.patch_size}, grid={self.grid}")
+
+
+def _fold_again(vit: FrozenViT, keys: Any) -> None:
+    """A compiled model reads the folded blocks and cannot see that they are out of date."""
+    if vit._folded is not None:
+        vit.folded()
 
 
 def _require(library: str, extra: str) -> None:

@@ -21,8 +21,9 @@ BUFFER_SCORES = 3 * 2**19
 
 
 def suits(*inputs: Tensor | None) -> bool:
-    """Whether these inputs (q first) take this way: on a CPU, for a backward, not traced by a compiler."""
+    """Whether these inputs (q first) take this way: on a CPU, for a backward, outside compiler and `torch.func`."""
     return (torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active()
             and all(t is None or t.device.type == "cpu" for t in inputs)
             and any(t is not None and t.requires_grad for t in inputs))
 

@@ -277,3 +277,10 @@ def test_wrong_images_are_named() -> None:
 def test_bad_options_are_named(options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=rf"PGNConfig\.{message}"):
         fp.PGNConfig(**options)
+
+
+def test_one_small_image_in_training_says_what_to_do() -> None:
+    generator = fp.PGN(num_prompts=3, library_size=5, width=48).train()
+    with pytest.raises(ValueError, match=r"x has 1 image of 32 x 32 pixels.*batches of at least 2"):
+        generator(torch.randn(1, 3, 32, 32))
+    assert generator.eval()(torch.randn(1, 3, 32, 32)).shape == (1, 3, 48)

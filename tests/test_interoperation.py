@@ -1,0 +1,234 @@
+"""The rewritten forward inside PyTorch's own tools: compiler, exporters, autocast, checkpointing, DDP, torch.func."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fastprompt as fp
+
+METHODS = {
+    "vpt": fp.VPTConfig(num_prompts=3, prompt_dropout=0.2),
+    "vpt shallow": fp.VPTConfig(num_prompts=3, deep=False),
+    "vapt": fp.VAPTConfig(num_prompts=3),
+    "v2apt": fp.V2APTConfig(num_prompts=3, num_instance=2, latent=4, hidden=4),
+    "pgn": fp.PGNConfig(num_prompts=3, library_size=5, widths=(4, 4)),
+    "free": fp.FreePromptsConfig(num_prompts=3),
+}
+Make = Callable[..., fp.PromptedViT]
+pytestmark = pytest.mark.parametrize("method", METHODS)
+
+
+def build(method: str, randomised: Callable[..., nn.Module], dtype: torch.dtype = torch.float64) -> fp.PromptedViT:
+    torch.manual_seed(0)
+    vit = randomised(VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0))
+    model = fp.PromptedViT(fp.FrozenViT(vit).to(dtype), METHODS[method], num_classes=5)
+    with torch.no_grad():
+        for p in model.generator.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+@pytest.fixture
+def make(randomised: Callable[..., nn.Module]) -> Make:
+    return lambda method, dtype=torch.float64: build(method, randomised, dtype)
+
+
+def raw_images(batch: int) -> Tensor:
+    return torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8)
+
+
+def step(model: fp.PromptedViT, run: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output and gradients of one backward pass."""
+    model.zero_grad()
+    out = run()
+    (out * torch.linspace(-1, 1, 5, dtype=out.dtype)).sum().backward()
+    return out.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, dict[str, Tensor]]) -> None:
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-10, atol=1e-12)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, gradient in theirs[1].items():
+        assert (ours[1][name] - gradient).norm() <= 1e-10 * gradient.norm() + 1e-13, name
+
+
+def test_compiled_without_graph_breaks(make: Make, tiny_images: Tensor, method: str) -> None:
+    torch._dynamo.reset()
+    model, images = make(method).train(), tiny_images.double()
+    compiled, draws = torch.compile(model, fullgraph=True, backend="aot_eager"), model.draw(4)
+    expected = step(model, lambda: model(images, draws=draws))
+    for _ in range(2):
+        assert_same(step(model, lambda: compiled(images, draws=draws)), expected)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_same(step(model, lambda: compiled(images, draws=draws)), expected)
+    torch.manual_seed(3)
+    expected = step(model, lambda: model(images))
+    torch.manual_seed(3)
+    assert_same(step(model, lambda: compiled(images)), expected)
+    model.eval()
+    with torch.no_grad():
+        for x in (images, raw_images(4)):
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-10, atol=1e-12)
+    assert not any("_folded" in name for name in model.state_dict())
+
+
+def test_autocast(make: Make, tiny_images: Tensor, method: str) -> None:
+    exact, model = make(method).train(), make(method, torch.float32).train()
+    draws = exact.draw(4)
+    narrow = {k: v.float() if v.is_floating_point() else v for k, v in draws.items()}
+    truth = step(exact, lambda: exact.reference_forward(tiny_images.double(), draws=draws))[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, gradients = step(model, lambda: model(tiny_images, draws=narrow))
+        theirs = step(model, lambda: model.reference_forward(tiny_images, draws=narrow))[0]
+    bound = 2 * (theirs.double() - truth).abs().max() + torch.finfo(torch.bfloat16).eps * truth.abs().max()
+    assert (ours.double() - truth).abs().max() <= bound
+    assert all(g.isfinite().all() and g.dtype == torch.float32 for g in gradients.values())
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["float", "uint8"])
+def test_exported_with_a_dynamic_batch(
+    make: Make, tiny_images: Tensor, tmp_path: Path, method: str, raw: bool
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, images = make(method, torch.float32).eval(), raw_images(4) if raw else tiny_images
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    program, file = torch.export.export(model, (images,), dynamic_shapes=shapes), io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    exported = [program.module(), torch.export.load(file).module()]
+    torch.onnx.export(model, (images,), tmp_path / "m.onnx", dynamo=True, dynamic_shapes=shapes, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    for x in (images, images[:3], images[:1]):
+        with torch.no_grad():
+            expected = model(x)
+            for run in exported:
+                torch.testing.assert_close(run(x), expected)
+        out = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+        assert (out - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_gradient_checkpointing(make: Make, tiny_images: Tensor, method: str) -> None:
+    model, images, saved = make(method).train(), tiny_images.double(), [0, 0]
+    draws = model.draw(4)
+
+    def counted(i: int) -> Tensor:
+        def pack(t: Tensor) -> Tensor:
+            saved[i] += t.numel() * t.element_size()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            return model(images, draws=draws)
+
+    expected = step(model, lambda: counted(0))
+    assert_same(step(model, lambda: checkpoint(model, images, False, draws, use_reentrant=False)), expected)
+    model.set_grad_checkpointing()
+    assert_same(step(model, lambda: counted(1)), expected)
+    assert saved[1] < 0.5 * saved[0]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_small_batches(make: Make, tiny_images: Tensor, method: str, training: bool) -> None:
+    model = make(method).train(training)
+    for batch in (0, 1):
+        for images in (tiny_images[:batch].double(), raw_images(batch)):
+            draws = model.draw(batch)
+            out = model(images, draws=draws)
+            out.sum().backward()
+            assert out.shape == (batch, 5)
+            torch.testing.assert_close(out, model.reference_forward(images, draws=draws), rtol=1e-10, atol=1e-10)
+    assert all(t.isfinite().all() for t in model.generator.state_dict().values())
+
+
+def test_memory_layout_of_images_does_not_matter(make: Make, method: str) -> None:
+    model, pixels = make(method).eval(), torch.randn(8, 64, 64, 3).double().permute(0, 3, 1, 2)
+    layouts = [
+        pixels[::2, :, ::2, 1::2],
+        pixels[:4, :, :32, :32].contiguous(memory_format=torch.channels_last),
+        pixels[:1, :, :32, :32].expand(3, -1, -1, -1),
+        raw_images(8).to(memory_format=torch.channels_last)[::2],
+    ]
+    with torch.no_grad():
+        for images in layouts:
+            torch.testing.assert_close(model(images), model(images.contiguous()), rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_reach_the_images(make: Make, tiny_images: Tensor, method: str) -> None:
+    model, gradients = make(method).train(), []
+    draws = model.draw(4)
+    for run in (model, model.reference_forward):
+        images = tiny_images.double().requires_grad_()
+        run(images, draws=draws).square().sum().backward()
+        gradients.append(images.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-12)
+
+
+def test_functional_calls_and_copies(make: Make, tiny_images: Tensor, method: str) -> None:
+    model, images = make(method).eval(), tiny_images.double()
+    with torch.no_grad():
+        before = model(images)
+        clone, again = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        swapped = {f"generator.{n}": 2 * p + 0.1 for n, p in model.generator.named_parameters()}
+        out = torch.func.functional_call(model, swapped, (images,))
+        for name, p in clone.generator.named_parameters():
+            p.copy_(swapped[f"generator.{name}"])
+        expected = clone.reference_forward(images)
+        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(clone(images), expected, rtol=1e-10, atol=1e-12)
+        for run in (model, again):
+            torch.testing.assert_close(run(images), before, rtol=1e-10, atol=1e-12)
+    gradients = torch.func.grad(lambda p: torch.func.functional_call(model, p, (images,)).square().sum())(swapped)
+    clone.reference_forward(images).square().sum().backward()
+    for name, p in clone.generator.named_parameters():
+        ours = gradients[f"generator.{name}"]
+        assert (ours - p.grad).norm() <= 1e-10 * p.grad.norm() + 1e-13, name
+
+
+def test_half_precision(make: Make, tiny_images: Tensor, method: str) -> None:
+    model = make(method, torch.float32).train()
+    model.set_backbone_dtype(torch.float16)
+    out, gradients = step(model, lambda: model(tiny_images))
+    assert out.isfinite().all()
+    assert all(g.isfinite().all() for g in gradients.values())
+
+
+def test_inductor_freezes_the_folded_weights(make: Make, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if method != "vpt":
+        pytest.skip("one method is enough: the blocks are the same")
+    from torch._inductor import config, freezing
+
+    left, original = [], freezing.freeze
+
+    def freeze(*args: object, **kwargs: object) -> tuple[torch.fx.GraphModule, list[int]]:
+        graph, indices = original(*args, **kwargs)
+        left.extend(node for node in graph.graph.nodes if node.op == "placeholder")
+        return graph, indices
+
+    monkeypatch.setattr(freezing, "freeze", freeze)
+    torch._dynamo.reset()
+    model, images = make(method, torch.float32).eval(), raw_images(2)
+    with torch.no_grad(), config.patch(freezing=True, fx_graph_cache=False):
+        out = torch.compile(model, fullgraph=True)(images)
+        torch.testing.assert_close(out, model(images), rtol=1e-4, atol=1e-4)
+    assert [tuple(node.meta["val"].shape) for node in left] == [(2, 3, 32, 32)]
+
+
+def test_a_compiled_model_sees_loaded_weights(make: Make, tiny_images: Tensor, method: str) -> None:
+    torch._dynamo.reset()
+    model, images = make(method).eval(), tiny_images.double()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        before = compiled(images)
+        model.load_state_dict({k: v * 1.1 if v.is_floating_point() else v for k, v in model.state_dict().items()})
+        after = compiled(images)
+        assert (after - before).abs().max() > 1e-6
+        torch.testing.assert_close(after, model.reference_forward(images), rtol=1e-10, atol=1e-10)
