@@ -434,8 +434,9 @@ def markdown(table: Mapping[str, Any]) -> str:
         f"Images: {sizes}; augmentation of the training images, but for the SGD probe: {data.get('augment')}. "
         f"A seed ({seeds}) draws the training and validation images and sets initial values, batch order and "
         "dropout; it is the same for every method. The test images are the same for all seeds.",
-        "The learning rate is the one with the best validation accuracy at the first seed. The test split is "
-        "read once a run, after training, from the epoch that was best on validation.",
+        "The learning rate is the one with the best validation accuracy at the first seed; a method with one rate "
+        "was run at that. The test split is read once a run, after training, from the epoch that was best on "
+        "validation.",
         "All intervals are 95 %. ± is Student's t over the seeds' test accuracies. The difference to the "
         "probe with the better validation accuracy is taken image by image and seed by seed; its first "
         "interval is over test images (differences averaged over seeds), its second over seeds.",
