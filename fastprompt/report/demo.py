@@ -19,6 +19,8 @@ from pathlib import Path
 from fastprompt.report.runs import read_json, results_table
 
 METHODS = ("linear", "vpt-deep", "pgn")
+# In its few dozen steps a fresh head is not learned: it starts as the probe.
+RECIPE = ("head_init=probe",)
 
 
 def fetch(data: str | None, backbone: str, image_size: int) -> str:
@@ -69,6 +71,8 @@ def command(method: str, args: argparse.Namespace, data: str) -> list[str]:
         str(args.seed),
         "--augment",
         "flip",
+        "--recipe",
+        *RECIPE,
         "--test",
         "--out",
         str(args.out / method),

@@ -32,22 +32,29 @@ from typing import Any
 
 from fastprompt.report.runs import METHODS, TITLES, RunSettings, execute, parse_options, read_json, write_json
 
-# Learning rates tried for each method; none for the L-BFGS probe, which chooses C on validation by itself.
+# Learning rates tried for each method; none for the L-BFGS probe, which chooses C on validation by itself. A
+# method with one rate is run at that rate.
 GRIDS: dict[str, tuple[float, ...]] = {
     "linear": (),
     "linear-sgd": (0.001, 0.01, 0.1),
-    "vapt": (0.002, 0.005),
-    "vpt-deep": (0.002, 0.005),
-    "pgn": (0.001, 0.003),
-    "v2apt": (0.002, 0.005),
-    "vpt-shallow": (0.005, 0.02),
-    "free": (0.005, 0.02),
-    "pixel": (0.01, 0.03),
-    "full": (1e-5, 3e-5),
+    "vpt-deep": (0.005, 0.01),
+    "pgn": (0.003, 0.01),
+    "vapt": (0.005, 0.01),
+    "v2apt": (0.005, 0.01),
+    "free": (0.01,),
+    "vpt-shallow": (0.01,),
+    "pixel": (0.01,),
+    "full": (1e-5,),
 }
 PROBES = ("linear", "linear-sgd")
-# What every method but the probes trains with, beside its learning rate: the head starts as the probe.
-RECIPE: dict[str, Any] = {"batch_size": 16, "head_init": "probe", "head_lr": 1e-3}
+# What every method but the probes trains with, beside its learning rate. results/exploration.md says why.
+RECIPE: dict[str, Any] = {
+    "batch_size": 16,
+    "head_init": "default",
+    "head_lr": 1e-3,
+    "label_smoothing": 0.1,
+    "select_by": "loss",
+}
 # Epochs of the methods that train on features encoded once, where an epoch costs next to nothing.
 CACHED_EPOCHS = 100
 
@@ -416,21 +423,20 @@ def markdown(table: Mapping[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Learning rates tried with the first seed (validation accuracy):", ""]
     for row in table["rows"]:
-        r = row["recipe"]
-        recipe = f"{r['optimizer']}, {r['epochs']} epochs, batch {r['batch_size']}"
         tried = ", ".join(f"{lr}: {'diverged' if a is None else f'{a:.4f}'}" for lr, a in row["grid"].items())
         if tried:
-            lines.append(f"* {row['title']} ({recipe}): {tried}")
+            lines.append(f"* {row['title']} ({recipe_words(row['recipe'])}): {tried}")
     sizes = ", ".join(f"{data[key]} {key}" for key in ("train", "val", "test") if key in data)
     seeds = ", ".join(str(seed) for seed in table["seeds"])
     machine = protocol.get("machine")
     lines += [
         "",
-        f"Images: {sizes}. A seed ({seeds}) draws the training and validation images and sets initial "
-        "values, batch order and dropout; it is the same for every method. The test images are the same for "
-        "all seeds.",
-        "The learning rate is the one with the best validation accuracy at the first seed. The test split is "
-        "read once a run, after training, from the epoch that was best on validation.",
+        f"Images: {sizes}; augmentation of the training images, but for the SGD probe: {data.get('augment')}. "
+        f"A seed ({seeds}) draws the training and validation images and sets initial values, batch order and "
+        "dropout; it is the same for every method. The test images are the same for all seeds.",
+        "The learning rate is the one with the best validation accuracy at the first seed; a method with one rate "
+        "was run at that. The test split is read once a run, after training, from the epoch that was best on "
+        "validation.",
         "All intervals are 95 %. ± is Student's t over the seeds' test accuracies. The difference to the "
         "probe with the better validation accuracy is taken image by image and seed by seed; its first "
         "interval is over test images (differences averaged over seeds), its second over seeds.",
@@ -439,6 +445,18 @@ def markdown(table: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def recipe_words(recipe: Mapping[str, Any]) -> str:
+    """What a method was trained with, beside its learning rate, in a few words."""
+    words = [recipe["optimizer"], f"{recipe['epochs']} epochs", f"batch {recipe['batch_size']}"]
+    if recipe["head_init"] == "probe":
+        words.append("the head starts as the probe")
+    if recipe["head_lr"] is not None:
+        words.append(f"head {recipe['head_lr']:g}")
+    if recipe["label_smoothing"]:
+        words.append(f"label smoothing {recipe['label_smoothing']:g}")
+    return ", ".join(words)
 
 
 def bracket(interval: Sequence[float] | None) -> str:

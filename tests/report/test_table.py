@@ -17,6 +17,7 @@ import pytest
 from fastprompt.report import table
 from fastprompt.report.runs import RunSettings
 from fastprompt.report.table import Job, Plan
+from fastprompt.train.recipes import Recipe
 
 LABELS = [0, 1] * 50
 
@@ -38,7 +39,7 @@ def finish(
     results: dict[str, Any] = {
         "method": job.method, "config": {"kind": job.method}, "backbone": "tiny", "backbone_fingerprint": "f",
         "image_size": 112, "data": {"name": "images", "train": 8, "val": 4, "test": 100}, "machine": "m",
-        "torch_version": "0", "recipe": {"optimizer": "adamw", "epochs": 3, "batch_size": 4},
+        "torch_version": "0", "recipe": Recipe(epochs=3, batch_size=4).to_dict(),
         "trained_parameters": {"total": 1010, "generator": 1000, "head": 10, "backbone": 0},
         "paper_parameter_count": None, "images_per_second": 3.0,  # held up in its last epoch
         "history": [{"epoch": i, "images_per_second": s + job.seed} for i, s in enumerate((10.0, 10.5, 0.5))],
@@ -173,6 +174,13 @@ def test_markdown_says_what_was_done(tmp_path: Path) -> None:
     assert "8 train, 4 val, 100 test" in text
     header = next(line for line in lines if line.startswith("| Method"))
     assert {line.count("|") for line in lines if line.startswith("|")} == {header.count("|")}
+
+
+def test_the_recipe_in_words() -> None:
+    recipe = Recipe(epochs=6, batch_size=16, optimizer="sgd", head_init="probe", head_lr=1e-3, label_smoothing=0.1)
+    assert table.recipe_words(recipe.to_dict()) == (
+        "sgd, 6 epochs, batch 16, the head starts as the probe, head 0.001, label smoothing 0.1"
+    )
 
 
 def test_other_methods_on_disk_stay_in_the_table(tmp_path: Path) -> None:
