@@ -32,7 +32,7 @@ from fastprompt.generators import (
 )
 from fastprompt.generators.base import Draws
 from fastprompt.heads import CLIP_LOGIT_SCALE, Head, PrototypeHead, TextHead, build_head
-from fastprompt.vit import FrozenViT, forward, reference
+from fastprompt.vit import FrozenSwin, FrozenViT, forward, reference, swin_forward, swin_reference
 from fastprompt.vit.reference import READOUTS
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -51,7 +51,7 @@ class PromptedViT(nn.Module):
         num_classes: C; None: no head, the model returns features.
         head: "linear", "text", "label_map", "prototypes", or a head of `fastprompt.heads`.
         readout: what the head sees: "cls", "patches", "patches+prompts", "prompts" or "map"; None: as the
-            backbone's own head does.
+            backbone's own head does, and on a Swin transformer with prompts the mean of patches and prompts (VPT).
         class_names: C names, kept in the adapter, as a list.
         class_embeddings, logit_scale: for head "text". prototypes: for head "prototypes".
 
@@ -95,9 +95,9 @@ class PromptedViT(nn.Module):
             self.head = build_head(head, backbone, num_classes, class_embeddings, logit_scale, prototypes)
         elif head != "linear":
             raise ValueError(f"head {head!r} needs num_classes; without it the model returns features")
-        if self.head is not None and self.head.width != backbone.width:
+        if self.head is not None and self.head.width != backbone.feature_width:
             raise ValueError(f"head {self.head.kind!r} reads features of width {self.head.width}, "
-                             f"those of the backbone have {backbone.width}")
+                             f"those of the backbone have {backbone.feature_width}")
         self.num_classes = None if self.head is None else self.head.num_classes
         if class_names is not None:
             class_names = [str(name) for name in class_names]
@@ -163,7 +163,8 @@ class PromptedViT(nn.Module):
         if isinstance(generator, PixelPrompt):
             images, generator = generator.prompt_images(images), None
         with contextlib.nullcontext() if self._autocast is None else torch.autocast(images.device.type, self._autocast):
-            embedded = reference.embed(vit, images.to(vit.dtype))
+            papers, rewritten = (swin_reference, swin_forward) if isinstance(vit, FrozenSwin) else (reference, forward)
+            embedded = papers.embed(vit, images.to(vit.dtype))
             context = None
             if generator is not None and generator.known_at == "image":
                 context = generator.context(images, draws)
@@ -172,9 +173,9 @@ class PromptedViT(nn.Module):
                 context = generator.context(patches, draws)
             aux = {} if generator is None else generator.aux(context)
             if plain:
-                sequence = reference.encode(vit, images, generator, context, draws, embedded)
-                return reference.read_out(vit, sequence, self.readout), aux
-            return forward.features(vit, embedded, generator, context, draws, self.readout), aux
+                sequence = papers.encode(vit, images, generator, context, draws, embedded)
+                return papers.read_out(vit, sequence, self.readout), aux
+            return rewritten.features(vit, embedded, generator, context, draws, self.readout), aux
 
     def set_backbone_dtype(self, dtype: torch.dtype) -> None:
         """Run the backbone in `dtype`; generator and head keep theirs, and logits come out in the head's.
@@ -299,14 +300,16 @@ class PromptedViT(nn.Module):
 
 def check_readout(backbone: FrozenViT, generator: PromptGenerator | None, readout: str | None) -> str:
     """The readout to use; ValueError where backbone or generator cannot give it."""
-    readout = backbone.spec.pool if readout is None else readout
+    prompted = generator is not None and generator.num_prompts > 0
+    if readout is None:
+        readout = "patches+prompts" if prompted and isinstance(backbone, FrozenSwin) else backbone.spec.pool
     if readout not in READOUTS:
         raise ValueError(f"readout must be one of {READOUTS} or None, got {readout!r}")
     if readout == "cls" and not backbone.spec.has_cls:
         raise ValueError("readout 'cls' needs a class token; this backbone has none")
     if readout == "map" and backbone.map_pool is None:
         raise ValueError("readout 'map' needs an attention-pooling head; this backbone has none")
-    if "prompts" in readout and (generator is None or generator.num_prompts == 0):
+    if "prompts" in readout and not prompted:
         raise ValueError(f"readout {readout!r} needs prompt tokens; this method has none")
     return readout
 

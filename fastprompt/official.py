@@ -80,8 +80,9 @@ def load_official(source: str | os.PathLike[str] | Mapping[str, Any], backbone: 
         if any(k.startswith(outer + "projection.") for k in state):
             raise ValueError(f"source has a head of several layers ({outer}projection.*); only a linear one can be "
                              "read. Without backbone its prompts can")
-        if weight.ndim != 2 or weight.shape[1] != backbone.width:
-            raise ValueError(f"source has a head of shape {tuple(weight.shape)}, backbone takes (C, {backbone.width})")
+        if weight.ndim != 2 or weight.shape[1] != backbone.feature_width:
+            raise ValueError(f"source has a head of shape {tuple(weight.shape)}, "
+                             f"backbone takes (C, {backbone.feature_width})")
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"source has a head of shape {tuple(weight.shape)} with a bias of shape "
                              f"{tuple(bias.shape)}")
