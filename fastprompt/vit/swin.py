@@ -7,15 +7,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastprompt.vit.weights import Dense, FrozenViT, Mlp, Norm, frozen
 
 Pair = tuple[int, int]
+
+
+class Layout(NamedTuple):
+    """The order of patches in one block.
+
+    Attributes:
+        grid: of the block's feature map.
+        rows: where the block's patches stand in the order of the block before; four in turn for each patch behind a
+            merging; None: the same order. back: the inverse of `rows`; None where `rows` also reads the row of zeros
+            that stands for patches outside the map, at index T.
+        windows: (windows · N) the patch on each place of the windows, T where the place is padding; None: the patches
+            are in that order. places: its inverse, the place of each patch.
+    """
+
+    grid: Pair
+    rows: Tensor | None
+    back: Tensor | None
+    windows: Tensor | None
+    places: Tensor | None
 
 
 class SwinBlock(nn.Module):
@@ -44,6 +64,13 @@ class SwinBlock(nn.Module):
         self.bias_table: nn.Parameter = frozen(bias_table)
         self.logit_scale: nn.Parameter | None = frozen(logit_scale)
         self.register_buffer("constant_bias", self.bias_for(grid).detach(), persistent=False)
+        for name in Layout._fields[1:]:
+            self.register_buffer(name, None, persistent=False)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout for `grid`."""
+        return Layout(self.grid, *(getattr(self, name) for name in Layout._fields[1:]))
 
     @property
     def width(self) -> int:
@@ -99,7 +126,7 @@ class FrozenSwin(FrozenViT):
     def _take(self, parts: dict[str, Any]) -> None:
         super()._take(parts)
         self.merges = cast("Sequence[Merge | None]", nn.ModuleList(parts.pop("merges")))
-        self.layouts: dict[Any, Any] = {}  # of `swin_forward`, by grid and device
+        self._set_layouts()
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -139,6 +166,24 @@ class FrozenSwin(FrozenViT):
         blocks = cast("Sequence[SwinBlock]", self.blocks)
         return {"windows": [(b.grid, b.window, b.shift) for b in blocks], "stages": self.stages}
 
+    def layouts(self, grid: Pair) -> list[Layout]:
+        """The layout of each block for images of `grid` patches; those of the backbone's own size are kept."""
+        blocks = cast("Sequence[SwinBlock]", self.blocks)
+        if grid == self.spec.grid:
+            return [block.layout for block in blocks]
+        return compute_layouts(blocks, self.merges, grid, self.device)
+
+    def _set_layouts(self) -> None:
+        blocks = cast("Sequence[SwinBlock]", self.blocks)
+        device = torch.device("cpu") if self.device.type == "meta" else self.device
+        for block, layout in zip(blocks, compute_layouts(blocks, self.merges, self.spec.grid, device), strict=True):
+            for name in Layout._fields[1:]:
+                setattr(block, name, getattr(layout, name))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._set_layouts()
+
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, D): the mean over the patches of the last stage."""
         from fastprompt.vit import swin_reference
@@ -176,3 +221,35 @@ def shift_mask(grid: Pair, window: Pair, shift: Pair) -> Tensor:
             regions[:, rows, columns] = 3 * i + j
     region = partition(regions, window)[0, :, :, 0]  # (windows, N)
     return torch.where(region[:, :, None] == region[:, None], 0.0, -100.0)
+
+
+def compute_layouts(blocks: Sequence[SwinBlock], merges: Sequence[Merge | None], grid: Pair, device: torch.device
+                    ) -> list[Layout]:
+    """The layout of each block for images of `grid` patches."""
+    result, order = [], torch.arange(grid[0] * grid[1])  # the image's patch on each place of the order before
+    for block, merge in zip(blocks, merges, strict=True):
+        position = order.argsort()  # the place of each patch in the order before
+        if merge is not None:
+            size, (height, width) = len(order), grid
+            grid = ((height + 1) // 2, (width + 1) // 2)
+            position = F.pad(position.view(height, width), (0, width % 2, 0, height % 2), value=size)
+            position = position.view(grid[0], 2, grid[1], 2).permute(0, 2, 3, 1).reshape(-1, 4)  # (patches, 4)
+        places = window_places(grid, block.window, block.shift)
+        whole = bool((places < grid[0] * grid[1]).all())
+        order = places if whole else torch.arange(grid[0] * grid[1])
+        rows = position[order].flatten()
+        exact = len(rows) == len(rows.unique()) and (merge is None or bool((rows < size).all()))
+        same = merge is None and torch.equal(rows, torch.arange(len(rows)))
+        result.append(Layout(grid, None if same else rows.to(device), rows.argsort().to(device) if exact else None,
+                             None if whole else places.to(device),
+                             None if whole else places.argsort()[:len(order)].to(device)))
+    return result
+
+
+def window_places(grid: Pair, window: Pair, shift: Pair) -> Tensor:
+    """(windows · N): the patch of the image on each place of the (shifted) windows; H · W where there is none."""
+    height, width = grid
+    index = torch.arange(height * width).view(height, width).roll((-shift[0], -shift[1]), (0, 1))
+    whole = padded(grid, window)
+    index = F.pad(index, (0, whole[1] - width, 0, whole[0] - height), value=height * width)
+    return partition(index[None, :, :, None], window).flatten()

@@ -12,7 +12,7 @@ All hold in exact arithmetic, for outputs and gradients.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,30 +21,11 @@ from torch.autograd.function import once_differentiable
 
 from fastprompt.vit import swin_reference
 from fastprompt.vit.reference import mlp
-from fastprompt.vit.swin import FrozenSwin, Pair, SwinBlock, padded, partition
+from fastprompt.vit.swin import FrozenSwin, Layout, SwinBlock
 from fastprompt.vit.swin_reference import FeatureMap
 
 if TYPE_CHECKING:
     from fastprompt.generators.base import Draws, PromptGenerator
-
-
-class Layout(NamedTuple):
-    """The order of patches in one block.
-
-    Attributes:
-        grid: of the block's feature map.
-        rows: where the block's patches stand in the order of the block before; four in turn for each patch behind a
-            merging; None: the same order. back: the inverse of `rows`; None where `rows` also reads the row of zeros
-            that stands for patches outside the map, at index T.
-        windows: (windows · N) the patch on each place of the windows, T where the place is padding; None: the patches
-            are in that order. places: its inverse, the place of each patch.
-    """
-
-    grid: Pair
-    rows: Tensor | None
-    back: Tensor | None
-    windows: Tensor | None
-    places: Tensor | None
 
 
 def features(vit: FrozenSwin, embedded: FeatureMap, generator: PromptGenerator | None, context: Any,
@@ -53,8 +34,7 @@ def features(vit: FrozenSwin, embedded: FeatureMap, generator: PromptGenerator |
     if generator is None:
         return swin_reference.read_out(vit, swin_reference.encode(vit, embedded.tokens, embedded=embedded), readout)
     x, prompts, last = embedded.patches, None, len(vit.blocks) - 1
-    for i, (module, merge, layout) in enumerate(zip(vit.blocks, vit.merges, layouts(vit, embedded.grid, x.device),
-                                                    strict=True)):
+    for i, (module, merge, layout) in enumerate(zip(vit.blocks, vit.merges, vit.layouts(embedded.grid), strict=True)):
         block = cast(SwinBlock, module)
         x = reorder(x, layout)
         if merge is not None:
@@ -102,32 +82,32 @@ def attention(block: SwinBlock, layout: Layout, x: Tensor, prompts: Tensor | Non
     if layout.windows is not None:
         row = x.new_zeros(3 * inner) if bias is None else bias  # what a row of zeros gives
         qkv = torch.cat([qkv, row.expand(x.shape[0], 1, -1)], dim=1).index_select(1, layout.windows)
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).contiguous().unbind(0)  # (B, heads, R, d)
+    qkv = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).contiguous()  # (3, B, heads, R, d)
     read = read and prompts is not None
     if prompts is None:
         prompts = x.new_zeros(1, 0, x.shape[2])
     start = 0 if read else inner
     rows = F.linear(prompts, weight[start:], None if bias is None else bias[start:])
-    parts = rows.unflatten(-1, (-1, heads, block.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)  # (1 or B, heads, P, d)
-    prompt_k, prompt_v = parts[-2:]
+    parts = rows.unflatten(-1, (-1, heads, block.head_dim)).permute(2, 0, 3, 1, 4)  # (3 or 2, 1 or B, heads, P, d)
     scale = block.head_dim ** -0.5
     if block.logit_scale is not None:
-        scale = 1.0
-        q, k = F.normalize(q, dim=-1) * block.logit_scale, F.normalize(k, dim=-1)
-        prompt_k = F.normalize(prompt_k, dim=-1)
+        scale, qkv, parts = 1.0, cosine(qkv, block.logit_scale), cosine(parts, block.logit_scale)
     windows_bias = block.attention_bias(layout.grid).transpose(0, 1)  # (heads, windows or 1, N, N)
-    h: Tensor = WindowAttention.apply(q, k, v, prompt_k, prompt_v, windows_bias, scale)
+    h: Tensor = WindowAttention.apply(qkv, parts[-2], parts[-1], windows_bias, scale)
     h = h.transpose(1, 2).flatten(2)
     if layout.places is not None:
         h = h.index_select(1, layout.places)
     h = block.proj(h)
     if not read:
         return h, None
-    prompt_q = parts[0]
-    if block.logit_scale is not None:
-        prompt_q = F.normalize(prompt_q, dim=-1) * block.logit_scale
-    p = prompt_rows(prompt_q * scale, prompt_k, prompt_v, k, v, windows_bias.shape[-1])
+    p = prompt_rows(parts[0] * scale, parts[1], parts[2], qkv[1], qkv[2], windows_bias.shape[-1])
     return h, block.proj(p.transpose(1, 2).flatten(2))
+
+
+def cosine(parts: Tensor, logit_scale: Tensor) -> Tensor:
+    """[q,] k, v → [q / |q| · scale,] k / |k|, v, stacked on the first axis: the operands of cosine attention."""
+    q, k, v = parts[:-2], parts[-2], parts[-1]
+    return torch.cat([F.normalize(q, dim=-1) * logit_scale, torch.stack([F.normalize(k, dim=-1), v])])
 
 
 def prompt_rows(q: Tensor, prompt_k: Tensor, prompt_v: Tensor, k: Tensor, v: Tensor, size: int) -> Tensor:
@@ -149,62 +129,61 @@ def prompt_rows(q: Tensor, prompt_k: Tensor, prompt_v: Tensor, k: Tensor, v: Ten
 
 
 class WindowAttention(torch.autograd.Function):
-    """softmax(scale · q [prompt_k, k]ᵀ + [0, bias]) [prompt_v, v] inside windows.
+    """softmax(scale · q [prompt_k, k]ᵀ + [0, bias]) [prompt_v, v] inside windows, (B, heads, windows · N, d).
 
-    q, k, v: (B, heads, windows · N, d). prompt_k, prompt_v: (1 or B, heads, P, d), the same for all windows. bias:
+    qkv: (3, B, heads, windows · N, d). prompt_k, prompt_v: (1 or B, heads, P, d), the same for all windows. bias:
     (heads, windows or 1, N, N), a constant. The product with the prompts is one for all windows of an image.
+
+    Backward with weights A, gradient G and output O: dS = scale · A ∘ (G [prompt_v, v]ᵀ − rowsum(G ∘ O)).
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, bias: Tensor,
-                scale: float) -> Tensor:
-        b, heads, rows, d = q.shape
+    def forward(ctx: Any, qkv: Tensor, prompt_k: Tensor, prompt_v: Tensor, bias: Tensor, scale: float) -> Tensor:
+        _, b, heads, rows, d = qkv.shape
         n, p = bias.shape[-1], prompt_k.shape[2]
-        q = q if scale == 1 else q * scale
-        inside = (b * heads * (rows // n), n)
-        to_prompts = q @ prompt_k.transpose(-1, -2)  # (B, heads, R, P)
-        to_window = torch.bmm(q.view(*inside, d), k.view(*inside, d).transpose(1, 2)).view(b, heads, -1, n, n)
+        q, k, v = qkv.view(3, b * heads * (rows // n), n, d).unbind(0)
+        to_prompts = qkv[0] @ prompt_k.transpose(-1, -2)  # (B, heads, R, P)
+        to_window = torch.bmm(q, k.transpose(1, 2)).view(b, heads, -1, n, n)
         if torch.compiler.is_compiling():
-            scores = torch.cat([to_prompts, (to_window + bias).view(b, heads, rows, n)], dim=-1)
+            window_scores = torch.add(bias, to_window, alpha=scale).view(b, heads, rows, n)
+            scores = torch.cat([to_prompts * scale, window_scores], dim=-1)
         else:
-            scores = q.new_empty(b, heads, rows, p + n)
-            scores[..., :p] = to_prompts
-            torch.add(to_window, bias, out=scores.view(b, heads, -1, n, p + n)[..., p:])
-        weights = scores.softmax(dim=-1)  # (B, heads, R, P + N)
-        out = weights[..., :p] @ prompt_v
-        out.view(*inside, d).baddbmm_(weights.view(*inside, p + n)[..., p:], v.view(*inside, d))
-        ctx.save_for_backward(q, k, v, prompt_k, prompt_v, weights)
+            scores = qkv.new_empty(b, heads, rows, p + n)
+            torch.mul(to_prompts, scale, out=scores[..., :p])
+            torch.add(bias, to_window, alpha=scale, out=scores.view(b, heads, -1, n, p + n)[..., p:])
+        weights = scores.softmax(dim=-1)
+        on_prompts, on_window = weights[..., :p], weights.view(-1, n, p + n)[..., p:]
+        if any(ctx.needs_input_grad):
+            on_prompts, on_window = on_prompts.contiguous(), on_window.contiguous()
+        out = on_prompts @ prompt_v
+        out.view_as(q).baddbmm_(on_window, v)
+        ctx.save_for_backward(qkv, prompt_k, prompt_v, on_prompts, on_window, out)
         ctx.scale = scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, prompt_k, prompt_v, weights = ctx.saved_tensors
-        b, heads, rows, d = q.shape
-        p = prompt_k.shape[2]
-        n = weights.shape[3] - p
-        inside = (b * heads * (rows // n), n)
+        qkv, prompt_k, prompt_v, on_prompts, on_window, out = ctx.saved_tensors
+        q, k, v = qkv.view(3, len(on_window), -1, qkv.shape[-1]).unbind(0)
         grad = grad.contiguous()
-        to_prompts = grad @ prompt_v.transpose(-1, -2)
-        to_window = torch.bmm(grad.view(*inside, d), v.view(*inside, d).transpose(1, 2))
-        scores = torch.cat([to_prompts, to_window.view(b, heads, rows, n)], dim=-1)
-        scores = torch._softmax_backward_data(scores, weights, -1, weights.dtype)  # (B, heads, R, P + N)
-        inner_scores, inner_weights = (t.view(*inside, p + n)[..., p:] for t in (scores, weights))
-        grads: list[Tensor | None] = [None] * 7
+        scaled = grad * ctx.scale
+        inner = (scaled * out).sum(dim=-1, keepdim=True)  # (B, heads, R, 1)
+        to_prompts = (scaled @ prompt_v.transpose(-1, -2)).sub_(inner).mul_(on_prompts)
+        d_qkv = d_prompt_k = d_prompt_v = None
         if ctx.needs_input_grad[0]:
-            dq = scores[..., :p] @ prompt_k
-            dq.view(*inside, d).baddbmm_(inner_scores, k.view(*inside, d))
-            grads[0] = dq if ctx.scale == 1 else dq.mul_(ctx.scale)
+            to_window = torch.bmm(scaled.view_as(q), v.transpose(1, 2))
+            to_window.sub_(inner.view(len(q), -1, 1)).mul_(on_window)
+            dq = to_prompts @ prompt_k
+            dq.view_as(q).baddbmm_(to_window, k)
+            dk = torch.bmm(to_window.transpose(1, 2), q)
+            dv = torch.bmm(on_window.transpose(1, 2), grad.view_as(q))
+            d_qkv = torch.stack([dq, dk.view_as(dq), dv.view_as(dq)])
         if ctx.needs_input_grad[1]:
-            grads[1] = torch.bmm(inner_scores.transpose(1, 2), q.view(*inside, d)).view_as(k)
+            d_prompt_k = (to_prompts.transpose(-1, -2) @ qkv[0]).sum_to_size(prompt_k.shape)
         if ctx.needs_input_grad[2]:
-            grads[2] = torch.bmm(inner_weights.transpose(1, 2), grad.view(*inside, d)).view_as(v)
-        if ctx.needs_input_grad[3]:
-            grads[3] = (scores[..., :p].transpose(-1, -2) @ q).sum_to_size(prompt_k.shape)
-        if ctx.needs_input_grad[4]:
-            grads[4] = (weights[..., :p].transpose(-1, -2) @ grad).sum_to_size(prompt_v.shape)
-        return tuple(grads)
+            d_prompt_v = (on_prompts.transpose(-1, -2) @ grad).sum_to_size(prompt_v.shape)
+        return d_qkv, d_prompt_k, d_prompt_v, None, None
 
 
 class Permute(torch.autograd.Function):
@@ -235,43 +214,3 @@ def reorder(x: Tensor, layout: Layout) -> Tensor:
     if layout.back is None:
         return torch.cat([x, x.new_zeros(x.shape[0], 1, x.shape[2])], dim=1).index_select(1, layout.rows)
     return Permute.apply(x, layout.rows, layout.back)
-
-
-def layouts(vit: FrozenSwin, grid: Pair, device: torch.device) -> list[Layout]:
-    """The layout of each block for images of `grid` patches; computed once for each size and device."""
-    known = vit.layouts.get((grid, device))
-    if known is None:
-        known = vit.layouts[grid, device] = compute_layouts(vit, grid, device)
-    return known
-
-
-def compute_layouts(vit: FrozenSwin, grid: Pair, device: torch.device) -> list[Layout]:
-    """See `layouts`."""
-    result, order = [], torch.arange(grid[0] * grid[1])  # the image's patch on each place of the order before
-    for module, merge in zip(vit.blocks, vit.merges, strict=True):
-        block = cast(SwinBlock, module)
-        position = order.argsort()  # the place of each patch in the order before
-        if merge is not None:
-            size, (height, width) = len(order), grid
-            grid = ((height + 1) // 2, (width + 1) // 2)
-            position = F.pad(position.view(height, width), (0, width % 2, 0, height % 2), value=size)
-            position = position.view(grid[0], 2, grid[1], 2).permute(0, 2, 3, 1).reshape(-1, 4)  # (patches, 4)
-        places = window_places(grid, block.window, block.shift)
-        whole = bool((places < grid[0] * grid[1]).all())
-        order = places if whole else torch.arange(grid[0] * grid[1])
-        rows = position[order].flatten()
-        exact = len(rows) == len(rows.unique()) and (merge is None or bool((rows < size).all()))
-        same = merge is None and torch.equal(rows, torch.arange(len(rows)))
-        result.append(Layout(grid, None if same else rows.to(device), rows.argsort().to(device) if exact else None,
-                             None if whole else places.to(device),
-                             None if whole else places.argsort()[:len(order)].to(device)))
-    return result
-
-
-def window_places(grid: Pair, window: Pair, shift: Pair) -> Tensor:
-    """(windows · N): the patch of the image on each place of the (shifted) windows; H · W where there is none."""
-    height, width = grid
-    index = torch.arange(height * width).view(height, width).roll((-shift[0], -shift[1]), (0, 1))
-    whole = padded(grid, window)
-    index = F.pad(index, (0, whole[1] - width, 0, whole[0] - height), value=height * width)
-    return partition(index[None, :, :, None], window).flatten()
