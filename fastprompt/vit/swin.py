@@ -124,6 +124,9 @@ class FrozenSwin(FrozenViT):
     merges: Sequence[Merge | None]
 
     def _take(self, parts: dict[str, Any]) -> None:
+        if "merges" not in parts:
+            raise ValueError(f"module must be a Swin transformer for FrozenSwin, got {self.spec.name}; "
+                             "FrozenViT(module) takes either kind")
         super()._take(parts)
         self.merges = cast("Sequence[Merge | None]", nn.ModuleList(parts.pop("merges")))
         self._set_layouts()
@@ -202,7 +205,8 @@ def partition(x: Tensor, window: Pair) -> Tensor:
     """(B, H, W, C) of whole windows → (B, windows, N, C)."""
     b, height, width, c = x.shape
     h, w = window
-    return x.view(b, height // h, h, width // w, w, c).permute(0, 1, 3, 2, 4, 5).reshape(b, -1, h * w, c)
+    x = x.view(b, height // h, h, width // w, w, c).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, (height // h) * (width // w), h * w, c)
 
 
 def relative_positions(window: Pair) -> Tensor:

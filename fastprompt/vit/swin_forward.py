@@ -141,18 +141,19 @@ class WindowAttention(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, prompt_k: Tensor, prompt_v: Tensor, bias: Tensor, scale: float) -> Tensor:
         _, b, heads, rows, d = qkv.shape
         n, p = bias.shape[-1], prompt_k.shape[2]
-        q, k, v = qkv.view(3, b * heads * (rows // n), n, d).unbind(0)
+        windows = b * heads * (rows // n)  # of all images and heads
+        q, k, v = qkv.view(3, windows, n, d).unbind(0)
         to_prompts = qkv[0] @ prompt_k.transpose(-1, -2)  # (B, heads, R, P)
-        to_window = torch.bmm(q, k.transpose(1, 2)).view(b, heads, -1, n, n)
+        to_window = torch.bmm(q, k.transpose(1, 2)).view(b, heads, rows // n, n, n)
         if torch.compiler.is_compiling():
             window_scores = torch.add(bias, to_window, alpha=scale).view(b, heads, rows, n)
             scores = torch.cat([to_prompts * scale, window_scores], dim=-1)
         else:
             scores = qkv.new_empty(b, heads, rows, p + n)
             torch.mul(to_prompts, scale, out=scores[..., :p])
-            torch.add(bias, to_window, alpha=scale, out=scores.view(b, heads, -1, n, p + n)[..., p:])
+            torch.add(bias, to_window, alpha=scale, out=scores.view(b, heads, rows // n, n, p + n)[..., p:])
         weights = scores.softmax(dim=-1)
-        on_prompts, on_window = weights[..., :p], weights.view(-1, n, p + n)[..., p:]
+        on_prompts, on_window = weights[..., :p], weights.view(windows, n, p + n)[..., p:]
         if any(ctx.needs_input_grad):
             on_prompts, on_window = on_prompts.contiguous(), on_window.contiguous()
         out = on_prompts @ prompt_v
@@ -165,7 +166,7 @@ class WindowAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, prompt_k, prompt_v, on_prompts, on_window, out = ctx.saved_tensors
-        q, k, v = qkv.view(3, len(on_window), -1, qkv.shape[-1]).unbind(0)
+        q, k, v = qkv.view(3, *on_window.shape[:2], qkv.shape[-1]).unbind(0)
         grad = grad.contiguous()
         scaled = grad * ctx.scale
         inner = (scaled * out).sum(dim=-1, keepdim=True)  # (B, heads, R, 1)
@@ -173,7 +174,7 @@ class WindowAttention(torch.autograd.Function):
         d_qkv = d_prompt_k = d_prompt_v = None
         if ctx.needs_input_grad[0]:
             to_window = torch.bmm(scaled.view_as(q), v.transpose(1, 2))
-            to_window.sub_(inner.view(len(q), -1, 1)).mul_(on_window)
+            to_window.sub_(inner.view(*on_window.shape[:2], 1)).mul_(on_window)
             dq = to_prompts @ prompt_k
             dq.view_as(q).baddbmm_(to_window, k)
             dk = torch.bmm(to_window.transpose(1, 2), q)
@@ -204,7 +205,7 @@ def select_rows(x: Tensor, rows: Tensor) -> Tensor:
     """x[:, rows] for x (B, T, C), by copying whole rows."""
     b, t, c = x.shape
     flat = (torch.arange(b, device=x.device)[:, None] * t + rows).flatten()
-    return x.reshape(b * t, c).index_select(0, flat).view(b, -1, c)
+    return x.reshape(b * t, c).index_select(0, flat).view(b, len(rows), c)
 
 
 def reorder(x: Tensor, layout: Layout) -> Tensor:

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprompt.kernels.prefix_attention.reference import SMALL_SCORES
 from fastprompt.vit import reference
 from fastprompt.vit.reference import Sequence, mlp, read_out
 from fastprompt.vit.swin import FrozenSwin, Merge, Pair, SwinBlock, padded, partition
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
     from fastprompt.generators.base import Draws, PromptGenerator
 
 __all__ = ["FeatureMap", "embed", "encode", "read_out"]
+
+SMALL_SCORES = 2**18
 
 
 @dataclasses.dataclass
