@@ -86,10 +86,11 @@ class Geometry:
                 object.__setattr__(self, field.name, tuple(value))
         if self.stages is None:
             return
-        if not isinstance(self.stages, (tuple, list)) or not all(_is_size(stage, True) for stage in self.stages):
+        if not isinstance(self.stages, (tuple, list)) or not self.stages \
+                or not all(_is_size(stage, True) for stage in self.stages):
             raise ValueError(f"stages must be (width, blocks) for each stage or None, got {self.stages!r}")
         stages = tuple((width, blocks) for width, blocks in self.stages)
-        if stages[:1] != ((self.width, stages[0][1]),) or sum(blocks for _, blocks in stages) != self.depth:
+        if stages[0][0] != self.width or sum(blocks for _, blocks in stages) != self.depth:
             raise ValueError(f"stages must start with width {self.width} and have {self.depth} blocks in all, "
                              f"got {stages}")
         object.__setattr__(self, "stages", stages)

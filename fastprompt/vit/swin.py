@@ -212,13 +212,14 @@ def partition(x: Tensor, window: Pair) -> Tensor:
 def relative_positions(window: Pair) -> Tensor:
     """(N, N): the row of the bias table for each pair of tokens of a window."""
     h, w = window
-    rows, columns = (t.flatten() for t in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+    place = torch.arange(h * w, device="cpu")
+    rows, columns = place // w, place % w
     return (rows[:, None] - rows + h - 1) * (2 * w - 1) + columns[:, None] - columns + w - 1
 
 
 def shift_mask(grid: Pair, window: Pair, shift: Pair) -> Tensor:
     """(windows, N, N): −100 between tokens of one shifted window that are no neighbours in the image, else 0."""
-    regions = torch.zeros(1, *padded(grid, window), 1)
+    regions = torch.zeros(1, *padded(grid, window), 1, device="cpu")
     slices = [(slice(0, -w), slice(-w, -s), slice(-s, None)) for w, s in zip(window, shift, strict=True)]
     for i, rows in enumerate(slices[0]):
         for j, columns in enumerate(slices[1]):
@@ -230,7 +231,8 @@ def shift_mask(grid: Pair, window: Pair, shift: Pair) -> Tensor:
 def compute_layouts(blocks: Sequence[SwinBlock], merges: Sequence[Merge | None], grid: Pair, device: torch.device
                     ) -> list[Layout]:
     """The layout of each block for images of `grid` patches."""
-    result, order = [], torch.arange(grid[0] * grid[1])  # the image's patch on each place of the order before
+    result = []
+    order = torch.arange(grid[0] * grid[1], device="cpu")  # the image's patch on each place of the order before
     for block, merge in zip(blocks, merges, strict=True):
         position = order.argsort()  # the place of each patch in the order before
         if merge is not None:
@@ -240,10 +242,10 @@ def compute_layouts(blocks: Sequence[SwinBlock], merges: Sequence[Merge | None],
             position = position.view(grid[0], 2, grid[1], 2).permute(0, 2, 3, 1).reshape(-1, 4)  # (patches, 4)
         places = window_places(grid, block.window, block.shift)
         whole = bool((places < grid[0] * grid[1]).all())
-        order = places if whole else torch.arange(grid[0] * grid[1])
+        order = places if whole else torch.arange(grid[0] * grid[1], device="cpu")
         rows = position[order].flatten()
         exact = len(rows) == len(rows.unique()) and (merge is None or bool((rows < size).all()))
-        same = merge is None and torch.equal(rows, torch.arange(len(rows)))
+        same = merge is None and torch.equal(rows, torch.arange(len(rows), device="cpu"))
         result.append(Layout(grid, None if same else rows.to(device), rows.argsort().to(device) if exact else None,
                              None if whole else places.to(device),
                              None if whole else places.argsort()[:len(order)].to(device)))
@@ -253,7 +255,7 @@ def compute_layouts(blocks: Sequence[SwinBlock], merges: Sequence[Merge | None],
 def window_places(grid: Pair, window: Pair, shift: Pair) -> Tensor:
     """(windows · N): the patch of the image on each place of the (shifted) windows; H · W where there is none."""
     height, width = grid
-    index = torch.arange(height * width).view(height, width).roll((-shift[0], -shift[1]), (0, 1))
+    index = torch.arange(height * width, device="cpu").view(height, width).roll((-shift[0], -shift[1]), (0, 1))
     whole = padded(grid, window)
     index = F.pad(index, (0, whole[1] - width, 0, whole[0] - height), value=height * width)
     return partition(index[None, :, :, None], window).flatten()
