@@ -175,11 +175,12 @@ class WindowAttention(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             to_window = torch.bmm(scaled.view_as(q), v.transpose(1, 2))
             to_window.sub_(inner.view(*on_window.shape[:2], 1)).mul_(on_window)
-            dq = to_prompts @ prompt_k
-            dq.view_as(q).baddbmm_(to_window, k)
-            dk = torch.bmm(to_window.transpose(1, 2), q)
-            dv = torch.bmm(on_window.transpose(1, 2), grad.view_as(q))
-            d_qkv = torch.stack([dq, dk.view_as(dq), dv.view_as(dq)])
+            d_qkv = torch.empty_like(qkv)
+            dq, dk, dv = d_qkv.view(3, *q.shape).unbind(0)
+            torch.matmul(to_prompts, prompt_k, out=d_qkv[0])
+            dq.baddbmm_(to_window, k)
+            torch.bmm(to_window.transpose(1, 2), q, out=dk)
+            torch.bmm(on_window.transpose(1, 2), grad.view_as(q), out=dv)
         if ctx.needs_input_grad[1]:
             d_prompt_k = (to_prompts.transpose(-1, -2) @ qkv[0]).sum_to_size(prompt_k.shape)
         if ctx.needs_input_grad[2]:
