@@ -64,7 +64,7 @@ class TextHead(Head):
     def __init__(self, class_embeddings: Any, backbone: FrozenViT, logit_scale: float = CLIP_LOGIT_SCALE) -> None:
         super().__init__()
         texts = _tensor("class_embeddings", class_embeddings)
-        outputs = backbone.width if backbone.head is None else backbone.head.weight.shape[0]
+        outputs = backbone.feature_width if backbone.head is None else backbone.head.weight.shape[0]
         if texts.ndim != 2 or texts.shape[1] != outputs:
             raise ValueError(f"class_embeddings must have shape (C, {outputs}) for this backbone, "
                              f"got {tuple(texts.shape)}")
@@ -72,7 +72,7 @@ class TextHead(Head):
             raise ValueError("class_embeddings contain NaN, infinite or all-zero rows")
         if not isinstance(logit_scale, (int, float)) or not logit_scale > 0 or math.isinf(logit_scale):
             raise ValueError(f"logit_scale must be positive, got {logit_scale!r}")
-        self.width, self.num_classes, self.logit_scale = backbone.width, texts.shape[0], float(logit_scale)
+        self.width, self.num_classes, self.logit_scale = backbone.feature_width, texts.shape[0], float(logit_scale)
         self.register_buffer("class_embeddings", F.normalize(texts, dim=-1))
         _register_classifier(self, backbone)
 
@@ -99,7 +99,7 @@ class LabelMapHead(Head):
         if num_classes > outputs:
             raise ValueError(f"num_classes must be at most the {outputs} outputs of the pretrained classifier, "
                              f"got {num_classes}")
-        self.width, self.num_classes = backbone.width, num_classes
+        self.width, self.num_classes = backbone.feature_width, num_classes
         _register_classifier(self, backbone, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def build_head(head: str, backbone: FrozenViT, num_classes: int, class_embedding
     if head not in HEADS:
         raise ValueError(f"head must be one of {HEADS} or a fastprompt head, got {head!r}")
     if head == "linear":
-        return LinearHead(backbone.width, num_classes)
+        return LinearHead(backbone.feature_width, num_classes)
     if head == "label_map":
         return LabelMapHead(backbone, num_classes)
     name, rows = ("class_embeddings", class_embeddings) if head == "text" else ("prototypes", prototypes)

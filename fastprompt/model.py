@@ -32,7 +32,7 @@ from fastprompt.generators import (
 )
 from fastprompt.generators.base import Draws
 from fastprompt.heads import CLIP_LOGIT_SCALE, Head, PrototypeHead, TextHead, build_head
-from fastprompt.vit import FrozenViT, forward, reference
+from fastprompt.vit import FrozenSwin, FrozenViT, forward, reference, swin_forward, swin_reference
 from fastprompt.vit.forward import Prefix
 from fastprompt.vit.reference import READOUTS
 
@@ -52,7 +52,7 @@ class PromptedViT(nn.Module):
         num_classes: C; None: no head, the model returns features.
         head: "linear", "text", "label_map", "prototypes", or a head of `fastprompt.heads`.
         readout: what the head sees: "cls", "patches", "patches+prompts", "prompts" or "map"; None: as the
-            backbone's own head does.
+            backbone's own head does, and on a Swin transformer with prompts the mean of patches and prompts (VPT).
         class_names: C names, kept in the adapter, as a list.
         class_embeddings, logit_scale: for head "text". prototypes: for head "prototypes".
 
@@ -96,9 +96,9 @@ class PromptedViT(nn.Module):
             self.head = build_head(head, backbone, num_classes, class_embeddings, logit_scale, prototypes)
         elif head != "linear":
             raise ValueError(f"head {head!r} needs num_classes; without it the model returns features")
-        if self.head is not None and self.head.width != backbone.width:
+        if self.head is not None and self.head.width != backbone.feature_width:
             raise ValueError(f"head {self.head.kind!r} reads features of width {self.head.width}, "
-                             f"those of the backbone have {backbone.width}")
+                             f"those of the backbone have {backbone.feature_width}")
         self.num_classes = None if self.head is None else self.head.num_classes
         if class_names is not None:
             class_names = [str(name) for name in class_names]
@@ -107,7 +107,7 @@ class PromptedViT(nn.Module):
         self.class_names = class_names
         self._autocast: torch.dtype | None = None
         self._recompute = False
-        self._static: tuple[Any, dict[int, Prefix]] | None = None
+        self._static: tuple[Any, Any, dict[int, Prefix]] | None = None
         self.backbone.folded()
         for module in (self.generator, self.head):
             if module is not None:
@@ -167,8 +167,9 @@ class PromptedViT(nn.Module):
         if isinstance(generator, PixelPrompt):
             images, generator = generator.prompt_images(images), None
         with contextlib.nullcontext() if self._autocast is None else torch.autocast(images.device.type, self._autocast):
-            if plain or isinstance(self.generator, PixelPrompt):
-                embedded = reference.embed(vit, images.to(vit.dtype))
+            papers = swin_reference if isinstance(vit, FrozenSwin) else reference
+            if plain or isinstance(self.generator, PixelPrompt) or isinstance(vit, FrozenSwin):
+                embedded = papers.embed(vit, images.to(vit.dtype))
             else:
                 embedded = forward.embed(vit, raw, images)
             context = None
@@ -179,8 +180,11 @@ class PromptedViT(nn.Module):
                 context = generator.context(patches, draws)
             aux = {} if generator is None else generator.aux(context)
             if plain:
-                sequence = reference.encode(vit, images, generator, context, draws, embedded)
-                return reference.read_out(vit, sequence, self.readout), aux
+                sequence = papers.encode(vit, images, generator, context, draws, embedded)
+                return papers.read_out(vit, sequence, self.readout), aux
+            if isinstance(vit, FrozenSwin):
+                return swin_forward.features(vit, embedded, generator, context, draws, self.readout,
+                                             self._recompute), aux
             return forward.features(vit, embedded, generator, context, draws, self.readout,
                                     self._static_prefixes(generator, draws), self._recompute), aux
 
@@ -192,10 +196,10 @@ class PromptedViT(nn.Module):
         parameters = tuple(generator.parameters())
         if any(p.is_inference() for p in parameters):
             return None
-        key = (id(self.backbone.folded()), self.readout, *((p.data_ptr(), p._version) for p in parameters))
-        if self._static is None or self._static[0] != key:
-            self._static = (key, forward.static_prefixes(self.backbone, generator, self.readout))
-        return self._static[1]
+        folded, key = self.backbone.folded(), tuple((p.data_ptr(), p._version) for p in parameters)
+        if self._static is None or self._static[0] is not folded or self._static[1] != key:
+            self._static = (folded, key, forward.static_prefixes(self.backbone, generator, self.readout))
+        return self._static[2]
 
     def train(self, mode: bool = True) -> PromptedViT:
         """Training or eval mode of generator and head; the backbone stays in eval mode."""
@@ -333,14 +337,16 @@ class PromptedViT(nn.Module):
 
 def check_readout(backbone: FrozenViT, generator: PromptGenerator | None, readout: str | None) -> str:
     """The readout to use; ValueError where backbone or generator cannot give it."""
-    readout = backbone.spec.pool if readout is None else readout
+    prompted = generator is not None and generator.num_prompts > 0
+    if readout is None:
+        readout = "patches+prompts" if prompted and isinstance(backbone, FrozenSwin) else backbone.spec.pool
     if readout not in READOUTS:
         raise ValueError(f"readout must be one of {READOUTS} or None, got {readout!r}")
     if readout == "cls" and not backbone.spec.has_cls:
         raise ValueError("readout 'cls' needs a class token; this backbone has none")
     if readout == "map" and backbone.map_pool is None:
         raise ValueError("readout 'map' needs an attention-pooling head; this backbone has none")
-    if "prompts" in readout and (generator is None or generator.num_prompts == 0):
+    if "prompts" in readout and not prompted:
         raise ValueError(f"readout {readout!r} needs prompt tokens; this method has none")
     return readout
 

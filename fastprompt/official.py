@@ -80,8 +80,9 @@ def load_official(source: str | os.PathLike[str] | Mapping[str, Any], backbone: 
         if any(k.startswith(outer + "projection.") for k in state):
             raise ValueError(f"source has a head of several layers ({outer}projection.*); only a linear one can be "
                              "read. Without backbone its prompts can")
-        if weight.ndim != 2 or weight.shape[1] != backbone.width:
-            raise ValueError(f"source has a head of shape {tuple(weight.shape)}, backbone takes (C, {backbone.width})")
+        if weight.ndim != 2 or weight.shape[1] != backbone.feature_width:
+            raise ValueError(f"source has a head of shape {tuple(weight.shape)}, "
+                             f"backbone takes (C, {backbone.feature_width})")
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"source has a head of shape {tuple(weight.shape)} with a bias of shape "
                              f"{tuple(bias.shape)}")
@@ -216,8 +217,8 @@ def _pgn(state: State, backbone: FrozenViT | None, overrides: dict[str, Any]) ->
 
 def _visual_prompts(state: State, backbone: FrozenViT | None, overrides: dict[str, Any]) -> PromptGenerator:
     """`prompt_embeddings`, `deep_prompt_embeddings`, `prompt_proj`, and VAPT's `deep_prompt_*`."""
-    if any(k.startswith("deep_prompt_embeddings_") and k[len("deep_prompt_embeddings_"):].isdigit() for k in state):
-        raise ValueError("source holds VPT prompts of a Swin transformer; only those of a ViT can be read")
+    if any(re.fullmatch(r"deep_prompt_embeddings_\d+", name) for name in state):
+        return _swin_prompts(state, backbone, overrides)
     first = _take(state, "prompt_embeddings", 3)
     deep = state.get("deep_prompt_embeddings")
     if first.shape[0] != 1 or (deep is not None and (deep.ndim != 3 or deep.shape[1:] != first.shape[1:])):
@@ -245,6 +246,27 @@ def _visual_prompts(state: State, backbone: FrozenViT | None, overrides: dict[st
     if leftover:
         raise ValueError(f"source has prompt tensors that this method does not have: {leftover[:5]}")
     return generator
+
+
+def _swin_prompts(state: State, backbone: FrozenViT | None, overrides: dict[str, Any]) -> PromptGenerator:
+    """VPT-deep on Swin: `prompt_embeddings` of block 0, `deep_prompt_embeddings_s` of the other blocks of stage s."""
+    first = _take(state, "prompt_embeddings", 3)
+    names = [f"deep_prompt_embeddings_{s}" for s in range(sum("deep_prompt_embeddings_" in name for name in state))]
+    stages = [_take(state, name, 3) for name in names]
+    leftover = sorted(name for name in state if "prompt" in name and name not in ("prompt_embeddings", *names))
+    if leftover:
+        raise ValueError(f"source has prompt tensors that this method does not have: {leftover[:5]}")
+    if len(first) != 1 or stages[0].shape[1:] != first.shape[1:] or any(t.shape[1] != first.shape[1] for t in stages):
+        raise ValueError(f"source: prompt_embeddings {tuple(first.shape)} and deep_prompt_embeddings_0, ... "
+                         f"{[tuple(t.shape) for t in stages]} do not fit (1, P, D) and (blocks, P, width of the stage)")
+    stages[0] = torch.cat([first, stages[0]])
+    sizes = tuple((t.shape[2], t.shape[0]) for t in stages)
+    depth = sum(blocks for _, blocks in sizes)
+    geometry = _geometry(backbone, first.shape[2], overrides, depth=depth, stages=sizes)
+    config = _settings(VPTConfig, {"num_prompts": first.shape[1], "deep": True}, overrides)
+    assert isinstance(config, VPTConfig)
+    own = {f"static.embeddings.{s}": t for s, t in enumerate(stages)}
+    return _load(VPT(config, geometry), own if len(own) > 1 else {"static.embeddings": stages[0]})
 
 
 def _vapt(state: State, backbone: FrozenViT | None, overrides: dict[str, Any], own: State, found: dict[str, Any],

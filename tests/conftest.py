@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -55,6 +58,22 @@ def tiny_vit() -> VisionTransformer:
     """A random timm ViT in eval mode: 32 px, patch 8 (grid 4 x 4), width 48, 3 blocks, 3 heads, no head."""
     vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=0)
     return randomise(vit).eval()
+
+
+@pytest.fixture
+def tiny_swin() -> Callable[..., nn.Module]:
+    """`tiny_swin(version=1, seed=0, **options)`: a random timm Swin in eval mode.
+
+    32 px, patch 4, window 4, widths 8, 16, 32, depths 2, 2, 1, no head.
+    """
+
+    def build(version: int = 1, seed: int = 0, **options: Any) -> nn.Module:
+        sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 8, "depths": (2, 2, 1), "num_heads": (1, 2, 4),
+                 "window_size": 4, "num_classes": 0}
+        cls = SwinTransformer if version == 1 else SwinTransformerV2
+        return randomise(cls(**{**sizes, **options}), seed).eval()
+
+    return build
 
 
 @pytest.fixture

@@ -256,6 +256,16 @@ def test_info_of_a_timm_name_needs_no_hub(
     assert facts["methods"]["VPT-deep"]["generator"] == 12 * 10 * 192
 
 
+def test_info_of_a_swin_transformer_has_the_sizes_of_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--backbone", "swin_tiny_patch4_window7_224", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["backbone"]["width"] == [96, 192, 384, 768]
+    assert facts["backbone"]["depth"] == [2, 2, 6, 2]
+    assert facts["backbone"]["patch grid"] == [[56, 56], [28, 28], [14, 14], [7, 7]]
+    assert facts["methods"]["VPT-deep"]["generator"] == 10 * (2 * 96 + 2 * 192 + 6 * 384 + 2 * 768)
+    assert "VAPTConfig is not defined on a Swin transformer" in facts["methods"]["VAPT"]["does not fit"]
+
+
 def test_report_from_the_run(run_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     assert main(["report", str(run_dir), "--out", str(out)]) == 0

@@ -674,3 +674,77 @@ def test_other_image_sizes_on_a_backbone_that_takes_them(
             model(images)
         return
     torch.testing.assert_close(model(images), model.reference_forward(images), rtol=1e-10, atol=1e-10)
+
+
+SWIN_METHODS: dict[str, tuple[Any, str]] = {
+    "vpt": (fp.VPTConfig(num_prompts=3, prompt_dropout=0.2), "patches+prompts"),
+    "vpt-shallow": (fp.VPTConfig(num_prompts=3, deep=False, project=6), "patches+prompts"),
+    "v2apt": (fp.V2APTConfig(num_prompts=4, num_instance=2, latent=3, hidden=5), "patches+prompts"),
+    "v2apt-per-layer": (
+        fp.V2APTConfig(num_prompts=3, num_instance=3, latent=3, hidden=5, share="per_layer", inference_samples=2),
+        "patches+prompts",
+    ),
+    "free": (fp.FreePromptsConfig(num_prompts=3), "patches+prompts"),
+    "pixel": (fp.PixelPromptConfig(border=4), "patches"),
+    "linear": (fp.LinearProbeConfig(), "patches"),
+    "full": (fp.FullFineTuneConfig(), "patches"),
+}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("method", SWIN_METHODS)
+def test_methods_on_swin_train_and_come_back_from_disk(
+    tiny_swin: Callable[..., nn.Module], tiny_images: Tensor, method: str, version: int, tmp_path: Path
+) -> None:
+    config, readout = SWIN_METHODS[method]
+    backbone = fp.FrozenViT(tiny_swin(version))
+    model = fp.PromptedViT(backbone, config, num_classes=5)
+    assert model.readout == readout
+    optimizer = torch.optim.SGD([p for _, p in model.trainable_parameters()], lr=0.1)
+    for _ in range(2):  # behind the first step no initial zero is left
+        logits, aux = model.train()(tiny_images, return_aux=True)
+        optimizer.zero_grad()
+        (logits.square().sum() + sum(value.sum() for name, value in aux.items() if name == "kl")).backward()
+        optimizer.step()
+    assert all(p.grad is not None and p.grad.any() for _, p in model.trainable_parameters() if p.numel())
+    model.eval().save_pretrained(tmp_path)
+    again = fp.PromptedViT.from_pretrained(backbone, tmp_path)
+    assert torch.equal(again(tiny_images), model(tiny_images))
+    assert not torch.allclose(fp.PromptedViT(backbone, config, num_classes=5).eval()(tiny_images), model(tiny_images))
+    with pytest.raises(ValueError, match="was trained on another backbone"):
+        fp.PromptedViT.from_pretrained(fp.FrozenViT(tiny_swin(version, seed=1)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("readout", "message"),
+    [
+        ("cls", "readout 'cls' needs a class token; this backbone has none"),
+        ("map", "readout 'map' needs an attention-pooling head; this backbone has none"),
+        ("pixels", "readout must be one of"),
+    ],
+)
+def test_readouts_that_swin_has_not_are_refused(
+    tiny_swin: Callable[..., nn.Module], readout: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        fp.PromptedViT(fp.FrozenViT(tiny_swin()), fp.VPTConfig(num_prompts=3), readout=readout)
+
+
+@pytest.mark.parametrize("head", [name for name in HEADS if name != "prototypes"])
+def test_heads_on_swin_read_the_last_stage(
+    tiny_swin: Callable[..., nn.Module], tiny_images: Tensor, head: str
+) -> None:
+    model = fp.PromptedViT(fp.FrozenViT(tiny_swin(num_classes=7)), fp.VPTConfig(num_prompts=3), **HEADS[head])
+    assert model.forward_features(tiny_images).shape == (4, 32)
+    assert model(tiny_images).shape == (4, 32 if head == "none" else 5)
+
+
+def test_parameters_of_a_prompted_swin_are_counted(
+    tiny_swin: Callable[..., nn.Module], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = fp.PromptedViT(fp.FrozenViT(tiny_swin()), fp.VPTConfig(num_prompts=3), num_classes=5)
+    prompts = 3 * (2 * 8 + 2 * 16 + 32)
+    assert model.num_trainable() == {"total": prompts + 165, "generator": prompts, "head": 165, "backbone": 0}
+    assert model.paper_parameter_count() == prompts
+    model.print_trainable_parameters()
+    assert f"trainable params: {prompts + 165:,} ||" in capsys.readouterr().out

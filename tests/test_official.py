@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -469,9 +471,25 @@ BAD: dict[str, tuple[Callable[[], State], str]] = {
         lambda: {**vpt_state(), "prompt_gate": torch.ones(1)},
         r"does not have: \['prompt_gate'\]",
     ),
-    "swin": (
-        lambda: {"prompt_embeddings": torch.ones(1, P, D), "deep_prompt_embeddings_0": torch.ones(1, P, D)},
-        "Swin transformer",
+    "swin: a stage missing": (
+        lambda: {"prompt_embeddings": torch.ones(1, P, D), "deep_prompt_embeddings_1": torch.ones(2, P, 2 * D)},
+        "lacks 'deep_prompt_embeddings_0'",
+    ),
+    "swin: other prompt count": (
+        lambda: {
+            "prompt_embeddings": torch.ones(1, P, D),
+            "deep_prompt_embeddings_0": torch.ones(1, P, D),
+            "deep_prompt_embeddings_1": torch.ones(2, P + 1, 2 * D),
+        },
+        "do not fit",
+    ),
+    "swin: projection": (
+        lambda: {
+            "prompt_embeddings": torch.ones(1, P, 6),
+            "deep_prompt_embeddings_0": torch.ones(1, P, 6),
+            "prompt_proj.weight": torch.ones(D, 6),
+        },
+        r"does not have: \['prompt_proj.weight'\]",
     ),
     "two sets": (
         lambda: {"a.tl_vectors": torch.ones(1, 1), "b.tl_vectors": torch.ones(1, 1)},
@@ -666,3 +684,53 @@ def test_sizes_that_are_none_are_named(options: dict[str, Any]) -> None:
 
 def test_a_grid_may_be_a_list(backbone: fp.FrozenViT) -> None:
     assert fp.load_official(vapt_state(), backbone, grid=[4, 4]).generator.geometry.grid == (4, 4)
+
+
+def swin_state(golden: Callable[[str], State]) -> State:
+    data = golden("vpt_swin_deep")
+    return {"enc." + k[len("prompt.") :]: v for k, v in data.items() if k.startswith("prompt.")}
+
+
+def golden_swin(**options: Any) -> SwinTransformer:
+    sizes = {"img_size": 128, "patch_size": 4, "embed_dim": 24, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8)}
+    return SwinTransformer(**{**sizes, "window_size": 4, "num_classes": 0, **options})
+
+
+def test_vpt_of_a_swin_transformer(golden: Callable[[str], State]) -> None:
+    """The authors' features from their prompt tensors, under their names, on their backbone's tensors."""
+    data, swin = golden("vpt_swin_deep"), golden_swin()
+    theirs = {k[len("backbone.") :]: v for k, v in data.items() if k.startswith("backbone.")}
+    swin.load_state_dict(
+        {re.sub(r"layers\.(\d)\.down", lambda m: f"layers.{int(m[1]) + 1}.down", k): v for k, v in theirs.items()}
+    )
+    head = {"head.last_layer.weight": torch.randn(7, 192), "head.last_layer.bias": torch.randn(7)}
+    model = fp.load_official({**swin_state(golden), **head}, fp.FrozenViT(swin))
+    assert (model.readout, model.generator.num_prompts, model.config.deep) == ("patches+prompts", 5, True)
+    model = model.double()
+    features = model.forward_features(data["images"].double())
+    assert (features - data["features"]).norm() <= 1e-6 * data["features"].norm()
+    expected = F.linear(data["features"], head["head.last_layer.weight"], head["head.last_layer.bias"])
+    torch.testing.assert_close(model(data["images"].double()).float(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_vpt_of_a_swin_transformer_without_backbone(golden: Callable[[str], State]) -> None:
+    state = swin_state(golden)
+    generator = fp.load_official(state, patch_size=4)
+    assert generator.geometry.stages == ((24, 2), (48, 2), (96, 2), (192, 2))
+    assert torch.equal(generator(layer=0), state["enc.prompt_embeddings"])
+    assert torch.equal(generator(layer=1), state["enc.deep_prompt_embeddings_0"])
+    assert torch.equal(generator(layer=7), state["enc.deep_prompt_embeddings_3"][1:])
+
+
+def test_vpt_of_another_swin_transformer_is_refused(golden: Callable[[str], State], backbone: fp.FrozenViT) -> None:
+    with pytest.raises(ValueError, match=r"trained for stages \(\(24, 2\).*backbone has \(\(24, 2\), \(48, 1\)"):
+        fp.load_official(swin_state(golden), fp.FrozenViT(golden_swin(depths=(2, 1, 2, 3))))
+    with pytest.raises(ValueError, match="trained for width 24, backbone has 48"):
+        fp.load_official(swin_state(golden), backbone)
+
+
+def test_shallow_vpt_of_a_swin_transformer() -> None:
+    swin = fp.FrozenViT(golden_swin(img_size=32))
+    model = fp.load_official({"prompt_embeddings": torch.ones(1, 3, 24)}, swin)
+    assert (model.config.deep, model.readout) == (False, "patches+prompts")
+    assert torch.equal(model.generator(), torch.ones(1, 3, 24))

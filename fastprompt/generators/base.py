@@ -65,6 +65,8 @@ class Geometry:
     Attributes:
         width: token width D. depth: blocks. grid: (rows, columns) of patches. patch_size: pixels.
         image_size: (height, width) in pixels.
+        stages: (width, blocks) of each stage of a Swin transformer, whose first stage `width` and `grid` then
+            describe; None: a ViT.
     """
 
     width: int = 768
@@ -72,20 +74,46 @@ class Geometry:
     grid: tuple[int, int] = (14, 14)
     patch_size: int = 16
     image_size: tuple[int, int] = (224, 224)
+    stages: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, pair = getattr(self, field.name), isinstance(field.default, tuple)
-            sizes = tuple(value) if pair and isinstance(value, (tuple, list)) else (value,)
-            if len(sizes) != 1 + pair or any(not isinstance(s, int) or isinstance(s, bool) or s < 1 for s in sizes):
+            if field.name != "stages" and not _is_size(value, pair):
                 takes = "two positive integers" if pair else "a positive integer"
                 raise ValueError(f"{field.name} must be {takes}, got {value!r}")
             if pair:
-                object.__setattr__(self, field.name, sizes)
+                object.__setattr__(self, field.name, tuple(value))
+        if self.stages is None:
+            return
+        if not isinstance(self.stages, (tuple, list)) or not self.stages \
+                or not all(_is_size(stage, True) for stage in self.stages):
+            raise ValueError(f"stages must be (width, blocks) for each stage or None, got {self.stages!r}")
+        stages = tuple((width, blocks) for width, blocks in self.stages)
+        if stages[0][0] != self.width or sum(blocks for _, blocks in stages) != self.depth:
+            raise ValueError(f"stages must start with width {self.width} and have {self.depth} blocks in all, "
+                             f"got {stages}")
+        object.__setattr__(self, "stages", stages)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The token width of each block."""
+        return tuple(width for width, blocks in self.stages or ((self.width, self.depth),) for _ in range(blocks))
 
     @classmethod
     def of(cls, backbone: FrozenViT) -> Geometry:
+        from fastprompt.vit import FrozenSwin
+
+        if isinstance(backbone, FrozenSwin):
+            stages = tuple(zip(backbone.width, backbone.depth, strict=True))
+            return cls(backbone.width[0], sum(backbone.depth), backbone.grid[0], backbone.patch_size,
+                       backbone.image_size, stages)
         return cls(backbone.width, backbone.depth, backbone.grid, backbone.patch_size, backbone.image_size)
+
+
+def _is_size(value: Any, pair: bool) -> bool:
+    sizes = tuple(value) if pair and isinstance(value, (tuple, list)) else (value,)
+    return len(sizes) == 1 + pair and all(isinstance(s, int) and not isinstance(s, bool) and s >= 1 for s in sizes)
 
 
 class PromptGenerator(nn.Module, abc.ABC):
@@ -106,12 +134,14 @@ class PromptGenerator(nn.Module, abc.ABC):
         num_prompts: P.
         prompts_last: the rows stand after the patches ([CLS, patches, prompts]) instead of before them.
         before_pre_norm: block 0's prompts pass the backbone's pre-norm (CLIP's `ln_pre`), if it has one.
+        takes_stages: the method is defined on backbones whose width changes between stages (Swin).
     """
 
     known_at: ClassVar[str]
     config_class: ClassVar[type[PromptConfig]]
     prompts_last: ClassVar[bool] = False
     before_pre_norm: ClassVar[bool] = False
+    takes_stages: ClassVar[bool] = False
     num_prompts: int
     layers: tuple[int, ...]
 
@@ -141,6 +171,10 @@ class PromptGenerator(nn.Module, abc.ABC):
                 raise ValueError(f"{type(self).__name__} has no option {key!r}; it takes {sorted(known)}")
         self.config = dataclasses.replace(config or self.config_class(), **options)
         self.geometry = dataclasses.replace(geometry, **sizes)
+        if self.geometry.stages is not None and not self.takes_stages:
+            raise ValueError(f"{self.config_class.__name__} is not defined on a Swin transformer, whose token width "
+                             "changes between stages; VPTConfig, V2APTConfig, FreePromptsConfig, PixelPromptConfig, "
+                             "LinearProbeConfig and FullFineTuneConfig work there")
 
     def draw(self, batch: int) -> Draws:
         """The random tensors of one training step for `batch` images, in a fixed order; {} in eval mode.

@@ -27,12 +27,14 @@ class FreePrompts(PromptGenerator):
     """K learned vectors, the same for every image (PGN's input-independent baseline, "IIP").
 
     Initialised N(0, 0.02²); placed as PGN's prompts are: last, before CLIP's pre-norm, in block 0 only.
+    On a Swin transformer they flow through windows and patch merging as VPT-shallow's do.
     """
 
     known_at = "static"
     config_class = FreePromptsConfig
     prompts_last = True
     before_pre_norm = True
+    takes_stages = True
     config: FreePromptsConfig
 
     def __init__(self, config: FreePromptsConfig | None = None, geometry: Geometry | None = None,

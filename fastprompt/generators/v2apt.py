@@ -65,10 +65,26 @@ class PromptDecoder(nn.Module):
         return Decoder(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
-class Latent(NamedTuple):
-    """What one forward pass computes once: prompts (L, B, P, D), KL (B,), KL of each unit (B, Z)."""
+class StagedDecoder(nn.Module):
+    """`PromptDecoder` for blocks of several widths: one hidden layer, an output layer for each stage."""
 
-    prompts: Tensor
+    def __init__(self, latent: int, hidden: int, outputs: list[int]) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(latent, hidden)
+        self.fc2 = nn.ModuleList(nn.Linear(hidden, size) for size in outputs)
+        for layer in self.fc2:
+            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def tensors(self, stage: int) -> Decoder:
+        fc2: nn.Linear = self.fc2[stage]  # type: ignore[assignment]
+        return Decoder(self.fc1.weight, self.fc1.bias, fc2.weight, fc2.bias)
+
+
+class Latent(NamedTuple):
+    """What one forward pass computes once: prompts (blocks, B, P, D) of each stage, KL (B,), KL of each unit (B, Z)."""
+
+    prompts: list[Tensor]
     kl: Tensor
     kl_units: Tensor
 
@@ -83,13 +99,16 @@ class V2APT(PromptGenerator):
     embedding (behind CLIP's pre-norm), without class token: stats = W_s GELU(W_e mean(LN(E)) + b_e) + b_s,
     (μ, log σ²) = stats, log σ² clamped; z = μ + σ ε in training, z = μ at inference (or `inference_samples`
     draws); P_inst = W₂ GELU(W₁ z + b₁) + b₂; no reconstruction loss; domain prompts start like VPT's; KL summed
-    over the latent, mean over the batch.
+    over the latent, mean over the batch. On a Swin transformer the encoder reads the patch embeddings of the first
+    stage, prompts have the width of their block's stage, and with share="all" the decoder has one hidden layer W₁
+    and an output layer W₂ for each stage, so that the blocks of a stage share their instance prompts.
 
     `generator(embeddings, layer)` (B, N, D) → (B, P, D).
     """
 
     known_at = "embeddings"
     config_class = V2APTConfig
+    takes_stages = True
     config: V2APTConfig
 
     def __init__(self, config: V2APTConfig | None = None, geometry: Geometry | None = None, **options: Any) -> None:
@@ -100,8 +119,24 @@ class V2APT(PromptGenerator):
         self.norm = nn.LayerNorm(g.width)
         self.encoder = nn.Linear(g.width, cfg.hidden)
         self.to_stats = nn.Linear(cfg.hidden, 2 * cfg.latent)
-        self.decoders = nn.ModuleList(PromptDecoder(cfg.latent, cfg.hidden, cfg.num_instance * g.width)
-                                      for _ in range(1 if cfg.share == "all" else g.depth))
+        sizes = [cfg.num_instance * width for width, _ in self.domain.stages]
+        decoders: list[nn.Module]
+        if cfg.share == "per_layer":
+            decoders = [PromptDecoder(cfg.latent, cfg.hidden, cfg.num_instance * width) for width in g.widths]
+        elif len(sizes) == 1:
+            decoders = [PromptDecoder(cfg.latent, cfg.hidden, sizes[0])]
+        else:
+            decoders = [StagedDecoder(cfg.latent, cfg.hidden, sizes)]
+        self.decoders = nn.ModuleList(decoders)
+
+    def decoders_of(self, stage: int) -> list[Decoder]:
+        """The decoder that all blocks of a stage share, or one for each of its blocks."""
+        if self.config.share == "all":
+            decoder: Any = self.decoders[0]
+            return [decoder.tensors(stage) if isinstance(decoder, StagedDecoder) else decoder.tensors()]
+        first = sum(blocks for _, blocks in self.domain.stages[:stage])
+        own: Any = self.decoders[first:first + self.domain.stages[stage][1]]
+        return [decoder.tensors() for decoder in own]
 
     def stats(self, embeddings: Tensor) -> Tensor:
         """(B, N, D) patch embeddings → (B, 2Z) = [μ, log σ²], not yet clamped."""
@@ -135,13 +170,18 @@ class V2APT(PromptGenerator):
         kl_units = kl_per_unit(mu, logvar)
         if "epsilon" in draws:
             stats = torch.cat([mu + torch.exp(0.5 * logvar) * draws["epsilon"], logvar], dim=-1)
-        decoders = [d.tensors() for d in self.decoders]  # type: ignore[operator]
-        prompts, kl = vae_prompts(stats, decoders, self.domain.embeddings, draws.get("noise"))
-        return Latent(prompts, kl_units.sum(dim=-1) if "epsilon" in draws else kl, kl_units.detach())
+        prompts, kl = [], kl_units.sum(dim=-1)
+        for stage in range(len(self.domain.stages)):
+            of_stage, drawn_kl = vae_prompts(stats, self.decoders_of(stage), self.domain.of_stage(stage),
+                                             draws.get("noise"))
+            prompts.append(of_stage)
+            kl = kl if "epsilon" in draws else drawn_kl
+        return Latent(prompts, kl, kl_units.detach())
 
     def prompts(self, layer: int, context: Latent, tokens: Tensor | None = None,
                 draws: Draws | None = None) -> Tensor:
-        return context.prompts[layer]
+        stage, index = self.domain.place(layer)
+        return context.prompts[stage][index]
 
     def aux(self, context: Latent) -> dict[str, Tensor]:
         """"kl": (B,) nats; "kl_units": (B, Z), to see posterior collapse."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any, ClassVar
 
@@ -44,21 +45,47 @@ def uniform_bound(patch_size: int, dim: int) -> float:
 
 
 class StaticPrompts(nn.Module):
-    """Learned prompts (L, P, k), U(−v, v), with VPT's optional projection k → D."""
+    """Learned prompts (L, P, k) of the first L blocks, U(−v, v), with VPT's optional projection k → D.
+
+    Where those blocks are of several stages, `embeddings` is a list with (blocks, P, width) for each stage, v from the
+    stage's width.
+    """
+
+    embeddings: nn.Parameter | nn.ParameterList
 
     def __init__(self, layers: int, num_prompts: int, geometry: Geometry, project: int | None) -> None:
         super().__init__()
-        dim = project or geometry.width
-        bound = uniform_bound(geometry.patch_size, dim)
-        self.embeddings = nn.Parameter(torch.empty(layers, num_prompts, dim).uniform_(-bound, bound))
+        widths = geometry.widths[:layers]
+        self.stages = [(width, len(list(blocks))) for width, blocks in itertools.groupby(widths)]
+        if len(self.stages) > 1 and project is not None:
+            raise ValueError(f"project must be None where prompts have several widths "
+                             f"{tuple(width for width, _ in self.stages)}, got {project}")
+        embeddings = []
+        for width, blocks in self.stages:
+            dim = project or width
+            bound = uniform_bound(geometry.patch_size, dim)
+            embeddings.append(nn.Parameter(torch.empty(blocks, num_prompts, dim).uniform_(-bound, bound)))
+        self.embeddings = embeddings[0] if len(embeddings) == 1 else nn.ParameterList(embeddings)
         self.projection: nn.Linear | None = None
         if project is not None:
-            self.projection = nn.Linear(project, geometry.width)
+            self.projection = nn.Linear(project, self.stages[0][0])
             nn.init.kaiming_normal_(self.projection.weight, a=0, mode="fan_out")
+
+    def place(self, layer: int) -> tuple[int, int]:
+        """(stage, index within the stage) of block `layer`."""
+        stage = 0
+        while layer >= self.stages[stage][1]:
+            layer, stage = layer - self.stages[stage][1], stage + 1
+        return stage, layer
+
+    def of_stage(self, stage: int) -> Tensor:
+        """(blocks, P, k): the embeddings of one stage."""
+        return self.embeddings[stage] if isinstance(self.embeddings, nn.ParameterList) else self.embeddings
 
     def forward(self, layer: int, mask: Tensor | None) -> Tensor:
         """(1, P, D), or (B, P, D) with a dropout mask of that shape."""
-        prompts = self.embeddings[layer:layer + 1]
+        stage, index = self.place(layer)
+        prompts = self.of_stage(stage)[index:index + 1]
         if self.projection is not None:
             prompts = self.projection(prompts)
         return prompts if mask is None else prompts * mask
@@ -69,10 +96,14 @@ class VPT(PromptGenerator):
 
     Shallow: x₀ = [c, P, E₀]. Deep: block i reads [cᵢ₋₁, Pᵢ₋₁, Eᵢ₋₁] (VPT eq. 4–6). Prompts carry no position
     embedding and enter behind a pre-norm, where the block reads them.
+
+    Swin: every window attends to the prompts, which have the width of the block's stage; see
+    `fastprompt.vit.swin_reference`.
     """
 
     known_at = "static"
     config_class = VPTConfig
+    takes_stages = True
     config: VPTConfig
 
     def __init__(self, config: VPTConfig | None = None, geometry: Geometry | None = None, **options: Any) -> None:
@@ -82,16 +113,25 @@ class VPT(PromptGenerator):
         self.static = StaticPrompts(len(self.layers), self.num_prompts, self.geometry, self.config.project)
 
     def draw(self, batch: int) -> Draws:
-        """"prompts": (layers, B, P, D) dropout masks."""
-        if not self.training or self.config.prompt_dropout == 0:
+        """"prompts": (layers, B, P, D) dropout masks; "prompts.s" for each stage s where there are several."""
+        rate, static = self.config.prompt_dropout, self.static
+        if not self.training or rate == 0:
             return {}
-        shape = (len(self.layers), batch, self.num_prompts, self.geometry.width)
-        return {"prompts": dropout_mask(shape, self.config.prompt_dropout, self.static.embeddings)}
+        return {_mask_name(static, stage): dropout_mask((blocks, batch, self.num_prompts, width), rate,
+                                                        static.of_stage(stage))
+                for stage, (width, blocks) in enumerate(static.stages)}
 
     def prompts(self, layer: int, context: Any = None, tokens: Tensor | None = None,
                 draws: Draws | None = None) -> Tensor:
-        return self.static(layer, draws["prompts"][layer] if draws else None)
+        if not draws:
+            return self.static(layer, None)
+        stage, index = self.static.place(layer)
+        return self.static(layer, draws[_mask_name(self.static, stage)][index])
 
     def paper_num_parameters(self) -> int:
-        """L · P · D for deep, P · D for shallow."""
-        return len(self.layers) * self.num_prompts * self.geometry.width
+        """L · P · D for deep, P · D for shallow; the sum over blocks where their width D differs."""
+        return self.num_prompts * sum(self.geometry.widths[:len(self.layers)])
+
+
+def _mask_name(static: StaticPrompts, stage: int) -> str:
+    return "prompts" if len(static.stages) == 1 else f"prompts.{stage}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastprompt.vit.swin import FrozenSwin
 from fastprompt.vit.weights import FrozenViT
 
-__all__ = ["FrozenViT"]
+__all__ = ["FrozenSwin", "FrozenViT"]

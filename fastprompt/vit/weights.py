@@ -173,7 +173,7 @@ class FrozenViT(nn.Module):
     `FrozenViT(module)` reads a model of timm, torchvision, open_clip or transformers and copies its tensors;
     `backbone(images)` is then that model's own forward. Models it cannot represent are refused with a `ValueError`
     that names the part. `image_size` resamples the position embedding once, by the rule of the module's library;
-    `mean` and `std` override the ones the library gives.
+    `mean` and `std` override the ones the library gives. A Swin transformer becomes a `FrozenSwin`, a subclass.
 
     Images are (B, 3, H, W): floating point = already normalised, uint8 = raw pixels, normalised here with
     `mean` and `std` (never resized).
@@ -184,6 +184,16 @@ class FrozenViT(nn.Module):
         num_prefix: class and register tokens. mean, std: per channel, of pixels in [0, 1].
         fingerprint: sha256 of the tensors (in float32, without the classifier) and the structure.
     """
+
+    def __new__(cls, module: nn.Module | None = None, **options: Any) -> FrozenViT:
+        if cls is FrozenViT and module is not None:
+            from fastprompt.vit.readers import is_swin
+
+            if is_swin(module):
+                from fastprompt.vit.swin import FrozenSwin
+
+                return super().__new__(FrozenSwin)
+        return super().__new__(cls)
 
     def __init__(self, module: nn.Module, *, image_size: int | tuple[int, int] | None = None,
                  mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> None:
@@ -197,6 +207,16 @@ class FrozenViT(nn.Module):
                 change: dict[str, Any] = {key: _channel_triple(key, value)}
                 spec = dataclasses.replace(spec, **change)
         self.spec = spec
+        self._take(parts)
+        if parts:
+            raise ValueError(f"the reader returned unknown parts: {sorted(parts)}")
+        self._fingerprint: str | None = None
+        self._folded: tuple[int, Folded] | None = None
+        self.register_load_state_dict_post_hook(_fold_again)
+        self.eval()
+
+    def _take(self, parts: dict[str, Any]) -> None:
+        """Make the reader's parts this module's."""
         self.patch_weight: nn.Parameter = frozen(parts.pop("patch_weight"))  # (D, 3, p, p)
         self.patch_bias: nn.Parameter | None = frozen(parts.pop("patch_bias"))
         self.patch_norm: Norm | None = parts.pop("patch_norm", None)
@@ -209,12 +229,6 @@ class FrozenViT(nn.Module):
         self.map_pool: MapPool | None = parts.pop("map_pool", None)
         self.fc_norm: Norm | None = parts.pop("fc_norm", None)
         self.head: Dense | None = parts.pop("head", None)
-        if parts:
-            raise ValueError(f"the reader returned unknown parts: {sorted(parts)}")
-        self._fingerprint: str | None = None
-        self._folded: tuple[int, Folded] | None = None
-        self.register_load_state_dict_post_hook(_fold_again)
-        self.eval()
 
     @classmethod
     def from_timm(cls, name: str, pretrained: bool = False, image_size: int | tuple[int, int] | None = None,
@@ -222,7 +236,7 @@ class FrozenViT(nn.Module):
         """Build a timm model by name and freeze it.
 
         Args:
-            name: a timm model name of `timm.models.vision_transformer`.
+            name: a timm model name of `timm.models.vision_transformer`, `swin_transformer` or `swin_transformer_v2`.
             pretrained: load the published weights from the hub.
             image_size: pixels (or (height, width)); the position embedding is resampled by timm.
             kwargs: passed to `timm.create_model`.
@@ -357,6 +371,11 @@ class FrozenViT(nn.Module):
         return self.spec.grid
 
     @property
+    def feature_width(self) -> int:
+        """Width of the features that a head reads."""
+        return self.width
+
+    @property
     def num_patches(self) -> int:
         return self.spec.grid[0] * self.spec.grid[1]
 
@@ -392,6 +411,7 @@ class FrozenViT(nn.Module):
             for key in ("name", "mean", "std"):
                 del structure[key]
             structure["blocks"] = [(b.mlp.act, b.mlp.glu, b.post_norm, b.norm1.kind, b.norm1.eps) for b in self.blocks]
+            structure |= self._structure()
             digest = hashlib.sha256(json.dumps(structure, sort_keys=True).encode())
             for name, tensor in sorted(self.state_dict().items()):
                 if not name.startswith("head."):
@@ -399,6 +419,10 @@ class FrozenViT(nn.Module):
                     digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+    def _structure(self) -> dict[str, Any]:
+        """What else the fingerprint depends on."""
+        return {}
 
     def pin_fingerprint(self) -> None:
         """Compute the fingerprint now, before the tensors are cast or trained."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 import fastprompt as fp
 from fastprompt.generators import CONFIGS, Geometry, PromptConfig, PromptGenerator, build_generator
@@ -147,3 +149,43 @@ def test_input_on_another_device_is_named(kind: type[PromptGenerator]) -> None:
     shape = (1, 3, 32, 32) if kind is fp.PGN else (1, 4, 8)
     with pytest.raises(ValueError, match=r"x is on meta, the generator is on cpu"):
         generator(torch.zeros(shape, device="meta"))
+
+
+STAGES = ((24, 2), (48, 1), (96, 3))
+
+
+def test_geometry_of_several_stages() -> None:
+    geometry = Geometry(24, 6, (8, 8), 4, (32, 32), STAGES)
+    assert geometry.widths == (24, 24, 48, 96, 96, 96)
+    assert Geometry(24, 3).widths == (24, 24, 24)
+    assert Geometry(24, 6, stages=[list(stage) for stage in STAGES]).stages == STAGES
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (((48, 2), (24, 4)), "stages must start with width 24 and have 6 blocks in all"),
+        (((24, 2), (48, 2)), "stages must start with width 24 and have 6 blocks in all"),
+        ((), r"stages must be \(width, blocks\)"),
+        (((24, 2), (48, 0)), r"stages must be \(width, blocks\) for each stage or None"),
+        ((24, 48), r"stages must be \(width, blocks\)"),
+        (24, r"stages must be \(width, blocks\)"),
+    ],
+)
+def test_bad_stages_are_named(stages: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Geometry(24, 6, stages=stages)
+
+
+def test_geometry_of_a_swin_transformer(tiny_swin: Callable[..., nn.Module]) -> None:
+    geometry = Geometry.of(fp.FrozenViT(tiny_swin()))
+    assert geometry == Geometry(8, 5, (8, 8), 4, (32, 32), ((8, 2), (16, 2), (32, 1)))
+
+
+@pytest.mark.parametrize("kind", ["pgn", "vapt"])
+def test_methods_without_a_meaning_on_swin_say_what_works_there(
+    tiny_swin: Callable[..., nn.Module], kind: str
+) -> None:
+    message = rf"{type(CHANGED[kind]).__name__} is not defined on a Swin transformer.*VPTConfig, V2APTConfig"
+    with pytest.raises(ValueError, match=message):
+        fp.PromptedViT(fp.FrozenViT(tiny_swin()), CHANGED[kind])

@@ -192,6 +192,38 @@ def test_samples_follow_the_latent_s_standard_deviation(
     assert abs(z[0].std() - torch.tensor(-1.0).exp()) < 0.02
 
 
+@pytest.mark.parametrize("share", ["all", "per_layer"])
+def test_prompts_of_several_stages(share: str) -> None:
+    """One latent; with "all" the blocks of a stage share instance prompts, with "per_layer" each has its own."""
+    widths = (24, 24, 48, 96, 96)
+    stages = Geometry(24, 5, (3, 4), 8, (24, 32), ((24, 2), (48, 1), (96, 2)))
+    v2apt = trained(fp.V2APT(geometry=stages, share=share, **SIZES)).double().eval()
+    embeddings = torch.randn(2, 12, 24).double()
+    prompts = [v2apt(embeddings, layer=layer) for layer in range(5)]
+    assert [tuple(p.shape) for p in prompts] == [(2, 5, width) for width in widths]
+    z = v2apt.stats(embeddings).chunk(2, dim=-1)[0]
+    for layer, (stage, index) in enumerate([(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)]):
+        decoder = v2apt.decoders[0 if share == "all" else layer]
+        output = decoder.fc2[stage] if share == "all" else decoder.fc2
+        instance = output(F.gelu(decoder.fc1(z))).view(2, 3, widths[layer])
+        domain = v2apt.domain.embeddings[stage][index].expand(2, -1, -1)
+        torch.testing.assert_close(prompts[layer], torch.cat([domain, instance], dim=1))
+    assert torch.equal(prompts[0][:, 2:], prompts[1][:, 2:]) == (share == "all")
+
+
+@pytest.mark.parametrize("share", ["all", "per_layer"])
+def test_several_stages_train_from_one_noise(share: str) -> None:
+    stages = Geometry(24, 3, (3, 4), 8, (24, 32), ((24, 1), (48, 2)))
+    v2apt = fp.V2APT(geometry=stages, share=share, **SIZES)
+    instance = v2apt(torch.randn(2, 12, 24), layer=2)[:, 2:]
+    assert torch.equal(instance, torch.zeros(2, 3, 48))
+    trained(v2apt).train()
+    context = v2apt.context(torch.randn(2, 12, 24), v2apt.draw(2))
+    sum((v2apt.prompts(layer, context) ** 2).sum() for layer in range(3)).backward()
+    assert all(p.grad is not None and p.grad.any() for p in v2apt.parameters())
+    assert context.kl.shape == (2,)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

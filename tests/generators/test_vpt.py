@@ -140,3 +140,45 @@ def test_prompts_stand_behind_prefix_and_registers_and_the_pre_norm(
 def test_bad_options_are_named(options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fp.VPTConfig(**options)
+
+
+STAGES = {"width": 24, "depth": 5, "patch_size": 4, "stages": ((24, 2), (48, 1), (96, 2))}
+
+
+def test_prompts_have_the_width_of_their_block_s_stage() -> None:
+    vpt = fp.VPT(num_prompts=3, **STAGES)
+    assert {name: tuple(p.shape) for name, p in vpt.named_parameters()} == {
+        "static.embeddings.0": (2, 3, 24),
+        "static.embeddings.1": (1, 3, 48),
+        "static.embeddings.2": (2, 3, 96),
+    }
+    for layer, (stage, index) in enumerate([(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)]):
+        assert torch.equal(vpt(layer=layer), vpt.static.embeddings[stage][index : index + 1])
+    for embeddings in vpt.static.embeddings:
+        bound = (6 / (3 * 16 + embeddings.shape[2])) ** 0.5
+        assert 0.8 * bound < embeddings.abs().max() <= bound
+    assert vpt.paper_num_parameters() == vpt.num_parameters() == 3 * (2 * 24 + 48 + 2 * 96)
+
+
+def test_shallow_prompts_have_the_width_of_the_first_stage() -> None:
+    vpt = fp.VPT(num_prompts=3, deep=False, project=5, **STAGES)
+    assert vpt.static.embeddings.shape == (1, 3, 5)
+    assert vpt().shape == (1, 3, 24)
+    assert vpt.paper_num_parameters() == 72
+
+
+def test_masks_of_several_stages_are_drawn_per_image() -> None:
+    vpt = fp.VPT(num_prompts=30, prompt_dropout=0.25, **STAGES).train()
+    draws = vpt.draw(4)
+    assert {name: tuple(mask.shape) for name, mask in draws.items()} == {
+        "prompts.0": (2, 4, 30, 24),
+        "prompts.1": (1, 4, 30, 48),
+        "prompts.2": (2, 4, 30, 96),
+    }
+    torch.testing.assert_close(vpt.prompts(4, draws=draws), vpt.eval()(layer=4) * draws["prompts.2"][1])
+    assert 0.2 < (draws["prompts.2"] == 0).float().mean() < 0.3
+
+
+def test_a_projection_fits_one_width_only() -> None:
+    with pytest.raises(ValueError, match=r"project must be None where prompts have several widths \(24, 48, 96\)"):
+        fp.VPT(project=5, **STAGES)

@@ -74,6 +74,21 @@ def test_learns_an_easy_problem_and_leaves_the_backbone_alone(
     assert_same(weights(saved), weights(model))
 
 
+@pytest.mark.parametrize("config", [fp.VPTConfig(num_prompts=2), V2APT], ids=lambda config: config.kind)
+def test_learns_on_a_swin_transformer(
+    config: Any, tiny_swin: Callable[..., Any], colours: Callable[..., Any], tmp_path: Path
+) -> None:
+    backbone = fp.FrozenViT(tiny_swin())
+    model = fp.PromptedViT(backbone, config, num_classes=4)
+    frozen = {name: tensor.clone() for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers())}
+    recipe = RECIPE.replace(epochs=4, lr=3e-2)
+    result = fit(model, colours(64), colours(40, seed=1), recipe, out_dir=tmp_path, progress=False)
+    assert result.best_val_accuracy > 0.6  # chance is 0.25
+    assert_same(frozen, dict((*backbone.named_parameters(), *backbone.named_buffers())))
+    saved = fp.PromptedViT.from_pretrained(backbone, tmp_path / "best")
+    assert_same(weights(saved), weights(model))
+
+
 def test_the_result_and_the_log_say_what_happened(
     make_model: Callable[..., Any], colours: Callable[..., Any], tmp_path: Path
 ) -> None:

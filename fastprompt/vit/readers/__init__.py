@@ -1,7 +1,8 @@
 """Readers turn a library's model into the canonical parts of `FrozenViT`; one file per library.
 
-`timm.py`, `torchvision.py`, `open_clip.py` and `transformers.py` each import their library, and each is imported
-only when a model of that library is read. `parts.py` reads what they share: torch's own layers.
+`timm.py` (and `swin.py`, timm's Swin), `torchvision.py`, `open_clip.py` and `transformers.py` each import their
+library, and each is imported only when a model of that library is read. `parts.py` reads what they share: torch's own
+layers.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def read(module: nn.Module, image_size: int | tuple[int, int] | None = None) -> 
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     sides = image_sides(image_size)
+    if is_swin(module):
+        return dict(importlib.import_module("fastprompt.vit.readers.swin").read(module, sides))
     names = {cls.__module__.partition(".")[0] for cls in type(module).__mro__}
     for library in LIBRARIES:
         if library in names:
@@ -45,6 +48,11 @@ def read(module: nn.Module, image_size: int | tuple[int, int] | None = None) -> 
     if sides is not None and sides != parts["spec"].image_size:
         _resize(parts, sides, rule)
     return parts
+
+
+def is_swin(module: Any) -> bool:
+    """Whether timm's Swin reader takes care of this module, if only to refuse it by name."""
+    return any(cls.__module__.startswith("timm.models.swin_transformer") for cls in type(module).__mro__)
 
 
 def image_sides(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:

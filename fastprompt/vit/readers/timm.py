@@ -1,4 +1,4 @@
-"""Reader for timm's `VisionTransformer` built of `Block` or `ResPostBlock`."""
+"""Reader for timm's `VisionTransformer` built of `Block` or `ResPostBlock`; `swin.py` reads timm's Swin."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read(model: nn.Module) -> dict[str, Any]:
     """
     if type(model) is not vt.VisionTransformer:
         _refuse("model", f"{type(model).__name__} of {type(model).__module__}",
-                "timm.models.vision_transformer.VisionTransformer")
+                "timm's VisionTransformer, SwinTransformer, SwinTransformerV2")
     if model.global_pool not in _POOLS:
         _refuse("global_pool", repr(model.global_pool), "'token', 'avg' or 'map'")
     embed = model.patch_embed
@@ -63,11 +63,11 @@ def read(model: nn.Module) -> dict[str, Any]:
         mean=tuple(cfg.get("mean") or IMAGENET_DEFAULT_MEAN), std=tuple(cfg.get("std") or IMAGENET_DEFAULT_STD))
     return {
         "spec": spec,
-        "patch_weight": embed.proj.weight, "patch_bias": embed.proj.bias, "patch_norm": _norm(embed.norm),
+        "patch_weight": embed.proj.weight, "patch_bias": embed.proj.bias, "patch_norm": norm(embed.norm),
         "cls_token": model.cls_token, "registers": model.reg_token, "pos_embed": model.pos_embed,
-        "norm_pre": _norm(model.norm_pre), "blocks": blocks, "norm": _norm(model.norm),
-        "map_pool": _map_pool(model.attn_pool), "fc_norm": _norm(model.fc_norm),
-        "head": None if isinstance(model.head, nn.Identity) else _dense(model.head),
+        "norm_pre": norm(model.norm_pre), "blocks": blocks, "norm": norm(model.norm),
+        "map_pool": _map_pool(model.attn_pool), "fc_norm": norm(model.fc_norm),
+        "head": None if isinstance(model.head, nn.Identity) else dense(model.head),
     }
 
 
@@ -75,7 +75,8 @@ def _refuse(part: str, got: str, takes: str) -> NoReturn:
     raise ValueError(f"this model cannot be frozen: {part} is {got}; supported: {takes}")
 
 
-def _norm(module: Any) -> Norm | None:
+def norm(module: Any) -> Norm | None:
+    """A norm layer, None for an Identity."""
     if module is None or isinstance(module, nn.Identity):
         return None
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
@@ -90,14 +91,16 @@ def _norm(module: Any) -> Norm | None:
                 upcast=type(module) in (tl.LayerNormFp32, tl.RmsNormFp32))
 
 
-def _block_norm(module: nn.Module) -> Norm:
-    norm = _norm(module)
-    if norm is None:
+def block_norm(module: nn.Module) -> Norm:
+    """A norm layer that may not be an Identity."""
+    layer = norm(module)
+    if layer is None:
         _refuse("a block's norm layer", "Identity", "LayerNorm, RmsNorm")
-    return norm
+    return layer
 
 
-def _dense(module: nn.Module) -> Dense:
+def dense(module: nn.Module) -> Dense:
+    """A Linear."""
     if type(module) is not nn.Linear:
         _refuse("linear layer", type(module).__name__, "nn.Linear")
     return Dense(module.weight, module.bias)
@@ -113,19 +116,20 @@ def _act(module: nn.Module) -> str:
     return name
 
 
-def _mlp(module: nn.Module) -> Mlp:
+def mlp(module: nn.Module) -> Mlp:
+    """timm's Mlp, GluMlp or SwiGLU."""
     if type(module) is tl.SwiGLU:
         # two separate products, stacked as [gate, value]
         weight = torch.cat([module.fc1_g.weight, module.fc1_x.weight])
         bias = None if module.fc1_g.bias is None else torch.cat([module.fc1_g.bias, module.fc1_x.bias])
         fc1, glu = Dense(weight, bias), "first"
     elif type(module) is tl.GluMlp:
-        fc1, glu = _dense(module.fc1), "last" if module.gate_last else "first"
+        fc1, glu = dense(module.fc1), "last" if module.gate_last else "first"
     elif type(module) is tl.Mlp:
-        fc1, glu = _dense(module.fc1), "none"
+        fc1, glu = dense(module.fc1), "none"
     else:
         _refuse("mlp layer", type(module).__name__, "Mlp, GluMlp, SwiGLU")
-    return Mlp(fc1, _dense(module.fc2), _act(module.act), _norm(module.norm), glu)
+    return Mlp(fc1, dense(module.fc2), _act(module.act), norm(module.norm), glu)
 
 
 def _block(module: Any) -> Block:
@@ -139,9 +143,10 @@ def _block(module: Any) -> Block:
     post_norm = type(module) is vt.ResPostBlock
     ls1, ls2 = (None, None) if post_norm else (_layer_scale(module.ls1), _layer_scale(module.ls2))
     return Block(
-        norm1=_block_norm(module.norm1), qkv=_dense(attn.qkv), proj=_dense(attn.proj), norm2=_block_norm(module.norm2),
-        mlp=_mlp(module.mlp), num_heads=attn.num_heads, q_norm=_norm(attn.q_norm), k_norm=_norm(attn.k_norm),
-        attn_norm=_norm(attn.norm), ls1=ls1, ls2=ls2, post_norm=post_norm)
+        norm1=block_norm(module.norm1), qkv=dense(attn.qkv), proj=dense(attn.proj), norm2=block_norm(module.norm2),
+        mlp=mlp(module.mlp), num_heads=attn.num_heads, q_norm=norm(attn.q_norm), k_norm=norm(attn.k_norm),
+        attn_norm=norm(attn.norm), ls1=ls1, ls2=ls2,
+        post_norm=post_norm)
 
 
 def _layer_scale(module: Any) -> torch.Tensor | None:
@@ -154,6 +159,6 @@ def _map_pool(module: Any) -> MapPool | None:
     if type(module) is not tl.AttentionPoolLatent or module.pos_embed is not None or module.latent_len != 1 \
             or module.mlp is None:
         _refuse("attention pool", type(module).__name__, "AttentionPoolLatent with one latent")
-    return MapPool(latent=module.latent, q=None if isinstance(module.q, nn.Identity) else _dense(module.q),
-                   kv=_dense(module.kv), proj=_dense(module.proj), norm=_norm(module.norm), mlp=_mlp(module.mlp),
-                   num_heads=module.num_heads, q_norm=_norm(module.q_norm), k_norm=_norm(module.k_norm))
+    return MapPool(latent=module.latent, q=None if isinstance(module.q, nn.Identity) else dense(module.q),
+                   kv=dense(module.kv), proj=dense(module.proj), norm=norm(module.norm), mlp=mlp(module.mlp),
+                   num_heads=module.num_heads, q_norm=norm(module.q_norm), k_norm=norm(module.k_norm))

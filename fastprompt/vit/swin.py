@@ -1,0 +1,268 @@
+"""Canonical tensors of a frozen Swin transformer (v1 and v2), and the constants of its windows.
+
+`swin_reference.py` computes the papers' graph on them, `swin_forward.py` the rewritten one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastprompt.vit.weights import Dense, FrozenViT, Mlp, Norm, frozen
+
+if TYPE_CHECKING:
+    from fastprompt.vit.folding import Folded
+
+Pair = tuple[int, int]
+
+
+class Layout(NamedTuple):
+    """The order of patches in one block.
+
+    Attributes:
+        grid: of the block's feature map.
+        rows: where the block's patches stand in the order of the block before; four in turn for each patch behind a
+            merging; None: the same order. back: the inverse of `rows`; None where `rows` also reads the row of zeros
+            that stands for patches outside the map, at index T.
+        windows: (windows · N) the patch on each place of the windows, T where the place is padding; None: the patches
+            are in that order. places: its inverse, the place of each patch.
+    """
+
+    grid: Pair
+    rows: Tensor | None
+    back: Tensor | None
+    windows: Tensor | None
+    places: Tensor | None
+
+
+class SwinBlock(nn.Module):
+    """One block: attention inside (shifted) windows with a relative-position bias, then an MLP.
+
+    `post_norm` False (v1): x + attn(norm1(x)), then x + mlp(norm2(x)).
+    `post_norm` True (v2):  x + norm1(attn(x)), then x + norm2(mlp(x)), and cosine attention scaled by `logit_scale`.
+
+    Attributes:
+        grid: (rows, columns) of the feature map the block was built for. window, shift: in tokens.
+        bias_table: ((2h − 1)(2w − 1), heads), the bias for each offset inside an h × w window.
+        logit_scale: (heads, 1, 1), or None: 1/√d.
+        constant_bias: (windows or 1, heads, N, N): bias and shift mask for `grid`, computed once; not a saved tensor.
+    """
+
+    constant_bias: Tensor
+
+    def __init__(self, *, norm1: Norm, qkv: Dense, proj: Dense, norm2: Norm, mlp: Mlp, num_heads: int, grid: Pair,
+                 window: Pair, shift: Pair, bias_table: Tensor, logit_scale: Tensor | None = None,
+                 post_norm: bool = False) -> None:
+        super().__init__()
+        self.norm1, self.qkv, self.proj, self.norm2, self.mlp = norm1, qkv, proj, norm2, mlp
+        self.num_heads, self.post_norm = num_heads, post_norm
+        self.head_dim = qkv.weight.shape[0] // (3 * num_heads)
+        self.grid, self.window, self.shift = grid, window, shift
+        self.bias_table: nn.Parameter = frozen(bias_table)
+        self.logit_scale: nn.Parameter | None = frozen(logit_scale)
+        self.register_buffer("constant_bias", self.bias_for(grid).detach(), persistent=False)
+        for name in Layout._fields[1:]:
+            self.register_buffer(name, None, persistent=False)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout for `grid`."""
+        return Layout(self.grid, *(getattr(self, name) for name in Layout._fields[1:]))
+
+    @property
+    def width(self) -> int:
+        return self.proj.weight.shape[0]
+
+    def attention_bias(self, grid: Pair) -> Tensor:
+        """(windows or 1, heads, N, N): relative-position bias, and the shift mask where windows are shifted."""
+        if self.bias_table.requires_grad or (grid != self.grid and any(self.shift)):
+            return self.bias_for(grid)
+        return self.constant_bias
+
+    def bias_for(self, grid: Pair) -> Tensor:
+        """`attention_bias`, computed anew."""
+        h, w = self.window
+        table, index = self.bias_table, relative_positions(self.window).to(self.bias_table.device)
+        bias = table[index.flatten()].view(1, h * w, h * w, self.num_heads).permute(0, 3, 1, 2)  # (1, heads, N, N)
+        if any(self.shift):
+            bias = bias + shift_mask(grid, self.window, self.shift).to(table)[:, None]
+        return bias.contiguous()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.bias_table.device.type != "meta":
+            self.constant_bias = self.bias_for(self.grid).detach()
+
+
+class Merge(nn.Module):
+    """Patch merging: 2 × 2 neighbours joined on channels, then norm and reduction (v2: reduction and norm)."""
+
+    def __init__(self, norm: Norm | None, reduction: Dense, norm_first: bool) -> None:
+        super().__init__()
+        self.norm, self.reduction, self.norm_first = norm, reduction, norm_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., 4C) → (..., C')."""
+        if self.norm is None:
+            return self.reduction(x)
+        return self.reduction(self.norm(x)) if self.norm_first else self.norm(self.reduction(x))
+
+
+class FrozenSwin(FrozenViT):
+    """A Swin transformer whose weights are constants; what `FrozenViT(module)` gives for timm's `swin_*`, `swinv2_*`.
+
+    `width`, `depth`, `num_heads` and `grid` are tuples with one entry per stage. There is no class token; the
+    model's own head reads the mean over patches. timm's continuous position bias (v2) is read as the table it gives.
+
+    Attributes:
+        blocks: the blocks of all stages in order. merges: for each block the patch merging before it, if there is one.
+    """
+
+    merges: Sequence[Merge | None]
+
+    def _take(self, parts: dict[str, Any]) -> None:
+        if "merges" not in parts:
+            raise ValueError(f"module must be a Swin transformer for FrozenSwin, got {self.spec.name}; "
+                             "FrozenViT(module) takes either kind")
+        super()._take(parts)
+        self.merges = cast("Sequence[Merge | None]", nn.ModuleList(parts.pop("merges")))
+        self._set_layouts()
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The stage of each block, from 0."""
+        stages, stage = [], 0
+        for merge in self.merges:
+            stage += merge is not None
+            stages.append(stage)
+        return tuple(stages)
+
+    def _first_blocks(self) -> list[SwinBlock]:
+        blocks = cast("Sequence[SwinBlock]", self.blocks)
+        return [block for i, block in enumerate(blocks) if i == 0 or self.merges[i] is not None]
+
+    @property
+    def width(self) -> tuple[int, ...]:  # type: ignore[override]
+        return tuple(block.width for block in self._first_blocks())
+
+    @property
+    def depth(self) -> tuple[int, ...]:  # type: ignore[override]
+        stages = self.stages
+        return tuple(stages.count(stage) for stage in range(stages[-1] + 1))
+
+    @property
+    def num_heads(self) -> tuple[int, ...]:  # type: ignore[override]
+        return tuple(block.num_heads for block in self._first_blocks())
+
+    @property
+    def grid(self) -> tuple[Pair, ...]:  # type: ignore[override]
+        return tuple(block.grid for block in self._first_blocks())
+
+    @property
+    def feature_width(self) -> int:
+        return self.width[-1]
+
+    def _structure(self) -> dict[str, Any]:
+        blocks = cast("Sequence[SwinBlock]", self.blocks)
+        return {"windows": [(b.grid, b.window, b.shift) for b in blocks], "stages": self.stages}
+
+    def folded(self) -> Folded | None:
+        """None: a Swin's rows are padded with zeros behind its norms, so the norms stay where they are."""
+        return None
+
+    def layouts(self, grid: Pair) -> list[Layout]:
+        """The layout of each block for images of `grid` patches; those of the backbone's own size are kept."""
+        blocks = cast("Sequence[SwinBlock]", self.blocks)
+        if grid == self.spec.grid:
+            return [block.layout for block in blocks]
+        return compute_layouts(blocks, self.merges, grid, self.device)
+
+    def _set_layouts(self) -> None:
+        blocks = cast("Sequence[SwinBlock]", self.blocks)
+        device = torch.device("cpu") if self.device.type == "meta" else self.device
+        for block, layout in zip(blocks, compute_layouts(blocks, self.merges, self.spec.grid, device), strict=True):
+            for name in Layout._fields[1:]:
+                setattr(block, name, getattr(layout, name))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._set_layouts()
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(B, D): the mean over the patches of the last stage."""
+        from fastprompt.vit import swin_reference
+
+        self.check_images(images)
+        feature_map = swin_reference.encode(self, self.normalise(images).to(self.dtype))
+        return swin_reference.read_out(self, feature_map, self.spec.pool)
+
+
+def padded(grid: Pair, window: Pair) -> Pair:
+    """The grid grown to whole windows."""
+    return (math.ceil(grid[0] / window[0]) * window[0], math.ceil(grid[1] / window[1]) * window[1])
+
+
+def partition(x: Tensor, window: Pair) -> Tensor:
+    """(B, H, W, C) of whole windows → (B, windows, N, C)."""
+    b, height, width, c = x.shape
+    h, w = window
+    x = x.view(b, height // h, h, width // w, w, c).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, (height // h) * (width // w), h * w, c)
+
+
+def relative_positions(window: Pair) -> Tensor:
+    """(N, N): the row of the bias table for each pair of tokens of a window."""
+    h, w = window
+    place = torch.arange(h * w, device="cpu")
+    rows, columns = place // w, place % w
+    return (rows[:, None] - rows + h - 1) * (2 * w - 1) + columns[:, None] - columns + w - 1
+
+
+def shift_mask(grid: Pair, window: Pair, shift: Pair) -> Tensor:
+    """(windows, N, N): −100 between tokens of one shifted window that are no neighbours in the image, else 0."""
+    regions = torch.zeros(1, *padded(grid, window), 1, device="cpu")
+    slices = [(slice(0, -w), slice(-w, -s), slice(-s, None)) for w, s in zip(window, shift, strict=True)]
+    for i, rows in enumerate(slices[0]):
+        for j, columns in enumerate(slices[1]):
+            regions[:, rows, columns] = 3 * i + j
+    region = partition(regions, window)[0, :, :, 0]  # (windows, N)
+    return torch.where(region[:, :, None] == region[:, None], 0.0, -100.0)
+
+
+def compute_layouts(blocks: Sequence[SwinBlock], merges: Sequence[Merge | None], grid: Pair, device: torch.device
+                    ) -> list[Layout]:
+    """The layout of each block for images of `grid` patches."""
+    result = []
+    order = torch.arange(grid[0] * grid[1], device="cpu")  # the image's patch on each place of the order before
+    for block, merge in zip(blocks, merges, strict=True):
+        position = order.argsort()  # the place of each patch in the order before
+        if merge is not None:
+            size, (height, width) = len(order), grid
+            grid = ((height + 1) // 2, (width + 1) // 2)
+            position = F.pad(position.view(height, width), (0, width % 2, 0, height % 2), value=size)
+            position = position.view(grid[0], 2, grid[1], 2).permute(0, 2, 3, 1).reshape(-1, 4)  # (patches, 4)
+        places = window_places(grid, block.window, block.shift)
+        whole = bool((places < grid[0] * grid[1]).all())
+        order = places if whole else torch.arange(grid[0] * grid[1], device="cpu")
+        rows = position[order].flatten()
+        exact = len(rows) == len(rows.unique()) and (merge is None or bool((rows < size).all()))
+        same = merge is None and torch.equal(rows, torch.arange(len(rows), device="cpu"))
+        result.append(Layout(grid, None if same else rows.to(device), rows.argsort().to(device) if exact else None,
+                             None if whole else places.to(device),
+                             None if whole else places.argsort()[:len(order)].to(device)))
+    return result
+
+
+def window_places(grid: Pair, window: Pair, shift: Pair) -> Tensor:
+    """(windows · N): the patch of the image on each place of the (shifted) windows; H · W where there is none."""
+    height, width = grid
+    index = torch.arange(height * width, device="cpu").view(height, width).roll((-shift[0], -shift[1]), (0, 1))
+    whole = padded(grid, window)
+    index = F.pad(index, (0, whole[1] - width, 0, whole[0] - height), value=height * width)
+    return partition(index[None, :, :, None], window).flatten()

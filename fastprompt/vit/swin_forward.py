@@ -1,0 +1,223 @@
+"""The forward of a prompted Swin transformer without repeated and dead work; the same numbers as `swin_reference.py`.
+
+* Every window attends to the same prompts, so their keys and values are computed once per image, or once for all
+  images where prompts are static, and never copied into windows.
+* Prompts that the next block replaces have no query, no output, no MLP and are not merged.
+* Prompts that flow on are queries once per image: the mean over windows is taken before the projection.
+* Patches stay in the order of the block's windows, shifted or not; between blocks one permutation leads to the next
+  order, through patch merging too. With windows that need padding they stay in the order of the image.
+
+All hold in exact arithmetic, for outputs and gradients.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from fastprompt.vit import swin_reference
+from fastprompt.vit.reference import mlp
+from fastprompt.vit.swin import FrozenSwin, Layout, SwinBlock
+from fastprompt.vit.swin_reference import FeatureMap
+
+if TYPE_CHECKING:
+    from fastprompt.generators.base import Draws, PromptGenerator
+
+
+def features(vit: FrozenSwin, embedded: FeatureMap, generator: PromptGenerator | None, context: Any,
+             draws: Draws | None, readout: str, recompute: bool = False) -> Tensor:
+    """(B, D): what the head sees. Arguments as for `forward.features`; without prompts the plain graph runs."""
+    if generator is None:
+        return swin_reference.read_out(vit, swin_reference.encode(vit, embedded.tokens, embedded=embedded), readout)
+    x, prompts, last = embedded.patches, None, len(vit.blocks) - 1
+    for i, (module, merge, layout) in enumerate(zip(vit.blocks, vit.merges, vit.layouts(embedded.grid), strict=True)):
+        block = cast(SwinBlock, module)
+        x = reorder(x, layout)
+        if merge is not None:
+            x = merge(x.unflatten(1, (-1, 4)).flatten(2))
+            prompts = None if prompts is None else merge(prompts.repeat(1, 1, 4))
+        if i in generator.layers:
+            prompts = generator.prompts(i, context, None, draws).to(x.dtype)
+        read = "prompts" in readout if i == last else i + 1 not in generator.layers
+        if recompute and torch.is_grad_enabled():
+            x, prompts = checkpoint(run_block, block, layout, x, prompts, read, use_reentrant=False,
+                                    preserve_rng_state=False)
+        else:
+            x, prompts = run_block(block, layout, x, prompts, read)
+    if vit.norm is not None:
+        x, prompts = vit.norm(x), None if prompts is None else vit.norm(prompts)
+    if readout == "patches" or prompts is None:
+        return x.mean(dim=1)
+    if readout == "prompts":
+        return prompts.mean(dim=1)
+    return (x.sum(dim=1) + prompts.sum(dim=1)) / (x.shape[1] + prompts.shape[1])
+
+
+def run_block(block: SwinBlock, layout: Layout, x: Tensor, prompts: Tensor | None, read: bool
+              ) -> tuple[Tensor, Tensor | None]:
+    """Patches x (B, T, C) and prompts (1 or B, P, C) through one block; prompts come out only where they are `read`."""
+    if block.post_norm:
+        h, p = attention(block, layout, x, prompts, read)
+        x = x + block.norm1(h)
+        x = x + block.norm2(mlp(block.mlp, x))
+        if p is None or prompts is None:
+            return x, None
+        prompts = prompts + block.norm1(p)
+        return x, prompts + block.norm2(mlp(block.mlp, prompts))
+    h, p = attention(block, layout, block.norm1(x), None if prompts is None else block.norm1(prompts), read)
+    x = x + h
+    x = x + mlp(block.mlp, block.norm2(x))
+    if p is None or prompts is None:
+        return x, None
+    prompts = prompts + p
+    return x, prompts + mlp(block.mlp, block.norm2(prompts))
+
+
+def attention(block: SwinBlock, layout: Layout, x: Tensor, prompts: Tensor | None, read: bool
+              ) -> tuple[Tensor, Tensor | None]:
+    """Window attention of patches x (B, T, C) and of the prompts where they are `read`, heads joined and projected."""
+    heads, inner = block.num_heads, block.num_heads * block.head_dim
+    weight, bias = block.qkv.weight, block.qkv.bias
+    qkv = block.qkv(x)  # (B, T, 3 · inner)
+    if layout.windows is not None:
+        row = x.new_zeros(3 * inner) if bias is None else bias  # what a row of zeros gives
+        qkv = torch.cat([qkv, row.expand(x.shape[0], 1, -1)], dim=1).index_select(1, layout.windows)
+    qkv = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).contiguous()  # (3, B, heads, R, d)
+    read = read and prompts is not None
+    if prompts is None:
+        prompts = x.new_zeros(1, 0, x.shape[2])
+    start = 0 if read else inner
+    rows = F.linear(prompts, weight[start:], None if bias is None else bias[start:])
+    parts = rows.unflatten(-1, (-1, heads, block.head_dim)).permute(2, 0, 3, 1, 4)  # (3 or 2, 1 or B, heads, P, d)
+    scale = block.head_dim ** -0.5
+    if block.logit_scale is not None:
+        scale, qkv, parts = 1.0, cosine(qkv, block.logit_scale), cosine(parts, block.logit_scale)
+    windows_bias = block.attention_bias(layout.grid).transpose(0, 1)  # (heads, windows or 1, N, N)
+    h: Tensor = WindowAttention.apply(qkv, parts[-2], parts[-1], windows_bias, scale)
+    h = h.transpose(1, 2).flatten(2)
+    if layout.places is not None:
+        h = h.index_select(1, layout.places)
+    h = block.proj(h)
+    if not read:
+        return h, None
+    p = prompt_rows(parts[0] * scale, parts[1], parts[2], qkv[1], qkv[2], windows_bias.shape[-1])
+    return h, block.proj(p.transpose(1, 2).flatten(2))
+
+
+def cosine(parts: Tensor, logit_scale: Tensor) -> Tensor:
+    """[q,] k, v → [q / |q| · scale,] k / |k|, v, stacked on the first axis: the operands of cosine attention."""
+    q, k, v = parts[:-2], parts[-2], parts[-1]
+    return torch.cat([F.normalize(q, dim=-1) * logit_scale, torch.stack([F.normalize(k, dim=-1), v])])
+
+
+def prompt_rows(q: Tensor, prompt_k: Tensor, prompt_v: Tensor, k: Tensor, v: Tensor, size: int) -> Tensor:
+    """The mean over windows of what prompts attend to, (B, heads, P, d).
+
+    In window w prompt p attends to all prompts and to the window's N patches. With Z the sum of exponentials over
+    the prompts, and Z_w over the patches of w: mean_w [(Z softmax(s) V + Z_w softmax(s_w) V_w) / (Z + Z_w)], where s
+    is the same for every window.
+
+    Args:
+        q, prompt_k, prompt_v: (1 or B, heads, P, d), q scaled. k, v: (B, heads, windows · N, d). size: N.
+    """
+    inner = q @ prompt_k.transpose(-1, -2)  # (1 or B, heads, P, P)
+    outer = (q @ k.transpose(-1, -2)).unflatten(-1, (-1, size))  # (B, heads, P, windows, N)
+    z, z_windows = inner.logsumexp(dim=-1)[..., None], outer.logsumexp(dim=-1)  # (B, heads, P, windows)
+    share = torch.sigmoid(z - z_windows)
+    outer = outer.softmax(dim=-1) * ((1 - share) / share.shape[-1])[..., None]
+    return (inner.softmax(dim=-1) * share.mean(dim=-1, keepdim=True)) @ prompt_v + outer.flatten(-2) @ v
+
+
+class WindowAttention(torch.autograd.Function):
+    """softmax(scale · q [prompt_k, k]ᵀ + [0, bias]) [prompt_v, v] inside windows, (B, heads, windows · N, d).
+
+    qkv: (3, B, heads, windows · N, d). prompt_k, prompt_v: (1 or B, heads, P, d), the same for all windows. bias:
+    (heads, windows or 1, N, N), a constant. The product with the prompts is one for all windows of an image.
+
+    Backward with weights A, gradient G and output O: dS = scale · A ∘ (G [prompt_v, v]ᵀ − rowsum(G ∘ O)).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, prompt_k: Tensor, prompt_v: Tensor, bias: Tensor, scale: float) -> Tensor:
+        _, b, heads, rows, d = qkv.shape
+        n, p = bias.shape[-1], prompt_k.shape[2]
+        windows = b * heads * (rows // n)  # of all images and heads
+        q, k, v = qkv.view(3, windows, n, d).unbind(0)
+        to_prompts = qkv[0] @ prompt_k.transpose(-1, -2)  # (B, heads, R, P)
+        to_window = torch.bmm(q, k.transpose(1, 2)).view(b, heads, rows // n, n, n)
+        if torch.compiler.is_compiling():
+            window_scores = torch.add(bias, to_window, alpha=scale).view(b, heads, rows, n)
+            scores = torch.cat([to_prompts * scale, window_scores], dim=-1)
+        else:
+            scores = qkv.new_empty(b, heads, rows, p + n)
+            torch.mul(to_prompts, scale, out=scores[..., :p])
+            torch.add(bias, to_window, alpha=scale, out=scores.view(b, heads, rows // n, n, p + n)[..., p:])
+        weights = scores.softmax(dim=-1)
+        on_prompts, on_window = weights[..., :p], weights.view(windows, n, p + n)[..., p:]
+        if any(ctx.needs_input_grad):
+            on_prompts, on_window = on_prompts.contiguous(), on_window.contiguous()
+        out = on_prompts @ prompt_v
+        out.view_as(q).baddbmm_(on_window, v)
+        ctx.save_for_backward(qkv, prompt_k, prompt_v, on_prompts, on_window, out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, prompt_k, prompt_v, on_prompts, on_window, out = ctx.saved_tensors
+        q, k, v = qkv.view(3, *on_window.shape[:2], qkv.shape[-1]).unbind(0)
+        grad = grad.contiguous()
+        scaled = grad * ctx.scale
+        inner = (scaled * out).sum(dim=-1, keepdim=True)  # (B, heads, R, 1)
+        to_prompts = (scaled @ prompt_v.transpose(-1, -2)).sub_(inner).mul_(on_prompts)
+        d_qkv = d_prompt_k = d_prompt_v = None
+        if ctx.needs_input_grad[0]:
+            to_window = torch.bmm(scaled.view_as(q), v.transpose(1, 2))
+            to_window.sub_(inner.view(*on_window.shape[:2], 1)).mul_(on_window)
+            d_qkv = torch.empty_like(qkv)
+            dq, dk, dv = d_qkv.view(3, *q.shape).unbind(0)
+            torch.matmul(to_prompts, prompt_k, out=d_qkv[0])
+            dq.baddbmm_(to_window, k)
+            torch.bmm(to_window.transpose(1, 2), q, out=dk)
+            torch.bmm(on_window.transpose(1, 2), grad.view_as(q), out=dv)
+        if ctx.needs_input_grad[1]:
+            d_prompt_k = (to_prompts.transpose(-1, -2) @ qkv[0]).sum_to_size(prompt_k.shape)
+        if ctx.needs_input_grad[2]:
+            d_prompt_v = (on_prompts.transpose(-1, -2) @ grad).sum_to_size(prompt_v.shape)
+        return d_qkv, d_prompt_k, d_prompt_v, None, None
+
+
+class Permute(torch.autograd.Function):
+    """Rows of x (B, T, C) in another order; the gradient comes back by the inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, back)
+        return select_rows(x, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, back = ctx.saved_tensors
+        return Permute.apply(grad, back, rows), None, None
+
+
+def select_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x[:, rows] for x (B, T, C), by copying whole rows."""
+    b, t, c = x.shape
+    flat = (torch.arange(b, device=x.device)[:, None] * t + rows).flatten()
+    return x.reshape(b * t, c).index_select(0, flat).view(b, len(rows), c)
+
+
+def reorder(x: Tensor, layout: Layout) -> Tensor:
+    """x (B, T, C) in the order of the block before → the block's own; behind a merging (B, 4T', C)."""
+    if layout.rows is None:
+        return x
+    if layout.back is None:
+        return torch.cat([x, x.new_zeros(x.shape[0], 1, x.shape[2])], dim=1).index_select(1, layout.rows)
+    return Permute.apply(x, layout.rows, layout.back)

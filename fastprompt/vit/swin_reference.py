@@ -1,0 +1,141 @@
+"""VPT's forward of a prompted Swin transformer, written plainly: the oracle and the baseline of the faster one.
+
+Prompt tokens stand in front of the patches, [prompts, patches]. Every window attends to a copy of them, with
+relative-position bias and mask 0 on prompt rows and columns; the copies' outputs are averaged over the windows. At
+patch merging, where four patches are joined on channels, a prompt is joined with itself four times. Deep prompts
+replace the rows before every block.
+
+The published shallow Swin averages over windows of other images too when a batch has more than one (its prompt copies
+are in window-major order, its windows in batch-major). Here each image has its own mean, which is theirs at batch 1.
+For Swin v2, which VPT does not define, the same rules are applied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastprompt.vit import reference
+from fastprompt.vit.reference import Sequence, mlp, read_out
+from fastprompt.vit.swin import FrozenSwin, Merge, Pair, SwinBlock, padded, partition
+
+if TYPE_CHECKING:
+    from fastprompt.generators.base import Draws, PromptGenerator
+
+__all__ = ["FeatureMap", "embed", "encode", "read_out"]
+
+SMALL_SCORES = 2**18
+
+
+@dataclasses.dataclass
+class FeatureMap(Sequence):
+    """Tokens (B, P + H·W, C): prompts, then the patches of an H × W grid row by row."""
+
+    grid: Pair = (0, 0)
+
+    def with_prompts(self, prompts: Tensor, prompts_last: bool = False) -> FeatureMap:
+        """The same patches with `prompts` (1 or B, P, C) in place of the former ones.
+
+        Always first: attention and means do not see the order.
+        """
+        rows = prompts.to(self.tokens.dtype).expand(self.tokens.shape[0], -1, -1)
+        return FeatureMap(torch.cat([rows, self.patches], dim=1), 0, prompts.shape[1], grid=self.grid)
+
+
+def embed(vit: FrozenSwin, images: Tensor) -> FeatureMap:
+    """Normalised images (B, 3, H, W) → patches; Swin has no position embedding here."""
+    sequence = reference.embed(vit, images)
+    p = vit.patch_size
+    return FeatureMap(sequence.tokens, 0, grid=(images.shape[2] // p, images.shape[3] // p))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None) -> Tensor:
+    """softmax(scale · q kᵀ + bias) v for (B, heads, S, d), by the faster of PyTorch's two ways.
+
+    In 16 bits on a CPU, plain matrix products are faster than the fused kernel while a window has few scores.
+    """
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) \
+            and q.shape[2] * k.shape[2] <= SMALL_SCORES:
+        scores = (q if scale == 1 else q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias
+        return torch.softmax(scores, dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+def attention(block: SwinBlock, x: Tensor, num_prompts: int, grid: Pair) -> Tensor:
+    """Window attention over x (B, P + H·W, C), heads joined and projected."""
+    prompts, patches = x[:, :num_prompts], x[:, num_prompts:].unflatten(1, grid)
+    if any(block.shift):
+        patches = torch.roll(patches, (-block.shift[0], -block.shift[1]), (1, 2))
+    whole = padded(grid, block.window)
+    patches = F.pad(patches, (0, 0, 0, whole[1] - grid[1], 0, whole[0] - grid[0]))
+    windows = partition(patches, block.window)  # (B, windows, N, C)
+    num_windows = windows.shape[1]
+    if num_prompts:
+        windows = torch.cat([prompts[:, None].expand(-1, num_windows, -1, -1), windows], dim=2)
+    qkv = block.qkv(windows).unflatten(-1, (3, block.num_heads, block.head_dim)).permute(3, 0, 1, 4, 2, 5)
+    q, k, v = qkv.unbind(0)  # (B, windows, heads, P + N, d)
+    if block.logit_scale is not None:
+        q, k = F.normalize(q, dim=-1) * block.logit_scale, F.normalize(k, dim=-1)
+    bias = F.pad(block.attention_bias(grid), (num_prompts, 0, num_prompts, 0))  # (windows or 1, heads, P + N, P + N)
+    shape, scale = q.shape, None if block.logit_scale is None else 1.0
+    if len(bias) == 1:
+        x = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias, scale)
+    else:
+        x = attend(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias.flatten(0, 1), scale)
+    x = block.proj(x.view(shape).transpose(2, 3).flatten(3))  # (B, windows, P + N, C)
+    patches = reverse(x[:, :, num_prompts:], block.window, whole)[:, :grid[0], :grid[1]]
+    if any(block.shift):
+        patches = torch.roll(patches, block.shift, (1, 2))
+    patches = patches.flatten(1, 2)
+    return torch.cat([x[:, :, :num_prompts].mean(dim=1), patches], dim=1) if num_prompts else patches
+
+
+def reverse(windows: Tensor, window: Pair, grid: Pair) -> Tensor:
+    """(B, windows, N, C) → (B, H, W, C), the inverse of `partition`."""
+    b, _, _, c = windows.shape
+    x = windows.reshape(b, grid[0] // window[0], grid[1] // window[1], *window, c)
+    return x.permute(0, 1, 3, 2, 4, 5).reshape(b, *grid, c)
+
+
+def run_block(block: SwinBlock, x: FeatureMap) -> FeatureMap:
+    """One block over prompts and patches."""
+    tokens = x.tokens
+    if block.post_norm:
+        tokens = tokens + block.norm1(attention(block, tokens, x.num_prompts, x.grid))
+        tokens = tokens + block.norm2(mlp(block.mlp, tokens))
+    else:
+        tokens = tokens + attention(block, block.norm1(tokens), x.num_prompts, x.grid)
+        tokens = tokens + mlp(block.mlp, block.norm2(tokens))
+    return dataclasses.replace(x, tokens=tokens)
+
+
+def merge_patches(merge: Merge, x: FeatureMap) -> FeatureMap:
+    """Patch merging: 2 × 2 patches, odd sides zero-padded, and each prompt four times, joined on channels."""
+    (h, w), patches = x.grid, x.patches.unflatten(1, x.grid)
+    patches = F.pad(patches, (0, 0, 0, w % 2, 0, h % 2))
+    grid = ((h + 1) // 2, (w + 1) // 2)
+    patches = patches.unflatten(2, (grid[1], 2)).unflatten(1, (grid[0], 2))  # (B, H/2, 2, W/2, 2, C)
+    patches = patches.permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)  # (B, H/2 · W/2, 4C)
+    if x.num_prompts:
+        patches = torch.cat([x.prompts.repeat(1, 1, 4), patches], dim=1)
+    return FeatureMap(merge(patches), 0, x.num_prompts, grid=grid)
+
+
+def encode(vit: FrozenSwin, images: Tensor, generator: PromptGenerator | None = None, context: Any = None,
+           draws: Draws | None = None, embedded: FeatureMap | None = None) -> FeatureMap:
+    """Normalised images (B, 3, H, W) → the last block's output, final norm applied, prompts among the tokens.
+
+    Arguments as for `reference.encode`.
+    """
+    x = embed(vit, images) if embedded is None else embedded
+    for i, (block, merge) in enumerate(zip(vit.blocks, vit.merges, strict=True)):
+        if merge is not None:
+            x = merge_patches(merge, x)
+        if generator is not None and i in generator.layers:
+            x = x.with_prompts(generator.plain_prompts(i, context, x.patches, draws))
+        x = run_block(cast(SwinBlock, block), x)
+    return x if vit.norm is None else dataclasses.replace(x, tokens=vit.norm(x.tokens))
