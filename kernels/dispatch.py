@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: asked for with `use_backend`, decided by device and installation, and recorded."""
+"""Which implementation of an op runs: asked for with `use_backend`, decided by device and installation, recorded."""
 
 from __future__ import annotations
 
