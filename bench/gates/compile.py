@@ -135,6 +135,18 @@ def jobs_of(spec: ModuleType, module: ModuleType, parts: tuple[str, ...]) -> lis
     return list(found.values())
 
 
+def reachable(table: tuple[Any, ...], i: int, part: str, dtype: str) -> bool:
+    """Whether row `i` can be picked on a part for a dtype: a row may be for elements of `bits`, or hidden by one above."""
+    bits = 8 * getattr(torch, dtype).itemsize
+
+    def takes(row: Any) -> bool:
+        return (not row.families or part.startswith(row.families)) and bits <= row.limits.get("bits", bits)
+
+    return takes(table[i]) and not any(
+        takes(above) and all(name == "bits" or table[i].limits.get(name, limit + 1) <= limit
+                             for name, limit in above.limits.items()) for above in table[:i])
+
+
 def main(op: str, *parts: str) -> None:
     torch.set_num_threads(1)
     spec = load_spec(op)
@@ -142,8 +154,9 @@ def main(op: str, *parts: str) -> None:
     JOBS.extend(jobs_of(spec, module, parts or tuple(PARTS)))
     with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
         rows = list(pool.map(build, range(len(JOBS))))
-    needed = [[kernel, i, part] for kernel, table in module.TABLES.items() for i, row in enumerate(table)
-              for part in (parts or tuple(PARTS)) if not row.families or part.startswith(row.families)]
+    needed = [[kernel, i, part, dtype] for kernel, table in module.TABLES.items() for i in range(len(table))
+              for part in (parts or tuple(PARTS)) for dtype in ("float32", "float16", "bfloat16")
+              if reachable(table, i, part, dtype)]
     grids = [{"case": case.name, "kernel": launch.kernel, "row": launch.row, "batch": batch, "grid": launch.grid,
               "programs": launch.programs, "part": part,
               "few": case.name in spec.FEW_PROGRAMS.get(launch.kernel, ())}

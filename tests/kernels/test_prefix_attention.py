@@ -93,7 +93,7 @@ def test_empty_batch() -> None:
         ({"q": torch.zeros(B, H, R, D + 1)}, "q must be"),
         ({"q": torch.zeros(B, H + 1, R, D)}, "q must be"),
         ({"prefix_v": None}, "prefix_k and prefix_v must be given together"),
-        ({"prefix_k": torch.zeros(3, H, P, D)}, r"prefix_k must be \(1 or 2, 3, P, 8\), got \(3, 3, 6, 8\)"),
+        ({"prefix_k": torch.zeros(3, H, P, D)}, r"prefix_k must be \(n, 3, P, 8\) with n dividing 2, got \(3, 3, 6, 8\)"),
         ({"prefix_v": torch.zeros(B, H, P, D + 1).double()}, "prefix_v must be"),
         ({"prefix_v": torch.zeros(B, H, P + 1, D).double()}, "prefix_v must have the shape of prefix_k"),
         (
