@@ -49,6 +49,15 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float(difference.abs().max()) if difference.numel() else 0.0
 
 
+def same(found: Tensor | None, expected: Tensor | None, tolerance: float) -> None:
+    """Assert that two tensors of one dtype and shape differ by at most `tolerance` of the largest value."""
+    assert found is not None
+    assert expected is not None
+    assert found.dtype == expected.dtype
+    worst, scale = error(found.detach(), expected.detach().double()), float(expected.detach().abs().max())
+    assert worst <= tolerance * scale, f"differs by {worst}, largest value {scale}"
+
+
 def compare(case: Case, dtype: torch.dtype, module: ModuleType, watch: Watch) -> list[dict[str, Any]]:
     """One row per output and gradient: error, budget, PyTorch's error."""
     generator = torch.Generator().manual_seed(0)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
+from interpret import same
 from kernel_bytes import formula as formula
 from spec import Case, Draw, Inputs
 from torch import Tensor
 
-from fastprompt.kernels.library_prompts import reference
+from fastprompt.kernels import dispatch
+from fastprompt.kernels.dispatch import use_backend
+from fastprompt.kernels.library_prompts import library_prompts, reference
 
 MODULE = "fastprompt.kernels.library_prompts.triton"
 
@@ -101,8 +104,114 @@ def check_extreme_logits(module: ModuleType) -> None:
     assert prompts[0, 2].isnan().all()
 
 
+def check_far_rows_need_64_bit_offsets(module: ModuleType) -> None:
+    stride, k, d = 2**29, 2, 16
+    sequence = torch.empty(4 * stride + 8 * d, dtype=torch.float16).as_strided((5, 8, d), (stride, d, 1))
+    logits, library = torch.randn(5, k, 6).half(), torch.randn(6, d).half()
+    module.library_prompts(logits, library, "softmax", sequence, 3)
+    assert torch.equal(sequence[:, 3:3 + k], module.library_prompts(logits, library, "softmax"))
+
+
+def check_mixed_dtypes_under_autocast(module: ModuleType) -> None:
+    logits = torch.randn(2, 3, 20).bfloat16().requires_grad_()
+    library = torch.randn(20, 6, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module.library_prompts(logits, library, "softmax")
+        found.square().sum().backward()
+    grads = logits.grad, library.grad
+    logits.grad = library.grad = None
+    expected = reference.library_prompts(logits, library, "softmax")
+    expected.square().sum().backward()
+    same(found, expected, 1e-6)
+    same(grads[0], logits.grad, 2**-7)
+    same(grads[1], library.grad, 1e-5)
+
+
+def check_frozen_inputs_cost_no_launch(module: ModuleType) -> None:
+    logits, library = torch.randn(1, 2, 9, requires_grad=True), torch.randn(9, 4)
+    module.library_prompts(logits, library, "softmax").sum().backward()
+    assert logits.grad is not None
+    assert library.grad is None
+
+
+def check_registration(module: ModuleType) -> None:
+    logits, library = torch.randn(4, 7, 3).permute(2, 0, 1), torch.randn(6, 7).t()
+    sequence = torch.randn(3, 8, 6)
+    for softmax in (True, False):
+        prompts, rows = torch.ops.fastprompt.library_prompts(logits, library, softmax)
+        ops = torch.ops.fastprompt
+        for op, arguments in (
+            (ops.library_prompts, (logits, library, softmax)),
+            (ops.library_prompts_into, (sequence, logits, library, 2, softmax)),
+            (ops.library_prompts_grad_logits, (torch.randn(3, 4, 6), logits, library, prompts, rows, softmax)),
+            (ops.library_prompts_grad_library, (torch.randn(3, 4, 6), logits, library, rows, softmax)),
+        ):
+            torch.library.opcheck(op.default, arguments)
+
+
+def check_compiles_in_one_graph(module: ModuleType) -> None:
+    def step(logits: Tensor, library: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:
+        fresh = library_prompts(2 * logits, library)
+        return fresh, library_prompts(logits, library, "sigmoid", out=2 * sequence, slot=1)
+
+    leaves = [torch.randn(size, requires_grad=True) for size in ((2, 3, 9), (9, 4), (2, 5, 4))]
+    results = []
+    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        with use_backend("triton"):
+            fresh, sequence = call(*leaves)
+        results.append([fresh, sequence, *torch.autograd.grad((fresh**2).sum() + (sequence**3).sum(), leaves)])
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+    assert dispatch.choices["library_prompts"].backend == "triton"
+
+
 CHECKS = [check_weights_sum_to_one, check_shift_of_the_logits_changes_nothing, check_certain_selection_returns_the_row,
-          check_order_of_the_library_changes_nothing, check_extreme_logits]
+          check_order_of_the_library_changes_nothing, check_extreme_logits, check_far_rows_need_64_bit_offsets,
+          check_mixed_dtypes_under_autocast, check_frozen_inputs_cost_no_launch, check_registration,
+          check_compiles_in_one_graph]
 MUTATIONS = [
     ("lowest instead of highest", "tl.maximum(top, tl.max(a, axis=1))", "tl.minimum(top, tl.max(a, axis=1))"),
+    ("no shift", "w = tl.exp(a - shift[:, None])", "w = tl.exp(a)"),
+    ("rows of -inf unguarded", 'tl.where(higher == float("-inf"), 0.0, higher)', "higher"),
+    ("sum not rescaled", "total = total * rescale + tl.sum(w, axis=1)", "total = total + tl.sum(w, axis=1)"),
+    ("accumulator not rescaled", "acc = acc * rescale[:, None]", "acc = acc * 1.0"),
+    ("maximum not carried", "            top = higher\n", ""),
+    ("not divided by the sum", "acc = acc / total[:, None]", "acc = acc * 1.0"),
+    ("library tokens beyond M", "(m[:, None] < M) & (d[None, :] < D), other=0.0)", "(d[None, :] < D), other=0.0)"),
+    ("logits beyond M",
+     "(m[None, :] < M),\n                    other", "(m[None, :] >= 0),\n                    other"),
+    ("logits beyond M count as 0", """other=float("-inf")).to(tl.float32)  # (R, M)
+        tokens""", """other=0.0).to(tl.float32)  # (R, M)
+        tokens"""),
+    ("stores beyond D", "mask=(r[:, None] < R) & (d[None, :] < D))\n\n\n@", "mask=(r[:, None] < R))\n\n\n@"),
+    ("swapped strides of the library", "tokens = tl.load(library + m[:, None] * stride_lm + d[None, :] * stride_ld",
+     "tokens = tl.load(library + m[:, None] * stride_ld + d[None, :] * stride_lm"),
+    ("wrong stride of the prompts",
+     "tl.store(prompts + b[:, None] * stride_pb + k[:, None] * stride_pk",
+     "tl.store(prompts + b[:, None] * stride_pb + k[:, None] * stride_ak"),
+    ("32-bit offsets", "(r // K).to(tl.int64)", "(r // K)"),
+    ("sigmoid without minus", "            w = tl.sigmoid(a)\n        acc = tl.dot(w.to(tokens",
+     "            w = tl.sigmoid(-a)\n        acc = tl.dot(w.to(tokens"),
+    ("one slot further", "library, sequence[:, slot:slot + logits", "library, sequence[:, slot + 1:slot + 1 + logits"),
+    ("backward: sign of delta", "da = w * (dw - delta[:, None])", "da = w * (dw + delta[:, None])"),
+    ("backward: no delta", "da = w * (dw - delta[:, None])", "da = w * dw"),
+    ("backward: delta of the last columns", "delta += tl.sum(g", "delta = tl.sum(g"),
+    ("backward: derivative of the sigmoid", "da = w * (1.0 - w) * dw", "da = w * dw"),
+    ("backward: sum of the row forgotten", "w = tl.exp(a - highest[:, None]) / total[:, None]\n        da",
+     "w = tl.exp(a - highest[:, None])\n        da"),
+    ("backward: library's weights not normalised", "w = tl.exp(a - highest[:, None]) / total[:, None]\n        else",
+     "w = tl.exp(a - highest[:, None])\n        else"),
+    ("backward: rows beyond R", """mask=(r[:, None] < R) & (d[None, :] < D), other=0.0)  # (R, D)
+        if SOFTMAX:
+            highest""", """mask=(d[None, :] < D), other=0.0)  # (R, D)
+        if SOFTMAX:
+            highest"""),
+    ("backward: only the last rows", "acc = tl.dot(tl.trans(w.to(g.dtype)), g, acc,",
+     "acc = tl.dot(tl.trans(w.to(g.dtype)), g,"),
+    ("backward: stored transposed", "grad_library + m.to(tl.int64)[:, None] * D + d[None, :]",
+     "grad_library + m.to(tl.int64)[:, None] + d[None, :] * M"),
+    ("backward: slots keep their gradient", "            before[:, ctx.slot:ctx.slot + k] = 0\n", ""),
+    ("backward: gradient of the first rows", "(ctx, grad[:, ctx.slot:ctx.slot + k])", "(ctx, grad[:, :k])"),
+    ("backward: prompts of the first rows", "prompts = prompts[:, ctx.slot:ctx.slot + logits.shape[1]]",
+     "prompts = prompts[:, :logits.shape[1]]"),
 ]
