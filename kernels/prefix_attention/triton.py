@@ -28,27 +28,27 @@ TABLES = {
     "_prefix_attention_fwd": (
         Tiles({"BLOCK_R": 16, "BLOCK_P": 32, "BLOCK_T": 64}, limits={"bits": 16, "R": 16}),
         Tiles({"BLOCK_R": 64, "BLOCK_P": 32, "BLOCK_T": 64}, limits={"bits": 16}),
-        Tiles({"BLOCK_R": 16, "BLOCK_P": 16, "BLOCK_T": 16}, num_stages=1, limits={"R": 16}),
-        Tiles({"BLOCK_R": 32, "BLOCK_P": 16, "BLOCK_T": 16}, num_stages=1),
+        Tiles({"BLOCK_R": 32, "BLOCK_P": 16, "BLOCK_T": 32}, num_warps=8, num_stages=1, limits={"D": 64}),
+        Tiles({"BLOCK_R": 16, "BLOCK_P": 16, "BLOCK_T": 16}, num_warps=8, num_stages=1),
     ),
     "_prefix_attention_bwd_queries": (
         Tiles({"BLOCK_R": 16, "BLOCK_P": 32, "BLOCK_T": 64}, limits={"bits": 16, "R": 16}),
-        Tiles({"BLOCK_R": 64, "BLOCK_P": 32, "BLOCK_T": 32}, limits={"bits": 16}),
-        Tiles({"BLOCK_R": 32, "BLOCK_P": 16, "BLOCK_T": 32}, num_warps=8, num_stages=1, limits={"D": 64}),
+        Tiles({"BLOCK_R": 64, "BLOCK_P": 32, "BLOCK_T": 32}, num_stages=3, limits={"bits": 16}),
+        Tiles({"BLOCK_R": 16, "BLOCK_P": 16, "BLOCK_T": 32}, num_warps=8, num_stages=1, limits={"D": 64}),
         Tiles({"BLOCK_R": 16, "BLOCK_P": 16, "BLOCK_T": 16}, num_warps=8, num_stages=1),
     ),
     "_prefix_attention_bwd_tokens": (
         Tiles({"BLOCK_R": 32, "BLOCK_T": 64}, limits={"bits": 16, "D": 64}),
-        Tiles({"BLOCK_R": 32, "BLOCK_T": 32}, families=("gfx",)),
+        Tiles({"BLOCK_R": 16, "BLOCK_T": 32}, num_stages=1, families=("gfx",)),
         Tiles({"BLOCK_R": 32, "BLOCK_T": 64}, num_warps=8, limits={"bits": 16}),
-        Tiles({"BLOCK_R": 32, "BLOCK_T": 32}, num_warps=8, num_stages=1),
+        Tiles({"BLOCK_R": 32, "BLOCK_T": 16}, num_warps=8, num_stages=1),
     ),
     "_prefix_attention_bwd_prefix": (
-        Tiles({"BLOCK_R": 32, "BLOCK_P": 16}, limits={"bits": 16}),
+        Tiles({"BLOCK_R": 64, "BLOCK_P": 16}, limits={"bits": 16}),
         Tiles({"BLOCK_R": 32, "BLOCK_P": 16}, num_stages=1, families=("gfx",)),
         Tiles({"BLOCK_R": 32, "BLOCK_P": 16}, num_warps=8, num_stages=1),
     ),
-    "_prefix_attention_sum_runs": (Tiles({"BLOCK": 128}, num_warps=1),),
+    "_prefix_attention_sum_runs": (Tiles({"BLOCK": 256}, num_warps=1),),
 }
 
 
@@ -268,8 +268,7 @@ def _fresh(b: int, h: int, rows: int, like: Tensor, dtype: torch.dtype | None = 
 def _run_length(prefix: Tensor, images: int, block: int) -> int:
     """How many of the images that share a prefix are summed by one program: as many as leave PROGRAMS programs."""
     n, h, p, _ = prefix.shape
-    group = max(images // n, 1)
-    return triton.cdiv(group, min(group, triton.cdiv(PROGRAMS, n * h * triton.cdiv(p, block))))
+    return max(images // n // triton.cdiv(PROGRAMS, n * h * triton.cdiv(p, block)), 1)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, bias: Tensor | None,
@@ -278,7 +277,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v:
     (b, h, r, d), t = q.shape, k.shape[2]
     if out.numel():
         sources = _sources(k, v, prefix_k, prefix_v, bias)
-        row = pick(TABLES["_prefix_attention_fwd"], q.device, bits=8 * q.itemsize, R=r)
+        row = pick(TABLES["_prefix_attention_fwd"], q.device, bits=8 * q.itemsize, R=r, D=d)
         with torch.cuda.device_of(q):
             _prefix_attention_fwd[(triton.cdiv(r, row.sizes["BLOCK_R"]) * h * b,)](
                 q, *sources, out, lse, h, r, t, *_counts(b, sources, bias), scale, *_strides(q, *sources),
