@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import re
@@ -55,7 +56,7 @@ def inspect_cuda(binary: bytes) -> dict[str, Any]:
             ran = subprocess.run([str(TOOLS / command[0]), *command[1:], str(path)], capture_output=True, text=True)
             return ran.stdout
 
-        usage, code = tool("cuobjdump", "--dump-resource-usage"), tool("nvdisasm", "-c")
+        usage, code = tool("cuobjdump", "--dump-resource-usage"), tool("nvdisasm", "-ndf", "-c")
     fields = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     opcodes = Counter(OPCODE.findall(code))
     wide = sum(n for op, n in opcodes.items() if re.match(r"(LDG|LDGSTS|STG)\b.*\.128", op) or op.startswith("UTMA"))
@@ -71,8 +72,8 @@ def inspect_hip(code: str) -> dict[str, Any]:
     opcodes = Counter(re.findall(r"^\s+((?:v|s|ds|global|buffer|flat|scratch)_\w+)", code, re.MULTILINE))
     memory = {op: n for op, n in opcodes.items() if re.match(r"(global|buffer|flat)_(load|store)", op)}
     wide = sum(n for op, n in memory.items() if "dwordx4" in op)
-    spilled = fields.get("vgpr_spill_count", 0) + fields.get("sgpr_spill_count", 0) \
-        + fields.get("private_segment_fixed_size", 0)
+    # scalar registers spill into lanes of vector registers, not into memory
+    spilled = 4 * fields.get("vgpr_spill_count", 0) + fields.get("private_segment_fixed_size", 0)
     return {"registers": fields["vgpr_count"], "spilled": spilled, "opcodes": opcodes, "wide": wide,
             "narrow": sum(memory.values()) - wide}
 
@@ -89,7 +90,8 @@ def build(index: int) -> dict[str, Any]:
     """Compile one of JOBS, a launch for one part, and read the code back."""
     part, dtype, launch = JOBS[index]
     options = dict(launch.options)
-    named = repr((triton.__version__, part, launch.function.cache_key, launch.key)) + Path(__file__).read_text()
+    reading = "".join(map(inspect.getsource, (inspect_cuda, inspect_hip, build)))
+    named = repr((triton.__version__, part, launch.function.cache_key, launch.key)) + reading
     kept = CACHE / f"{hashlib.sha256(named.encode()).hexdigest()}.json"
     if kept.exists():
         return json.loads(kept.read_text())
@@ -136,7 +138,7 @@ def jobs_of(spec: ModuleType, module: ModuleType, parts: tuple[str, ...]) -> lis
 
 
 def reachable(table: tuple[Any, ...], i: int, part: str, dtype: str) -> bool:
-    """Whether row `i` can be picked on a part for a dtype: a row may be for elements of `bits`, or hidden by one above."""
+    """Whether row `i` can be picked on a part for a dtype: a row may be for narrow elements, or hidden by one above."""
     bits = 8 * getattr(torch, dtype).itemsize
 
     def takes(row: Any) -> bool:
@@ -157,12 +159,13 @@ def main(op: str, *parts: str) -> None:
     needed = [[kernel, i, part, dtype] for kernel, table in module.TABLES.items() for i in range(len(table))
               for part in (parts or tuple(PARTS)) for dtype in ("float32", "float16", "bfloat16")
               if reachable(table, i, part, dtype)]
-    grids = [{"case": case.name, "kernel": launch.kernel, "row": launch.row, "batch": batch, "grid": launch.grid,
-              "programs": launch.programs, "part": part,
-              "few": case.name in spec.FEW_PROGRAMS.get(launch.kernel, ())}
-             for batch in (1, 32, 128) for case in spec.at_size(batch) for part in ("sm_80", "sm_90")
-             for launch in capture(case, module, torch.bfloat16, part)]
-    json.dump({"builds": rows, "needed": needed, "grids": grids}, sys.stdout, indent=1)
+    grids = {(case.name, launch.kernel, batch, part): {
+                 "case": case.name, "kernel": launch.kernel, "row": launch.row, "batch": batch, "grid": launch.grid,
+                 "programs": launch.programs, "part": part, "bytes": spec.formula(launch.kernel, 2, case.sizes),
+                 "few": case.name in spec.FEW_PROGRAMS.get(launch.kernel, ())}
+             for batch in (1, 32, 128) for case in spec.at_size(batch) for part in (parts or tuple(PARTS))
+             for launch in capture(case, module, torch.bfloat16, part)}
+    json.dump({"builds": rows, "needed": needed, "grids": list(grids.values())}, sys.stdout, indent=1)
 
 
 if __name__ == "__main__":

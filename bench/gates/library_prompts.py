@@ -54,6 +54,7 @@ CASES = [
     case("slots, sigmoid", 2, 3, 20, 24, "sigmoid", slot=0),
     case("forty prompts", 2, 40, 40, 40),
     case("seventy prompts", 1, 70, 40, 70),
+    case("seventy prompts, gfx942", 1, 70, 70, 33, family="gfx942"),
     case("large library", 1, 2, 530, 70),
 ]
 TRAFFIC = [case(f"bytes, {activation}", 4, 16, 64, 128, activation, dtypes=("float16",))

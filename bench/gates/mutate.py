@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import resource
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +21,7 @@ from spec import load_spec
 
 from fastprompt.kernels.dispatch import interpreting
 
-SECONDS = 120
+SECONDS = 60  # of processor time
 
 
 def module_from(source: str, name: str, folder: str) -> ModuleType:
@@ -53,9 +54,7 @@ def in_a_fork(spec: ModuleType, source: str) -> str:
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        import signal
-
-        signal.alarm(SECONDS)
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         with os.fdopen(write, "w") as pipe:
             pipe.write(red(spec, source))
         os._exit(0)

@@ -22,7 +22,8 @@ TABLES = {
     "_library_prompts_fwd": (
         Tiles({"BLOCK_R": 16, "BLOCK_M": 64, "BLOCK_D": 64}, num_stages=3, limits={"K": 16}),
         Tiles({"BLOCK_R": 32, "BLOCK_M": 64, "BLOCK_D": 64}, num_warps=8, limits={"K": 64}),
-        Tiles({"BLOCK_R": 64, "BLOCK_M": 64, "BLOCK_D": 64}, num_warps=8),
+        Tiles({"BLOCK_R": 64, "BLOCK_M": 64, "BLOCK_D": 64}, num_warps=8, families=("gfx",)),
+        Tiles({"BLOCK_R": 64, "BLOCK_M": 32, "BLOCK_D": 64}, num_warps=8),
     ),
     "_library_prompts_bwd_logits": (
         Tiles({"BLOCK_R": 16, "BLOCK_M": 32, "BLOCK_D": 64}, num_stages=3, limits={"K": 16}),

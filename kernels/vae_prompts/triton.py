@@ -25,18 +25,20 @@ from fastprompt.kernels.vae_prompts.reference import LOGVAR_RANGE, Decoder
 
 TABLES = {
     "_vae_prompts_fwd": (
-        Tiles({"BLOCK_B": 16, "BLOCK_D": 64, "BLOCK_H": 64, "BLOCK_Z": 32}, limits={"B": 32}),
-        Tiles({"BLOCK_B": 32, "BLOCK_D": 64, "BLOCK_H": 64, "BLOCK_Z": 32}),
+        Tiles({"BLOCK_B": 16, "BLOCK_D": 64, "BLOCK_H": 64, "BLOCK_Z": 32}, limits={"bits": 16}),
+        Tiles({"BLOCK_B": 16, "BLOCK_D": 32, "BLOCK_H": 64, "BLOCK_Z": 32}),
     ),
     "_vae_prompts_bwd_decoder": (
-        Tiles({"BLOCK_B": 16, "BLOCK_D": 64, "BLOCK_H": 64, "BLOCK_Z": 32}, limits={"B": 16}),
-        Tiles({"BLOCK_B": 32, "BLOCK_D": 64, "BLOCK_H": 64, "BLOCK_Z": 32}),
+        Tiles({"BLOCK_B": 32, "BLOCK_D": 64, "BLOCK_H": 64, "BLOCK_Z": 32}, families=("gfx",), limits={"bits": 16}),
+        Tiles({"BLOCK_B": 32, "BLOCK_D": 32, "BLOCK_H": 64, "BLOCK_Z": 32}, limits={"bits": 16}),
+        Tiles({"BLOCK_B": 16, "BLOCK_D": 32, "BLOCK_H": 64, "BLOCK_Z": 32}),
     ),
     "_vae_prompts_bwd_latent": (
-        Tiles({"BLOCK_B": 16, "BLOCK_D": 64, "BLOCK_H": 64, "BLOCK_Z": 32}, num_stages=3),
+        Tiles({"BLOCK_B": 16, "BLOCK_D": 64, "BLOCK_H": 64, "BLOCK_Z": 32}, num_stages=3, limits={"bits": 16}),
+        Tiles({"BLOCK_B": 16, "BLOCK_D": 32, "BLOCK_H": 64, "BLOCK_Z": 32}),
     ),
     "_vae_prompts_bwd_hidden": (
-        Tiles({"BLOCK_B": 32, "BLOCK_H": 16, "BLOCK_Z": 32}),
+        Tiles({"BLOCK_B": 32, "BLOCK_H": 16, "BLOCK_Z": 32}, num_warps=2),
     ),
 }
 _LOW, _HIGH = tl.constexpr(LOGVAR_RANGE[0]), tl.constexpr(LOGVAR_RANGE[1])
@@ -62,8 +64,25 @@ def _normal(seed, i):
     u1 = (tl.where(second, w2, w0) >> 8).to(tl.float32) * 5.9604644775390625e-08
     u2 = (tl.where(second, w3, w1) >> 8).to(tl.float32) * 5.9604644775390625e-08
     radius = tl.sqrt_rn(-2.0 * tl.log(1.0 - u1))
-    angle = _TWO_PI * u2
-    return radius * tl.where((i % 2) == 0, tl.cos(angle), tl.sin(angle))
+    return radius * _wave(u2 * _TWO_PI, ((i + 1) % 2).to(tl.int32))
+
+
+@triton.jit
+def _wave(angle, quarter):
+    """sin(angle + quarter · π/2) for an angle in [0, 2π].
+
+    The library's sine keeps an array in local memory for huge arguments. Here the angle is reduced by π/2 in three
+    parts (Cody and Waite), whose products with 0 … 4 are exact, and Cephes' polynomials do the rest.
+    """
+    turns = (angle * 0.6366197723675814 + 0.5).to(tl.int32).to(tl.float32)
+    x = ((angle - turns * 1.5703125) - turns * 4.837512969970703125e-4) - turns * 7.54978995489188216e-8
+    square = x * x
+    sine = x + x * square * ((-1.9515295891e-4 * square + 8.3321608736e-3) * square - 1.6666654611e-1)
+    cosine = 1.0 - 0.5 * square + square * square * (
+        (2.443315711809948e-5 * square - 1.388731625493765e-3) * square + 4.166664568298827e-2)
+    quarter += turns.to(tl.int32)
+    value = tl.where((quarter & 1) == 0, sine, cosine)
+    return tl.where((quarter & 2) == 0, value, -value)
 
 
 @triton.jit
@@ -288,7 +307,7 @@ def _forward(stats: Tensor, weights: list[Tensor], domain: Tensor, seed: Tensor 
     if batch == 0:
         return prompts, kl
     instance = weights[2].shape[0] // d
-    row = pick(TABLES["_vae_prompts_fwd"], stats.device, B=batch, Z=z, H=h, D=d)
+    row = pick(TABLES["_vae_prompts_fwd"], stats.device, bits=8 * weights[2].element_size())
     decoders = _decoders(weights)
     group = layers // len(decoders)  # layers that a decoder serves: all or one
     for i, (w1, b1, w2, b2) in enumerate(decoders):
@@ -314,7 +333,8 @@ def _backward(grad: Tensor, grad_kl: Tensor, stats: Tensor, weights: list[Tensor
     instance = weights[2].shape[0] // d
     decoders, found, noise = _decoders(weights), _decoders(grad_weights), seed is not None
     group = layers // len(decoders)
-    rows = {name: pick(table, stats.device, B=batch, Z=z, H=h, D=d) for name, table in TABLES.items()}
+    bits = 8 * weights[2].element_size()
+    rows = {name: pick(table, stats.device, bits=bits) for name, table in TABLES.items()}
     hidden = stats.new_empty(batch, h, dtype=torch.float32)
     partial = stats.new_empty(batch, z, dtype=torch.float32) if len(decoders) > 1 else hidden
     for i, (w1, b1, w2, _) in enumerate(decoders):
