@@ -249,7 +249,7 @@ class _Fresh(torch.autograd.Function):
         return prompts
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *_gradients(ctx, grad), None
 
 
@@ -263,7 +263,7 @@ class _Into(torch.autograd.Function):
         return sequence
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         k = ctx.saved_tensors[0].shape[1]
         grads = _gradients(ctx, grad[:, ctx.slot:ctx.slot + k])
         before = None

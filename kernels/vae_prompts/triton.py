@@ -26,16 +26,16 @@ from fastprompt.kernels.vae_prompts.reference import LOGVAR_RANGE, Decoder
 TABLES = {
     "_vae_prompts_fwd": (
         Tiles({"BLOCK_B": 16, "BLOCK_D": 64, "BLOCK_H": 64, "BLOCK_Z": 32}, limits={"bits": 16}),
-        Tiles({"BLOCK_B": 16, "BLOCK_D": 32, "BLOCK_H": 64, "BLOCK_Z": 32}),
+        Tiles({"BLOCK_B": 16, "BLOCK_D": 32, "BLOCK_H": 32, "BLOCK_Z": 32}),
     ),
     "_vae_prompts_bwd_decoder": (
         Tiles({"BLOCK_B": 32, "BLOCK_D": 64, "BLOCK_H": 64, "BLOCK_Z": 32}, families=("gfx",), limits={"bits": 16}),
         Tiles({"BLOCK_B": 32, "BLOCK_D": 32, "BLOCK_H": 64, "BLOCK_Z": 32}, limits={"bits": 16}),
-        Tiles({"BLOCK_B": 16, "BLOCK_D": 32, "BLOCK_H": 64, "BLOCK_Z": 32}),
+        Tiles({"BLOCK_B": 16, "BLOCK_D": 32, "BLOCK_H": 32, "BLOCK_Z": 32}),
     ),
     "_vae_prompts_bwd_latent": (
         Tiles({"BLOCK_B": 16, "BLOCK_D": 64, "BLOCK_H": 64, "BLOCK_Z": 32}, num_stages=3, limits={"bits": 16}),
-        Tiles({"BLOCK_B": 16, "BLOCK_D": 32, "BLOCK_H": 64, "BLOCK_Z": 32}),
+        Tiles({"BLOCK_B": 16, "BLOCK_D": 32, "BLOCK_H": 32, "BLOCK_Z": 32}),
     ),
     "_vae_prompts_bwd_hidden": (
         Tiles({"BLOCK_B": 32, "BLOCK_H": 16, "BLOCK_Z": 32}, num_warps=2),
@@ -381,7 +381,7 @@ class _VAEPrompts(torch.autograd.Function):
         return _op(stats, weights, domain, seed)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
         stats, domain, seed, *weights = ctx.saved_tensors
         grad_stats, grad_domain, grad_weights = _op_backward(grad, grad_kl, stats, weights, domain, seed)
         return grad_stats, grad_domain, None, *grad_weights
