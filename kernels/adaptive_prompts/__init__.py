@@ -10,7 +10,7 @@ from fastprompt.kernels.adaptive_prompts import reference
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_WIDTH = 2048  # a block of whole rows has to stay in registers while their statistics are computed
+MAX_WIDTH = 1024  # without `stats`: a block of whole rows stays in registers while its statistics are computed
 MAX_HIDDEN = 64
 
 
@@ -62,7 +62,7 @@ def adaptive_prompts(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix
         raise ValueError("w1 and w2 must be given together")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if dispatch.choose("adaptive_prompts", tokens.device.type, _unsupported(tokens, mix, d, r)) == "triton":
+    if dispatch.choose("adaptive_prompts", tokens.device.type, _unsupported(tokens, mix, stats, d, r)) == "triton":
         from fastprompt.kernels.adaptive_prompts import triton
 
         return triton.adaptive_prompts(tokens, norm_weight, norm_bias, mix, bias, w1, w2, scale, activation, eps,
@@ -71,10 +71,10 @@ def adaptive_prompts(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix
                                       channel_mask, hidden_mask)
 
 
-def _unsupported(tokens: Tensor, mix: Tensor, d: int, r: int) -> str:
+def _unsupported(tokens: Tensor, mix: Tensor, stats: Tensor | None, d: int, r: int) -> str:
     """Why the Triton kernels cannot take this call; empty: they can."""
     if tokens.dtype not in DTYPES or mix.dtype not in DTYPES:
         return f"the kernels take float32, float16 and bfloat16, not {tokens.dtype} and {mix.dtype}"
-    if d > MAX_WIDTH or r > MAX_HIDDEN:
-        return f"the kernels take at most {MAX_WIDTH} channels and {MAX_HIDDEN} hidden units, not {d} and {r}"
-    return ""
+    if d > MAX_WIDTH and stats is None:
+        return f"without stats the kernels take at most {MAX_WIDTH} channels, not {d}"
+    return f"the kernels take at most {MAX_HIDDEN} hidden units, not {r}" if r > MAX_HIDDEN else ""

@@ -30,8 +30,9 @@ TABLES = {
         Tiles({"BLOCK_P": 32, "BLOCK_N": 16}, num_stages=1),
     ),
     "_adaptive_prompts_fwd": (
-        Tiles({"BLOCK_R": 16, "BLOCK_D": 128}, num_stages=1, limits={"bits": 16}),
-        Tiles({"BLOCK_R": 16, "BLOCK_D": 32}, num_stages=1),
+        Tiles({"BLOCK_R": 16, "BLOCK_D": 128}, num_stages=1, limits={"bits": 16, "H": 16}),
+        Tiles({"BLOCK_R": 16, "BLOCK_D": 32}, num_stages=1, limits={"H": 16}),
+        Tiles({"BLOCK_R": 16, "BLOCK_D": 64}, num_warps=8, num_stages=1),
     ),
     "_adaptive_prompts_bwd_prompts": (
         Tiles({"BLOCK_R": 16, "BLOCK_D": 128}, num_stages=1, limits={"bits": 16}),
@@ -39,9 +40,12 @@ TABLES = {
     ),
     "_adaptive_prompts_bwd_tokens": (
         Tiles({"BLOCK_P": 16, "BLOCK_N": 32, "BLOCK_D": 64}, num_stages=1, limits={"bits": 16}),
-        Tiles({"BLOCK_P": 16, "BLOCK_N": 16, "BLOCK_D": 32}, num_warps=8, num_stages=1),
+        Tiles({"BLOCK_P": 16, "BLOCK_N": 16, "BLOCK_D": 64}, num_warps=8, num_stages=1),
     ),
-    "_adaptive_prompts_bwd_weights": (Tiles({"BLOCK_R": 64, "BLOCK_D": 16}, num_warps=2, num_stages=1),),
+    "_adaptive_prompts_bwd_weights": (
+        Tiles({"BLOCK_R": 64, "BLOCK_D": 16}, num_warps=2, num_stages=1, limits={"H": 16}),
+        Tiles({"BLOCK_R": 32, "BLOCK_D": 16}, num_stages=1),
+    ),
     "_adaptive_prompts_sum_images": (Tiles({"BLOCK": 256}, num_warps=1),),
 }
 
@@ -372,7 +376,7 @@ def _forward(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix: Tensor
         _adaptive_prompts_mix[(b * triton.cdiv(p, row.sizes["BLOCK_P"]) * triton.cdiv(d, width),)](
             tokens, statistics, mix, mixed, sums, n, p, d, eps, *tokens.stride(), *mix.stride(), *statistics.stride(),
             GIVEN=stats is not None, BLOCK_D=width, **row.options)
-        row = pick(TABLES["_adaptive_prompts_fwd"], tokens.device, bits=8 * tokens.itemsize)
+        row = pick(TABLES["_adaptive_prompts_fwd"], tokens.device, bits=8 * tokens.itemsize, H=h)
         _adaptive_prompts_fwd[(triton.cdiv(b * p, row.sizes["BLOCK_R"]),)](
             mixed, sums, norm_weight, norm_bias, bias, w1, w2, scale, channel_mask, hidden_mask, prompts,
             b * p, p, d, h, factor, *_vectors(norm_weight, norm_bias, bias), *_strides(w1, 2), *_strides(w2, 2),
@@ -418,7 +422,7 @@ def _backward(grad: Tensor, tokens: Tensor, norm_weight: Tensor, norm_bias: Tens
         _adaptive_prompts_bwd_tokens[(b * triton.cdiv(n, row.sizes["BLOCK_N"]),)](
             tokens, stats, norm_weight, norm_bias, mix, dv, dtokens, parts, n, p, d, size, eps, *tokens.stride(),
             *stats.stride(), *vectors[:2], *mix.stride(), WANTED=wanted, **row.options)
-        row = pick(TABLES["_adaptive_prompts_bwd_weights"], tokens.device)
+        row = pick(TABLES["_adaptive_prompts_bwd_weights"], tokens.device, H=h)
         _adaptive_prompts_bwd_weights[(triton.cdiv(d, row.sizes["BLOCK_D"]),)](
             grad, mixed, sums, norm_weight, norm_bias, bias, scale, channel_mask, dv, dunits, units,
             dweight, dbias, dw1, dw2, b * p, p, d, h, factor, *grad.stride(), *vectors, *_strides(channel_mask, 2),
@@ -467,7 +471,7 @@ class _AdaptivePrompts(torch.autograd.Function):
         return prompts
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         bias, w1, scale = saved[4], saved[5], saved[7]
         dtokens, dweight, dnorm, dmix, rest, dw1, dw2 = _op_backward(grad, *saved[:8], *ctx.options, *saved[8:],

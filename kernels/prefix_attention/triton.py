@@ -44,8 +44,9 @@ TABLES = {
         Tiles({"BLOCK_R": 32, "BLOCK_T": 16}, num_warps=8, num_stages=1),
     ),
     "_prefix_attention_bwd_prefix": (
-        Tiles({"BLOCK_R": 64, "BLOCK_P": 16}, limits={"bits": 16}),
+        Tiles({"BLOCK_R": 64, "BLOCK_P": 16}, limits={"bits": 16, "D": 64}),
         Tiles({"BLOCK_R": 32, "BLOCK_P": 16}, num_stages=1, families=("gfx",)),
+        Tiles({"BLOCK_R": 32, "BLOCK_P": 16}, limits={"bits": 16}),
         Tiles({"BLOCK_R": 32, "BLOCK_P": 16}, num_warps=8, num_stages=1),
     ),
     "_prefix_attention_sum_runs": (Tiles({"BLOCK": 256}, num_warps=1),),
@@ -347,7 +348,7 @@ def _backward_prefix(grad: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor
     (n, h, p, d), b = prefix_k.shape, q.shape[0]
     if not dk.numel():
         return dk, dv
-    row = pick(TABLES["_prefix_attention_bwd_prefix"], q.device, bits=8 * q.itemsize)
+    row = pick(TABLES["_prefix_attention_bwd_prefix"], q.device, bits=8 * q.itemsize, D=d)
     run = _run_length(prefix_k, b, row.sizes["BLOCK_P"])
     runs = max(triton.cdiv(b // n, run), 1)
     parts = (dk, dv) if runs == 1 else tuple(_fresh(n * runs, h, p, x, torch.float32) for x in (prefix_k, prefix_v))
@@ -396,7 +397,7 @@ class _PrefixAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, prefix_k, prefix_v, bias, out, lse = ctx.saved_tensors
         dq = dk = dv = dpk = dpv = None
         if any(ctx.needs_input_grad[:3]):
