@@ -82,7 +82,6 @@ def at_size(batch: int) -> list[Case]:
     return [
         case("ViT-B", batch, 12, 197, 197, 10, 64, packed=True, compiled=("float32", "float16")),
         case("heads of 128", batch, 8, 197, 197, 50, 128, packed=True, compiled=("float32", "bfloat16")),
-        case("16 bits, heads of 128", batch, 8, 197, 197, 0, 128, packed=True, compiled=("float16",)),
         case("one query", batch, 16, 1, 257, 50, 80, n=batch, packed=True, compiled=("float16", "bfloat16")),
         case("Swin", 16 * batch, 8, 49, 49, 50, 32, n=batch, windows=16, packed=True, compiled=("bfloat16",)),
     ]
