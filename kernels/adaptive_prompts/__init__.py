@@ -42,6 +42,7 @@ def adaptive_prompts(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix
     Raises:
         TypeError: `tokens` is no floating-point tensor.
         ValueError: a shape or `activation` does not fit.
+        RuntimeError: `use_backend` asks for an implementation that cannot run.
     """
     if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
         raise TypeError(f"tokens must be a floating-point tensor, got {getattr(tokens, 'dtype', type(tokens))}")

@@ -18,7 +18,7 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None = 
 
     Args:
         q: (B, H, R, d). k, v: (B, H, T, d). Any strides: the Triton kernels read views of a packed (B, T, 3, H, d)
-            product in place, and copy only what has a head's numbers apart.
+            product in place.
         prefix_k, prefix_v: (n, H, P, d) with n dividing B, image b reads prefix b // (B / n): 1 is shared by all, B is
             one per image, and windows of Swin in image-major order share their image's; None: plain attention.
         bias: (W, H, R, T) with W dividing B, image b reads bias b % W; added to the scores of the tokens. Without
@@ -31,6 +31,7 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None = 
 
     Raises:
         ValueError: a shape or dtype does not fit.
+        RuntimeError: `use_backend` asks for an implementation that cannot run.
     """
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q must be (B, H, R, d) and k, v (B, H, T, d), got {tuple(q.shape)}, {tuple(k.shape)}, "
