@@ -42,21 +42,22 @@ def _attention_sum_runs(e: int, B: int, H: int, R: int, T: int, P: int, D: int, 
     return 2 * n * P * H * D * (4 * runs + e)
 
 
-def _vae_fwd(e: int, L: int, B: int, S: int, M: int, D: int, Z: int, H: int, noise: int) -> int:
+def _vae_fwd(e: int, L: int, B: int, S: int, M: int, D: int, Z: int, H: int, noise: int, n: int) -> int:
     decoder = Z * H + H + M * D * (H + 1)
     return e * (2 * B * Z + decoder + L * S * D + L * B * (S + M) * D) + 4 * B + 16 * noise
 
 
-def _vae_bwd_decoder(e: int, L: int, B: int, S: int, M: int, D: int, Z: int, H: int, noise: int) -> int:
+def _vae_bwd_decoder(e: int, L: int, B: int, S: int, M: int, D: int, Z: int, H: int, noise: int, n: int) -> int:
     decoder, summed = Z * H + H + M * D * (H + 1), B * M * D * (L > 1)
     return e * (L * B * (S + M) * D + 2 * B * Z + decoder + L * S * D + summed) + 16 * noise
 
 
-def _vae_bwd_latent(e: int, L: int, B: int, S: int, M: int, D: int, Z: int, H: int, noise: int) -> int:
-    return e * (B * M * D + M * D * H + Z * H + H + 4 * B * Z) + 4 * B * (1 + H) + 16 * noise
+def _vae_bwd_latent(e: int, L: int, B: int, S: int, M: int, D: int, Z: int, H: int, noise: int, n: int) -> int:
+    carried = 4 * B * Z * (n > 1)  # dz goes from one of n decoders' launches to the next
+    return e * (B * M * D + M * D * H + Z * H + H + 4 * B * Z) + 4 * B * (1 + H) + 16 * noise + carried
 
 
-def _vae_bwd_hidden(e: int, L: int, B: int, S: int, M: int, D: int, Z: int, H: int, noise: int) -> int:
+def _vae_bwd_hidden(e: int, L: int, B: int, S: int, M: int, D: int, Z: int, H: int, noise: int, n: int) -> int:
     return e * (2 * B * Z + Z * H + H) + 4 * B * H + 16 * noise
 
 

@@ -44,7 +44,7 @@ def case(name: str, layers: int, batch: int, static: int, instance: int, width: 
 
     grads = ("stats", "domain", *(f"{field}_{i}" for i in range(decoders) for field in Decoder._fields))
     sizes = {"L": layers // decoders, "B": batch, "S": static, "M": instance, "D": width, "Z": latent, "H": hidden,
-             "noise": int(noise)}
+             "noise": int(noise), "n": decoders}
     return Case(name, inputs,
                 lambda module, x: module.vae_prompts(x["stats"], decoders_of(x), x["domain"], x["seed"]),
                 lambda x: reference.vae_prompts(x["stats"], decoders_of(x), x["domain"], x["seed"]),

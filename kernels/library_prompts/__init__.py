@@ -42,12 +42,18 @@ def library_prompts(logits: Tensor, library: Tensor, activation: str = "softmax"
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     if out is not None:
         _check_out(out, logits, library, slot)
-    wide = torch.float64 in (logits.dtype, library.dtype)
-    if dispatch.choose("library_prompts", logits.device.type, "float64 is left to PyTorch" if wide else "") == "triton":
+    if dispatch.choose("library_prompts", logits.device.type, _unsupported(logits, library)) == "triton":
         from fastprompt.kernels.library_prompts import triton
 
         return triton.library_prompts(logits, library, activation, out, slot)
     return reference.library_prompts(logits, library, activation, out, slot)
+
+
+def _unsupported(logits: Tensor, library: Tensor) -> str:
+    """Why the Triton kernels cannot take this call; empty: they can."""
+    if torch.float64 in (logits.dtype, library.dtype):
+        return "float64 is left to PyTorch"
+    return "" if library.shape[0] else "the library is empty"
 
 
 def _check_out(out: Tensor, logits: Tensor, library: Tensor, slot: int) -> None:

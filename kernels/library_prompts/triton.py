@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastprompt.kernels.tiles import Tiles, pick
 
@@ -150,8 +151,9 @@ def _launch_forward(logits: Tensor, library: Tensor, prompts: Tensor, rows: Tens
         return
     row = pick(TABLES["_library_prompts_fwd"], logits.device, K=k, M=m, D=d)
     grid = (triton.cdiv(b * k, row.sizes["BLOCK_R"]), triton.cdiv(d, row.sizes["BLOCK_D"]))
-    _library_prompts_fwd[grid](logits, library, prompts, rows, b * k, k, m, d, *logits.stride(), *library.stride(),
-                               *prompts.stride(), SOFTMAX=softmax, **row.options)
+    with torch.cuda.device_of(logits):
+        _library_prompts_fwd[grid](logits, library, prompts, rows, b * k, k, m, d, *logits.stride(), *library.stride(),
+                                   *prompts.stride(), SOFTMAX=softmax, **row.options)
 
 
 def _forward(logits: Tensor, library: Tensor, softmax: bool) -> tuple[Tensor, Tensor]:
@@ -184,9 +186,10 @@ def _grad_logits(grad: Tensor, logits: Tensor, library: Tensor, prompts: Tensor,
     if out.numel():
         row = pick(TABLES["_library_prompts_bwd_logits"], logits.device, K=k, M=m, D=d)
         grid = (triton.cdiv(b * k, row.sizes["BLOCK_R"]), triton.cdiv(m, row.sizes["BLOCK_M"]))
-        _library_prompts_bwd_logits[grid](
-            grad, logits, library, prompts, rows, out, b * k, k, m, d, *grad.stride(), *logits.stride(),
-            *library.stride(), *prompts.stride(), SOFTMAX=softmax, **row.options)
+        with torch.cuda.device_of(logits):
+            _library_prompts_bwd_logits[grid](
+                grad, logits, library, prompts, rows, out, b * k, k, m, d, *grad.stride(), *logits.stride(),
+                *library.stride(), *prompts.stride(), SOFTMAX=softmax, **row.options)
     return out
 
 
@@ -201,8 +204,9 @@ def _grad_library(grad: Tensor, logits: Tensor, library: Tensor, rows: Tensor, s
     if out.numel():
         row = pick(TABLES["_library_prompts_bwd_library"], logits.device, K=k, M=m, D=d)
         grid = (triton.cdiv(m, row.sizes["BLOCK_M"]), triton.cdiv(d, row.sizes["BLOCK_D"]))
-        _library_prompts_bwd_library[grid](grad, logits, rows, out, b * k, k, m, d, *grad.stride(), *logits.stride(),
-                                           SOFTMAX=softmax, **row.options)
+        with torch.cuda.device_of(logits):
+            _library_prompts_bwd_library[grid](grad, logits, rows, out, b * k, k, m, d, *grad.stride(),
+                                               *logits.stride(), SOFTMAX=softmax, **row.options)
     return out
 
 
@@ -249,6 +253,7 @@ class _Fresh(torch.autograd.Function):
         return prompts
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *_gradients(ctx, grad), None
 
@@ -263,6 +268,7 @@ class _Into(torch.autograd.Function):
         return sequence
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         k = ctx.saved_tensors[0].shape[1]
         grads = _gradients(ctx, grad[:, ctx.slot:ctx.slot + k])

@@ -50,9 +50,18 @@ def vae_prompts(stats: Tensor, decoders: list[Decoder], domain: Tensor, seed: Te
                              f"got {decoder.w1.shape[1]} to {decoder.w2.shape[0]}")
     if seed is not None and (str(seed.dtype) != "torch.int64" or tuple(seed.shape) != (2,)):
         raise TypeError(f"seed must be an int64 tensor of shape (2,), got {seed.dtype} {tuple(seed.shape)}")
-    wide = torch.float64 in (stats.dtype, domain.dtype, *(w.dtype for decoder in decoders for w in decoder))
-    if dispatch.choose("vae_prompts", stats.device.type, "float64 is left to PyTorch" if wide else "") == "triton":
+    if dispatch.choose("vae_prompts", stats.device.type, _unsupported(stats, decoders, domain, seed)) == "triton":
         from fastprompt.kernels.vae_prompts import triton
 
         return triton.vae_prompts(stats, decoders, domain, seed)
     return reference.vae_prompts(stats, decoders, domain, seed)
+
+
+def _unsupported(stats: Tensor, decoders: list[Decoder], domain: Tensor, seed: Tensor | None) -> str:
+    """Why the Triton kernels cannot take this call; empty: they can."""
+    if torch.float64 in (stats.dtype, domain.dtype, *(w.dtype for decoder in decoders for w in decoder)):
+        return "float64 is left to PyTorch"
+    vectors = [vector for decoder in decoders for vector in (decoder.b1, decoder.b2)]
+    if not all(vector.is_contiguous() for vector in (vectors if seed is None else [*vectors, seed])):
+        return "biases and seed must be contiguous"
+    return ""

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastprompt.kernels.tiles import Tiles, pick
 from fastprompt.kernels.vae_prompts.reference import LOGVAR_RANGE, Decoder
@@ -29,7 +30,8 @@ TABLES = {
         Tiles({"BLOCK_B": 16, "BLOCK_D": 32, "BLOCK_H": 32, "BLOCK_Z": 32}),
     ),
     "_vae_prompts_bwd_decoder": (
-        Tiles({"BLOCK_B": 32, "BLOCK_D": 64, "BLOCK_H": 64, "BLOCK_Z": 32}, families=("gfx",), limits={"bits": 16}),
+        Tiles({"BLOCK_B": 32, "BLOCK_D": 32, "BLOCK_H": 64, "BLOCK_Z": 32}, num_warps=2, families=("gfx",),
+              limits={"bits": 16}),
         Tiles({"BLOCK_B": 32, "BLOCK_D": 32, "BLOCK_H": 64, "BLOCK_Z": 32}, limits={"bits": 16}),
         Tiles({"BLOCK_B": 16, "BLOCK_D": 32, "BLOCK_H": 32, "BLOCK_Z": 32}),
     ),
@@ -310,14 +312,15 @@ def _forward(stats: Tensor, weights: list[Tensor], domain: Tensor, seed: Tensor 
     row = pick(TABLES["_vae_prompts_fwd"], stats.device, bits=8 * weights[2].element_size())
     decoders = _decoders(weights)
     group = layers // len(decoders)  # layers that a decoder serves: all or one
-    for i, (w1, b1, w2, b2) in enumerate(decoders):
-        grid = ((instance + group * static) * triton.cdiv(d, row.sizes["BLOCK_D"]),
-                triton.cdiv(batch, row.sizes["BLOCK_B"]))
-        own = domain[i * group:(i + 1) * group]
-        _vae_prompts_fwd[grid](
-            stats, seed, w1, b1, w2, b2, own, prompts[i * group:(i + 1) * group], kl, group, batch, static, instance, d,
-            z, h, *stats.stride(), *w1.stride(), *w2.stride(), *own.stride(), NOISE=seed is not None, KL=i == 0,
-            **row.options)
+    with torch.cuda.device_of(stats):
+        for i, (w1, b1, w2, b2) in enumerate(decoders):
+            grid = ((instance + group * static) * triton.cdiv(d, row.sizes["BLOCK_D"]),
+                    triton.cdiv(batch, row.sizes["BLOCK_B"]))
+            own = domain[i * group:(i + 1) * group]
+            _vae_prompts_fwd[grid](
+                stats, seed, w1, b1, w2, b2, own, prompts[i * group:(i + 1) * group], kl, group, batch, static,
+                instance, d, z, h, *stats.stride(), *w1.stride(), *w2.stride(), *own.stride(), NOISE=seed is not None,
+                KL=i == 0, **row.options)
     return prompts, kl
 
 
@@ -337,26 +340,28 @@ def _backward(grad: Tensor, grad_kl: Tensor, stats: Tensor, weights: list[Tensor
     rows = {name: pick(table, stats.device, bits=bits) for name, table in TABLES.items()}
     hidden = stats.new_empty(batch, h, dtype=torch.float32)
     partial = stats.new_empty(batch, z, dtype=torch.float32) if len(decoders) > 1 else hidden
-    for i, (w1, b1, w2, _) in enumerate(decoders):
-        row = rows["_vae_prompts_bwd_decoder"]
-        own, own_domain = grad[i * group:(i + 1) * group], grad_domain[i * group:(i + 1) * group]
-        summed = grad.new_empty(batch, instance, d) if group > 1 else own[0, :, static:]
-        grid = ((instance + group * static) * triton.cdiv(d, row.sizes["BLOCK_D"]),
-                triton.cdiv(h, row.sizes["BLOCK_H"]))
-        _vae_prompts_bwd_decoder[grid](
-            own, stats, seed, w1, b1, w2, summed, found[i].w2, found[i].b2, own_domain, group, batch, static, instance,
-            d, z, h, *own.stride(), *stats.stride(), *w1.stride(), NOISE=noise, SUMMED=group > 1, **row.options)
-        row = rows["_vae_prompts_bwd_latent"]
-        if batch:
-            grid = (triton.cdiv(batch, row.sizes["BLOCK_B"]), triton.cdiv(z, row.sizes["BLOCK_Z"]))
-            _vae_prompts_bwd_latent[grid](
-                summed, grad_kl, stats, seed, w1, b1, w2, partial, hidden, grad_stats, batch, instance, d, z, h,
-                *summed.stride(), *grad_kl.stride(), *stats.stride(), *w1.stride(), *w2.stride(), NOISE=noise,
-                FIRST=i == 0, LAST=i == len(decoders) - 1, **row.options)
-        row = rows["_vae_prompts_bwd_hidden"]
-        grid = (triton.cdiv(h, row.sizes["BLOCK_H"]), triton.cdiv(z, row.sizes["BLOCK_Z"]))
-        _vae_prompts_bwd_hidden[grid](hidden, stats, seed, found[i].w1, found[i].b1, batch, z, h, *stats.stride(),
-                                      NOISE=noise, **row.options)
+    with torch.cuda.device_of(stats):
+        for i, (w1, b1, w2, _) in enumerate(decoders):
+            row = rows["_vae_prompts_bwd_decoder"]
+            own, own_domain = grad[i * group:(i + 1) * group], grad_domain[i * group:(i + 1) * group]
+            summed = grad.new_empty(batch, instance, d) if group > 1 else own[0, :, static:]
+            grid = ((instance + group * static) * triton.cdiv(d, row.sizes["BLOCK_D"]),
+                    triton.cdiv(h, row.sizes["BLOCK_H"]))
+            _vae_prompts_bwd_decoder[grid](
+                own, stats, seed, w1, b1, w2, summed, found[i].w2, found[i].b2, own_domain, group, batch, static,
+                instance, d, z, h, *own.stride(), *stats.stride(), *w1.stride(), NOISE=noise, SUMMED=group > 1,
+                **row.options)
+            row = rows["_vae_prompts_bwd_latent"]
+            if batch:
+                grid = (triton.cdiv(batch, row.sizes["BLOCK_B"]), triton.cdiv(z, row.sizes["BLOCK_Z"]))
+                _vae_prompts_bwd_latent[grid](
+                    summed, grad_kl, stats, seed, w1, b1, w2, partial, hidden, grad_stats, batch, instance, d, z, h,
+                    *summed.stride(), *grad_kl.stride(), *stats.stride(), *w1.stride(), *w2.stride(), NOISE=noise,
+                    FIRST=i == 0, LAST=i == len(decoders) - 1, **row.options)
+            row = rows["_vae_prompts_bwd_hidden"]
+            grid = (triton.cdiv(h, row.sizes["BLOCK_H"]), triton.cdiv(z, row.sizes["BLOCK_Z"]))
+            _vae_prompts_bwd_hidden[grid](hidden, stats, seed, found[i].w1, found[i].b1, batch, z, h, *stats.stride(),
+                                          NOISE=noise, **row.options)
     return grad_stats, grad_domain, grad_weights
 
 
@@ -381,6 +386,7 @@ class _VAEPrompts(torch.autograd.Function):
         return _op(stats, weights, domain, seed)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
         stats, domain, seed, *weights = ctx.saved_tensors
         grad_stats, grad_domain, grad_weights = _op_backward(grad, grad_kl, stats, weights, domain, seed)

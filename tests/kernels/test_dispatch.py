@@ -10,6 +10,7 @@ import torch
 import fastprompt as fp
 from fastprompt.kernels import dispatch
 from fastprompt.kernels.library_prompts import library_prompts
+from fastprompt.kernels.vae_prompts import Decoder, vae_prompts
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +56,18 @@ def test_the_interpreter_runs_kernels_on_cpu_when_asked(monkeypatch: pytest.Monk
     assert dispatch.choose("library_prompts", "cpu") == "reference"
     with fp.use_backend("triton"):
         assert dispatch.choose("library_prompts", "cpu") == "triton"
+
+
+def test_what_the_kernels_cannot_take_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    weights = Decoder(torch.zeros(3, 2), torch.zeros(3, 2)[:, 0], torch.zeros(4, 3), torch.zeros(4))
+    with fp.use_backend("triton"):
+        with pytest.raises(RuntimeError, match="float64 is left to PyTorch"):
+            library_prompts(torch.zeros(1, 1, 2).double(), torch.zeros(2, 1))
+        with pytest.raises(RuntimeError, match="the library is empty"):
+            library_prompts(torch.zeros(1, 1, 0), torch.zeros(0, 1))
+        with pytest.raises(RuntimeError, match="biases and seed must be contiguous"):
+            vae_prompts(torch.zeros(1, 4), [weights], torch.zeros(1, 1, 4))
 
 
 def test_use_backend_ends_with_its_context_and_its_thread() -> None:

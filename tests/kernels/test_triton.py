@@ -63,7 +63,7 @@ def test_bytes_touched_are_those_of_the_formula(op: str, gate: Gate) -> None:
     launches = [row for row in rows if row["kernel"]]
     assert {row["kernel"] for row in launches} == set(gate("interpret", op)["rows"])
     for row in launches:
-        assert 0.95 * row["formula"] <= row["distinct"] <= 1.05 * row["formula"], row
+        assert 0.9 * row["formula"] <= row["distinct"] <= 1.05 * row["formula"], row
         assert row["loaded_twice"] == [], row
     assert [row for row in rows if row.get("idle")] == []
 
