@@ -33,7 +33,7 @@ small tensors may come out of a cache. They are no prediction.
 
 * **row**: of the kernel's table of tile sizes. **occupancy**: resident warps over the most that a multiprocessor holds.
 * **matrix**: matrix instructions in the code. **wide / narrow**: global accesses of 16 bytes / of fewer.
-* **re-reads**: bytes loaded over distinct bytes touched, at a small size; what is above 1 comes out of a cache.
+* **re-reads**: bytes loaded over distinct bytes touched, loaded or stored, at a small size; a cache serves the repeats.
 """
 
 
@@ -78,17 +78,20 @@ def builds(rows: list[dict[str, Any]]) -> str:
         *(row[name] for name in MIX)) for row in rows))
 
 
-def grids(rows: list[dict[str, Any]]) -> str:
+def grids(launched: list[dict[str, Any]]) -> str:
     found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
-    for row in rows:
+    for row in launched:
         if row["part"] == "sm_90":
             found.setdefault((row["case"], row["kernel"]), {})[row["batch"]] = row
     header = ("case", "kernel", *(f"programs, B = {batch}" for batch in (1, 32, 128)), "MB, B = 32",
               *(f"bound on {part}, B = 32, µs (computed)" for part in BANDWIDTH))
-    return table(header, ((
-        case, f"`{kernel}`", *(by[batch]["programs"] for batch in (1, 32, 128)), f"{by[32]['bytes'] / 1e6:.2f}",
-        *(f"{by[32]['bytes'] / rate * 1e6:.2f}" for rate in BANDWIDTH.values()))
-        for (case, kernel), by in found.items()))
+    rows = []
+    for (case, kernel), by in found.items():
+        programs = [by[batch]["programs"] if batch in by else "not launched" for batch in (1, 32, 128)]
+        moved = by[32]["bytes"] if 32 in by else None
+        bounds = ["" if moved is None else f"{moved / rate * 1e6:.2f}" for rate in BANDWIDTH.values()]
+        rows.append((case, f"`{kernel}`", *programs, "" if moved is None else f"{moved / 1e6:.2f}", *bounds))
+    return table(header, rows)
 
 
 def traffic(rows: list[dict[str, Any]]) -> str:
