@@ -41,8 +41,8 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None = 
     for name, prefix in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
         if prefix is None:
             continue
-        if prefix.ndim != 4 or prefix.shape[0] < 1 or k.shape[0] % prefix.shape[0] or prefix.shape[1] != k.shape[1] \
-                or prefix.shape[3] != k.shape[3]:
+        if prefix.ndim != 4 or prefix.shape[1] != k.shape[1] or prefix.shape[3] != k.shape[3] or (
+                prefix.shape[0] != k.shape[0] and (prefix.shape[0] < 1 or k.shape[0] % prefix.shape[0])):
             raise ValueError(f"{name} must be (n, {k.shape[1]}, P, {k.shape[3]}) with n dividing {k.shape[0]}, "
                              f"got {tuple(prefix.shape)}")
         if prefix_k is not None and prefix.shape != prefix_k.shape:
