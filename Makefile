@@ -1,4 +1,4 @@
-# make test | demo | table | lint | types | bench | clean | help
+# make test | demo | table | lint | types | bench | kernels-report | gpu | clean | help
 #   PYTHON=python3.12   interpreter the environment is made from
 #   VENV=path           environment to make or reuse (default .venv)
 #   PIP_FLAGS=...       more flags for pip, e.g. an extra index that has CPU builds of torch
@@ -12,10 +12,10 @@ STAMP := $(VENV)/.fastprompt-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint types pytest demo table bench clean
+.PHONY: help install test lint types pytest demo table bench kernels-report gpu clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(f"fastprompt needs Python 3.10 or newer, {sys.executable} is {sys.version.split()[0]}: set PYTHON=" if sys.version_info < (3, 10) else 0)'
@@ -48,6 +48,12 @@ table: $(STAMP)  ## every method, three seeds (hours; resumable)
 
 bench: $(STAMP)  ## timings of the ops and the end-to-end jobs
 	$(VENV)/bin/pytest bench --benchmark-only
+
+kernels-report: $(STAMP)  ## compile every Triton kernel for every part and write results/kernels.md (minutes, no GPU)
+	OMP_NUM_THREADS=1 $(PY) bench/gates/report.py
+
+gpu: $(STAMP)  ## on a GPU: parity, determinism and speed of every op, into results/gpu.json
+	$(PY) bench/gpu.py
 
 clean:  ## remove .venv and everything built
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what `__getattr__` below finds at run time
     from fastprompt.data import load_data as load_data
+    from fastprompt.engine.explain import explain as explain
     from fastprompt.generators import (
         PGN as PGN,
         V2APT as V2APT,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # what `__getattr__` below finds at run time
         TextHead as TextHead,
         encode_class_texts as encode_class_texts,
     )
+    from fastprompt.kernels.dispatch import use_backend as use_backend
     from fastprompt.model import PromptedViT as PromptedViT
     from fastprompt.official import load_official as load_official
     from fastprompt.train.evaluate import evaluate as evaluate
@@ -85,6 +87,8 @@ _PUBLIC = {
     "evaluate": "fastprompt.train.evaluate",
     "fit_linear_probe": "fastprompt.train.probe",
     "load_data": "fastprompt.data",
+    "explain": "fastprompt.engine.explain",
+    "use_backend": "fastprompt.kernels.dispatch",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

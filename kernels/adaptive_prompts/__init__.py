@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from fastprompt.kernels import dispatch
 from fastprompt.kernels.adaptive_prompts import recompute, reference
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_WIDTH = 1024  # without `stats`: a block of whole rows stays in registers while its statistics are computed
+MAX_HIDDEN = 64
 
 
 def adaptive_prompts(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix: Tensor, bias: Tensor,
                      w1: Tensor | None = None, w2: Tensor | None = None, scale: Tensor | float = 1.0, *,
                      activation: str = "relu", eps: float = 1e-5, channel_mask: Tensor | None = None,
-                     hidden_mask: Tensor | None = None) -> Tensor:
+                     hidden_mask: Tensor | None = None, stats: Tensor | None = None) -> Tensor:
     """g(mask ∘ (M · LN(X)) + b) with g(p) = scale · W₂ σ(W₁ p) + p (VAPT §4; the residual is the released code's).
 
     M (P, N) is the shared spatial kernel and the token projector in one: both act on positions and are blind to
     channels, so A · conv(X) = (A · Toeplitz(F)) · X.
 
     Args:
-        tokens: (B, N, D) patch tokens.
+        tokens: (B, N, D) patch tokens; a slice of a sequence is read in place. Their gradient is a fresh tensor.
         norm_weight, norm_bias: (D,) affine of the layer's LayerNorm. eps: its epsilon.
         mix: (P, N). bias: (P,), added to every channel of a prompt.
         w1: (r, D), w2: (D, r), the bottleneck; None: no feature projector.
@@ -27,13 +32,17 @@ def adaptive_prompts(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix
         activation: of the bottleneck, one of `ACTIVATIONS`.
         channel_mask: (B, D), scaled dropout mask of whole channels; None: no dropout.
         hidden_mask: (B, P, r), scaled dropout mask of the bottleneck's hidden units; None: no dropout.
+        stats: (B, N, 2) mean and biased variance of each token's row, if known already (not 1 / std: eps differ between
+            the norms of a block). Taken as functions of the tokens: the gradient of the tokens is complete.
+            None: computed while the tokens are read.
 
     Returns:
-        (B, P, D) prompts in the dtype of `mix`.
+        (B, P, D) prompts in the dtype of `mix`. The Triton kernels multiply in the dtype of the tokens.
 
     Raises:
         TypeError: `tokens` is no floating-point tensor.
         ValueError: a shape or `activation` does not fit.
+        RuntimeError: `use_backend` asks for an implementation that cannot run.
     """
     if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
         raise TypeError(f"tokens must be a floating-point tensor, got {getattr(tokens, 'dtype', type(tokens))}")
@@ -46,15 +55,32 @@ def adaptive_prompts(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix
     r = 0 if w1 is None else w1.shape[0]
     for name, tensor, shape in (("norm_weight", norm_weight, (d,)), ("norm_bias", norm_bias, (d,)),
                                 ("bias", bias, (p,)), ("w1", w1, (r, d)), ("w2", w2, (d, r)),
-                                ("channel_mask", channel_mask, (b, d)), ("hidden_mask", hidden_mask, (b, p, r))):
+                                ("channel_mask", channel_mask, (b, d)), ("hidden_mask", hidden_mask, (b, p, r)),
+                                ("stats", stats, (b, n, 2))):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     if (w1 is None) != (w2 is None):
         raise ValueError("w1 and w2 must be given together")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if recompute.suits(tokens, norm_weight, norm_bias, mix):
+    backend = dispatch.choose("adaptive_prompts", tokens.device.type, _unsupported(tokens, mix, stats, d, r),
+                              dispatch.trains_on_cpu(tokens, norm_weight, norm_bias, mix))
+    if backend == "triton":
+        from fastprompt.kernels.adaptive_prompts import triton
+
+        return triton.adaptive_prompts(tokens, norm_weight, norm_bias, mix, bias, w1, w2, scale, activation, eps,
+                                       channel_mask, hidden_mask, stats)
+    if backend == "recompute":
         prompts = recompute.mix_positions(tokens, norm_weight, norm_bias, mix, eps)
         return reference.finish(prompts, bias, w1, w2, scale, activation, channel_mask, hidden_mask)
     return reference.adaptive_prompts(tokens, norm_weight, norm_bias, mix, bias, w1, w2, scale, activation, eps,
                                       channel_mask, hidden_mask)
+
+
+def _unsupported(tokens: Tensor, mix: Tensor, stats: Tensor | None, d: int, r: int) -> str:
+    """Why the Triton kernels cannot take this call; empty: they can."""
+    if tokens.dtype not in DTYPES or mix.dtype not in DTYPES:
+        return f"the kernels take float32, float16 and bfloat16, not {tokens.dtype} and {mix.dtype}"
+    if d > MAX_WIDTH and stats is None:
+        return f"without stats the kernels take at most {MAX_WIDTH} channels, not {d}"
+    return f"the kernels take at most {MAX_HIDDEN} hidden units, not {r}" if r > MAX_HIDDEN else ""

@@ -13,12 +13,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def suits(tokens: Tensor, *parameters: Tensor) -> bool:
-    """Whether these inputs take this way: on a CPU, for a backward, not traced by a compiler."""
-    return (tokens.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            and any(t.requires_grad for t in (tokens, *parameters)))
-
-
 def mix_positions(tokens: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, eps: float) -> Tensor:
     """M · LN(X): tokens (B, N, D), mix (P, N) → (B, P, D) in the dtype of `mix`."""
     return _MixPositions.apply(tokens, weight, bias, mix, eps)

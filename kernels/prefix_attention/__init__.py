@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from fastprompt.kernels import dispatch
 from fastprompt.kernels.prefix_attention import recompute, reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 128
 
 
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None = None, prefix_v: Tensor | None = None,
-                     scale: float | None = None) -> Tensor:
-    """softmax(scale · q [prefix_k, k]ᵀ) [prefix_v, v].
+                     *, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """softmax(scale · q [prefix_k, k]ᵀ + [0, bias]) [prefix_v, v].
 
     Args:
-        q: (B, H, R, d). k, v: (B, H, T, d).
-        prefix_k, prefix_v: (1 or B, H, P, d), shared by all images or one per image; None: plain attention.
-        scale: of the scores; None: 1/√d.
+        q: (B, H, R, d). k, v: (B, H, T, d). Any strides: the Triton kernels read views of a packed (B, T, 3, H, d)
+            product in place.
+        prefix_k, prefix_v: (n, H, P, d) with n dividing B, image b reads prefix b // (B / n): 1 is shared by all, B is
+            one per image, and windows of Swin in image-major order share their image's; None: plain attention.
+        bias: (W, H, R, T) with W dividing B, image b reads bias b % W; added to the scores of the tokens. Without
+            gradient.
+        scale: factor of the scores; None: 1 / √d.
 
     Returns:
-        (B, H, R, d).
+        (B, H, R, d) in the dtype of q, under autocast in autocast's. From the Triton kernels laid out so that
+        `.transpose(1, 2).flatten(2)`, what the projection reads, is no copy.
 
     Raises:
         ValueError: a shape or dtype does not fit.
+        RuntimeError: `use_backend` asks for an implementation that cannot run.
     """
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q must be (B, H, R, d) and k, v (B, H, T, d), got {tuple(q.shape)}, {tuple(k.shape)}, "
@@ -30,16 +41,37 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None = 
     for name, prefix in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
         if prefix is None:
             continue
-        if prefix.ndim != 4 or prefix.shape[0] not in (1, k.shape[0]) or prefix.shape[1] != k.shape[1] \
-                or prefix.shape[3] != k.shape[3]:
-            raise ValueError(f"{name} must be (1 or {k.shape[0]}, {k.shape[1]}, P, {k.shape[3]}), "
+        if prefix.ndim != 4 or prefix.shape[1] != k.shape[1] or prefix.shape[3] != k.shape[3] or (
+                prefix.shape[0] != k.shape[0] and (prefix.shape[0] < 1 or k.shape[0] % prefix.shape[0])):
+            raise ValueError(f"{name} must be (n, {k.shape[1]}, P, {k.shape[3]}) with n dividing {k.shape[0]}, "
                              f"got {tuple(prefix.shape)}")
         if prefix_k is not None and prefix.shape != prefix_k.shape:
             raise ValueError(f"prefix_v must have the shape of prefix_k, {tuple(prefix_k.shape)}, "
                              f"got {tuple(prefix.shape)}")
-        if prefix.dtype != k.dtype:
-            raise ValueError(f"{name} must have the dtype of k, {k.dtype}, got {prefix.dtype}")
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    if recompute.suits(q, k, v, prefix_k, prefix_v):
+    for name, x in (("q", q), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
+        if x is not None and x.dtype != k.dtype and not torch.is_autocast_enabled(k.device.type):
+            raise ValueError(f"{name} must have the dtype of k, {k.dtype}, got {x.dtype}")
+    (b, h, r, d), t = q.shape, k.shape[2]
+    if bias is not None:
+        if bias.ndim != 4 or bias.shape[0] < 1 or b % bias.shape[0] or bias.shape[1:] != (h, r, t):
+            raise ValueError(f"bias must be (W, {h}, {r}, {t}) with W dividing {b}, got {tuple(bias.shape)}")
+        if bias.requires_grad:
+            raise ValueError("bias gets no gradient, it must not require one")
+    scale = d**-0.5 if scale is None else scale
+    lean = bias is None and (prefix_k is None or prefix_k.shape[0] in (1, b)) \
+        and dispatch.trains_on_cpu(q, k, v, prefix_k, prefix_v)
+    backend = dispatch.choose("prefix_attention", q.device.type, _unsupported(q), lean)
+    if backend == "triton":
+        from fastprompt.kernels.prefix_attention import triton
+
+        return triton.prefix_attention(q, k, v, prefix_k, prefix_v, bias, scale)
+    if backend == "recompute":
         return recompute.prefix_attention(q, k, v, prefix_k, prefix_v, scale)
-    return reference.prefix_attention(q, k, v, prefix_k, prefix_v, scale)
+    return reference.prefix_attention(q, k, v, prefix_k, prefix_v, bias, scale)
+
+
+def _unsupported(q: Tensor) -> str:
+    """Why the Triton kernels cannot take these queries; empty: they can."""
+    if q.dtype not in DTYPES and not torch.is_autocast_enabled(q.device.type):
+        return f"the kernels take float32, float16 and bfloat16, not {q.dtype}"
+    return "" if q.shape[3] <= MAX_HEAD_DIM else f"the kernels take heads of at most {MAX_HEAD_DIM}, not {q.shape[3]}"

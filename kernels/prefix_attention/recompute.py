@@ -20,14 +20,6 @@ BUFFER_SCORES = 3 * 2**19
 """Scores that the backward holds at a time, in two buffers."""
 
 
-def suits(*inputs: Tensor | None) -> bool:
-    """Whether these inputs (q first) take this way: on a CPU, for a backward, outside compiler and `torch.func`."""
-    return (torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            and not torch._C._are_functorch_transforms_active()
-            and all(t is None or t.device.type == "cpu" for t in inputs)
-            and any(t is not None and t.requires_grad for t in inputs))
-
-
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
                      scale: float) -> Tensor:
     """See `fastprompt.kernels.prefix_attention.prefix_attention`."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from fastprompt.kernels import dispatch
 from fastprompt.kernels.vae_prompts import reference
 from fastprompt.kernels.vae_prompts.reference import LOGVAR_RANGE, Decoder
 
@@ -30,6 +32,7 @@ def vae_prompts(stats: Tensor, decoders: list[Decoder], domain: Tensor, seed: Te
     Raises:
         TypeError: a tensor is not floating point, or `seed` is not int64.
         ValueError: a shape does not fit.
+        RuntimeError: `use_backend` asks for an implementation that cannot run.
     """
     for name, tensor in (("stats", stats), ("domain", domain)):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
@@ -47,4 +50,18 @@ def vae_prompts(stats: Tensor, decoders: list[Decoder], domain: Tensor, seed: Te
                              f"got {decoder.w1.shape[1]} to {decoder.w2.shape[0]}")
     if seed is not None and (str(seed.dtype) != "torch.int64" or tuple(seed.shape) != (2,)):
         raise TypeError(f"seed must be an int64 tensor of shape (2,), got {seed.dtype} {tuple(seed.shape)}")
+    if dispatch.choose("vae_prompts", stats.device.type, _unsupported(stats, decoders, domain, seed)) == "triton":
+        from fastprompt.kernels.vae_prompts import triton
+
+        return triton.vae_prompts(stats, decoders, domain, seed)
     return reference.vae_prompts(stats, decoders, domain, seed)
+
+
+def _unsupported(stats: Tensor, decoders: list[Decoder], domain: Tensor, seed: Tensor | None) -> str:
+    """Why the Triton kernels cannot take this call; empty: they can."""
+    if torch.float64 in (stats.dtype, domain.dtype, *(w.dtype for decoder in decoders for w in decoder)):
+        return "float64 is left to PyTorch"
+    vectors = [vector for decoder in decoders for vector in (decoder.b1, decoder.b2)]
+    if not all(vector.is_contiguous() for vector in (vectors if seed is None else [*vectors, seed])):
+        return "biases and seed must be contiguous"
+    return ""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastprompt.kernels.adaptive_prompts import ACTIVATIONS, adaptive_prompts
 from fastprompt.kernels.adaptive_prompts.reference import position_matrix
+from fastprompt.kernels.dispatch import use_backend
 
 B, P, D, R = 2, 3, 6, 4
 
@@ -142,6 +143,18 @@ def test_half_precision_tokens_give_prompts_of_the_mix_s_dtype() -> None:
     assert adaptive_prompts(**{**t, "tokens": t["tokens"][:0]}).shape == (0, P, D)
 
 
+def test_kernels_say_what_they_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    wide = [torch.zeros(size) for size in ((1, 2, 1025), (1025,), (1025,), (3, 2), (3,))]
+    with use_backend("triton"):
+        with pytest.raises(RuntimeError, match=r"float32, float16 and bfloat16, not torch\.float64"):
+            adaptive_prompts(**tensors(9))
+        with pytest.raises(RuntimeError, match="at most 1024 channels, not 1025"):
+            adaptive_prompts(*wide)
+        with pytest.raises(RuntimeError, match="at most 64 hidden units, not 65"):
+            adaptive_prompts(*wide, torch.zeros(65, 1025), torch.zeros(1025, 65), stats=torch.zeros(1, 2, 2))
+
+
 def test_gradients() -> None:
     t = {name: v.requires_grad_() for name, v in tensors(4).items()}
     scale = torch.tensor(1.5).double().requires_grad_()
@@ -179,6 +192,7 @@ def test_position_matrix_gradients() -> None:
         ({"w2": None}, ValueError, "w1 and w2 must be given together"),
         ({"channel_mask": torch.ones(B, 1)}, ValueError, r"channel_mask must have shape \(2, 6\)"),
         ({"hidden_mask": torch.ones(B, R)}, ValueError, r"hidden_mask must have shape \(2, 3, 4\)"),
+        ({"stats": torch.ones(B, 9)}, ValueError, r"stats must have shape \(2, 9, 2\), got \(2, 9\)"),
         ({"activation": "swish"}, ValueError, "activation must be one of"),
     ],
 )

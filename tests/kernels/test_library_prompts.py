@@ -93,6 +93,26 @@ def test_empty_batch_and_strided_logits() -> None:
     )
 
 
+def test_prompts_are_written_into_the_slots_of_a_sequence() -> None:
+    logits, library, sequence = torch.randn(2, 3, 6), torch.randn(6, 4), torch.randn(2, 8, 4)
+    before = sequence.clone()
+    assert library_prompts(logits, library, out=sequence, slot=5) is sequence
+    assert torch.equal(sequence[:, :5], before[:, :5])
+    assert torch.equal(sequence[:, 5:], library_prompts(logits, library))
+
+
+def test_what_was_in_the_slots_has_no_gradient() -> None:
+    logits, library = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 5), (5, 4)))
+    sequence = torch.randn(2, 7, 4, dtype=torch.float64, requires_grad=True)
+
+    def call(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return library_prompts(a, b, out=c.clone(), slot=1)
+
+    assert torch.autograd.gradcheck(call, (logits, library, sequence))
+    [grad] = torch.autograd.grad(call(logits, library, sequence).sum(), sequence)
+    assert grad[0, :, 0].tolist() == [1, 0, 0, 0, 1, 1, 1]
+
+
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_gradients(activation: str) -> None:
     logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
@@ -113,6 +133,9 @@ def test_gradients(activation: str) -> None:
         ({"logits": torch.zeros(3, 6)}, ValueError, r"logits must have shape \(B, K, M\), got \(3, 6\)"),
         ({"library": torch.zeros(5, 4)}, ValueError, r"M = 6 as in logits, got \(5, 4\)"),
         ({"library": torch.zeros(6)}, ValueError, r"library must have shape \(M, D\)"),
+        ({"out": torch.zeros(2, 5, 4).double()}, TypeError, "out must have the library's dtype torch.float32"),
+        ({"out": torch.zeros(2, 5, 3)}, ValueError, r"out must have shape \(2, T, 4\), got \(2, 5, 3\)"),
+        ({"out": torch.zeros(2, 5, 4), "slot": 3}, ValueError, "slot must leave room for 3 prompts in 5 rows, got 3"),
         ({"activation": "relu"}, ValueError, "activation must be one of .* got 'relu'"),
     ],
 )

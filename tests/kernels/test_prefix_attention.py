@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastprompt.kernels.dispatch import use_backend
 from fastprompt.kernels.prefix_attention import prefix_attention
 from fastprompt.kernels.prefix_attention.reference import SMALL_SCORES
 
@@ -75,6 +76,30 @@ def test_gradients(shared: bool) -> None:
     assert torch.autograd.gradcheck(prefix_attention, inputs)
 
 
+@pytest.mark.parametrize("windows", [1, 2, 4])
+def test_windows_share_their_image_s_prefix_and_have_their_own_bias(windows: int) -> None:
+    images = 4 // windows
+    q, k, v = torch.randn(3, 4, H, R, D).double().unbind(0)
+    prefix_k, prefix_v = torch.randn(2, images, H, P, D).double().unbind(0)
+    bias = torch.randn(windows, H, R, R).double()
+    found = prefix_attention(q, k, v, prefix_k, prefix_v, bias=bias, scale=0.3)
+    for i in range(images):
+        for w in range(windows):
+            keys, values = (torch.cat([a[i], b[i * windows + w]], 1) for a, b in ((prefix_k, k), (prefix_v, v)))
+            scores = 0.3 * q[i * windows + w] @ keys.mT
+            scores[:, :, P:] += bias[w]
+            torch.testing.assert_close(found[i * windows + w], scores.softmax(-1) @ values, rtol=1e-11, atol=1e-12)
+
+
+def test_kernels_say_what_they_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with use_backend("triton"):
+        with pytest.raises(RuntimeError, match=r"take float32, float16 and bfloat16, not torch\.float64"):
+            prefix_attention(**tensors())
+        with pytest.raises(RuntimeError, match="heads of at most 128, not 130"):
+            prefix_attention(*torch.randn(3, 1, 1, 2, 130).unbind(0))
+
+
 def test_empty_batch() -> None:
     t = tensors(shared=True)
     assert prefix_attention(t["q"][:0], t["k"][:0], t["v"][:0], t["prefix_k"], t["prefix_v"]).shape == (
@@ -93,9 +118,16 @@ def test_empty_batch() -> None:
         ({"q": torch.zeros(B, H, R, D + 1)}, "q must be"),
         ({"q": torch.zeros(B, H + 1, R, D)}, "q must be"),
         ({"prefix_v": None}, "prefix_k and prefix_v must be given together"),
-        ({"prefix_k": torch.zeros(3, H, P, D)}, r"prefix_k must be \(1 or 2, 3, P, 8\), got \(3, 3, 6, 8\)"),
+        (
+            {"prefix_k": torch.zeros(3, H, P, D)},
+            r"prefix_k must be \(n, 3, P, 8\) with n dividing 2, got \(3, 3, 6, 8\)",
+        ),
         ({"prefix_v": torch.zeros(B, H, P, D + 1).double()}, "prefix_v must be"),
         ({"prefix_v": torch.zeros(B, H, P + 1, D).double()}, "prefix_v must have the shape of prefix_k"),
+        ({"bias": torch.zeros(1, H, R, T + 1)}, r"bias must be \(W, 3, 4, 5\) with W dividing 2, got \(1, 3, 4, 6\)"),
+        ({"bias": torch.zeros(3, H, R, T)}, "bias must be"),
+        ({"bias": torch.zeros(1, H, R, T, requires_grad=True)}, "bias gets no gradient"),
+        ({"q": torch.zeros(B, H, R, D)}, r"q must have the dtype of k, torch\.float64, got torch\.float32"),
         (
             {"prefix_k": torch.zeros(B, H, P, D)},
             r"prefix_k must have the dtype of k, torch\.float64, got torch\.float32",

@@ -1,0 +1,1 @@
+"""Running a `PromptedViT` fast, and telling what runs."""
