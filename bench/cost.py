@@ -147,17 +147,15 @@ def frozen(model: nn.Module) -> Iterator[None]:
         p.requires_grad_(True)
 
 
-def build(config: PromptConfig, readout: str, backbone: str = "vit_base_patch16_224", **sizes: Any) -> fp.PromptedViT:
-    """A model on a random timm ViT in bfloat16, whose biases are not zero, as after pretraining."""
+def random_backbone(name: str = "vit_base_patch16_224", **sizes: Any) -> fp.FrozenViT:
+    """A random timm ViT in bfloat16, whose biases are not zero, as after pretraining."""
     torch.manual_seed(0)
-    vit = timm.create_model(backbone, num_classes=0, **sizes)
+    vit = timm.create_model(name, num_classes=0, **sizes)
     with torch.no_grad():
         for p in vit.parameters():
             if p.dim() == 1:
                 p.add_(torch.randn_like(p), alpha=0.02)
-    model = fp.PromptedViT(fp.FrozenViT(vit), config, num_classes=10, readout=readout)
-    model.set_backbone_dtype(torch.bfloat16)
-    return model
+    return fp.FrozenViT(vit).to(torch.bfloat16)
 
 
 def methods(num_prompts: int) -> dict[str, PromptConfig]:
@@ -185,7 +183,7 @@ class Job(NamedTuple):
 def rows(job: Job) -> list[str]:
     """The lines of one method in the table."""
     torch.set_num_threads(1)
-    model, lines = build(job.config, "cls"), []
+    model, lines = fp.PromptedViT(random_backbone(), job.config, num_classes=10, readout="cls"), []
     images = torch.randn(job.batch, 3, 224, 224)
     for graph in GRAPHS:
         measured = measure(model, images, graph)
@@ -223,8 +221,8 @@ def main() -> None:
 HEAD = """# Cost by formula and as measured
 
 `make cost`: ViT-B/16 at 224 px, random weights, bfloat16 backbone, float32 prompts, linear head of 10 classes on the
-class token, batch {batch}, one thread, PyTorch {torch} on a CPU. PGN has a library of 256 tokens; half of V²APT's prompts
-are instance prompts; only VAPT has dropout, as by default.
+class token, batch {batch}, one thread, PyTorch {torch} on a CPU. PGN has a library of 256 tokens; half of V²APT's
+prompts are instance prompts; only VAPT has dropout, as by default.
 
 Each cell is formula / measured (ratio), by `fastprompt.report.cost` and `bench/cost.py`. FLOPs are those of matrix
 products and convolutions, two for a multiplication and its addition. Saved bytes: what live allocations grow by during
