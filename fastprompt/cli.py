@@ -22,6 +22,7 @@ import tyro
 from fastprompt.report.runs import METHODS, RunSettings
 
 if TYPE_CHECKING:
+    from fastprompt.generators import PromptConfig
     from fastprompt.model import PromptedViT
     from fastprompt.vit.weights import FrozenViT
 
@@ -164,7 +165,7 @@ class Predict:
 
 @dataclass
 class Info:
-    """Show a backbone, what each method would train on it, and what an adapter directory holds."""
+    """Show a backbone, what each method would train and cost on it, and what an adapter directory holds."""
 
     adapter: tyro.conf.Positional[Path | None] = None
     """Adapter or run directory."""
@@ -177,6 +178,14 @@ class Info:
     set: KeyValues = field(default_factory=list)
     """Options of --method: --set library_size=128"""
     num_classes: int = 10
+    cost: bool = False
+    """FLOPs, saved bytes and dispatches of each method, by formula: the papers' graph and the rewritten one."""
+    readout: str | None = None
+    """Of --cost: cls, patches, patches+prompts or prompts; the adapter's or backbone's own if not given."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of --cost: number format of the backbone."""
+    batch_size: int = 8
+    """Of --cost: images per call."""
     json: bool = False
     """Print JSON."""
     debug: bool = False
@@ -435,6 +444,8 @@ def info(command: Info) -> None:
     options = method_options(command)
     if options and command.method is None:
         raise ValueError("--method: is needed with --set or --num-prompts")
+    if command.batch_size < 1:
+        raise ValueError(f"--batch-size: takes a number from 1, got {command.batch_size}")
     if command.adapter is None:
         name = name or "clip-vit-b16"
     else:
@@ -456,7 +467,12 @@ def info(command: Info) -> None:
         if "adapter" in facts:
             stored = facts["adapter"]["config"]["backbone"]["fingerprint"]
             facts["adapter"]["fits this backbone"] = stored == backbone.fingerprint
-        facts["methods"] = methods_facts(command, facts.get("adapter"), options, backbone)
+        configs = chosen_configs(command, facts.get("adapter"), options)
+        facts["methods"] = methods_facts(command, facts.get("adapter"), configs, backbone)
+        if command.cost:
+            facts["cost"] = cost_facts(command, facts, configs, backbone)
+    elif command.cost:
+        raise ValueError("--backbone: is needed with --cost, the directory does not say which one its adapter is for")
     print(json.dumps(facts, indent=1, ensure_ascii=False) if command.json else info_text(facts))
 
 
@@ -479,32 +495,75 @@ def backbone_facts(name: str, backbone: FrozenViT) -> dict[str, Any]:
     }
 
 
-def methods_facts(
-    command: Info, adapter: dict[str, Any] | None, options: dict[str, Any], backbone: FrozenViT
-) -> dict[str, Any]:
-    """Trained parameters of the method asked for, else of the adapter's method, else of all methods.
-
-    Among all methods one that does not fit the backbone is listed with the reason.
-    """
+def chosen_configs(
+    command: Info, adapter: dict[str, Any] | None, options: dict[str, Any]
+) -> dict[str, PromptConfig]:
+    """By name: the method asked for, else the adapter's, else all."""
     from fastprompt.generators import config_from_dict
     from fastprompt.report.runs import TITLES, build_config
 
     if command.method is not None:
-        config = build_config(command.method, options)
-        return {TITLES[command.method]: method_facts(config, backbone, command.num_classes)}
+        return {TITLES[command.method]: build_config(command.method, options)}
     if adapter is not None:
-        stored = adapter["config"]
-        config = config_from_dict(stored["method"])
-        return {config.kind: method_facts(config, backbone, stored["num_classes"])}
+        config = config_from_dict(adapter["config"]["method"])
+        return {config.kind: config}
+    # the other linear probe trains the same
+    return {TITLES[method]: build_config(method, {}) for method in METHODS if method != "linear-sgd"}
+
+
+def methods_facts(
+    command: Info, adapter: dict[str, Any] | None, configs: dict[str, PromptConfig], backbone: FrozenViT
+) -> dict[str, Any]:
+    """Trained parameters of each method; of several, one that does not fit the backbone is listed with the reason."""
+    stored = adapter is not None and command.method is None
+    num_classes = adapter["config"]["num_classes"] if stored and adapter else command.num_classes
     facts: dict[str, Any] = {}
-    for method in METHODS:
-        if method == "linear-sgd":  # trains what the other linear probe trains
+    for title, config in configs.items():
+        try:
+            facts[title] = method_facts(config, backbone, num_classes)
+        except ValueError as error:
+            if len(configs) == 1:
+                raise
+            facts[title] = {"does not fit": str(error)}
+    return facts
+
+
+def cost_facts(
+    command: Info, facts: dict[str, Any], configs: dict[str, PromptConfig], backbone: FrozenViT
+) -> dict[str, Any]:
+    """What a forward and a training step of each method cost, by graph; of several, a reason where none is known."""
+    from fastprompt.report.cost import GRAPHS, READOUTS, Sizes, cost
+
+    stored = facts["adapter"]["config"] if "adapter" in facts else {}
+    readout = command.readout or stored.get("readout") or backbone.spec.pool
+    if readout not in READOUTS:
+        raise ValueError(f"--readout: takes one of {READOUTS} with --cost, got {readout!r}")
+    classes = command.num_classes if command.method is not None else stored.get("num_classes") or command.num_classes
+    sizes = Sizes.of(backbone)
+    methods: dict[str, Any] = {}
+    for title, config in configs.items():
+        if "does not fit" in facts["methods"][title]:
             continue
         try:
-            facts[TITLES[method]] = method_facts(build_config(method, {}), backbone, command.num_classes)
+            graphs: dict[str, Any] = {}
+            for graph in GRAPHS:
+                forward, step = (
+                    cost(sizes, config, readout, graph, training, command.dtype, command.batch_size, classes)
+                    for training in (False, True)
+                )
+                graphs[graph] = {
+                    "forward GFLOPs per image": round(forward.flops / 1e9, 4),
+                    "training GFLOPs per image": round(step.flops / 1e9, 4),
+                    "saved MiB per image": round(step.saved_bytes / 2**20, 4),
+                    "forward dispatches": forward.dispatches,
+                    "training dispatches": step.dispatches,
+                }
+            methods[title] = graphs
         except ValueError as error:
-            facts[TITLES[method]] = {"does not fit": str(error)}
-    return facts
+            if len(configs) == 1:
+                raise
+            methods[title] = {"no formula": str(error)}
+    return {"readout": readout, "dtype": command.dtype, "batch size": command.batch_size, "methods": methods}
 
 
 def method_facts(config: Any, backbone: FrozenViT, num_classes: int | None) -> dict[str, Any]:
@@ -568,7 +627,35 @@ def info_text(facts: dict[str, Any]) -> str:
         for title, method in facts["methods"].items():
             if "does not fit" in method:
                 lines.append(f"{title} does not fit this backbone as it is: {method['does not fit']}")
+    if "cost" in facts:
+        lines += ["", *cost_text(facts["cost"])]
     return "\n".join(lines)
+
+
+def cost_text(facts: dict[str, Any]) -> list[str]:
+    """The costs of `cost_facts` as lines of text."""
+    from fastprompt.report.runs import text_table
+
+    rows, reasons = [], []
+    for title, graphs in facts["methods"].items():
+        if "no formula" in graphs:
+            reasons.append(f"{title}: {graphs['no formula']}")
+            continue
+        papers, rewritten, recompute = graphs["papers"], graphs["rewritten"], graphs["recompute"]
+        row = [title]
+        for key in papers:
+            form = ",.2f" if isinstance(papers[key], float) else ",d"
+            again = "" if key.startswith("forward") else f" ({recompute[key]:{form}})"
+            row.append(f"{papers[key]:{form}} → {rewritten[key]:{form}}{again}")
+        rows.append(row)
+    header = ["method", "GFLOPs, forward", "GFLOPs, step", "saved MiB", "dispatches, forward", "dispatches, step"]
+    return [
+        f"Cost by formula, the papers' graph → the rewritten one (with gradient checkpointing): readout "
+        f"{facts['readout']}, {facts['dtype']},",
+        f"FLOPs and bytes kept for the backward per image, dispatches per call with {facts['batch size']} images",
+        text_table(header, rows),
+        *reasons,
+    ]
 
 
 def report(command: Report) -> None:

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import fastprompt.train.fit as fit_module
 from fastprompt.cli import main
+from fastprompt.generators import VPTConfig
+from fastprompt.report.cost import Sizes, cost
 
 COLOURS = {"blue": (0, 0, 200), "green": (0, 200, 0), "red": (200, 0, 0)}
 
@@ -264,6 +266,49 @@ def test_info_of_a_swin_transformer_has_the_sizes_of_each_stage(capsys: pytest.C
     assert facts["backbone"]["patch grid"] == [[56, 56], [28, 28], [14, 14], [7, 7]]
     assert facts["methods"]["VPT-deep"]["generator"] == 10 * (2 * 96 + 2 * 192 + 6 * 384 + 2 * 768)
     assert "VAPTConfig is not defined on a Swin transformer" in facts["methods"]["VAPT"]["does not fit"]
+
+
+def test_info_shows_the_cost_of_both_graphs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["info", "--backbone", f"local-dir:{place / 'vit'}", "--cost"]
+    flags = ["--method", "vpt-deep", "--num-prompts", "6", "--readout", "patches+prompts", "--batch-size", "4"]
+    assert main([*command, *flags, "--dtype", "float32", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)["cost"]
+    assert (facts["readout"], facts["dtype"], facts["batch size"]) == ("patches+prompts", "float32", 4)
+    graphs = facts["methods"]["VPT-deep"]
+    formula = cost(Sizes(48, 2, 3, 192, 16, 1, 8, (32, 32), (4, 4)), VPTConfig(6), "patches+prompts", "papers", True,
+                   "float32", 4)
+    assert graphs["papers"]["training GFLOPs per image"] == round(formula.flops / 1e9, 4)
+    assert graphs["papers"]["saved MiB per image"] == round(formula.saved_bytes / 2**20, 4)
+    assert graphs["papers"]["training dispatches"] == formula.dispatches
+    assert graphs["papers"]["saved MiB per image"] > graphs["rewritten"]["saved MiB per image"] > 0
+    assert graphs["rewritten"]["saved MiB per image"] > graphs["recompute"]["saved MiB per image"] > 0
+    assert main([*command, "--num-classes", "3"]) == 0
+    lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.split("Cost by formula")[1].splitlines()}
+    assert all(f"{title} " in " ".join(lines) + " " for title in ("PGN", "V²APT", "VAPT", "VPT-deep", "VPT-shallow"))
+    assert lines["VPT-deep"].count("→") == 5
+    assert "Pixel prompt" not in lines  # its frame does not fit on 32 px
+    assert any(line.startswith("Full fine-tuning: the cost of FullFineTuneConfig") for line in lines)
+
+
+def test_info_takes_method_and_readout_of_the_cost_from_the_adapter(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info", str(run_dir), "--cost", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["cost"]["readout"] == facts["adapter"]["config"]["readout"]
+    assert set(facts["cost"]["methods"]) == {"pgn"}
+
+
+def test_info_of_costs_without_formula_says_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--backbone", "swin_tiny_patch4_window7_224", "--cost"]) == 2
+    assert "Swin" in error_line(capsys)
+    command = ["info", "--backbone", f"local-dir:{place / 'vit'}", "--cost", "--method"]
+    assert main([*command, "full"]) == 2
+    assert "FullFineTuneConfig" in error_line(capsys)
+    assert main([*command, "vpt-deep", "--readout", "map"]) == 2
+    assert "readout" in error_line(capsys)
+    assert main([*command, "vpt-deep", "--batch-size", "0"]) == 2
+    assert "--batch-size" in error_line(capsys)
 
 
 def test_report_from_the_run(run_dir: Path, tmp_path: Path) -> None:
