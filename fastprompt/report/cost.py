@@ -211,6 +211,8 @@ def cost(backbone: FrozenViT | Sizes, config: PromptConfig, readout: str = "cls"
     s = dataclasses.replace(sizes, batch=batch, element=BYTES[dtype], training=training, num_classes=num_classes)
     if readout == "cls" and not s.has_cls:
         raise ValueError("readout 'cls' needs a class token; this backbone has none")
+    if readout == "cls" and s.depth == 1:
+        raise ValueError("the cost of readout 'cls' has no formula for a backbone of one block")
     t = Tally()
     prompts = _prompts(t, s, config, graph)
     if "prompts" in readout and prompts is None:
@@ -563,7 +565,8 @@ def _pgn(t: Tally, s: Sizes, config: PGNConfig, plain: bool) -> Prompts:
     t.call(1, 1, 4 * b * channels)  # mean over positions
     t.product(2 * b * channels * k * m, 2)
     t.call(1 + 1, 1 + 1, 4 * b * k * m)  # bias; softmax or sigmoid, which keep their output
-    t.product(2 * b * k * m * s.width, 2, backward=2 + (plain and not s.cast))
+    copied = plain and not s.cast  # the gradient, rows of the sequence's, which a cast would have copied
+    t.product(2 * b * k * m * s.width, 2, backward=2 + copied)
     wide = 4 * b * k * s.width
     t.saved += wide * (not s.cast and not plain)
     held = wide * s.cast + _tokens(s, b * k) * (s.cast or s.norm_pre)

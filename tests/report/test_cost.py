@@ -150,6 +150,7 @@ def test_the_rewritten_graph_costs_less() -> None:
 @pytest.mark.parametrize(("arguments", "named"), [
     ({"readout": "map"}, "readout"), ({"graph": "plain"}, "graph"), ({"dtype": "float64"}, "dtype"),
     ({"batch": 0}, "batch"), ({"backbone": dataclasses.replace(B16, has_cls=False)}, "class token"),
+    ({"backbone": dataclasses.replace(B16, depth=1)}, "one block"),
     ({"config": fp.FullFineTuneConfig()}, "FullFineTuneConfig"), ({"config": fp.VPTConfig(project=8)}, "project"),
     ({"config": fp.PGNConfig(trunk="resnet18")}, "resnet18"),
     ({"config": fp.VAPTConfig(conv=False)}, "VAPTConfig.conv"),
