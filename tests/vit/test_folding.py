@@ -141,3 +141,24 @@ def test_bfloat16_is_as_close_as_the_plain_graph(randomised: Callable[..., nn.Mo
         exact: Tensor = model.double().reference_forward(images.to(torch.bfloat16).double())
     eps = torch.finfo(torch.bfloat16).eps
     assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max() + eps * exact.abs().max()
+
+
+def test_inductor_freezes_the_folded_weights(randomised: Callable[..., nn.Module],
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config, freezing
+
+    left, original = [], freezing.freeze
+
+    def freeze(*args: object, **kwargs: object) -> tuple[torch.fx.GraphModule, list[int]]:
+        graph, indices = original(*args, **kwargs)
+        left.extend(node for node in graph.graph.nodes if node.op == "placeholder")
+        return graph, indices
+
+    monkeypatch.setattr(freezing, "freeze", freeze)
+    torch._dynamo.reset()
+    model = fp.PromptedViT(frozen(randomised).float(), fp.VPTConfig(num_prompts=2)).eval()
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad(), config.patch(freezing=True, fx_graph_cache=False):
+        out = torch.compile(model, fullgraph=True)(images)
+        torch.testing.assert_close(out, model(images), rtol=1e-4, atol=1e-4)
+    assert [tuple(node.meta["val"].shape) for node in left] == [(2, 3, 32, 32)]
