@@ -30,7 +30,7 @@ def inputs(size: str) -> list[Tensor | None]:
     return [q, k, v, *prefix]
 
 
-@pytest.mark.parametrize("buffer", [3 * 2**19, 100, 20], ids=["one buffer", "a head at a time", "less than a head"])
+@pytest.mark.parametrize("buffer", [5 * 2**18, 100, 20], ids=["one buffer", "a head at a time", "less than a head"])
 @pytest.mark.parametrize("size", SIZES)
 def test_attention_gradients(size: str, buffer: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "BUFFER_SCORES", buffer)
