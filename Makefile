@@ -1,4 +1,4 @@
-# make test | demo | table | lint | types | bench | cost | kernels-report | gpu | clean | help
+# make test | demo | table | lint | types | bench | bench-forward | cost | kernels-report | gpu | clean | help
 #   PYTHON=python3.12   interpreter the environment is made from
 #   VENV=path           environment to make or reuse (default .venv)
 #   PIP_FLAGS=...       more flags for pip, e.g. an extra index that has CPU builds of torch
@@ -12,7 +12,7 @@ STAMP := $(VENV)/.fastprompt-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint types pytest demo table bench cost kernels-report gpu clean
+.PHONY: help install test lint types pytest demo table bench bench-forward cost kernels-report gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -48,6 +48,10 @@ table: $(STAMP)  ## every method, three seeds (hours; resumable)
 
 bench: $(STAMP)  ## timings of the ops and the end-to-end jobs
 	$(VENV)/bin/pytest bench --benchmark-only
+
+bench-forward: $(STAMP)  ## the forward and the training step against the papers' graph; writes results/forward.md
+	$(VENV)/bin/pytest bench/bench_forward.py --benchmark-only -s --benchmark-json=.benchmarks/forward.json
+	$(PY) bench/forward_table.py .benchmarks/forward.json results/forward.md
 
 cost: $(STAMP)  ## FLOPs, saved bytes and dispatches by formula and as measured, into results/cost.md (minutes)
 	OMP_NUM_THREADS=1 $(PY) bench/cost.py

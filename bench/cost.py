@@ -2,7 +2,7 @@
 
 * FLOPs: torch's FlopCounterMode. Matrix products and convolutions count, two for a multiplication and its addition;
   norms, activations, softmax and sums do not. The CPU's fused attention and grouped convolutions, which torch does not
-  count or counts wrongly, have their formulas here.
+  count or counts wrongly, and oneDNN's Linear have their formulas here.
 * Saved bytes: how much the live allocations grow during a forward that keeps its graph.
 * Dispatches: calls of ATen operators below autograd that are no views.
 
@@ -55,9 +55,16 @@ def _convolution_backward_flops(grad: Any, x: Any, weight: Any, bias: Any, strid
     return 2 * x[0] * torch.Size(positions).numel() * per_position * (mask[0] + mask[1])
 
 
+def _linear_flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    """oneDNN's x Wᵀ, with which a frozen Linear multiplies in float32 where it is the faster."""
+    return 2 * torch.Size(x).numel() * weight[0]
+
+
 FORMULAS = {aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
             aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
             aten.convolution_backward: _convolution_backward_flops}
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    FORMULAS[torch.ops.mkldnn._linear_pointwise] = _linear_flops
 
 
 class Dispatches(TorchDispatchMode):

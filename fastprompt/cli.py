@@ -652,7 +652,7 @@ def cost_text(facts: dict[str, Any]) -> list[str]:
     return [
         f"Cost by formula, the papers' graph → the rewritten one (with gradient checkpointing): readout "
         f"{facts['readout']}, {facts['dtype']},",
-        f"FLOPs and bytes kept for the backward per image, dispatches per call with {facts['batch size']} images",
+        f"FLOPs and kept bytes per image; dispatches per call: {facts['batch size']} images, one thread",
         text_table(header, rows),
         *reasons,
     ]

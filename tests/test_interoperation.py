@@ -201,27 +201,6 @@ def test_half_precision(make: Make, tiny_images: Tensor, method: str) -> None:
     assert all(g.isfinite().all() for g in gradients.values())
 
 
-def test_inductor_freezes_the_folded_weights(make: Make, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if method != "vpt":
-        pytest.skip("one method is enough: the blocks are the same")
-    from torch._inductor import config, freezing
-
-    left, original = [], freezing.freeze
-
-    def freeze(*args: object, **kwargs: object) -> tuple[torch.fx.GraphModule, list[int]]:
-        graph, indices = original(*args, **kwargs)
-        left.extend(node for node in graph.graph.nodes if node.op == "placeholder")
-        return graph, indices
-
-    monkeypatch.setattr(freezing, "freeze", freeze)
-    torch._dynamo.reset()
-    model, images = make(method, torch.float32).eval(), raw_images(2)
-    with torch.no_grad(), config.patch(freezing=True, fx_graph_cache=False):
-        out = torch.compile(model, fullgraph=True)(images)
-        torch.testing.assert_close(out, model(images), rtol=1e-4, atol=1e-4)
-    assert [tuple(node.meta["val"].shape) for node in left] == [(2, 3, 32, 32)]
-
-
 def test_a_compiled_model_sees_loaded_weights(make: Make, tiny_images: Tensor, method: str) -> None:
     torch._dynamo.reset()
     model, images = make(method).eval(), tiny_images.double()

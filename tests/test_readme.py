@@ -14,16 +14,17 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_the_results_are_those_of_the_committed_table() -> None:
     table = json.loads((ROOT / "results" / "table.json").read_text(encoding="utf-8"))
     rows = {row["title"]: row for row in table["rows"]}
-    found = re.findall(r"^\| ([^|]+) \| ([\d,]+) \| (0\.\d+) \((\w+) seeds?\) \| ?(.*?) ?\| (\S.*?) \|$",
+    found = re.findall(r"^\| ([^|]+) \| ([\d,]+) \| (0\.\d+) (?:± (0\.\d+) )?\| ?(.*?) ?\| ?(.*?) ?\|$",
                        (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert {title for title, *_ in found} == set(rows)
-    for title, parameters, accuracy, seeds, difference, over_seeds in found:
+    for title, parameters, accuracy, half, difference, over_seeds in found:
         row = rows[title]
         assert int(parameters.replace(",", "")) == row["trained_parameters"]["total"]
         assert accuracy == f"{row['test_accuracy']:.4f}"
-        assert len(row["seeds"]) == {"one": 1, "three": 3}[seeds]
+        interval = row["test_interval_over_seeds"]
+        assert half == ("" if interval is None else f"{interval:.4f}")
         if row["difference_to_probe"] is None:
-            assert (difference, over_seeds) == ("", "–")
+            assert (difference, over_seeds) == ("", "")
         else:
             low, high = row["difference_to_probe"]["image_interval"]
             assert difference == f"{row['difference_to_probe']['mean']:+.4f} [{low:+.4f}, {high:+.4f}]"

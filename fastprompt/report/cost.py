@@ -9,7 +9,9 @@ those graphs is a change here; `tests/report/test_cost.py` holds the two togethe
 * Saved bytes: what a training step's forward leaves allocated for its backward: each tensor once, however many
   operators keep it. Parameters and the images are there anyway.
 * Dispatches: ATen operators below autograd, views left out (`bench/cost.py` says which those are), for a batch of at
-  least 2 images. Of a batch of 1 some copies are views.
+  least 2 images: of a batch of 1 some copies are views. In float32, of a machine where oneDNN is not the faster
+  library (`fastprompt.vit.linear`); where it is, some copies fall away, and "recompute" runs the
+  last product of each block again.
 
 A training step is a forward and its backward from the logits, with gradients that start at None, and no loss. The
 numbers are those of PyTorch on a CPU: `fastprompt.kernels` has fused kernels for GPUs, which keep and dispatch less. A
@@ -62,6 +64,7 @@ class Sizes:
         width: D. depth: blocks. heads: of a block. hidden: of the MLP. patches: N. prefix: class token and registers.
         patch_size: pixels. image_size: (height, width) in pixels. grid: (rows, columns) of patches.
         batch: B. element: bytes of a number in the backbone. training: whether a graph is kept.
+        threads: of PyTorch; the backward of attention works through larger parts with more.
         has_cls, position, norm_pre, norm, fc_norm, layer_scale, qkv_bias: what the backbone has.
         activation: of the MLP. num_classes: C of the linear head.
     """
@@ -86,6 +89,7 @@ class Sizes:
     batch: int = 1
     element: int = 2
     training: bool = False
+    threads: int = 1
     num_classes: int = 10
 
     @classmethod
@@ -186,7 +190,8 @@ class Prompts:
 
 
 def cost(backbone: FrozenViT | Sizes, config: PromptConfig, readout: str = "cls", graph: str = "rewritten",
-         training: bool = False, dtype: str = "bfloat16", batch: int = 1, num_classes: int = 10) -> Cost:
+         training: bool = False, dtype: str = "bfloat16", batch: int = 1, num_classes: int = 10, threads: int = 1
+         ) -> Cost:
     """What one call costs: a forward without graph, or, `training`, a forward and its backward.
 
     Args:
@@ -197,6 +202,7 @@ def cost(backbone: FrozenViT | Sizes, config: PromptConfig, readout: str = "cls"
             `set_grad_checkpointing()`).
         dtype: of the backbone: "float32", "bfloat16" or "float16".
         batch: images per call. What they share (static prompts) is divided by it.
+        threads: of PyTorch; they change dispatches of the rewritten graph's training step, nothing else.
 
     Raises:
         ValueError: an argument is none of these, or backbone or method have a part without formula; it is named.
@@ -205,10 +211,12 @@ def cost(backbone: FrozenViT | Sizes, config: PromptConfig, readout: str = "cls"
                                ("dtype", dtype, tuple(BYTES))):
         if value not in takes:
             raise ValueError(f"{name} must be one of {takes}, got {value!r}")
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
+    for name, number in (("batch", batch), ("num_classes", num_classes), ("threads", threads)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
     sizes = backbone if isinstance(backbone, Sizes) else Sizes.of(backbone)
-    s = dataclasses.replace(sizes, batch=batch, element=BYTES[dtype], training=training, num_classes=num_classes)
+    s = dataclasses.replace(sizes, batch=batch, element=BYTES[dtype], training=training, num_classes=num_classes,
+                            threads=threads)
     if readout == "cls" and not s.has_cls:
         raise ValueError("readout 'cls' needs a class token; this backbone has none")
     if readout == "cls" and s.depth == 1:
@@ -430,12 +438,9 @@ def _attention_backward(t: Tally, s: Sizes, queries: int, tokens: int, p: int, s
     Where nothing needs a gradient the caller drops all of it.
     """
     b, h = s.batch, s.heads
-    scores = queries * (p + tokens)
+    scores, room = max(1, queries * (p + tokens)), BUFFER_SCORES * s.threads
     read = (p + tokens) if p and wants_tokens else tokens if wants_tokens else p
-    if h * scores > BUFFER_SCORES:
-        images, group = 1, BUFFER_SCORES // scores or 1
-    else:
-        images, group = min(b, BUFFER_SCORES // max(1, h * scores)) or 1, h
+    images, group = max(1, min(b, room // (h * scores))), max(1, min(h, room // scores))
     chunks = math.ceil(b / images) * math.ceil(h / group)
     prefix = int(p > 0)
     t.call(0, wants_q + 2 * wants_tokens + 1 + 2 * prefix + 7)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fastprompt.vit.linear import FrozenLinear
 from fastprompt.vit.weights import Block, Dense, Mlp, Norm
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class _Affine:
     def dense(self) -> Dense:
         """A frozen Linear of the source's dtype; the source itself where nothing has moved, no bias where it is 0."""
         weight, bias = self.weight.to(self.source.weight.dtype), self.bias.to(self.source.weight.dtype)
-        dense = Dense(weight, bias if bias.any() else None)
+        dense = FrozenLinear(weight, bias if bias.any() else None)
         if torch.equal(weight, self.source.weight):
             dense.weight = self.source.weight
         return dense

@@ -19,12 +19,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastprompt.kernels.prefix_attention import prefix_attention
 from fastprompt.vit import reference
+from fastprompt.vit.linear import linear
 from fastprompt.vit.reference import Sequence
 from fastprompt.vit.weights import Block, FrozenViT, Norm
 
@@ -137,7 +137,7 @@ def prompt_keys(block: Block, prompts: Tensor) -> Prefix:
     """Keys and values of prompts (1 or B, P, D) that enter the block."""
     inner = block.num_heads * block.head_dim
     bias = None if block.qkv.bias is None else block.qkv.bias[inner:]
-    k, v = heads(block, F.linear(normed(block, prompts), block.qkv.weight[inner:], bias), 2)
+    k, v = heads(block, linear(normed(block, prompts), block.qkv.weight[inner:], bias), 2)
     return _norm(block.k_norm, k), v
 
 
@@ -163,13 +163,13 @@ def attention(block: Block, x: Tensor, prefix: Prefix | None, joining: Tensor | 
     """
     inner, weight, bias = block.num_heads * block.head_dim, block.qkv.weight, block.qkv.bias
     if rows is None:
-        q, k, v = heads(block, F.linear(x, weight, bias), 3)  # (B, heads, T, d)
+        q, k, v = heads(block, linear(x, weight, bias), 3)  # (B, heads, T, d)
     else:
         split = (None, None) if bias is None else (bias[:inner], bias[inner:])
-        q, = heads(block, F.linear(x[:, rows], weight[:inner], split[0]), 1)
-        k, v = heads(block, F.linear(x, weight[inner:], split[1]), 2)
+        q, = heads(block, linear(x[:, rows], weight[:inner], split[0]), 1)
+        k, v = heads(block, linear(x, weight[inner:], split[1]), 2)
     if joining is not None:
-        prompt_q, prompt_k, prompt_v = heads(block, F.linear(joining, weight, bias), 3)
+        prompt_q, prompt_k, prompt_v = heads(block, linear(joining, weight, bias), 3)
         q, prefix = _append(q, prompt_q, dim=2), (_norm(block.k_norm, prompt_k), prompt_v)
     prefix_k, prefix_v = (None, None) if prefix is None else prefix
     out = prefix_attention(_norm(block.q_norm, q), _norm(block.k_norm, k), v, prefix_k, prefix_v, scale=block.scale)
@@ -186,7 +186,7 @@ def one_query_block(block: Block, x: Tensor, prompts: Tensor | None) -> Tensor:
     rows, prompts = normed(block, x), None if prompts is None else normed(block, prompts)
     w_q, w_k, w_v = block.qkv.weight.split(inner)
     b_q, _, b_v = (None, None, None) if block.qkv.bias is None else block.qkv.bias.split(inner)
-    q, = heads(block, F.linear(rows[:, :1], w_q, b_q), 1)
+    q, = heads(block, linear(rows[:, :1], w_q, b_q), 1)
     q = (_norm(block.q_norm, q) * block.scale).squeeze(2).transpose(0, 1)  # (heads, B, d)
     q = (q @ w_k.view(block.num_heads, -1, d)).transpose(0, 1)  # (B, heads, D)
     scores = q @ rows.transpose(1, 2)  # (B, heads, T)

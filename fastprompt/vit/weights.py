@@ -12,7 +12,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import torch
 import torch.nn as nn
@@ -167,6 +167,14 @@ class ViTSpec:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
+class _KeptFold(NamedTuple):
+    """Folded blocks, the tensors they were made of, and the sum of their versions then."""
+
+    tensors: tuple[nn.Parameter, ...]
+    version: int
+    folded: Folded
+
+
 class FrozenViT(nn.Module):
     """A vision transformer whose weights are constants.
 
@@ -211,7 +219,7 @@ class FrozenViT(nn.Module):
         if parts:
             raise ValueError(f"the reader returned unknown parts: {sorted(parts)}")
         self._fingerprint: str | None = None
-        self._folded: tuple[int, Folded] | None = None
+        self._folded: _KeptFold | None = None
         self.register_load_state_dict_post_hook(_fold_again)
         self.eval()
 
@@ -432,21 +440,26 @@ class FrozenViT(nn.Module):
     def folded(self) -> Folded | None:
         """The blocks with their constants folded; None while the weights train.
 
-        Made at the first call and again when tensors were cast, moved, loaded or changed in place. (A write through
-        `.data` goes unnoticed.)
+        Made at the first call and again when tensors were cast, moved, loaded or changed in place. A write through
+        `.data` and a parameter that is replaced go unnoticed; inside `torch.compile`, so does a change in place.
         """
         if torch.compiler.is_compiling():
-            return None if self._folded is None else self._folded[1]
-        tensors = list(self.parameters())
+            return None if self._folded is None else self._folded.folded
+        known = self._folded
+        if known is None or known.version != sum(p._version for p in known.tensors) \
+                or any(p.requires_grad for p in known.tensors):
+            self._folded = known = self._fold()
+        return None if known is None else known.folded
+
+    def _fold(self) -> _KeptFold | None:
+        from fastprompt.vit.folding import fold_backbone
+
+        tensors = tuple(self.parameters())
         if any(p.requires_grad for p in tensors) or self.device.type == "meta":
             return None
-        version = sum(0 if p.is_inference() else p._version for p in tensors)
-        if self._folded is None or self._folded[0] != version:
-            from fastprompt.vit.folding import fold_backbone
-
-            with torch.inference_mode(False), torch.no_grad():
-                self._folded = (version, fold_backbone(self))
-        return self._folded[1]
+        tensors = tuple(p for p in tensors if not p.is_inference())  # others have no version, and cannot change
+        with torch.inference_mode(False), torch.no_grad():
+            return _KeptFold(tensors, sum(p._version for p in tensors), fold_backbone(self))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenViT:
         if fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype != self.dtype:

@@ -92,13 +92,44 @@ def test_formula_is_what_runs_on_other_backbones(bench: ModuleType, config: Prom
 
 
 @pytest.mark.parametrize("method", ["pgn", "v2apt", "vapt", "vpt-deep-dropout"])
-def test_formula_is_what_runs_in_float32(bench: ModuleType, method: str) -> None:
+def test_formula_is_what_runs_in_float32(bench: ModuleType, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastprompt.vit.linear.onednn_is_faster", lambda: False)
     compare(bench, bench.random_backbone(**SMALL).float(), METHODS[method], dtype="float32")
 
 
 def test_formula_is_what_runs_where_attention_works_in_chunks(bench: ModuleType) -> None:
     backbone = bench.random_backbone(**{**SMALL, "img_size": 448, "depth": 1})
     compare(bench, backbone, fp.VPTConfig(5), "patches", graphs=("papers", "rewritten"))
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("readout", ["cls", "patches"])
+def test_flops_and_bytes_hold_where_onednn_multiplies(bench: ModuleType, readout: str,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastprompt.vit.linear.onednn_is_faster", lambda: True)
+    model = fp.PromptedViT(bench.random_backbone(**SMALL).float(), METHODS["vapt"], num_classes=10, readout=readout)
+    measured = bench.measure(model, torch.randn(2, 3, 64, 64), "rewritten")
+    for training, found in ((False, measured.inference), (True, measured.training)):
+        formula = cost(model.backbone, METHODS["vapt"], readout, "rewritten", training, "float32", 2)
+        assert formula.flops == pytest.approx(found.flops, rel=0.01)
+        assert formula.saved_bytes == pytest.approx(found.saved_bytes, rel=0.05)
+        assert found.dispatches <= formula.dispatches
+
+
+def test_threads_change_the_parts_that_attention_works_through(bench: ModuleType) -> None:
+    model = fp.PromptedViT(bench.random_backbone(**{**SMALL, "img_size": 448, "depth": 2}), fp.VPTConfig(5), 10)
+    images = torch.randn(2, 3, 448, 448)
+    model(images).sum().backward()
+    costs = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            measured = bench.measure(model, images, "rewritten").training.dispatches
+        finally:
+            torch.set_num_threads(1)
+        costs.append(cost(model.backbone, fp.VPTConfig(5), training=True, batch=2, threads=threads).dispatches)
+        assert costs[-1] == measured
+    assert costs[0] > costs[1]
 
 
 def test_flops_and_bytes_hold_for_one_image(bench: ModuleType, small: fp.FrozenViT) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -46,11 +47,12 @@ METHODS = {
 
 
 def model_of(
-    randomised: Callable[..., nn.Module], method: str, backbone: str, readout: str
+    randomised: Callable[..., nn.Module], method: Any, backbone: str, readout: str
 ) -> fp.PromptedViT:
+    config = METHODS[method] if isinstance(method, str) else method
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
     vit = randomised(VisionTransformer(**{**sizes, **BACKBONES[backbone]}))
-    model = fp.PromptedViT(fp.FrozenViT(vit).double(), METHODS[method], readout=readout)
+    model = fp.PromptedViT(fp.FrozenViT(vit).double(), config, readout=readout)
     with torch.no_grad():
         for p in model.generator.parameters():
             p.add_(0.3 * torch.randn_like(p))
@@ -78,6 +80,28 @@ def test_equals_the_reference(
                 assert ours is None or ours.abs().max() == 0
                 continue
             assert (ours - theirs).norm() <= 1e-10 * theirs.norm() + 1e-13, method
+
+
+@pytest.mark.parametrize("num_prompts", [1, 10, 50])
+@pytest.mark.parametrize("backbone", ["plain", "registers", "pre-norm", "layer scale", "all norms"])
+@pytest.mark.parametrize("method", ["vpt", "vpt shallow", "vapt", "v2apt", "pgn", "free"])
+def test_equals_the_reference_at_inference(
+    randomised: Callable[..., nn.Module], tiny_images: Tensor, method: str, backbone: str, num_prompts: int
+) -> None:
+    split = {"num_instance": (num_prompts + 1) // 2} if method == "v2apt" else {}
+    config = dataclasses.replace(METHODS[method], num_prompts=num_prompts, **split)
+    images = tiny_images[:2].double()
+    for readout in ("cls", "patches", "patches+prompts"):
+        model = model_of(randomised, config, backbone, readout).eval()
+        plain = model.reference_forward(images)
+        torch.testing.assert_close(model(images), plain, rtol=1e-10, atol=1e-10)
+        with torch.no_grad():
+            for _ in range(2):  # the second time with keys and values made before
+                torch.testing.assert_close(model(images), plain, rtol=1e-10, atol=1e-10)
+        kept = model._static[2] if model._static else {}
+        deep = method == "vpt"
+        assert len(kept) == (model.backbone.depth - ((readout != "patches" and backbone != "all norms")
+                                                     or readout == "patches+prompts") if deep else 0)
 
 
 def rows_seen(model: fp.PromptedViT, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -161,3 +185,28 @@ def test_generators_may_set_any_blocks(
     model.generator.layers = layers
     images = tiny_images[:2].double()
     torch.testing.assert_close(model(images), model.reference_forward(images), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_first_block_needs_no_gradient_of_its_tokens(
+    randomised: Callable[..., nn.Module], tiny_images: Tensor, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, needed = model_of(randomised, method, "plain", "cls").train(), []
+    original = forward.prefix_attention
+    monkeypatch.setattr(
+        forward,
+        "prefix_attention",
+        lambda q, k, v, *rest, **options: needed.append(k.requires_grad) or original(q, k, v, *rest, **options),
+    )
+    model(tiny_images[:2].double())
+    assert needed == [False]  # the last block has one query and no keys
+
+
+@pytest.mark.parametrize("readout", ["cls", "patches"])
+def test_the_last_block_has_no_key_and_value_product_for_one_query(
+    randomised: Callable[..., nn.Module], tiny_images: Tensor, readout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calls, original = model_of(randomised, "vpt", "plain", readout).eval(), [], forward.prefix_attention
+    monkeypatch.setattr(forward, "prefix_attention", lambda *a, **o: calls.append(1) or original(*a, **o))
+    model(tiny_images[:2].double())
+    assert len(calls) == (1 if readout == "cls" else 2)

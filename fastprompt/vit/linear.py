@@ -1,0 +1,73 @@
+"""Products with frozen weights in float32, by the faster of the two matrix libraries that PyTorch brings on a CPU.
+
+PyTorch multiplies float32 matrices by MKL, which leaves half of the hardware unused on CPUs that are not Intel's; its
+oneDNN is reached through an operator that has no backward. A frozen weight needs none of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastprompt.vit.weights import Dense
+
+CLEARLY_FASTER = 1.3
+
+
+class FrozenLinear(Dense):
+    """A `Dense` whose weight never trains."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b for x (..., in), weight (out, in) and bias (out,) that need no gradient."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or weight.dtype != torch.float32 or weight.requires_grad \
+            or x.numel() == 0 or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() \
+            or torch.is_autocast_enabled("cpu") or not onednn_is_faster():
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _OneDNNLinear.apply(x, weight, bias)
+    return _product(x, weight, bias)
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether oneDNN's float32 product is clearly faster than MKL's here: measured once in a process."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not torch.backends.mkldnn.is_available():
+        return False
+    with torch.inference_mode():
+        x, weight = torch.ones(256, 768), torch.ones(768, 768)
+        seconds: list[float] = []
+        for product in (F.linear, _product):
+            rounds = []
+            for _ in range(5):
+                began = time.perf_counter()
+                product(x, weight, None)
+                rounds.append(time.perf_counter() - began)
+            seconds.append(min(rounds))
+    return seconds[0] > CLEARLY_FASTER * seconds[1]
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    """ẋ = ẏ W; the weight and the bias are constants."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, = ctx.saved_tensors
+        return linear(grad, weight.t(), None), None, None
