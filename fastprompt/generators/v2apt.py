@@ -103,7 +103,7 @@ class V2APT(PromptGenerator):
     stage, prompts have the width of their block's stage, and with share="all" the decoder has one hidden layer W₁
     and an output layer W₂ for each stage, so that the blocks of a stage share their instance prompts.
 
-    `generator(embeddings, layer)` (B, N, D) → (B, P, D).
+    `generator(embeddings, layer)` (B, N, D) → (B, P, D), in the embeddings' dtype.
     """
 
     known_at = "embeddings"
@@ -141,7 +141,9 @@ class V2APT(PromptGenerator):
     def stats(self, embeddings: Tensor) -> Tensor:
         """(B, N, D) patch embeddings → (B, 2Z) = [μ, log σ²], not yet clamped."""
         self.check_input(embeddings)
-        x = self.norm(embeddings.to(self.norm.weight.dtype)).mean(dim=1)  # (B, D)
+        norm = self.norm
+        x = F.layer_norm(embeddings.to(norm.weight.dtype), norm.normalized_shape, eps=norm.eps).mean(dim=1)  # (B, D)
+        x = x * norm.weight + norm.bias  # behind the mean, so that the backward needs (B, D) and not the embeddings
         return self.to_stats(F.gelu(self.encoder(x)))
 
     def draw(self, batch: int) -> Draws:
@@ -172,8 +174,8 @@ class V2APT(PromptGenerator):
             stats = torch.cat([mu + torch.exp(0.5 * logvar) * draws["epsilon"], logvar], dim=-1)
         prompts, kl = [], kl_units.sum(dim=-1)
         for stage in range(len(self.domain.stages)):
-            of_stage, drawn_kl = vae_prompts(stats, self.decoders_of(stage), self.domain.of_stage(stage),
-                                             draws.get("noise"))
+            domain = self.domain.of_stage(stage).to(x.dtype)
+            of_stage, drawn_kl = vae_prompts(stats, self.decoders_of(stage), domain, draws.get("noise"))
             prompts.append(of_stage)
             kl = kl if "epsilon" in draws else drawn_kl
         return Latent(prompts, kl, kl_units.detach())

@@ -173,6 +173,7 @@ class Prompts:
         make: adds the cost of block i's prompts to a tally: forward and backward of the generator.
         first: whether they join once, before the pre-norm, behind the patches.
         known: whether they depend on parameters alone, so that inference keeps their keys and values.
+        cast: whether they are made in float32 and cast, block by block, to what the backbone takes.
         kept: bytes that live as long as the graph when blocks are computed again: what the blocks read.
     """
 
@@ -182,6 +183,7 @@ class Prompts:
     make: Callable[[Tally, int], None]
     first: bool = False
     known: bool = False
+    cast: bool = True
     kept: int = 0
 
     def images(self, i: int, batch: int) -> int:
@@ -323,7 +325,8 @@ def _papers(t: Tally, s: Sizes, prompts: Prompts | None, readout: str, pixels: b
 def _papers_insert(t: Tally, s: Sizes, prompts: Prompts, i: int, rows: int, trains: bool) -> int:
     """`Sequence.with_prompts`: the rows of the sequence behind it."""
     prompts.make(t, i)
-    t.call(s.cast + 1, s.cast + (prompts.images(i, s.batch) < s.batch) + 3 * trains)
+    cast = s.cast and prompts.cast
+    t.call(cast + 1, cast + (prompts.images(i, s.batch) < s.batch) + 3 * trains)
     return s.own + prompts.count
 
 
@@ -378,22 +381,22 @@ def _step(t: Tally, s: Sizes, prompts: Prompts | None, readout: str, i: int, row
     leave = _output_rows(s, prompts, readout, i, rows)
     if prompts is None or i not in prompts.layers:
         if i == s.depth - 1 and readout == "cls":
-            _one_query(t, s, rows, 0, 0, trains)
+            _one_query(t, s, rows, 0, 0, False, trains)
         else:
             _block(t, s, rows, leave, 0, 0, False, trains)
         return leave
-    n = prompts.images(i, s.batch)
+    n, cast = prompts.images(i, s.batch), s.cast and prompts.cast
     stay, one_query = _stay(s, prompts, readout, i), i == s.depth - 1 and readout == "cls"
     ready = prompts.known and not s.training and not stay and not one_query and not (i == 0 and prompts.first)
     if not ready and not (i == 0 and prompts.first):
         prompts.make(t, i)
-        t.call(s.cast, s.cast)
+        t.call(cast, cast)
     if one_query:
-        _one_query(t, s, rows, prompts.count, n, trains)
+        _one_query(t, s, rows, prompts.count, n, cast, trains)
         return leave
     if not ready:
         width = (3 if stay else 2) * s.width
-        _norm(t, s, n * prompts.count, keeps=s.cast or (i == 0 and prompts.first and s.norm_pre))
+        _norm(t, s, n * prompts.count, keeps=cast or (i == 0 and prompts.first and s.norm_pre))
         t.call(0, int(stay))
         t.product(2 * n * prompts.count * s.width * width, backward=3)
         t.saved += _tokens(s, n * prompts.count, width)
@@ -450,13 +453,13 @@ def _attention_backward(t: Tally, s: Sizes, queries: int, tokens: int, p: int, s
     t.backward += per_key * ((2 + wants_q) * (p + tokens) + 2 * read)
 
 
-def _one_query(t: Tally, s: Sizes, rows: int, p: int, n: int, trains: bool) -> None:
-    """`one_query_block` over `rows` rows and p prompts for n images."""
+def _one_query(t: Tally, s: Sizes, rows: int, p: int, n: int, cast: bool, trains: bool) -> None:
+    """`one_query_block` over `rows` rows and p prompts for n images, which were `cast` for it."""
     b, d, h, shared = s.batch, s.width, s.heads, p > 0 and n < s.batch
     _norm(t, s, b * rows)
     t.call(0, 1, _tokens(s, b * rows))  # the normed rows
     if p:
-        _norm(t, s, n * p, keeps=s.cast)
+        _norm(t, s, n * p, keeps=cast)
         t.saved += _tokens(s, n * p)
     t.product(2 * b * d * d, calls=1 + (s.qkv_bias and b > 1), backward=1)
     t.call(1, 3)  # the scale; backwards also the stack of heads, the slice of the row and the sum of its gradients
@@ -579,14 +582,13 @@ def _pgn(t: Tally, s: Sizes, config: PGNConfig, plain: bool) -> Prompts:
 
 
 def _v2apt(t: Tally, s: Sizes, config: V2APTConfig, graph: str) -> Prompts:
-    """Encoder, noise, decoders and the prompts (L, B, P, D) of all layers, all in float32."""
+    """Encoder, noise and decoders in float32; the prompts (L, B, P, D) of all layers as the backbone takes them."""
     if config.inference_samples:
         raise ValueError("the cost of V2APTConfig.inference_samples has no formula")
     b, d, z, h, m, depth = s.batch, s.width, config.latent, config.hidden, config.num_instance, s.depth
     decoders = 1 if config.share == "all" else depth
-    read = s.patches if s.cast or s.norm_pre else s.own * (graph != "recompute")  # block 0 keeps what enters it
-    t.call(s.norm_pre + s.cast, 0, 4 * b * d * read)
-    t.call(2, 2, 8 * b * s.patches + 4 * b * d)  # norm and mean over patches
+    t.call(s.norm_pre + s.cast + 2)  # norm and mean over patches
+    t.call(2, 3, 2 * 4 * b * d)  # the norm's affine
     t.product(2 * b * d * h, 2, backward=3)
     t.call(1, 1, 2 * 4 * b * h)  # a GELU keeps its input, the Linear behind it the output
     t.product(2 * b * h * 2 * z, 2, backward=3)
@@ -598,10 +600,11 @@ def _v2apt(t: Tally, s: Sizes, config: V2APTConfig, graph: str) -> Prompts:
         t.product(2 * b * z * h, 2, backward=3)
         t.call(1, 1, 2 * 4 * b * h)
         t.product(2 * b * h * m * d, 2, backward=3)
-    wide = 4 * depth * b * config.num_prompts * d
-    t.call(2, (b > 1) + (decoders < depth) + decoders - 1, wide * (not s.cast and graph != "papers"))
-    kept = wide * s.cast + 2 * 4 * b * z + 4 * b + 16  # the KL and the seed are held, too
-    return Prompts(config.num_prompts, range(depth), 0, lambda t, i: t.call(0, 1 + (i > 0)), kept=kept)
+    t.call(2 * s.cast, 2 * s.cast)  # domain and instance prompts
+    wide = _tokens(s, depth * b * config.num_prompts)
+    t.call(2, (b > 1) + (decoders < depth) + decoders - 1, wide * (graph != "papers"))
+    kept = 2 * 4 * b * z + 4 * b + 16  # the KL and the seed are held, too
+    return Prompts(config.num_prompts, range(depth), 0, lambda t, i: t.call(0, 1 + (i > 0)), cast=False, kept=kept)
 
 
 def _vapt(t: Tally, s: Sizes, config: VAPTConfig, plain: bool) -> Prompts:

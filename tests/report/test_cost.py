@@ -151,8 +151,9 @@ MIB = 2**20
     (fp.V2APTConfig(50, 25), "rewritten", 37),
     (fp.VAPTConfig(50), "rewritten", 37),
     (fp.VPTConfig(50), "recompute", 4.5),
+    (fp.V2APTConfig(50, 25), "recompute", 4.5),
     (fp.VAPTConfig(50), "recompute", 4.5),
-], ids=["VPT-deep", "V2APT", "VAPT", "VPT-deep, recomputed", "VAPT, recomputed"])
+], ids=["VPT-deep", "V2APT", "VAPT", "VPT-deep, recomputed", "V2APT, recomputed", "VAPT, recomputed"])
 def test_training_memory_of_vit_b16(bench: ModuleType, base: fp.FrozenViT, config: PromptConfig, graph: str,
                                     limit: float) -> None:
     """The goals, by formula and as measured, at batch 1, where nothing is shared by images."""
