@@ -67,8 +67,8 @@ class Capturer(Protocol):
     def capture(self, function: Callable[[], None], pool: Any) -> Graph:
         """Record what `function` launches, without running it. Raises what kept it from being recorded."""
 
-    def address(self, tensor: Tensor) -> int:
-        """Where its memory starts."""
+    def addresses(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
+        """Where the memory of each starts."""
 
     def mark(self) -> Any:
         """This point of the current stream."""
@@ -124,8 +124,8 @@ class CudaCapturer:
             torch._C._cuda_endAllocateToPool(self.device.index, pool)
             torch._C._cuda_releasePool(self.device.index, pool)
 
-    def address(self, tensor: Tensor) -> int:
-        return tensor.data_ptr()
+    def addresses(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
+        return tuple(map(Tensor.data_ptr, tensors))
 
     def mark(self) -> Any:
         stream = torch.cuda.current_stream(self.device)
@@ -213,18 +213,23 @@ class _Graphs:
         return Signature(batch, form, model.backbone_dtype, f"{model.config}, {head}, readout {model.readout!r}")
 
     def _reads(self) -> tuple[Any, ...]:
-        """All that graphs take for granted: modules, switches, and where the tensors lie."""
+        """All that graphs take for granted: modules, switches, and where the tensors lie.
+
+        Folded blocks stand for the backbone's own, of which `folded` notices changes.
+        """
         model, generator = self.model, self.model.generator
         folded = model.backbone.folded()
         parts = (model.backbone, generator, model.head, folded)
         if self._read is None or any(new is not old for new, old in zip(parts, self._read[:4], strict=True)):
-            modules = [module for part in (model, *(() if folded is None else (*folded.blocks, folded.pixels)))
-                       for module in part.modules()]
+            modules = list(model.modules())
+            if folded is not None:
+                unread = {module for block in model.backbone.blocks for module in block.modules()}
+                modules = [module for module in modules if module not in unread]
+                modules += [module for part in (*folded.blocks, folded.pixels) for module in part.modules()]
             self._slots = [(slots, name) for module in modules for slots in (module._parameters, module._buffers)
-                           for name in slots]
-        tensors = (slots.get(name) for slots, name in self._slots)
+                           for name, tensor in slots.items() if tensor is not None]
         return (*parts, None if generator is None else generator.config, model.readout, model.backbone_dtype,
-                *[0 if tensor is None else self.capturer.address(tensor) for tensor in tensors])
+                self.capturer.addresses([slots[name] for slots, name in self._slots]))
 
     def _drop_if_rebound(self) -> None:
         """Forget the graphs where something that they read lies elsewhere now."""
@@ -358,7 +363,14 @@ class GraphedForward(_Graphs):
             return output.clone() if static and not borrow else output
 
     def prepare(self, images: Tensor) -> None:
-        """Capture all batch sizes for images of this dtype and size now, from a batch of at least one."""
+        """Capture all batch sizes for images of this dtype and size now, from a batch of at least one.
+
+        Raises:
+            TypeError, ValueError: `images` do not fit.
+        """
+        self.model.backbone.check_images(images)
+        if not len(images):
+            raise ValueError("images must hold at least one image to capture from, got none")
         self(images[:1])
 
     def load_adapter(self, adapter: PromptedViT | Mapping[str, Tensor]) -> None:
@@ -580,7 +592,8 @@ class GraphedTrainStep(_Graphs):
         else:
             step.graph.replay()
         # a replay and a fused step change tensors without a new version, by which what was made of them would notice
-        torch.autograd.graph.increment_version([*self._parameters, *self.model.buffers()])
+        generator = self.model.generator
+        torch.autograd.graph.increment_version([*self._parameters, *(generator.buffers() if generator else ())])
 
     def _attach_gradients(self) -> None:
         """The gradients of the last step, which graphs write to, also where the caller has set them to None."""
@@ -589,6 +602,8 @@ class GraphedTrainStep(_Graphs):
 
     def _settle_rates(self) -> None:
         """Learning rates that were set since the last step go into the tensors that graphs read."""
+        if len(self.optimizer.param_groups) != len(self._rates):
+            raise RuntimeError("optimizer has got another parameter group since; make a new GraphedTrainStep")
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             given = group["lr"]
             if given is rate:
@@ -601,11 +616,12 @@ class GraphedTrainStep(_Graphs):
             group["lr"] = rate
 
     def _reads(self) -> tuple[Any, ...]:
-        optimizer = self.optimizer
+        reads, optimizer = super()._reads(), self.optimizer
         state = [value for parameter in self._parameters for value in optimizer.state.get(parameter, {}).values()]
         options = [value for group in optimizer.param_groups for name, value in group.items() if name != "params"]
-        return (*super()._reads(), *[p.requires_grad for p in self.model.parameters()],
-                *[self.capturer.address(value) if isinstance(value, Tensor) else value for value in state + options])
+        places = self.capturer.addresses([value for value in state + options if isinstance(value, Tensor)])
+        trains = [slots[name].requires_grad for slots, name in self._slots]
+        return (*reads, places, trains, [value for value in options if not isinstance(value, Tensor)])
 
     def _drop(self) -> None:
         super()._drop()

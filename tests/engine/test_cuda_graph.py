@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -145,8 +145,8 @@ class RecordingCapturer:
         self.graphs.append(RecordedGraph(recording, pool, self.pause))
         return self.graphs[-1]
 
-    def address(self, tensor: Tensor) -> int:
-        return tensor.data_ptr()
+    def addresses(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
+        return tuple(tensor.data_ptr() for tensor in tensors)
 
     def mark(self) -> Any:
         return threading.get_ident()
@@ -411,6 +411,8 @@ class TestForward:
         assert graphed.captures == 3
         graphed(images)
         assert graphed.captures == 3
+        with pytest.raises(ValueError, match="images must hold at least one image"):
+            graphed.prepare(images[:0])
 
 
 def largest_batch(graph: RecordedGraph) -> int:
@@ -1077,6 +1079,15 @@ class TestTrainStep:
             step(images[:4], [0, 1, 2, 0])
         with pytest.raises(ValueError, match="images must have shape"):
             step(images[0], labels[:1])
+
+    def test_another_parameter_group_is_an_error(self, build: Callable[..., fp.PromptedViT], images: Tensor,
+                                                 labels: Tensor) -> None:
+        model = build(METHODS["vpt-deep"]).train()
+        optimizer = torch.optim.SGD(model.generator.parameters(), lr=0.1)
+        step = GraphedTrainStep(model, optimizer, capturer=RecordingCapturer())
+        optimizer.add_param_group({"params": list(model.head.parameters())})
+        with pytest.raises(RuntimeError, match="optimizer has got another parameter group"):
+            step(images[:4], labels[:4])
 
     def test_release(self, build: Callable[..., fp.PromptedViT], images: Tensor, labels: Tensor) -> None:
         model = build(METHODS["linear"]).train()
