@@ -7,6 +7,7 @@ import gc
 import importlib
 import importlib.util
 import itertools
+import json
 import sys
 import threading
 import time
@@ -1210,3 +1211,38 @@ def bench() -> ModuleType:
     return module
 
 
+class TestTheReport:
+    """`bench/gpu_graphs.py` runs on a device alone; here its control flow does, by the double."""
+
+    def test_has_parity_and_times_of_every_method_and_batch(self, bench: ModuleType, tiny_vit: VisionTransformer,
+                                                            capturable_on_cpu: None,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(bench, "ROUNDS", 2)
+        monkeypatch.setattr(bench, "CALLS", 1)
+        kept: list[int] = []
+        report = bench.measure(fp.FrozenViT(tiny_vit), batches=(2, 4), capturer=RecordingCapturer,
+                               compiler=lambda model, dynamic: model,
+                               keep=lambda report: kept.append(len(report["methods"])))
+        json.dumps(report)
+        assert kept == [1, 2, 3, 4]
+        assert set(report["methods"]) == {"vpt-deep", "pgn", "v2apt", "vapt"}
+        for found in report["methods"].values():
+            assert [row["batch"] for row in found["parity"]] == [3, 4, 3, 4]
+            assert all(row["error"] <= row["budget"] for row in found["parity"])
+            for batch in ("2", "4"):
+                assert set(found["inference"][batch]) == {"eager", "compile", "graph", "graph, borrowed"}
+                assert set(found["training step"][batch]) == {"eager", "compile", "graph"}
+                for times in (*found["inference"][batch].values(), *found["training step"][batch].values()):
+                    assert times["latency"]["median"] > 0
+                    assert times["throughput"]["low"] <= times["throughput"]["high"]
+
+    @pytest.mark.parametrize(("broken", "error"), [("replay", SystemExit), ("capture", UserWarning)])
+    def test_a_wrong_replay_and_a_failed_capture_end_it(self, bench: ModuleType, tiny_vit: VisionTransformer,
+                                                        broken: str, error: type[BaseException],
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+        if broken == "replay":
+            monkeypatch.setattr(RecordedGraph, "replay", lambda self: None)
+        failures = {0: RuntimeError("no")} if broken == "capture" else {}
+        with pytest.raises(error, match=r"error of a replay|no CUDA graph"):
+            bench.measure(fp.FrozenViT(tiny_vit), ["vpt-deep"], (1, 2), lambda: RecordingCapturer(failures),
+                          lambda model, dynamic: model)
