@@ -96,9 +96,11 @@ class CudaCapturer:
     def warm_up(self, function: Callable[[], None]) -> None:
         here = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream):
-            function()
-        here.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                function()
+        finally:
+            here.wait_stream(self._stream)
 
     def capture(self, function: Callable[[], None], pool: Any) -> Graph:
         graph, here, cause = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device), None
@@ -458,11 +460,11 @@ class GraphedForward(_Graphs):
         first = self._forward(images[:1])  # what is wrong with the images or the model is raised here
         largest = self.batch_sizes[0]
         form = _Form(images.new_zeros(largest, *images.shape[1:]), first.new_zeros(largest, *first.shape[1:]))
-        self._forms[key] = form
         for signature in signatures:
             graph = self._capture_batch(signature, form)
             if graph is not None:
                 form.graphs[signature.batch] = graph
+        self._forms[key] = form
         if self._noise is not None and noise is not None:
             self._noise.copy_(noise)
 
@@ -508,11 +510,12 @@ class GraphedTrainStep(_Graphs):
     """Forward, backward and optimizer step as one CUDA graph: `step(images, labels)` → loss.
 
     The first `WARM_UPS` steps of each kind of batch (size, dtypes, modes) run eagerly and count as steps; then the step
-    is captured. A batch is not padded. Gradients stay in place (as with `zero_grad(set_to_none=False)`) and hold those
-    of the last step. Learning rates become tensors on the device: set `group["lr"]` or use a scheduler as ever. Other
-    options of the optimizer, parameters or its state are captured; where one changes, the graphs are made again. SGD
-    runs its fused step, the only one of its steps that reads the learning rate on the device.
-    Dropout masks and latent noise come from torch's generator of the device, as in an eager step.
+    is captured. A batch is not padded. Gradients stay in place, as with `zero_grad(set_to_none=False)`: each step puts
+    them back where the caller has set them to None, and leaves its own in them. Learning rates become tensors on the
+    device: set `group["lr"]` or use a scheduler as ever. Other options of the optimizer, its state and what trains are
+    captured; where one changes, the graphs are made again. SGD runs its fused step, the only one of its steps that
+    reads the learning rate on the device. Dropout masks and latent noise come from torch's generator of the device, as
+    in an eager step.
 
     Args:
         model: on a CUDA or ROCm device. optimizer: over its parameters: SGD, or one with `capturable=True`.
@@ -538,7 +541,7 @@ class GraphedTrainStep(_Graphs):
         make_capturable(optimizer)
         self.optimizer, self.loss = optimizer, cross_entropy(model) if loss is None else loss
         self._rates = [torch.zeros((), device=self.device) for _ in optimizer.param_groups]
-        self._grads: list[Tensor | None] | None = None
+        self._grads: dict[nn.Parameter, Tensor | None] = {}  # of all that trains, in the optimizer or not
         self._steps: dict[Hashable, _Step] = {}
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -581,24 +584,20 @@ class GraphedTrainStep(_Graphs):
             self.optimizer.step()
             step.loss.copy_(loss.detach())
 
-        self._attach_gradients()
+        for parameter, grad in self._grads.items():
+            parameter.grad = grad
         if step.graph is None and step.eager_steps == WARM_UPS:
             step.graph = self._capture(step.signature, function)
             self._read = self._reads() if self._graphs else None
         if step.graph is None:
             self.capturer.warm_up(function)
-            self._grads = [parameter.grad for parameter in self._parameters]
+            self._grads = {p: p.grad for p in self.model.parameters() if p.requires_grad}
             step.eager_steps = min(step.eager_steps + 1, WARM_UPS)
         else:
             step.graph.replay()
         # a replay and a fused step change tensors without a new version, by which what was made of them would notice
         generator = self.model.generator
         torch.autograd.graph.increment_version([*self._parameters, *(generator.buffers() if generator else ())])
-
-    def _attach_gradients(self) -> None:
-        """The gradients of the last step, which graphs write to, also where the caller has set them to None."""
-        for parameter, grad in zip(self._parameters, self._grads or [None] * len(self._parameters), strict=True):
-            parameter.grad = grad
 
     def _settle_rates(self) -> None:
         """Learning rates that were set since the last step go into the tensors that graphs read."""
@@ -626,7 +625,9 @@ class GraphedTrainStep(_Graphs):
     def _drop(self) -> None:
         super()._drop()
         self._steps.clear()
-        self._grads = None
+        for parameter in self._grads:
+            parameter.grad = None  # it may be of another dtype now
+        self._grads.clear()
 
 
 def make_capturable(optimizer: torch.optim.Optimizer) -> None:

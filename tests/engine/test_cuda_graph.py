@@ -365,15 +365,15 @@ class TestForward:
         assert torch.equal(strided, before)
 
     def test_modes_of_torch_around_a_call(self, build: Callable[..., fp.PromptedViT], images: Tensor) -> None:
-        model = build(METHODS["vpt-deep"])
+        model, x = build(METHODS["vpt-deep"]).float(), images[:2].float()
         graphed, _ = graphed_of(model)
-        expected = eager(model, images[:2])
-        with torch.inference_mode():
-            first = graphed(images[:2].clone())
+        expected = eager(model, x)
         with torch.autocast("cpu", torch.bfloat16):
-            second = graphed(images[:2])
-        for output in (first, second, graphed(images[:2].clone().requires_grad_())):
-            close(output, expected)
+            first = graphed(x)
+        with torch.inference_mode():
+            second = graphed(x.clone())
+        for output in (first, second, graphed(x.clone().requires_grad_())):
+            assert torch.equal(output, expected)
             assert not output.requires_grad
             assert not output.is_inference()
 
@@ -482,6 +482,19 @@ class TestParameters:
         graphed(images[:2])
         assert graphed.captures == 6
 
+    def test_statistics_of_a_batch_norm_are_read_like_parameters(self, build: Callable[..., fp.PromptedViT],
+                                                                 images: Tensor) -> None:
+        model = build(METHODS["pgn"])
+        graphed, _ = graphed_of(model)
+        graphed(images[:2])
+        norm = next(module for module in model.generator.modules() if isinstance(module, nn.BatchNorm2d))
+        norm.running_mean.add_(0.5)
+        close(graphed(images[:2]), eager(model, images[:2]))
+        assert graphed.captures == 3
+        norm.running_mean = norm.running_mean + 1
+        close(graphed(images[:2]), eager(model, images[:2]))
+        assert graphed.captures == 6
+
     @pytest.mark.parametrize("assign", [False, True])
     def test_a_backbone_that_is_loaded_is_folded_and_captured_again(self, build: Callable[..., fp.PromptedViT],
                                                                     images: Tensor, assign: bool) -> None:
@@ -533,8 +546,6 @@ class TestParameters:
 class TestAdapters:
     @pytest.mark.parametrize("method", METHODS)
     def test_swap_without_capture(self, build: Callable[..., fp.PromptedViT], images: Tensor, method: str) -> None:
-        if method == "full":
-            pytest.skip("a fine-tuned backbone is a state dict, below")
         models = [build(METHODS[method], seed=seed) for seed in (1, 2, 3)]
         graphed, _ = graphed_of(build(METHODS[method]))
         for model in (models[0], models[1], models[2], models[0]):
@@ -561,6 +572,12 @@ class TestAdapters:
         with pytest.raises(ValueError, match="adapter has another method shape"):
             graphed.load_adapter(build(config, seed=1, **options))
         assert torch.equal(graphed(images[:2]), before)
+
+    def test_options_that_no_tensor_shows_are_part_of_the_shape(self, build: Callable[..., fp.PromptedViT]) -> None:
+        graphed, _ = graphed_of(build(METHODS["pgn"]))
+        sigmoid = fp.PGNConfig(num_prompts=2, library_size=8, widths=(4, 8), activation="sigmoid")
+        with pytest.raises(ValueError, match="adapter has another method shape"):
+            graphed.load_adapter(build(sigmoid))
 
     def test_constants_of_a_head_are_part_of_the_shape(self, build: Callable[..., fp.PromptedViT]) -> None:
         texts = torch.randn(3, 48)
@@ -951,6 +968,18 @@ class TestTrainStep:
         for (_, found), (_, wanted) in zip(model.trainable_parameters(), before.trainable_parameters(), strict=True):
             close(found.grad, wanted.grad)
         assert step.captures == 1
+
+    def test_gradients_outside_of_the_optimizer_stay_too(self, build: Callable[..., fp.PromptedViT], images: Tensor,
+                                                         labels: Tensor) -> None:
+        model = build(METHODS["vpt-deep"]).train()
+        optimizer = torch.optim.SGD(model.generator.parameters(), lr=0.1)
+        step = GraphedTrainStep(model, optimizer, capturer=RecordingCapturer())
+        step(images[:4], labels[:4])
+        place = model.head.weight.grad.data_ptr()
+        for _ in range(5):
+            model.head.weight.grad = None
+            step(images[:4], labels[:4])
+            assert model.head.weight.grad.data_ptr() == place
 
     def test_the_loss_is_a_copy_and_its_function_the_caller_s(self, build: Callable[..., fp.PromptedViT],
                                                               images: Tensor) -> None:
