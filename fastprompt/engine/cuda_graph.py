@@ -222,16 +222,20 @@ class _Graphs:
         model, generator = self.model, self.model.generator
         folded = model.backbone.folded()
         parts = (model.backbone, generator, model.head, folded)
-        if self._read is None or any(new is not old for new, old in zip(parts, self._read[:4], strict=True)):
+        if self._read is None:
             modules = list(model.modules())
             if folded is not None:
                 unread = {module for block in model.backbone.blocks for module in block.modules()}
                 modules = [module for module in modules if module not in unread]
                 modules += [module for part in (*folded.blocks, folded.pixels) for module in part.modules()]
             self._slots = [(slots, name) for module in modules for slots in (module._parameters, module._buffers)
-                           for name, tensor in slots.items() if tensor is not None]
+                           for name in slots]
         return (*parts, None if generator is None else generator.config, model.readout, model.backbone_dtype,
-                self.capturer.addresses([slots[name] for slots, name in self._slots]))
+                self.capturer.addresses(self._tensors()))
+
+    def _tensors(self) -> list[Tensor]:
+        """What stands in the places of parameters and buffers; fewer or more, where one went or came."""
+        return [tensor for slots, name in self._slots if (tensor := slots.get(name)) is not None]
 
     def _drop_if_rebound(self) -> None:
         """Forget the graphs where something that they read lies elsewhere now."""
@@ -619,7 +623,7 @@ class GraphedTrainStep(_Graphs):
         state = [value for parameter in self._parameters for value in optimizer.state.get(parameter, {}).values()]
         options = [value for group in optimizer.param_groups for name, value in group.items() if name != "params"]
         places = self.capturer.addresses([value for value in state + options if isinstance(value, Tensor)])
-        trains = [slots[name].requires_grad for slots, name in self._slots]
+        trains = [tensor.requires_grad for tensor in self._tensors()]
         return (*reads, places, trains, [value for value in options if not isinstance(value, Tensor)])
 
     def _drop(self) -> None:

@@ -450,7 +450,7 @@ class TestParameters:
         model = build(METHODS["vpt-deep"])
         graphed, _ = graphed_of(model)
         graphed(images[:2])
-        model.generator.static.embeddings.data.mul_(3)
+        model.generator.static.embeddings.data[1].copy_(torch.randn(3, 48))
         graphed.refresh()
         close(graphed(images[:2]), eager(model.train(), images[:2]))
         assert graphed.captures == 3
@@ -494,6 +494,15 @@ class TestParameters:
         norm.running_mean = norm.running_mean + 1
         close(graphed(images[:2]), eager(model, images[:2]))
         assert graphed.captures == 6
+
+    def test_a_parameter_that_goes_and_comes(self, build: Callable[..., fp.PromptedViT], images: Tensor) -> None:
+        model = build(METHODS["linear"])
+        graphed, _ = graphed_of(model)
+        graphed(images[:2])
+        model.head.bias = None
+        close(graphed(images[:2]), eager(model, images[:2]))
+        model.head.bias = nn.Parameter(torch.full((3,), 0.5, dtype=torch.float64))
+        close(graphed(images[:2]), eager(model, images[:2]))
 
     @pytest.mark.parametrize("assign", [False, True])
     def test_a_backbone_that_is_loaded_is_folded_and_captured_again(self, build: Callable[..., fp.PromptedViT],
