@@ -426,7 +426,8 @@ class GraphedForward(_Graphs):
         generator = self.model.generator
         if self._read is None:
             self._samples = [{}] if generator is None else generator.inference_draws()
-            self._prefixes, self._versions = self.model.static_prefixes(), self._prompt_versions()
+            self._prefixes = self.model.static_prefixes()
+            self._versions = self._prompt_versions()
             self._read = self._reads()
         elif self._prefixes is not None and self._versions != self._prompt_versions():
             fresh = self.model.static_prefixes() or {}

@@ -446,11 +446,24 @@ class TestParameters:
         close(graphed(images[:2]), eager(other, images[:2]))
         assert graphed.captures == 3
 
+    def test_prompts_get_keys_and_values_once_for_an_adapter(self, build: Callable[..., fp.PromptedViT],
+                                                              images: Tensor,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+        model, plain, calls = build(METHODS["vpt-deep"]), fp.PromptedViT.static_prefixes, []
+        monkeypatch.setattr(fp.PromptedViT, "static_prefixes", lambda self: calls.append(self) or plain(self))
+        graphed, _ = graphed_of(model)
+        for expected in (1, 2):
+            for count in (2, 4, 2, 11):
+                graphed(images[:count])
+                assert len(calls) == expected
+            change(model)
+
     def test_written_through_data_needs_a_refresh(self, build: Callable[..., fp.PromptedViT], images: Tensor) -> None:
         model = build(METHODS["vpt-deep"])
         graphed, _ = graphed_of(model)
-        graphed(images[:2])
+        before = graphed(images[:2])
         model.generator.static.embeddings.data[1].copy_(torch.randn(3, 48))
+        assert torch.equal(graphed(images[:2]), before)
         graphed.refresh()
         close(graphed(images[:2]), eager(model.train(), images[:2]))
         assert graphed.captures == 3
