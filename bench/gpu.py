@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gpu_graphs
 import torch
 import triton
 
@@ -154,6 +155,7 @@ def main() -> None:
             found["microseconds"][f"{case.name}, batch {batch}"] = speed(case, torch.bfloat16, module)
         report["ops"][op] = found
         print(f"{op}: parity and determinism hold", flush=True)
+    report["graphs"] = gpu_graphs.measure()
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {arguments.out}")
 

@@ -105,7 +105,7 @@ class PromptedViT(nn.Module):
         self.class_names = class_names
         self._autocast: torch.dtype | None = None
         self._recompute = False
-        self._static: tuple[Any, Any, dict[int, Prefix]] | None = None
+        self._static: tuple[Any, Any, dict[int, Prefix] | None] | None = None
         self.backbone.folded()
         for module in (self.generator, self.head):
             if module is not None:
@@ -132,16 +132,30 @@ class PromptedViT(nn.Module):
                  ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         samples = [draws] if draws is not None or self.training or self.generator is None \
             else self.generator.inference_draws()
+        output, aux = self.predict(images, samples, plain=plain)
+        return (output, aux) if return_aux else output
+
+    def predict(self, images: Tensor, samples: Sequence[Draws | None], prefixes: Mapping[int, Prefix] | None = None,
+                plain: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """`forward` for a caller that keeps what does not depend on the images, as a captured graph has to.
+
+        Args:
+            samples: the draws of each forward whose class probabilities are averaged; [{}]: one plain forward.
+            prefixes: what `static_prefixes` returned; None: made here, or kept from the last call.
+            plain: as `reference_forward`.
+
+        Returns:
+            Logits (B, C), or features (B, D) without head, and what a loss needs beside them, of the last sample.
+        """
         outputs: list[Tensor] = []
         aux: dict[str, Tensor] = {}
         for sample in samples:
-            features, aux = self._features(images, sample, plain)
+            features, aux = self._features(images, sample, plain, prefixes)
             outputs.append(features if self.head is None else self.head(features))
-        output = outputs[0]
-        if len(outputs) > 1:
-            stacked = torch.stack(outputs)
-            output = stacked.mean(0) if self.head is None else stacked.softmax(-1).mean(0).log()
-        return (output, aux) if return_aux else output
+        if len(outputs) == 1:
+            return outputs[0], aux
+        stacked = torch.stack(outputs)
+        return (stacked.mean(0) if self.head is None else stacked.softmax(-1).mean(0).log()), aux
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, D): what the head sees."""
@@ -151,7 +165,8 @@ class PromptedViT(nn.Module):
         """The random tensors of one training step for `batch` images: dropout masks, latent noise."""
         return {} if self.generator is None else self.generator.draw(batch)
 
-    def _features(self, images: Tensor, draws: Draws | None, plain: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def _features(self, images: Tensor, draws: Draws | None, plain: bool,
+                  prefixes: Mapping[int, Prefix] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         vit, generator = self.backbone, self.generator
         vit.check_images(images)
         for name, module in (("generator", generator), ("head", self.head)):
@@ -184,20 +199,31 @@ class PromptedViT(nn.Module):
             if isinstance(vit, FrozenSwin):
                 return swin_forward.features(vit, embedded, generator, context, draws, self.readout,
                                              self._recompute), aux
-            return forward.features(vit, embedded, generator, context, draws, self.readout,
-                                    self._static_prefixes(generator, draws), self._recompute), aux
+            prefixes = self._kept_prefixes(draws) if prefixes is None else prefixes
+            return forward.features(vit, embedded, generator, context, draws, self.readout, prefixes,
+                                    self._recompute), aux
 
-    def _static_prefixes(self, generator: PromptGenerator | None, draws: Draws) -> dict[int, Prefix] | None:
-        """Keys and values of prompts that depend on parameters only, made once for an adapter; None while training."""
+    def static_prefixes(self) -> dict[int, Prefix] | None:
+        """Block → keys and values of prompts that depend on parameters only, computed now.
+
+        None: the method or the backbone has none, or a parameter was made in inference mode, so that nobody could
+        tell when it changes.
+        """
+        vit, generator = self.backbone, self.generator
+        if generator is None or generator.known_at != "static" or isinstance(vit, FrozenSwin) \
+                or any(p.is_inference() for p in generator.parameters()):
+            return None
+        return forward.static_prefixes(vit, generator, self.readout)
+
+    def _kept_prefixes(self, draws: Draws) -> dict[int, Prefix] | None:
+        """`static_prefixes`, made once for an adapter; None while training."""
+        generator = self.generator
         if generator is None or generator.known_at != "static" or draws or torch.is_grad_enabled() \
-                or torch.compiler.is_compiling():
+                or torch.compiler.is_compiling() or any(p.is_inference() for p in generator.parameters()):
             return None
-        parameters = tuple(generator.parameters())
-        if any(p.is_inference() for p in parameters):
-            return None
-        folded, key = self.backbone.folded(), tuple((p.data_ptr(), p._version) for p in parameters)
+        folded, key = self.backbone.folded(), tuple((p.data_ptr(), p._version) for p in generator.parameters())
         if self._static is None or self._static[0] is not folded or self._static[1] != key:
-            self._static = (folded, key, forward.static_prefixes(self.backbone, generator, self.readout))
+            self._static = (folded, key, self.static_prefixes())
         return self._static[2]
 
     def train(self, mode: bool = True) -> PromptedViT:

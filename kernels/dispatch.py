@@ -50,6 +50,11 @@ def use_backend(name: str) -> Iterator[None]:
         _wanted.reset(token)
 
 
+def wanted() -> str:
+    """The backend that `use_backend` asks for here."""
+    return _wanted.get()
+
+
 def choose(op: str, device: str, unsupported: str = "", recompute: bool = False) -> str:
     """The implementation of `op` on a device of type `device`: "reference", "recompute", "triton" or "native".
 

@@ -150,8 +150,9 @@ class V2APT(PromptGenerator):
         """"noise": (2,) int64, seed and offset of the latent's noise; {} in eval mode, where z is the mean."""
         if not self.training:
             return {}
-        device = self.norm.weight.device
-        return {"noise": torch.randint(2**62, (2,), device=device) * torch.tensor([1, 0], device=device)}
+        noise = torch.randint(2**62, (2,), device=self.norm.weight.device)
+        noise[1].fill_(0)  # an item that is assigned is copied from the host, which a CUDA graph cannot capture
+        return {"noise": noise}
 
     def inference_draws(self) -> list[Draws]:
         """Draws of the K inference samples, one forward each; [{}] (the mean) when `inference_samples` is 0.

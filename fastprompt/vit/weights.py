@@ -487,8 +487,7 @@ class FrozenViT(nn.Module):
         if images.dtype != torch.uint8:
             return images
         dtype = torch.promote_types(self.dtype, torch.float32)
-        mean = torch.tensor(self.mean, dtype=dtype, device=images.device).view(3, 1, 1)
-        std = torch.tensor(self.std, dtype=dtype, device=images.device).view(3, 1, 1)
+        mean, std = _per_channel(self.mean, images, dtype), _per_channel(self.std, images, dtype)
         return (images.to(dtype) / 255 - mean) / std
 
     def check_images(self, images: Tensor) -> None:
@@ -540,9 +539,18 @@ class FrozenViT(nn.Module):
 
 
 def _fold_again(vit: FrozenViT, keys: Any) -> None:
-    """A compiled model reads the folded blocks and cannot see that they are out of date."""
+    """A compiled model reads the folded blocks and cannot see that they are out of date.
+
+    With `assign=True` the backbone has other tensors than they were made of, so that no version tells.
+    """
     if vit._folded is not None:
+        vit._folded = None
         vit.folded()
+
+
+def _per_channel(values: tuple[float, float, float], images: Tensor, dtype: torch.dtype) -> Tensor:
+    """(3, 1, 1) beside the images, filled there: a CUDA graph cannot capture a copy from the host."""
+    return torch.cat([images.new_full((1, 1, 1), value, dtype=dtype) for value in values])
 
 
 def _require(library: str, extra: str) -> None:

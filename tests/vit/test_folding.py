@@ -83,7 +83,7 @@ def test_unchanged_weights_are_shared_and_no_state(randomised: Callable[..., nn.
     assert vit.folded() is folded
 
 
-@pytest.mark.parametrize("change", ["cast", "load", "in place"])
+@pytest.mark.parametrize("change", ["cast", "load", "assign", "in place"])
 def test_folds_again_when_the_weights_change(randomised: Callable[..., nn.Module], change: str) -> None:
     vit = frozen(randomised)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
@@ -93,8 +93,8 @@ def test_folds_again_when_the_weights_change(randomised: Callable[..., nn.Module
         vit.to(torch.bfloat16)
         assert all(b.qkv.weight.dtype == torch.bfloat16 for b in vit.folded().blocks)
         vit.to(torch.float64)  # now the float64 values of bfloat16 weights
-    elif change == "load":
-        vit.load_state_dict({k: 1.1 * v for k, v in vit.state_dict().items()})
+    elif change in ("load", "assign"):
+        vit.load_state_dict({k: 1.1 * v for k, v in vit.state_dict().items()}, assign=change == "assign")
     else:
         with torch.no_grad():
             vit.blocks[1].norm1.weight.mul_(1.1)

@@ -1,0 +1,203 @@
+"""CUDA graphs on a device: is a replay the eager forward, and what does it save? Part of `make gpu` (results/gpu.json).
+
+Alone, `python bench/gpu_graphs.py --methods pgn --batches 1 8` writes results/gpu_graphs.json, after each method anew.
+
+Per method, ViT-B/16 at 224 px with a backbone in bfloat16: replays against float64 under the tolerance of the gates, at
+a batch size that was captured and at one that is padded, before and after parameters change in place; then the time of
+a call, eager, by torch.compile and by graph, for inference and for a training step (AdamW) on the same batches, medians
+and quartiles of interleaved rounds. "throughput" is per call of many without waiting, "latency" that of one until its
+output is there. A mismatch, or a forward that cannot be captured, ends the run with an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+import fastprompt as fp
+from fastprompt.engine.cuda_graph import Capturer, CudaCapturer, GraphedForward, GraphedTrainStep, cross_entropy
+from fastprompt.generators import PromptConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS: dict[str, PromptConfig] = {"vpt-deep": fp.VPTConfig(num_prompts=10), "pgn": fp.PGNConfig(),
+                                    "v2apt": fp.V2APTConfig(), "vapt": fp.VAPTConfig()}
+BATCHES = (1, 8, 32, 128)
+NUM_CLASSES = 100
+ROUNDS, CALLS = 9, 20
+
+Times = dict[str, dict[str, dict[str, float]]]
+
+
+def vit_base(device: str = "cuda") -> fp.FrozenViT:
+    """ViT-B/16 with random weights, in bfloat16."""
+    torch.manual_seed(0)
+    module = timm.create_model("vit_base_patch16_224", num_classes=0)
+    return fp.FrozenViT(module).to(device=device, dtype=torch.bfloat16)
+
+
+def measure(backbone: fp.FrozenViT | None = None, methods: Iterable[str] = tuple(METHODS),
+            batches: tuple[int, ...] = BATCHES, capturer: Callable[[], Capturer] | None = None,
+            compiler: Callable[..., Any] = torch.compile,
+            keep: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+    """The report of all methods; `keep` gets it after each of them.
+
+    Args:
+        backbone: on the device to measure; None: ViT-B/16 on the current GPU.
+        capturer: makes the `Capturer` of each manager. compiler: as torch.compile. Both for tests without a device.
+    """
+    backbone = vit_base() if backbone is None else backbone
+    capturer = (lambda: CudaCapturer(backbone.device)) if capturer is None else capturer
+    report: dict[str, Any] = {"batches": list(batches), "backbone": str(backbone.dtype), "methods": {}}
+    for name in methods:
+        torch.manual_seed(0)
+        model = fp.PromptedViT(backbone, METHODS[name], NUM_CLASSES).eval()
+        images = torch.randn(max(batches), 3, *backbone.image_size, device=backbone.device)
+        labels = torch.randint(0, NUM_CLASSES, (max(batches),), device=backbone.device)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="no CUDA graph")
+            report["methods"][name] = {
+                "parity": parity(name, model, images, batches, capturer),
+                "inference": inference(model, images, batches, capturer, compiler),
+                "training step": training(model, images, labels, batches, capturer, compiler),
+            }
+        if keep is not None:
+            keep(report)
+        print(f"graphs, {name}: replays are right", flush=True)
+    return report
+
+
+def parity(name: str, model: fp.PromptedViT, images: Tensor, batches: tuple[int, ...],
+           capturer: Callable[[], Capturer]) -> list[dict[str, Any]]:
+    """Error and budget of replays, and whether they have the bits of eager."""
+    exact = fp.PromptedViT(copy.deepcopy(model.backbone).double(), model.config, NUM_CLASSES).eval()
+    graphed, rows, largest = GraphedForward(model, batches, capturer=capturer()), [], max(batches)
+    for round_ in ("first parameters", "changed in place"):
+        with torch.no_grad():
+            for _, parameter in model.trainable_parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))  # some start at zero
+        exact.load_adapter_state_dict(model.adapter_state_dict())
+        for count in sorted({largest, max(1, largest - 1)}):
+            x = images[:count]
+            with torch.no_grad():
+                truth, eager = exact(x.double()), model(x)
+            found = graphed(x)
+            error, reference = (float((output.double() - truth).abs().max()) for output in (found, eager))
+            budget = 2 * reference + torch.finfo(model.backbone.dtype).eps * float(truth.abs().max())
+            if not error <= budget:
+                raise SystemExit(f"{name}, batch {count}, {round_}: the error of a replay, {error}, is above {budget}")
+            rows.append({"batch": count, "parameters": round_, "error": error, "budget": budget,
+                         "bits of eager": torch.equal(found, eager)})
+    graphed.release()
+    return rows
+
+
+def inference(model: fp.PromptedViT, images: Tensor, batches: tuple[int, ...], capturer: Callable[[], Capturer],
+              compiler: Callable[..., Any]) -> dict[str, Any]:
+    """Times of a forward by batch size."""
+    graphed, began = GraphedForward(model, batches, capturer=capturer()), time.perf_counter()
+    graphed.prepare(images)
+    found: dict[str, Any] = {"seconds to capture all": time.perf_counter() - began}
+    for batch in batches:
+        x = images[:batch].contiguous()
+        torch._dynamo.reset()
+        compiled = compiler(model, dynamic=False)
+        with torch.no_grad():
+            found[str(batch)] = timed({"eager": lambda x=x: model(x), "compile": lambda x=x, run=compiled: run(x),
+                                       "graph": lambda x=x: graphed(x),
+                                       "graph, borrowed": lambda x=x: graphed(x, borrow=True)},
+                                      graphed.capturer)
+    graphed.release()
+    return found
+
+
+def training(model: fp.PromptedViT, images: Tensor, labels: Tensor, batches: tuple[int, ...],
+             capturer: Callable[[], Capturer], compiler: Callable[..., Any]) -> dict[str, Any]:
+    """Times of a training step by batch size; each way trains a copy of generator and head."""
+    found: dict[str, Any] = {}
+    for batch in batches:
+        x, y = images[:batch].contiguous(), labels[:batch].contiguous()
+        torch._dynamo.reset()
+        models = [fp.PromptedViT(model.backbone, model.config, NUM_CLASSES).train() for _ in range(3)]
+        for other in models:
+            other.load_adapter_state_dict(model.adapter_state_dict())
+        graphed = GraphedTrainStep(models[2], adamw(models[2], capturable=True), capturer=capturer())
+        found[str(batch)] = timed({"eager": plain_step(models[0], models[0], x, y),
+                                   "compile": plain_step(models[1], compiler(models[1], dynamic=False), x, y),
+                                   "graph": lambda x=x, y=y, step=graphed: step(x, y)}, graphed.capturer)
+        graphed.release()
+    return found
+
+
+def adamw(model: fp.PromptedViT, capturable: bool = False) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for _, p in model.trainable_parameters()], lr=1e-4, capturable=capturable)
+
+
+def plain_step(model: fp.PromptedViT, forward: Callable[..., Any], images: Tensor, labels: Tensor
+               ) -> Callable[[], None]:
+    """The step that the graph holds, as a loop would write it."""
+    optimizer, loss = adamw(model), cross_entropy(model)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        logits, aux = forward(images, return_aux=True)
+        loss(logits, labels, aux).backward()
+        optimizer.step()
+
+    return step
+
+
+def timed(ways: dict[str, Callable[[], Any]], device: Capturer) -> Times:
+    """Microseconds per call, median and quartiles over interleaved rounds."""
+    for way in ways.values():
+        for _ in range(5):  # compiles, warms up and captures
+            way()
+    samples: dict[str, dict[str, list[float]]] = {name: {"throughput": [], "latency": []} for name in ways}
+    for _ in range(ROUNDS):
+        for name, way in ways.items():
+            for kind, calls in (("throughput", CALLS), ("latency", 1)):
+                device.synchronize()
+                began = time.perf_counter()
+                for _ in range(calls):
+                    way()
+                device.synchronize()
+                samples[name][kind].append((time.perf_counter() - began) * 1e6 / calls)
+    return {name: {kind: spread(values) for kind, values in kinds.items()} for name, kinds in samples.items()}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return {"median": median, "low": low, "high": high}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu_graphs.json")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("CUDA graphs need a CUDA or ROCm device and torch sees none; without one, `make test` holds "
+                         "their rules by a recording double")
+
+    def keep(report: dict[str, Any]) -> None:
+        arguments.out.write_text(json.dumps(about | report, indent=1) + "\n")
+
+    about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
+             "rocm": torch.version.hip}
+    measure(methods=arguments.methods, batches=tuple(arguments.batches), keep=keep)
+    print(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
