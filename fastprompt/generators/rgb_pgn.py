@@ -13,6 +13,7 @@ from torch import Tensor
 from fastprompt.generators.base import Draws, Geometry
 from fastprompt.generators.pgn import PGN, PGNConfig
 from fastprompt.kernels.library_prompts import library_prompts
+from fastprompt.vit.weights import per_channel
 
 if TYPE_CHECKING:
     from fastprompt.vit import FrozenViT
@@ -156,8 +157,7 @@ class RGBPGN(PGN):
 
     def _channels(self, like: Tensor) -> tuple[Tensor, Tensor]:
         backbone = self._backbone[0]
-        mean, std = (torch.tensor(x, dtype=like.dtype, device=like.device) for x in (backbone.mean, backbone.std))
-        return mean.view(3, 1, 1), std.view(3, 1, 1)
+        return per_channel(backbone.mean, like, like.dtype), per_channel(backbone.std, like, like.dtype)
 
     def context(self, x: Tensor | None, draws: Draws | None = None) -> Tensor:
         """Prompt tokens (B, K, D): the patch embedding of the chosen patches, without position embedding."""

@@ -14,6 +14,7 @@ from fastprompt.generators.rgb_pgn import PLACEMENTS, RGBPGN, RGBPGNConfig
 from fastprompt.model import PromptedViT
 from fastprompt.rgb.projection import Box, Projection, slot_positions
 from fastprompt.vit import FrozenViT
+from fastprompt.vit.weights import per_channel
 
 EXACT = 1e-4
 
@@ -125,8 +126,7 @@ class RGBPrompts(nn.Module):
         """(B, 3, H, W) → uint8 pictures (B, 3, H', W) for a host that takes files: cut off at 0 and 255, rounded."""
         backbone = self._backbone[0]
         out = self.forward(images)
-        mean, std = (torch.tensor(x, dtype=out.dtype, device=out.device).view(3, 1, 1)
-                     for x in (backbone.mean, backbone.std))
+        mean, std = (per_channel(values, out, out.dtype) for values in (backbone.mean, backbone.std))
         return ((out * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
     @torch.no_grad()

@@ -487,7 +487,7 @@ class FrozenViT(nn.Module):
         if images.dtype != torch.uint8:
             return images
         dtype = torch.promote_types(self.dtype, torch.float32)
-        mean, std = _per_channel(self.mean, images, dtype), _per_channel(self.std, images, dtype)
+        mean, std = per_channel(self.mean, images, dtype), per_channel(self.std, images, dtype)
         return (images.to(dtype) / 255 - mean) / std
 
     def check_images(self, images: Tensor) -> None:
@@ -548,7 +548,7 @@ def _fold_again(vit: FrozenViT, keys: Any) -> None:
         vit.folded()
 
 
-def _per_channel(values: tuple[float, float, float], images: Tensor, dtype: torch.dtype) -> Tensor:
+def per_channel(values: tuple[float, float, float], images: Tensor, dtype: torch.dtype) -> Tensor:
     """(3, 1, 1) beside the images, filled there: a CUDA graph cannot capture a copy from the host."""
     return torch.cat([images.new_full((1, 1, 1), value, dtype=dtype) for value in values])
 
