@@ -24,7 +24,7 @@ from fastprompt.engine.backends import BACKENDS, Run
 from fastprompt.generators import LinearProbeConfig
 from fastprompt.model import PromptedViT, warn_of_other_pixels
 from fastprompt.vit import FrozenViT
-from fastprompt.vit.linear import bfloat16_is_fast
+from fastprompt.vit.linear import bfloat16_is_fast, pack
 
 BASE, DEFAULT = "__base__", "default"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -407,7 +407,10 @@ def _copy_backbone(backbone: FrozenViT, dtype: torch.dtype) -> FrozenViT:
     """The engine's own backbone, which nobody casts, moves or trains."""
     backbone.pin_fingerprint()
     copied = copy.deepcopy(backbone, {id(backbone._folded): None}).requires_grad_(False).to(dtype)
-    copied.folded()
+    folded = copied.folded()
+    if folded is not None:
+        for block in folded.blocks:
+            pack(block)
     return copied
 
 

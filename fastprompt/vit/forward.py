@@ -243,7 +243,7 @@ def attention(block: Block, x: Rows, reads: Sequence[Reads]) -> Tensor:
     b_q, b_kv = (None, None) if bias is None else (bias[:inner], bias[inner:])
     parts = x.parts()
     if all(read.rows is None for read in reads):
-        qkv = x._replace(data=linear(x.data, weight, bias))
+        qkv = x._replace(data=block.qkv(x.data))
         projected = [heads(block, part, 3) for part in qkv.parts()]  # (B, heads, T, d)
     else:
         q = Rows.pack([part if r.rows is None else part[:, r.rows] for part, r in zip(parts, reads, strict=True)])

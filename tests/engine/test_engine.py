@@ -221,6 +221,16 @@ def test_a_mixed_batch_above_the_largest_size_is_split(build: Build, images: Ten
     assert engine(images[:0], adapter_names=[]) == []
 
 
+@pytest.mark.parametrize("method", ["vpt", "pgn", "vapt"])
+def test_other_adapters_change_no_bit(build: Build, images: Tensor, method: str) -> None:
+    engine = fp.Engine(build(method), (8,), torch.bfloat16, "eager")
+    for seed in range(6):
+        engine.add_adapter(str(seed), build(method, seed, 3 + seed))
+    first = engine(images[:3], adapter_names=["0", "1", "2"])
+    second = engine(images[:3], adapter_names=["5", "1", "4"])
+    assert torch.equal(first[1], second[1])
+
+
 def test_an_adapter_of_another_backbone_is_refused(build: Build, randomised: Callable[..., nn.Module], tmp_path: Path
                                                    ) -> None:
     other = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=0)
