@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what `__getattr__` below finds at run time
     from fastprompt.engine.explain import explain as explain
     from fastprompt.generators import (
         PGN as PGN,
+        RGBPGN as RGBPGN,
         V2APT as V2APT,
         VAPT as VAPT,
         VPT as VPT,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # what `__getattr__` below finds at run time
         PixelPrompt as PixelPrompt,
         PixelPromptConfig as PixelPromptConfig,
         PromptGenerator as PromptGenerator,
+        RGBPGNConfig as RGBPGNConfig,
         V2APTConfig as V2APTConfig,
         VAPTConfig as VAPTConfig,
         VPTConfig as VPTConfig,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:  # what `__getattr__` below finds at run time
     from fastprompt.kernels.dispatch import use_backend as use_backend
     from fastprompt.model import PromptedViT as PromptedViT
     from fastprompt.official import load_official as load_official
+    from fastprompt.rgb.prompts import RGBPrompts as RGBPrompts
     from fastprompt.train.evaluate import evaluate as evaluate
     from fastprompt.train.fit import (
         FitResult as FitResult,
@@ -63,6 +66,9 @@ _PUBLIC = {
     "PromptGenerator": "fastprompt.generators",
     "PGN": "fastprompt.generators",
     "PGNConfig": "fastprompt.generators",
+    "RGBPGN": "fastprompt.generators",
+    "RGBPGNConfig": "fastprompt.generators",
+    "RGBPrompts": "fastprompt.rgb.prompts",
     "V2APT": "fastprompt.generators",
     "V2APTConfig": "fastprompt.generators",
     "VAPT": "fastprompt.generators",

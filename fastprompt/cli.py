@@ -7,6 +7,7 @@ interrupted.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -186,6 +187,8 @@ class Info:
     """Of --cost: number format of the backbone."""
     batch_size: int = 8
     """Of --cost: images per call."""
+    rgb: bool = False
+    """Whether prompts can be pixels on this backbone: what inversion would lose at each placement."""
     json: bool = False
     """Print JSON."""
     debug: bool = False
@@ -459,7 +462,7 @@ def info(command: Info) -> None:
         from fastprompt.report.runs import backbone_at
         from fastprompt.vit.assets import ASSETS
 
-        known = "adapter" in facts or name in ASSETS or name.startswith("local-dir:")
+        known = command.rgb or "adapter" in facts or name in ASSETS or name.startswith("local-dir:")
         backbone = backbone_at(name, image_size, weights=known)
         facts["backbone"] = backbone_facts(name, backbone)
         if not known:
@@ -471,8 +474,15 @@ def info(command: Info) -> None:
         facts["methods"] = methods_facts(command, facts.get("adapter"), configs, backbone)
         if command.cost:
             facts["cost"] = cost_facts(command, facts, configs, backbone)
-    elif command.cost:
-        raise ValueError("--backbone: is needed with --cost, the directory does not say which one its adapter is for")
+        if command.rgb:
+            from fastprompt.rgb.prompts import RGBPrompts
+
+            report = RGBPrompts.report(backbone, command.num_prompts)
+            facts["rgb"] = {**dataclasses.asdict(report), "placements": [p._asdict() for p in report.placements],
+                            "text": str(report)}
+    elif command.cost or command.rgb:
+        flag = "--cost" if command.cost else "--rgb"
+        raise ValueError(f"--backbone: is needed with {flag}, the directory does not say which one its adapter is for")
     print(json.dumps(facts, indent=1, ensure_ascii=False) if command.json else info_text(facts))
 
 
@@ -629,6 +639,8 @@ def info_text(facts: dict[str, Any]) -> str:
                 lines.append(f"{title} does not fit this backbone as it is: {method['does not fit']}")
     if "cost" in facts:
         lines += ["", *cost_text(facts["cost"])]
+    if "rgb" in facts:
+        lines += ["", "Prompts as pixels", facts["rgb"]["text"]]
     return "\n".join(lines)
 
 

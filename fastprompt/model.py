@@ -23,8 +23,6 @@ import fastprompt
 from fastprompt.files import atomic_write_many
 from fastprompt.generators import (
     FullFineTuneConfig,
-    Geometry,
-    PixelPrompt,
     PromptConfig,
     PromptGenerator,
     build_generator,
@@ -77,7 +75,7 @@ class PromptedViT(nn.Module):
                 raise ValueError(f"{name} is for head {reader!r}, head is {head!r}")
         if class_names is not None and not isinstance(class_names, Iterable):
             raise TypeError(f"class_names must be a sequence of names, got {type(class_names).__name__}")
-        generator = build_generator(config, Geometry.of(backbone))
+        generator = build_generator(config, backbone)
         self.readout = check_readout(backbone, generator, readout)
         self.config, self.full = config, isinstance(config, FullFineTuneConfig)
         backbone.pin_fingerprint()
@@ -168,11 +166,12 @@ class PromptedViT(nn.Module):
         if draws is None:
             draws = self.draw(images.shape[0])
         raw, images = images, vit.normalise(images)
-        if isinstance(generator, PixelPrompt):
+        changed = generator is not None and generator.changes_images
+        if generator is not None and changed:
             images, generator = generator.prompt_images(images), None
         with contextlib.nullcontext() if self._autocast is None else torch.autocast(images.device.type, self._autocast):
             papers = swin_reference if isinstance(vit, FrozenSwin) else reference
-            if plain or isinstance(self.generator, PixelPrompt) or isinstance(vit, FrozenSwin):
+            if plain or changed or isinstance(vit, FrozenSwin):
                 embedded = papers.embed(vit, images.to(vit.dtype))
             else:
                 embedded = forward.embed(vit, raw, images)

@@ -29,3 +29,16 @@ def test_the_results_are_those_of_the_committed_table() -> None:
             low, high = row["difference_to_probe"]["image_interval"]
             assert difference == f"{row['difference_to_probe']['mean']:+.4f} [{low:+.4f}, {high:+.4f}]"
             assert over_seeds == bracket(row["difference_to_probe"]["seed_interval"])
+
+
+def test_the_speeds_are_those_of_the_committed_table() -> None:
+    """A README row holds the medians of both jobs' rows of results/forward.md, inference first."""
+    medians: dict[str, list[str]] = {}
+    for name, *cells in (line.strip("| ").split(" | ") for line in
+                         (ROOT / "results" / "forward.md").read_text(encoding="utf-8").splitlines() if ", × |" in line):
+        medians.setdefault(name.removesuffix(", ×"), []).extend(cell.split(" ")[0] for cell in cells)
+    found = re.findall(r"^\| ((?:papers' graph|rewritten), \w+ \w+) \| (.*) \|$",
+                       (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {name for name, _ in found} == set(medians)
+    for name, cells in found:
+        assert cells.split(" | ") == medians[name]

@@ -3,32 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastprompt.generators.base import Geometry, PromptConfig, PromptGenerator
 from fastprompt.generators.baselines import FullFineTuneConfig, LinearProbeConfig
 from fastprompt.generators.free import FreePrompts, FreePromptsConfig
 from fastprompt.generators.pgn import PGN, PGNConfig
 from fastprompt.generators.pixel import PixelPrompt, PixelPromptConfig
+from fastprompt.generators.rgb_pgn import RGBPGN, RGBPGNConfig
 from fastprompt.generators.v2apt import V2APT, V2APTConfig
 from fastprompt.generators.vapt import VAPT, VAPTConfig
 from fastprompt.generators.vpt import VPT, VPTConfig
 
+if TYPE_CHECKING:
+    from fastprompt.vit import FrozenViT
+
 __all__ = [
-    "CONFIGS", "PGN", "V2APT", "VAPT", "VPT", "FreePrompts", "FreePromptsConfig", "FullFineTuneConfig", "Geometry",
-    "LinearProbeConfig", "PGNConfig", "PixelPrompt", "PixelPromptConfig", "PromptConfig", "PromptGenerator",
-    "V2APTConfig", "VAPTConfig", "VPTConfig", "build_generator", "config_from_dict",
+    "CONFIGS",
+    "PGN",
+    "RGBPGN",
+    "V2APT",
+    "VAPT",
+    "VPT",
+    "FreePrompts",
+    "FreePromptsConfig",
+    "FullFineTuneConfig",
+    "Geometry",
+    "LinearProbeConfig",
+    "PGNConfig",
+    "PixelPrompt",
+    "PixelPromptConfig",
+    "PromptConfig",
+    "PromptGenerator",
+    "RGBPGNConfig",
+    "V2APTConfig",
+    "VAPTConfig",
+    "VPTConfig",
+    "build_generator",
+    "config_from_dict",
 ]
 
 _GENERATORS: dict[type[PromptConfig], type[PromptGenerator] | None] = {
-    PGNConfig: PGN, V2APTConfig: V2APT, VAPTConfig: VAPT, VPTConfig: VPT, FreePromptsConfig: FreePrompts,
-    PixelPromptConfig: PixelPrompt, LinearProbeConfig: None, FullFineTuneConfig: None,
+    PGNConfig: PGN, RGBPGNConfig: RGBPGN, V2APTConfig: V2APT, VAPTConfig: VAPT, VPTConfig: VPT,
+    FreePromptsConfig: FreePrompts, PixelPromptConfig: PixelPrompt, LinearProbeConfig: None, FullFineTuneConfig: None,
 }
 CONFIGS: dict[str, type[PromptConfig]] = {config.kind: config for config in _GENERATORS}
 
 
-def build_generator(config: PromptConfig, geometry: Geometry) -> PromptGenerator | None:
-    """The generator of `config` for a backbone of this geometry; None for the probes and full fine-tuning."""
+def build_generator(config: PromptConfig, geometry: Geometry | FrozenViT) -> PromptGenerator | None:
+    """The generator of `config` for a backbone or its geometry; None for the probes and full fine-tuning."""
     if type(config) not in _GENERATORS:
         raise TypeError(f"config must be one of {', '.join(c.__name__ for c in _GENERATORS)}, "
                         f"got {type(config).__name__}")

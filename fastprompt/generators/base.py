@@ -135,6 +135,7 @@ class PromptGenerator(nn.Module, abc.ABC):
         prompts_last: the rows stand after the patches ([CLS, patches, prompts]) instead of before them.
         before_pre_norm: block 0's prompts pass the backbone's pre-norm (CLIP's `ln_pre`), if it has one.
         takes_stages: the method is defined on backbones whose width changes between stages (Swin).
+        changes_images: it makes no tokens but other images: `prompt_images`.
     """
 
     known_at: ClassVar[str]
@@ -142,6 +143,7 @@ class PromptGenerator(nn.Module, abc.ABC):
     prompts_last: ClassVar[bool] = False
     before_pre_norm: ClassVar[bool] = False
     takes_stages: ClassVar[bool] = False
+    changes_images: bool = False
     num_prompts: int
     layers: tuple[int, ...]
 
@@ -191,6 +193,10 @@ class PromptGenerator(nn.Module, abc.ABC):
     def context(self, x: Tensor | None, draws: Draws | None = None) -> Any:
         """What is computed once per forward pass from `x` (None where `known_at` is "static" or "layer")."""
         return None
+
+    def prompt_images(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) → what the backbone gets instead, where `changes_images`."""
+        raise ValueError(f"{type(self).__name__} makes prompt tokens, not images")
 
     @abc.abstractmethod
     def prompts(self, layer: int, context: Any, tokens: Tensor | None = None, draws: Draws | None = None) -> Tensor:

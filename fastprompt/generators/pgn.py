@@ -138,7 +138,7 @@ class PGN(PromptGenerator):
             raise ValueError(f"x has {images.shape[0]} image of {images.shape[2]} x {images.shape[3]} pixels, of which "
                              "the trunk's batch norm has one value per channel; train PGN on batches of at least 2 "
                              f"images ({error})") from error
-        return logits.view(images.shape[0], self.num_prompts, self.config.library_size)
+        return logits.view(images.shape[0], self.config.num_prompts, self.config.library_size)
 
     def mixture(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) → weights of the library tokens (B, K, M)."""

@@ -33,7 +33,7 @@ class PixelPrompt(PromptGenerator):
 
     known_at = "image"
     config_class = PixelPromptConfig
-    takes_stages = True
+    takes_stages, changes_images = True, True
     config: PixelPromptConfig
 
     def __init__(self, config: PixelPromptConfig | None = None, geometry: Geometry | None = None,

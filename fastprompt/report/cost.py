@@ -509,7 +509,7 @@ def _prompts(t: Tally, s: Sizes, config: PromptConfig, graph: str) -> Prompts | 
         if config.project is not None:
             raise ValueError("the cost of VPTConfig.project has no formula")
         return _static(t, s, config.num_prompts, s.depth if config.deep else 1, config.prompt_dropout, plain)
-    if isinstance(config, PGNConfig):
+    if type(config) is PGNConfig:
         return _pgn(t, s, config, plain)
     if isinstance(config, V2APTConfig):
         return _v2apt(t, s, config, graph)

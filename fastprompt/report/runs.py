@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 # Method name -> configuration class and the options that the name itself fixes.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "pgn": ("PGNConfig", {}),
+    "rgb-pgn": ("RGBPGNConfig", {}),
     "v2apt": ("V2APTConfig", {}),
     "vapt": ("VAPTConfig", {}),
     "vpt-deep": ("VPTConfig", {"deep": True}),
@@ -55,6 +56,7 @@ METHOD_RECIPES: dict[str, dict[str, Any]] = {"linear-sgd": {"optimizer": "sgd", 
 
 TITLES: dict[str, str] = {
     "pgn": "PGN",
+    "rgb-pgn": "PGN in pixels",
     "v2apt": "V²APT",
     "vapt": "VAPT",
     "vpt-deep": "VPT-deep",

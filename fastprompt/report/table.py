@@ -2,9 +2,9 @@
 table`.
 
 Protocol. A seed draws the training and validation images and sets everything random in the training; the test
-images are the same for all seeds. For each method every learning rate of its grid is run with the first seed
-and the one with the best validation accuracy is taken; the other seeds are run at that rate. The test split
-is read once for each run that counts, after its training, from the adapter that was best on validation.
+images are the same for all seeds. Each learning rate of a method's grid is run with every seed and the one
+with the best validation accuracy, averaged over the seeds, is taken. The test split is read once for each run at
+that rate, after its training, from the adapter that was best on validation.
 
 Each run is a process of its own with a run directory `OUT/<method>/lr<rate>-seed<seed>`. A finished run is
 skipped and an interrupted one goes on where it stopped, so the command may be killed and started again at any
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -39,7 +40,7 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "linear-sgd": (0.001, 0.01, 0.1),
     "vpt-deep": (0.005, 0.01),
     "pgn": (0.003, 0.01),
-    "vapt": (0.005, 0.01),
+    "vapt": (0.002, 0.005, 0.01),
     "v2apt": (0.005, 0.01),
     "free": (0.01,),
     "vpt-shallow": (0.01,),
@@ -116,11 +117,20 @@ def read_run(directory: Path) -> dict[str, Any] | None:
     return None
 
 
-def validation_score(results: Mapping[str, Any]) -> tuple[float, float]:
-    """What learning rates are chosen by: validation accuracy, of equals the lower loss; diverged is worst."""
-    if results.get("diverged"):
+def validation_score(runs: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """What learning rates are chosen by: validation accuracy averaged over the seeds' runs, of equals the lower
+    loss; a rate that diverged with any seed is worst.
+    """
+    if any(results.get("diverged") for results in runs):
         return -1.0, -math.inf
-    return float(results["validation"]["accuracy"]), -float(results["validation"]["loss"])
+    return (statistics.fmean(results["validation"]["accuracy"] for results in runs),
+            -statistics.fmean(results["validation"]["loss"] for results in runs))
+
+
+def runs_at(plan: Plan, method: str, lr: float | None) -> list[dict[str, Any]] | None:
+    """The results of all seeds at one learning rate; None while one is missing."""
+    runs = [read_run(Job(method, lr, seed, False).directory(plan.out)) for seed in plan.seeds]
+    return None if None in runs else [results for results in runs if results is not None]
 
 
 def choose_lr(plan: Plan, method: str) -> tuple[float | None, ...] | None:
@@ -129,28 +139,27 @@ def choose_lr(plan: Plan, method: str) -> tuple[float | None, ...] | None:
         return plan.grid(method)
     scores: list[tuple[tuple[float, float], float | None]] = []
     for lr in plan.grid(method):
-        results = read_run(Job(method, lr, plan.seeds[0], False).directory(plan.out))
-        if results is None:
+        runs = runs_at(plan, method, lr)
+        if runs is None:
             return None
-        scores.append((validation_score(results), lr))
+        scores.append((validation_score(runs), lr))
     return (max(scores, key=lambda entry: entry[0])[1],)
 
 
 def next_jobs(plan: Plan, busy: Sequence[Job], failed: Sequence[Job]) -> list[Job]:
-    """The jobs that could start now, methods in order and a method's grid before its other seeds."""
+    """The jobs that could start now, methods in order and a method's grid before its test records."""
     jobs = []
     taken = {(job.method, job.lr, job.seed) for job in [*busy, *failed]}
     for method in plan.methods:
-        first, *others = plan.seeds
         grid = plan.grid(method)
-        for lr in grid if len(grid) > 1 else ():
-            job = Job(method, lr, first, test=False)
-            if (method, lr, first) not in taken and read_run(job.directory(plan.out)) is None:
+        for lr, seed in itertools.product(grid if len(grid) > 1 else (), plan.seeds):
+            job = Job(method, lr, seed, test=False)
+            if (method, lr, seed) not in taken and read_run(job.directory(plan.out)) is None:
                 jobs.append(job)
         chosen = choose_lr(plan, method)
         if chosen is None:
             continue
-        for seed in (first, *others):
+        for seed in plan.seeds:
             job = Job(method, chosen[0], seed, test=True)
             results = read_run(job.directory(plan.out))
             done = results is not None and (results.get("diverged") or results.get("test") is not None)
@@ -298,11 +307,11 @@ def difference_to(runs: Mapping[int, Mapping[str, Any]], reference: Mapping[int,
 
 
 def rates_on_disk(plan: Plan, method: str) -> tuple[float, ...]:
-    """The learning rates that were run to the end with the first seed, in whatever grid they were."""
+    """The learning rates that were run to the end with every seed, in whatever grid they were."""
     rates = []
     for directory in (plan.out / method).glob(f"lr*-seed{plan.seeds[0]}"):
         rate = directory.name.removeprefix("lr").removesuffix(f"-seed{plan.seeds[0]}")
-        if rate != "default" and read_run(directory) is not None:
+        if rate != "default" and runs_at(plan, method, float(rate)) is not None:
             rates.append(float(rate))
     return tuple(sorted(rates))
 
@@ -324,7 +333,7 @@ def aggregate(plan: Plan) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     tested: dict[str, dict[int, dict[str, Any]]] = {}
     for method in GRIDS:
-        here = replace(plan, lrs=rates_on_disk(plan, method) or None)
+        here = replace(plan, lrs=rates_on_disk(plan, method) or plan.lrs)
         chosen = choose_lr(here, method)
         runs = {} if chosen is None else tested_runs(here, method, chosen[0])
         if chosen is None or not runs:
@@ -352,9 +361,10 @@ def grid_record(plan: Plan, method: str, chosen: float | None) -> dict[str, Any]
     """
     grid: dict[str, float | None] = {}
     for lr in plan.grid(method):
-        results = read_run(Job(method, lr, plan.seeds[0], False).directory(plan.out))
-        if lr is not None and results is not None:
-            grid[f"{lr:g}"] = None if results.get("diverged") else results["validation"]["accuracy"]
+        runs = runs_at(plan, method, lr)
+        if lr is not None and runs is not None:
+            accuracy = validation_score(runs)[0]
+            grid[f"{lr:g}"] = None if accuracy < 0 else accuracy
     at_edge = chosen is not None and len(grid) > 1 and f"{chosen:g}" in (min(grid, key=float), max(grid, key=float))
     return {"grid": grid, "at_edge_of_grid": at_edge}
 
@@ -421,7 +431,7 @@ def markdown(table: Mapping[str, Any]) -> str:
             f"{row['peak_memory_mib']:,.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Learning rates tried with the first seed (validation accuracy):", ""]
+    lines += ["", "Learning rates tried (validation accuracy, mean over the seeds):", ""]
     for row in table["rows"]:
         tried = ", ".join(f"{lr}: {'diverged' if a is None else f'{a:.4f}'}" for lr, a in row["grid"].items())
         if tried:
@@ -434,8 +444,8 @@ def markdown(table: Mapping[str, Any]) -> str:
         f"Images: {sizes}; augmentation of the training images, but for the SGD probe: {data.get('augment')}. "
         f"A seed ({seeds}) draws the training and validation images and sets initial values, batch order and "
         "dropout; it is the same for every method. The test images are the same for all seeds.",
-        "The learning rate is the one with the best validation accuracy at the first seed; a method with one rate "
-        "was run at that. The test split is read once a run, after training, from the epoch that was best on "
+        "The learning rate is the one with the best validation accuracy, averaged over the seeds; a method with one "
+        "rate was run at that. The test split is read once a run, after training, from the epoch that was best on "
         "validation.",
         "All intervals are 95 %. ± is Student's t over the seeds' test accuracies. The difference to the "
         "probe with the better validation accuracy is taken image by image and seed by seed; its first "

@@ -198,6 +198,7 @@ _SMALL_DATA: dict[str, Any] = {
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "pgn": _SMALL_DATA | {"lr": 3e-3},
+    "rgb-pgn": _SMALL_DATA | {"lr": 3e-3},
     "v2apt": _SMALL_DATA | {"lr": 5e-3, "kl_warmup_epochs": 2.0},
     "vapt": _SMALL_DATA | {"lr": 5e-3},
     "vpt": _SMALL_DATA | {"lr": 5e-3},

@@ -54,33 +54,35 @@ def row_of(found: dict[str, Any], method: str) -> dict[str, Any]:
     return next(row for row in found["rows"] if row["method"] == method)
 
 
-def test_grid_then_seeds_then_nothing(tmp_path: Path) -> None:
+def test_grid_with_every_seed_then_test_records_then_nothing(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, "pgn")
-    grid = [Job("pgn", 0.1, 0, False), Job("pgn", 0.2, 0, False)]
+    grid = [Job("pgn", lr, seed, False) for lr in (0.1, 0.2) for seed in (0, 1)]
     assert table.next_jobs(plan, [], []) == grid
     assert table.next_jobs(plan, grid[:1], []) == grid[1:]
-    finish(plan, grid[0], accuracy=0.6, test=False)
-    assert table.next_jobs(plan, [], []) == grid[1:]
-    finish(plan, grid[1], accuracy=0.7, test=False)
+    for job in grid[:-1]:
+        finish(plan, job, accuracy=0.6, test=False)
+    assert table.next_jobs(plan, [], []) == grid[-1:]
+    finish(plan, grid[-1], accuracy=0.7, test=False)
     final = [Job("pgn", 0.2, 0, True), Job("pgn", 0.2, 1, True)]
     assert table.next_jobs(plan, [], []) == final
     finish(plan, final[0], accuracy=0.7)
     assert table.next_jobs(plan, [], []) == final[1:]
     assert table.next_jobs(plan, [], final[1:]) == []
-    finish(plan, final[1])
+    finish(plan, final[1], accuracy=0.7)
     assert table.next_jobs(plan, [], []) == []
 
 
-def test_learning_rate_by_validation_then_loss_and_never_a_diverged_one(tmp_path: Path) -> None:
-    plan = make_plan(tmp_path, "pgn", lrs=(0.1, 0.2, 0.3))
-    for lr, loss in ((0.1, 0.9), (0.2, 0.8)):
-        finish(plan, Job("pgn", lr, 0, False), accuracy=0.7, loss=loss)
-    diverged = Job("pgn", 0.3, 0, False).directory(tmp_path)
+def test_learning_rate_by_validation_over_the_seeds_then_loss_and_never_a_diverged_one(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, "pgn", lrs=(0.1, 0.2, 0.3, 0.4))
+    for lr, accuracies, loss in ((0.1, (0.7, 0.7), 0.9), (0.2, (0.65, 0.75), 0.8), (0.3, (0.9, 0.4), 0.1)):
+        for seed, accuracy in enumerate(accuracies):
+            finish(plan, Job("pgn", lr, seed, False), accuracy=accuracy, loss=loss)
+    finish(plan, Job("pgn", 0.4, 0, False), accuracy=0.99, loss=0.1)
+    diverged = Job("pgn", 0.4, 1, False).directory(tmp_path)
     diverged.mkdir(parents=True)
     (diverged / "diverged.json").write_text(json.dumps({"diverged": True}))
     assert table.choose_lr(plan, "pgn") == (0.2,)
-    for lr in (0.1, 0.2):
-        Job("pgn", lr, 0, False).directory(tmp_path).joinpath("results.json").unlink()
+    Job("pgn", 0.1, 1, False).directory(tmp_path).joinpath("results.json").unlink()
     assert table.choose_lr(plan, "pgn") is None
 
 
@@ -120,8 +122,8 @@ def test_rows_and_paired_differences(tmp_path: Path) -> None:
         finish(plan, Job("linear", None, seed, True), wrong=20, accuracy=0.8)
         finish(plan, Job("linear-sgd", 0.1, seed, True), wrong=30, accuracy=0.7)
         finish(plan, Job("vpt-deep", 0.2, seed, True), wrong=10 + seed, accuracy=0.9)
-    finish(plan, Job("linear-sgd", 0.2, 0, True), wrong=30, accuracy=0.6)
-    finish(plan, Job("vpt-deep", 0.1, 0, False), accuracy=0.5, test=False)
+        finish(plan, Job("linear-sgd", 0.2, seed, True), wrong=30, accuracy=0.6)
+        finish(plan, Job("vpt-deep", 0.1, seed, False), accuracy=0.5, test=False)
     finish(plan, Job("pgn", 0.1, 0, False), test=False)  # its grid is not finished
     found = table.aggregate(plan)
     assert found["best_probe"] == "linear"
@@ -163,7 +165,7 @@ def test_markdown_says_what_was_done(tmp_path: Path) -> None:
     for seed in (0, 1):
         finish(plan, Job("linear", None, seed, True), wrong=20)
         finish(plan, Job("pgn", 0.2, seed, True), wrong=10, accuracy=0.9)
-    finish(plan, Job("pgn", 0.1, 0, False), accuracy=0.4, test=False)
+        finish(plan, Job("pgn", 0.1, seed, False), accuracy=0.4, test=False)
     text = table.markdown(table.aggregate(plan))
     lines = text.splitlines()
     pgn = next(line for line in lines if line.startswith("| PGN"))

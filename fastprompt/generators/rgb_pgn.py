@@ -1,0 +1,186 @@
+"""PGN whose prompts are pictures: a library of RGB patches (PGN's prompt inversion, and prompts born as pixels)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastprompt.generators.base import Draws, Geometry
+from fastprompt.generators.pgn import PGN, PGNConfig
+from fastprompt.kernels.library_prompts import library_prompts
+
+if TYPE_CHECKING:
+    from fastprompt.vit import FrozenViT
+
+PLACEMENTS = ("latent", "extend", "replace")
+
+
+@dataclasses.dataclass(frozen=True)
+class RGBPGNConfig(PGNConfig):
+    """Options of `RGBPGN`, beside those of `PGNConfig`.
+
+    Attributes:
+        placement: where the K patches go.
+            "latent": behind the image's own patches, without position embedding, as PGN's tokens; needs a host that
+            takes more tokens.
+            "extend": whole rows of patches below the image; needs a host that takes taller images and resamples its
+            position embedding.
+            "replace": the lowest rows of an image of the backbone's own size, into whose rest the image is shrunk;
+            any host takes it.
+            K must fill whole rows, except for "latent".
+        bounded: the library holds pixels in [0, 1], the sigmoid of its parameters, so that every mixture is a picture.
+            False: any value, as inversion gives.
+        round_pixels: mixed patches are cut off at 0 and 1 and rounded to 8 bits, with the gradient of neither.
+        offset: a constant is added to the patch at each of the K places; inversion puts there what makes up for the
+            place's position embedding.
+        compensate: a constant picture is added to the image ("extend" alone), which undoes what resampling the
+            position embedding changes.
+    """
+
+    kind: ClassVar[str] = "rgb-pgn"
+    num_prompts: int = 14
+    placement: str = "extend"
+    bounded: bool = True
+    round_pixels: bool = True
+    offset: bool = False
+    compensate: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_choice("placement", PLACEMENTS)
+        for name in ("bounded", "round_pixels", "offset", "compensate"):
+            self.require(name, bool)
+        if self.bounded and self.activation != "softmax":
+            raise ValueError("RGBPGNConfig.activation must be 'softmax' with bounded: only convex mixtures of pictures "
+                             f"are pictures, got {self.activation!r}")
+        if self.compensate and self.placement != "extend":
+            raise ValueError(f"RGBPGNConfig.compensate is for placement 'extend', placement is {self.placement!r}")
+
+
+class RGBPGN(PGN):
+    """PGN with a library of RGB patches, R ∈ R^{M × 3p²}: patches = round(softmax(g_θ(x)) R), each a p × p picture.
+
+    The same trunk and mixture as `PGN`; what is mixed are pixels, in [0, 1] and so for every image, and the frozen
+    patch embedding makes tokens of them: token = W norm(patch) + b. Nothing has to be inverted afterwards: what
+    training saw, 8-bit rounding and placement included, is what a host sees that gets the picture. (The paper inverts
+    a library of tokens, which `fastprompt.rgb` does where W allows it.)
+
+    `generator(images)` (B, 3, H, W), normalised → prompted images (B, 3, H', W), normalised, or with placement "latent"
+    prompt tokens (B, K, D). `patches(images)` → (B, K, 3, p, p) pixels in [0, 1].
+    """
+
+    config_class = RGBPGNConfig
+    config: RGBPGNConfig
+
+    def __init__(self, config: RGBPGNConfig | None = None, geometry: Geometry | FrozenViT | None = None,
+                 **options: Any) -> None:
+        from fastprompt.vit import FrozenSwin, FrozenViT
+
+        if not isinstance(geometry, FrozenViT):
+            raise TypeError("geometry must be the FrozenViT that reads the pixels, got "
+                            f"{type(geometry).__name__}: RGBPGN(config, backbone)")
+        if isinstance(geometry, FrozenSwin):
+            raise ValueError("RGBPGNConfig is not defined on a Swin transformer, which has no class token that reads "
+                             "more patches; use a ViT")
+        super().__init__(config, geometry, **options)  # type: ignore[arg-type]
+        cfg, g = self.config, self.geometry
+        self._backbone = (geometry,)  # not a submodule: its tensors are the model's, and no part of an adapter
+        self.changes_images = cfg.placement != "latent"
+        self.prompt_rows = 0
+        if self.changes_images:
+            self.prompt_rows, rest = divmod(cfg.num_prompts, g.grid[1])
+            if rest or (self.prompt_rows >= g.grid[0] and cfg.placement == "replace"):
+                room = f" and leave one of {g.grid[0]} to the image" if cfg.placement == "replace" else ""
+                raise ValueError(f"RGBPGNConfig.num_prompts must fill whole rows of {g.grid[1]} patches{room} with "
+                                 f"placement {cfg.placement!r}, got {cfg.num_prompts}")
+            self.num_prompts, self.layers = 0, ()
+        pixels = 3 * g.patch_size**2
+        self.library = nn.Parameter(torch.randn(cfg.library_size, pixels))
+        if cfg.offset:
+            self.offset = nn.Parameter(torch.zeros(cfg.num_prompts, pixels))
+        if cfg.compensate:
+            self.compensation = nn.Parameter(torch.zeros(3, *g.image_size))
+
+    def pixel_library(self) -> Tensor:
+        """(M, 3p²): the patches, channel by channel and row by row; 0 is black and 1 is white."""
+        return torch.sigmoid(self.library) if self.config.bounded else self.library
+
+    def patches(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) → the patches chosen for them, (B, K, 3, p, p), 0 is black and 1 is white."""
+        mixed = library_prompts(self.logits(images), self.pixel_library(), self.config.activation)  # (B, K, 3p²)
+        if self.config.offset:
+            mixed = mixed + self.offset
+        if self.config.round_pixels:
+            mixed = round_pixels(mixed)
+        return mixed.unflatten(-1, (3, self.geometry.patch_size, self.geometry.patch_size))
+
+    def prompt_images(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) → the normalised images that the host gets, (B, 3, H', W).
+
+        Raises:
+            TypeError, ValueError: `images` do not fit, or the placement is "latent".
+        """
+        self.check_input(images)
+        if not self.changes_images:
+            raise ValueError("prompt_images needs placement 'extend' or 'replace', it is 'latent'")
+        if tuple(images.shape[2:]) != tuple(self.geometry.image_size):
+            raise ValueError(f"x must be {self.geometry.image_size} pixels, as the backbone's images, "
+                             f"got {tuple(images.shape[2:])}")
+        columns, p = self.geometry.grid[1], self.geometry.patch_size
+        rows = self.patches(images).unflatten(1, (self.prompt_rows, columns))  # (B, rows, columns, 3, p, p)
+        rows = rows.permute(0, 3, 1, 4, 2, 5).reshape(images.shape[0], 3, self.prompt_rows * p, columns * p)
+        rows = self.normalised(rows)
+        if self.config.compensate:
+            images = images + self.compensation / self._channels(images)[1]  # a difference of pixels has no mean
+        if self.config.placement == "replace":
+            images = self.shrink(images)
+        return torch.cat([images.to(rows.dtype), rows], dim=2)
+
+    def shrink(self, images: Tensor) -> Tensor:
+        """Normalised images → the same, squeezed into the rows that the prompts leave, rounded to 8 bits."""
+        mean, std = self._channels(images)
+        height, width = self.geometry.image_size
+        size = (height - self.prompt_rows * self.geometry.patch_size, width)
+        small = F.interpolate(images * std + mean, size=size, mode="bilinear", align_corners=False, antialias=True)
+        return (round_pixels(small) - mean) / std
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Pixels (..., 3, h, w), 0 is black and 1 is white → what the backbone takes."""
+        mean, std = self._channels(pixels)
+        return (pixels - mean) / std
+
+    def _channels(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        backbone = self._backbone[0]
+        mean, std = (torch.tensor(x, dtype=like.dtype, device=like.device) for x in (backbone.mean, backbone.std))
+        return mean.view(3, 1, 1), std.view(3, 1, 1)
+
+    def context(self, x: Tensor | None, draws: Draws | None = None) -> Tensor:
+        """Prompt tokens (B, K, D): the patch embedding of the chosen patches, without position embedding."""
+        assert x is not None
+        backbone = self._backbone[0]
+        weight, bias = backbone.patch_weight, backbone.patch_bias
+        tokens = F.linear(self.normalised(self.patches(x)).flatten(2).to(weight.dtype), weight.flatten(1), bias)
+        return tokens if backbone.patch_norm is None else backbone.patch_norm(tokens)
+
+    def forward(self, x: Tensor | None = None, layer: int | None = None) -> Tensor:
+        """Prompted images, or prompt tokens with placement "latent"."""
+        if not self.changes_images:
+            return super().forward(x, layer)
+        if layer is not None:
+            raise ValueError(f"layer must be None, prompts that are pixels have no layers, got {layer!r}")
+        self.check_input(x)
+        assert x is not None
+        return self.prompt_images(x)
+
+    def paper_num_parameters(self) -> int | None:
+        return None
+
+
+def round_pixels(pixels: Tensor) -> Tensor:
+    """Pixels to the nearest of 256 levels from 0 to 1; the gradient is that of no rounding."""
+    return pixels + ((pixels * 255).round().clamp(0, 255) / 255 - pixels).detach()

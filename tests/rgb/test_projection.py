@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import fastprompt as fp
+from fastprompt.rgb.projection import Projection, slot_positions
+
+
+def make(width: int, patch: int, **options: Any) -> fp.FrozenViT:
+    vit = VisionTransformer(img_size=4 * patch, patch_size=patch, embed_dim=width, depth=1, num_heads=2, num_classes=0,
+                            **options)
+    with torch.no_grad():
+        vit.pos_embed.normal_(std=0.3)
+        vit.patch_embed.proj.weight.normal_(std=0.05)
+        if vit.patch_embed.proj.bias is not None:
+            vit.patch_embed.proj.bias.normal_(std=0.1)
+    return fp.FrozenViT(vit, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)).double()
+
+
+@pytest.fixture(params=[False, True], ids=["bias", "no bias"])
+def wide(request: pytest.FixtureRequest) -> fp.FrozenViT:
+    """3p² = 192 pixels, 48 wide."""
+    return make(48, 8, pre_norm=request.param)
+
+
+def test_it_is_the_backbones_patch_embedding_of_raw_pixels(wide: fp.FrozenViT) -> None:
+    pixels = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+    expected = torch.nn.functional.conv2d(wide.normalise(pixels), wide.patch_weight, wide.patch_bias, stride=8)
+    found = Projection.of(wide).tokens(pixels.double().flatten(1) / 255)
+    torch.testing.assert_close(found, expected.flatten(1), rtol=1e-10, atol=1e-10)
+
+
+def test_pixels_give_the_tokens_and_use_the_null_space_to_stay_pictures(wide: fp.FrozenViT) -> None:
+    projection = Projection.of(wide)
+    assert projection.rank == 48
+    tokens = projection.tokens(torch.rand(6, 192, dtype=torch.float64))
+    pixels = projection.pixels(tokens)
+    torch.testing.assert_close(projection.tokens(pixels), tokens, rtol=1e-9, atol=1e-9)
+    assert pixels.min() > -1e-6
+    assert pixels.max() < 1 + 1e-6
+    least = (tokens - projection.bias) @ projection.inverse.T
+    assert least.min() < -0.1 or least.max() > 1.1  # least squares alone is no picture
+
+
+def test_pixels_far_outside_stay_exact_and_are_nearer_to_the_box_than_least_squares(wide: fp.FrozenViT) -> None:
+    projection = Projection.of(wide)
+    tokens = 20 * torch.randn(6, 48, dtype=torch.float64)
+    pixels, least = projection.pixels(tokens), (tokens - projection.bias) @ projection.inverse.T
+    torch.testing.assert_close(projection.tokens(pixels), tokens, rtol=1e-9, atol=1e-9)
+
+    beyond = pixels - pixels.clamp(0, 1)
+    assert beyond.norm() < (least - least.clamp(0, 1)).norm()
+    free = beyond - beyond @ projection.weight.T @ projection.inverse.T  # what could still be taken off
+    assert free.norm() < 1e-3 * beyond.norm()
+
+
+def test_a_picture_is_in_the_box_and_better_than_cutting_off(wide: fp.FrozenViT) -> None:
+    projection = Projection.of(wide)
+    tokens = projection.tokens(torch.rand(6, 192, dtype=torch.float64)) + 2 * torch.randn(6, 48, dtype=torch.float64)
+    low, high = torch.full((192,), 0.1, dtype=torch.float64), torch.full((192,), 0.7, dtype=torch.float64)
+    picture = projection.picture(tokens, (low, high))
+    assert (picture >= low).all()
+    assert (picture <= high).all()
+    cut = projection.pixels(tokens, (low, high)).clamp(low, high)
+    assert (projection.tokens(picture) - tokens).norm() < 0.95 * (projection.tokens(cut) - tokens).norm()
+    beside = (projection.tokens(picture) - tokens) @ projection.weight  # the gradient points out of the box or is 0
+    inside = (picture > low + 1e-6) & (picture < high - 1e-6)
+    assert beside[inside].abs().max() < 1e-2 * beside.abs().max()
+
+
+def test_without_full_rank_the_nearest_token_is_taken() -> None:
+    projection = Projection.of(make(48, 2))  # 12 pixels, 48 wide
+    assert projection.rank == 12
+    tokens = torch.randn(3, 48, dtype=torch.float64)
+    beside = projection.tokens(projection.pixels(tokens)) - tokens
+    assert beside.norm() > 0.5 * tokens.norm()
+    torch.testing.assert_close(beside @ projection.weight, torch.zeros(3, 12, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_slot_positions_are_what_the_host_adds(wide: fp.FrozenViT) -> None:
+    own = wide.pos_embed[0, wide.num_prefix if wide.spec.pos_on_prefix else 0:]
+    slots, change = slot_positions(wide, "replace", 1)
+    assert torch.equal(slots, own[12:])
+    assert torch.equal(change, torch.zeros_like(own))
+    slots, change = slot_positions(wide, "extend", 2)
+    assert slots.shape == (8, 48)
+    blank = torch.zeros(1, 3, 48, 32, dtype=torch.float64)
+    from fastprompt.vit import reference
+
+    embedded = reference.embed(wide, blank).patches[0] - reference.embed(wide, blank[:, :, :32]).patches[0, :1] + own[0]
+    torch.testing.assert_close(embedded, torch.cat([own + change, slots]), rtol=1e-9, atol=1e-9)
+
+
+def test_what_has_no_linear_patch_embedding_is_refused(tiny_swin: Callable[..., nn.Module]) -> None:
+    with pytest.raises(ValueError, match="norms its patch embedding"):
+        Projection.of(fp.FrozenViT(tiny_swin()))
+    with pytest.raises(TypeError, match="backbone must be a FrozenViT"):
+        Projection.of(nn.Linear(2, 2))  # type: ignore[arg-type]
