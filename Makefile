@@ -1,4 +1,4 @@
-# make test | demo | table | lint | types | bench | bench-forward | cost | kernels-report | gpu | clean | help
+# make test | hammer | demo | table | lint | types | bench | bench-forward | bench-engine | cost | kernels-report | gpu | clean | help
 #   PYTHON=python3.12   interpreter the environment is made from
 #   VENV=path           environment to make or reuse (default .venv)
 #   PIP_FLAGS=...       more flags for pip, e.g. an extra index that has CPU builds of torch
@@ -12,7 +12,7 @@ STAMP := $(VENV)/.fastprompt-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint types pytest demo table bench bench-forward cost kernels-report gpu clean
+.PHONY: help install test lint types pytest hammer demo table bench bench-forward bench-engine cost kernels-report gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ types: $(STAMP)  ## mypy on the package and its ops
 pytest: $(STAMP)  ## the test suite alone
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q $(TESTS)
 
+hammer: $(STAMP)  ## an engine under eight threads for a minute, adapters swapped and failures injected
+	FASTPROMPT_HAMMER_SECONDS=60 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q tests/engine/test_engine.py -k hammered
+
 demo: $(STAMP)  ## adapt a real CLIP ViT-B/16 to real images and write an HTML report (minutes)
 	$(PY) -m fastprompt.report.demo
 
@@ -52,6 +55,10 @@ bench: $(STAMP)  ## timings of the ops and the end-to-end jobs
 bench-forward: $(STAMP)  ## the forward and the training step against the papers' graph; writes results/forward.md
 	$(VENV)/bin/pytest bench/bench_forward.py --benchmark-only -s --benchmark-json=.benchmarks/forward.json
 	$(PY) bench/forward_table.py .benchmarks/forward.json results/forward.md
+
+bench-engine: $(STAMP)  ## fp.Engine against the papers' graph in other engines; writes results/engine.md
+	$(VENV)/bin/pytest bench/bench_engine.py --benchmark-only -s --benchmark-json=.benchmarks/engine.json
+	$(PY) bench/engine_table.py .benchmarks/engine.json results/engine.md
 
 cost: $(STAMP)  ## FLOPs, saved bytes and dispatches by formula and as measured, into results/cost.md (minutes)
 	OMP_NUM_THREADS=1 $(PY) bench/cost.py

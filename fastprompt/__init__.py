@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what `__getattr__` below finds at run time
     from fastprompt.data import load_data as load_data
+    from fastprompt.engine.engine import Engine as Engine
     from fastprompt.engine.explain import explain as explain
     from fastprompt.generators import (
         PGN as PGN,
@@ -93,6 +94,7 @@ _PUBLIC = {
     "evaluate": "fastprompt.train.evaluate",
     "fit_linear_probe": "fastprompt.train.probe",
     "load_data": "fastprompt.data",
+    "Engine": "fastprompt.engine.engine",
     "explain": "fastprompt.engine.explain",
     "use_backend": "fastprompt.kernels.dispatch",
 }

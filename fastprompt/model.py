@@ -152,10 +152,14 @@ class PromptedViT(nn.Module):
         for sample in samples:
             features, aux = self._features(images, sample, plain, prefixes)
             outputs.append(features if self.head is None else self.head(features))
+        return self.average(outputs), aux
+
+    def average(self, outputs: Sequence[Tensor]) -> Tensor:
+        """One output of several samples' (B, C): the logarithm of their mean probabilities, or their mean features."""
         if len(outputs) == 1:
-            return outputs[0], aux
-        stacked = torch.stack(outputs)
-        return (stacked.mean(0) if self.head is None else stacked.softmax(-1).mean(0).log()), aux
+            return outputs[0]
+        stacked = torch.stack(list(outputs))
+        return stacked.mean(0) if self.head is None else stacked.softmax(-1).mean(0).log()
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, D): what the head sees."""
@@ -186,12 +190,7 @@ class PromptedViT(nn.Module):
                 embedded = papers.embed(vit, images.to(vit.dtype))
             else:
                 embedded = forward.embed(vit, raw, images)
-            context = None
-            if generator is not None and generator.known_at == "image":
-                context = generator.context(images, draws)
-            elif generator is not None and generator.known_at == "embeddings":
-                patches = embedded.patches if vit.norm_pre is None else vit.norm_pre(embedded.patches)
-                context = generator.context(patches, draws)
+            context = None if generator is None else self.prompt_context(images, embedded.patches, draws)
             aux = {} if generator is None else generator.aux(context)
             if plain:
                 sequence = papers.encode(vit, images, generator, context, draws, embedded)
@@ -199,9 +198,21 @@ class PromptedViT(nn.Module):
             if isinstance(vit, FrozenSwin):
                 return swin_forward.features(vit, embedded, generator, context, draws, self.readout,
                                              self._recompute), aux
-            prefixes = self._kept_prefixes(draws) if prefixes is None else prefixes
-            return forward.features(vit, embedded, generator, context, draws, self.readout, prefixes,
-                                    self._recompute), aux
+            if prefixes is None and not draws:
+                prefixes = self.kept_prefixes()
+            group = forward.Group(generator, context, draws, self.readout, prefixes)
+            return forward.features(vit, embedded, [group], self._recompute)[0], aux
+
+    def prompt_context(self, images: Tensor, patches: Tensor, draws: Draws | None) -> Any:
+        """What the generator computes once for a batch: from normalised images (B, 3, H, W), or from their patch
+        embeddings (B, N, D), or nothing.
+        """
+        vit, generator = self.backbone, self.generator
+        if generator is not None and generator.known_at == "image":
+            return generator.context(images, draws)
+        if generator is not None and generator.known_at == "embeddings":
+            return generator.context(patches if vit.norm_pre is None else vit.norm_pre(patches), draws)
+        return None
 
     def static_prefixes(self) -> dict[int, Prefix] | None:
         """Block → keys and values of prompts that depend on parameters only, computed now.
@@ -215,10 +226,12 @@ class PromptedViT(nn.Module):
             return None
         return forward.static_prefixes(vit, generator, self.readout)
 
-    def _kept_prefixes(self, draws: Draws) -> dict[int, Prefix] | None:
-        """`static_prefixes`, made once for an adapter; None while training."""
+    def kept_prefixes(self) -> dict[int, Prefix] | None:
+        """`static_prefixes`, made once for an adapter and again when it changes; None where gradients are recorded and
+        in a compiler.
+        """
         generator = self.generator
-        if generator is None or generator.known_at != "static" or draws or torch.is_grad_enabled() \
+        if generator is None or generator.known_at != "static" or torch.is_grad_enabled() \
                 or torch.compiler.is_compiling() or any(p.is_inference() for p in generator.parameters()):
             return None
         folded, key = self.backbone.folded(), tuple((p.data_ptr(), p._version) for p in generator.parameters())
@@ -341,11 +354,7 @@ class PromptedViT(nn.Module):
                 f"{'x'.join(map(str, stored['image_size']))} px, fingerprint {stored['fingerprint'][:12]}; this one is "
                 f"{backbone.spec.name} at {'x'.join(map(str, backbone.image_size))} px, fingerprint "
                 f"{backbone.fingerprint[:12]}")
-        ours = {"mean": list(backbone.mean), "std": list(backbone.std)}
-        theirs = {key: stored.get(key) for key in ours}
-        if ours != theirs:
-            warnings.warn(f"the adapter in {directory} was trained on images normalised with {theirs}, this backbone "
-                          f"normalises raw (uint8) ones with {ours}", stacklevel=2)
+        warn_of_other_pixels(f"the adapter in {directory}", stored, backbone)
         try:
             info, num_classes = config["head"], config["num_classes"]
             head: str | Head = "linear" if info is None else _head_from(info, backbone, num_classes, state)
@@ -358,6 +367,15 @@ class PromptedViT(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.config}, num_classes={self.num_classes}, readout={self.readout!r}"
+
+
+def warn_of_other_pixels(who: str, trained: Mapping[str, Any], backbone: FrozenViT) -> None:
+    """Warn where an adapter trained with another "mean" and "std" than those by which `backbone` normalises."""
+    ours = {"mean": list(backbone.mean), "std": list(backbone.std)}
+    theirs = {key: None if trained.get(key) is None else list(trained[key]) for key in ours}
+    if ours != theirs:
+        warnings.warn(f"{who} was trained on images normalised with {theirs}, this backbone normalises raw (uint8) "
+                      f"ones with {ours}", stacklevel=3)
 
 
 def check_readout(backbone: FrozenViT, generator: PromptGenerator | None, readout: str | None) -> str:

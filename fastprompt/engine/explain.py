@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from fastprompt.engine.engine import Engine, Measured, Signature
 from fastprompt.kernels import dispatch
 from fastprompt.kernels.dispatch import Choice
 from fastprompt.model import PromptedViT
@@ -13,32 +14,56 @@ from fastprompt.model import PromptedViT
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; printed, one line for each op.
+    """What `explain` found; printed, one line for each op and, of an engine, for each batch size.
 
     Attributes:
         ops: the implementation of each op that ran, and the reason why it is not a faster one.
+        batches: of an engine, the backend that was chosen for each signature (batch size, image size, dtype of the
+            images), the seconds that were measured, and why others cannot run.
+        engine: of an engine, the dtype it computes in, its batch sizes and how many adapters it serves.
     """
 
     ops: dict[str, Choice]
+    batches: dict[Signature, Measured] = dataclasses.field(default_factory=dict)
+    engine: str = ""
 
     def __str__(self) -> str:
-        if not self.ops:
-            return "no op of fastprompt.kernels runs in this model"
-        width = max(map(len, self.ops))
-        return "\n".join(f"{op:{width}}  {backend}" + (f": {reason}" if reason else "")
-                         for op, (backend, reason) in self.ops.items())
+        lines = [self.engine] if self.engine else []
+        lines += [_line(signature, measured) for signature, measured in self.batches.items()]
+        lines += dict.fromkeys(f"not {name}: {reason}" for measured in self.batches.values()
+                               for name, reason in measured.reasons.items())
+        width = max(map(len, self.ops), default=0)
+        lines += [f"{op:{width}}  {backend}" + (f": {reason}" if reason else "")
+                  for op, (backend, reason) in self.ops.items()]
+        return "\n".join(lines) or "no op of fastprompt.kernels runs in this model"
 
 
-def explain(model: PromptedViT) -> Explanation:
-    """Run one blank image through the model, as inference does, and tell which implementation each op took.
+def _line(signature: Signature, measured: Measured) -> str:
+    size, (height, width), dtype = signature
+    times = sorted(measured.seconds.items(), key=lambda item: item[1])
+    text = ", ".join(f"{name} {1000 * seconds:.3g} ms" for name, seconds in times)
+    return (f"batch of {size}, {height} x {width} px, {str(dtype).removeprefix('torch.')}: {measured.chosen}"
+            + (f" ({text})" if text else ""))
 
-    Modes and statistics of the model stay as they are; `use_backend` is respected.
+
+def explain(model: PromptedViT | Engine) -> Explanation:
+    """Tell which implementation each op takes in a model, and which backend each batch size in an engine.
+
+    One blank image runs through the model, as in inference. Modes and statistics of the model stay as they are;
+    `use_backend` is respected. Of an engine: what it has measured so far, which is nothing before its first batch.
 
     Raises:
-        TypeError: `model` is no PromptedViT.
+        TypeError: `model` is neither a PromptedViT nor an Engine. RuntimeError: the engine was released.
     """
+    if isinstance(model, Engine):
+        with model.alone():
+            return Explanation(_ops(model.model), model.measured, model.describe())
     if not isinstance(model, PromptedViT):
-        raise TypeError(f"model must be a PromptedViT, got {type(model).__name__}")
+        raise TypeError(f"model must be a PromptedViT or an Engine, got {type(model).__name__}")
+    return Explanation(_ops(model))
+
+
+def _ops(model: PromptedViT) -> dict[str, Choice]:
     backbone, before = model.backbone, dict(dispatch.choices)
     modes = [(module, module.training) for module in model.modules()]
     dispatch.choices.clear()
@@ -46,7 +71,7 @@ def explain(model: PromptedViT) -> Explanation:
         model.eval()
         with torch.no_grad():
             model(torch.zeros(1, 3, *backbone.image_size, dtype=backbone.dtype, device=backbone.device))
-        return Explanation(dict(dispatch.choices))
+        return dict(dispatch.choices)
     finally:
         dispatch.choices.update({**before, **dispatch.choices})
         for module, training in modes:

@@ -136,6 +136,7 @@ class PromptGenerator(nn.Module, abc.ABC):
         before_pre_norm: block 0's prompts pass the backbone's pre-norm (CLIP's `ln_pre`), if it has one.
         takes_stages: the method is defined on backbones whose width changes between stages (Swin).
         changes_images: it makes no tokens but other images: `prompt_images`.
+        changes_size: these have another size.
     """
 
     known_at: ClassVar[str]
@@ -144,6 +145,7 @@ class PromptGenerator(nn.Module, abc.ABC):
     before_pre_norm: ClassVar[bool] = False
     takes_stages: ClassVar[bool] = False
     changes_images: bool = False
+    changes_size: bool = False
     num_prompts: int
     layers: tuple[int, ...]
 

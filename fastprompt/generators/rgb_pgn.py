@@ -91,7 +91,7 @@ class RGBPGN(PGN):
         super().__init__(config, geometry, **options)  # type: ignore[arg-type]
         cfg, g = self.config, self.geometry
         self._backbone = (geometry,)  # not a submodule: its tensors are the model's, and no part of an adapter
-        self.changes_images = cfg.placement != "latent"
+        self.changes_images, self.changes_size = cfg.placement != "latent", cfg.placement == "extend"
         self.prompt_rows = 0
         if self.changes_images:
             self.prompt_rows, rest = divmod(cfg.num_prompts, g.grid[1])

@@ -241,7 +241,7 @@ def cost(backbone: FrozenViT | Sizes, config: PromptConfig, readout: str = "cls"
 def _embed(t: Tally, s: Sizes, pixels: bool) -> None:
     """Finite pixels, patch embedding, class token and registers, position embedding."""
     b, flops = s.batch, 2 * s.batch * s.patches * s.width * 3 * s.patch_size**2
-    t.call(6)
+    t.call(2)
     if pixels:  # the frame, its sum with the images, and the gradients of its four strips
         t.call(4, 1 + 8)
         t.saved += b * 3 * s.image_size[0] * s.image_size[1] * s.element

@@ -35,6 +35,7 @@ from fastprompt.train.checkpoint import (
 )
 from fastprompt.train.evaluate import backbone_precision, device_of, evaluation_mode
 from fastprompt.train.recipes import Recipe, default_recipe
+from fastprompt.vit.linear import bfloat16_is_fast
 
 if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
@@ -589,8 +590,7 @@ def _make_optimizer(named: list[tuple[str, torch.nn.Parameter]], recipe: Recipe)
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype that a recipe's ``dtype`` means on a device; warns where bfloat16 is emulated there."""
     if device.type == "cpu" and name != "float32":
-        capabilities = torch.cpu.get_capabilities()
-        fast = any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"))
+        fast = bfloat16_is_fast(device)
         if name == "auto":
             return torch.bfloat16 if fast else torch.float32
         if not fast:

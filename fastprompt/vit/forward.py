@@ -9,14 +9,15 @@
 * The blocks are those of `folding.fold`: constants have moved into the Linears.
 * Prompts that stay rows of the sequence join it behind the attention of their block, so that the backward of the
   first block reaches only them: the tokens of a frozen embedding need no gradient.
+* Groups of images with different prompts, prompt counts and readouts share every product with the frozen weights.
 
 All of it holds in exact arithmetic, for outputs and gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from fastprompt.kernels.prefix_attention import prefix_attention
 from fastprompt.vit import reference
 from fastprompt.vit.linear import linear
-from fastprompt.vit.reference import Sequence
+from fastprompt.vit.reference import Sequence as TokenSequence
 from fastprompt.vit.weights import Block, FrozenViT, Norm
 
 if TYPE_CHECKING:
@@ -35,57 +36,136 @@ Prefix = tuple[Tensor, Tensor]
 """Keys and values of prompts, each (1 or B, heads, P, d)."""
 
 
-def features(vit: FrozenViT, embedded: Sequence, generator: PromptGenerator | None, context: Any,
-             draws: Draws | None, readout: str, prefixes: Mapping[int, Prefix] | None = None,
-             recompute: bool = False) -> Tensor:
-    """(B, D): what the head sees.
+class Group(NamedTuple):
+    """Images that stand side by side in a batch and have their prompts and their readout in common.
 
-    Args:
-        embedded: class token, registers and patches of `reference.embed`.
+    Attributes:
         generator, context, draws: as for `reference.encode`.
         readout: as for `reference.read_out`.
         prefixes: block → what `static_prefixes` returned for these prompts; other blocks compute theirs.
-        recompute: keep only what enters a block for the backward and compute the block again there.
+        size: number of images; None: the whole batch.
+    """
+
+    generator: PromptGenerator | None
+    context: Any
+    draws: Draws | None
+    readout: str
+    prefixes: Mapping[int, Prefix] | None = None
+    size: int | None = None
+
+
+class Rows(NamedTuple):
+    """Token rows of one group of images (B, T, D), or of several, packed (Σ B T, D) with the (B, T) of each.
+
+    What acts on single rows runs over `data`, once for all groups; what does not runs over `parts`.
+    """
+
+    data: Tensor
+    shapes: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def pack(cls, parts: Sequence[Tensor]) -> Rows:
+        """The rows of each group's (B, T, D)."""
+        if len(parts) == 1:
+            return cls(parts[0])
+        return cls(torch.cat([part.flatten(0, 1) for part in parts]), tuple((p.shape[0], p.shape[1]) for p in parts))
+
+    def parts(self) -> list[Tensor]:
+        """(B, T, D) of each group, without a copy."""
+        if not self.shapes:
+            return [self.data]
+        rows = self.data.split([images * length for images, length in self.shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(rows, self.shapes, strict=True)]
+
+
+class Reads(NamedTuple):
+    """What a block reads for one group of images besides their rows, and which rows leave it.
+
+    Attributes:
+        rows: of those that enter; None: all.
+        prefix: keys and values of prompts that are only read.
+        joining: prompts (1 or B, P, D) that are read and become rows, behind the others.
+        one_query: `rows` is the first row alone, and is computed without keys and values.
+        prompts: prompts (1 or B, P, D) that this one query reads.
+    """
+
+    rows: slice | None = None
+    prefix: Prefix | None = None
+    joining: Tensor | None = None
+    one_query: bool = False
+    prompts: Tensor | None = None
+
+
+def features(vit: FrozenViT, embedded: TokenSequence, groups: Sequence[Group], recompute: bool = False
+             ) -> list[Tensor]:
+    """What the head sees, (B, D) of each group.
+
+    Args:
+        embedded: class token, registers and patches of `embed`, the groups one after the other.
+        groups: Linears and MLPs run over the rows of all, prompts and attention for each of them.
+        recompute: keep only what enters a block for the backward and compute the block again there (one group only).
     """
     folded = vit.folded()
     blocks = vit.blocks if folded is None else folded.blocks
-    layers = () if generator is None else generator.layers
-    x, first = embedded.tokens, None
-    if generator is not None and generator.before_pre_norm:
-        first = generator.prompts(0, context, embedded.patches, draws).to(x.dtype)
-        first = first if vit.norm_pre is None else vit.norm_pre(first)
-    x = x if vit.norm_pre is None else vit.norm_pre(x)
+    x = embedded.tokens
     own, last = x.shape[1], vit.depth - 1  # the rows that are no prompts come first
-    patches = slice(vit.num_prefix, own)
+    sizes = [x.shape[0] if group.size is None else group.size for group in groups]
+    firsts = [_first_prompts(vit, group, patches, x.dtype)
+              for group, patches in zip(groups, _split(embedded.patches, sizes), strict=True)]
+    x = x if vit.norm_pre is None else vit.norm_pre(x)
 
-    def step(i: int, x: Tensor) -> Tensor:
-        """Block i. Prompt rows that stay stand last."""
+    def reads(i: int, group: Group, first: Tensor | None, x: Tensor) -> Reads:
+        """Block i for one group; prompt rows that stay stand last."""
+        generator = group.generator
+        layers = () if generator is None else generator.layers
         kept = slice(0, own) if i + 1 in layers else slice(0, None)  # the next block replaces all prompt rows
         if i == last:
-            kept = rows_read(vit, readout, own)
-        block, prompts = blocks[i], None
+            kept = rows_read(vit, group.readout, own)
+        rows = None if kept.indices(x.shape[1]) == (0, x.shape[1], 1) else kept
+        prompts = None
         if generator is not None and i in layers:
-            if prefixes is not None and i in prefixes:
-                return run_block(block, x, prefixes[i], rows=kept)
+            if group.prefixes is not None and i in group.prefixes:
+                return Reads(rows, prefix=group.prefixes[i])
             prompts = first
             if i > 0 or prompts is None:
-                prompts = generator.prompts(i, context, x[:, patches], draws).to(x.dtype)
-            if prompts_stay(generator, i, last, readout):
-                return run_block(block, x, joining=prompts, rows=kept)
-        if one_query(block, kept):
-            return one_query_block(block, x, prompts)
-        return run_block(block, x, None if prompts is None else prompt_keys(block, prompts), rows=kept)
+                patches = x[:, vit.num_prefix:own]
+                prompts = generator.prompts(i, group.context, patches, group.draws).to(x.dtype)
+            if prompts_stay(generator, i, last, group.readout):
+                return Reads(rows, joining=prompts)
+        if one_query(blocks[i], kept):
+            return Reads(kept, one_query=True, prompts=prompts)
+        return Reads(rows, prefix=None if prompts is None else prompt_keys(blocks[i], prompts))
 
+    def step(i: int, x: Rows) -> Rows:
+        read = [reads(i, *of_group) for of_group in zip(groups, firsts, x.parts(), strict=True)]
+        return run_block(blocks[i], x, read)
+
+    rows = Rows(x) if len(groups) == 1 else Rows(x.flatten(0, 1), tuple((size, own) for size in sizes))
     for i in range(vit.depth):
         if recompute and torch.is_grad_enabled():
-            x = checkpoint(step, i, x, use_reentrant=False, preserve_rng_state=False)
+            rows = Rows(checkpoint(lambda i, data: step(i, Rows(data)).data, i, rows.data, use_reentrant=False,
+                                   preserve_rng_state=False))
         else:
-            x = step(i, x)
-    x = x if vit.norm is None else vit.norm(x)
-    return reference.read_out(vit, rows_left(vit, readout, x, own), readout)
+            rows = step(i, rows)
+    rows = rows if vit.norm is None else rows._replace(data=vit.norm(rows.data))
+    return [reference.read_out(vit, rows_left(vit, group.readout, x, own), group.readout)
+            for group, x in zip(groups, rows.parts(), strict=True)]
 
 
-def embed(vit: FrozenViT, raw: Tensor, images: Tensor) -> Sequence:
+def _split(x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    return [x] if len(sizes) == 1 else x.split(sizes)
+
+
+def _first_prompts(vit: FrozenViT, group: Group, patches: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Block 0's prompts where they pass the backbone's pre-norm; None: they do not."""
+    generator = group.generator
+    if generator is None or not generator.before_pre_norm:
+        return None
+    first = generator.prompts(0, group.context, patches, group.draws).to(dtype)
+    return first if vit.norm_pre is None else vit.norm_pre(first)
+
+
+def embed(vit: FrozenViT, raw: Tensor, images: Tensor) -> TokenSequence:
     """`reference.embed` of `images`, from the `raw` uint8 pixels they were made of where that is possible."""
     folded = vit.folded()
     if raw.dtype != torch.uint8 or folded is None or vit.spec.dynamic_pad:
@@ -118,14 +198,14 @@ def rows_read(vit: FrozenViT, readout: str, own: int) -> slice:
     return slice(0 if vit.spec.pool_prefix else vit.num_prefix, own)
 
 
-def rows_left(vit: FrozenViT, readout: str, x: Tensor, own: int) -> Sequence:
+def rows_left(vit: FrozenViT, readout: str, x: Tensor, own: int) -> TokenSequence:
     """The rows that `rows_read` kept, as a sequence."""
     num_patches = own - vit.num_prefix
     if readout in ("cls", "prompts"):
-        return Sequence(x, 0, x.shape[1], prompts_last=True)
+        return TokenSequence(x, 0, x.shape[1], prompts_last=True)
     if readout == "patches+prompts":
-        return Sequence(x, 0, x.shape[1] - num_patches, prompts_last=True)
-    return Sequence(x, x.shape[1] - num_patches)
+        return TokenSequence(x, 0, x.shape[1] - num_patches, prompts_last=True)
+    return TokenSequence(x, x.shape[1] - num_patches)
 
 
 def one_query(block: Block, rows: slice) -> bool:
@@ -141,65 +221,77 @@ def prompt_keys(block: Block, prompts: Tensor) -> Prefix:
     return _norm(block.k_norm, k), v
 
 
-def run_block(block: Block, x: Tensor, prefix: Prefix | None = None, joining: Tensor | None = None,
-              rows: slice | None = None) -> Tensor:
-    """One encoder block over x (B, T, D) → its `rows` (None: all), and behind them those of `joining`.
-
-    Args:
-        prefix: keys and values of prompts that are only read.
-        joining: prompts (1 or B, P, D) that are read and become rows.
-    """
-    if rows is not None and rows.indices(x.shape[1]) == (0, x.shape[1], 1):
-        rows = None
-    h = attention(block, normed(block, x), prefix, None if joining is None else normed(block, joining), rows)
-    x = x if rows is None else x[:, rows]
-    return add_branches(block, x if joining is None else _append(x, joining, dim=1), h)
+def run_block(block: Block, x: Rows, reads: Sequence[Reads]) -> Rows:
+    """One encoder block over the rows of all groups → the rows that leave it, each group by its `Reads`."""
+    h = attention(block, x._replace(data=normed(block, x.data)), reads)
+    if any(read.rows is not None or read.joining is not None for read in reads):
+        x = Rows.pack([_leaving(part, read) for part, read in zip(x.parts(), reads, strict=True)])
+    return x._replace(data=add_branches(block, x.data, h))
 
 
-def attention(block: Block, x: Tensor, prefix: Prefix | None, joining: Tensor | None, rows: slice | None) -> Tensor:
-    """Attention of [x[:, rows], joining] over [prefix or joining, x] → (B, rows + P, D), projected.
+def _leaving(x: Tensor, read: Reads) -> Tensor:
+    x = x if read.rows is None else x[:, read.rows]
+    return x if read.joining is None else _append(x, read.joining, dim=1)
 
-    x and `joining` are what the block's projections read: normed, in a pre-norm block.
+
+def attention(block: Block, x: Rows, reads: Sequence[Reads]) -> Tensor:
+    """Attention of [x[:, rows], joining] over [prefix or joining, x] of each group, projected: the data of `Rows`.
+
+    x is what the block's projections read: normed, in a pre-norm block.
     """
     inner, weight, bias = block.num_heads * block.head_dim, block.qkv.weight, block.qkv.bias
-    if rows is None:
-        q, k, v = heads(block, linear(x, weight, bias), 3)  # (B, heads, T, d)
+    b_q, b_kv = (None, None) if bias is None else (bias[:inner], bias[inner:])
+    parts = x.parts()
+    if all(read.rows is None for read in reads):
+        qkv = x._replace(data=block.qkv(x.data))
+        projected = [heads(block, part, 3) for part in qkv.parts()]  # (B, heads, T, d)
     else:
-        split = (None, None) if bias is None else (bias[:inner], bias[inner:])
-        q, = heads(block, linear(x[:, rows], weight[:inner], split[0]), 1)
-        k, v = heads(block, linear(x, weight[inner:], split[1]), 2)
-    if joining is not None:
-        prompt_q, prompt_k, prompt_v = heads(block, linear(joining, weight, bias), 3)
-        q, prefix = _append(q, prompt_q, dim=2), (_norm(block.k_norm, prompt_k), prompt_v)
-    prefix_k, prefix_v = (None, None) if prefix is None else prefix
-    out = prefix_attention(_norm(block.q_norm, q), _norm(block.k_norm, k), v, prefix_k, prefix_v, scale=block.scale)
-    return block.proj(_norm(block.attn_norm, out.transpose(1, 2).flatten(2)))
+        q = Rows.pack([part if r.rows is None else part[:, r.rows] for part, r in zip(parts, reads, strict=True)])
+        queries = q._replace(data=linear(q.data, weight[:inner], b_q)).parts()
+        projected = [heads(block, part, 1) for part in queries]
+        keyed = [i for i, read in enumerate(reads) if not read.one_query]
+        if keyed:
+            kv = Rows.pack([parts[i] for i in keyed])
+            for i, part in zip(keyed, kv._replace(data=linear(kv.data, weight[inner:], b_kv)).parts(), strict=True):
+                projected[i] = (*projected[i], *heads(block, part, 2))
+    outs = []
+    for part, own, read in zip(parts, projected, reads, strict=True):
+        if read.one_query:
+            outs.append(one_query_attention(block, own[0], part, read.prompts))
+            continue
+        query, k, v = own
+        prefix = read.prefix
+        if read.joining is not None:
+            prompt_q, prompt_k, prompt_v = heads(block, linear(normed(block, read.joining), weight, bias), 3)
+            query, prefix = _append(query, prompt_q, dim=2), (_norm(block.k_norm, prompt_k), prompt_v)
+        prefix_k, prefix_v = (None, None) if prefix is None else prefix
+        out = prefix_attention(_norm(block.q_norm, query), _norm(block.k_norm, k), v, prefix_k, prefix_v,
+                               scale=block.scale)
+        outs.append(out.transpose(1, 2).flatten(2))
+    return block.proj(_norm(block.attn_norm, Rows.pack(outs).data))
 
 
-def one_query_block(block: Block, x: Tensor, prompts: Tensor | None) -> Tensor:
-    """The block's first row (B, 1, D), reading x (B, T, D) and `prompts` (1 or B, P, D).
+def one_query_attention(block: Block, q: Tensor, rows: Tensor, prompts: Tensor | None) -> Tensor:
+    """Attention (B, 1, heads · d) of one query q (B, heads, 1, d) over normed `rows` (B, T, D) and prompts.
 
     q kᵀ = (q W_k) xᵀ and a v = (a x) W_vᵀ for each head, so no token needs a key or a value; b_k cancels in the
     softmax.
     """
-    inner, (b, _, d) = block.num_heads * block.head_dim, x.shape
-    rows, prompts = normed(block, x), None if prompts is None else normed(block, prompts)
-    w_q, w_k, w_v = block.qkv.weight.split(inner)
-    b_q, _, b_v = (None, None, None) if block.qkv.bias is None else block.qkv.bias.split(inner)
-    q, = heads(block, linear(rows[:, :1], w_q, b_q), 1)
+    inner, (b, t, d) = block.num_heads * block.head_dim, rows.shape
+    prompts = None if prompts is None else normed(block, prompts)
+    _, w_k, w_v = block.qkv.weight.split(inner)
     q = (_norm(block.q_norm, q) * block.scale).squeeze(2).transpose(0, 1)  # (heads, B, d)
     q = (q @ w_k.view(block.num_heads, -1, d)).transpose(0, 1)  # (B, heads, D)
     scores = q @ rows.transpose(1, 2)  # (B, heads, T)
     if prompts is not None:
         scores = torch.cat([scores, q @ prompts.transpose(1, 2)], dim=2)
     weights = scores.softmax(dim=2)
-    read = weights[:, :, :x.shape[1]] @ rows  # (B, heads, D)
+    read = weights[:, :, :t] @ rows  # (B, heads, D)
     if prompts is not None:
-        read = read + weights[:, :, x.shape[1]:] @ prompts
+        read = read + weights[:, :, t:] @ prompts
     out = read.transpose(0, 1) @ w_v.view(block.num_heads, -1, d).transpose(1, 2)  # (heads, B, d)
     out = out.transpose(0, 1).reshape(b, 1, inner)
-    out = out if b_v is None else out + b_v
-    return add_branches(block, x[:, :1], block.proj(_norm(block.attn_norm, out)))
+    return out if block.qkv.bias is None else out + block.qkv.bias[2 * inner:]
 
 
 def add_branches(block: Block, x: Tensor, h: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import fastprompt as fp
+from fastprompt.engine import backends
 from fastprompt.kernels import dispatch
 
 
@@ -47,5 +48,36 @@ def test_leaves_the_model_and_the_record_alone(tiny_vit: VisionTransformer, tiny
 
 
 def test_refuses_what_is_no_prompted_vit(tiny_vit: VisionTransformer) -> None:
-    with pytest.raises(TypeError, match="model must be a PromptedViT, got VisionTransformer"):
+    with pytest.raises(TypeError, match="model must be a PromptedViT or an Engine, got VisionTransformer"):
         fp.explain(tiny_vit)
+
+
+def test_tells_what_an_engine_runs(tiny_vit: VisionTransformer, tiny_images: Tensor, monkeypatch: pytest.MonkeyPatch
+                                   ) -> None:
+    monkeypatch.setattr(backends.shutil, "which", lambda name: None)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name, *rest: None)
+    engine = fp.Engine(model_of(tiny_vit, fp.PGNConfig(num_prompts=2, library_size=8, widths=(4, 8))), (1, 4),
+                       torch.float32)
+    engine.add_adapter("a", model_of(tiny_vit, fp.VPTConfig(num_prompts=2)))
+    assert "batch of" not in str(fp.explain(engine))
+    engine(tiny_images)
+    text = str(fp.explain(engine))
+    assert "auto engine in float32 on cpu with 1 threads, batches of 1, 4, 1 added adapters" in text
+    assert "batch of 4, 32 x 32 px, float32: eager\n" in text
+    assert "not openvino: openvino is not installed: pip install 'fastprompt[openvino]'" in text
+    assert "not compile: torch.compile needs a C++ compiler" in text
+    assert "library_prompts   reference" in text
+
+
+def test_tells_the_times_that_an_engine_measured(tiny_vit: VisionTransformer, tiny_images: Tensor,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("compile", "openvino"):
+        monkeypatch.delitem(backends.BACKENDS, name)
+    monkeypatch.setitem(backends.BACKENDS, "other", backends.Backend(lambda model, images: model))
+    engine = fp.Engine(model_of(tiny_vit, fp.VPTConfig(num_prompts=2)), (4,), torch.float32)
+    engine(tiny_images)
+    found = fp.explain(engine)
+    (measured,) = found.batches.values()
+    assert set(measured.seconds) == {"eager", "other"}
+    assert f"{measured.chosen} (" in str(found)
+    assert str(found).count(" ms") == 2

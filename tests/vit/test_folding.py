@@ -42,11 +42,13 @@ def test_a_folded_block_computes_the_same(randomised: Callable[..., nn.Module], 
     prompts = torch.randn(1, 4, 48, dtype=torch.float64, requires_grad=True)
     results = []
     for candidate in (block, fold(block)):
-        out = forward.run_block(candidate, x, forward.prompt_keys(candidate, prompts))
+        read = forward.Reads(prefix=forward.prompt_keys(candidate, prompts))
+        out = forward.run_block(candidate, forward.Rows(x), [read]).data
         results.append((out, *torch.autograd.grad((out * out.detach().cos()).sum(), (x, prompts))))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
-    torch.testing.assert_close(reference.run_block(block, x), forward.run_block(fold(block), x), rtol=1e-10, atol=1e-11)
+    alone = forward.run_block(fold(block), forward.Rows(x), [forward.Reads()]).data
+    torch.testing.assert_close(reference.run_block(block, x), alone, rtol=1e-10, atol=1e-11)
 
 
 def affines(block: nn.Module) -> set[str]:

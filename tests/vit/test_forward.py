@@ -104,6 +104,36 @@ def test_equals_the_reference_at_inference(
                                                      or readout == "patches+prompts") if deep else 0)
 
 
+@pytest.mark.parametrize("backbone", ["plain", "registers", "pre-norm", "all norms", "post-norm", "map", "one block"])
+def test_groups_of_images_equal_each_alone(
+    randomised: Callable[..., nn.Module], tiny_images: Tensor, backbone: str
+) -> None:
+    readouts = ["cls", "patches", "prompts", "patches+prompts", "cls", "patches"]
+    models = [model_of(randomised, m, backbone, r) for m, r in zip(METHODS, readouts, strict=True)]
+    vit, images = models[0].backbone, torch.cat([tiny_images] * 2)[: 2 + len(models)].double()
+    sizes, groups = [2, 1, 2, 1, 1, 1], []
+    owned = list(torch.arange(len(images)).split(sizes))
+    embedded = forward.embed(vit, images, images)
+    for model, own in zip(models, owned, strict=True):
+        context = model.eval().prompt_context(images[own], embedded.patches[own], {})
+        groups.append(forward.Group(model.generator, context, {}, model.readout, None, len(own)))
+    together = forward.features(vit, embedded, groups)
+    for model, own, ours in zip(models, owned, together, strict=True):
+        theirs = model.reference_forward(images[own])
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+        parameters = list(model.generator.parameters())
+        weights = torch.linspace(-1, 1, 48)
+        for x, y in zip(
+            torch.autograd.grad((ours * weights).sum(), parameters, retain_graph=True, allow_unused=True),
+            torch.autograd.grad((theirs * weights).sum(), parameters, allow_unused=True),
+            strict=True,
+        ):
+            if x is None or y is None:
+                assert all(g is None or g.abs().max() == 0 for g in (x, y))
+            else:
+                assert (x - y).norm() <= 1e-10 * y.norm() + 1e-13
+
+
 def rows_seen(model: fp.PromptedViT, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows of each block's MLP are computed."""
     rows, original = [], reference.mlp

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 import fastprompt as fp
 from fastprompt.vit import linear as module
-from fastprompt.vit.linear import linear, onednn_is_faster
+from fastprompt.vit.linear import FrozenLinear, PackedLinear, bfloat16_is_fast, linear, onednn_is_faster, pack
+from fastprompt.vit.weights import ACTIVATIONS
 
 
 @pytest.fixture
@@ -62,3 +63,54 @@ def test_the_choice_is_measured_once() -> None:
     assert onednn_is_faster() in (True, False)
     onednn_is_faster()
     assert onednn_is_faster.cache_info().hits == 1
+
+
+needs_bfloat16 = pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16")
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("act", ["identity", "gelu", "gelu_tanh"])
+def test_packed_products_and_activations(act: str, bias: bool) -> None:
+    source = FrozenLinear(torch.randn(12, 20), torch.randn(12) if bias else None).bfloat16()
+    packed, x = PackedLinear(source, act), torch.randn(3, 9, 20).bfloat16()[:, 2:]
+    exact = ACTIVATIONS[act](F.linear(x.double(), source.weight.double(), source.bias.double() if bias else None))
+    plain = ACTIVATIONS[act](source(x))
+    with torch.no_grad():
+        found = packed(x)
+        assert (found - exact).norm() <= (plain - exact).norm() + 1e-3 * exact.norm()
+        assert packed(x[:0]).shape == (0, 7, 12)
+    assert packed.weight is source.weight
+    assert torch.equal(packed(x), plain)  # with gradients recorded: by the plain weight
+    assert not any("packed" in name for name in packed.state_dict())
+
+
+@needs_bfloat16
+def test_a_packed_block_computes_the_same_and_exports_its_plain_weights(tiny_vit: torch.nn.Module,
+                                                                        tiny_images: torch.Tensor) -> None:
+    model = fp.PromptedViT(fp.FrozenViT(tiny_vit).bfloat16(), fp.VPTConfig(num_prompts=2)).eval()
+    with torch.no_grad():
+        expected = model(tiny_images).float()
+        for block in model.backbone.folded().blocks:
+            pack(block)
+        assert isinstance(block.mlp.fc1, PackedLinear)
+        assert (block.mlp.act, block.mlp.fc1.act) == ("identity", "gelu")
+        assert (model(tiny_images) - expected).norm() <= 2e-2 * expected.norm()
+        exported = torch.export.export(model, (tiny_images,)).module()
+        assert (exported(tiny_images) - expected).norm() <= 2e-2 * expected.norm()
+
+
+def test_float32_is_packed_only_where_onednn_is_faster(tiny_vit: torch.nn.Module,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    for faster in (False, True):
+        monkeypatch.setattr(module, "onednn_is_faster", lambda faster=faster: faster)
+        block = fp.FrozenViT(tiny_vit).folded().blocks[0]
+        pack(block)
+        assert isinstance(block.qkv, PackedLinear) == faster
+
+
+def test_bfloat16_is_fast_only_with_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capabilities, fast in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx2": True}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities)
+        assert bfloat16_is_fast(torch.device("cpu")) == fast
+    assert not bfloat16_is_fast(torch.device("meta"))

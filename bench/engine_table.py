@@ -1,0 +1,95 @@
+"""results/engine.md from what `bench_engine.py` measured: `python bench/engine_table.py BENCHMARK.json OUT.md`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from forward_table import cell, ratio
+
+FLOAT32, COMPILED, OPENVINO, RUNTIME = ("papers' graph, float32 eager", "papers' graph, bfloat16 compiled",
+                                        "papers' graph, bfloat16 OpenVINO", "papers' graph, float32 ONNX Runtime")
+GOALS = {  # of the engine against each baseline, by number of prompts, at batch 8
+    ("VPT-deep", FLOAT32): {10: 5.6, 50: 5.5, 100: 7.2},
+    ("VPT-deep", COMPILED): {10: 1.3, 50: 1.5, 100: 1.75},
+    ("VPT-deep", OPENVINO): {10: 1.1, 50: 1.25, 100: 1.5},
+    ("VPT-deep", RUNTIME): {10: 1.1, 50: 1.3, 100: 1.55},
+    ("VAPT", OPENVINO): {10: 1.08, 50: 1.2, 100: 1.38},
+    ("VAPT", RUNTIME): {10: 1.08, 50: 1.25, 100: 1.4},
+    ("PGN", OPENVINO): {16: 1.05},
+}
+
+
+def fastest(seconds: Mapping[str, Sequence[float]], dtype: str) -> str:
+    """The engine's backend with the lowest median in this number format."""
+    return min((name for name in seconds if name.startswith(f"Engine, {dtype}")),
+               key=lambda name: statistics.median(seconds[name]))
+
+
+def one_adapter(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The lines of one method's table at one batch size."""
+    method, batch = runs[0]["method"], runs[0]["batch"]
+    columns = [str(run["num_prompts"]) for run in runs]
+    lines = [f"| {method}, batch {batch}, prompts | {' | '.join(columns)} |", "|---|" + "---:|" * len(runs)]
+    for name in runs[0]["seconds"]:
+        cells = [f"{1000 * statistics.median(run['seconds'][name]):.1f}" for run in runs]
+        lines.append(f"| {name}, ms | {' | '.join(cells)} |")
+    for name in (FLOAT32, COMPILED, OPENVINO, RUNTIME):
+        if name not in runs[0]["seconds"]:
+            continue
+        dtype, cells = "float32" if name == RUNTIME else "bfloat16", []
+        for run in runs:
+            ours = fastest(run["seconds"], dtype)
+            goal = GOALS.get((method, name), {}).get(run["num_prompts"]) if batch == 8 else 1.0
+            cells.append(f"{cell(ratio(run['seconds'][name], run['seconds'][ours]), goal)}, {ours.split()[-1]}")
+        lines.append(f"| the engine in {dtype}, × {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def many_adapters(run: Mapping[str, Any]) -> list[str]:
+    """The lines of one mixture."""
+    what = "VPT-deep with 50 prompts" if run["mixture"] == "VPT-deep" else "four methods in turn"
+    mixed = run["seconds"]["32 adapters"]
+    lines = [f"| 32 images over 32 adapters, {what} | ms | time of the mixed batch, × this |", "|---|---:|---:|"]
+    for name, seconds in run["seconds"].items():
+        value = "" if name == "32 adapters" else "{:.3f} ({:.3f}–{:.3f})".format(*ratio(mixed, seconds))
+        lines.append(f"| {name} | {1000 * statistics.median(seconds):.0f} | {value} |")
+    return [*lines, ""]
+
+
+def main(source: Path, out: Path) -> None:
+    """Write the tables."""
+    report = json.loads(source.read_text())
+    runs = [benchmark["extra_info"] for benchmark in report["benchmarks"]]
+    machine = report["machine_info"]["cpu"].get("brand_raw", "unknown CPU")
+    flags = report["machine_info"]["cpu"].get("flags", ())
+    units = ", ".join(name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags)
+    single = [run for run in runs if run["job"] == "one adapter"]
+    rounds = len(next(iter(single[0]["seconds"].values())))
+    lines = [
+        "# `fp.Engine` on ViT-B/16, 224 px, and the papers' graph in other engines",
+        "",
+        f"`make bench-engine` on {machine} ({units}), {runs[0]['threads']} threads, torch {runs[0]['torch']}, random "
+        f"weights. Medians over {rounds} interleaved rounds; × is times as fast, in brackets the rounds but the lowest "
+        "and the highest, behind it the goal (≥ where the interval's upper end reaches it) and the backend that was "
+        "the engine's fastest in that number format, which is the one `backend=\"auto\"` takes.",
+        "",
+    ]
+    for method, batch in dict.fromkeys((run["method"], run["batch"]) for run in single):
+        lines += one_adapter([run for run in single if (run["method"], run["batch"]) == (method, batch)])
+    for run in runs:
+        if run["job"] == "many adapters":
+            lines += many_adapters(run)
+        if run["job"] == "memory":
+            lines += [f"200 VPT-deep adapters of 50 prompts, in bfloat16: the process grew by "
+                      f"{run['bytes'] / 2**20:.0f} MiB (goal: less than 1024).", ""]
+    out.write_text("\n".join(lines), encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

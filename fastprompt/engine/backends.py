@@ -1,0 +1,116 @@
+"""The ways in which an `Engine` can run a model: a table of what turns a model into a function of images.
+
+A backend gets a frozen model in eval mode and example images, and returns a function of images of that shape and
+dtype; what it holds goes with that function. Both are called without gradient and autocast, by one thread at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastprompt.model import PromptedViT
+
+Run = Callable[[Tensor], Tensor]
+
+
+class Backend(NamedTuple):
+    """One way to run a model.
+
+    Attributes:
+        build: (model, example images (B, 3, H, W)) → function of such images.
+        obstacle: (model) → why it cannot run here; empty: it can.
+        any_batch: the function takes batches of other sizes too.
+        bakes: the model's tensors become constants of the function, which is made again when they change.
+        package: what has to be installed, by an extra of fastprompt of the same name.
+    """
+
+    build: Callable[[PromptedViT, Tensor], Run]
+    obstacle: Callable[[PromptedViT], str] = lambda model: ""
+    any_batch: bool = False
+    bakes: bool = True
+    package: str | None = None
+
+    def is_installed(self) -> bool:
+        return self.package is None or importlib.util.find_spec(self.package) is not None
+
+    def reason(self, model: PromptedViT) -> str:
+        """Why it cannot run this model here; empty: it can."""
+        if not self.is_installed():
+            return f"{self.package} is not installed: pip install 'fastprompt[{self.package}]'"
+        return self.obstacle(model)
+
+
+def _eager(model: PromptedViT, images: Tensor) -> Run:
+    return model
+
+
+def _compile(model: PromptedViT, images: Tensor) -> Run:
+    """`torch.compile` with freezing; exported first, so that engines do not share one function's recompilations."""
+    import torch._inductor.config
+
+    compiled = torch.compile(torch.export.export(model, (images,)).module(), dynamic=False)
+
+    def run(images: Tensor) -> Tensor:
+        with torch._inductor.config.patch(freezing=True):
+            return compiled(images)
+
+    run(images)
+    return run
+
+
+def _no_compiler(model: PromptedViT) -> str:
+    if model.backbone.device.type != "cpu" or shutil.which(os.environ.get("CXX") or "g++"):
+        return ""
+    return "torch.compile needs a C++ compiler on a CPU: install g++ or set CXX"
+
+
+PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+
+
+def _openvino(model: PromptedViT, images: Tensor) -> Run:
+    """OpenVINO, given the float32 graph with the model's values, and its number format as the precision to run in."""
+    import openvino
+
+    threads, precision = torch.get_num_threads(), PRECISIONS[model.backbone.dtype]
+    program = torch.export.export(in_float32(model), (images,))
+    compiled = openvino.compile_model(openvino.convert_model(program), "CPU", {
+        "INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads})
+    request: Any = compiled.create_infer_request()
+
+    def run(images: Tensor) -> Tensor:
+        outputs = request.infer([images.contiguous().numpy()], share_inputs=True, share_outputs=True)
+        return torch.from_numpy(outputs[0].copy())
+
+    run(images)
+    return run
+
+
+def in_float32(model: PromptedViT) -> PromptedViT:
+    """A copy of the model that computes in float32."""
+    copied = copy.deepcopy(model, {id(model.backbone._folded): None, id(model._static): None}).float()
+    copied.backbone.folded()
+    return copied
+
+
+def _not_for_openvino(model: PromptedViT) -> str:
+    if model.backbone.device.type != "cpu":
+        return f"it runs on a CPU, the engine is on {model.backbone.device}"
+    if model.backbone.dtype not in PRECISIONS:
+        return f"it computes in float32 and 16 bits, not in {model.backbone.dtype}"
+    return ""
+
+
+BACKENDS: dict[str, Backend] = {
+    "eager": Backend(_eager, any_batch=True, bakes=False),
+    "compile": Backend(_compile, _no_compiler),
+    "openvino": Backend(_openvino, _not_for_openvino, package="openvino"),
+}
+"""By name; `backend="auto"` measures all that can run."""

@@ -1,0 +1,457 @@
+"""`Engine`: serves a frozen backbone with one adapter, or with many in the same batch, as fast as the machine can."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import itertools
+import os
+import statistics
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprompt.engine import mixed
+from fastprompt.engine.backends import BACKENDS, Run
+from fastprompt.generators import LinearProbeConfig
+from fastprompt.model import PromptedViT, warn_of_other_pixels
+from fastprompt.vit import FrozenViT
+from fastprompt.vit.linear import bfloat16_is_fast, pack
+
+BASE, DEFAULT = "__base__", "default"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+ROUNDS = 5
+KEPT = 32
+"""Backends' functions that an engine keeps; a backbone that takes images of any size would want ever more."""
+CALL_IMAGES = 2
+"""What a call costs beside its images, in images: it decides between padding and one more call."""
+TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-3, torch.float64: 1e-3}
+"""How far a backend's output may be from eager's, relative to its norm, before the backend counts as broken."""
+
+Signature = tuple[int, tuple[int, int], torch.dtype]
+"""Batch size, (height, width) in pixels and dtype of the images that a backend's function is made for."""
+
+
+@dataclasses.dataclass
+class Measured:
+    """What an engine knows of its backends for batches of one signature.
+
+    Attributes:
+        chosen: the backend that runs. seconds: median time of a batch, by backend; {} where nothing was measured.
+        reasons: why other backends cannot run.
+    """
+
+    chosen: str
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Engine:
+    """Runs a `PromptedViT`, or a bare backbone, in production: `engine(images)`.
+
+    It computes on its own copies of backbone and adapters, in its own dtype. What changes the model's generator and
+    head in place (an optimizer's step, `load_adapter_state_dict`) is seen at the next call; a write through `.data` is
+    not, until `refresh()`. The backbone is frozen: the engine keeps the one it was made with.
+
+    Threads may share an engine. One call runs at a time, on all of torch's threads, and others wait. Adapters are
+    added, replaced and deleted between two calls.
+
+    Args:
+        model: a `PromptedViT`, or a `FrozenViT`, of which the engine returns the features.
+        batch_sizes: a backend is made ready for batches of these sizes; others are padded or split.
+        dtype: the backbone computes in; None: bfloat16 where the hardware multiplies it, else float32.
+        backend: "eager", "compile", "openvino", or "auto": the fastest of those that can run, measured at the first
+            batch of each size and remembered. `fp.explain(engine)` tells which runs and why.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; it is named.
+        ImportError: `backend` needs a package that is not installed; the extra that brings it is named.
+        RuntimeError: `backend` cannot run here.
+    """
+
+    def __init__(self, model: PromptedViT | FrozenViT, batch_sizes: Sequence[int] = (1, 8, 32),
+                 dtype: torch.dtype | None = None, backend: str = "auto") -> None:
+        if not isinstance(model, (PromptedViT, FrozenViT)):
+            raise TypeError(f"model must be a PromptedViT or a FrozenViT, got {type(model).__name__}")
+        sizes = tuple(batch_sizes) if isinstance(batch_sizes, (tuple, list)) else ()
+        if not sizes or any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in sizes):
+            raise ValueError(f"batch_sizes must be positive integers, got {batch_sizes!r}")
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {DTYPES} or None, got {dtype!r}")
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f"backend must be 'auto' or one of {tuple(BACKENDS)}, got {backend!r}")
+        given = model.backbone if isinstance(model, PromptedViT) else model
+        self.batch_sizes, self.backend = tuple(sorted(set(sizes))), backend
+        self.dtype = dtype or (torch.bfloat16 if bfloat16_is_fast(given.device) else torch.float32)
+        self._lock = threading.RLock()
+        self._released = False
+        self._runs: dict[tuple[str, Signature], Run] = {}
+        self._measured: dict[Signature, Measured] = {}
+        self._source = model if isinstance(model, PromptedViT) else None
+        self._seen = _versions(self._source)
+        self._backbone = _copy_backbone(given, self.dtype)
+        self._adapters = {BASE: _copy_adapter(PromptedViT(self._backbone, LinearProbeConfig()), self._backbone)}
+        if self._source is not None:
+            self._adapters[DEFAULT] = _copy_adapter(self._source, self._backbone)
+        if backend != "auto":
+            reason = BACKENDS[backend].reason(self.model)
+            if reason:
+                error = RuntimeError if BACKENDS[backend].is_installed() else ImportError
+                raise error(f"backend {backend!r} cannot run: {reason}")
+
+    def __call__(self, images: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor | list[Tensor]:
+        """Logits (B, C), or features (B, D) without head; with `adapter_names` a list of B, (C,) or (D,) each.
+
+        Args:
+            images: (B, 3, H, W), float (normalised) or uint8 (raw pixels); B may be 0, and more than `batch_sizes`.
+            adapter_names: the adapter of each image: a name that was added, "__base__" for the backbone's features,
+                "default" for the model that the engine was made with.
+
+        Raises:
+            TypeError, ValueError: `images` do not fit the backbone, or `adapter_names` do not fit images or adapters.
+            RuntimeError: the engine was released, or the backend that was asked for failed.
+        """
+        with self.alone():
+            self._backbone.check_images(images)
+            if images.is_floating_point():
+                images = images.to(torch.promote_types(self.dtype, torch.float32))
+            self._follow()
+            if adapter_names is not None:
+                return self._mixed(images, adapter_names)
+            outputs, start = [], 0
+            for size in self._sizes(images):
+                outputs.append(self._run(images[start:start + size], size))
+                start += size
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def add_adapter(self, name: str, model: PromptedViT | str | os.PathLike[str]) -> None:
+        """Serve images of adapter `name` by `model` from the next call on; an adapter of that name is replaced.
+
+        The engine takes a copy: of a model that trained on, add it again.
+
+        Args:
+            name: any text but "__base__", and "default" where the engine was made with a model.
+            model: a `PromptedViT` on this backbone, or the directory that `save_pretrained` wrote.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit, or the adapter is damaged or of another backbone.
+            FileNotFoundError: there is no adapter in the directory.
+            RuntimeError: the engine was released.
+        """
+        self._check_name(name)
+        if not isinstance(model, (PromptedViT, str, os.PathLike)):
+            raise TypeError(f"model must be a PromptedViT or a directory, got {type(model).__name__}")
+        with self._lock:
+            self._check_open()
+            backbone = self._backbone
+            if self._source is not None and self._source.full:
+                raise ValueError("this engine serves a fully fine-tuned model, whose backbone no adapter shares")
+        if not isinstance(model, PromptedViT):
+            model = PromptedViT.from_pretrained(backbone, model)
+        if model.full:
+            raise ValueError("model was fully fine-tuned and has a backbone of its own: give it an engine of its own")
+        if model.backbone.fingerprint != backbone.fingerprint:
+            raise ValueError(f"model is on another backbone, {model.backbone.spec.name} with fingerprint "
+                             f"{model.backbone.fingerprint[:12]}; this engine's is {backbone.spec.name} with "
+                             f"{backbone.fingerprint[:12]}")
+        warn_of_other_pixels(f"adapter {name!r}", {"mean": model.backbone.mean, "std": model.backbone.std}, backbone)
+        adapter = _copy_adapter(model, backbone)
+        with self._lock:
+            self._check_open()
+            self._adapters[name] = adapter
+
+    def delete_adapter(self, name: str) -> None:
+        """Serve this adapter no longer and free its memory.
+
+        Raises:
+            ValueError: there is no such adapter, or it was not added.
+            RuntimeError: the engine was released.
+        """
+        self._check_name(name)
+        with self._lock:
+            self._check_open()
+            if name not in self._adapters:
+                raise ValueError(f"name is {name!r}, which is no adapter of this engine; it has {self.adapter_names}")
+            del self._adapters[name]
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The names that a call can use, in the order in which they came."""
+        with self._lock:
+            return list(self._adapters)
+
+    @property
+    def measured(self) -> dict[Signature, Measured]:
+        """What is known of the backends, by signature of the batch."""
+        with self._lock:
+            return dict(self._measured)
+
+    def warm_up(self, image_dtype: torch.dtype = torch.float32) -> None:
+        """Make backends ready for every batch size now, not at its first batch: minutes where `torch.compile` runs.
+
+        Args:
+            image_dtype: of the images to come, torch.uint8 (raw pixels) or a floating-point dtype.
+        """
+        if image_dtype != torch.uint8 and not image_dtype.is_floating_point:
+            raise ValueError(f"image_dtype must be torch.uint8 or a floating-point dtype, got {image_dtype!r}")
+        with self.alone():
+            self._follow()
+            for size in self.batch_sizes:
+                images = torch.zeros(size, 3, *self._backbone.image_size, dtype=image_dtype,
+                                     device=self._backbone.device)
+                self(images)
+
+    def refresh(self) -> None:
+        """Take generator and head of the model over again, however they were changed."""
+        with self.alone():
+            self._follow(always=True)
+
+    def release(self) -> None:
+        """Free what the engine holds, behind the call that runs; from then on calls raise RuntimeError."""
+        with self._lock:
+            self._released, self._source = True, None
+            for held in (self._runs, self._measured, self._adapters):
+                held.clear()
+            self.__dict__.pop("_backbone", None)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.release()
+
+    def describe(self) -> str:
+        """Number format, threads, batch sizes and adapters, in a line."""
+        with self._lock:
+            self._check_open()
+            added = len(self._adapters) - 1 - (self._source is not None)
+            return (f"{self.backend} engine in {str(self.dtype).removeprefix('torch.')} on {self._backbone.device} "
+                    f"with {torch.get_num_threads()} threads, batches of {', '.join(map(str, self.batch_sizes))}, "
+                    f"{added} added adapters")
+
+    @property
+    def model(self) -> PromptedViT:
+        """The engine's copy of the model, which a call without names runs; not to be changed."""
+        with self._lock:
+            self._check_open()
+            return self._adapters[BASE if self._source is None else DEFAULT]
+
+    def _check_open(self) -> None:
+        if self._released:
+            raise RuntimeError("this engine was released; make a new one")
+
+    def _check_name(self, name: str) -> None:
+        own = (BASE,) if self._source is None else (BASE, DEFAULT)
+        if not isinstance(name, str) or name in own:
+            raise ValueError(f"name must be a text other than {own}, got {name!r}")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within this context no other thread's call runs, and neither gradients nor autocast are on."""
+        with self._lock:
+            self._check_open()
+            with torch.inference_mode(False), torch.no_grad(), \
+                    torch.autocast(self._backbone.device.type, enabled=False):
+                yield
+
+    def _follow(self, always: bool = False) -> None:
+        """Take the model's tensors over where they have changed."""
+        versions = _versions(self._source)
+        if self._source is None or (versions == self._seen and not always):
+            return
+        if not _copy_tensors(self._source, self.model):  # a part was replaced by another
+            self._adapters[DEFAULT] = _copy_adapter(self._source, self._backbone)
+            self._runs.clear()
+        for name, signature in list(self._runs):
+            if BACKENDS[name].bakes:
+                del self._runs[name, signature]
+        self._seen = versions
+
+    def _sizes(self, images: Tensor) -> list[int]:
+        """The sizes of the batches in which `images` run."""
+        batch, largest = len(images), self.batch_sizes[-1]
+        fits = next((size for size in self.batch_sizes if size >= batch), largest)
+        known = self._measured.get(_signature(images, fits))
+        if batch == 0 or self.backend == "eager" or (known is not None and BACKENDS[known.chosen].any_batch):
+            return [largest] * (batch // largest) + [fits] * (batch % largest > 0 or batch == 0)
+        return cover(batch, self.batch_sizes)
+
+    def _run(self, images: Tensor, size: int) -> Tensor:
+        """The output for at most `size` images."""
+        if len(images) == 0:
+            return self.model(images)
+        signature = _signature(images, size)
+        if signature not in self._measured:
+            self._measured[signature] = self._measure(signature)
+        measured = self._measured[signature]
+        backend, padding = BACKENDS[measured.chosen], size - len(images)
+        if padding and not backend.any_batch:
+            images = torch.cat([images, images.new_zeros(padding, *images.shape[1:])])
+        try:
+            return self._function(measured.chosen, signature)(images)[:size - padding]
+        except Exception as error:
+            if measured.chosen == "eager":
+                raise
+            if self.backend != "auto":
+                raise RuntimeError(f"backend {self.backend!r} failed: {error}") from error
+            measured.reasons[measured.chosen] = f"it failed: {_first_line(error)}"
+            warnings.warn(f"{measured.chosen} failed on a batch of {size}, eager runs from now on: "
+                          f"{_first_line(error)}", stacklevel=5)
+            self._runs.pop((measured.chosen, signature), None)
+            measured.chosen = "eager"
+            return self.model(images)[:size - padding]
+
+    def _function(self, name: str, signature: Signature) -> Run:
+        """A backend's function, made where there is none."""
+        key = (name, signature)
+        if key not in self._runs:
+            run = BACKENDS[name].build(self.model, _examples(signature, self._backbone.device))
+            while len(self._runs) >= KEPT:
+                del self._runs[next(iter(self._runs))]
+            self._runs[key] = run
+        return self._runs[key]
+
+    def _measure(self, signature: Signature) -> Measured:
+        """Try every backend on random images; the fastest that computes what eager does is the choice."""
+        if self.backend != "auto":
+            return Measured(self.backend)
+        images, expected = _examples(signature, self._backbone.device), None
+        found, runs = Measured("eager"), {}
+        for name, backend in BACKENDS.items():
+            reason = backend.reason(self.model)
+            if not reason:
+                try:
+                    run = self._function(name, signature)
+                    output = run(images).double()
+                    expected = output if expected is None else expected
+                    error = float((output - expected).norm() / expected.norm().clamp_min(1e-30))
+                    reason = "" if error <= TOLERANCE[self.dtype] else f"its output is off by {error:.2g}"
+                except Exception as failure:
+                    if name == "eager":
+                        raise
+                    reason = f"it failed: {_first_line(failure)}"
+            if reason:
+                found.reasons[name] = reason
+            else:
+                runs[name] = run
+        if len(runs) > 1:
+            rounds: dict[str, list[float]] = {name: [] for name in runs}
+            for _, name in itertools.product(range(ROUNDS), runs):
+                rounds[name].append(_seconds(functools.partial(runs[name], images), images.device))
+            found.seconds = {name: statistics.median(times) for name, times in rounds.items()}
+            found.chosen = min(found.seconds, key=lambda name: found.seconds[name])
+        for name in BACKENDS:
+            if name != found.chosen:
+                self._runs.pop((name, signature), None)
+        return found
+
+    def _mixed(self, images: Tensor, names: Sequence[str]) -> list[Tensor]:
+        if isinstance(names, str) or not isinstance(names, Sequence) or len(names) != len(images):
+            raise ValueError(f"adapter_names must be a list of {len(images)} names, one per image, got {names!r}")
+        for i, name in enumerate(names):
+            if name not in self._adapters:
+                raise ValueError(f"adapter_names[{i}] is {name!r}, which is no adapter of this engine; it has "
+                                 f"{list(self._adapters)[:20]}")
+        models, largest, found = [self._adapters[name] for name in names], self.batch_sizes[-1], []
+        for start in range(0, len(images), largest):
+            found += mixed.outputs(images[start:start + largest], models[start:start + largest])
+        return found
+
+
+def cover(batch: int, sizes: Sequence[int]) -> list[int]:
+    """Sizes, largest first, that hold `batch` images at the least cost: their sum, and `CALL_IMAGES` for each call."""
+    largest = max(sizes)
+    whole = max(0, batch // largest - 1)
+    best: list[tuple[int, list[int]]] = [(0, [])]  # cost and sizes for 0, 1, 2, ... images
+    for images in range(1, batch - whole * largest + 1):
+        options = ((size, *best[max(0, images - size)]) for size in sizes)
+        best.append(min((size + CALL_IMAGES + cost, [size, *others]) for size, cost, others in options))
+    return [largest] * whole + sorted(best[-1][1], reverse=True)
+
+
+def _signature(images: Tensor, size: int) -> Signature:
+    return size, (images.shape[2], images.shape[3]), images.dtype
+
+
+def _examples(signature: Signature, device: torch.device) -> Tensor:
+    """Random images; torch's own random numbers stay as they are."""
+    size, (height, width), dtype = signature
+    random, shape = torch.Generator().manual_seed(0), (size, 3, height, width)
+    if dtype == torch.uint8:
+        return torch.randint(0, 256, shape, generator=random, dtype=dtype).to(device)
+    return torch.randn(shape, generator=random, dtype=dtype).to(device)
+
+
+def _seconds(run: Any, device: torch.device) -> float:
+    began = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+def _copy_backbone(backbone: FrozenViT, dtype: torch.dtype) -> FrozenViT:
+    """The engine's own backbone, which nobody casts, moves or trains."""
+    backbone.pin_fingerprint()
+    copied = copy.deepcopy(backbone, {id(backbone._folded): None}).requires_grad_(False).to(dtype)
+    folded = copied.folded()
+    if folded is not None:
+        for block in folded.blocks:
+            pack(block)
+    return copied
+
+
+def _copy_adapter(model: PromptedViT, backbone: FrozenViT) -> PromptedViT:
+    """The model on the engine's backbone, frozen; prompts that are parameters are kept in the backbone's dtype, with
+    their keys and values.
+    """
+    copied = copy.deepcopy(model, {id(model.backbone): backbone, id(model._static): None})
+    copied.eval().requires_grad_(False).set_grad_checkpointing(False)
+    copied._autocast = None
+    for part in (copied.generator, copied.head):
+        if part is not None:
+            part.to(backbone.device)
+    generator = copied.generator
+    if generator is not None and generator.known_at == "static" \
+            and not any(isinstance(module, nn.Linear) for module in generator.modules()):
+        generator.to(backbone.dtype)
+    with torch.no_grad():
+        copied.kept_prefixes()
+    return copied
+
+
+def _tensors(model: PromptedViT) -> Iterator[Tensor]:
+    """What of a model can change: generator, head, and the backbone where it trains."""
+    for part in (model.generator, model.head, model.backbone if model.full else None):
+        if part is not None:
+            yield from itertools.chain(part.parameters(), part.buffers())
+
+
+def _versions(model: PromptedViT | None) -> list[tuple[int, int]]:
+    """Where each tensor is and how often it was written to."""
+    if model is None:
+        return []
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(model)]
+
+
+def _copy_tensors(source: PromptedViT, copied: PromptedViT) -> bool:
+    """Write the source's tensors into its copy's; False, and nothing done, where they are not the same ones."""
+    pairs = list(itertools.zip_longest(_tensors(source), _tensors(copied)))
+    if any(old is None or new is None or old.shape != new.shape for new, old in pairs):
+        return False
+    for new, old in pairs:
+        old.copy_(new)
+    return True

@@ -1,0 +1,172 @@
+"""Images of many adapters in one pass through the backbone they share.
+
+Products with the frozen weights run over the rows of all images. Prompts and heads are computed for each adapter, and
+attention for each group of images whose adapters prompt alike: adapters with as many prompts in the same blocks form
+one group, in which every image has its own prompts, keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from fastprompt.generators import PromptGenerator
+from fastprompt.generators.base import Draws
+from fastprompt.model import PromptedViT
+from fastprompt.vit import FrozenSwin, forward, reference
+from fastprompt.vit.forward import Group, Prefix
+from fastprompt.vit.reference import Sequence as TokenSequence
+
+
+class _Row(NamedTuple):
+    """One row of the pass: an image, its model and the draws of one of the model's inference samples."""
+
+    image: int
+    model: PromptedViT
+    sample: int
+    draws: Draws
+
+
+class _Member(NamedTuple):
+    """A model's rows in a group, the positions of their images, and what its generator computed of them at first."""
+
+    model: PromptedViT
+    draws: Draws
+    positions: list[int]
+    context: Any
+
+
+class _Generators:
+    """The generators of a group as one: each image gets the prompts of its own.
+
+    They set as many prompts in the same blocks; what `forward.features` asks of a `PromptGenerator` is here.
+    """
+
+    def __init__(self, members: list[_Member]) -> None:
+        self.members, self.generators = members, [cast(PromptGenerator, member.model.generator) for member in members]
+        first = self.generators[0]
+        self.layers, self.num_prompts, self.before_pre_norm = first.layers, first.num_prompts, first.before_pre_norm
+
+    def prompts(self, layer: int, context: Any, tokens: Tensor, draws: Draws | None = None) -> Tensor:
+        """(B, P, D) of the group's images, from the patch tokens (B, N, D) that enter the block."""
+        parts = [generator.prompts(layer, member.context, _take(tokens, member.positions), member.draws)
+                 for generator, member in zip(self.generators, self.members, strict=True)]
+        return _in_order([part.to(tokens.dtype) for part in parts], self.members)
+
+    def prefixes(self) -> dict[int, Prefix]:
+        """Block → (B, heads, P, d) keys and values of prompts that depend on parameters only."""
+        known = [member.model.kept_prefixes() or {} for member in self.members]
+        return {layer: (_in_order([prefixes[layer][0] for prefixes in known], self.members),
+                        _in_order([prefixes[layer][1] for prefixes in known], self.members)) for layer in known[0]}
+
+
+def outputs(images: Tensor, models: Sequence[PromptedViT]) -> list[Tensor]:
+    """What each image's own model says of it: logits (C,), or features (D,) of a model without head.
+
+    Args:
+        images: (B, 3, H, W), as the backbone takes them.
+        models: B models in eval mode on one backbone, which no gradient is asked of.
+    """
+    backbone = models[0].backbone
+    rows = [_Row(image, model, sample, draws) for image, model in enumerate(models)
+            for sample, draws in enumerate([{}] if model.generator is None else model.generator.inference_draws())]
+    shared = [] if isinstance(backbone, FrozenSwin) else [i for i, row in enumerate(rows) if _keeps_size(row.model)]
+    alone = [i for i in range(len(rows)) if i not in set(shared)]
+    samples: list[list[Tensor]] = [[] for _ in models]
+    for run, chosen in ((_together, shared), (_one_after_the_other, alone)):
+        found = run(images, [rows[i] for i in chosen]) if chosen else []
+        for i, output in zip(chosen, found, strict=True):
+            samples[rows[i].image].append(output)
+    return [model.average(of_image) for model, of_image in zip(models, samples, strict=True)]
+
+
+def _keeps_size(model: PromptedViT) -> bool:
+    """Whether the backbone reads as many patches of an image as without the model's prompts."""
+    return model.generator is None or not model.generator.changes_size
+
+
+def _together(images: Tensor, rows: list[_Row]) -> list[Tensor]:
+    """(C,) or (D,) of each row, by one pass through the backbone."""
+    backbone = rows[0].model.backbone
+    pixels = backbone.normalise(images)
+    embedded = forward.embed(backbone, images, pixels)
+    tokens = _take(embedded.tokens, [row.image for row in rows])  # (rows, T, D)
+    for of_model in _by(range(len(rows)), lambda i: id(rows[i].model)):
+        generator = rows[of_model[0]].model.generator
+        if generator is not None and generator.changes_images:
+            prompted = generator.prompt_images(_take(pixels, [rows[i].image for i in of_model]))
+            tokens = tokens.clone() if tokens is embedded.tokens else tokens
+            tokens[of_model] = reference.embed(backbone, prompted.to(backbone.dtype)).tokens
+    order, groups, members = [], [], []
+    for of_group in _by(range(len(rows)), lambda i: _alike(rows[i].model)):
+        patches = _take(tokens, of_group)[:, embedded.num_prefix:]
+        group = []
+        for of_member in _by(of_group, lambda i: (id(rows[i].model), rows[i].sample)):
+            row, positions = rows[of_member[0]], [of_group.index(i) for i in of_member]
+            own = _take(pixels, [rows[i].image for i in of_member])
+            context = row.model.prompt_context(own, _take(patches, positions), row.draws)
+            group.append(_Member(row.model, row.draws, positions, context))
+        generator, readout = row.model.generator, row.model.readout
+        joint = None if generator is None or generator.num_prompts == 0 else _Generators(group)
+        prefixes = None if generator is None or joint is None or generator.known_at != "static" else joint.prefixes()
+        groups.append(Group(joint, None, None, readout, prefixes, len(of_group)))  # type: ignore[arg-type]
+        members.append(group)
+        order += of_group
+    found = forward.features(backbone, TokenSequence(_take(tokens, order), embedded.num_prefix), groups)
+    of_rows: list[Any] = [None] * len(rows)
+    start = 0
+    for group, features in zip(members, found, strict=True):
+        for member in group:
+            own = _take(features, member.positions)
+            own = own if member.model.head is None else member.model.head(own)
+            for i, output in zip(member.positions, own, strict=True):
+                of_rows[order[start + i]] = output
+        start += len(features)
+    return of_rows
+
+
+def _one_after_the_other(images: Tensor, rows: list[_Row]) -> list[Tensor]:
+    """(C,) or (D,) of each row, by a pass for each model: windows of a Swin transformer are not grouped, and images
+    that their prompts make taller have rows of their own number.
+    """
+    of_rows: list[Any] = [None] * len(rows)
+    for positions in _by(range(len(rows)), lambda i: (id(rows[i].model), rows[i].sample)):
+        row = rows[positions[0]]
+        own = row.model(_take(images, [rows[i].image for i in positions]), draws=row.draws)
+        for i, output in zip(positions, own, strict=True):
+            of_rows[i] = output
+    return of_rows
+
+
+def _alike(model: PromptedViT) -> tuple[Any, ...]:
+    """What images have in common that share their attention."""
+    generator = model.generator
+    if generator is None or generator.num_prompts == 0:
+        return (model.readout,)
+    return (model.readout, generator.layers, generator.num_prompts, generator.before_pre_norm,
+            generator.known_at == "static")
+
+
+def _by(items: Sequence[int], key: Any) -> list[list[int]]:
+    """The items by key, in the order in which keys appear."""
+    groups: dict[Any, list[int]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())
+
+
+def _take(x: Tensor, positions: list[int]) -> Tensor:
+    """x[positions]; x itself where these are all of its rows in order."""
+    return x if positions == list(range(len(x))) else x[positions]
+
+
+def _in_order(parts: list[Tensor], members: list[_Member]) -> Tensor:
+    """The (1 or n, ...) of each member as one tensor, a row for each of the group's images in their order."""
+    rows = [part.expand(len(member.positions), *part.shape[1:]) for part, member in zip(parts, members, strict=True)]
+    positions = [i for member in members for i in member.positions]
+    if positions == sorted(positions):
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+    return torch.cat(rows)[torch.tensor(positions).argsort()]

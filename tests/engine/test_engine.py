@@ -1,0 +1,480 @@
+"""`fp.Engine`: answers, batches, adapters, changes of the model, errors, and eight threads at once."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import fastprompt as fp
+from fastprompt.engine import engine as module
+from fastprompt.engine.backends import BACKENDS, Backend
+from fastprompt.engine.engine import Measured, cover
+
+Build = Callable[..., fp.PromptedViT]
+HAMMER_SECONDS = float(os.environ.get("FASTPROMPT_HAMMER_SECONDS", "5"))
+
+
+def eager(model: Any, **options: Any) -> fp.Engine:
+    return fp.Engine(model, **{"backend": "eager", "dtype": torch.float64, **options})
+
+
+@pytest.mark.parametrize("method", ["vpt", "vpt-shallow", "pgn", "v2apt", "v2apt-samples", "vapt", "free", "pixel",
+                                    "linear"])
+def test_answers_are_those_of_the_model(build: Build, images: Tensor, method: str) -> None:
+    model = build(method).double()
+    engine = eager(model, batch_sizes=(1, 4))
+    for batch in (11, 4, 3, 1, 0):
+        with torch.no_grad():
+            expected = model(images[:batch].double())
+        found = engine(images[:batch])
+        assert found.shape == (batch, 5)
+        assert not found.requires_grad
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        named = engine(images[:batch], adapter_names=["default"] * batch)
+        assert isinstance(named, list)
+        assert len(named) == batch
+        for ours, theirs in zip(named, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_raw_pixels_and_autocast_and_inference_mode(build: Build, images: Tensor) -> None:
+    model = build("pgn").double()
+    engine, raw = eager(model), torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = model(raw)
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        torch.testing.assert_close(engine(raw), expected, rtol=1e-10, atol=1e-10)
+    engine(images[:2].bfloat16())
+
+
+def test_the_model_itself_is_left_alone(build: Build, images: Tensor) -> None:
+    model = build("vpt").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    engine = eager(model, dtype=torch.bfloat16)
+    engine.add_adapter("again", model)
+    engine(images)
+    assert model.training
+    assert all(p.requires_grad for p in model.generator.parameters())
+    assert model.backbone.dtype == torch.float32
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_dtype_is_what_the_hardware_multiplies(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(module, "bfloat16_is_fast", lambda device, fast=fast: fast)
+        engine = fp.Engine(build("vpt"), backend="eager")
+        assert engine.dtype == engine.model.backbone.dtype == dtype
+
+
+def test_a_bare_backbone_gives_features(backbone: fp.FrozenViT, build: Build, images: Tensor) -> None:
+    engine = eager(backbone)
+    expected = backbone.double().forward_features(images.double())
+    torch.testing.assert_close(engine(images), expected, rtol=1e-10, atol=1e-10)
+    engine.add_adapter("default", build("vpt"))  # a name like any other here
+    found = engine(images[:2], adapter_names=["__base__", "default"])
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-10, atol=1e-10)
+    assert found[1].shape == (5,)
+
+
+@pytest.mark.parametrize(("batch", "sizes", "expected"), [
+    (8, (1, 8, 32), [8]), (9, (1, 8, 32), [8, 1]), (7, (1, 8, 32), [8]), (20, (1, 8, 32), [8, 8, 8]),
+    (31, (1, 8, 32), [32]), (64, (1, 8, 32), [32, 32]), (3, (4,), [4]), (9, (4,), [4, 4, 4])])
+def test_batches_are_covered_with_little_padding(batch: int, sizes: tuple[int, ...], expected: list[int]) -> None:
+    assert cover(batch, sizes) == expected
+
+
+class Recorder:
+    """A backend that runs the model and records the batches; it can be slow, wrong or broken."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str = "recorded", bakes: bool = True) -> None:
+        self.batches: list[int] = []
+        self.built = 0
+        self.alter: Callable[[Tensor], Tensor] = lambda output: output
+        monkeypatch.setitem(BACKENDS, name, Backend(self.build, bakes=bakes))
+
+    def build(self, model: fp.PromptedViT, images: Tensor) -> Callable[[Tensor], Tensor]:
+        self.built += 1
+        size = len(images)
+
+        def run(images: Tensor) -> Tensor:
+            assert len(images) == size
+            assert not torch.is_grad_enabled()
+            self.batches.append(len(images))
+            return self.alter(model(images))
+
+        return run
+
+
+def test_batches_are_padded_and_split(build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, model = Recorder(monkeypatch), build("vapt").double()
+    engine = eager(model, backend="recorded", batch_sizes=(4, 1, 4))
+    assert engine.batch_sizes == (1, 4)
+    for batch, sizes in ((11, [4, 4, 4]), (5, [4, 1]), (3, [4]), (1, [1]), (0, [])):
+        recorder.batches.clear()
+        found = engine(images[:batch])
+        assert recorder.batches == sizes
+        torch.testing.assert_close(found, model(images[:batch].double()).detach(), rtol=1e-10, atol=1e-10)
+    assert recorder.built == 2
+
+
+@pytest.mark.parametrize("method", ["vpt", "pgn", "vapt", "v2apt"])
+@pytest.mark.parametrize("bakes", [True, False])
+def test_changes_of_the_model_are_seen(build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch, method: str,
+                                       bakes: bool) -> None:
+    recorder, model = Recorder(monkeypatch, bakes=bakes), build(method).double()
+    engine = eager(model, backend="recorded", batch_sizes=(2,))
+    x = images[:2]
+
+    def expect(changed: bool = True) -> None:
+        before = engine_says.pop() if engine_says else None
+        found = engine(x)
+        engine_says.append(found)
+        torch.testing.assert_close(found, model(x.double()).detach(), rtol=1e-10, atol=1e-10)
+        assert before is None or changed == bool((found - before).abs().max() > 1e-6)
+
+    engine_says: list[Tensor] = []
+    expect()
+    optimizer = torch.optim.SGD([p for _, p in model.trainable_parameters()], lr=0.5)
+    model(x.double()).square().sum().backward()
+    optimizer.step()
+    expect()
+    model.load_adapter_state_dict({name: 1.1 * value if value.is_floating_point() else value
+                                   for name, value in model.adapter_state_dict().items()})
+    expect()
+    expect(changed=False)
+    assert recorder.built == (3 if bakes else 1)
+    model.head.weight.data = 2 * model.head.weight.data  # rebound: another address
+    expect()
+    model.head.bias.data.add_(1)  # unseen
+    with pytest.raises(AssertionError):
+        expect()
+    engine.refresh()
+    expect()
+    model.head = fp.LinearHead(48, 7).double()
+    expect_shape = engine(x).shape
+    assert expect_shape == (2, 7)
+    torch.testing.assert_close(engine(x), model(x.double()).detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_a_fully_fine_tuned_model_is_served_and_followed(backbone: fp.FrozenViT, build: Build, images: Tensor) -> None:
+    model = fp.PromptedViT(backbone.double(), fp.FullFineTuneConfig(), 5, readout="cls").eval()
+    engine, x = eager(model), images.double()
+    torch.testing.assert_close(engine(images), model(x).detach(), rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        model.backbone.blocks[0].qkv.weight.mul_(1.5)
+    torch.testing.assert_close(engine(images), model(x).detach(), rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="serves a fully fine-tuned model, whose backbone no adapter shares"):
+        engine.add_adapter("a", build("vpt"))
+    with pytest.raises(ValueError, match="model was fully fine-tuned and has a backbone of its own"):
+        eager(backbone).add_adapter("full", model)
+
+
+def test_adapters_are_added_replaced_and_deleted(backbone: fp.FrozenViT, build: Build, images: Tensor, tmp_path: Path
+                                                 ) -> None:
+    models = {"a": build("vpt", 1, 3), "b": build("pgn", 2, 4), "c": build("vapt", 3, None)}
+    engine = eager(build("linear"))
+    for name, model in models.items():
+        if name == "b":
+            model.save_pretrained(tmp_path)
+        engine.add_adapter(name, tmp_path if name == "b" else model)
+    assert engine.adapter_names == ["__base__", "default", "a", "b", "c"]
+    names = ["a", "b", "c", "a", "__base__"]
+    found = engine(images[:5], adapter_names=names)
+    assert [tuple(output.shape) for output in found] == [(3,), (4,), (48,), (3,), (48,)]
+    backbone.double()
+    for i, name in enumerate(names[:4]):
+        expected = models[name].double()(images[i:i + 1].double()).detach()[0]
+        torch.testing.assert_close(found[i].double(), expected, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        next(models["a"].generator.parameters()).normal_()
+    torch.testing.assert_close(engine(images[:1], adapter_names=["a"])[0], found[0])
+    engine.add_adapter("a", models["a"])
+    expected = models["a"](images[:1].double()).detach()[0]
+    again = engine(images[:1], adapter_names=["a"])[0]
+    torch.testing.assert_close(again.double(), expected, rtol=1e-6, atol=1e-6)
+    assert (again - found[0]).abs().max() > 1e-3
+    engine.delete_adapter("a")
+    with pytest.raises(ValueError, match=r"adapter_names\[1\] is 'a', which is no adapter of this engine; it has"):
+        engine(images[:2], adapter_names=["b", "a"])
+    with pytest.raises(ValueError, match="name is 'a', which is no adapter"):
+        engine.delete_adapter("a")
+
+
+def test_a_mixed_batch_above_the_largest_size_is_split(build: Build, images: Tensor) -> None:
+    engine = eager(build("vpt").double(), batch_sizes=(1, 4))
+    engine.add_adapter("b", build("vpt-5", 1, 3).double())
+    names = [("default", "b")[i % 2] for i in range(11)]
+    for i, output in enumerate(engine(images, adapter_names=names)):
+        torch.testing.assert_close(output, engine(images[i:i + 1], adapter_names=[names[i]])[0], rtol=1e-10, atol=1e-10)
+    assert engine(images[:0], adapter_names=[]) == []
+
+
+@pytest.mark.parametrize("method", ["vpt", "pgn", "vapt"])
+def test_other_adapters_change_no_bit(build: Build, images: Tensor, method: str) -> None:
+    engine = fp.Engine(build(method), (8,), torch.bfloat16, "eager")
+    for seed in range(6):
+        engine.add_adapter(str(seed), build(method, seed, 3 + seed))
+    first = engine(images[:3], adapter_names=["0", "1", "2"])
+    second = engine(images[:3], adapter_names=["5", "1", "4"])
+    assert torch.equal(first[1], second[1])
+
+
+def test_an_adapter_of_another_backbone_is_refused(build: Build, randomised: Callable[..., nn.Module], tmp_path: Path
+                                                   ) -> None:
+    other = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=0)
+    stranger = fp.PromptedViT(fp.FrozenViT(randomised(other, 5)), fp.VPTConfig(num_prompts=3), 5)
+    stranger.save_pretrained(tmp_path)
+    engine = eager(build("vpt"))
+    for model in (stranger, tmp_path):
+        with pytest.raises(ValueError, match="on another backbone"):
+            engine.add_adapter("x", model)
+    assert "x" not in engine.adapter_names
+
+
+def test_another_normalisation_of_pixels_warns(backbone: fp.FrozenViT, build: Build,
+                                               randomised: Callable[..., nn.Module]) -> None:
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=7, reg_tokens=1,
+                            global_pool="map", pre_norm=True)
+    other = fp.FrozenViT(randomised(vit), mean=(0.5, 0.5, 0.5))
+    with pytest.warns(UserWarning, match=r"adapter 'x' was trained on images normalised with .*0\.5"):
+        eager(backbone).add_adapter("x", build("vpt", backbone=other))
+
+
+def test_a_cast_backbone_is_still_the_same(build: Build, images: Tensor) -> None:
+    model = build("vpt")
+    engine = eager(model.backbone, dtype=torch.bfloat16)
+    model.set_backbone_dtype(torch.float16)
+    engine.add_adapter("half", model)
+    assert engine(images[:1], adapter_names=["half"])[0].isfinite().all()
+
+
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"batch_sizes": ()}, ValueError, r"batch_sizes must be positive integers, got \(\)"),
+    ({"batch_sizes": (0, 1)}, ValueError, "batch_sizes must be positive integers"),
+    ({"batch_sizes": 8}, ValueError, "batch_sizes must be positive integers, got 8"),
+    ({"dtype": torch.int8}, ValueError, "dtype must be one of"),
+    ({"backend": "tensorrt"}, ValueError, "backend must be 'auto' or one of .*'eager', 'compile', 'openvino'"),
+])
+def test_bad_arguments_are_named(backbone: fp.FrozenViT, options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fp.Engine(backbone, **options)
+
+
+def test_bad_calls_are_named(build: Build, images: Tensor) -> None:
+    with pytest.raises(TypeError, match="model must be a PromptedViT or a FrozenViT, got Linear"):
+        fp.Engine(nn.Linear(2, 2))
+    engine = eager(build("vpt"))
+    with pytest.raises(ValueError, match="images must be 32 x 32 pixels"):
+        engine(images[:, :, :16])
+    with pytest.raises(ValueError, match="images contain NaN"):
+        engine(images * float("nan"))
+    with pytest.raises(ValueError, match="adapter_names must be a list of 11 names, one per image, got 'default'"):
+        engine(images, adapter_names="default")
+    with pytest.raises(ValueError, match="adapter_names must be a list of 11 names"):
+        engine(images, adapter_names=["default"])
+    for name in ("__base__", "default", 3):
+        with pytest.raises(ValueError, match="name must be a text other than"):
+            engine.add_adapter(name, build("vpt"))
+        with pytest.raises(ValueError, match="name must be a text other than"):
+            engine.delete_adapter(name)
+    with pytest.raises(TypeError, match="model must be a PromptedViT or a directory, got int"):
+        engine.add_adapter("x", 3)
+    with pytest.raises(FileNotFoundError, match="is no adapter"):
+        engine.add_adapter("x", "/nowhere")
+    with pytest.raises(ValueError, match="image_dtype must be"):
+        engine.warm_up(torch.int32)
+
+
+def test_released_engines_say_so_and_hold_nothing(build: Build, images: Tensor) -> None:
+    with eager(build("vpt")) as engine:
+        engine(images)
+        kept = weakref.ref(engine.model.backbone)
+    gc.collect()
+    assert kept() is None
+    engine.release()
+    for call in (lambda: engine(images), lambda: engine.add_adapter("a", build("vpt")), engine.warm_up, engine.refresh,
+                 lambda: engine.delete_adapter("a"), lambda: fp.explain(engine)):
+        with pytest.raises(RuntimeError, match="this engine was released; make a new one"):
+            call()
+
+
+def test_auto_takes_the_fastest_and_measures_once(build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch
+                                                  ) -> None:
+    for name in ("compile", "openvino"):
+        monkeypatch.delitem(BACKENDS, name)
+    recorder, durations = Recorder(monkeypatch), {"recorded": 1.0, "eager": 2.0}
+    monkeypatch.setattr(module, "_seconds", lambda run, device: run() is None or durations[
+        "eager" if getattr(run.func, "__class__", None) is fp.PromptedViT else "recorded"])
+    engine = eager(build("vpt"), backend="auto", batch_sizes=(1, 2))
+    engine(images[:2])
+    signature = (2, (32, 32), torch.float64)
+    assert engine.measured == {signature: Measured("recorded", {"eager": 2.0, "recorded": 1.0}, {})}
+    recorder.batches.clear()
+    engine(images[:2])
+    assert recorder.batches == [2]
+    durations["recorded"] = 3.0
+    engine(images[:1])
+    assert engine.measured[1, (32, 32), torch.float64].chosen == "eager"
+    assert recorder.built == 2
+
+
+def test_auto_leaves_out_what_is_wrong_broken_or_missing(build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch
+                                                         ) -> None:
+    for name in ("compile", "openvino"):
+        monkeypatch.delitem(BACKENDS, name)
+    Recorder(monkeypatch, "wrong").alter = lambda output: output + 1
+
+    def broken(model: fp.PromptedViT, images: Tensor) -> Any:
+        raise OSError("no such device\nand more")
+
+    monkeypatch.setitem(BACKENDS, "broken", Backend(broken))
+    monkeypatch.setitem(BACKENDS, "missing", Backend(broken, package="no_such_package"))
+    engine = eager(build("vpt"), backend="auto", batch_sizes=(2,))
+    engine(images[:2])
+    measured = engine.measured[2, (32, 32), torch.float64]
+    assert measured.chosen == "eager"
+    assert measured.reasons["broken"] == "it failed: OSError: no such device"
+    assert measured.reasons["missing"] == "no_such_package is not installed: pip install 'fastprompt[no_such_package]'"
+    assert "its output is off by" in measured.reasons["wrong"]
+    for name, error in (("missing", ImportError), ("broken", RuntimeError)):
+        with pytest.raises(error, match=f"backend '{name}'"):
+            eager(build("vpt"), backend=name)(images)
+
+
+def test_a_failure_in_a_call_falls_back_once_or_is_reported(build: Build, images: Tensor,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("compile", "openvino"):
+        monkeypatch.delitem(BACKENDS, name)
+    recorder, model = Recorder(monkeypatch), build("vpt").double()
+    monkeypatch.setattr(module, "_seconds", lambda run, device: run() is None or float(
+        getattr(run.func, "__class__", None) is fp.PromptedViT))
+    automatic, asked = (eager(model, backend=name, batch_sizes=(2,)) for name in ("auto", "recorded"))
+    for engine in (automatic, asked):
+        engine(images[:2])
+
+    def fail(output: Tensor) -> Tensor:
+        raise RuntimeError("device lost")
+
+    recorder.alter = fail
+    with pytest.warns(UserWarning, match="recorded failed on a batch of 2, eager runs from now on: .*device lost"):
+        found = automatic(images[:2])
+    torch.testing.assert_close(found, model(images[:2].double()).detach(), rtol=1e-10, atol=1e-10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        automatic(images[:2])
+    assert "device lost" in str(fp.explain(automatic))
+    with pytest.raises(RuntimeError, match="backend 'recorded' failed: device lost"):
+        asked(images[:2])
+
+
+def test_adapters_of_static_prompts_take_the_bytes_of_keys_values_and_prompts(build: Build, backbone: fp.FrozenViT
+                                                                              ) -> None:
+    """The formula that a ViT-B/16 with 200 adapters of 50 prompts is held to, here on a small backbone."""
+    engine, storages = fp.Engine(backbone, dtype=torch.bfloat16, backend="eager"), {}
+    for i in range(20):
+        engine.add_adapter(str(i), build("vpt-5", i))
+    for name in map(str, range(20)):
+        adapter = engine._adapters[name]
+        tensors = [*adapter.generator.parameters(), *adapter.head.parameters()]
+        with torch.no_grad():
+            tensors += [t for prefix in adapter.static_prefixes().values() for t in prefix]
+        for tensor in tensors:
+            assert tensor.dtype == torch.bfloat16 or tensor.shape[0] == 5
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    assert sum(storages.values()) == 20 * adapter_bytes(depth=3, width=48, num_prompts=5, num_classes=5)
+    assert 200 * adapter_bytes(depth=12, width=768, num_prompts=50, num_classes=100) < 2**30
+
+
+def adapter_bytes(depth: int, width: int, num_prompts: int, num_classes: int) -> int:
+    """Prompts of every block, keys and values of all but the last, 2 bytes each; a float32 head."""
+    return 2 * num_prompts * width * (depth + 2 * (depth - 1)) + 4 * num_classes * (width + 1)
+
+
+def test_hammered_by_eight_threads(build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only right answers or clear errors while adapters come and go and backends fail; memory does not grow."""
+    recorder, failing = Recorder(monkeypatch), threading.Event()
+
+    def sometimes(output: Tensor) -> Tensor:
+        if failing.is_set():
+            failing.clear()
+            raise RuntimeError("injected")
+        return output
+
+    recorder.alter = sometimes
+    model, steady = build("pgn").double(), build("vpt", 1, 4).double()
+    versions = [build("vapt", seed, 3).double() for seed in range(2)]
+    images = images.double()
+    with torch.no_grad():
+        expected = {"default": model(images), "steady": steady(images)}
+        swapped = [m(images) for m in versions]
+    engine = eager(model, backend="recorded", batch_sizes=(1, 4))
+    engine.add_adapter("steady", steady)
+    deadline, problems, answers, errors = time.monotonic() + HAMMER_SECONDS, [], [0], [0]
+
+    def close(ours: Tensor, theirs: Tensor) -> bool:
+        return ours.shape == theirs.shape and bool(torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9))
+
+    def serve(seed: int) -> None:
+        random = torch.Generator().manual_seed(seed)
+
+        def draw(low: int, high: int) -> int:
+            return int(torch.randint(low, high, (), generator=random))
+
+        while time.monotonic() < deadline and not problems:
+            batch, kind = draw(0, 7), draw(0, 8)
+            try:
+                if kind == 0:
+                    engine.add_adapter("swapped", versions[draw(0, 2)])
+                elif kind == 1:
+                    engine.delete_adapter("swapped")
+                elif kind == 2:
+                    failing.set()
+                elif kind < 5:
+                    start = draw(0, 4)
+                    if not close(engine(images[start:start + batch]), expected["default"][start:start + batch]):
+                        problems.append("a wrong answer")
+                else:
+                    names = [("default", "steady", "swapped")[draw(0, 3)] for _ in range(batch)]
+                    for i, output in enumerate(engine(images[:batch], adapter_names=names)):
+                        right = [e[i] for e in (swapped if names[i] == "swapped" else [expected[names[i]]])]
+                        if not any(close(output, one) for one in right):
+                            problems.append(f"a wrong answer of {names[i]}")
+                answers[0] += 1
+            except (RuntimeError, ValueError) as error:
+                errors[0] += 1
+                if "injected" not in str(error) and "'swapped'" not in str(error):
+                    problems.append(repr(error))
+            except Exception as error:
+                problems.append(repr(error))
+
+    def live() -> int:
+        gc.collect()
+        return sum(type(thing) in (Tensor, nn.Parameter) for thing in gc.get_objects())
+
+    engine(images)
+    engine.add_adapter("swapped", versions[0])
+    before = live()
+    threads = [threading.Thread(target=serve, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems
+    assert answers[0] > 20
+    assert errors[0] > 0
+    recorder.alter = lambda output: output
+    engine.add_adapter("swapped", versions[0])
+    torch.testing.assert_close(engine(images), expected["default"], rtol=1e-10, atol=1e-10)
+    assert live() <= before + 8
