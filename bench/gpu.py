@@ -41,7 +41,6 @@ from spec import Case, Inputs, cast, load_spec  # noqa: E402
 OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/triton.py"))
 COMPILED = ("default", "reduce-overhead", "max-autotune")
 SECONDS = 480
-CHECKERS = ("memcheck", "racecheck")
 
 
 class Bench(NamedTuple):
@@ -120,27 +119,50 @@ def replayed(bench: Bench, op: str, case: Case, module: ModuleType) -> str:
     return "replays bit for bit"
 
 
+def alone(bench: Bench, *options: str) -> list[str]:
+    """The command that launches kernels in a process of its own, see `launch`."""
+    return [sys.executable, __file__, "--launch-only", *options, *(["--dry-run"] if bench.dry else [])]
+
+
+def warmed(bench: Bench, ops: Sequence[str]) -> None:
+    """Compile all kernels into Triton's cache, a process for each op and dtype: one after the other takes minutes."""
+    names = [str(dtype).split(".")[1] for dtype in bench.dtypes]
+    running = [subprocess.Popen(alone(bench, "--op", op, "--dtype", name), stderr=subprocess.PIPE, text=True)
+               for op in ops for name in names]
+    problems = [process.communicate()[1] for process in running]
+    for process, problem in zip(running, problems, strict=True):
+        if process.returncode:
+            raise SystemExit(f"{process.args}:\n{problem[-4000:]}")
+
+
 def sanitized(bench: Bench) -> str:
     """Every kernel once under compute-sanitizer, where it is installed."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return "compute-sanitizer is not installed"
-    for checker in CHECKERS:
-        command = [tool, "--tool", checker, "--error-exitcode", "1", sys.executable, __file__, "--launch-only",
-                   *(["--dry-run"] if bench.dry else [])]
-        ran = subprocess.run(command, capture_output=True, text=True)
+    said = []
+    for checker in ("memcheck", "racecheck"):
+        command = [tool, "--tool", checker, "--error-exitcode", "1", *alone(bench)]
+        try:
+            ran = subprocess.run(command, capture_output=True, text=True, timeout=90)
+        except subprocess.TimeoutExpired:
+            said.append(f"{checker} did not finish in 90 s")
+            continue
         if ran.returncode:
             raise SystemExit(f"compute-sanitizer, {checker}:\n{ran.stdout[-4000:]}{ran.stderr[-4000:]}")
-    return " and ".join(CHECKERS) + " found nothing"
+        said.append(f"{checker} found nothing")
+    return "compute-sanitizer: " + ", ".join(said)
 
 
-def launch_only(bench: Bench) -> None:
-    """Every kernel on the gates' small cases, nothing else: what the sanitizer watches."""
-    for op in OPS:
+def launch(bench: Bench, ops: Sequence[str], dtype: str | None) -> None:
+    """Forward and backward of the kernels, nothing else: in float16 the small cases, or in `dtype` all of `mismatches`.
+    """
+    for op in ops:
         spec = load_spec(op)
-        for case in spec.CASES[:2] if bench.dry else spec.CASES:
-            inputs = cast(drawn(case, bench.device), torch.float16, case.kept, case.grads)
-            outputs = [o for o in case.kernel(importlib.import_module(spec.MODULE), inputs) if o.requires_grad]
+        module = importlib.import_module(spec.MODULE)
+        for case in bench.cases(spec) if bench.dry or dtype else spec.CASES:
+            inputs = cast(drawn(case, bench.device), getattr(torch, dtype or "float16"), case.kept, case.grads)
+            outputs = [o for o in case.kernel(module, inputs) if o.requires_grad]
             if case.grads:
                 torch.autograd.grad(outputs, [inputs[name] for name in case.grads], outputs)
 
@@ -210,6 +232,9 @@ def measure(bench: Bench, ops: Sequence[str]) -> dict[str, Any]:
     report: dict[str, Any] = {"device": name, "dry_run": bench.dry, "torch": torch.__version__,
                               "triton": triton.__version__, "cuda": torch.version.cuda, "rocm": torch.version.hip,
                               "python": sys.version.split()[0], "ops": {op: {} for op in ops}}
+    if not bench.dry:
+        warmed(bench, ops)
+        print(f"compiled, {time.monotonic() - began:.0f} s", flush=True)
     for op, found in report["ops"].items():
         spec = load_spec(op)
         module = importlib.import_module(spec.MODULE)
@@ -231,8 +256,10 @@ def measure(bench: Bench, ops: Sequence[str]) -> dict[str, Any]:
 def main(*options: str) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="the same way in Triton's interpreter, at small sizes")
-    parser.add_argument("--launch-only", action="store_true", help="only launch every kernel, for compute-sanitizer")
+    parser.add_argument("--launch-only", action="store_true", help="only launch the kernels, for compute-sanitizer")
     parser.add_argument("--op", action="append", choices=OPS, help="only this op; default all")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
+                        help="with --launch-only: in this dtype, the papers' sizes too")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu.json")
     arguments = parser.parse_args(options)
     if arguments.dry_run:
@@ -249,7 +276,7 @@ def main(*options: str) -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     bench = DRY if arguments.dry_run else GPU
     if arguments.launch_only:
-        launch_only(bench)
+        launch(bench, arguments.op or OPS, arguments.dtype)
         return
     report = measure(bench, arguments.op or OPS)
     temporary = arguments.out.with_suffix(".tmp")

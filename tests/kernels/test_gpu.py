@@ -111,11 +111,21 @@ def test_what_the_sanitizer_finds_ends_the_run_with_an_error(tmp_path: Path) -> 
     assert "compute-sanitizer, memcheck:" in ran.stderr
     assert "Race reported" in ran.stderr
     assert "--launch-only --dry-run" in ran.stderr
+    tool.write_text("#!/bin/sh\nexit 0\n")
+    ran = run("-c", code.replace("gpu.sanitized(gpu.DRY)", "print(gpu.sanitized(gpu.DRY))"),
+              PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert ran.stdout == "compute-sanitizer: memcheck found nothing, racecheck found nothing\n"
 
 
-def test_kernels_can_be_launched_alone_for_the_sanitizer() -> None:
+def test_kernels_are_launched_in_processes_of_their_own() -> None:
+    """As compute-sanitizer watches them, and as `warmed` compiles them beforehand, where a failure ends the run."""
     ran = run("bench/gpu.py", "--launch-only", "--dry-run")
     assert ran.returncode == 0, ran.stderr[-4000:]
+    code = "import sys; sys.path.insert(0, 'bench'); import gpu; gpu.warmed(gpu.DRY, [{!r}])"
+    assert run("-c", code.format("library_prompts")).returncode == 0
+    ran = run("-c", code.format("no_op"))
+    assert ran.returncode != 0
+    assert "invalid choice: 'no_op'" in ran.stderr
 
 
 @pytest.mark.parametrize(("options", "interpret", "message"), [
