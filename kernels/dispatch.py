@@ -29,7 +29,7 @@ _wanted: ContextVar[str] = ContextVar("fastprompt_backend", default="auto")
 
 
 class Choice(NamedTuple):
-    """The implementation that runs for an op, and why not a faster one, or the times of both where they were measured."""
+    """The implementation that runs for an op, and why not a faster one, or the times of both where these were taken."""
 
     backend: str
     reason: str
