@@ -66,9 +66,10 @@ cost: $(STAMP)  ## FLOPs, saved bytes and dispatches by formula and as measured,
 kernels-report: $(STAMP)  ## compile every Triton kernel for every part and write results/kernels.md (minutes, no GPU)
 	OMP_NUM_THREADS=1 $(PY) bench/gates/report.py
 
-gpu: $(STAMP)  ## on a GPU: parity, determinism and speed of every op and of CUDA graphs, into results/gpu.json
+gpu: $(STAMP)  ## on a GPU: parity, determinism and speed of every op and of CUDA graphs, into results/gpu.json and the README
 	$(VENV)/bin/pytest -q tests/engine/test_cuda_graph.py -k OnTheDevice
 	$(PY) bench/gpu.py
+	$(PY) bench/gpu_table.py results/gpu.json README.md
 
 clean:  ## remove .venv and everything built
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from fastprompt.kernels.library_prompts import library_prompts
+from fastprompt.kernels.library_prompts import PreNorm, library_prompts
 
 SHAPES = [(1, 16, 256, 768), (32, 16, 256, 768), (32, 16, 128, 384)]  # (B, K, M, D)
 
@@ -25,3 +25,14 @@ def test_library_prompts(benchmark: BenchmarkFixture, shape: tuple[int, ...], ba
         return prompts
 
     assert benchmark(run).shape == (b, k, d)
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+def test_whole_sequence_with_pre_norm(benchmark: BenchmarkFixture, batch: int) -> None:
+    """CLIP's ViT-B/16: class token, 196 patches and 16 prompts."""
+    logits, library, patches = torch.randn(batch, 16, 256), torch.randn(256, 768), torch.randn(batch, 196, 768)
+    prefix, position = torch.randn(1, 1, 768), torch.randn(1, 197, 768)
+    norm = PreNorm(torch.ones(768), torch.zeros(768), 1e-5)
+    sequence = benchmark(lambda: library_prompts(logits, library, patches=patches, prefix=prefix, position=position,
+                                                 pre_norm=norm))
+    assert sequence.shape == (batch, 213, 768)

@@ -1,9 +1,15 @@
-"""What only a GPU can show of the Triton kernels, into results/gpu.json: `make gpu`.
+"""What only a GPU can show of the Triton kernels, into results/gpu.json: `make gpu`, at most eight minutes on an H100.
 
-Per op and dtype, at the papers' sizes: parity with float64 under the tolerance of the gates, outputs and gradients; the
-same bits in two runs; time of forward and of forward with backward beside PyTorch's own (eager, torch.compile in its
-default mode, reduce-overhead and max-autotune), by CUDA events, medians of interleaved rounds. Where compute-sanitizer
-is installed, every kernel runs once under its memory and its race checker. Any mismatch ends the run with an error.
+Per op: parity with float64 under the tolerance of the gates, outputs and gradients, in three dtypes, at the gates' and
+the papers' sizes; the same bits in two runs, and from a CUDA graph; every kernel under compute-sanitizer's checkers of
+memory and races, where it is installed; then, in bfloat16 at the papers' sizes, the time of forward and of forward with
+backward beside PyTorch's own, eager and, for the first size, under torch.compile in three modes, by CUDA events, as
+medians of interleaved rounds. Any mismatch ends the run with an error, and nothing is written. Times that the eight
+minutes leave no room for are null.
+
+`TRITON_INTERPRET=1 python bench/gpu.py --dry-run` goes the same way without a GPU: in Triton's interpreter, at small
+sizes, without a graph and with a compiler that does nothing. Its times say nothing; it shows that a wrong kernel is
+found and that the report is complete.
 """
 
 from __future__ import annotations
@@ -16,149 +22,271 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import gpu_graphs
 import torch
 import triton
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench" / "gates"))
 
+from parity import compare, cotangents_of, drawn  # noqa: E402
 from spec import Case, Inputs, cast, load_spec  # noqa: E402
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/triton.py"))
 COMPILED = ("default", "reduce-overhead", "max-autotune")
-ROUNDS, CALLS = 9, 20
+SECONDS = 480
 
 
-def drawn(case: Case, dtype: torch.dtype) -> Inputs:
-    """The case's inputs on the GPU, the same at every call."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = case.inputs(lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64))
-    moved = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-    return cast(moved, dtype, case.kept, case.grads)
+class Bench(NamedTuple):
+    """How much is run, and on what."""
+
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    rounds: int
+    calls: int
+
+    @property
+    def dry(self) -> bool:
+        return self.device == "cpu"
+
+    def cases(self, spec: ModuleType) -> list[Case]:
+        """For parity: the gates' and the papers' sizes."""
+        return spec.CASES[:2] if self.dry else [*spec.CASES, *spec.at_size(32)]
+
+    def sized(self, spec: ModuleType, batch: int) -> list[Case]:
+        """For times: the papers' sizes."""
+        return spec.CASES[:1] if self.dry else spec.at_size(batch)
 
 
-def run(call: Callable[[Inputs], Any], inputs: Inputs, grads: tuple[str, ...]) -> list[torch.Tensor]:
-    """Outputs and gradients, for gradients of the outputs that are the same at every call."""
-    outputs = list(call(inputs))
-    generator = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
-    if grads:
-        kept = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-        leaves = [inputs[name] for name in grads]
-        outputs += torch.autograd.grad([o for o, _ in kept], leaves, [c for _, c in kept])
-    return [o.detach() for o in outputs]
+GPU = Bench("cuda", (torch.float32, torch.float16, torch.bfloat16), rounds=9, calls=20)
+DRY = Bench("cpu", (torch.float32, torch.float16), rounds=2, calls=1)  # the interpreter's bfloat16 products are wrong
 
 
-def parity(case: Case, dtype: torch.dtype, module: ModuleType) -> list[dict[str, float]]:
-    """Error and budget of each output and gradient; two runs must agree bit for bit."""
-    rounded = drawn(case, dtype)
-    inputs = cast(rounded, torch.float64, (), case.grads)
-    exact = run(case.reference, inputs, case.grads)
-    peer = run(case.reference, drawn(case, dtype), case.grads)
-    found, again = (run(lambda x: case.kernel(module, x), drawn(case, dtype), case.grads) for _ in range(2))
-    rows = []
-    for i, (f, a, p, e) in enumerate(zip(found, again, peer, exact, strict=True)):
-        if not torch.equal(f, a):
-            raise SystemExit(f"{case.name}, {dtype}, tensor {i}: two runs differ, {(f != a).sum()} elements")
-        error, reference = (float((t.double() - e).abs().max()) for t in (f, p))
-        budget = 2 * reference + torch.finfo(p.dtype).eps * float(e.abs().max())
-        if not error <= budget:
-            raise SystemExit(f"{case.name}, {dtype}, tensor {i}: error {error} is above {budget}")
-        rows.append({"error": error, "budget": budget})
-    return rows
+def mismatches(bench: Bench, op: str, case: Case, module: ModuleType) -> dict[str, list[dict[str, Any]]]:
+    """Error, budget and repeatability of each output and gradient, by dtype.
 
-
-def timed(steps: dict[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
-    """Microseconds per call, median and quartiles over interleaved rounds."""
-    for step in steps.values():
-        for _ in range(3):
-            step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(ROUNDS):
-        for name, step in steps.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(CALLS):
-                step()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) * 1000 / CALLS)
+    Raises:
+        SystemExit: one is wrong.
+    """
     found = {}
+    for dtype in bench.dtypes:
+        rows = compare(case, dtype, module, bench.device, runs=2)
+        wrong = [row for row in rows if not row["ok"]]
+        if wrong:
+            raise SystemExit(f"{op} is wrong: {json.dumps(wrong, indent=1)}")
+        found[str(dtype).split(".")[1]] = [{key: row[key] for key in ("tensor", "error", "budget")} for row in rows]
+    return found
+
+
+def step_of(call: Callable[[Inputs], Sequence[Tensor]], inputs: Inputs, grads: tuple[str, ...],
+            cotangents: list[Tensor]) -> Callable[[], list[Tensor]]:
+    """One forward with backward, for these gradients of the outputs; returns outputs and gradients."""
+    leaves = [inputs[name] for name in grads]
+
+    def step() -> list[Tensor]:
+        outputs = list(call(inputs))
+        kept = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+        return [*outputs, *torch.autograd.grad([o for o, _ in kept], leaves, [c for _, c in kept])]
+
+    return step
+
+
+def replayed(bench: Bench, op: str, case: Case, module: ModuleType) -> str:
+    """Capture forward and backward in a CUDA graph and compare what a replay leaves with an eager run, bit for bit."""
+    if bench.dry:
+        return "dry run"
+    inputs = cast(drawn(case, bench.device), torch.bfloat16, case.kept, case.grads)
+    step = step_of(lambda x: case.kernel(module, x), inputs, case.grads, cotangents_of(case.reference(inputs)))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for x in captured:
+        x.detach().fill_(float("nan"))
+    graph.replay()
+    if not all(torch.equal(x, y) for x, y in zip(captured, expected, strict=True)):
+        raise SystemExit(f"{op}: a replayed graph gives other numbers than the eager call")
+    return "replays bit for bit"
+
+
+def alone(bench: Bench, *options: str) -> list[str]:
+    """The command that launches kernels in a process of its own, see `launch`."""
+    return [sys.executable, __file__, "--launch-only", *options, *(["--dry-run"] if bench.dry else [])]
+
+
+def warmed(bench: Bench, ops: Sequence[str]) -> None:
+    """Compile all kernels into Triton's cache, a process for each op and dtype: one after the other takes minutes."""
+    names = [str(dtype).split(".")[1] for dtype in bench.dtypes]
+    running = [subprocess.Popen(alone(bench, "--op", op, "--dtype", name), stderr=subprocess.PIPE, text=True)
+               for op in ops for name in names]
+    problems = [process.communicate()[1] for process in running]
+    for process, problem in zip(running, problems, strict=True):
+        if process.returncode:
+            raise SystemExit(f"{process.args}:\n{problem[-4000:]}")
+
+
+def sanitized(bench: Bench) -> str:
+    """Every kernel once under compute-sanitizer, where it is installed."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return "compute-sanitizer is not installed"
+    said = []
+    for checker in ("memcheck", "racecheck"):
+        command = [tool, "--tool", checker, "--error-exitcode", "1", *alone(bench)]
+        try:
+            ran = subprocess.run(command, capture_output=True, text=True, timeout=90)
+        except subprocess.TimeoutExpired:
+            said.append(f"{checker} did not finish in 90 s")
+            continue
+        if ran.returncode:
+            raise SystemExit(f"compute-sanitizer, {checker}:\n{ran.stdout[-4000:]}{ran.stderr[-4000:]}")
+        said.append(f"{checker} found nothing")
+    return "compute-sanitizer: " + ", ".join(said)
+
+
+def launch(bench: Bench, ops: Sequence[str], dtype: str | None) -> None:
+    """Forward and backward of the kernels, nothing else: in float16 the small cases, or in `dtype` all of `mismatches`.
+    """
+    for op in ops:
+        spec = load_spec(op)
+        module = importlib.import_module(spec.MODULE)
+        for case in bench.cases(spec) if bench.dry or dtype else spec.CASES:
+            inputs = cast(drawn(case, bench.device), getattr(torch, dtype or "float16"), case.kept, case.grads)
+            outputs = [o for o in case.kernel(module, inputs) if o.requires_grad]
+            if case.grads:
+                torch.autograd.grad(outputs, [inputs[name] for name in case.grads], outputs)
+
+
+def timed(bench: Bench, steps: dict[str, Callable[[], Any]], deadline: float) -> dict[str, dict[str, float] | None]:
+    """Microseconds per call, median and quartiles over interleaved rounds; None: no time was left."""
+    times: dict[str, list[float]] = {}
+    for name, step in steps.items():
+        if time.monotonic() > deadline:
+            continue
+        times[name] = []
+        for _ in range(3):
+            torch.compiler.cudagraph_mark_step_begin()
+            step()
+    for _ in range(bench.rounds):
+        for name in times:
+            began = _now(bench)
+            for _ in range(bench.calls):
+                torch.compiler.cudagraph_mark_step_begin()
+                steps[name]()
+            times[name].append(_since(began) / bench.calls)
+    found: dict[str, dict[str, float] | None] = dict.fromkeys(steps)
     for name, values in times.items():
         low, median, high = statistics.quantiles(values, n=4)
         found[name] = {"median": median, "low": low, "high": high}
     return found
 
 
-def speed(case: Case, dtype: torch.dtype, module: ModuleType) -> dict[str, Any]:
-    """Times of the kernels, eager PyTorch and its compilers."""
-    inputs = drawn(case, dtype)
+def _now(bench: Bench) -> float | torch.cuda.Event:
+    if bench.dry:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _since(began: float | torch.cuda.Event) -> float:
+    """Microseconds since `_now`."""
+    if isinstance(began, float):
+        return (time.perf_counter() - began) * 1e6
+    end = torch.cuda.Event(enable_timing=True)
+    end.record()
+    end.synchronize()
+    return began.elapsed_time(end) * 1000
+
+
+def speed(bench: Bench, case: Case, module: ModuleType, modes: Sequence[str], deadline: float) -> dict[str, Any]:
+    """Times of the kernels, of eager PyTorch and of its compiler in some modes."""
+    inputs = cast(drawn(case, bench.device), torch.float16 if bench.dry else torch.bfloat16, case.kept, case.grads)
     calls: dict[str, Callable[[Inputs], Any]] = {"triton": lambda x: case.kernel(module, x), "eager": case.reference}
-    for mode in COMPILED:
-        torch._dynamo.reset()
-        calls[f"compile, {mode}"] = torch.compile(case.reference, mode=mode)
-    forward = {name: (lambda call=call: call(inputs)) for name, call in calls.items()}
-    both = {name: (lambda call=call: run(call, inputs, case.grads)) for name, call in calls.items()}
+    torch._dynamo.reset()
+    for mode in modes:
+        options: dict[str, Any] = {"backend": "eager"} if bench.dry else {"mode": mode}
+        calls[f"compile, {mode}"] = torch.compile(case.reference, **options)
+    forward = {name: (lambda call=call: call(inputs)) for name, call in calls.items()} | case.rivals(inputs)
+    cotangents = cotangents_of(case.reference(inputs))
+    both = {name: step_of(call, inputs, case.grads, cotangents) for name, call in calls.items()}
     with torch.no_grad():
-        found = {"forward": timed(forward)}
-    return found | {"forward and backward": timed(both)}
+        found = {"case": case.name, "forward": timed(bench, forward, deadline)}
+    return found | {"forward and backward": timed(bench, both, deadline)}
 
 
-def sanitize(op: str) -> str:
-    """Every kernel once under compute-sanitizer, where it is installed."""
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        return "compute-sanitizer is not installed"
-    for check in ("memcheck", "racecheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "1", sys.executable, __file__, "--parity", op]
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=240)
-        if ran.returncode:
-            raise SystemExit(f"compute-sanitizer {check} of {op}:\n{ran.stdout[-4000:]}{ran.stderr[-4000:]}")
-    return "memcheck and racecheck found nothing"
+def measure(bench: Bench, ops: Sequence[str]) -> dict[str, Any]:
+    """The report; SystemExit on any mismatch."""
+    began = time.monotonic()
+    name = "Triton's interpreter" if bench.dry else torch.cuda.get_device_name()
+    report: dict[str, Any] = {"device": name, "dry_run": bench.dry, "torch": torch.__version__,
+                              "triton": triton.__version__, "cuda": torch.version.cuda, "rocm": torch.version.hip,
+                              "python": sys.version.split()[0], "ops": {op: {} for op in ops}}
+    if not bench.dry:
+        warmed(bench, ops)
+        print(f"compiled, {time.monotonic() - began:.0f} s", flush=True)
+    for op, found in report["ops"].items():
+        spec = load_spec(op)
+        module = importlib.import_module(spec.MODULE)
+        found["parity"] = {case.name: mismatches(bench, op, case, module) for case in bench.cases(spec)}
+        found["graph"] = replayed(bench, op, bench.sized(spec, 32)[0], module)
+        print(f"{op}: parity, determinism and graph hold, {time.monotonic() - began:.0f} s", flush=True)
+    report["sanitizer"] = sanitized(bench)
+    print(f"{report['sanitizer']}, {time.monotonic() - began:.0f} s", flush=True)
+    for op, found in report["ops"].items():
+        spec = load_spec(op)
+        module, deadline = importlib.import_module(spec.MODULE), began + SECONDS - 60
+        found["microseconds"] = {
+            str(batch): [speed(bench, case, module, COMPILED if i == 0 and batch > 1 else (), deadline)
+                         for i, case in enumerate(bench.sized(spec, batch))] for batch in (1, 32)}
+        print(f"{op}: timed, {time.monotonic() - began:.0f} s", flush=True)
+    return report | {"seconds": round(time.monotonic() - began, 1)}
 
 
-def main() -> None:
+def main(*options: str) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parity", metavar="OP", help="only the small cases of one op, in float16 and without times")
+    parser.add_argument("--dry-run", action="store_true", help="the same way in Triton's interpreter, at small sizes")
+    parser.add_argument("--launch-only", action="store_true", help="only launch the kernels, for compute-sanitizer")
+    parser.add_argument("--op", action="append", choices=OPS, help="only this op; default all")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
+                        help="with --launch-only: in this dtype, the papers' sizes too")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu.json")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    arguments = parser.parse_args(options)
+    if arguments.dry_run:
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise SystemExit("--dry-run runs in Triton's interpreter: set TRITON_INTERPRET=1")
+    elif not torch.cuda.is_available():
         raise SystemExit("make gpu needs a CUDA or ROCm device and torch sees none; without one, `make test` runs the "
                          "kernels in Triton's interpreter and compiles them for five parts")
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    elif os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 is set: the kernels would not run on the GPU")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    if arguments.parity:
-        spec = load_spec(arguments.parity)
-        for case in spec.CASES:
-            parity(case, torch.float16, importlib.import_module(spec.MODULE))
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    bench = DRY if arguments.dry_run else GPU
+    if arguments.launch_only:
+        launch(bench, arguments.op or OPS, arguments.dtype)
         return
-    report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
-                              "triton": triton.__version__, "cuda": torch.version.cuda, "rocm": torch.version.hip,
-                              "ops": {}}
-    for op in sorted(path.parent.name for path in (ROOT / "kernels").glob("*/triton.py")):
-        spec = load_spec(op)
-        module = importlib.import_module(spec.MODULE)
-        found: dict[str, Any] = {"sanitizer": sanitize(op), "parity": {}, "microseconds": {}}
-        for case in [*spec.CASES, *spec.at_size(32)]:
-            for dtype in DTYPES:
-                found["parity"][f"{case.name}, {dtype}"] = parity(case, dtype, module)
-        for batch in (1, 32):
-            case = spec.at_size(batch)[0]
-            found["microseconds"][f"{case.name}, batch {batch}"] = speed(case, torch.bfloat16, module)
-        report["ops"][op] = found
-        print(f"{op}: parity and determinism hold", flush=True)
-    report["graphs"] = gpu_graphs.measure()
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    report = measure(bench, arguments.op or OPS)
+    if not arguments.dry_run:
+        report["graphs"] = gpu_graphs.measure()
+    temporary = arguments.out.with_suffix(".tmp")
+    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(arguments.out)
     print(f"wrote {arguments.out}")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -10,15 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 
-def _library_fwd(e: int, B: int, K: int, M: int, D: int, softmax: int) -> int:
-    return e * (B * K * M + M * D + B * K * D) + 8 * B * K * softmax
+def _library_fwd(e: int, B: int, K: int, M: int, D: int, softmax: int, norm: int, N: int, F: int, P: int) -> int:
+    copied = 2 * B * N * D + (1 + B) * F * D + P * D  # N patches behind F prefix rows, P rows of position embedding
+    return e * (B * K * M + M * D + B * K * D * (1 + norm) + 2 * D * norm + copied) + 8 * B * K * softmax
 
 
-def _library_bwd_logits(e: int, B: int, K: int, M: int, D: int, softmax: int) -> int:
+def _library_bwd_norm(e: int, B: int, K: int, D: int, **rest: int) -> int:
+    return e * (3 * B * K * D + D)
+
+
+def _library_bwd_logits(e: int, B: int, K: int, M: int, D: int, softmax: int, **rest: int) -> int:
     return e * (2 * B * K * M + M * D + B * K * D * (1 + softmax)) + 8 * B * K * softmax
 
 
-def _library_bwd_library(e: int, B: int, K: int, M: int, D: int, softmax: int) -> int:
+def _library_bwd_library(e: int, B: int, K: int, M: int, D: int, softmax: int, **rest: int) -> int:
     return e * (B * K * M + M * D + B * K * D) + 8 * B * K * softmax
 
 
@@ -92,6 +97,7 @@ def _adaptive_sum_images(e: int, B: int, N: int, P: int, **rest: int) -> int:
 
 FORMULAS: dict[str, Callable[..., int]] = {
     "_library_prompts_fwd": _library_fwd,
+    "_library_prompts_bwd_norm": _library_bwd_norm,
     "_library_prompts_bwd_logits": _library_bwd_logits,
     "_library_prompts_bwd_library": _library_bwd_library,
     "_vae_prompts_fwd": _vae_fwd,

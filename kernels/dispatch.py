@@ -1,18 +1,27 @@
-"""Which implementation of an op runs: asked for with `use_backend`, decided by device and installation, recorded."""
+"""Which implementation of an op runs: asked for with `use_backend`, decided by device, installation and a measurement,
+recorded.
+
+Where the Triton kernels of an op and its PyTorch reference both can run, "auto" times them once for each signature of
+the arguments, on the arguments themselves, and keeps to the faster.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
+import statistics
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 BACKENDS = ("auto", "reference", "triton", "native")
 
@@ -20,13 +29,14 @@ _wanted: ContextVar[str] = ContextVar("fastprompt_backend", default="auto")
 
 
 class Choice(NamedTuple):
-    """The implementation that runs for an op, and why not a faster one."""
+    """The implementation that runs for an op, and why not a faster one, or the times of both where these were taken."""
 
     backend: str
     reason: str
 
 
 choices: dict[str, Choice] = {}  # the last choice of each op
+measured: dict[tuple[Any, ...], dict[str, float]] = {}  # signature of a call → seconds of one call by implementation
 _warned: set[tuple[str, str]] = set()
 
 
@@ -34,9 +44,11 @@ _warned: set[tuple[str, str]] = set()
 def use_backend(name: str) -> Iterator[None]:
     """Within this context, run every op by the named implementation: "auto", "reference", "triton" or "native".
 
-    "auto" takes the Triton kernels for CUDA and ROCm tensors and PyTorch elsewhere: the reference, or, training on a
-    CPU, an op's `recompute.py`, the same with a backward that keeps its inputs alone. An implementation that is asked
-    for by name and cannot run is a `RuntimeError` that says why, never a silent detour.
+    "auto" takes for CUDA and ROCm tensors the faster of Triton kernels and PyTorch, measured at the first call of each
+    shape (the kernels, unmeasured, inside `torch.compile` and in a graph capture that meets the shape first), and
+    PyTorch elsewhere: the reference, or, training on a CPU, an op's `recompute.py`, the same with a backward that
+    keeps its inputs alone. An implementation that is asked for by name and cannot run is a `RuntimeError` that says
+    why, never a silent detour.
 
     Raises:
         ValueError: there is no such backend.
@@ -55,17 +67,22 @@ def wanted() -> str:
     return _wanted.get()
 
 
-def choose(op: str, device: str, unsupported: str = "", recompute: bool = False) -> str:
+def choose(op: str, device: str, unsupported: str = "", recompute: bool = False, arguments: tuple[Any, ...] = ()
+           ) -> str:
     """The implementation of `op` on a device of type `device`: "reference", "recompute", "triton" or "native".
 
     Args:
         unsupported: why the Triton kernels cannot take this call; empty: they can.
         recompute: whether the op's `recompute.py` can take this call.
+        arguments: of the call, as `<op>/triton.py` and `<op>/reference.py` take them, to time the two on; a tensor
+            that is written must be detached, and is written then. None: the kernels run untimed.
 
     Raises:
         RuntimeError: the backend asked for cannot run.
     """
     choice = _decide(op, _wanted.get(), device, unsupported, recompute)
+    if choice.backend == "triton" and _wanted.get() == "auto" and arguments and not torch.compiler.is_compiling():
+        choice = _faster(op, arguments)
     choices[op] = choice
     return choice.backend
 
@@ -89,7 +106,67 @@ def _decide(op: str, wanted: str, device: str, unsupported: str, recompute: bool
     return Choice("recompute" if recompute else "reference", obstacle)
 
 
-def trains_on_cpu(*inputs: torch.Tensor | None) -> bool:
+def _faster(op: str, arguments: tuple[Any, ...]) -> Choice:
+    """The faster of kernels and reference for calls like this one, timed at the first of them."""
+    leaves = tree_leaves(arguments)
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    device, trains = tensors[0].device, torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    key = (op, device, trains, torch.is_autocast_enabled(device.type),
+           *((x.dtype, tuple(x.shape), x.requires_grad) if isinstance(x, Tensor) else x for x in leaves))
+    if key not in measured:
+        if not _can_be_timed(tensors):
+            return Choice("triton", "")
+        with torch.cuda.device_of(tensors[0]):
+            measured[key] = {backend: seconds(_step(op, backend, arguments, trains))
+                             for backend in ("triton", "reference")}
+    times = measured[key]
+    said = f"{times['triton'] * 1e6:.1f} µs, PyTorch {times['reference'] * 1e6:.1f} µs at this shape"
+    if times["triton"] <= times["reference"]:
+        return Choice("triton", f"the kernels took {said}")
+    return Choice("reference", f"the Triton kernels are slower: they took {said}")
+
+
+def _can_be_timed(tensors: list[Tensor]) -> bool:
+    """Whether there is memory that can be computed on now: no fakes, no transforms, no graph being captured."""
+    if torch._C._are_functorch_transforms_active() or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
+        return False
+    return not (tensors[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def _step(op: str, backend: str, arguments: tuple[Any, ...], trains: bool) -> Callable[[], None]:
+    """One call of an implementation, with its backward where something trains; it leaves no gradient behind."""
+    call = getattr(importlib.import_module(f"fastprompt.kernels.{op}.{backend}"), op)
+
+    def step() -> None:
+        own = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(trains and x.requires_grad), arguments)
+        leaves = [x for x in tree_leaves(own) if isinstance(x, Tensor) and x.requires_grad]
+        outputs = [x for x in tree_leaves(call(*own)) if x.requires_grad]
+        if outputs:
+            torch.autograd.grad(outputs, leaves, [x.detach() for x in outputs], allow_unused=True)
+
+    return step
+
+
+def seconds(step: Callable[[], None]) -> float:
+    """Median time of a step on the current GPU, after two calls that compile and warm up; endless if memory runs out.
+    """
+    try:
+        for _ in range(2):
+            step()
+        times = []
+        for _ in range(5):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1000)
+        return statistics.median(times)
+    except torch.OutOfMemoryError:
+        return float("inf")
+
+
+def trains_on_cpu(*inputs: Tensor | None) -> bool:
     """Whether tensors on a CPU are used for a backward, outside of compilers and `torch.func`."""
     tensors = [t for t in inputs if t is not None]
     return (torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -94,7 +94,7 @@ def build(index: int) -> dict[str, Any]:
     named = repr((triton.__version__, part, launch.function.cache_key, launch.key)) + reading
     kept = CACHE / f"{hashlib.sha256(named.encode()).hexdigest()}.json"
     if kept.exists():
-        return json.loads(kept.read_text())
+        return {**json.loads(kept.read_text()), "row": launch.row}
     source = ASTSource(launch.function, dict(launch.signature), dict(launch.constexprs),
                        {(i,): [["tt.divisibility", 16]] for i in launch.aligned})
     row: dict[str, Any] = {"kernel": launch.kernel, "row": launch.row, "part": part, "dtype": dtype,

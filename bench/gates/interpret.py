@@ -1,6 +1,4 @@
 """Runs an op's cases and checks in Triton's interpreter, see `spec`: `python bench/gates/interpret.py <op> [case ...]`.
-
-Tolerance of every output and gradient: max|kernel − f64| ≤ 2 · max|PyTorch, same dtype − f64| + eps · max|f64|.
 """
 
 from __future__ import annotations
@@ -10,76 +8,25 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import torch
-from spec import Case, Inputs, cast, load_spec, row_of
-from torch import Tensor
+from parity import compare
+from spec import Case, load_spec, row_of
 from watch import Watch
 
 from fastprompt.kernels.dispatch import interpreting
 from fastprompt.kernels.tiles import as_family
 
 
-def evaluate(call: Callable[[Inputs], Sequence[Tensor]], inputs: Inputs, grads: tuple[str, ...],
-             cotangents: list[Tensor]) -> dict[str, Tensor]:
-    """Outputs and gradients by name; `cotangents` are the gradients of the outputs, filled on first use."""
-    outputs = tuple(call(inputs))
-    if not cotangents:
-        generator = torch.Generator().manual_seed(1)
-        cotangents += [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
-    found = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
-    if grads:
-        scaled = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-        torch.autograd.backward([o for o, _ in scaled], [c.to(o.dtype) for o, c in scaled])
-        found |= {f"d {name}": inputs[name].grad for name in grads}
-    return found
-
-
-def error(found: Tensor, exact: Tensor) -> float:
-    """max|found − exact|, infinite where the two are not finite in the same places."""
-    found = found.double()
-    if found.shape != exact.shape or not torch.equal(found.isnan(), exact.isnan()):
-        return float("inf")
-    if not torch.equal(found.isinf() * found.sign(), exact.isinf() * exact.sign()):
-        return float("inf")
-    difference = torch.where(exact.isfinite(), found - exact, torch.zeros_like(exact))
-    return float(difference.abs().max()) if difference.numel() else 0.0
-
-
-def same(found: Tensor | None, expected: Tensor | None, tolerance: float) -> None:
-    """Assert that two tensors of one dtype and shape differ by at most `tolerance` of the largest value."""
-    assert found is not None
-    assert expected is not None
-    assert found.dtype == expected.dtype
-    worst, scale = error(found.detach(), expected.detach().double()), float(expected.detach().abs().max())
-    assert worst <= tolerance * scale, f"differs by {worst}, largest value {scale}"
-
-
-def compare(case: Case, dtype: torch.dtype, module: ModuleType, watch: Watch) -> list[dict[str, Any]]:
-    """One row per output and gradient: error, budget, PyTorch's error."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = case.inputs(lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64))
-    rounded = cast(drawn, dtype, case.kept, ())
-    cotangents: list[Tensor] = []
-    peer = evaluate(case.reference, cast(rounded, dtype, case.kept, case.grads), case.grads, cotangents)
-    exact = evaluate(case.reference, cast(rounded, torch.float64, (), case.grads), case.grads, cotangents)
+@contextmanager
+def watched(case: Case, watch: Watch) -> Iterator[None]:
+    """Within this context kernels are launched as on the case's part, and watched."""
     with as_family(case.family), watch:
-        found = evaluate(lambda x: case.kernel(module, x), cast(rounded, dtype, case.kept, case.grads), case.grads,
-                         cotangents)
-    rows = []
-    for name, value in found.items():
-        scale = float(exact[name].nan_to_num(0, 0, 0).abs().max()) if exact[name].numel() else 0.0
-        reference = error(peer[name], exact[name])
-        budget = 2 * reference + torch.finfo(peer[name].dtype).eps * scale
-        ok = error(value, exact[name]) <= budget and value.dtype == peer[name].dtype
-        if case.exact and name.startswith("output"):
-            ok = ok and torch.equal(value, peer[name])
-        rows.append({"case": case.name, "dtype": str(dtype).split(".")[1], "tensor": name, "ok": ok,
-                     "error": error(value, exact[name]), "budget": budget, "peer": reference})
-    return rows
+        yield
 
 
 def launches_of(watch: Watch, tables: dict[str, Any], case: Case, dtype: str) -> list[dict[str, Any]]:
@@ -92,7 +39,7 @@ def launches_of(watch: Watch, tables: dict[str, Any], case: Case, dtype: str) ->
 def traffic(case: Case, dtype: torch.dtype, module: ModuleType, spec: ModuleType) -> list[dict[str, Any]]:
     """Distinct bytes of each launch beside the formula, with allocations that no launch of the call touches."""
     watch = Watch()
-    compare(case, dtype, module, watch)
+    compare(case, dtype, module, within=watched(case, watch))
     rows = []
     used = set()
     for launch in watch.launches:
@@ -125,7 +72,7 @@ def failures(spec: ModuleType, module: ModuleType, stop_early: bool, names: Sequ
         for dtype in case.dtypes:
             watch = Watch()
             try:
-                rows = compare(case, getattr(torch, dtype), module, watch)
+                rows = compare(case, getattr(torch, dtype), module, within=watched(case, watch))
                 report["launches"] += launches_of(watch, module.TABLES, case, dtype)
             except Exception:
                 rows = [{"case": case.name, "dtype": dtype, "ok": False, "error": traceback.format_exc(limit=-6)}]

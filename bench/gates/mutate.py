@@ -1,11 +1,12 @@
 """Breaks an op's kernels on purpose: `TRITON_INTERPRET=1 python bench/gates/mutate.py <op> [mutation ...]`.
 
 Each mutation of the specification is one edit of the source. It is applied to a copy, the cases and checks run on the
-copy in a process of its own, and one of them has to turn red.
+copy in a process of its own, and one of them has to turn red. A copy without an edit has to stay green.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -34,6 +35,8 @@ def module_from(source: str, name: str, folder: str) -> ModuleType:
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module
     found.loader.exec_module(module)
+    parent, _, child = name.rpartition(".")
+    setattr(importlib.import_module(parent), child, module)
     return module
 
 
@@ -74,6 +77,9 @@ def main(op: str, *names: str) -> None:
     assert path is not None
     source = Path(str(path.origin)).read_text()
     result = {}
+    unharmed = in_a_fork(spec, source)
+    if unharmed:
+        raise SystemExit(f"red without a mutation: {unharmed}")
     for name, old, new in spec.MUTATIONS:
         if names and name not in names:
             continue

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from kernel_bytes import formula as formula
 from spec import Case, Draw, Inputs
 from torch import Tensor
@@ -47,10 +49,19 @@ def case(name: str, b: int, h: int, r: int, t: int, p: int, d: int, n: int = 1, 
     def expected(x: Inputs) -> tuple[Tensor]:
         return (reference.prefix_attention(*arguments(x)),)
 
+    def attention_alone(x: Inputs) -> dict[str, Callable[[], Tensor]]:
+        q, k, v, prefix_k, prefix_v, bias = (y if y is None else y.detach() for y in arguments(x))
+        assert k is not None
+        assert v is not None
+        k, v = reference.with_prefix(prefix_k, k), reference.with_prefix(prefix_v, v)
+        return {} if bias is not None else {"scaled_dot_product_attention on keys and values concatenated before":
+                                            lambda: F.scaled_dot_product_attention(q, k, v)}
+
     if grads is None:
         grads = ("qkv", "prefix")[:1 + (p > 0)] if packed else ALL[:5 if p else 3]
     sizes = {"B": b, "H": h, "R": r, "T": t, "P": p, "D": d, "n": n, "W": windows, "runs": runs}
-    return Case(name, inputs, kernel, expected, grads, sizes, **options)  # type: ignore[arg-type]
+    return Case(name, inputs, kernel, expected, grads, sizes, rivals=attention_alone,
+                **options)  # type: ignore[arg-type]
 
 
 CASES = [
@@ -133,11 +144,11 @@ def check_the_heads_of_a_row_lie_side_by_side(module: ModuleType) -> None:
 
 
 def check_a_masked_block_of_tokens_is_not_seen(module: ModuleType) -> None:
-    q, k, v = torch.randn(3, 1, 1, 17, 32).unbind(0)
-    bias = torch.zeros(1, 1, 17, 17)
-    bias[..., :16] = float("-inf")  # the first whole block of keys
+    q, k, v = torch.randn(3, 1, 1, 65, 32).unbind(0)
+    bias = torch.zeros(1, 1, 65, 65)
+    bias[..., :64] = float("-inf")  # the first whole block of keys, whichever row of the table is taken
     out = module.prefix_attention(q, k, v, None, None, bias, 1.0)
-    torch.testing.assert_close(out, v[:, :, 16:].expand_as(v))
+    torch.testing.assert_close(out, v[:, :, 64:].expand_as(v))
     out = module.prefix_attention(q, k, v, q[:, :, :2], v[:, :, :2], bias - float("inf"), 1.0)
     torch.testing.assert_close(out, torch.softmax(q @ q[:, :, :2].transpose(2, 3), -1) @ v[:, :, :2])
 

@@ -53,6 +53,7 @@ class Case:
         sizes: what the byte formulas need.
         family: part whose table rows are used. dtypes: under test in the interpreter. compiled: ahead of time.
         exact: outputs must equal the reference's in the same dtype bit for bit, beside the tolerance.
+        rivals: inputs → calls without gradients that `make gpu` times beside the reference.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Case:
     compiled: tuple[str, ...] = ("float32", "float16", "bfloat16")
     kept: tuple[str, ...] = ()
     exact: bool = False
+    rivals: Callable[[Inputs], dict[str, Callable[[], Any]]] = lambda x: {}
 
 
 def load_spec(op: str) -> ModuleType:

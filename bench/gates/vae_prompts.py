@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from interpret import same
 from kernel_bytes import formula as formula
+from parity import same
 from spec import Case, Draw, Inputs
 from torch import Tensor
 

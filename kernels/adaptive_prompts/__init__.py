@@ -63,18 +63,18 @@ def adaptive_prompts(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix
         raise ValueError("w1 and w2 must be given together")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    arguments = (tokens, norm_weight, norm_bias, mix, bias, w1, w2, scale, activation, eps, channel_mask, hidden_mask,
+                 stats)
     backend = dispatch.choose("adaptive_prompts", tokens.device.type, _unsupported(tokens, mix, stats, d, r),
-                              dispatch.trains_on_cpu(tokens, norm_weight, norm_bias, mix))
+                              dispatch.trains_on_cpu(tokens, norm_weight, norm_bias, mix), arguments)
     if backend == "triton":
         from fastprompt.kernels.adaptive_prompts import triton
 
-        return triton.adaptive_prompts(tokens, norm_weight, norm_bias, mix, bias, w1, w2, scale, activation, eps,
-                                       channel_mask, hidden_mask, stats)
+        return triton.adaptive_prompts(*arguments)
     if backend == "recompute":
         prompts = recompute.mix_positions(tokens, norm_weight, norm_bias, mix, eps)
         return reference.finish(prompts, bias, w1, w2, scale, activation, channel_mask, hidden_mask)
-    return reference.adaptive_prompts(tokens, norm_weight, norm_bias, mix, bias, w1, w2, scale, activation, eps,
-                                      channel_mask, hidden_mask)
+    return reference.adaptive_prompts(*arguments)
 
 
 def _unsupported(tokens: Tensor, mix: Tensor, stats: Tensor | None, d: int, r: int) -> str:

@@ -35,8 +35,8 @@ def position_matrix(kernel: Tensor, projector: Tensor, grid: tuple[int, int], pa
 
 def adaptive_prompts(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix: Tensor, bias: Tensor,
                      w1: Tensor | None, w2: Tensor | None, scale: Tensor | float, activation: str, eps: float,
-                     channel_mask: Tensor | None, hidden_mask: Tensor | None) -> Tensor:
-    """See `fastprompt.kernels.adaptive_prompts.adaptive_prompts`."""
+                     channel_mask: Tensor | None, hidden_mask: Tensor | None, stats: Tensor | None = None) -> Tensor:
+    """See `fastprompt.kernels.adaptive_prompts.adaptive_prompts`; the norm computes its own statistics."""
     x = F.layer_norm(tokens.to(mix.dtype), norm_weight.shape, norm_weight, norm_bias, eps)
     return finish(mix @ x, bias, w1, w2, scale, activation, channel_mask, hidden_mask)
 

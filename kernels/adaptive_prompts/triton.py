@@ -22,6 +22,8 @@ from torch import Tensor
 
 from fastprompt.kernels.tiles import Tiles, pick
 
+PROGRAMS = 132  # the channels are cut into shares until so many programs work on them
+
 TABLES = {
     "_adaptive_prompts_mix": (
         Tiles({"BLOCK_P": 16, "BLOCK_N": 16}, num_warps=8, limits={"bits": 16, "given": 0}),
@@ -32,10 +34,11 @@ TABLES = {
     "_adaptive_prompts_fwd": (
         Tiles({"BLOCK_R": 16, "BLOCK_D": 128}, num_stages=1, limits={"bits": 16, "H": 16}),
         Tiles({"BLOCK_R": 16, "BLOCK_D": 32}, num_stages=1, limits={"H": 16}),
-        Tiles({"BLOCK_R": 16, "BLOCK_D": 64}, num_warps=8, num_stages=1),
+        Tiles({"BLOCK_R": 16, "BLOCK_D": 64}, num_stages=1),
     ),
     "_adaptive_prompts_bwd_prompts": (
-        Tiles({"BLOCK_R": 16, "BLOCK_D": 128}, num_stages=1, limits={"bits": 16}),
+        Tiles({"BLOCK_R": 16, "BLOCK_D": 128}, num_stages=1, limits={"bits": 16, "H": 16}),
+        Tiles({"BLOCK_R": 16, "BLOCK_D": 64}, num_warps=8, num_stages=1, limits={"bits": 16}),
         Tiles({"BLOCK_R": 16, "BLOCK_D": 32}, num_stages=1),
     ),
     "_adaptive_prompts_bwd_tokens": (
@@ -155,12 +158,13 @@ def _adaptive_prompts_mix(
 @triton.jit
 def _adaptive_prompts_fwd(
     mixed, sums, norm_weight, norm_bias, bias, w1, w2, scale, channel_mask, hidden_mask, prompts,
-    R, P, D, H, factor,
+    R, P, D, H, share, factor,
     stride_w, stride_b, stride_p, stride_1r, stride_1d, stride_2d, stride_2r, stride_cb, stride_cd,
     stride_hb, stride_hp, stride_hr,
     ACTIVATION: tl.constexpr, BOTTLENECK: tl.constexpr, SCALED: tl.constexpr, HAS_CHANNELS: tl.constexpr,
     HAS_HIDDEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
 ):
+    """Programs (rows; shares of the channels): all of them are read for the hidden units, each writes its share."""
     r, j = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_H)
     dtype = mixed.dtype.element_ty
     if BOTTLENECK:
@@ -176,7 +180,8 @@ def _adaptive_prompts_fwd(
                                BLOCK_R, BLOCK_H)
         if SCALED:
             factor = tl.load(scale).to(tl.float32)
-    for start in range(0, D, BLOCK_D):
+    first = tl.program_id(1) * share
+    for start in range(first, tl.minimum(first + share, D), BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         u = _before_bottleneck(mixed, sums, norm_weight, norm_bias, bias, channel_mask, r, d, R, P, D,
                                stride_w, stride_b, stride_p, stride_cb, stride_cd, HAS_CHANNELS)
@@ -190,29 +195,38 @@ def _adaptive_prompts_fwd(
 @triton.jit
 def _adaptive_prompts_bwd_prompts(
     grad, mixed, sums, norm_weight, norm_bias, bias, w1, w2, scale, channel_mask, hidden_mask, dv, dunits, units, parts,
-    R, P, D, H, N, size, factor,
+    R, P, D, H, N, size, share, factor,
     stride_gb, stride_gp, stride_gd, stride_w, stride_b, stride_p, stride_1r, stride_1d, stride_2d, stride_2r,
     stride_cb, stride_cd, stride_hb, stride_hp, stride_hr,
     ACTIVATION: tl.constexpr, BOTTLENECK: tl.constexpr, SCALED: tl.constexpr, HAS_CHANNELS: tl.constexpr,
     HAS_HIDDEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
 ):
-    """dv (R, D), da and h (R, H), and columns N and N + 1 of parts: dbias and dscale."""
+    """dv (R, D), da and h (R, H), and columns N and N + 1 of parts: dbias and dscale.
+
+    Programs as in the forward; Σ_d du = Σ_d g + Σ_j da_j Σ_d W₁ needs no share but the first.
+    """
     r, j = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_H)
     dtype = mixed.dtype.element_ty
+    alone = tl.program_id(1) == 0
     grad = grad + (r // P).to(tl.int64)[:, None] * stride_gb + (r % P)[:, None] * stride_gp  # (R, 1)
     dscale = tl.zeros((BLOCK_R,), tl.float32)
-    if BOTTLENECK:
-        a = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
-        t = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
-        for start in range(0, D, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
+    dbias = tl.zeros((BLOCK_R,), tl.float32)
+    a = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
+    t = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
+    total = tl.zeros((BLOCK_H,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        g = tl.load(grad + d[None, :] * stride_gd, mask=(r[:, None] < R) & (d[None, :] < D), other=0.0)
+        dbias += tl.sum(g.to(tl.float32), axis=1)
+        if BOTTLENECK:
             u = _before_bottleneck(mixed, sums, norm_weight, norm_bias, bias, channel_mask, r, d, R, P, D,
                                    stride_w, stride_b, stride_p, stride_cb, stride_cd, HAS_CHANNELS)
             up = _tile(w1, j, d, H, D, stride_1r, stride_1d).to(dtype)  # (H, D)
             a = tl.dot(u.to(dtype), tl.trans(up), a, input_precision="ieee")
-            g = tl.load(grad + d[None, :] * stride_gd, mask=(r[:, None] < R) & (d[None, :] < D), other=0.0)
             down = _tile(w2, d, j, D, H, stride_2d, stride_2r).to(dtype)  # (D, H)
             t = tl.dot(g.to(dtype), down, t, input_precision="ieee")
+            total += tl.sum(up.to(tl.float32), axis=1)
+    if BOTTLENECK:
         hidden, slope = _activate(a, ACTIVATION)
         mask = _hidden_mask(hidden_mask, r, j, R, P, H, stride_hb, stride_hp, stride_hr, HAS_HIDDEN, BLOCK_R, BLOCK_H)
         hidden *= mask
@@ -220,23 +234,23 @@ def _adaptive_prompts_bwd_prompts(
             factor = tl.load(scale).to(tl.float32)
         dscale = tl.sum(tl.where(j[None, :] < H, hidden * t, 0.0), axis=1)
         da = factor * t * mask * slope
-        at, known = r[:, None].to(tl.int64) * H + j[None, :], (r[:, None] < R) & (j[None, :] < H)
+        dbias += tl.sum(da.to(dtype).to(tl.float32) * total[None, :], axis=1)
+        at, known = r[:, None].to(tl.int64) * H + j[None, :], (r[:, None] < R) & (j[None, :] < H) & alone
         tl.store(dunits + at, da, mask=known)
         tl.store(units + at, hidden, mask=known)
-    dbias = tl.zeros((BLOCK_R,), tl.float32)
-    for start in range(0, D, BLOCK_D):
+    part = parts + (r // P).to(tl.int64) * size + r % P * (N + 2) + N
+    tl.store(part, dbias, mask=(r < R) & alone)
+    tl.store(part + 1, dscale, mask=(r < R) & alone)
+    first = tl.program_id(1) * share
+    for start in range(first, tl.minimum(first + share, D), BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         inside = (r[:, None] < R) & (d[None, :] < D)
         du = tl.load(grad + d[None, :] * stride_gd, mask=inside, other=0.0).to(tl.float32)
         if BOTTLENECK:
             up = _tile(w1, j, d, H, D, stride_1r, stride_1d).to(dtype)  # (H, D)
             du = tl.dot(da.to(dtype), up, du, input_precision="ieee")
-        dbias += tl.sum(du, axis=1)
         du = _channels(du, channel_mask, r, d, R, P, D, stride_cb, stride_cd, HAS_CHANNELS)
         tl.store(dv + r[:, None].to(tl.int64) * D + d[None, :], du.to(dv.dtype.element_ty), mask=inside)
-    part = parts + (r // P).to(tl.int64) * size + r % P * (N + 2) + N
-    tl.store(part, dbias, mask=r < R)
-    tl.store(part + 1, dscale, mask=r < R)
 
 
 @triton.jit
@@ -345,6 +359,12 @@ def _adaptive_prompts_sum_images(parts, dmix, rest, B, P, N, size, BLOCK: tl.con
     tl.store(rest + p * 2 + n - N, acc, mask=(p < P) & (n >= N))
 
 
+def _shares(rows: int, d: int, block: int) -> tuple[tuple[int, int], int]:
+    """The grid for so many blocks of rows, and the channels of one share: as many as leave PROGRAMS programs."""
+    share = max(triton.cdiv(d, block) // triton.cdiv(PROGRAMS, rows), 1) * block
+    return (rows, triton.cdiv(d, share)), share
+
+
 def _vectors(norm_weight: Tensor, norm_bias: Tensor, bias: Tensor) -> list[int]:
     return [norm_weight.stride(0), norm_bias.stride(0), bias.stride(0)]
 
@@ -377,9 +397,10 @@ def _forward(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix: Tensor
             tokens, statistics, mix, mixed, sums, n, p, d, eps, *tokens.stride(), *mix.stride(), *statistics.stride(),
             GIVEN=stats is not None, BLOCK_D=width, **row.options)
         row = pick(TABLES["_adaptive_prompts_fwd"], tokens.device, bits=8 * tokens.itemsize, H=h)
-        _adaptive_prompts_fwd[(triton.cdiv(b * p, row.sizes["BLOCK_R"]),)](
+        grid, share = _shares(triton.cdiv(b * p, row.sizes["BLOCK_R"]), d, row.sizes["BLOCK_D"])
+        _adaptive_prompts_fwd[grid](
             mixed, sums, norm_weight, norm_bias, bias, w1, w2, scale, channel_mask, hidden_mask, prompts,
-            b * p, p, d, h, factor, *_vectors(norm_weight, norm_bias, bias), *_strides(w1, 2), *_strides(w2, 2),
+            b * p, p, d, h, share, factor, *_vectors(norm_weight, norm_bias, bias), *_strides(w1, 2), *_strides(w2, 2),
             *_strides(channel_mask, 2), *_strides(hidden_mask, 3), ACTIVATION=activation,
             HAS_HIDDEN=hidden_mask is not None and w1 is not None, **constants, **row.options)
     return prompts, mixed, sums, computed
@@ -412,12 +433,13 @@ def _backward(grad: Tensor, tokens: Tensor, norm_weight: Tensor, norm_bias: Tens
     parts = tokens.new_empty(b, size, dtype=torch.float32)
     vectors, constants = _vectors(norm_weight, norm_bias, bias), _bottleneck(w1, scale, channel_mask)
     with torch.cuda.device_of(tokens):
-        row = pick(TABLES["_adaptive_prompts_bwd_prompts"], tokens.device, bits=bits)
-        _adaptive_prompts_bwd_prompts[(triton.cdiv(b * p, row.sizes["BLOCK_R"]),)](
+        row = pick(TABLES["_adaptive_prompts_bwd_prompts"], tokens.device, bits=bits, H=h)
+        grid, share = _shares(triton.cdiv(b * p, row.sizes["BLOCK_R"]), d, row.sizes["BLOCK_D"])
+        _adaptive_prompts_bwd_prompts[grid](
             grad, mixed, sums, norm_weight, norm_bias, bias, w1, w2, scale, channel_mask, hidden_mask,
-            dv, dunits, units, parts, b * p, p, d, h, n, size, factor, *grad.stride(), *vectors, *_strides(w1, 2),
-            *_strides(w2, 2), *_strides(channel_mask, 2), *_strides(hidden_mask, 3), ACTIVATION=activation,
-            HAS_HIDDEN=hidden_mask is not None and w1 is not None, **constants, **row.options)
+            dv, dunits, units, parts, b * p, p, d, h, n, size, share, factor, *grad.stride(), *vectors,
+            *_strides(w1, 2), *_strides(w2, 2), *_strides(channel_mask, 2), *_strides(hidden_mask, 3),
+            ACTIVATION=activation, HAS_HIDDEN=hidden_mask is not None and w1 is not None, **constants, **row.options)
         row = pick(TABLES["_adaptive_prompts_bwd_tokens"], tokens.device, bits=bits)
         _adaptive_prompts_bwd_tokens[(b * triton.cdiv(n, row.sizes["BLOCK_N"]),)](
             tokens, stats, norm_weight, norm_bias, mix, dv, dtokens, parts, n, p, d, size, eps, *tokens.stride(),

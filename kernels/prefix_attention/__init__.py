@@ -60,7 +60,8 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None = 
     scale = d**-0.5 if scale is None else scale
     lean = bias is None and (prefix_k is None or prefix_k.shape[0] in (1, b)) \
         and dispatch.trains_on_cpu(q, k, v, prefix_k, prefix_v)
-    backend = dispatch.choose("prefix_attention", q.device.type, _unsupported(q), lean)
+    backend = dispatch.choose("prefix_attention", q.device.type, _unsupported(q), lean,
+                              arguments=(q, k, v, prefix_k, prefix_v, bias, scale))
     if backend == "triton":
         from fastprompt.kernels.prefix_attention import triton
 

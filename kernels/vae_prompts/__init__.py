@@ -50,7 +50,8 @@ def vae_prompts(stats: Tensor, decoders: list[Decoder], domain: Tensor, seed: Te
                              f"got {decoder.w1.shape[1]} to {decoder.w2.shape[0]}")
     if seed is not None and (str(seed.dtype) != "torch.int64" or tuple(seed.shape) != (2,)):
         raise TypeError(f"seed must be an int64 tensor of shape (2,), got {seed.dtype} {tuple(seed.shape)}")
-    if dispatch.choose("vae_prompts", stats.device.type, _unsupported(stats, decoders, domain, seed)) == "triton":
+    if dispatch.choose("vae_prompts", stats.device.type, _unsupported(stats, decoders, domain, seed),
+                       arguments=(stats, decoders, domain, seed)) == "triton":
         from fastprompt.kernels.vae_prompts import triton
 
         return triton.vae_prompts(stats, decoders, domain, seed)

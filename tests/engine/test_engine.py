@@ -389,7 +389,7 @@ def test_adapters_of_static_prompts_take_the_bytes_of_keys_values_and_prompts(bu
         adapter = engine._adapters[name]
         tensors = [*adapter.generator.parameters(), *adapter.head.parameters()]
         with torch.no_grad():
-            tensors += [t for prefix in adapter.static_prefixes().values() for t in prefix]
+            tensors += [t for prefix in adapter.kept_prefixes().values() for t in prefix]
         for tensor in tensors:
             assert tensor.dtype == torch.bfloat16 or tensor.shape[0] == 5
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()

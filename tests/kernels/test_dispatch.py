@@ -3,13 +3,19 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastprompt as fp
 from fastprompt.kernels import dispatch
-from fastprompt.kernels.library_prompts import library_prompts
+from fastprompt.kernels.adaptive_prompts import adaptive_prompts
+from fastprompt.kernels.library_prompts import PreNorm, library_prompts
+from fastprompt.kernels.prefix_attention import prefix_attention
 from fastprompt.kernels.vae_prompts import Decoder, vae_prompts
 
 
@@ -17,6 +23,125 @@ from fastprompt.kernels.vae_prompts import Decoder, vae_prompts
 def compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch, "measured", {})
+
+
+class Timer:
+    """Stands in for the GPU's clock: `slow` of the two implementations takes 20 µs, the other 10 µs. It runs each step
+    that it times, the kernels' by the reference; `calls` are their names."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
+        self.calls: list[str] = []
+        build = dispatch._step
+
+        def step(op: str, backend: str, arguments: tuple[Any, ...], trains: bool) -> Callable[[], None]:
+            self.calls.append(backend)
+            return build(op, "reference", arguments, trains)
+
+        def seconds(call: Callable[[], None]) -> float:
+            call()
+            return 2e-5 if self.calls[-1] == slow else 1e-5
+
+        monkeypatch.setattr(dispatch, "_step", step)
+        monkeypatch.setattr(dispatch, "seconds", seconds)
+
+
+def test_the_faster_implementation_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = (torch.randn(2, 3, 4), torch.randn(4, 5), "softmax")
+    timer = Timer(monkeypatch, slow="triton")
+    assert dispatch.choose("library_prompts", "cuda", arguments=inputs) == "reference"
+    assert dispatch.choices["library_prompts"] == (
+        "reference", "the Triton kernels are slower: they took 20.0 µs, PyTorch 10.0 µs at this shape")
+    assert sorted(timer.calls) == ["reference", "triton"]
+    timer = Timer(monkeypatch, slow="reference")
+    assert dispatch.choose("library_prompts", "cuda", arguments=inputs) == "reference"
+    assert timer.calls == []  # remembered
+    monkeypatch.setattr(dispatch, "measured", {})
+    assert dispatch.choose("library_prompts", "cuda", arguments=inputs) == "triton"
+    assert dispatch.choices["library_prompts"].reason == "the kernels took 10.0 µs, PyTorch 20.0 µs at this shape"
+
+
+def test_each_shape_dtype_and_mode_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer = Timer(monkeypatch, slow="triton")
+    logits, library = torch.randn(2, 3, 4), torch.randn(4, 5)
+    cases = [(logits, library, "softmax"), (logits, library, "sigmoid"), (logits[:1], library, "softmax"),
+             (logits, library.bfloat16(), "softmax"), (logits, library.clone().requires_grad_(), "softmax")]
+    for _ in range(2):
+        for inputs in cases:
+            dispatch.choose("library_prompts", "cuda", arguments=inputs)
+        with torch.no_grad():  # the library does not train here: another measurement than with it
+            dispatch.choose("library_prompts", "cuda", arguments=cases[-1])
+        assert len(timer.calls) == 2 * (len(cases) + 1)
+
+
+def test_a_measurement_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    Timer(monkeypatch, slow="triton")
+    logits, library = torch.randn(2, 3, 4, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    scaled = 2 * logits
+    dispatch.choose("library_prompts", "cuda", arguments=(scaled, library, "softmax"))
+    assert logits.grad is None
+    assert library.grad is None
+    scaled.sum().backward()  # its graph is still there
+
+
+def test_every_op_says_what_the_implementations_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each op is called as on a GPU; the timer runs forward and backward of its reference on what `choose` got."""
+    timer, decide = Timer(monkeypatch, slow="triton"), dispatch._decide
+    monkeypatch.setattr(dispatch, "_decide", lambda op, wanted, device, *rest: decide(op, wanted, "cuda", *rest))
+    sizes = ((2, 3, 4), (4, 5), (2, 7, 5), (2, 1, 6, 8), (3, 4), (10, 3))
+    x = [torch.randn(size, requires_grad=True) for size in sizes]
+    norm = PreNorm(torch.ones(5), torch.zeros(5), 1e-5)
+    calls = {
+        "library_prompts": lambda: library_prompts(x[0], x[1], out=2 * x[2], slot=1, pre_norm=norm),
+        "prefix_attention": lambda: prefix_attention(x[3], x[3], x[3], x[3][:1], x[3][:1]),
+        "adaptive_prompts": lambda: adaptive_prompts(x[2], norm.weight, norm.bias, torch.ones(3, 7), torch.ones(3)),
+        "vae_prompts": lambda: vae_prompts(torch.ones(2, 8), [Decoder(x[4], torch.ones(3), x[5], torch.ones(10))],
+                                           torch.zeros(2, 1, 5))[0],
+    }
+    for op, call in calls.items():
+        timer.calls.clear()
+        found = call()
+        assert timer.calls == ["triton", "reference"]
+        assert "slower" in dispatch.choices[op].reason
+        monkeypatch.setattr(dispatch, "measured", {})
+        with fp.use_backend("reference"):
+            assert torch.equal(call(), found)
+    assert {path.parent.name for path in Path(dispatch.__file__).parent.glob("*/triton.py")} == set(calls)
+
+
+def test_what_cannot_be_timed_runs_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer = Timer(monkeypatch, slow="triton")
+    inputs = (torch.randn(2, 3, 4), torch.randn(4, 5), "softmax")
+
+    def choice() -> str:
+        return dispatch.choose("library_prompts", "cuda", arguments=inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert choice() == "triton"
+    with monkeypatch.context() as patch:  # a graph is being captured
+        patch.setattr(dispatch, "_can_be_timed", lambda tensors: False)
+        assert choice() == "triton"
+    with FakeTensorMode() as mode:
+        fakes = tuple(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs)
+        assert dispatch.choose("library_prompts", "cuda", arguments=fakes) == "triton"
+    seen = []
+    torch.func.vmap(lambda x: seen.append(choice()) or x)(torch.zeros(1))
+    assert seen == ["triton"]
+    with fp.use_backend("triton"):
+        assert choice() == "triton"
+    assert timer.calls == []
+    assert choice() == "reference"
+    with monkeypatch.context() as patch:  # known by now
+        patch.setattr(dispatch, "_can_be_timed", lambda tensors: False)
+        assert choice() == "reference"
+
+
+def test_an_implementation_that_runs_out_of_memory_loses() -> None:
+    def step() -> None:
+        raise torch.OutOfMemoryError
+
+    assert dispatch.seconds(step) == float("inf")
 
 
 def test_takes_the_kernels_on_the_gpu_and_the_reference_elsewhere() -> None:
