@@ -21,6 +21,7 @@ CHANGED = {
     "vapt": fp.VAPTConfig(num_prompts=4, kernel=3, conv=False, project=12, static_layers=2),
     "vpt": fp.VPTConfig(num_prompts=4, deep=False, project=3),
     "free": fp.FreePromptsConfig(num_prompts=2),
+    "rgb-pgn": fp.RGBPGNConfig(num_prompts=4, placement="replace", bounded=False, offset=True),
     "pixel": fp.PixelPromptConfig(border=2),
     "linear": fp.LinearProbeConfig(),
     "full": fp.FullFineTuneConfig(),
