@@ -290,6 +290,19 @@ def test_info_shows_the_cost_of_both_graphs(place: Path, capsys: pytest.CaptureF
     assert any(line.startswith("Full fine-tuning: the cost of FullFineTuneConfig") for line in lines)
 
 
+def test_info_says_whether_prompts_can_be_pixels(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["info", "--backbone", f"local-dir:{place / 'vit'}", "--rgb", "--method", "rgb-pgn", "--num-prompts", "4"]
+    assert main([*command, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)["rgb"]
+    assert (facts["width"], facts["pixels"], facts["rank"], facts["prompts"]) == (48, 192, 48, 4)
+    assert [found["placement"] for found in facts["placements"]] == ["latent", "extend", "replace"]
+    assert all(found["float_error"] < 1e-4 < found["picture_error"] for found in facts["placements"])
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert "Prompts as pixels" in text
+    assert "Inversion is exact" in text
+
+
 def test_info_takes_method_and_readout_of_the_cost_from_the_adapter(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

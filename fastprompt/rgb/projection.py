@@ -33,12 +33,15 @@ class Projection:
     Attributes:
         weight: (D, 3p²). bias: (D,). inverse: (3p², D), the pseudo-inverse of the weight.
         singular: (min(D, 3p²),) singular values, falling.
+        mean, std: (3p²,) by which the backbone normalises pixels.
     """
 
     weight: Tensor
     bias: Tensor
     inverse: Tensor
     singular: Tensor
+    mean: Tensor
+    std: Tensor
 
     @classmethod
     def of(cls, backbone: FrozenViT) -> Projection:
@@ -52,16 +55,16 @@ class Projection:
         if isinstance(backbone, FrozenSwin) or backbone.patch_norm is not None:
             raise ValueError(f"backbone {backbone.spec.name} norms its patch embedding, which has no linear inverse")
         kernel = backbone.patch_weight.detach().double().cpu()  # (D, 3, p, p)
-        std = torch.tensor(backbone.std, dtype=torch.float64).view(1, 3, 1, 1)
-        mean = torch.tensor(backbone.mean, dtype=torch.float64).view(1, 3, 1, 1)
+        mean, std = (torch.tensor(values, dtype=torch.float64).repeat_interleave(kernel[0, 0].numel())
+                     for values in (backbone.mean, backbone.std))  # (3p²,)
         bias = torch.zeros(len(kernel), dtype=torch.float64) if backbone.patch_bias is None \
             else backbone.patch_bias.detach().double().cpu()
-        bias = bias - (kernel * mean / std).flatten(1).sum(dim=1)
-        weight = (kernel / std).flatten(1)
+        weight = kernel.flatten(1) / std
+        bias = bias - weight @ mean
         left, singular, right = torch.linalg.svd(weight, full_matrices=False)
         kept = singular > RANK_TOLERANCE * singular[0]
         inverse = (right[kept].T / singular[kept]) @ left[:, kept].T
-        return cls(weight, bias, inverse, singular)
+        return cls(weight, bias, inverse, singular, mean, std)
 
     @property
     def rank(self) -> int:
@@ -75,6 +78,12 @@ class Projection:
     def tokens(self, pixels: Tensor) -> Tensor:
         """(..., 3p²) pixels → (..., D) tokens."""
         return pixels @ self.weight.T + self.bias
+
+    def tokens_in_float32(self, pixels: Tensor) -> Tensor:
+        """`tokens` as a host computes them: pixels in float32, normalised, then multiplied."""
+        normalised = (pixels.float() - self.mean.float()) / self.std.float()
+        bias = (self.bias + self.weight @ self.mean).float()
+        return (normalised @ (self.weight * self.std).float().T + bias).double()
 
     def pixels(self, tokens: Tensor, box: Box = UNIT) -> Tensor:
         """(n, D) tokens → (n, 3p²) pixels that give them, as near to the box as any that do.

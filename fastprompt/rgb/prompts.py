@@ -170,7 +170,7 @@ class RGBPrompts(nn.Module):
             pixels = projection.pixels(wanted)
             picture = (projection.picture(wanted) * 255).round() / 255
             found.append(Feasibility(placement, float(pixels.min()), float(pixels.max()),
-                                     _relative(_as_float32(projection, pixels) - wanted, tokens),
+                                     _relative(projection.tokens_in_float32(pixels) - wanted, tokens),
                                      _relative(projection.tokens(picture) - wanted, tokens), shift,
                                      1 - rows / height if placement == "replace" else 1.0))
         return Report(backbone.spec.name, d, projection.weight.shape[1], projection.rank, projection.condition,
@@ -268,8 +268,3 @@ def _assemble(patches: Tensor, backbone: FrozenViT) -> Tensor:
 
 def _relative(beside: Tensor, wanted: Tensor) -> float:
     return float(beside.norm() / wanted.norm())
-
-
-def _as_float32(projection: Projection, pixels: Tensor) -> Tensor:
-    """The tokens of pixels (n, 3p²) as a host computes them in float32."""
-    return (pixels.float() @ projection.weight.float().T + projection.bias.float()).double()

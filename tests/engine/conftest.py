@@ -23,6 +23,8 @@ METHODS: dict[str, Any] = {
     "free": fp.FreePromptsConfig(num_prompts=2),
     "pixel": fp.PixelPromptConfig(border=4),
     "linear": fp.LinearProbeConfig(),
+    **{f"rgb-{placement}": fp.RGBPGNConfig(num_prompts=4, library_size=5, widths=(4, 8), placement=placement)
+       for placement in ("latent", "extend", "replace")},
 }
 Build = Callable[..., fp.PromptedViT]
 

@@ -44,6 +44,7 @@ METHODS: dict[str, PromptConfig] = {
     "v2apt-samples": fp.V2APTConfig(num_prompts=3, num_instance=1, latent=4, hidden=4, inference_samples=2),
     "vapt": fp.VAPTConfig(num_prompts=3, hidden=4),
     "pixel": fp.PixelPromptConfig(border=4),
+    "rgb-pgn": fp.RGBPGNConfig(num_prompts=4, library_size=5, widths=(4, 8)),
     "linear": fp.LinearProbeConfig(),
     "full": fp.FullFineTuneConfig(),
 }

@@ -27,7 +27,7 @@ def test_every_method_head_and_readout_in_one_batch(exact: fp.FrozenViT, build: 
     readouts = ["cls", "patches", "map", "patches+prompts", "prompts"]
     models = []
     for i, method in enumerate(methods):
-        readout = readouts[i % (5 if method not in ("pixel", "linear") else 3)]
+        readout = readouts[i % (5 if method not in ("pixel", "linear", "rgb-extend", "rgb-replace") else 3)]
         models.append(build(method, i, None if i == 3 else 4 + i, readout))
     models += [build("vpt", 20, 9), models[0], build("vapt", 21, 2), models[5]]
     order = torch.randperm(len(models))

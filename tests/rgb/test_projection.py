@@ -34,6 +34,9 @@ def test_it_is_the_backbones_patch_embedding_of_raw_pixels(wide: fp.FrozenViT) -
     expected = torch.nn.functional.conv2d(wide.normalise(pixels), wide.patch_weight, wide.patch_bias, stride=8)
     found = Projection.of(wide).tokens(pixels.double().flatten(1) / 255)
     torch.testing.assert_close(found, expected.flatten(1), rtol=1e-10, atol=1e-10)
+    in_float32 = Projection.of(wide).tokens_in_float32(pixels.double().flatten(1) / 255)
+    torch.testing.assert_close(in_float32, expected.flatten(1), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(in_float32, found)
 
 
 def test_pixels_give_the_tokens_and_use_the_null_space_to_stay_pictures(wide: fp.FrozenViT) -> None:

@@ -53,8 +53,11 @@ def test_inverted_prompts_give_the_same_logits(placement: str, options: dict[str
     assert torch.equal(model.generator.trunk.fc.weight, inverted.generator.trunk.fc.weight)
 
 
-def test_in_float32_the_logits_are_equal_to_rounding() -> None:
-    model, images = trained(make()), torch.randn(3, 3, 32, 32)
+@pytest.mark.parametrize(("width", "patch"), [(48, 8), (768, 32), (384, 16)], ids=["tiny", "B/32", "S/16"])
+def test_in_float32_the_logits_are_equal_to_rounding_where_the_report_says_exact(width: int, patch: int) -> None:
+    backbone = make(width, patch, depth=1)
+    model, images = trained(backbone), torch.randn(2, 3, 4 * patch, 4 * patch)
+    assert RGBPrompts.report(backbone).exact
     expected = model(images)
     found = RGBPrompts.invert(model, "extend")(images)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
