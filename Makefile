@@ -1,4 +1,4 @@
-# make test | hammer | demo | table | lint | types | bench | bench-forward | bench-engine | cost | kernels-report | gpu | clean | help
+# make test | hammer | demo | table | pixels | lint | types | bench | bench-forward | bench-engine | cost | kernels-report | gpu | clean | help
 #   PYTHON=python3.12   interpreter the environment is made from
 #   VENV=path           environment to make or reuse (default .venv)
 #   PIP_FLAGS=...       more flags for pip, e.g. an extra index that has CPU builds of torch
@@ -12,7 +12,7 @@ STAMP := $(VENV)/.fastprompt-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint types pytest hammer demo table bench bench-forward bench-engine cost kernels-report gpu clean
+.PHONY: help install test lint types pytest hammer demo table pixels bench bench-forward bench-engine cost kernels-report gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ demo: $(STAMP)  ## adapt a real CLIP ViT-B/16 to real images and write an HTML r
 
 table: $(STAMP)  ## every method, three seeds (hours; resumable)
 	$(PY) -m fastprompt.report.table
+
+pixels: $(STAMP)  ## prompts as pixels, two data sets, three seeds, before and after PNG (hours; resumable)
+	$(PY) -m fastprompt.report.pixels
 
 bench: $(STAMP)  ## timings of the ops and the end-to-end jobs
 	$(VENV)/bin/pytest bench --benchmark-only

@@ -18,6 +18,8 @@ import pytest
 import timm
 import torch
 import torch._inductor.config
+import torch.nn.functional as F
+from cost import count_flops
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
@@ -89,6 +91,29 @@ def in_onnxruntime(model: nn.Module, images: Tensor, folder: Path) -> Run:
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
 
+def products(model: fp.PromptedViT, batch: int) -> dict[tuple[int, int], Callable[[], Any]]:
+    """oneDNN's bfloat16 product of each of a block's four Linears, by (in, out), for all patch tokens of a batch."""
+    block, half = model.backbone.blocks[0], torch.bfloat16
+    rows = batch * (1 + model.backbone.grid[0] * model.backbone.grid[1])
+    found: dict[tuple[int, int], Callable[[], Any]] = {}
+    for dense in (block.qkv, block.proj, block.mlp.fc1, block.mlp.fc2):
+        weight = dense.weight.detach().to(half)
+        x = torch.randn(rows, weight.shape[1]).to(half)
+        found[weight.shape[1], weight.shape[0]] = lambda x=x, weight=weight: F.linear(x, weight)
+    return found
+
+
+def product_rates(measured: dict[tuple[int, int], Callable[[], Any]], batch: int) -> dict[str, float]:
+    """FLOP/s of each product, timed over several calls in a row, which are short beside a forward."""
+    rates = {}
+    for (k, n), run in measured.items():
+        began = time.perf_counter()
+        for _ in range(5):
+            run()
+        rates[f"{k} x {n}"] = 5 * 2 * batch * 197 * k * n / (time.perf_counter() - began)
+    return rates
+
+
 def interleaved(ways: dict[str, Run], images: Tensor, rounds: int = ROUNDS) -> dict[str, list[float]]:
     """Seconds of each way in each round."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -128,9 +153,16 @@ def test_one_adapter(benchmark: BenchmarkFixture, backbone: fp.FrozenViT, tmp_pa
         for name, run in ways.items():
             error = float((run(images).float() - expected).norm() / expected.norm())
             assert error < TOLERANCE[torch.float32 if "float32" in name else torch.bfloat16], f"{name}: {error}"
+        rates: list[dict[str, float]] = []
+        ways["products"] = lambda _: rates.append(product_rates(linears, batch))
+        linears = products(model, batch)
+        ways["products"](images)
         seconds = interleaved(ways, images)
+        del seconds["products"], rates[0]
+        flops = count_flops(lambda: ways["Engine, bfloat16 eager"](images))
         benchmark.pedantic(ways["Engine, bfloat16 openvino"], args=(images,), rounds=1)
     benchmark.extra_info |= {"job": "one adapter", "method": method, "num_prompts": num_prompts, "batch": batch,
+                             "flops": flops, "product_rates": rates,
                              "seconds": seconds, "threads": torch.get_num_threads(), "torch": torch.__version__}
     print(f"\n{method}, {num_prompts} prompts, batch {batch}:")
     for name, times in seconds.items():

@@ -36,7 +36,8 @@ class RGBPGNConfig(PGNConfig):
             K must fill whole rows, except for "latent".
         bounded: the library holds pixels in [0, 1], the sigmoid of its parameters, so that every mixture is a picture.
             False: any value, as inversion gives.
-        round_pixels: mixed patches are cut off at 0 and 1 and rounded to 8 bits, with the gradient of neither.
+        round_pixels: mixed patches, and an image that was shrunk, are cut off at 0 and 1 and rounded to 8 bits, with
+            the gradient of neither.
         offset: a constant is added to the patch at each of the K places; inversion puts there what makes up for the
             place's position embedding.
         compensate: a constant picture is added to the image ("extend" alone), which undoes what resampling the
@@ -143,12 +144,14 @@ class RGBPGN(PGN):
         return torch.cat([images.to(rows.dtype), rows], dim=2)
 
     def shrink(self, images: Tensor) -> Tensor:
-        """Normalised images → the same, squeezed into the rows that the prompts leave, rounded to 8 bits."""
+        """Normalised images → the same, squeezed into the rows that prompts leave; rounded where the prompts are."""
         mean, std = self._channels(images)
         height, width = self.geometry.image_size
         size = (height - self.prompt_rows * self.geometry.patch_size, width)
         small = F.interpolate(images * std + mean, size=size, mode="bilinear", align_corners=False, antialias=True)
-        return (round_pixels(small) - mean) / std
+        if self.config.round_pixels:
+            small = round_pixels(small)
+        return (small - mean) / std
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """Pixels (..., 3, h, w), 0 is black and 1 is white → what the backbone takes."""

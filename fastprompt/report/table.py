@@ -31,10 +31,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastprompt.report.runs import METHODS, TITLES, RunSettings, execute, parse_options, read_json, write_json
+from fastprompt.report.runs import TITLES, RunSettings, execute, parse_options, read_json, write_json
 
-# Learning rates tried for each method; none for the L-BFGS probe, which chooses C on validation by itself. A
-# method with one rate is run at that rate.
+# Rows of a table that are a method with options of their own: (method, options, title).
+VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "pgn-14": ("pgn", {"num_prompts": 14}, "PGN, 14 prompts"),
+    "pgn-small": ("pgn", {"library_size": 48, "widths": [8, 16, 16, 16]}, "PGN, small"),
+    "rgb-extend": ("rgb-pgn", {"num_prompts": 14, "placement": "extend"}, "PGN in pixels, image extended"),
+    "rgb-replace": ("rgb-pgn", {"num_prompts": 14, "placement": "replace"}, "PGN in pixels, image shrunk"),
+}
+# Learning rates tried for each row; none for the L-BFGS probe, which chooses C on validation by itself. A
+# row with one rate is run at that rate.
 GRIDS: dict[str, tuple[float, ...]] = {
     "linear": (),
     "linear-sgd": (0.001, 0.01, 0.1),
@@ -46,7 +53,13 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "vpt-shallow": (0.01,),
     "pixel": (0.01,),
     "full": (1e-5,),
+    "pgn-14": (0.01,),
+    "pgn-small": (0.01,),
+    "rgb-extend": (0.003, 0.01),
+    "rgb-replace": (0.003, 0.01),
 }
+ROWS = tuple(row for row in GRIDS if row not in VARIANTS)
+"""What `make table` runs; the variants are those of `fastprompt.report.pixels`."""
 PROBES = ("linear", "linear-sgd")
 # What every method but the probes trains with, beside its learning rate. results/exploration.md says why.
 RECIPE: dict[str, Any] = {
@@ -100,12 +113,13 @@ class Job:
         if self.lr is not None:
             recipe["lr"] = self.lr
         augment = "none" if self.method == "linear-sgd" else base.augment
-        options = dict(base.options)
+        method, own, _ = VARIANTS.get(self.method, (self.method, {}, ""))
+        options = {**base.options, **own}
         if self.method == "pixel" and base.image_size is not None:
             # The published border is 30 pixels of 224.
             options.setdefault("border", max(1, round(30 * base.image_size / 224)))
         return replace(
-            base, method=self.method, options=options, recipe=recipe, data_seed=self.seed, augment=augment
+            base, method=method, options=options, recipe=recipe, data_seed=self.seed, augment=augment
         )
 
 
@@ -326,13 +340,13 @@ def tested_runs(plan: Plan, method: str, lr: float | None) -> dict[int, dict[str
     return runs
 
 
-def aggregate(plan: Plan) -> dict[str, Any]:
-    """The table from all finished runs in `plan.out`: methods whose grid is finished and that have a test
+def aggregate(plan: Plan, methods: Sequence[str] = ROWS) -> dict[str, Any]:
+    """The table of `methods` from the finished runs in `plan.out`: those whose grid is finished and that have a test
     record.
     """
     rows: list[dict[str, Any]] = []
     tested: dict[str, dict[int, dict[str, Any]]] = {}
-    for method in GRIDS:
+    for method in methods:
         here = replace(plan, lrs=rates_on_disk(plan, method) or plan.lrs)
         chosen = choose_lr(here, method)
         runs = {} if chosen is None else tested_runs(here, method, chosen[0])
@@ -384,7 +398,7 @@ def summarise(method: str, lr: float | None, runs: Mapping[int, Mapping[str, Any
     test = [r["test"]["accuracy"] for r in runs.values()]
     return {
         "method": method,
-        "title": TITLES[method],
+        "title": VARIANTS[method][2] if method in VARIANTS else TITLES[method],
         "config": one["config"],
         "recipe": one["recipe"],
         "lr": lr,
@@ -497,10 +511,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--methods",
         nargs="+",
-        default=list(GRIDS),
-        choices=list(METHODS),
+        default=list(ROWS),
+        choices=list(GRIDS),
         metavar="METHOD",
-        help=" ".join(GRIDS),
+        help=" ".join(ROWS),
     )
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--lrs", nargs="+", type=float, help="learning rates in place of the methods' own grids")
