@@ -100,7 +100,7 @@ def host(backbone: Any, images: Tensor, readout: str) -> Tensor:
     from fastprompt.generators import LinearProbeConfig
     from fastprompt.model import PromptedViT
 
-    return PromptedViT(backbone, LinearProbeConfig(), readout=readout).eval()(images)
+    return PromptedViT(backbone.any_size(), LinearProbeConfig(), readout=readout).eval()(images)
 
 
 def classify_run(directory: Path) -> None:

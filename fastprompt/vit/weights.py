@@ -6,6 +6,7 @@ containers hold tensors and switches and compute nothing; `reference.py` compute
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import importlib.util
@@ -513,6 +514,16 @@ class FrozenViT(nn.Module):
                 and not math.isfinite(images.detach().sum().item())  # one pass; a sum of finite numbers can overflow
                 and not torch.isfinite(images).all()):
             raise ValueError("images contain NaN or infinite values")
+
+    def any_size(self) -> FrozenViT:
+        """The same backbone, on the same tensors, for images of any whole number of patches.
+
+        Its position embedding is resampled to the images' grid, bicubic with antialiasing. A host of pictures that
+        are taller than its own images (`RGBPGNConfig` with placement "extend") is one.
+        """
+        other = copy.copy(self)
+        other.spec = dataclasses.replace(self.spec, dynamic_size=True)
+        return other
 
     def forward(self, images: Tensor) -> Tensor:
         """The model's own forward without prompts.

@@ -27,17 +27,19 @@ def data() -> TensorDataset:
     return TensorDataset(torch.randint(0, 256, (70, 3, 32, 32), dtype=torch.uint8), torch.zeros(70))
 
 
-def spread(model: fp.PromptedViT) -> fp.PromptedViT:
+def spread(model: fp.PromptedViT, data: TensorDataset) -> fp.PromptedViT:
     """With a head that tells images apart."""
     torch.nn.init.normal_(model.head.weight)
-    return model.eval()
+    with torch.no_grad():
+        model.head.bias.copy_(-model.eval()(data.tensors[0]).mean(0))
+    return model
 
 
 @pytest.mark.parametrize("placement", ["extend", "replace"])
 def test_the_png_of_rgb_prompts_gives_what_the_model_predicts(backbone: fp.FrozenViT, data: TensorDataset,
                                                               placement: str) -> None:
     config = fp.RGBPGNConfig(num_prompts=4, library_size=6, widths=(4, 8), placement=placement)
-    model = spread(fp.PromptedViT(backbone, config, num_classes=5))
+    model = spread(fp.PromptedViT(backbone, config, num_classes=5), data)
     found = pixels.classify_pictures(model, data)
     images = data.tensors[0]
     assert found["png"] == model(images).argmax(-1).tolist()
@@ -48,7 +50,7 @@ def test_the_png_of_rgb_prompts_gives_what_the_model_predicts(backbone: fp.Froze
 
 
 def test_a_border_is_cut_off_and_rounded_in_a_png_alone(backbone: fp.FrozenViT, data: TensorDataset) -> None:
-    model = spread(fp.PromptedViT(backbone, fp.PixelPromptConfig(border=10), num_classes=5))
+    model = spread(fp.PromptedViT(backbone, fp.PixelPromptConfig(border=10), num_classes=5), data)
     with torch.no_grad():
         model.generator.top.mul_(20)  # far outside of what a picture can hold
     found = pixels.classify_pictures(model, data)
@@ -59,7 +61,7 @@ def test_a_border_is_cut_off_and_rounded_in_a_png_alone(backbone: fp.FrozenViT, 
 
 
 def test_a_pgn_of_tokens_is_inverted(backbone: fp.FrozenViT, data: TensorDataset) -> None:
-    model = spread(fp.PromptedViT(backbone, fp.PGNConfig(num_prompts=4, library_size=6, widths=(4, 8)), num_classes=5))
+    model = spread(fp.PromptedViT(backbone, fp.PGNConfig(num_prompts=4, library_size=6, widths=(4, 8)), num_classes=5), data)
     found = pixels.classify_pictures(model, data)
     floats, pictures = pixels.in_pixels(model)
     assert (floats.generator.config.round_pixels, pictures.generator.config.round_pixels) == (False, True)

@@ -225,3 +225,18 @@ def test_tensors_load_into_a_backbone_without_memory(tiny_vit: VisionTransformer
     empty = copy.deepcopy(backbone).to("meta")
     empty.load_state_dict(backbone.state_dict(), assign=True)
     assert empty.fingerprint == backbone.fingerprint
+
+
+def test_any_size_takes_taller_images_on_the_same_tensors(tiny_vit: VisionTransformer) -> None:
+    fixed, images = FrozenViT(tiny_vit), torch.randn(2, 3, 40, 32)
+    other = fixed.any_size()
+    with pytest.raises(ValueError, match="images must be 32 x 32"):
+        fixed.forward_features(images)
+    with pytest.raises(ValueError, match="multiples of the patch size"):
+        other.forward_features(torch.randn(2, 3, 41, 32))
+    dynamic = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=0,
+                                dynamic_img_size=True).eval()
+    dynamic.load_state_dict(tiny_vit.state_dict())
+    torch.testing.assert_close(other.forward_features(images), dynamic(images))
+    assert other.fingerprint == fixed.fingerprint
+    assert other.patch_weight is fixed.patch_weight
