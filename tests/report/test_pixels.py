@@ -61,7 +61,8 @@ def test_a_border_is_cut_off_and_rounded_in_a_png_alone(backbone: fp.FrozenViT, 
 
 
 def test_a_pgn_of_tokens_is_inverted(backbone: fp.FrozenViT, data: TensorDataset) -> None:
-    model = spread(fp.PromptedViT(backbone, fp.PGNConfig(num_prompts=4, library_size=6, widths=(4, 8)), num_classes=5), data)
+    config = fp.PGNConfig(num_prompts=4, library_size=6, widths=(4, 8))
+    model = spread(fp.PromptedViT(backbone, config, num_classes=5), data)
     found = pixels.classify_pictures(model, data)
     floats, pictures = pixels.in_pixels(model)
     assert (floats.generator.config.round_pixels, pictures.generator.config.round_pixels) == (False, True)

@@ -228,7 +228,7 @@ def test_tensors_load_into_a_backbone_without_memory(tiny_vit: VisionTransformer
 
 
 def test_any_size_takes_taller_images_on_the_same_tensors(tiny_vit: VisionTransformer) -> None:
-    fixed, images = FrozenViT(tiny_vit), torch.randn(2, 3, 40, 32)
+    fixed, images = fp.FrozenViT(tiny_vit), torch.randn(2, 3, 40, 32)
     other = fixed.any_size()
     with pytest.raises(ValueError, match="images must be 32 x 32"):
         fixed.forward_features(images)
