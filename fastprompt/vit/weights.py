@@ -519,8 +519,10 @@ class FrozenViT(nn.Module):
         """The same backbone, on the same tensors, for images of any whole number of patches.
 
         Its position embedding is resampled to the images' grid, bicubic with antialiasing. A host of pictures that
-        are taller than its own images (`RGBPGNConfig` with placement "extend") is one.
+        are taller than its own images (`RGBPGNConfig` with placement "extend") is one. Its fingerprint is this one's, so
+        the same adapters fit.
         """
+        self.pin_fingerprint()
         other = copy.copy(self)
         other.spec = dataclasses.replace(self.spec, dynamic_size=True)
         return other
