@@ -519,7 +519,7 @@ class FrozenViT(nn.Module):
         """The same backbone, on the same tensors, for images of any whole number of patches.
 
         Its position embedding is resampled to the images' grid, bicubic with antialiasing. A host of pictures that
-        are taller than its own images (`RGBPGNConfig` with placement "extend") is one. Its fingerprint is this one's, so
+        are taller than its own images (`RGBPGNConfig` with placement "extend") is one. It has the same fingerprint, so
         the same adapters fit.
         """
         self.pin_fingerprint()
