@@ -59,9 +59,9 @@ bench-forward: $(STAMP)  ## the forward and the training step against the papers
 	$(VENV)/bin/pytest bench/bench_forward.py --benchmark-only -s --benchmark-json=.benchmarks/forward.json
 	$(PY) bench/forward_table.py .benchmarks/forward.json results/forward.md
 
-bench-engine: $(STAMP)  ## fp.Engine against the papers' graph in other engines; writes results/engine.md
+bench-engine: $(STAMP)  ## fp.Engine against the papers' graph in other engines; writes results/engine.md and the README's table
 	$(VENV)/bin/pytest bench/bench_engine.py --benchmark-only -s --benchmark-json=.benchmarks/engine.json
-	$(PY) bench/engine_table.py .benchmarks/engine.json results/engine.md
+	$(PY) bench/engine_table.py .benchmarks/engine.json results/engine.md README.md
 
 cost: $(STAMP)  ## FLOPs, saved bytes and dispatches by formula and as measured, into results/cost.md (minutes)
 	OMP_NUM_THREADS=1 $(PY) bench/cost.py

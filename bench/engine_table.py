@@ -1,4 +1,9 @@
-"""results/engine.md from what `bench_engine.py` measured: `python bench/engine_table.py BENCHMARK.json OUT.md`."""
+"""results/engine.md and the README's table of engines from what `bench_engine.py` measured.
+
+    python bench/engine_table.py BENCHMARK.json OUT.md README.md
+
+In the README it replaces what stands between the two `engine` comments.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,9 @@ from typing import Any
 
 from forward_table import cell, ratio
 
+from fastprompt.files import atomic_write
+
+BEGIN, END = "<!-- engine: written by `make bench-engine` -->\n", "<!-- /engine -->\n"
 FLOAT32, COMPILED, OPENVINO, RUNTIME = ("papers' graph, float32 eager", "papers' graph, bfloat16 compiled",
                                         "papers' graph, bfloat16 OpenVINO", "papers' graph, float32 ONNX Runtime")
 GOALS = {  # of the engine against each baseline, by number of prompts, at batch 8
@@ -72,7 +80,37 @@ def many_adapters(run: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def main(source: Path, out: Path) -> None:
+def medians(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The README's lines: the engine's fastest backend against each baseline, and the mixed batch."""
+    baselines = (FLOAT32, COMPILED, OPENVINO, RUNTIME)
+    lines = [f"| times as fast as the papers' graph in | {' | '.join(name.split(', ')[1] for name in baselines)} |",
+             "|---|" + "---:|" * len(baselines)]
+    for run in runs:
+        if run["job"] == "one adapter":
+            seconds, cells = run["seconds"], []
+            for name in baselines:
+                ours = seconds[fastest(seconds, "float32" if name == RUNTIME else "bfloat16")]
+                cells.append(f"{ratio(seconds[name], ours)[0]:.2f}" if name in seconds else "")
+            batch = ", batch 1" if run["batch"] == 1 else ""
+            lines.append(f"| {run['method']}, {run['num_prompts']} prompts{batch} | {' | '.join(cells)} |")
+    for run in runs:
+        if run["job"] == "many adapters" and run["mixture"] == "VPT-deep":
+            seconds = run["seconds"]
+            times = ratio(seconds["32 adapters"], seconds["one adapter, its own engine"])[0]
+            lines += ["", "32 images of 32 adapters in one batch, VPT-deep with 50 prompts each, take "
+                          f"{times:.2f} times as long as 32 images of one adapter in its own engine."]
+    return lines
+
+
+def replace_part(text: str, lines: Sequence[str]) -> str:
+    """The README with `lines` between its two comments."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise SystemExit(f"the README has no place for the table: {BEGIN.strip()} and {END.strip()}")
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + "\n".join(lines) + "\n" + END + rest.split(END)[1]
+
+
+def main(source: Path, out: Path, readme: Path) -> None:
     """Write the tables."""
     report = json.loads(source.read_text())
     runs = [benchmark["extra_info"] for benchmark in report["benchmarks"]]
@@ -98,9 +136,10 @@ def main(source: Path, out: Path) -> None:
         if run["job"] == "memory":
             lines += [f"200 VPT-deep adapters of 50 prompts, in bfloat16: the process grew by "
                       f"{run['bytes'] / 2**20:.0f} MiB (goal: less than 1024).", ""]
-    out.write_text("\n".join(lines), encoding="utf-8")
+    atomic_write(out, "\n".join(lines))
+    atomic_write(readme, replace_part(readme.read_text(encoding="utf-8"), medians(runs)))
     print("\n".join(lines))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))

@@ -42,3 +42,23 @@ def test_the_speeds_are_those_of_the_committed_table() -> None:
     assert {name for name, _ in found} == set(medians)
     for name, cells in found:
         assert cells.split(" | ") == medians[name]
+
+
+def test_the_engines_speeds_are_those_of_the_committed_table() -> None:
+    """Column by column: what README says a method's engine is faster by is a median of results/engine.md."""
+    expected: dict[str, list[str]] = {}
+    rows: list[str] = []
+    for line in (ROOT / "results" / "engine.md").read_text(encoding="utf-8").splitlines():
+        name, *cells = line.strip("| ").split(" | ")
+        if name.endswith(", prompts"):
+            method, batch = name.removesuffix(", prompts").split(", batch ")
+            rows = [f"{method}, {n} prompts" + (", batch 1" if batch == "1" else "") for n in cells]
+        elif name.startswith("the engine in ") and ", × " in name:
+            for row, cell in zip(rows, cells, strict=True):
+                expected.setdefault(row, []).append(cell.split(" ")[0])
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("<!-- engine:"):text.index("<!-- /engine -->")]
+    found = {name: [cell for cell in cells.split(" | ") if cell.strip()]
+             for name, cells in re.findall(r"^\| ((?:VPT-deep|VAPT|PGN), .*?) \| (.*) \|$", table, re.MULTILINE)}
+    assert found == expected
+    assert len(found) == 8

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -212,6 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from fastprompt.files import atomic_write
 
     args = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed, rows = [], {}
     for data in args.data:
         plan = plan_of(data, args.out / ("runs" if data == "fashion-mnist" else f"runs-{data}"), args.seeds)
