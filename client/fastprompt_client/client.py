@@ -15,8 +15,11 @@ from fastprompt_client import pictures
 from fastprompt_client.folder import FolderError, read_folder
 from fastprompt_client.host import Host, HostError, HostMismatch
 
-LIKELY = 0.5
-"""A mistake is likely when the host's embedding is at most this part as far from its as from the right one."""
+SURE, LIKELY = 0.5, 0.85
+"""How much nearer, as a part of its distance from the right one, a host's embedding is to that of a mistake: where it is
+refused for that alone, and where it is refused anyway and the mistake is named."""
+NEAR = 0.6
+"""Distance of normalised embeddings beyond which a mistake explains nothing."""
 NOISE = 1e-3
 """Distance of normalised embeddings up to which two of them are equal."""
 LENGTH = 0.02
@@ -199,12 +202,13 @@ class Client:
         length = float(np.linalg.norm(embedding) / np.linalg.norm(folder.golden_embedding))
         away, distances = np.linalg.norm(right - got), np.linalg.norm(_unit(folder.mistakes) - got, axis=1)
         nearest = int(distances.argmin()) if len(distances) else -1
-        mistaken = away > NOISE and nearest >= 0 and distances[nearest] <= LIKELY * away
+        known = nearest >= 0 and away > NOISE and distances[nearest] <= NEAR
+        part = distances[nearest] / away if known else np.inf
         measured = f"the cosine of its embedding of the golden picture and {name}'s is {cosine:.6f}"
-        if mistaken:
+        if part <= SURE or (cosine < folder.threshold and part <= LIKELY):
             likely, detail = folder.mistake_names[nearest], folder.mistake_details[nearest]
-            return Verification(False, cosine, likely, f"{who} is refused: {measured}, and that of a "
-                                f"mistake is nearer. Likely: {likely} (nearest: {detail}).")
+            return Verification(False, cosine, likely, f"{who} is refused: {measured}; that of a mistake is "
+                                f"nearer. Likely: {likely} (nearest: {detail}).")
         if cosine < folder.threshold:
             return Verification(False, cosine, "another model",
                                 f"{who} is refused: {measured}, {folder.threshold} is the least. No resizing, "

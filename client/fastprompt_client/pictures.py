@@ -82,8 +82,9 @@ def resized(image: Image.Image, size: tuple[int, int], resize: str) -> np.ndarra
     if resize == "crop":
         scale = max(height / image.height, width / image.width)
         covering = max(height, round(image.height * scale)), max(width, round(image.width * scale))
-    if (image.height, image.width) != covering:
-        image = image.resize((covering[1], covering[0]), Image.Resampling.BICUBIC)
+    for sides in ((covering[1], image.height), (covering[1], covering[0])):  # first the columns, in every Pillow
+        if image.size != sides:
+            image = image.resize(sides, Image.Resampling.BICUBIC)
     top, left = round((covering[0] - height) / 2), round((covering[1] - width) / 2)
     return np.asarray(image)[top:top + height, left:left + width]
 

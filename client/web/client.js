@@ -8,7 +8,9 @@ ort.env.wasm.wasmPaths = new URL("./ort/", import.meta.url).href;
 const FORMAT = 1;
 const MAX_PIXELS = 100_000_000;
 const TIE = 1e-3; // levels, as in training: a shrunk pixel half way between two levels goes down
-const LIKELY = 0.5;
+const SURE = 0.5;
+const LIKELY = 0.85;
+const NEAR = 0.6;
 const NOISE = 1e-3;
 const LENGTH = 0.02;
 
@@ -126,8 +128,9 @@ export class Client {
     const all = this.files["mistakes.npy"].data, distance = (c) => Math.sqrt(Math.max(0, 2 - 2 * c));
     const far = mistakes.map((_, i) => distance(cosine(all.subarray(i * right.length, (i + 1) * right.length), embedding)));
     const nearest = far.indexOf(Math.min(...far)), away = distance(cos);
-    if (away > NOISE && nearest >= 0 && far[nearest] <= LIKELY * away)
-      return refused(mistakes[nearest].name, `, and that of a mistake is nearer (${mistakes[nearest].detail})`);
+    const part = nearest >= 0 && away > NOISE && far[nearest] <= NEAR ? far[nearest] / away : Infinity;
+    if (part <= SURE || (cos < threshold && part <= LIKELY))
+      return refused(mistakes[nearest].name, `; that of a mistake is nearer (${mistakes[nearest].detail})`);
     if (cos < threshold) return refused("another model", `, ${threshold} is the least`);
     const length = norm(embedding) / norm(right);
     if (Math.abs(length - 1) > LENGTH && !this.ignoresLength())
@@ -185,7 +188,7 @@ export async function decode(blob) {
   return { width, height, data };
 }
 
-// Bicubic with antialiasing to [height, width], in Pillow's integer arithmetic.
+// Bicubic with antialiasing to [height, width], columns before rows, in Pillow's integer arithmetic.
 export function resized(image, [height, width], resize) {
   let [rows, columns] = [height, width];
   if (resize === "crop") {

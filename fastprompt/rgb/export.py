@@ -179,7 +179,7 @@ def likely_mistakes(backbone: FrozenViT, picture: Tensor, readout: str) -> Itera
 def _changed(picture: Image.Image, size: tuple[int, int]) -> Iterator[tuple[str, str, Image.Image]]:
     """(name, detail, picture) of every mistake that is one of pixels; `size`: (H, W) of the backbone's own images."""
     height, width = size
-    for quality, subsampling in itertools.product((98, 95, 90, 75, 50), ("4:2:0", "4:4:4")):
+    for quality, subsampling in itertools.product((98, 95, 90, 75, 50, 30), ("4:2:0", "4:4:4")):
         stream = io.BytesIO()
         picture.save(stream, "JPEG", quality=quality, subsampling=subsampling)
         yield "JPEG compression", f"quality {quality}, {subsampling}", Image.open(stream).convert("RGB")

@@ -80,6 +80,14 @@ def test_resizing_is_that_of_training_to_a_level(source: tuple[int, int], target
     assert (found != expected).mean() < 0.05
 
 
+def test_columns_are_resized_before_rows() -> None:
+    """Each pass rounds, and Pillow's versions differ in which is first; torchvision and the page begin with columns."""
+    image = Image.fromarray(random_image(150, 61))
+    columns = image.resize((32, 150), Image.Resampling.BICUBIC)
+    expected = np.asarray(columns.resize((32, 79), Image.Resampling.BICUBIC))
+    assert np.array_equal(pictures.resized(image, (79, 32), "squash"), expected)
+
+
 def test_an_image_of_the_right_size_is_not_touched() -> None:
     image = random_image(32, 32)
     assert np.array_equal(pictures.resized(Image.fromarray(image), (32, 32), "crop"), image)
