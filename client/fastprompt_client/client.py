@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
-from PIL import Image
 
 from fastprompt_client import pictures
-from fastprompt_client.folder import FolderError, read_folder
+from fastprompt_client.folder import Folder, FolderError, read_folder
 from fastprompt_client.host import Host, HostError, HostMismatch
 
 SURE, LIKELY = 0.5, 0.85
-"""How much nearer, as a part of its distance from the right one, a host's embedding is to that of a mistake: where it is
-refused for that alone, and where it is refused anyway and the mistake is named."""
+"""A host's distance from a mistake's embedding, as a part of that from the right one: up to the first a host is refused
+for that alone, up to the second a host that is refused anyway is said to make the mistake."""
 NEAR = 0.6
 """Distance of normalised embeddings beyond which a mistake explains nothing."""
 NOISE = 1e-3
@@ -73,7 +71,7 @@ class Client:
         self.folder = read_folder(folder)
         self.class_names = self.folder.class_names
         self.model, self.api_key, self.timeout, self.max_pixels = model, api_key, timeout, max_pixels
-        self._session = None if self.folder.graph is None else _session(self.folder.graph, threads, self.folder.size)
+        self._session = None if self.folder.graph is None else _session(self.folder, threads)
         height = self.folder.size[0]
         self._shrink = pictures.Shrink(height, height - self.folder.rows * self.folder.patch) \
             if self.folder.placement == "replace" else None
@@ -222,7 +220,7 @@ class Client:
 
     def _check_own_picture(self) -> None:
         """That this machine makes the golden picture that the exporting one made, to one level."""
-        golden = np.asarray(Image.open(io.BytesIO(self.folder.golden_picture)).convert("RGB")).astype(int)
+        golden = np.asarray(pictures.open_image(self.folder.golden_picture, self.max_pixels)).astype(int)
         own = self.picture(self.folder.golden_image).astype(int)
         if own.shape != golden.shape or np.abs(own - golden).max() > 1:
             raise FolderError("golden_picture.png is not the picture that this machine makes of golden_image.png: the "
@@ -254,15 +252,19 @@ def _with_fingerprint(models: list[dict[str, Any]], fingerprint: str) -> str | N
     return None
 
 
-def _session(graph: bytes, threads: int, size: tuple[int, int]) -> onnxruntime.InferenceSession:
+def _session(folder: Folder, threads: int) -> onnxruntime.InferenceSession:
+    assert folder.library is not None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(folder.graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common class
         raise FolderError(f"generator.onnx cannot be run by onnxruntime {onnxruntime.__version__}: {error}") from error
-    inputs = [(value.name, value.type, tuple(value.shape)) for value in session.get_inputs()]
-    if inputs != [("image", "tensor(uint8)", (1, *size, 3))]:
-        raise FolderError(f"generator.onnx must take image, uint8 {(1, *size, 3)}, it takes {inputs}")
+    patches = folder.rows * folder.size[1] // folder.patch
+    wanted = [("image", "tensor(uint8)", (1, *folder.size, 3)),
+              ("weights", "tensor(float)", (patches, len(folder.library)))]
+    found = [(value.name, value.type, tuple(value.shape)) for value in (*session.get_inputs(), *session.get_outputs())]
+    if found != wanted:
+        raise FolderError(f"generator.onnx must go from {wanted[0]} to {wanted[1]}, it has {found}")
     return session

@@ -41,13 +41,18 @@ class Host:
         api_key: sent as `Authorization: Bearer`. timeout: seconds, for connecting and for every read.
 
     Raises:
-        ValueError: `url` is no http or https address.
+        ValueError: `url` is no http or https address, or `api_key` cannot be sent.
     """
 
     def __init__(self, url: str, api_key: str | None = None, timeout: float = 30.0) -> None:
         if not isinstance(url, str):
             raise TypeError(f"url must be a text, got {type(url).__name__}")
-        parts = urllib.parse.urlsplit(url.strip())
+        try:
+            parts = urllib.parse.urlsplit(url.strip())
+        except ValueError as error:
+            raise ValueError(f"url must be http://HOST or https://HOST, got {url!r}: {error}") from error
+        if parts.username is not None or parts.password is not None:
+            raise ValueError("url must not hold a user or password; a key is given as api_key")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"url must be http://HOST or https://HOST, got {url!r}")
         base = parts._replace(query="", fragment="").geturl().rstrip("/")
@@ -55,6 +60,8 @@ class Host:
         self.timeout = timeout
         self.headers = {"Accept": "application/json", "User-Agent": "fastprompt-client"}
         if api_key is not None:
+            if not isinstance(api_key, str) or not api_key.isascii() or not api_key.isprintable():
+                raise ValueError("api_key must be printable ASCII")
             self.headers["Authorization"] = f"Bearer {api_key}"
         self.opener = urllib.request.build_opener(_NoRedirects())
 

@@ -86,12 +86,19 @@ def test_a_host_that_is_not_there_or_does_not_speak_http() -> None:
     assert Host(f"http://127.0.0.1:{port}").models() == []
 
 
-@pytest.mark.parametrize("url", ["", "host:8000", "ftp://host", "file:///etc/passwd", "http://", "//host"])
+@pytest.mark.parametrize("url", ["", "host:8000", "ftp://host", "file:///etc/passwd", "http://", "//host", "http://["])
 def test_other_addresses_are_refused(url: str) -> None:
     with pytest.raises(ValueError, match="url must be http://HOST or https://HOST"):
         Host(url)
     with pytest.raises(TypeError, match="url must be a text"):
         Host(None)  # type: ignore[arg-type]
+
+
+def test_secrets_are_not_printed() -> None:
+    for arguments in (("http://me:secret@host",), ("http://host", "secret\nX: y"), ("http://host", "secrét")):
+        with pytest.raises(ValueError, match=r"url must not hold a user|api_key must be printable") as caught:
+            Host(*arguments)
+        assert "secr" not in str(caught.value)
 
 
 @pytest.mark.parametrize("body", [b"[]", b"{}", b'{"data": 3}', b'{"data": [3, {"id": "a"}]}', b"no json"], ids=str)
