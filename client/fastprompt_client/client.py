@@ -22,7 +22,7 @@ NOISE = 1e-3
 """Distance of normalised embeddings up to which two of them are equal."""
 LENGTH = 0.02
 """Part by which the length of an embedding may differ."""
-PICTURES_PER_CALL = 16
+PICTURES_PER_CALL, BYTES_PER_CALL = 16, 4 << 20
 
 
 class Prediction(NamedTuple):
@@ -122,7 +122,7 @@ class Client:
         if not sent:
             raise ValueError("images: expected at least one, got none")
         model = self._verified.get(host.base, self.model)
-        parts = [host.embed(sent[i:i + PICTURES_PER_CALL], model) for i in range(0, len(sent), PICTURES_PER_CALL)]
+        parts = [host.embed(part, model) for part in _calls(sent)]
         found = np.concatenate(parts) if len({part.shape[1] for part in parts}) == 1 else parts[0]
         if found.shape != (len(sent), self.folder.width):
             raise HostError(f"{host.base} returned embeddings of width {found.shape[1]}, {self.folder.name} has "
@@ -232,6 +232,16 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     """Over the last axis, in float64."""
     exp = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
     return exp / exp.sum(axis=-1, keepdims=True)
+
+
+def _calls(sent: Sequence[bytes]) -> list[list[bytes]]:
+    """The pictures in requests of a number and size that a host takes, in their order."""
+    calls: list[list[bytes]] = []
+    for picture in sent:
+        if not calls or len(calls[-1]) == PICTURES_PER_CALL or sum(map(len, calls[-1])) + len(picture) > BYTES_PER_CALL:
+            calls.append([])
+        calls[-1].append(picture)
+    return calls
 
 
 def _several(images: Any) -> Sequence[Any]:

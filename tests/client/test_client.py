@@ -162,11 +162,14 @@ def test_a_length_that_does_not_matter_is_accepted(backbone: fp.FrozenViT, host:
     assert Client(tmp_path).verify(host.url).ok
 
 
-def test_many_images_go_in_several_requests(folder: Path, host: Any) -> None:
+def test_many_images_go_in_several_requests(folder: Path, host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     images = list(np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8))
     client = Client(folder)
     together = client.embed(host.url, images)
     assert [len(body["input"]) for _, _, body in host.requests] == [16, 4]
+    monkeypatch.setattr("fastprompt_client.client.BYTES_PER_CALL", 3 * len(client.png(images[0])) + 200)
+    np.testing.assert_array_equal(client.embed(host.url, images[:7]), together[:7])
+    assert [len(body["input"]) for _, _, body in host.requests[2:]] == [3, 3, 1]
     np.testing.assert_array_equal(together[17], client.embed(host.url, images[17])[0])
 
 
