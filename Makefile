@@ -1,18 +1,20 @@
-# make test | hammer | demo | table | pixels | lint | types | bench | bench-forward | bench-engine | cost | kernels-report | gpu | clean | help
+# make test | browser | page | hammer | demo | table | pixels | lint | types | bench | bench-forward | bench-engine | cost | kernels-report | gpu | clean | help
 #   PYTHON=python3.12   interpreter the environment is made from
 #   VENV=path           environment to make or reuse (default .venv)
 #   PIP_FLAGS=...       more flags for pip, e.g. an extra index that has CPU builds of torch
 #   TESTS=tests/vit     run a part of the suite
+#   FOLDER=path         for page: what `fastprompt export --client` wrote
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 TESTS ?= tests
+FOLDER ?=
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.fastprompt-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint types pytest hammer demo table pixels bench bench-forward bench-engine cost kernels-report gpu clean
+.PHONY: help install test lint types pytest browser page hammer demo table pixels bench bench-forward bench-engine cost kernels-report gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -34,11 +36,31 @@ test: lint types pytest  ## ruff, mypy and the whole test suite
 lint: $(STAMP)  ## ruff
 	$(PY) -m ruff check .
 
-types: $(STAMP)  ## mypy on the package and its ops
-	$(PY) -m mypy fastprompt
+types: $(STAMP)  ## mypy on the package, its ops and the client
+	$(PY) -m mypy
 
 pytest: $(STAMP)  ## the test suite alone
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q $(TESTS)
+
+NODE_MODULES := .cache/page/node_modules
+ORT := ort.wasm.min.mjs ort-wasm-simd-threaded.mjs ort-wasm-simd-threaded.wasm
+
+$(NODE_MODULES): client/web/package.json client/web/package-lock.json
+	@command -v npm >/dev/null || { echo 'npm is needed: on Debian, apt-get install npm' >&2; exit 1; }
+	@mkdir -p .cache/page && cp $^ .cache/page && cd .cache/page && npm ci --ignore-scripts --no-audit --no-fund --silent
+	@touch $@
+
+page: $(NODE_MODULES)  ## the client as a web page with onnxruntime-web in build/page, with FOLDER= as its model
+	@rm -rf build/page && mkdir -p build/page/ort
+	@cp client/web/index.html client/web/*.js build/page
+	@cd $(NODE_MODULES)/onnxruntime-web/dist && cp $(ORT) $(CURDIR)/build/page/ort
+	@if [ -n '$(FOLDER)' ]; then cp -r '$(FOLDER)' build/page/model; fi
+	@echo 'python3 -m http.server --directory build/page   and open http://localhost:8000/?host=http://HOST'
+
+browser: $(STAMP)  ## the page in a real headless Chromium, beside the Python client (needs node, npm and chromium)
+	@$(MAKE) --no-print-directory page FOLDER= >/dev/null
+	FASTPROMPT_PAGE=build/page FASTPROMPT_NODE_MODULES=$(NODE_MODULES) OMP_NUM_THREADS=1 \
+		$(VENV)/bin/pytest -q tests/client/test_browser.py
 
 hammer: $(STAMP)  ## an engine under eight threads for a minute, adapters swapped and failures injected
 	FASTPROMPT_HAMMER_SECONDS=60 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q tests/engine/test_engine.py -k hammered
@@ -75,5 +97,5 @@ gpu: $(STAMP)  ## on a GPU: parity, determinism and speed of every op and of CUD
 	$(PY) bench/gpu_table.py results/gpu.json README.md
 
 clean:  ## remove .venv and everything built
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf .venv .cache build dist *.egg-info client/*.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

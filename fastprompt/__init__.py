@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # what `__getattr__` below finds at run time
     from fastprompt.kernels.dispatch import use_backend as use_backend
     from fastprompt.model import PromptedViT as PromptedViT
     from fastprompt.official import load_official as load_official
+    from fastprompt.rgb.export import export_client as export_client
     from fastprompt.rgb.prompts import RGBPrompts as RGBPrompts
     from fastprompt.train.evaluate import evaluate as evaluate
     from fastprompt.train.fit import (
@@ -69,6 +70,7 @@ _PUBLIC = {
     "RGBPGN": "fastprompt.generators",
     "RGBPGNConfig": "fastprompt.generators",
     "RGBPrompts": "fastprompt.rgb.prompts",
+    "export_client": "fastprompt.rgb.export",
     "V2APT": "fastprompt.generators",
     "V2APTConfig": "fastprompt.generators",
     "VAPT": "fastprompt.generators",

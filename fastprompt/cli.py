@@ -1,4 +1,4 @@
-"""The command line: `fastprompt adapt | eval | predict | info | report`, a thin shell over the API.
+"""The command line: `fastprompt adapt | eval | predict | export | info | report`, a thin shell over the API.
 
 Exit codes: 0 done, 1 failed while working (disk, network, training that diverged), 2 wrong input, 130
 interrupted.
@@ -165,6 +165,28 @@ class Predict:
 
 
 @dataclass
+class Export:
+    """Write an adapter whose prompts are pixels as a folder for `fastprompt-client`, which needs no torch."""
+
+    adapter: tyro.conf.Positional[Path]
+    """Adapter or run directory: method rgb-pgn (placement extend or replace), pixel, or pgn with --invert."""
+    out: Path
+    """Folder to write."""
+    client: bool = False
+    """Has to be given: a client's folder is the only kind of export there is."""
+    invert: bool = False
+    """Make pictures of the token prompts of a PGN first; `fastprompt info --rgb` says what is lost."""
+    golden: Path | None = None
+    """Image file that hosts are verified with; one made of gradients, edges and noise if not given."""
+    backbone: str | None = None
+    """Needed where the run directory does not say."""
+    image_size: int | None = None
+    threads: int | None = None
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass
 class Info:
     """Show a backbone, what each method would train and cost on it, and what an adapter directory holds."""
 
@@ -210,6 +232,7 @@ Command = (
     Annotated[Adapt, tyro.conf.subcommand("adapt")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Report, tyro.conf.subcommand("report")]
 )
@@ -296,7 +319,7 @@ def adapt(command: Adapt) -> None:
     print(f"\nadapter: {command.out / 'best'}\nresults: {command.out / 'results.json'}")
 
 
-def load_adapter(command: Eval | Predict, settings: RunSettings | None) -> PromptedViT:
+def load_adapter(command: Eval | Predict | Export, settings: RunSettings | None) -> PromptedViT:
     """The adapter on its backbone, which is the one of the run unless --backbone names it."""
     import torch
 
@@ -311,7 +334,7 @@ def load_adapter(command: Eval | Predict, settings: RunSettings | None) -> Promp
         raise ValueError(f"--backbone: is needed, {command.adapter} does not say which backbone the adapter is for")
     image_size = command.image_size or stored_size(config)
     model = fp.PromptedViT.from_pretrained(backbone_at(name, image_size), directory)
-    if command.dtype == "bfloat16":
+    if not isinstance(command, Export) and command.dtype == "bfloat16":
         model.set_backbone_dtype(torch.bfloat16)
     return model.eval()
 
@@ -438,6 +461,35 @@ def predict(command: Predict) -> None:
     else:
         atomic_write(command.out, content)
         print(f"{len(files)} images -> {command.out}")
+
+
+def export(command: Export) -> None:
+    """Run `fastprompt export`."""
+    from fastprompt.data import read_images
+    from fastprompt.report.runs import read_settings, square_size
+    from fastprompt.rgb.export import export_client, unnoticed
+    from fastprompt.rgb.prompts import RGBPrompts
+
+    if not command.client:
+        raise ValueError("--client: is needed, a client's folder is the only kind of export there is")
+    if command.out.exists() and not command.out.is_dir():
+        raise ValueError(f"--out: {command.out} is a file, a folder is needed")
+    set_threads(command.threads)
+    model = load_adapter(command, read_settings(command.adapter))
+    if command.invert:
+        model = RGBPrompts.invert(model, "extend", picture=True)
+    golden = None
+    if command.golden is not None:
+        golden = read_images(command.golden, square_size(model.backbone))[0][0]
+    manifest = export_client(model, command.out, golden)
+    height, width = manifest["picture_size"]
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    print(
+        f"{command.out}: {len(manifest['files']) + 1} files, {size:,} bytes; pictures of {height} x {width} pixels "
+        f"for {manifest['backbone']['name']}"
+    )
+    for mistake in unnoticed(manifest):
+        print(f"hardly changes the golden picture's features, so that verify may miss it: {mistake}")
 
 
 def info(command: Info) -> None:
@@ -678,7 +730,7 @@ def report(command: Report) -> None:
     print(f"written: {command.out}")
 
 
-def run(command: Adapt | Eval | Predict | Info | Report) -> None:
+def run(command: Adapt | Eval | Predict | Export | Info | Report) -> None:
     """Run one command."""
     if isinstance(command, Adapt):
         adapt(command)
@@ -686,6 +738,8 @@ def run(command: Adapt | Eval | Predict | Info | Report) -> None:
         evaluate_adapter(command)
     elif isinstance(command, Predict):
         predict(command)
+    elif isinstance(command, Export):
+        export(command)
     elif isinstance(command, Info):
         info(command)
     else:

@@ -590,3 +590,61 @@ def test_as_a_program(place: Path) -> None:
     )
     assert missing.returncode == 2
     assert missing.stderr.startswith("fastprompt report: error: runs")
+
+
+@pytest.fixture(scope="module")
+def pixel_adapter(place: Path) -> Path:
+    """An adapter whose prompts are pixels, not trained."""
+    import fastprompt as fp
+
+    backbone = fp.load_backbone(f"local-dir:{place / 'vit'}")
+    config = fp.RGBPGNConfig(num_prompts=4, library_size=6, widths=(4, 8), placement="replace")
+    fp.PromptedViT(backbone, config, num_classes=3, class_names=list(COLOURS)).save_pretrained(place / "pixels")
+    return place / "pixels"
+
+
+def export_command(place: Path, adapter: Path, out: Path, *more: str) -> list[str]:
+    return ["export", str(adapter), "--out", str(out), "--backbone", f"local-dir:{place / 'vit'}", *more]
+
+
+def test_export_writes_a_clients_folder(
+    place: Path, pixel_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastprompt_client import Client
+
+    golden = place / "images" / "red" / "0.png"
+    command = export_command(place, pixel_adapter, tmp_path / "out", "--client", "--golden", str(golden))
+    assert main(command) == 0
+    assert "pictures of 32 x 32 pixels" in capsys.readouterr().out
+    client = Client(tmp_path / "out")
+    assert client.class_names == tuple(COLOURS)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "golden_image.png")), np.asarray(Image.open(golden)))
+    assert client.picture(golden).shape == (32, 32, 3)
+
+
+def test_export_inverts_a_pgn(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import fastprompt as fp
+
+    backbone = fp.load_backbone(f"local-dir:{place / 'vit'}")
+    model = fp.PromptedViT(backbone, fp.PGNConfig(num_prompts=4, library_size=6, widths=(4, 8)), num_classes=3)
+    model.save_pretrained(tmp_path / "pgn")
+    assert main(export_command(place, tmp_path / "pgn", tmp_path / "out", "--client")) == 2
+    assert "RGBPrompts.invert" in error_line(capsys)
+    assert main(export_command(place, tmp_path / "pgn", tmp_path / "out", "--client", "--invert")) == 0
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["picture_size"] == [40, 32]
+
+
+def test_export_names_what_is_wrong(
+    place: Path, pixel_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for command, message in (
+        (export_command(place, pixel_adapter, tmp_path / "out"), "--client: is needed"),
+        (export_command(place, pixel_adapter, tmp_path / "file", "--client"), "--out"),
+        (export_command(place, pixel_adapter, tmp_path / "out", "--client", "--golden", "none.png"), "none.png"),
+        (export_command(place, pixel_adapter, tmp_path / "out", "--client", "--invert"), "PGNConfig"),
+        (export_command(place, tmp_path / "none", tmp_path / "out", "--client"), "adapter"),
+    ):
+        assert main(command) == 2
+        assert message in error_line(capsys)
+    assert not (tmp_path / "out").exists()

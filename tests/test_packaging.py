@@ -158,7 +158,7 @@ def test_console_script_is_installed_and_prints_help() -> None:
     script = Path(sys.executable).parent / "fastprompt"
     ran = subprocess.run([script, "--help"], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    for command in ("adapt", "eval", "predict", "info"):
+    for command in ("adapt", "eval", "predict", "export", "info"):
         assert command in ran.stdout
 
 

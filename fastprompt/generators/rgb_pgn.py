@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 PLACEMENTS = ("latent", "extend", "replace")
 
+TIE = 1e-3 / 255
+"""Taken off the pixels of a shrunk image before they are rounded. Many of them are half way between two levels, where
+float noise would decide; so they go down, on every device and at a client.
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class RGBPGNConfig(PGNConfig):
@@ -148,10 +153,13 @@ class RGBPGN(PGN):
         mean, std = self._channels(images)
         height, width = self.geometry.image_size
         size = (height - self.prompt_rows * self.geometry.patch_size, width)
-        small = F.interpolate(images * std + mean, size=size, mode="bilinear", align_corners=False, antialias=True)
+        pixels = images * std + mean
+        if pixels.device.type != "mps":  # has no float64
+            pixels = pixels.double()  # float32 weights are off by thousandths of a level
+        small = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
         if self.config.round_pixels:
-            small = round_pixels(small)
-        return (small - mean) / std
+            small = round_pixels(small - TIE)
+        return (small.to(images.dtype) - mean) / std
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """Pixels (..., 3, h, w), 0 is black and 1 is white → what the backbone takes."""

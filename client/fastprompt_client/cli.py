@@ -1,0 +1,55 @@
+"""The command `fastprompt-client`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastprompt_client.client import Client
+from fastprompt_client.host import HostError
+
+KEY = "FASTPROMPT_API_KEY"
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command takes."""
+    made = argparse.ArgumentParser(
+        prog="fastprompt-client", description="Classify images with a frozen vision transformer that a host runs.",
+        epilog=f"Exit codes: 0 done, 1 the host failed or was refused, 2 wrong input. The host's key, if it wants one, "
+               f"is read from the environment variable {KEY}.")
+    made.add_argument("folder", type=Path, help="what `fastprompt export --client` wrote")
+    made.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="image files; none: the host is verified")
+    made.add_argument("--url", help="the host; it is verified before anything else is sent to it")
+    made.add_argument("--model", help="which of the host's models")
+    made.add_argument("--png", type=Path, help="write the picture with prompts of the (one) image to this file")
+    made.add_argument("--timeout", type=float, default=30.0, help="seconds (default 30)")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    given = parser().parse_args(arguments)
+    try:
+        if given.png is not None and len(given.images) != 1:
+            raise ValueError(f"--png: takes one image, got {len(given.images)}")
+        if given.url is None and given.png is None:
+            raise ValueError("--url or --png: one of them is needed")
+        client = Client(given.folder, model=given.model, api_key=os.environ.get(KEY), timeout=given.timeout)
+        if given.png is not None:
+            given.png.write_bytes(client.png(given.images[0]))
+        if given.url is None:
+            return 0
+        if not given.images:
+            print(client.verify(given.url).message)
+        for image in given.images:
+            found = client.predict(given.url, image)
+            print(json.dumps({"file": str(image), "class": found.name, "probability": round(found.probability, 6)},
+                             ensure_ascii=False))
+        return 0
+    except (HostError, ValueError, TypeError, OSError) as error:
+        print(f"fastprompt-client: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if not isinstance(error, HostError) else 1

@@ -1,0 +1,280 @@
+"""`Client`: an image, the picture with its prompts, the host's embedding of that, the class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime
+
+from fastprompt_client import pictures
+from fastprompt_client.folder import Folder, FolderError, read_folder
+from fastprompt_client.host import Host, HostError, HostMismatch
+
+SURE, LIKELY = 0.5, 0.85
+"""A host's distance from a mistake's embedding, as a part of that from the right one: up to the first a host is refused
+for that alone, up to the second a host that is refused anyway is said to make the mistake."""
+NEAR = 0.6
+"""Distance of normalised embeddings beyond which a mistake explains nothing."""
+NOISE = 1e-3
+"""Distance of normalised embeddings up to which two of them are equal."""
+LENGTH = 0.02
+"""Part by which the length of an embedding may differ."""
+PICTURES_PER_CALL, BYTES_PER_CALL = 16, 4 << 20
+
+
+class Prediction(NamedTuple):
+    """name: of the most probable class. probability: its. probabilities: (C,) of all, in the order of `class_names`."""
+
+    name: str
+    probability: float
+    probabilities: np.ndarray
+
+
+class Verification(NamedTuple):
+    """What a host returned for the golden picture.
+
+    Attributes:
+        ok: whether the client goes on. cosine: of the embedding and the one the model was trained with; NaN where the
+            widths differ.
+        likely: the mistake that the host seems to make, None where there is none or none that is known.
+        message: all of it in words.
+    """
+
+    ok: bool
+    cosine: float
+    likely: str | None
+    message: str
+
+
+class Client:
+    """What `fastprompt export --client` wrote, ready to work with a host.
+
+    Args:
+        folder: that folder.
+        model: which of the host's models to ask for; None: the one that it lists with the backbone's fingerprint, else
+            its only one.
+        api_key: sent to the host as a bearer token.
+        timeout: seconds for connecting and each read.
+        threads: of onnxruntime.
+        max_pixels: of an image.
+
+    Raises:
+        FileNotFoundError: the folder or a file of it is missing.
+        FolderError: a file is damaged or does not fit the others.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, model: str | None = None, api_key: str | None = None,
+                 timeout: float = 30.0, threads: int = 1, max_pixels: int = pictures.MAX_PIXELS) -> None:
+        self.folder = read_folder(folder)
+        self.class_names = self.folder.class_names
+        self.model, self.api_key, self.timeout, self.max_pixels = model, api_key, timeout, max_pixels
+        self._session = None if self.folder.graph is None else _session(self.folder, threads)
+        height = self.folder.size[0]
+        self._shrink = pictures.Shrink(height, height - self.folder.rows * self.folder.patch) \
+            if self.folder.placement == "replace" else None
+        self._verified: dict[str, str | None] = {}
+
+    def picture(self, image: pictures.ImageLike) -> np.ndarray:
+        """The picture for the host, uint8 (H', W, 3), exactly the size that it takes.
+
+        Args:
+            image: a file's path or bytes, a PIL image or a uint8 array (H, W, 3), of any size: it is resized as in
+                training.
+
+        Raises:
+            TypeError, ValueError: `image` is none of these, cannot be read, or is too large.
+        """
+        opened = pictures.open_image(image, self.max_pixels)
+        return self.prompt(pictures.resized(opened, self.folder.size, self.folder.resize))
+
+    def prompt(self, pixels: np.ndarray) -> np.ndarray:
+        """`picture` of an image that already has the backbone's size, uint8 (H, W, 3)."""
+        folder = self.folder
+        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != (*folder.size, 3):
+            got = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
+            raise ValueError(f"pixels must be uint8 {(*folder.size, 3)}, got {got}")
+        image = pixels if folder.added is None else pictures.to_uint8(pixels + folder.added)
+        if self._session is None:
+            return image
+        if self._shrink is not None:
+            image = self._shrink(image)
+        [weights] = self._session.run(None, {"image": pixels[None]})  # (K, M)
+        mixed = weights @ folder.library  # (K, 3p²)
+        if folder.offset is not None:
+            mixed = mixed + folder.offset
+        return np.concatenate([image, pictures.assemble(mixed, folder.rows, folder.patch)])
+
+    def png(self, image: pictures.ImageLike) -> bytes:
+        """`picture` as a PNG file: what is sent."""
+        return pictures.png(self.picture(image))
+
+    def embed(self, url: str, images: Any) -> np.ndarray:
+        """Pictures of one image or a list of them, embedded by the host: (n, D) float32. The host is not verified.
+
+        Raises:
+            HostError: it cannot be reached, refuses, or answers something else.
+            TypeError, ValueError: an image cannot be used, or `url` is no address.
+        """
+        host, sent = Host(url, self.api_key, self.timeout), [self.png(image) for image in _several(images)]
+        if not sent:
+            raise ValueError("images: expected at least one, got none")
+        model = self._verified.get(host.base, self.model)
+        parts = [host.embed(part, model) for part in _calls(sent)]
+        found = np.concatenate(parts) if len({part.shape[1] for part in parts}) == 1 else parts[0]
+        if found.shape != (len(sent), self.folder.width):
+            raise HostError(f"{host.base} returned embeddings of width {found.shape[1]}, {self.folder.name} has "
+                            f"{self.folder.width}")
+        return found
+
+    def classify(self, features: np.ndarray) -> list[Prediction]:
+        """(n, D) features of the host, or one (D,) → a `Prediction` each.
+
+        Raises:
+            ValueError: the model has no head, or `features` have another shape.
+        """
+        if self.folder.head is None or self.class_names is None:
+            raise ValueError("the model in this folder has no head; `embed` gives its features")
+        features = np.asarray(features, np.float32)
+        features = features[None] if features.ndim == 1 else features
+        if features.ndim != 2 or features.shape[1] != self.folder.width or not np.isfinite(features).all():
+            raise ValueError(f"features must be finite and (n, {self.folder.width}), got {features.shape}")
+        probabilities = softmax(self.folder.head(features))
+        best = probabilities.argmax(axis=1)
+        return [Prediction(self.class_names[i], float(row[i]), row) for i, row in zip(best, probabilities, strict=True)]
+
+    def predict(self, url: str, image: pictures.ImageLike) -> Prediction:
+        """The class of one image. The host is verified at the first call, and refused if it fails.
+
+        Raises:
+            HostMismatch: the host's embedding of the golden picture is not the right one.
+            HostError, TypeError, ValueError: as `embed` and `classify`.
+        """
+        if Host(url).base not in self._verified:
+            self.verify(url)
+        return self.classify(self.embed(url, image))[0]
+
+    def verify(self, url: str) -> Verification:
+        """Send the golden picture; return when the host's embedding is the one that the model was trained with.
+
+        Raises:
+            HostMismatch: it is not; the message says which mistake is likely.
+            HostError: the host cannot be reached, refuses, or answers something else.
+            ValueError: `url` is no address.
+        """
+        found = self.check(url)
+        if not found.ok:
+            raise HostMismatch(found.message)
+        return found
+
+    def check(self, url: str) -> Verification:
+        """`verify`, with a mismatch returned and not raised."""
+        host = Host(url, self.api_key, self.timeout)
+        self._verified.pop(host.base, None)
+        self._check_own_picture()
+        models = host.models()
+        model = self.model if self.model is not None else _with_fingerprint(models, self.folder.fingerprint)
+        [embedding] = host.embed([self.folder.golden_picture], model)
+        found = self.judge(embedding, host.base)
+        if found.ok:
+            self._verified[host.base] = model
+            return found
+        listed = sorted({str(entry["fingerprint"])[:12] for entry in models if entry.get("fingerprint")})
+        if listed and self.folder.fingerprint[:12] not in listed:
+            message = (f"{found.message} It lists backbones with the fingerprints {', '.join(listed)}, the model was "
+                       f"trained on {self.folder.fingerprint[:12]}.")
+            return found._replace(likely=found.likely or "another model", message=message)
+        return found
+
+    def judge(self, embedding: np.ndarray, who: str = "the host") -> Verification:
+        """What a host's embedding (D,) of the golden picture says about it."""
+        folder, name = self.folder, self.folder.name
+        if embedding.shape != (folder.width,):
+            return Verification(False, float("nan"), "another model",
+                                f"{who} is refused: its embeddings have {embedding.shape[-1]} numbers, those of {name} "
+                                f"have {folder.width}. Likely: another model, or a projection behind it.")
+        right, got = _unit(folder.golden_embedding), _unit(embedding)
+        cosine = float(right @ got)
+        length = float(np.linalg.norm(embedding) / np.linalg.norm(folder.golden_embedding))
+        away, distances = np.linalg.norm(right - got), np.linalg.norm(_unit(folder.mistakes) - got, axis=1)
+        nearest = int(distances.argmin()) if len(distances) else -1
+        known = nearest >= 0 and away > NOISE and distances[nearest] <= NEAR
+        part = distances[nearest] / away if known else np.inf
+        measured = f"the cosine of its embedding of the golden picture and {name}'s is {cosine:.6f}"
+        if part <= SURE or (cosine < folder.threshold and part <= LIKELY):
+            likely, detail = folder.mistake_names[nearest], folder.mistake_details[nearest]
+            return Verification(False, cosine, likely, f"{who} is refused: {measured}; that of a mistake is "
+                                f"nearer. Likely: {likely} (nearest: {detail}).")
+        if cosine < folder.threshold:
+            return Verification(False, cosine, "another model",
+                                f"{who} is refused: {measured}, {folder.threshold} is the least. No resizing, "
+                                "cropping, compression or normalisation that was tried explains it. Likely: another "
+                                f"model, other weights, or another layer than {name}'s {folder.readout!r}.")
+        if abs(length - 1) > LENGTH and not (folder.head is not None and folder.head.ignores_length):
+            return Verification(False, cosine, "scaled embeddings",
+                                f"{who} is refused: {measured}, but its length is {length:.3g} times the right one. "
+                                "Likely: the host normalises or scales its embeddings.")
+        return Verification(True, cosine, None, f"{who} is right: {measured}.")
+
+    def _check_own_picture(self) -> None:
+        """That this machine makes the golden picture that the exporting one made, to one level."""
+        golden = np.asarray(pictures.open_image(self.folder.golden_picture, self.max_pixels)).astype(int)
+        own = self.picture(self.folder.golden_image).astype(int)
+        if own.shape != golden.shape or np.abs(own - golden).max() > 1:
+            raise FolderError("golden_picture.png is not the picture that this machine makes of golden_image.png: the "
+                              f"folder's files do not belong together, or onnxruntime {onnxruntime.__version__} "
+                              "computes something else")
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last axis, in float64."""
+    exp = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return exp / exp.sum(axis=-1, keepdims=True)
+
+
+def _calls(sent: Sequence[bytes]) -> list[list[bytes]]:
+    """The pictures in requests of a number and size that a host takes, in their order."""
+    calls: list[list[bytes]] = []
+    for picture in sent:
+        if not calls or len(calls[-1]) == PICTURES_PER_CALL or sum(map(len, calls[-1])) + len(picture) > BYTES_PER_CALL:
+            calls.append([])
+        calls[-1].append(picture)
+    return calls
+
+
+def _several(images: Any) -> Sequence[Any]:
+    return images if isinstance(images, (list, tuple)) else [images]
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    vectors = vectors.astype(np.float64)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-30)
+
+
+def _with_fingerprint(models: list[dict[str, Any]], fingerprint: str) -> str | None:
+    """The id of the host's backbone with that fingerprint, if it lists one."""
+    for entry in models:
+        if entry.get("object") == "model" and entry.get("fingerprint") == fingerprint \
+                and isinstance(entry.get("id"), str):
+            return entry["id"]
+    return None
+
+
+def _session(folder: Folder, threads: int) -> onnxruntime.InferenceSession:
+    assert folder.library is not None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(folder.graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors have no common class
+        raise FolderError(f"generator.onnx cannot be run by onnxruntime {onnxruntime.__version__}: {error}") from error
+    patches = folder.rows * folder.size[1] // folder.patch
+    wanted = [("image", "tensor(uint8)", (1, *folder.size, 3)),
+              ("weights", "tensor(float)", (patches, len(folder.library)))]
+    found = [(value.name, value.type, tuple(value.shape)) for value in (*session.get_inputs(), *session.get_outputs())]
+    if found != wanted:
+        raise FolderError(f"generator.onnx must go from {wanted[0]} to {wanted[1]}, it has {found}")
+    return session

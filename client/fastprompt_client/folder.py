@@ -1,0 +1,279 @@
+"""The folder that `fastprompt export --client` wrote, read with suspicion."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 16 << 20
+LARGEST_FILE = 2 << 30
+
+
+class FolderError(ValueError):
+    """A file of the folder is missing, damaged or does not fit the others; the message names it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """How features (n, D) become logits (n, C).
+
+    Attributes:
+        kind: "linear": W f + b. "cosine": scale · cos(MLP(f), rows), GELU between the layers of the MLP.
+        rows: (C, E). bias: (C,), of "linear". scale: of "cosine".
+        layers: [(weight (out, in), bias (out,)), ...] of the MLP.
+    """
+
+    kind: str
+    rows: np.ndarray
+    bias: np.ndarray | None = None
+    scale: float = 1.0
+    layers: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+
+    @property
+    def ignores_length(self) -> bool:
+        """Whether features of another length, e.g. normalised ones, give the same logits."""
+        return self.kind == "cosine" and len(self.layers) <= 1 and not any(bias.any() for _, bias in self.layers)
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        x = features.astype(np.float32)
+        if self.kind == "linear":
+            assert self.bias is not None
+            return x @ self.rows.T + self.bias
+        for i, (weight, bias) in enumerate(self.layers):
+            x = (gelu(x) if i else x) @ weight.T + bias
+        return self.scale * (x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)) @ self.rows.T
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """What a folder holds. Pixels are in levels from 0 to 255; p is the patch size.
+
+    Attributes:
+        name, fingerprint, readout: of the backbone that the host has to run. width: D of its features.
+        size: (H, W) of the images that the client starts from. picture_size: (H', W) of what the host gets.
+        patch: p. resize: "crop" or "squash".
+        kind: "patches" or "border". placement: "extend" or "replace", of patches. rows: of patches.
+        graph: the ONNX file, None without patches. library: (M, 3p²) float32. offset: (K, 3p²) or None.
+        added: (H, W, 3) levels added to the image, or None.
+        head: None for a model without one. class_names: C names, or None.
+        golden_image, golden_picture: PNG files. golden_embedding: (D,). threshold: least cosine.
+        mistakes: (n, D) embeddings. mistake_names, mistake_details: n texts each.
+        manifest: all of it.
+    """
+
+    name: str
+    fingerprint: str
+    readout: str
+    width: int
+    size: tuple[int, int]
+    picture_size: tuple[int, int]
+    patch: int
+    resize: str
+    kind: str
+    placement: str
+    rows: int
+    graph: bytes | None
+    library: np.ndarray | None
+    offset: np.ndarray | None
+    added: np.ndarray | None
+    head: Head | None
+    class_names: tuple[str, ...] | None
+    golden_image: bytes
+    golden_picture: bytes
+    golden_embedding: np.ndarray
+    threshold: float
+    mistakes: np.ndarray
+    mistake_names: tuple[str, ...]
+    mistake_details: tuple[str, ...]
+    manifest: dict[str, Any]
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """x Φ(x), by the error function."""
+    return (x * 0.5 * (1 + np.vectorize(math.erf, otypes=[float])(x / math.sqrt(2)))).astype(np.float32)
+
+
+def read_folder(folder: str | os.PathLike[str]) -> Folder:
+    """
+    Raises:
+        FileNotFoundError: `folder` is none, or a file of it is missing.
+        FolderError: a file is damaged, or of a format that this client does not read.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise FileNotFoundError(f"folder: {path} is no folder; `fastprompt export RUN --client --out {path}` makes it")
+    manifest = _read_manifest(path)
+    fields = _Fields(manifest, path / MANIFEST)
+    if fields.get("format") != FORMAT:
+        raise FolderError(f"{path / MANIFEST}: format must be {FORMAT}, got {manifest.get('format')!r}; "
+                          "install the fastprompt-client of the version that wrote it")
+    height, width = fields.sides("backbone.image_size")
+    picture_size = fields.sides("picture_size")
+    features, patch = fields.whole("backbone.width"), fields.whole("backbone.patch_size")
+    kind = fields.choice("prompts.kind", ("patches", "border"))
+    placement = fields.choice("prompts.placement", ("extend", "replace")) if kind == "patches" else "border"
+    rows = fields.whole("prompts.rows") if kind == "patches" else 0
+    expected = (height + rows * patch if placement == "extend" else height, width)
+    if picture_size != expected:
+        raise FolderError(f"{path / MANIFEST}: picture_size must be {list(expected)} with placement {placement!r}, "
+                          f"got {list(picture_size)}")
+    if placement == "replace" and rows * patch >= height:
+        raise FolderError(f"{path / MANIFEST}: prompts.rows leave nothing of the image: {rows}")
+
+    def array(name: str, shape: tuple[int | None, ...], *dtypes: str) -> np.ndarray:
+        return _array(path / name, _content(path, name, manifest), shape, dtypes or ("float32",))
+
+    graph = library = offset = added = None
+    if kind == "patches":
+        count, entries = fields.whole("prompts.num_prompts"), fields.whole("prompts.library_size")
+        if count * patch != rows * width:
+            raise FolderError(f"{path / MANIFEST}: prompts.num_prompts must fill {rows} rows of {width // patch} "
+                              f"patches, got {count}")
+        graph = _content(path, "generator.onnx", manifest)
+        library = array("library.npy", (entries, 3 * patch**2), "uint8", "float32").astype(np.float32)
+        if fields.get("prompts.rest", bool):
+            library = library + array("library_rest.npy", library.shape, "float16")
+        if fields.get("prompts.offset", bool):
+            offset = array("offset.npy", (count, 3 * patch**2))
+    if fields.get("prompts.added", bool):
+        added = array("added.npy", (height, width, 3))
+    head = _head(fields, array, features)
+    names = fields.texts("class_names") if manifest.get("class_names") is not None else None
+    if (head is None) != (names is None) or (head is not None and names is not None and len(head.rows) != len(names)):
+        raise FolderError(f"{path / MANIFEST}: class_names must be one for each class of the head")
+    mistakes = fields.get("golden.mistakes", list)
+    for i, mistake in enumerate(mistakes):
+        if not isinstance(mistake, dict) or not all(isinstance(mistake.get(k), str) for k in ("name", "detail")):
+            raise FolderError(f"{path / MANIFEST}: golden.mistakes[{i}] must have a name and a detail")
+    return Folder(
+        name=fields.get("backbone.name", str), fingerprint=fields.get("backbone.fingerprint", str),
+        readout=fields.get("backbone.readout", str), width=features, size=(height, width), picture_size=picture_size,
+        patch=patch, resize=fields.choice("preprocessing.resize", ("crop", "squash")), kind=kind, placement=placement,
+        rows=rows, graph=graph, library=library, offset=offset, added=added, head=head, class_names=names,
+        golden_image=_content(path, "golden_image.png", manifest),
+        golden_picture=_content(path, "golden_picture.png", manifest),
+        golden_embedding=array("golden_embedding.npy", (features,)), threshold=fields.number("golden.threshold"),
+        mistakes=array("mistakes.npy", (len(mistakes), features)),
+        mistake_names=tuple(mistake["name"] for mistake in mistakes),
+        mistake_details=tuple(mistake["detail"] for mistake in mistakes), manifest=manifest)
+
+
+class _Fields:
+    """The manifest's values by dotted name; FolderError names the one that is missing or of another kind."""
+
+    def __init__(self, manifest: dict[str, Any], path: Path) -> None:
+        self.manifest, self.path = manifest, path
+
+    def get(self, name: str, kind: type = object) -> Any:
+        value: Any = self.manifest
+        for key in name.split("."):
+            if not isinstance(value, dict) or key not in value:
+                raise FolderError(f"{self.path}: {name} is missing")
+            value = value[key]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
+            raise FolderError(f"{self.path}: {name} must be of kind {kind.__name__}, got {value!r}")
+        return value
+
+    def whole(self, name: str) -> int:
+        value = self.get(name, int)
+        if not 1 <= value <= 1 << 20:
+            raise FolderError(f"{self.path}: {name} must be a whole number from 1, got {value!r}")
+        return value
+
+    def number(self, name: str) -> float:
+        value = self.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise FolderError(f"{self.path}: {name} must be a number, got {value!r}")
+        return float(value)
+
+    def sides(self, name: str) -> tuple[int, int]:
+        value = self.get(name, list)
+        if len(value) != 2 or any(type(side) is not int or not 1 <= side <= 1 << 14 for side in value):
+            raise FolderError(f"{self.path}: {name} must be [height, width] in pixels, got {value!r}")
+        return value[0], value[1]
+
+    def choice(self, name: str, choices: tuple[str, ...]) -> str:
+        value = self.get(name, str)
+        if value not in choices:
+            raise FolderError(f"{self.path}: {name} must be one of {choices}, got {value!r}")
+        return value
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        value = self.get(name, list)
+        if not all(isinstance(text, str) for text in value):
+            raise FolderError(f"{self.path}: {name} must be a list of texts")
+        return tuple(value)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    if not file.is_file():
+        raise FileNotFoundError(f"folder: {path} is none of fastprompt's client, {MANIFEST} is missing")
+    if file.stat().st_size > LARGEST_MANIFEST:
+        raise FolderError(f"{file} has {file.stat().st_size} bytes, a manifest at most {LARGEST_MANIFEST}")
+    try:
+        manifest = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FolderError(f"{file} is damaged: {error}") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise FolderError(f"{file} is no manifest of fastprompt's client")
+    return manifest
+
+
+def _content(path: Path, name: str, manifest: dict[str, Any]) -> bytes:
+    """The bytes of a file whose size and sha256 are those of the manifest."""
+    stated, file = manifest["files"].get(name), path / name
+    if not isinstance(stated, dict) or type(stated.get("bytes")) is not int:
+        raise FolderError(f"{path / MANIFEST}: files lacks {name}")
+    if not file.is_file():
+        raise FileNotFoundError(f"folder: {file} is missing")
+    if file.stat().st_size != stated["bytes"] or stated["bytes"] > LARGEST_FILE:
+        raise FolderError(f"{file} is damaged: it has {file.stat().st_size} bytes, the manifest says {stated['bytes']}")
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() != stated.get("sha256"):
+        raise FolderError(f"{file} is damaged: its sha256 is not the manifest's")
+    return content
+
+
+def _array(file: Path, content: bytes, shape: tuple[int | None, ...], dtypes: tuple[str, ...]) -> np.ndarray:
+    try:
+        array = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise FolderError(f"{file} is damaged: {error}") from error
+    fits = isinstance(array, np.ndarray) and array.ndim == len(shape) \
+        and all(want in (None, got) for got, want in zip(array.shape, shape, strict=True))
+    if not fits or array.dtype.name not in dtypes:
+        wanted = ", ".join("any" if side is None else str(side) for side in shape)
+        raise FolderError(f"{file} must be ({wanted}) of {' or '.join(dtypes)}, got {array.shape} of {array.dtype}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise FolderError(f"{file} contains NaN or infinite values")
+    return array
+
+
+def _head(fields: _Fields, array: Callable[..., np.ndarray], features: int) -> Head | None:
+    if fields.manifest.get("head") is None:
+        return None
+    if fields.choice("head.kind", ("linear", "cosine")) == "linear":
+        rows = array("head_weight.npy", (None, features))
+        return Head("linear", rows, array("head_bias.npy", (len(rows),)))
+    layers, width = [], features
+    count = fields.get("head.layers", int)
+    if not 0 <= count <= 16:
+        raise FolderError(f"{fields.path}: head.layers must be from 0 to 16, got {count}")
+    for i in range(count):
+        weight = array(f"projection{i}_weight.npy", (None, width))
+        width = len(weight)
+        layers.append((weight, array(f"projection{i}_bias.npy", (width,))))
+    rows = array("class_embeddings.npy", (None, width))
+    return Head("cosine", rows, scale=fields.number("head.scale"), layers=tuple(layers))

@@ -1,0 +1,159 @@
+"""HTTP with a host of `POST /v1/embeddings`: bounded in time and size, nothing followed, every answer checked."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import http.client
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+LARGEST_ANSWER = 64 << 20
+LARGEST_ERROR = 64 << 10
+
+
+class HostError(RuntimeError):
+    """The host cannot be reached, refuses, or answers something else than embeddings; the message says which."""
+
+
+class HostMismatch(HostError):
+    """The host answers, but its embedding of the golden picture is not the one that the model was trained with."""
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirected request would carry the key and the pictures to another place, and lose its body."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+class Host:
+    """One host.
+
+    Args:
+        url: "http://host:8000", with or without "/v1" or "/v1/embeddings" behind it.
+        api_key: sent as `Authorization: Bearer`. timeout: seconds, for connecting and for every read.
+
+    Raises:
+        ValueError: `url` is no http or https address, or `api_key` cannot be sent.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None, timeout: float = 30.0) -> None:
+        if not isinstance(url, str):
+            raise TypeError(f"url must be a text, got {type(url).__name__}")
+        try:
+            parts = urllib.parse.urlsplit(url.strip())
+        except ValueError as error:
+            raise ValueError(f"url must be http://HOST or https://HOST, got {url!r}: {error}") from error
+        if parts.username is not None or parts.password is not None:
+            raise ValueError("url must not hold a user or password; a key is given as api_key")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"url must be http://HOST or https://HOST, got {url!r}")
+        base = parts._replace(query="", fragment="").geturl().rstrip("/")
+        self.base = base.removesuffix("/v1/embeddings").removesuffix("/v1")
+        self.timeout = timeout
+        self.headers = {"Accept": "application/json", "User-Agent": "fastprompt-client"}
+        if api_key is not None:
+            if not isinstance(api_key, str) or not api_key.isascii() or not api_key.isprintable():
+                raise ValueError("api_key must be printable ASCII")
+            self.headers["Authorization"] = f"Bearer {api_key}"
+        self.opener = urllib.request.build_opener(_NoRedirects())
+
+    def models(self) -> list[dict[str, Any]]:
+        """What the host lists under `GET /v1/models`; empty where it lists nothing that can be read."""
+        try:
+            answer = self._call("/v1/models")
+        except HostError:
+            return []
+        listed = answer.get("data")
+        return [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+
+    def embed(self, pictures: Sequence[bytes], model: str | None = None) -> np.ndarray:
+        """PNG files → (n, D) float32.
+
+        Raises:
+            HostError: no embedding for each of them, all of one width and finite.
+        """
+        texts = ["data:image/png;base64," + base64.b64encode(picture).decode() for picture in pictures]
+        body: dict[str, Any] = {"input": texts, "encoding_format": "base64"}
+        if model is not None:
+            body["model"] = model
+        answer = self._call("/v1/embeddings", body)
+        data = answer.get("data")
+        if not isinstance(data, list) or len(data) != len(pictures):
+            raise HostError(f"{self.base} must return {len(pictures)} embeddings, got "
+                            f"{len(data) if isinstance(data, list) else type(data).__name__}")
+        vectors: list[np.ndarray | None] = [None] * len(pictures)
+        for place, entry in enumerate(data):
+            index = entry.get("index", place) if isinstance(entry, dict) else None
+            if type(index) is not int or not 0 <= index < len(vectors) or vectors[index] is not None:
+                raise HostError(f"{self.base} returned entry {place} without an index of its own from 0 to "
+                                f"{len(vectors) - 1}")
+            vectors[index] = self._vector(entry.get("embedding"), index)
+        found = [vector for vector in vectors if vector is not None]
+        if len({len(vector) for vector in found}) > 1:
+            raise HostError(f"{self.base} returned embeddings of several widths")
+        return np.stack(found)
+
+    def _vector(self, value: Any, index: int) -> np.ndarray:
+        try:
+            if isinstance(value, str):
+                vector = np.frombuffer(base64.b64decode(value, validate=True), "<f4")
+            elif isinstance(value, list) and all(type(entry) in (int, float) for entry in value):
+                with np.errstate(over="ignore"):
+                    vector = np.asarray(value, np.float32)
+            else:
+                raise ValueError("neither a list of numbers nor base64")
+        except (ValueError, OverflowError, binascii.Error) as error:
+            raise HostError(f"{self.base} returned no embedding for picture {index}: {error}") from error
+        if not len(vector) or not np.isfinite(vector).all():
+            raise HostError(f"{self.base} returned an embedding for picture {index} that is empty or not finite")
+        return vector
+
+    def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        headers, data = dict(self.headers), None
+        if body is not None:
+            data, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
+        request = urllib.request.Request(self.base + path, data, headers)
+        try:
+            with self.opener.open(request, timeout=self.timeout) as response:
+                content = response.read(LARGEST_ANSWER + 1)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise HostError(f"{self.base}{path} answered {error.code}: {_reason(error)}") from error
+        except TimeoutError as error:
+            raise HostError(f"{self.base}{path} did not answer within {self.timeout:g} s") from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, TimeoutError):
+                reason = f"no connection within {self.timeout:g} s"
+            raise HostError(f"{self.base}{path} cannot be reached: {reason}") from error
+        if len(content) > LARGEST_ANSWER:
+            raise HostError(f"{self.base}{path} answered more than {LARGEST_ANSWER:,} bytes")
+        try:
+            answer = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise HostError(f"{self.base}{path} answered no JSON: {error}") from error
+        if not isinstance(answer, dict):
+            raise HostError(f"{self.base}{path} answered {type(answer).__name__}, a JSON object is needed")
+        return answer
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    """The message of an OpenAI-style error, or what else the answer says."""
+    if 300 <= error.code < 400:
+        return f"it redirects to {error.headers.get('Location')}, which is not followed; give that address as url"
+    try:
+        content = error.read(LARGEST_ERROR)
+    except (OSError, http.client.HTTPException):
+        return str(error.reason)
+    try:
+        return str(json.loads(content)["error"]["message"])[:500]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return content.decode("utf-8", "replace").strip()[:200] or str(error.reason)

@@ -1,0 +1,133 @@
+"""Images to the pixels that the host gets: opened, resized as in training, prompts mixed and put in their place."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 100_000_000
+TIE = 1e-3
+"""Levels taken off a shrunk pixel before it is rounded, as in training: half way between two levels goes down."""
+
+ImageLike = Any
+"""A file's path, its bytes, a PIL image, or a uint8 array (H, W, 3)."""
+
+
+def open_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An upright RGB image; transparent pixels come out as over white.
+
+    Raises:
+        TypeError: `image` is none of the kinds above.
+        ValueError: it cannot be read, has no pixels, or more than `max_pixels`.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise TypeError(f"image must be a uint8 array (H, W, 3), got {image.dtype} {image.shape}")
+        _check_pixels("image", image.shape[1], image.shape[0], max_pixels)
+        return Image.fromarray(np.ascontiguousarray(image))
+    if isinstance(image, Image.Image):
+        _check_pixels("image", image.width, image.height, max_pixels)
+        return _rgb("image", image)
+    if isinstance(image, (str, os.PathLike)):
+        name, source = f"image {os.fspath(image)}", image
+        if not os.path.isfile(image):
+            raise ValueError(f"{name} is no file")
+    elif isinstance(image, (bytes, bytearray, memoryview)):
+        name, source = "image", io.BytesIO(image)  # type: ignore[assignment]
+    else:
+        raise TypeError(f"image must be a path, bytes, a PIL image or a uint8 array, got {type(image).__name__}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(source) as opened:
+                _check_pixels(name, opened.width, opened.height, max_pixels)
+                return _rgb(name, opened)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} has too many pixels: {error}") from error
+    except (OSError, SyntaxError, EOFError) as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
+
+
+def _check_pixels(name: str, width: int, height: int, max_pixels: int) -> None:
+    if not 1 <= width * height <= max_pixels:
+        raise ValueError(f"{name} has {width} x {height} pixels, from 1 to {max_pixels:,} are taken")
+
+
+def _rgb(name: str, image: Image.Image) -> Image.Image:
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            values = np.asarray(image).astype(np.int64)
+            image = Image.fromarray((values // 257 if values.max(initial=0) > 255 else values)
+                                    .clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
+
+
+def resized(image: Image.Image, size: tuple[int, int], resize: str) -> np.ndarray:
+    """An RGB image as uint8 (*size, 3), bicubic with antialiasing.
+
+    "crop" scales it so that it just covers `size` and cuts out the middle; "squash" scales both sides on their own.
+    """
+    (height, width), covering = size, size
+    if resize == "crop":
+        scale = max(height / image.height, width / image.width)
+        covering = max(height, round(image.height * scale)), max(width, round(image.width * scale))
+    for sides in ((covering[1], image.height), (covering[1], covering[0])):  # first the columns, in every Pillow
+        if image.size != sides:
+            image = image.resize(sides, Image.Resampling.BICUBIC)
+    top, left = round((covering[0] - height) / 2), round((covering[1] - width) / 2)
+    return np.asarray(image)[top:top + height, left:left + width]
+
+
+class Shrink:
+    """(old, W, 3) levels → (new, W, 3): antialiased bilinear resampling of the rows alone, rounded to whole levels.
+
+    Row i of the result is a weighted mean of the rows within `scale` = old / new of its middle, (i + ½) · scale, the
+    weights falling linearly with the distance.
+    """
+
+    def __init__(self, old: int, new: int) -> None:
+        scale = old / new
+        middle = (np.arange(new) + 0.5) * scale  # (new,)
+        first = np.maximum((middle - scale + 0.5).astype(int), 0)
+        count = np.minimum((middle + scale + 0.5).astype(int), old) - first
+        self.rows = np.minimum(first[:, None] + np.arange(count.max()), old - 1)  # (new, taps)
+        distance = np.abs(first[:, None] + np.arange(count.max()) + 0.5 - middle[:, None]) / scale
+        weights = np.where(np.arange(count.max()) < count[:, None], np.maximum(1 - distance, 0), 0)
+        self.weights = weights / weights.sum(axis=1, keepdims=True)  # (new, taps)
+
+    def __call__(self, levels: np.ndarray) -> np.ndarray:
+        levels = levels.astype(np.float64)
+        total = self.weights[:, 0, None, None] * levels[self.rows[:, 0]]
+        for tap in range(1, self.rows.shape[1]):
+            total += self.weights[:, tap, None, None] * levels[self.rows[:, tap]]
+        return to_uint8(total - TIE)
+
+
+def to_uint8(levels: np.ndarray) -> np.ndarray:
+    """Levels cut off at 0 and 255 and rounded; half way goes to the even one."""
+    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+
+
+def assemble(patches: np.ndarray, rows: int, patch: int) -> np.ndarray:
+    """(K, 3p²) levels, channel by channel → uint8 (rows · p, W, 3)."""
+    columns = len(patches) // rows
+    grid = to_uint8(patches).reshape(rows, columns, 3, patch, patch)
+    return grid.transpose(0, 3, 1, 4, 2).reshape(rows * patch, columns * patch, 3)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """uint8 (H, W, 3) as a PNG file."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()

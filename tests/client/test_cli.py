@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastprompt_client import Client
+from fastprompt_client.cli import KEY, main
+
+
+@pytest.fixture
+def image(photo: np.ndarray, tmp_path: Path) -> Path:
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_images_are_classified(folder: Path, host: Any, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(folder), str(image), str(image), "--url", host.url]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    expected = Client(folder).predict(host.url, image)
+    assert first == second == {"file": str(image), "class": expected.name,
+                               "probability": round(expected.probability, 6)}
+
+
+def test_without_an_image_the_host_is_verified(folder: Path, host: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(folder), "--url", host.url]) == 0
+    assert "is right" in capsys.readouterr().out
+    host.finish = lambda vector: -vector
+    assert main([str(folder), "--url", host.url]) == 1
+    assert "refused" in capsys.readouterr().err
+
+
+def test_the_picture_is_written_without_a_host(folder: Path, image: Path, tmp_path: Path) -> None:
+    assert main([str(folder), str(image), "--png", str(tmp_path / "out.png")]) == 0
+    written = Image.open(io.BytesIO((tmp_path / "out.png").read_bytes()))
+    assert np.array_equal(np.asarray(written), Client(folder).picture(image))
+
+
+def test_the_key_comes_from_the_environment(folder: Path, host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.key = "secret"
+    assert main([str(folder), "--url", host.url]) == 1
+    monkeypatch.setenv(KEY, "secret")
+    assert main([str(folder), "--url", host.url]) == 0
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["FOLDER"], "--url or --png: one of them is needed"),
+    (["FOLDER", "--png", "x.png"], "--png: takes one image, got 0"),
+    (["FOLDER", "none.jpg", "--png", "x.png"], "image none.jpg is no file"),
+    (["FOLDER", "--url", "localhost"], "url must be http://HOST"),
+    (["/no/such", "--url", "http://localhost"], "is no folder"),
+])
+def test_wrong_input_is_one_line(folder: Path, arguments: list[str], message: str,
+                                 capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(folder) if a == "FOLDER" else a for a in arguments]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line

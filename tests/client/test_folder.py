@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastprompt_client import Client, FolderError
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    """A folder that may be damaged."""
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def change(folder: Path, name: str, value: Any) -> None:
+    """Another value in the manifest under a dotted name; `...` removes it."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    *path, last = name.split(".")
+    place = manifest
+    for key in path:
+        place = place[key]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def replace(folder: Path, name: str, content: bytes) -> None:
+    """Another file, and the manifest as if it belonged there."""
+    (folder / name).write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def test_a_folder_is_read(folder: Path) -> None:
+    found = Client(folder).folder
+    assert (found.size, found.picture_size, found.patch, found.rows) == ((32, 32), (40, 32), 8, 1)
+    assert (found.kind, found.placement, found.resize) == ("patches", "extend", "crop")
+    assert found.class_names == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("format", 2, "format must be 1, got 2"),
+    ("format", ..., "format is missing"),
+    ("backbone", 3, "backbone.image_size is missing"),
+    ("backbone.image_size", [32], r"backbone.image_size must be \[height, width\]"),
+    ("backbone.image_size", [32, 10**9], r"backbone.image_size must be \[height, width\]"),
+    ("backbone.image_size", [True, 32], r"backbone.image_size must be \[height, width\]"),
+    ("backbone.width", -1, "backbone.width must be a whole number"),
+    ("backbone.width", 47, r"must be \(any, 47\)"),
+    ("backbone.patch_size", 4, "picture_size must be"),
+    ("backbone.name", None, "backbone.name must be of kind str"),
+    ("picture_size", [32, 32], r"picture_size must be \[40, 32\]"),
+    ("prompts.kind", "latent", "prompts.kind must be one of"),
+    ("prompts.placement", "border", "prompts.placement must be one of"),
+    ("prompts.num_prompts", 8, "prompts.num_prompts must fill 1 rows of 4"),
+    ("prompts.library_size", 13, "library.npy must be"),
+    ("prompts.rest", 1, "prompts.rest must be of kind bool"),
+    ("prompts.offset", True, "files lacks offset.npy"),
+    ("preprocessing.resize", "stretch", "preprocessing.resize must be one of"),
+    ("head.kind", "svm", "head.kind must be one of"),
+    ("head", None, "class_names must be one for each class"),
+    ("class_names", ["a"], "class_names must be one for each class"),
+    ("class_names", ["a", "b", 3], "class_names must be a list of texts"),
+    ("golden.threshold", "0.999", "golden.threshold must be a number"),
+    ("golden.threshold", float("nan"), "golden.threshold must be a number"),
+    ("golden.mistakes", [{}], r"golden.mistakes\[0\] must have a name"),
+    ("golden.mistakes", [], "mistakes.npy must be"),
+    ("files", [], "is no manifest"),
+    ("files", {}, "files lacks"),
+])
+def test_a_damaged_manifest_is_named(copy: Path, name: str, value: Any, message: str) -> None:
+    change(copy, name, value)
+    with pytest.raises(FolderError, match=message):
+        Client(copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000], ids=lambda c: str(c[:4]))
+def test_a_manifest_that_is_none(copy: Path, content: bytes) -> None:
+    (copy / "manifest.json").write_bytes(content)
+    with pytest.raises(FolderError, match=r"manifest\.json is"):
+        Client(copy)
+
+
+@pytest.mark.parametrize("name", ["generator.onnx", "library.npy", "library_rest.npy", "head_weight.npy",
+                                  "mistakes.npy", "golden_picture.png", "golden_embedding.npy"])
+def test_a_missing_or_damaged_file_is_named(copy: Path, name: str) -> None:
+    content = (copy / name).read_bytes()
+    (copy / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(FolderError, match=f"{name} is damaged: its sha256"):
+        Client(copy)
+    (copy / name).write_bytes(content[:-1])
+    with pytest.raises(FolderError, match=f"{name} is damaged: it has"):
+        Client(copy)
+    (copy / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name} is missing"):
+        Client(copy)
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("library.npy", npy(np.zeros((12, 191), np.uint8)), r"library.npy must be \(12, 192\) of uint8 or float32"),
+    ("library.npy", npy(np.zeros((12, 192), np.int64)), "library.npy must be .* of uint8 or float32, got .* of int64"),
+    ("library.npy", npy(np.array([{}], object)), "library.npy is damaged"),
+    ("library.npy", b"no array", "library.npy is damaged"),
+    ("library.npy", b"", "library.npy is damaged"),
+    ("head_bias.npy", npy(np.full(3, np.nan, np.float32)), "head_bias.npy contains NaN"),
+    ("head_weight.npy", npy(np.zeros((3, 48, 1), np.float32)), r"head_weight.npy must be \(any, 48\)"),
+    ("generator.onnx", b"no graph", "generator.onnx cannot be run by onnxruntime"),
+])
+def test_a_file_that_does_not_fit_is_named(copy: Path, name: str, content: bytes, message: str) -> None:
+    replace(copy, name, content)
+    with pytest.raises(FolderError, match=message):
+        Client(copy)
+
+
+def test_another_graph_is_refused(copy: Path, folder: Path) -> None:
+    from onnx import TensorProto, helper
+
+    node = helper.make_node("Cast", ["x"], ["weights"], to=TensorProto.FLOAT)
+    values = [helper.make_tensor_value_info(*of) for of in (("x", TensorProto.UINT8, [2]),
+                                                            ("weights", TensorProto.FLOAT, [2]))]
+    made = helper.make_model(helper.make_graph([node], "other", [values[0]], [values[1]]),
+                             opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    replace(copy, "generator.onnx", made.SerializeToString())
+    with pytest.raises(FolderError, match=r"generator.onnx must go from \('image', .*\(1, 32, 32, 3\)\)"):
+        Client(copy)
+
+
+def test_a_picture_that_this_machine_does_not_make_stops_verify(copy: Path, host: Any) -> None:
+    replace(copy, "golden_image.png", (copy / "golden_picture.png").read_bytes())
+    with pytest.raises(FolderError, match=r"golden_picture\.png is not the picture that this machine makes"):
+        Client(copy).verify(host.url)
+    assert not host.requests
+
+
+def test_what_is_no_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is no folder; `fastprompt export RUN --client"):
+        Client(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json is missing"):
+        Client(tmp_path)

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+
+import fastprompt as fp
+from fastprompt.data.images import to_rgb, to_tensor
+from fastprompt.rgb.export import export_client
+from fastprompt_client import Client, pictures
+
+
+def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Noise on top of smooth colours, uint8 (height, width, 3)."""
+    random = np.random.default_rng(seed)
+    coarse = Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((width, height))
+    return np.clip(np.asarray(coarse) + random.integers(-40, 41, (height, width, 3)), 0, 255).astype(np.uint8)
+
+
+def in_training(image: np.ndarray, size: tuple[int, int], resize: str = "crop") -> np.ndarray:
+    return to_tensor(Image.fromarray(image), size, resize).permute(1, 2, 0).numpy()
+
+
+def test_the_picture_is_that_of_training(model: fp.PromptedViT, tmp_path: Path) -> None:
+    """Bit for bit, but where the float32 sums of torch and onnxruntime lie on two sides of half a level."""
+    export_client(model, tmp_path)
+    client, different, pixels = Client(tmp_path), 0, 0
+    for seed in range(20):
+        image = random_image(32, 32, seed)
+        expected = fp.RGBPrompts(model).pictures(torch.from_numpy(image).permute(2, 0, 1)[None])[0]
+        found, wanted = client.picture(image).astype(int), expected.permute(1, 2, 0).numpy().astype(int)
+        assert found.shape == wanted.shape == (*client.folder.picture_size, 3)
+        rows = found.shape[0] - client.folder.rows * 8
+        assert np.array_equal(found[:rows], wanted[:rows])  # the image's own part
+        assert np.abs(found - wanted).max() <= 1
+        different, pixels = different + int((found != wanted).sum()), pixels + found.size
+    assert different <= 1e-3 * pixels
+
+
+@pytest.mark.parametrize(("height", "patch", "rows"), [(224, 16, 1), (224, 16, 2), (112, 16, 1), (518, 14, 1),
+                                                       (224, 32, 2), (96, 8, 5)])
+def test_shrinking_is_that_of_training(height: int, patch: int, rows: int) -> None:
+    """Many shrunk pixels are half way between two levels: they go down on both sides."""
+    vit = VisionTransformer(img_size=(height, 3 * patch), patch_size=patch, embed_dim=12, depth=1, num_heads=2,
+                            num_classes=0)
+    backbone = fp.FrozenViT(vit, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
+    config = fp.RGBPGNConfig(num_prompts=3 * rows, library_size=2, widths=(2,), placement="replace")
+    generator = fp.RGBPGN(config, backbone)
+    image = random_image(height, 3 * patch)
+    small = generator.shrink(backbone.normalise(torch.from_numpy(image).permute(2, 0, 1)[None]))[0]
+    mean, std = torch.tensor(backbone.mean).view(3, 1, 1), torch.tensor(backbone.std).view(3, 1, 1)
+    expected = ((small * std + mean) * 255).round().permute(1, 2, 0).numpy().astype(np.uint8)
+    assert np.array_equal(pictures.Shrink(height, height - rows * patch)(image), expected)
+
+
+def test_without_the_tie_rule_shrinking_would_differ() -> None:
+    image = random_image(112, 112)
+    small = torch.nn.functional.interpolate(torch.from_numpy(image).permute(2, 0, 1)[None].double() / 255,
+                                            size=(96, 112), mode="bilinear", antialias=True) * 255
+    near_half = ((small - small.floor() - 0.5).abs() < 1e-6).double().mean()
+    assert near_half > 0.01
+
+
+@pytest.mark.parametrize(("source", "target", "resize"), [
+    ((300, 400), (224, 224), "crop"), ((400, 300), (224, 224), "crop"), ((300, 400), (224, 224), "squash"),
+    ((64, 64), (112, 112), "crop"), ((225, 224), (224, 224), "crop"), ((500, 333), (96, 128), "crop"),
+])
+def test_resizing_is_that_of_training_to_a_level(source: tuple[int, int], target: tuple[int, int], resize: str) -> None:
+    image = random_image(*source)
+    found = pictures.resized(Image.fromarray(image), target, resize).astype(int)
+    expected = in_training(image, target, resize).astype(int)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 1
+    assert (found != expected).mean() < 0.05
+
+
+def test_columns_are_resized_before_rows() -> None:
+    """Each pass rounds, and Pillow's versions differ in which is first; torchvision and the page begin with columns."""
+    image = Image.fromarray(random_image(150, 61))
+    columns = image.resize((32, 150), Image.Resampling.BICUBIC)
+    expected = np.asarray(columns.resize((32, 79), Image.Resampling.BICUBIC))
+    assert np.array_equal(pictures.resized(image, (79, 32), "squash"), expected)
+
+
+def test_an_image_of_the_right_size_is_not_touched() -> None:
+    image = random_image(32, 32)
+    assert np.array_equal(pictures.resized(Image.fromarray(image), (32, 32), "crop"), image)
+
+
+def saved(image: Image.Image, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, **options)
+    return stream.getvalue()
+
+
+def kinds() -> dict[str, bytes]:
+    colours = Image.fromarray(random_image(20, 30))
+    alpha = colours.copy()
+    alpha.putalpha(Image.fromarray(random_image(20, 30, 1)).convert("L"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = Image.fromarray(np.linspace(0, 65535, 600).reshape(20, 30).astype(np.uint16))
+    return {"rgb": saved(colours, format="PNG"), "alpha": saved(alpha, format="PNG"),
+            "grey": saved(colours.convert("L"), format="PNG"), "palette": saved(colours.convert("P"), format="PNG"),
+            "1 bit": saved(colours.convert("1"), format="PNG"), "cmyk": saved(colours.convert("CMYK"), format="JPEG"),
+            "16 bits": saved(deep, format="PNG"), "turned": saved(colours, format="JPEG", exif=exif)}
+
+
+@pytest.mark.parametrize("kind", list(kinds()))
+def test_files_are_opened_as_in_training(kind: str, tmp_path: Path) -> None:
+    from fastprompt.data.images import open_image
+
+    content = kinds()[kind]
+    (tmp_path / "image").write_bytes(content)
+    expected = np.asarray(open_image(tmp_path / "image"))
+    for given in (content, tmp_path / "image", str(tmp_path / "image"), bytearray(content)):
+        assert np.array_equal(np.asarray(pictures.open_image(given)), expected)
+    assert expected.shape == ((30, 20, 3) if kind == "turned" else (20, 30, 3))
+    assert np.array_equal(np.asarray(to_rgb(Image.fromarray(expected))), expected)
+
+
+def test_the_png_is_the_picture(folder: Path, photo: np.ndarray) -> None:
+    client = Client(folder)
+    content = client.png(photo)
+    assert content.startswith(b"\x89PNG")
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(content))), client.picture(photo))
+    assert client.picture(Image.fromarray(photo)).shape == (40, 32, 3)
+
+
+@pytest.mark.parametrize(("image", "error", "message"), [
+    (np.zeros((3, 3)), TypeError, r"image must be a uint8 array \(H, W, 3\), got float64"),
+    (np.zeros((3, 3, 4), np.uint8), TypeError, "image must be a uint8 array"),
+    (np.zeros((0, 3, 3), np.uint8), ValueError, "image has 3 x 0 pixels"),
+    (np.zeros((200, 60, 3), np.uint8), ValueError, "image has 60 x 200 pixels, from 1 to 10,000"),
+    (3, TypeError, "image must be a path, bytes, a PIL image or a uint8 array, got int"),
+    (b"", ValueError, "image cannot be read"),
+    (b"\x89PNG\r\n\x1a\nxx", ValueError, "image cannot be read"),
+    (saved(Image.fromarray(random_image(40, 40)), format="PNG")[:600], ValueError, "image cannot be read"),
+    (saved(Image.new("1", (300, 300)), format="PNG"), ValueError, "image has 300 x 300 pixels"),
+    (saved(Image.new("1", (20_000, 20_000)), format="PNG"), ValueError, "image has"),
+    ("no/such/file.png", ValueError, "image no/such/file.png is no file"),
+], ids=str)
+def test_bad_images_are_named(folder: Path, image: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Client(folder, max_pixels=10_000).picture(image)
+
+
+def test_prompt_takes_only_the_right_size(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"pixels must be uint8 \(32, 32, 3\), got uint8 \(32, 33, 3\)"):
+        Client(folder).prompt(np.zeros((32, 33, 3), np.uint8))
