@@ -185,6 +185,10 @@ class Serve:
     """Address to listen at; 0.0.0.0 for the whole network."""
     port: int = 8000
     api_keys_file: Path | None = None
+    """One key in a line."""
+    allow_origin: Annotated[list[str], tyro.conf.arg(metavar="URL"), tyro.conf.UseAppendAction] = field(
+        default_factory=list)
+    """Origin of a web page whose scripts may ask, https://example.org; once for each, or '*'."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the backbone; auto: bfloat16 where the hardware multiplies it."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -740,7 +744,7 @@ def serve(command: Serve) -> None:
     limits = Limits(int(command.max_body_mb * 2**20), command.max_images, command.max_pixels, command.body_timeout,
                     command.timeout, command.max_waiting)
     host.run(settings, limits, read_keys(command.api_keys_file), command.host, command.port,
-             command.batch_wait_ms / 1000)
+             command.batch_wait_ms / 1000, command.allow_origin)
 
 
 def report(command: Report) -> None:

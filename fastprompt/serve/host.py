@@ -27,6 +27,7 @@ from litserve.loops.simple_loops import BatchedLoop
 from litserve.specs.base import LitSpec
 from litserve.utils import LitAPIStatus, ResponseBufferItem, wrap_litserve_start
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastprompt.serve.protocol import BASE, Catalogue, Limits, Refused, Work
@@ -35,6 +36,8 @@ from fastprompt.serve.tenants import HostSettings, answers, load
 
 logger = logging.getLogger(__name__)
 
+ADDRESSES = ("/v1/models", "/v1/embeddings", "/v1/classify", "/health")
+"""What is left of LitServe's; others tell about the machine."""
 GRACE = 30
 """Seconds that running requests have at the end."""
 
@@ -86,15 +89,9 @@ class Worker(litserve.LitAPI):
     def decode_request(self, request: Any) -> Any:
         return request
 
-    def batch(self, inputs: list[Work]) -> list[Work]:
-        return inputs
-
     def predict(self, works: list[Work]) -> list[list[np.ndarray] | Refused]:
         """One answer to each request."""
         return answers(self.engine, works)
-
-    def unbatch(self, output: list[Any]) -> list[Any]:
-        return output
 
     def encode_response(self, output: Any) -> Any:
         return output
@@ -168,7 +165,7 @@ class ImpatientProtocol(H11Protocol):
 
 
 def run(settings: HostSettings, limits: Limits | None = None, keys: Sequence[str] = (), host: str = "127.0.0.1",
-        port: int = 8000, batch_wait: float = 0.005) -> None:
+        port: int = 8000, batch_wait: float = 0.005, origins: Sequence[str] = ()) -> None:
     """Serve until SIGTERM or Ctrl+C: then nothing new is accepted, running requests are finished, and it returns.
 
     Backbone and adapters are loaded and checked before anything starts, and released again: the worker has them.
@@ -177,6 +174,7 @@ def run(settings: HostSettings, limits: Limits | None = None, keys: Sequence[str
         settings: what is served. limits: what clients may send. keys: API keys; empty: everybody may ask.
         host, port: to listen at.
         batch_wait: seconds that a request waits for others to join its batch.
+        origins: of web pages that may ask from a browser ("https://example.org"; "*": all).
 
     Raises:
         ValueError, FileNotFoundError: backbone or an adapter do not fit; see `load`.
@@ -192,8 +190,11 @@ def run(settings: HostSettings, limits: Limits | None = None, keys: Sequence[str
     gc.collect()
     server = litserve.LitServer(Worker(settings, batch_wait, Endpoints(catalogue, limits, keys)),
                                 accelerator="cuda" if settings.device.startswith("cuda") else "cpu", devices=1,
-                                timeout=limits.answer_seconds, disable_openapi_url=True)
+                                timeout=limits.answer_seconds, disable_openapi_url=True, middlewares=[(
+                                    CORSMiddleware, {"allow_origins": list(origins), "allow_methods": ["GET", "POST"],
+                                                     "allow_headers": ["Authorization", "Content-Type"]})])
     server.app.add_exception_handler(HTTPException, refuse)
+    server.app.router.routes[:] = [route for route in server.app.routes if getattr(route, "path", "") in ADDRESSES]
     died = False
 
     async def watch() -> None:
@@ -230,5 +231,6 @@ class _Terminated(BaseException):
 
 
 def _leave(number: int, frame: Any) -> None:
-    if multiprocessing.parent_process() is None:  # LitServe's processes are ended by it
+    host = multiprocessing.parent_process()
+    if host is None or not host.is_alive():  # LitServe's other processes are ended by this one
         raise _Terminated

@@ -17,6 +17,7 @@ from fastprompt.serve.protocol import Limits, Work, decode, read_form
 from fastprompt.serve.tenants import HostSettings, answers, load
 
 ray = pytest.importorskip("ray", reason="pip install 'fastprompt[ray]'")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # Ray's own
 Picture = Callable[..., bytes]
 
 
@@ -34,7 +35,14 @@ def url(settings: HostSettings) -> Iterator[str]:
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    for attempt in range(3):
+        try:
+            ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+            break
+        except Exception:  # Ray's own processes have 15 seconds to start, which a loaded machine may not give them
+            ray.shutdown()
+            if attempt == 2:
+                raise
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:
         serve.run(application(settings, Limits(body_bytes=2**18), ["key"]), route_prefix="/")

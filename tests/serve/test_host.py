@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,8 +55,8 @@ class Server:
                 cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
     def wait(self) -> Server:
-        """Until it is healthy, at most two minutes; before that it says 503, or does not listen yet."""
-        for _ in range(1200):
+        """Until it is healthy, at most five minutes; before that it says 503, or does not listen yet."""
+        for _ in range(3000):
             assert self.process.poll() is None, self.log.read_text()
             try:
                 status = httpx.get(f"{self.url}/health", timeout=10).status_code
@@ -67,21 +68,23 @@ class Server:
             time.sleep(0.1)
         raise AssertionError(self.log.read_text())
 
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+
+@pytest.fixture(scope="module")
+def servers(place: Path) -> Iterator[list[Server]]:
+    """Two that start side by side: one with two adapters, keys and small limits, and one to be broken."""
+    running = [Server(place, "--max-body-mb", "0.25", "--max-images", "5", "--body-timeout", "2", "--any-size",
+                      "--allow-origin", "https://page.example", keys=",".join(KEYS)),
+               Server(place, "--batch-wait-ms", "5000", adapters=())]
+    yield running
+    for server in running:
+        server.process.terminate()
+    for server in running:
+        server.process.wait(60)
 
 
 @pytest.fixture(scope="module")
-def server(place: Path) -> Iterator[Server]:
-    """Two adapters, keys, small limits."""
-    running = Server(place, "--max-body-mb", "0.25", "--max-images", "5", "--body-timeout", "2", "--any-size",
-                     keys=",".join(KEYS))
-    try:
-        yield running.wait()
-    finally:
-        assert running.stop() == 0, running.log.read_text()
-    assert "Traceback" not in running.log.read_text()
+def server(servers: list[Server]) -> Server:
+    return servers[0].wait()
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +208,8 @@ def test_wrong_requests_are_refused_in_one_form(client: httpx.Client, picture: P
     many = [("file", (f"{i}.png", picture(), "image/png")) for i in range(7)]
     error_of(client.post("/v1/embeddings", files=many), 400)
     error_of(client.post("/v1/embeddings", files=many[:6]), 422)
-    assert client.get("/docs").status_code == client.get("/openapi.json").status_code == 404
+    for path in ("/", "/docs", "/openapi.json", "/info"):
+        error_of(client.get(path), 404)
 
 
 def test_large_bodies_are_refused_with_and_without_a_length(server: Server, client: httpx.Client) -> None:
@@ -256,35 +260,33 @@ def test_keys(server: Server, picture: Picture) -> None:
     assert not command.exists() or KEYS[0].encode() not in command.read_bytes()
 
 
-def test_shutdown_finishes_what_runs_and_takes_nothing_new(place: Path, picture: Picture) -> None:
-    server = Server(place, "--batch-wait-ms", "3000", adapters=("birds",)).wait()
-    body = json.dumps({"input": url(picture())}).encode()
-    request = (b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-               b"Content-Length: %d\r\n\r\n" % len(body)) + body
-    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
-        connection.sendall(request)
-        time.sleep(1)
-        server.process.send_signal(signal.SIGTERM)
-        time.sleep(1)
-        with pytest.raises(OSError, match="refused"):
-            socket.create_connection(("127.0.0.1", server.port), timeout=5)
-        answer = b""
-        while block := connection.recv(65536):
-            answer += block
-    assert answer.startswith(b"HTTP/1.1 200"), answer[:500] + server.log.read_bytes()
-    assert server.process.wait(60) == 0
-    assert "Traceback" not in server.log.read_text()
+def test_pages_of_allowed_origins_may_ask(server: Server, client: httpx.Client) -> None:
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    for origin, allowed in (("https://page.example", "https://page.example"), ("https://other.example", None)):
+        before = httpx.options(server.url + "/v1/embeddings", headers={"Origin": origin, **asked})
+        answer = client.get("/v1/models", headers={"Origin": origin})
+        refused = client.post("/v1/embeddings", json={}, headers={"Origin": origin})
+        assert (before.status_code == 200) == bool(allowed)
+        for got in (before, answer, refused):
+            assert got.headers.get("access-control-allow-origin") == allowed
 
 
-def test_a_dead_worker_ends_the_host(place: Path) -> None:
-    server = Server(place, adapters=()).wait()
+def test_a_dead_worker_ends_the_host(servers: list[Server], picture: Picture) -> None:
+    server = servers[1].wait()
+    answers: list[httpx.Response] = []
+    body = {"input": url(picture())}
+    waiting = threading.Thread(target=lambda: answers.append(httpx.post(f"{server.url}/v1/embeddings", json=body,
+                                                                        timeout=60)))
     children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
     if not children.exists():
-        server.stop()
         pytest.skip("needs /proc")
+    waiting.start()
+    time.sleep(0.5)
     for pid in children.read_text().split():
         if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(int(pid), signal.SIGKILL)
+    waiting.join(60)
+    error_of(answers[0], 500)
     assert server.process.wait(60) == 1
     assert "the worker died" in server.log.read_text()
 
@@ -320,3 +322,29 @@ def test_wrong_commands_end_before_a_server_starts(place: Path, tmp_path: Path, 
     monkeypatch.setitem(sys.modules, "litserve", None)
     assert main(command) == 1
     assert "pip install 'fastprompt[serve]'" in error_line(capsys)
+
+
+def test_shutdown_finishes_what_runs_and_takes_nothing_new(server: Server, picture: Picture) -> None:
+    """The last test of the file: it ends the server that the others share."""
+    body = json.dumps({"input": url(picture())}).encode()
+    head = (f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n").encode()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(head + body[:100])
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGTERM)
+        for _ in range(100):
+            try:
+                socket.create_connection(("127.0.0.1", server.port), timeout=5).close()
+            except ConnectionRefusedError:
+                break
+            time.sleep(0.01)
+        else:
+            raise AssertionError("it goes on accepting")
+        connection.sendall(body[100:])
+        answer = b""
+        while block := connection.recv(65536):
+            answer += block
+    assert answer.startswith(b"HTTP/1.1 200"), answer[:500] + server.log.read_bytes()
+    assert server.process.wait(60) == 0
+    assert "Traceback" not in server.log.read_text()
