@@ -280,6 +280,7 @@ def row(title: str, rounds: list[Round]) -> str:
 def main() -> None:
     flags = tyro.cli(Flags, description=__doc__)
     torch.set_num_threads(flags.threads)
+    busy = os.getloadavg()[0]
     shown = pictures(flags.image_size)
     files = [png(picture) for picture in shown]
     measured: dict[tuple[str, int], list[Round]] = {}
@@ -317,7 +318,8 @@ def main() -> None:
         "# `fastprompt serve` under load",
         "",
         f"`make load` on {info.get('brand_raw', 'an unknown processor')}, {os.cpu_count()} cores, torch "
-        f"{torch.__version__}, loopback; hosts and clients share the machine. {flags.backbone} at {flags.image_size} "
+        f"{torch.__version__}, loopback; hosts and clients share the machine, load average "
+        f"{busy:.1f} before they started. {flags.backbone} at {flags.image_size} "
         f"px in {check.catalogue.dtype}, {flags.threads} engine thread(s), tenants {', '.join(ADAPTERS)} and plain "
         f"embeddings in turn, one PNG a request. {flags.rounds} rounds of {flags.seconds:g} s for each line, "
         f"the lines interleaved, after one round of warming up; a batch waits {flags.batch_wait_ms:g} ms for others. "

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from ray import serve
@@ -29,8 +30,9 @@ class Tenants:
     def __init__(self, settings: HostSettings, limits: Limits, keys: Sequence[str], batch_wait: float) -> None:
         self.engine, catalogue = load(settings)
         self.routes = Routes(catalogue, limits, keys, self.compute)
-        self.together.set_max_batch_size(settings.batch_size)
-        self.together.set_batch_wait_timeout_s(batch_wait)
+        together: Any = self.together
+        together.set_max_batch_size(settings.batch_size)
+        together.set_batch_wait_timeout_s(batch_wait)
 
     async def __call__(self, request: Request) -> Response:
         return await self.routes(request)

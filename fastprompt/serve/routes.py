@@ -24,6 +24,8 @@ from fastprompt.serve.protocol import Ask, Catalogue, Limits, Refused, Work
 logger = logging.getLogger(__name__)
 
 KEYS_VARIABLE = "FASTPROMPT_API_KEYS"
+DISCARDED = 8
+"""Times the limit that a body may have for its sender to be told so, not just cut off."""
 Compute = Callable[[Work], Awaitable[list[np.ndarray]]]
 
 
@@ -123,22 +125,31 @@ class Routes:
                                                      f"{kind[:100]!r}")
 
     def _bounded(self, request: Request) -> Request:
-        """The same request, refused as soon as its body is too large or takes too long."""
-        most, deadline = self.limits.body_bytes, asyncio.get_running_loop().time() + self.limits.body_seconds
-        too_large = Refused(413, "body_too_large", f"a request has at most {most} bytes")
-        if int(request.headers.get("content-length") or 0) > most:
-            raise too_large
-        got = 0
+        """The same request, refused when its body is too large or takes too long.
 
-        async def receive() -> Message:
+        What comes above the limit is thrown away, but taken for a while: who is cut off while sending never reads why.
+        """
+        clock = asyncio.get_running_loop().time
+        most, deadline, got = self.limits.body_bytes, clock() + self.limits.body_seconds, 0
+        too_large = Refused(413, "body_too_large", f"a request has at most {most} bytes")
+        if int(request.headers.get("content-length") or 0) > most and "expect" in request.headers:
+            raise too_large
+
+        async def take() -> Message:
             nonlocal got
             try:
-                message = await asyncio.wait_for(request.receive(), deadline - asyncio.get_running_loop().time())
+                message = await asyncio.wait_for(request.receive(), deadline - clock())
             except asyncio.TimeoutError as error:
                 raise Refused(408, "too_slow", f"the request's body did not come within {self.limits.body_seconds:g} "
                                                "seconds") from error
             got += len(message.get("body", b""))
+            return message
+
+        async def receive() -> Message:
+            message = await take()
             if got > most:
+                while message.get("more_body") and got <= DISCARDED * most:
+                    message = await take()
                 raise too_large
             return message
 
