@@ -15,13 +15,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response
 
 from fastprompt.serve.protocol import Limits, Refused, Work
 from fastprompt.serve.routes import Routes
 from fastprompt.serve.tenants import HostSettings, answers, load
+
+try:
+    from ray import serve
+except ImportError as error:
+    raise ImportError("ray is not installed: pip install 'fastprompt[ray]'") from error
 
 
 class Tenants:

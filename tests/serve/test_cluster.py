@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import importlib
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,6 @@ import pytest
 from fastprompt.serve.protocol import Limits, Work, decode, read_form
 from fastprompt.serve.tenants import HostSettings, answers, load
 
-ray = pytest.importorskip("ray", reason="pip install 'fastprompt[ray]'")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # Ray's own
 Picture = Callable[..., bytes]
 
@@ -29,6 +30,7 @@ def settings(place: Path) -> HostSettings:
 
 @pytest.fixture(scope="module")
 def url(settings: HostSettings) -> Iterator[str]:
+    ray = pytest.importorskip("ray", reason="pip install 'fastprompt[ray]'")
     from ray import serve
 
     from fastprompt.serve.cluster import application
@@ -50,6 +52,13 @@ def url(settings: HostSettings) -> Iterator[str]:
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "fastprompt.serve.cluster", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'fastprompt\[ray\]'"):
+        importlib.import_module("fastprompt.serve.cluster")
 
 
 def test_tenants_share_batches_and_get_their_own_answers(url: str, settings: HostSettings, picture: Picture) -> None:
