@@ -1,4 +1,4 @@
-# make test | browser | page | hammer | demo | table | pixels | lint | types | bench | bench-forward | bench-engine | cost | kernels-report | gpu | clean | help
+# make test | browser | page | hammer | serve-ray | load | demo | table | pixels | lint | types | bench | bench-forward | bench-engine | cost | kernels-report | gpu | clean | help
 #   PYTHON=python3.12   interpreter the environment is made from
 #   VENV=path           environment to make or reuse (default .venv)
 #   PIP_FLAGS=...       more flags for pip, e.g. an extra index that has CPU builds of torch
@@ -14,7 +14,7 @@ STAMP := $(VENV)/.fastprompt-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint types pytest browser page hammer demo table pixels bench bench-forward bench-engine cost kernels-report gpu clean
+.PHONY: help install test lint types pytest browser page hammer serve-ray load demo table pixels bench bench-forward bench-engine cost kernels-report gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -64,6 +64,13 @@ browser: $(STAMP)  ## the page in a real headless Chromium, beside the Python cl
 
 hammer: $(STAMP)  ## an engine under eight threads for a minute, adapters swapped and failures injected
 	FASTPROMPT_HAMMER_SECONDS=60 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q tests/engine/test_engine.py -k hammered
+
+serve-ray: $(STAMP)  ## the host on a local Ray, which this installs into the environment (a minute)
+	@$(PY) -m pip install -qq $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[dev,ray]'
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q tests/serve/test_cluster.py
+
+load: $(STAMP)  ## a host under load, batching against batch size 1, hostile clients; writes results/serve.md (minutes, an idle machine)
+	$(PY) bench/load_serve.py
 
 demo: $(STAMP)  ## adapt a real CLIP ViT-B/16 to real images and write an HTML report (minutes)
 	$(PY) -m fastprompt.report.demo

@@ -1,4 +1,4 @@
-"""The command line: `fastprompt adapt | eval | predict | export | info | report`, a thin shell over the API.
+"""The command line: `fastprompt adapt | eval | predict | export | serve | info | report`, a thin shell over the API.
 
 Exit codes: 0 done, 1 failed while working (disk, network, training that diverged), 2 wrong input, 130
 interrupted.
@@ -187,6 +187,55 @@ class Export:
 
 
 @dataclass
+class Serve:
+    """Serve a frozen backbone and adapters over HTTP: /v1/embeddings, /v1/classify, /v1/models, /health.
+
+    API keys, if clients need one, stand in the environment variable FASTPROMPT_API_KEYS, separated by commas, or in
+    --api-keys-file, one in a line. Without TLS: put a proxy in front where the network is not yours.
+    """
+
+    adapter: Annotated[list[str], tyro.conf.arg(metavar="NAME=DIR"), tyro.conf.UseAppendAction] = field(
+        default_factory=list)
+    """Adapter or run directory and the name it is served under; once for each."""
+    backbone: str | None = None
+    """That of the first adapter's run if not given, else clip-vit-b16."""
+    image_size: int | None = None
+    """Side in pixels; that of the first adapter, else the backbone's own, if not given."""
+    any_size: bool = False
+    """Take pictures of any number of whole patches; clients with placement "extend" need it."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 for the whole network."""
+    port: int = 8000
+    api_keys_file: Path | None = None
+    """One key in a line."""
+    allow_origin: Annotated[list[str], tyro.conf.arg(metavar="URL"), tyro.conf.UseAppendAction] = field(
+        default_factory=list)
+    """Origin of a web page whose scripts may ask, https://example.org; once for each, or '*'."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Number format of the backbone; auto: bfloat16 where the hardware multiplies it."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    batch_size: int = 8
+    """Images that are computed at once at most."""
+    batch_wait_ms: float = 5.0
+    """How long a request waits for others to join its batch."""
+    max_body_mb: float = 8.0
+    """Size of a request."""
+    max_images: int = 32
+    """Pictures of a request."""
+    max_pixels: int | None = None
+    """Pixels of a picture; four times the backbone's if not given."""
+    body_timeout: float = 10.0
+    """Seconds in which a request has to arrive."""
+    timeout: float = 30.0
+    """Seconds in which a request has to be answered."""
+    max_waiting: int = 128
+    """Requests that wait at once; others are answered 503."""
+    threads: int | None = None
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass
 class Info:
     """Show a backbone, what each method would train and cost on it, and what an adapter directory holds."""
 
@@ -233,6 +282,7 @@ Command = (
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Serve, tyro.conf.subcommand("serve")]
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Report, tyro.conf.subcommand("report")]
 )
@@ -722,6 +772,33 @@ def cost_text(facts: dict[str, Any]) -> list[str]:
     ]
 
 
+def serve(command: Serve) -> None:
+    """Run `fastprompt serve`."""
+    from importlib.util import find_spec
+
+    if find_spec("litserve") is None:
+        raise ImportError("litserve is not installed: pip install 'fastprompt[serve]'")
+    from fastprompt.serve import host
+    from fastprompt.serve.protocol import Limits
+    from fastprompt.serve.routes import read_keys
+    from fastprompt.serve.tenants import HostSettings
+
+    adapters: dict[str, Path] = {}
+    for text in command.adapter:
+        name, equals, directory = text.partition("=")
+        if not name or not equals or not directory:
+            raise ValueError(f"--adapter: takes NAME=DIR, got {text!r}")
+        if name in adapters:
+            raise ValueError(f"--adapter: {name!r} is given twice")
+        adapters[name] = Path(directory)
+    settings = HostSettings(command.backbone, command.image_size, command.any_size, adapters, command.dtype,
+                            command.batch_size, command.threads, command.device)
+    limits = Limits(int(command.max_body_mb * 2**20), command.max_images, command.max_pixels, command.body_timeout,
+                    command.timeout, command.max_waiting)
+    host.run(settings, limits, read_keys(command.api_keys_file), command.host, command.port,
+             command.batch_wait_ms / 1000, command.allow_origin)
+
+
 def report(command: Report) -> None:
     """Run `fastprompt report`."""
     from fastprompt.report.html import build_report
@@ -730,7 +807,7 @@ def report(command: Report) -> None:
     print(f"written: {command.out}")
 
 
-def run(command: Adapt | Eval | Predict | Export | Info | Report) -> None:
+def run(command: Adapt | Eval | Predict | Export | Serve | Info | Report) -> None:
     """Run one command."""
     if isinstance(command, Adapt):
         adapt(command)
@@ -740,6 +817,8 @@ def run(command: Adapt | Eval | Predict | Export | Info | Report) -> None:
         predict(command)
     elif isinstance(command, Export):
         export(command)
+    elif isinstance(command, Serve):
+        serve(command)
     elif isinstance(command, Info):
         info(command)
     else:

@@ -579,7 +579,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_as_a_program(place: Path) -> None:
     shown = subprocess.run([sys.executable, "-m", "fastprompt", "--help"], capture_output=True, text=True, check=True)
-    assert all(name in shown.stdout for name in ("adapt", "eval", "predict", "info", "report"))
+    assert all(name in shown.stdout for name in ("adapt", "eval", "predict", "serve", "info", "report"))
     wrong = subprocess.run(
         [sys.executable, "-m", "fastprompt", "adapt", "--method", "lora"], capture_output=True, text=True
     )

@@ -21,7 +21,7 @@ MODULES = sorted(
     if not (folder == "fastprompt" and "kernels" in path.parts)
 )
 LAYERS = [{"fetch", "files"}, {"vit", "kernels"}, {"generators"}, {"heads"}, {"model"}, {"official"}]
-LAYERS += [{"train", "engine", "rgb", "report", "data"}, {"cli", "__main__"}]
+LAYERS += [{"train", "engine", "rgb", "report", "data"}, {"serve"}, {"cli", "__main__"}]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 

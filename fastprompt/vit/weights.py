@@ -167,6 +167,17 @@ class ViTSpec:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
+    def obstacle(self, height: int, width: int) -> str:
+        """Why images of `height` x `width` pixels are not taken; empty: they are."""
+        p = self.patch_size
+        if not self.dynamic_size:
+            if (height, width) != self.image_size:
+                return (f"images must be {self.image_size[0]} x {self.image_size[1]} pixels for this backbone, got "
+                        f"{height} x {width}; resize them, or build the backbone with image_size=")
+        elif not self.dynamic_pad and (height % p or width % p or not height or not width):
+            return f"images must have sides that are multiples of the patch size {p}, got {height} x {width}"
+        return ""
+
 
 class _KeptFold(NamedTuple):
     """Folded blocks, the tensors they were made of, and the sum of their versions then."""
@@ -501,15 +512,9 @@ class FrozenViT(nn.Module):
             raise ValueError(f"images must have shape (B, 3, H, W), got {tuple(images.shape)}")
         if images.device != self.device:
             raise ValueError(f"images are on {images.device}, the backbone is on {self.device}")
-        height, width = images.shape[2:]
-        p = self.patch_size
-        if not self.spec.dynamic_size:
-            if (height, width) != self.image_size:
-                raise ValueError(f"images must be {self.image_size[0]} x {self.image_size[1]} pixels for this "
-                                 f"backbone, got {height} x {width}; resize them, or build the backbone with "
-                                 "image_size=")
-        elif not self.spec.dynamic_pad and (height % p or width % p or not height or not width):
-            raise ValueError(f"images must have sides that are multiples of the patch size {p}, got {height} x {width}")
+        reason = self.spec.obstacle(images.shape[2], images.shape[3])
+        if reason:
+            raise ValueError(reason)
         if (images.device.type == "cpu" and images.is_floating_point() and not torch.compiler.is_compiling()
                 and not math.isfinite(images.detach().sum().item())  # one pass; a sum of finite numbers can overflow
                 and not torch.isfinite(images).all()):

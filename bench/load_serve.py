@@ -1,0 +1,361 @@
+"""Load on `fastprompt serve` over loopback: mixed tenants, hostile clients, dynamic batching against batch size 1.
+
+    python bench/load_serve.py [--clients 16] [--seconds 20] [--rounds 5] [--out results/serve.md]
+
+Two hosts with the same engine, one batching and one not, are loaded in turn, round by round, by clients that each send
+their next picture when the last was answered. Every answer is compared with what the engine says of that picture
+alone. `make load` writes results/serve.md; it needs a machine with nothing else to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import gc
+import io
+import os
+import signal
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cpuinfo
+import httpx
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+import fastprompt as fp
+from fastprompt.files import atomic_write
+from fastprompt.serve.protocol import BASE, Work
+from fastprompt.serve.tenants import HostSettings, answers, load
+
+ROOT = Path(__file__).resolve().parents[1]
+ADAPTERS = {"vpt-10": fp.VPTConfig(num_prompts=10), "vpt-50": fp.VPTConfig(num_prompts=50),
+            "vapt-10": fp.VAPTConfig(num_prompts=10), "pgn-16": fp.PGNConfig(num_prompts=16)}
+PICTURES = 24
+BODY_TIMEOUT = 2.0
+MAX_BODY = 2**20
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+"""How far an answer may be from the engine alone, relative to its norm; it also has to be nearest to its own."""
+
+
+@dataclass
+class Flags:
+    """Load test of `fastprompt serve`."""
+
+    backbone: str = "clip-vit-b16"
+    image_size: int = 112
+    dtype: str = "auto"
+    batch_size: int = 8
+    batch_wait_ms: float = 5.0
+    threads: int = 1
+    """Of the engine; the web process and the clients need a core, too."""
+    clients: int = 16
+    hostile: int = 6
+    """Clients beside them that send what has to be refused, in the last part."""
+    seconds: float = 20.0
+    rounds: int = 5
+    out: Path = ROOT / "results" / "serve.md"
+
+
+@dataclass
+class Round:
+    """What one round of load saw."""
+
+    seconds: float = 0.0
+    latencies: list[float] = field(default_factory=list)
+    wrong: int = 0
+    failed: list[str] = field(default_factory=list)
+    refused: dict[str, list[str]] = field(default_factory=dict)
+
+    def rate(self) -> float:
+        return len(self.latencies) / self.seconds
+
+
+def pictures(size: int) -> list[np.ndarray]:
+    """Pictures (3, H, W) that a network tells apart: coloured stripes of many widths and directions, with noise."""
+    random = np.random.default_rng(0)
+    y, x = np.mgrid[:size, :size] / size
+    found = []
+    for _ in range(PICTURES):
+        angle, waves, phase = random.uniform(0, np.pi), random.uniform(1, 12), random.uniform(0, 6, (3, 1, 1))
+        stripes = np.sin(2 * np.pi * waves * (np.cos(angle) * x + np.sin(angle) * y) + phase)
+        levels = 128 + random.uniform(-60, 60, (3, 1, 1)) + 60 * stripes + random.normal(0, 8, (3, size, size))
+        found.append(levels.clip(0, 255).astype(np.uint8))
+    return found
+
+
+def png(picture: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(picture.transpose(1, 2, 0)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def make_adapters(folder: Path, backbone: fp.FrozenViT) -> dict[str, Path]:
+    for seed, (name, config) in enumerate(ADAPTERS.items()):
+        torch.manual_seed(seed)
+        model = fp.PromptedViT(backbone, config, 10, class_names=[f"{name}/{i}" for i in range(10)])
+        with torch.no_grad():
+            for _, parameter in model.trainable_parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape))
+        model.save_pretrained(folder / name)
+    return {name: folder / name for name in ADAPTERS}
+
+
+class Check:
+    """What the engine alone says of every picture as each tenant, and whether an answer is that."""
+
+    def __init__(self, settings: HostSettings, shown: list[np.ndarray]) -> None:
+        engine, self.catalogue = load(settings)
+        self.expected = {name: np.stack([answers(engine, [Work([picture], name)])[0][0] for picture in shown])
+                         for name in (BASE, *settings.adapters)}
+        engine.release()
+        gc.collect()
+        self.tolerance, self.worst = TOLERANCE[self.catalogue.dtype], 0.0
+        features = self.expected[BASE]
+        apart = np.linalg.norm(features[:, None] - features, axis=-1) / np.linalg.norm(features, axis=-1)
+        self.apart = float(apart[~np.eye(len(shown), dtype=bool)].min())
+
+    def is_right(self, name: str, i: int, entry: dict[str, Any]) -> bool:
+        if name == BASE:
+            found = np.frombuffer(base64.b64decode(entry["embedding"]), "<f4")
+            distances = np.linalg.norm(self.expected[BASE] - found, axis=-1) / np.linalg.norm(found)
+            self.worst = max(self.worst, float(distances[i]))
+            return bool(distances.argmin() == i and distances[i] < self.tolerance)
+        logits = self.expected[name][i].astype(np.float64)
+        likely = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        return all(p["class"] == f"{name}/{p['label']}" and abs(p["probability"] - likely[p["label"]]) < self.tolerance
+                   for p in entry["probabilities"])
+
+
+@contextlib.contextmanager
+def host(flags: Flags, adapters: dict[str, Path], batch_size: int) -> Iterator[str]:
+    """The address of a running `fastprompt serve`."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    named = [word for name, path in adapters.items() for word in ("--adapter", f"{name}={path}")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastprompt", "serve", "--backbone", flags.backbone, "--image-size",
+         str(flags.image_size), *named, "--port", str(port), "--dtype", flags.dtype, "--threads", str(flags.threads),
+         "--batch-size", str(batch_size), "--batch-wait-ms", str(flags.batch_wait_ms if batch_size > 1 else 0),
+         "--body-timeout", str(BODY_TIMEOUT), "--max-body-mb", str(MAX_BODY / 2**20), "--max-waiting", "1000"],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(flags.threads)})
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            if process.poll() is not None:
+                raise RuntimeError(f"the host ended with {process.returncode}")
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{url}/health").status_code == 200:
+                    break
+            time.sleep(0.2)
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        if process.wait(60) != 0:
+            raise RuntimeError(f"the host ended with {process.returncode} after SIGTERM")
+
+
+async def tenant(client: httpx.AsyncClient, number: int, files: list[bytes], check: Check, seen: Round, until: float
+                 ) -> None:
+    """Pictures one after the other as a form, each as another tenant than the one before."""
+    names, i = list(check.expected), number
+    while time.perf_counter() < until:
+        i, name = i + 1, names[i % len(names)]
+        picture = i * 7 % len(files)
+        path, model = ("/v1/embeddings", {"encoding_format": "base64"}) if name == BASE else (
+            "/v1/classify", {"model": name})
+        began = time.perf_counter()
+        try:
+            answer = await client.post(path, files={"file": ("p.png", files[picture], "image/png")}, data=model)
+        except httpx.HTTPError as error:
+            seen.failed.append(repr(error))
+            continue
+        took = time.perf_counter() - began
+        if answer.status_code != 200:
+            seen.failed.append(f"{answer.status_code} {answer.text[:200]}")
+            continue
+        seen.latencies.append(took)
+        seen.wrong += not check.is_right(name, picture, answer.json()["data"][0])
+
+
+def huge() -> bytes:
+    """A PNG that says it has 60,000 x 60,000 pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    data = b"IDAT" + zlib.compress(bytes(1000))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(
+        ">I", zlib.crc32(chunk)) for chunk in (header, data, b"IEND"))
+
+
+async def attacker(client: httpx.AsyncClient, number: int, file: bytes, seen: Round, until: float) -> None:
+    """One hostile request after the other; what became of each goes to `seen.refused`."""
+    def chunks(total: int) -> Any:
+        async def send() -> Any:
+            for _ in range(total // 2**16):
+                yield b"x" * 2**16
+        return send()
+
+    def image(data: bytes) -> dict[str, Any]:
+        return {"files": {"file": ("p.png", data, "image/png")}}
+
+    kinds: dict[str, Any] = {
+        "truncated PNG": lambda: image(file[:len(file) // 2]),
+        "PNG of 60000 x 60000": lambda: image(huge()),
+        "text instead of a picture": lambda: image(b"<html>" * 100),
+        "input of a wrong type": lambda: {"json": {"input": {"a": 3}}},
+        "bad base64": lambda: {"json": {"input": "data:image/png;base64,@@@@"}},
+        "JSON 100,000 lists deep": lambda: {"content": b"[" * 100_000, "headers": {"Content-Type": "application/json"}},
+        "body of 4 MiB": lambda: {"content": b" " * 2**22, "headers": {"Content-Type": "application/json"}},
+        "endless chunks": lambda: {"content": chunks(2**22), "headers": {"Content-Type": "application/json"}},
+    }
+    for turn in range(number, 10**9):
+        if time.perf_counter() > until:
+            return
+        kind = [*kinds, "slow body", "slow headers"][turn % (len(kinds) + 2)]
+        if kind.startswith("slow"):
+            outcome = await slow(client.base_url.port or 80, kind == "slow body")
+        else:
+            try:
+                outcome = str((await client.post("/v1/embeddings", **kinds[kind]())).status_code)
+            except httpx.HTTPError as error:
+                outcome = f"closed ({type(error).__name__})"
+        seen.refused.setdefault(kind, []).append(outcome)
+
+
+async def slow(port: int, body: bool) -> str:
+    """Part of a request, a byte each half second: the status that comes back, or that the connection was closed."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    writer.write(head + (b"Content-Length: 1000\r\n\r\n{" if body else b"X-"))
+    reading = asyncio.ensure_future(reader.read(15))
+    with contextlib.suppress(OSError):
+        while not reading.done():
+            writer.write(b" " if body else b"a")
+            await asyncio.wait([reading], timeout=0.5)
+    answer = await reading if not reading.exception() else b""
+    writer.close()
+    return answer[9:12].decode() or "closed"
+
+
+async def load_round(url: str, flags: Flags, files: list[bytes], check: Check, clients: int, hostile: int) -> Round:
+    seen = Round()
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits, headers={"Accept-Encoding": "identity"}
+                                 ) as client, httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as bad:
+        began = time.perf_counter()
+        until = began + flags.seconds
+        await asyncio.gather(*(tenant(client, i, files, check, seen, until) for i in range(clients)),
+                             *(attacker(bad, i * 3, files[0], seen, until) for i in range(hostile)))
+        seen.seconds = time.perf_counter() - began
+    return seen
+
+
+def percentile(values: list[float], share: float) -> float:
+    return float(np.quantile(values, share)) if values else float("nan")
+
+
+def row(title: str, rounds: list[Round]) -> str:
+    """Images a second, and latencies over all rounds; in brackets the lowest and the highest round."""
+    rates = [r.rate() for r in rounds]
+    together = [latency for r in rounds for latency in r.latencies]
+    p50, p99 = (1000 * percentile(together, share) for share in (0.5, 0.99))
+    p99s = [1000 * percentile(r.latencies, 0.99) for r in rounds]
+    return (f"| {title} | {statistics.median(rates):.1f} ({min(rates):.1f}–{max(rates):.1f}) | {p50:.0f} | {p99:.0f} "
+            f"({min(p99s):.0f}–{max(p99s):.0f}) | {len(together)} | {sum(r.wrong for r in rounds)} | "
+            f"{sum(len(r.failed) for r in rounds)} |")
+
+
+def main() -> None:
+    flags = tyro.cli(Flags, description=__doc__)
+    torch.set_num_threads(flags.threads)
+    busy = os.getloadavg()[0]
+    shown = pictures(flags.image_size)
+    files = [png(picture) for picture in shown]
+    measured: dict[tuple[str, int], list[Round]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        backbone = fp.load_backbone(flags.backbone, flags.image_size)
+        adapters = make_adapters(Path(folder), backbone)
+        del backbone
+        settings = HostSettings(flags.backbone, flags.image_size, False, adapters, flags.dtype, flags.batch_size,
+                                flags.threads)
+        check = Check(settings, shown)
+        if check.apart < 2 * check.tolerance:
+            raise RuntimeError(f"the pictures' features are {check.apart:.3f} apart, too close to tell answers apart")
+        batching, single = f"batches up to {flags.batch_size}", "batch size 1"
+        with host(flags, adapters, flags.batch_size) as one, host(flags, adapters, 1) as two:
+            for number in range(flags.rounds + 1):
+                for clients in (flags.clients, 1):
+                    for title, url in ((batching, one), (single, two)):
+                        seen = asyncio.run(load_round(url, flags, files, check, clients, 0))
+                        print(f"round {number}, {clients} clients, {title}: {seen.rate():.1f} images/s", flush=True)
+                        if number:  # the first warms up
+                            measured.setdefault((title, clients), []).append(seen)
+            attacked = [asyncio.run(load_round(one, flags, files, check, flags.clients, flags.hostile))
+                        for _ in range(flags.rounds)]
+    every = [*(r for rounds in measured.values() for r in rounds), *attacked]
+    ratios = sorted(a.rate() / b.rate() for a, b in zip(measured[batching, flags.clients],
+                                                        measured[single, flags.clients], strict=True))
+    outcomes: dict[str, dict[str, int]] = {}
+    for seen in attacked:
+        for kind, found in seen.refused.items():
+            for outcome in found:
+                outcomes.setdefault(kind, {}).setdefault(outcome, 0)
+                outcomes[kind][outcome] += 1
+    info = cpuinfo.get_cpu_info()
+    lines = [
+        "# `fastprompt serve` under load",
+        "",
+        f"`make load` on {info.get('brand_raw', 'an unknown processor')}, {os.cpu_count()} cores, torch "
+        f"{torch.__version__}, loopback; hosts and clients share the machine, load average "
+        f"{busy:.1f} before they started. {flags.backbone} at {flags.image_size} "
+        f"px in {check.catalogue.dtype}, {flags.threads} engine thread(s), tenants {', '.join(ADAPTERS)} and plain "
+        f"embeddings in turn, one PNG a request. {flags.rounds} rounds of {flags.seconds:g} s for each line, "
+        f"the lines interleaved, after one round of warming up; a batch waits {flags.batch_wait_ms:g} ms for others. "
+        "Images/s: median of the rounds (lowest–highest). Latency over all rounds, as clients see it; p99 also of the "
+        "lowest and highest round.",
+        "",
+        "| host, clients | images/s | p50, ms | p99, ms | answers | wrong | failed |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        *(row(f"{title}, {clients} client{'s' * (clients > 1)}", rounds) for (title, clients), rounds
+          in measured.items()),
+        row(f"{batching}, {flags.clients} clients and {flags.hostile} hostile ones", attacked),
+        "",
+        f"Dynamic batching at {flags.clients} clients: {statistics.median(ratios):.2f} × the images/s of batch size 1 "
+        f"({ratios[0]:.2f}–{ratios[-1]:.2f}).",
+        "",
+        f"Every answer was compared with the engine's for that picture and tenant alone: within {check.tolerance:g} "
+        f"(features: relative to their norm, worst {check.worst:.4f}, and nearest to their own; different pictures' "
+        f"features are at least {check.apart:.2f} apart; classes: probabilities).",
+        "",
+        f"What hostile clients got, beside the last line's others (body limit {MAX_BODY >> 20} MiB, timeout "
+        f"{BODY_TIMEOUT:g} s):",
+        "",
+        "| request | outcomes |",
+        "|---|---|",
+        *(f"| {kind} | {', '.join(f'{outcome}: {count}' for outcome, count in sorted(found.items()))} |"
+          for kind, found in outcomes.items()),
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    atomic_write(flags.out, text)
+    bad = [f"{kind}: {outcome}" for kind, found in outcomes.items() for outcome in found
+           if not outcome.startswith(("4", "closed"))]
+    failed = [text for r in every for text in r.failed]
+    if bad or failed or any(r.wrong for r in every):
+        sys.exit(f"{sum(r.wrong for r in every)} wrong answers, failed: {failed[:5]}, not refused: {bad}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""A frozen backbone and its adapters behind HTTP: `fastprompt serve`.
+
+`protocol.py` is what requests and answers say, `tenants.py` computes them with one `fp.Engine`, `routes.py` takes and
+refuses requests. `host.py` puts them on LitServe for one machine, `cluster.py` on Ray Serve for several.
+"""

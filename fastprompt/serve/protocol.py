@@ -1,0 +1,267 @@
+"""What a host and its clients say to each other: requests to pictures, outputs to answers, and what is refused.
+
+Nothing here knows a web server. What comes from a client is looked at before it is decoded, and decoded by Pillow.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fastprompt.data.images import to_rgb
+from fastprompt.vit.weights import ViTSpec
+
+BASE = "__base__"
+FORMATS = ("PNG", "JPEG", "WEBP")
+TOP = 5
+"""Classes whose probabilities an answer names."""
+
+
+class Refused(Exception):
+    """A request that is answered with an error.
+
+    Attributes:
+        status: of HTTP. code: one word for programs. message: for people; nothing of the host's inner workings.
+    """
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(status, code, message)
+        self.status, self.code, self.message = status, code, message
+
+    def body(self) -> dict[str, Any]:
+        kind = {401: "authentication_error"}.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind if self.status < 500 else "server_error",
+                          "code": self.code}}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a host takes of one client at most.
+
+    Attributes:
+        body_bytes: of a request. images: of a request. pixels: of a picture; None: four times the backbone's.
+        body_seconds: until a request's headers, and then its body, have come.
+        answer_seconds: until a request that waits for the engine is answered 504.
+        waiting: requests that wait for the engine; others are answered 503 meanwhile.
+    """
+
+    body_bytes: int = 8 * 2**20
+    images: int = 32
+    pixels: int | None = None
+    body_seconds: float = 10.0
+    answer_seconds: float = 30.0
+    waiting: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("body_bytes", "images", "body_seconds", "answer_seconds", "waiting"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"Limits.{name} must be positive, got {getattr(self, name)}")
+        if self.pixels is not None and self.pixels <= 0:
+            raise ValueError(f"Limits.pixels must be positive or None, got {self.pixels}")
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What a host serves.
+
+    Attributes:
+        name: of the backbone. width: of its features. dtype: it computes in. adapters: class names by adapter.
+        spec: which sizes of images the backbone takes, among other things.
+    """
+
+    name: str
+    fingerprint: str
+    width: int
+    dtype: str
+    spec: ViTSpec
+    adapters: Mapping[str, Sequence[str]]
+
+    def models(self) -> dict[str, Any]:
+        """The answer of `GET /v1/models`."""
+        spec = self.spec
+        backbone = {
+            "id": self.name, "object": "model", "fingerprint": self.fingerprint, "width": self.width,
+            "image_size": list(spec.image_size), "patch_size": spec.patch_size, "any_size": spec.dynamic_size,
+            "mean": list(spec.mean), "std": list(spec.std), "dtype": self.dtype}
+        adapters = [{"id": name, "object": "adapter", "class_names": list(names)}
+                    for name, names in self.adapters.items()]
+        return {"object": "list", "data": [backbone, *adapters]}
+
+    def sizes(self) -> str:
+        """Which pictures are taken, for people."""
+        spec = self.spec
+        if not spec.dynamic_size:
+            return f"{spec.image_size[0]} x {spec.image_size[1]} pixels (height x width)"
+        if spec.dynamic_pad:
+            return "any size"
+        return f"any height and width that are multiples of {spec.patch_size} pixels"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the engine has to do for a request: pictures, uint8 (3, H, W) each, and the adapter that reads them."""
+
+    pictures: list[np.ndarray]
+    adapter: str
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request as it came: encoded pictures, and what is asked of them."""
+
+    files: list[bytes]
+    model: str | None
+    encoding_format: str
+
+
+class _Body(BaseModel):
+    """The JSON of a request. `user` is part of OpenAI's and has no effect."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    input: str | list[str]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = None
+
+
+def read_json(body: bytes, limits: Limits) -> Ask:
+    """A request in JSON: {"input": data URL or list of them, "model": ..., "encoding_format": ...}.
+
+    Raises:
+        Refused: it is no such JSON, or an input is no data URL in base64.
+    """
+    try:
+        asked = _Body.model_validate_json(body)
+    except ValidationError as error:
+        problems = {f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}": None
+                    for e in error.errors(include_url=False, include_input=False, include_context=False)}
+        malformed = any(e["type"] == "json_invalid" for e in error.errors(include_url=False))
+        raise Refused(400 if malformed else 422, "invalid_json" if malformed else "invalid_request",
+                      "; ".join(list(problems)[:5])) from error
+    inputs = [asked.input] if isinstance(asked.input, str) else asked.input
+    check_count(len(inputs), limits)
+    return Ask([_from_data_url(url, i) for i, url in enumerate(inputs)], asked.model, asked.encoding_format)
+
+
+def read_form(fields: Sequence[tuple[str, str | bytes]], limits: Limits) -> Ask:
+    """A request as the parts of multipart/form-data: `file` for each picture, `model`, `encoding_format`.
+
+    Raises:
+        Refused: another part, one twice, or a value that is none.
+    """
+    files: list[bytes] = []
+    texts: dict[str, str] = {}
+    for name, value in fields:
+        if name == "file" and isinstance(value, bytes):
+            files.append(value)
+        elif name in ("model", "encoding_format") and isinstance(value, str) and name not in texts:
+            texts[name] = value
+        else:
+            raise Refused(422, "invalid_request", f"part {name!r} is not taken: a form has a part 'file' for each "
+                                                  "picture, and once at most 'model' and 'encoding_format'")
+    encoding_format = texts.get("encoding_format", "float")
+    if encoding_format not in ("float", "base64"):
+        raise Refused(422, "invalid_request", f"encoding_format must be 'float' or 'base64', got "
+                                              f"{encoding_format[:20]!r}")
+    check_count(len(files), limits)
+    return Ask(files, texts.get("model"), encoding_format)
+
+
+def check_count(images: int, limits: Limits) -> None:
+    """Refuse a request without pictures, or with too many."""
+    if images == 0:
+        raise Refused(422, "no_images", "the request has no picture")
+    if images > limits.images:
+        raise Refused(422, "too_many_images", f"the request has {images} pictures, at most {limits.images} are taken")
+
+
+def _from_data_url(url: str, index: int) -> bytes:
+    header, comma, data = url.partition(",")
+    if not comma or not header.startswith("data:") or not header.endswith(";base64"):
+        raise Refused(422, "invalid_url", f"input {index} must be a data URL, data:image/png;base64,...; "
+                                          "the host fetches nothing from elsewhere")
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Refused(422, "invalid_base64", f"input {index} is no valid base64: {error}") from error
+
+
+def decode(ask: Ask, catalogue: Catalogue, limits: Limits) -> list[np.ndarray]:
+    """The pictures of a request, uint8 (3, H, W) each, of sizes that the backbone takes.
+
+    Raises:
+        Refused: a picture is damaged, of another kind or size, or has too many pixels (of which none is decoded).
+    """
+    return [_decode(data, i, catalogue, limits) for i, data in enumerate(ask.files)]
+
+
+def _decode(data: bytes, index: int, catalogue: Catalogue, limits: Limits) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header alone
+            _check_size(image.height, image.width, index, catalogue, limits)
+            pixels = np.asarray(to_rgb(ImageOps.exif_transpose(image)))  # (H, W, 3)
+    except Refused:
+        raise
+    except Image.DecompressionBombError as error:
+        raise Refused(413, "too_many_pixels", f"image {index} has too many pixels") from error
+    except Image.UnidentifiedImageError as error:
+        raise Refused(422, "not_an_image", f"image {index} is neither PNG, JPEG nor WebP") from error
+    except Exception as error:  # a decoder can fail in any way on bytes that are made to make it fail
+        raise Refused(422, "damaged_image", f"image {index} cannot be decoded") from error
+    _check_size(pixels.shape[0], pixels.shape[1], index, catalogue, limits)  # upright now
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _check_size(height: int, width: int, index: int, catalogue: Catalogue, limits: Limits) -> None:
+    if catalogue.spec.obstacle(height, width):
+        raise Refused(422, "wrong_size", f"image {index} is {height} x {width} pixels; this host resizes nothing and "
+                                         f"takes {catalogue.sizes()}")
+    most = limits.pixels or 4 * catalogue.spec.image_size[0] * catalogue.spec.image_size[1]
+    if height * width > most:
+        raise Refused(413, "too_many_pixels", f"image {index} is {height} x {width} pixels, at most {most} in all "
+                                              "are taken")
+
+
+def embeddings_work(ask: Ask, catalogue: Catalogue, limits: Limits) -> Work:
+    """Features of the backbone itself. Raises Refused where another model is asked for, and as `decode`."""
+    if ask.model not in (None, catalogue.name):
+        raise Refused(404, "model_not_found", f"model {str(ask.model)[:100]!r} gives no embeddings here; "
+                                              f"{catalogue.name!r} does")
+    return Work(decode(ask, catalogue, limits), BASE)
+
+
+def classify_work(ask: Ask, catalogue: Catalogue, limits: Limits) -> Work:
+    """Logits of an adapter. Raises Refused where none, or one that is not served, is named, and as `decode`."""
+    if ask.model is None:
+        raise Refused(422, "invalid_request", "model must name an adapter; GET /v1/models lists them")
+    if ask.model not in catalogue.adapters:
+        raise Refused(404, "model_not_found", f"there is no adapter {ask.model[:100]!r}; GET /v1/models lists them")
+    return Work(decode(ask, catalogue, limits), ask.model)
+
+
+def embeddings_answer(ask: Ask, catalogue: Catalogue, outputs: Sequence[np.ndarray]) -> dict[str, Any]:
+    """OpenAI's list of embeddings, from features (D,) of each picture."""
+    data = [{"object": "embedding", "index": i,
+             "embedding": base64.b64encode(features.astype("<f4").tobytes()).decode() if ask.encoding_format == "base64"
+             else features.tolist()} for i, features in enumerate(outputs)]
+    return {"object": "list", "model": catalogue.name, "data": data, "usage": {"prompt_tokens": 0, "total_tokens": 0}}
+
+
+def classify_answer(ask: Ask, catalogue: Catalogue, outputs: Sequence[np.ndarray]) -> dict[str, Any]:
+    """The likeliest class of each picture and the probabilities of the likeliest ones, from logits (C,) of each."""
+    names, data = catalogue.adapters[str(ask.model)], []
+    for i, logits in enumerate(outputs):
+        likely = np.exp(logits.astype(np.float64) - logits.max())
+        likely /= likely.sum()
+        best = [int(label) for label in np.argsort(-likely, kind="stable")[:TOP]]
+        data.append({"index": i, "label": best[0], "class": names[best[0]], "probabilities": [
+            {"label": label, "class": names[label], "probability": float(likely[label])} for label in best]})
+    return {"object": "list", "model": ask.model, "data": data}

@@ -1,0 +1,175 @@
+"""HTTP in front of an engine: who may ask, how much, for how long; the same for LitServe and for Ray Serve."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Message
+
+from fastprompt.serve import protocol
+from fastprompt.serve.protocol import Ask, Catalogue, Limits, Refused, Work
+
+logger = logging.getLogger(__name__)
+
+KEYS_VARIABLE = "FASTPROMPT_API_KEYS"
+DISCARDED = 8
+"""Times the limit that a body may have for its sender to be told so, not just cut off."""
+Compute = Callable[[Work], Awaitable[list[np.ndarray]]]
+
+
+def read_keys(file: Path | None) -> list[str]:
+    """API keys, one in a line of `file`, or separated by commas in the variable FASTPROMPT_API_KEYS; []: no keys.
+
+    Raises:
+        ValueError: the file, or a variable that is set, has no key. OSError: the file cannot be read.
+    """
+    said = os.environ.get(KEYS_VARIABLE) if file is None else file.read_text(encoding="utf-8").replace("\n", ",")
+    keys = [key.strip() for key in (said or "").split(",") if key.strip()]
+    if said is not None and not keys:
+        raise ValueError(f"{KEYS_VARIABLE if file is None else file}: has no API key")
+    return keys
+
+
+class Routes:
+    """The endpoints of a host, each a function of a Starlette request.
+
+    Args:
+        catalogue: what is served. limits: what one client may send. keys: API keys; empty: everybody may ask.
+        compute: runs the engine on a request's pictures; it can raise `Refused`.
+    """
+
+    def __init__(self, catalogue: Catalogue, limits: Limits, keys: Sequence[str], compute: Compute) -> None:
+        self.catalogue, self.limits, self.compute = catalogue, limits, compute
+        self._keys = [key.encode() for key in keys]
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models: the backbone and the adapters."""
+        return await self._answered(self._models(request))
+
+    async def embeddings(self, request: Request) -> Response:
+        """POST /v1/embeddings: the backbone's features of pictures."""
+        return await self._answered(self._pictures(request, protocol.embeddings_work, protocol.embeddings_answer))
+
+    async def classify(self, request: Request) -> Response:
+        """POST /v1/classify: what an adapter says of pictures."""
+        return await self._answered(self._pictures(request, protocol.classify_work, protocol.classify_answer))
+
+    async def __call__(self, request: Request) -> Response:
+        """Any of the endpoints, by address and method, for a server that has no router of its own."""
+        endpoints = {"/v1/models": ("GET", self.models), "/v1/embeddings": ("POST", self.embeddings),
+                     "/v1/classify": ("POST", self.classify), "/health": ("GET", _healthy)}
+        method, endpoint = endpoints.get(request.url.path, ("", _healthy))
+        if not method:
+            return await refuse(request, HTTPException(404))
+        return await (endpoint(request) if request.method == method else refuse(request, HTTPException(405)))
+
+    async def _models(self, request: Request) -> dict[str, Any]:
+        self._admit(request)
+        return self.catalogue.models()
+
+    async def _pictures(self, request: Request, to_work: Callable[[Ask, Catalogue, Limits], Work],
+                        to_answer: Callable[[Ask, Catalogue, Sequence[np.ndarray]], dict[str, Any]]) -> dict[str, Any]:
+        self._admit(request)
+        ask = await self._ask(request)
+        work = await asyncio.to_thread(to_work, ask, self.catalogue, self.limits)
+        return to_answer(ask, self.catalogue, await self.compute(work))
+
+    async def _answered(self, answering: Awaitable[dict[str, Any]]) -> Response:
+        """The answer, or the error, as JSON. An error that nobody foresaw is logged, and its text kept back."""
+        try:
+            return JSONResponse(await answering)
+        except Refused as error:
+            return refusal(error)
+        except (HTTPException, MultiPartException) as error:  # Starlette's, of a damaged form
+            return refusal(Refused(400, "invalid_request", getattr(error, "detail", "") or str(error)))
+        except ClientDisconnect:
+            return refusal(Refused(400, "disconnected", "the client left"))
+        except Exception:
+            logger.exception("a request failed")
+            return refusal(Refused(500, "internal_error", "the host failed to answer this request"))
+
+    def _admit(self, request: Request) -> None:
+        """Refuse who has no key; the time it takes does not tell how much of a key was right."""
+        if not self._keys:
+            return
+        header = request.headers.get("authorization", "")
+        given = header[7:] if header[:7].lower() == "bearer " else request.headers.get("x-api-key", "")
+        if not sum(hmac.compare_digest(key, given.encode("latin-1")) for key in self._keys):  # with every key
+            raise Refused(401, "invalid_api_key", "this host needs an API key: 'Authorization: Bearer KEY'")
+
+    async def _ask(self, request: Request) -> Ask:
+        """The request's body, read within the limits."""
+        request = self._bounded(request)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == "application/json":
+            return await asyncio.to_thread(protocol.read_json, await request.body(), self.limits)
+        if kind == "multipart/form-data":
+            async with request.form(max_files=self.limits.images + 1, max_fields=8,
+                                    max_part_size=self.limits.body_bytes) as form:
+                fields = [(name, await value.read() if isinstance(value, UploadFile) else value)
+                          for name, value in form.multi_items()]
+            return protocol.read_form(fields, self.limits)
+        raise Refused(415, "unsupported_media_type", "a request is application/json or multipart/form-data, got "
+                                                     f"{kind[:100]!r}")
+
+    def _bounded(self, request: Request) -> Request:
+        """The same request, refused when its body is too large or takes too long.
+
+        What comes above the limit is thrown away, but taken for a while: who is cut off while sending never reads why.
+        """
+        clock = asyncio.get_running_loop().time
+        most, deadline, got = self.limits.body_bytes, clock() + self.limits.body_seconds, 0
+        too_large = Refused(413, "body_too_large", f"a request has at most {most} bytes")
+        if int(request.headers.get("content-length") or 0) > most and "expect" in request.headers:
+            raise too_large
+
+        async def take() -> Message:
+            nonlocal got
+            try:
+                message = await asyncio.wait_for(request.receive(), deadline - clock())
+            except asyncio.TimeoutError as error:
+                raise Refused(408, "too_slow", f"the request's body did not come within {self.limits.body_seconds:g} "
+                                               "seconds") from error
+            got += len(message.get("body", b""))
+            return message
+
+        async def receive() -> Message:
+            message = await take()
+            if got > most:
+                while message.get("more_body") and got <= DISCARDED * most:
+                    message = await take()
+                raise too_large
+            return message
+
+        return Request(request.scope, receive)
+
+
+async def _healthy(request: Request) -> Response:
+    return Response("ok")
+
+
+def refusal(error: Refused) -> Response:
+    """An error as JSON. The connection of a client who may still be sending is closed."""
+    headers = {408: {"Connection": "close"}, 413: {"Connection": "close"}, 503: {"Retry-After": "1"},
+               401: {"WWW-Authenticate": "Bearer"}}
+    return JSONResponse(error.body(), error.status, headers.get(error.status))
+
+
+async def refuse(request: Request, error: Exception) -> Response:
+    """A web framework's own error (no such address, wrong method) in the form of ours."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    codes = {404: "not_found", 405: "method_not_allowed"}
+    detail = str(error.detail) if isinstance(error, HTTPException) and status < 500 else "the host failed"
+    return refusal(Refused(status, codes.get(status, "invalid_request" if status < 500 else "internal_error"), detail))

@@ -1,0 +1,122 @@
+"""One engine for everybody: built from what an operator asks for, and run on the pictures of many clients at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastprompt.engine.engine import Engine
+from fastprompt.model import PromptedViT, read_adapter
+from fastprompt.report.runs import adapter_dir, backbone_at, read_settings
+from fastprompt.serve.protocol import Catalogue, Refused, Work
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BACKBONE = "clip-vit-b16"
+DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class HostSettings:
+    """What is served.
+
+    Attributes:
+        backbone: a name that `fp.load_backbone` knows; None: that of the first adapter's run, else "clip-vit-b16".
+        image_size: side in pixels; None: that of the first adapter, else the backbone's own.
+        any_size: pictures may have any number of whole patches, with position embeddings resampled. Clients whose
+            prompts are rows below the image (placement "extend") need it; a fixed-size backbone refuses them else.
+        adapters: directories that `save_pretrained` or `fastprompt adapt` wrote, by the name they are served under.
+        dtype: "auto" (bfloat16 where the hardware multiplies it), "bfloat16" or "float32".
+        batch_size: images that the engine computes at once at most.
+        threads: of the processor; None: torch's choice.
+        device: "cpu" or "cuda".
+    """
+
+    backbone: str | None = None
+    image_size: int | None = None
+    any_size: bool = False
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    dtype: str = "auto"
+    batch_size: int = 8
+    threads: int | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        for name in ("batch_size", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be a number from 1, got {value}")
+
+
+def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
+    """The engine with all its adapters, and what it serves.
+
+    Raises:
+        ValueError, FileNotFoundError: the backbone is unknown, or an adapter is damaged, of another backbone, without
+            head, or has a name that is taken; the adapter is named.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    directories = {name: adapter_dir(path) for name, path in settings.adapters.items()}
+    backbone_name, image_size = settings.backbone, settings.image_size
+    if directories:
+        first = next(iter(directories.values()))
+        run = read_settings(first)
+        backbone_name = backbone_name or (None if run is None else run.backbone)
+        image_size = image_size or int(read_adapter(first)[0]["backbone"]["image_size"][0])
+    backbone_name = backbone_name or DEFAULT_BACKBONE
+    backbone = backbone_at(backbone_name, image_size)
+    if settings.any_size:
+        backbone = backbone.any_size()
+    backbone.to(settings.device)
+    engine = Engine(backbone, (settings.batch_size,), DTYPES[settings.dtype], "eager")
+    class_names: dict[str, Sequence[str]] = {}
+    for name, directory in directories.items():
+        if name == backbone_name:
+            raise ValueError(f"adapter {name!r}: is the name of the backbone")
+        try:
+            model = PromptedViT.from_pretrained(backbone, directory)
+            if model.head is None:
+                raise ValueError(f"the adapter in {directory} has no head, so it has no classes to answer with")
+            engine.add_adapter(name, model)
+        except ValueError as error:
+            raise ValueError(f"adapter {name!r}: {error}") from error
+        class_names[name] = list(model.class_names or map(str, range(int(model.num_classes or 0))))
+    width = backbone.width if isinstance(backbone.width, int) else backbone.width[-1]
+    return engine, Catalogue(backbone_name, backbone.fingerprint, width, str(engine.dtype).removeprefix("torch."),
+                             backbone.spec, class_names)
+
+
+def answers(engine: Engine, works: Sequence[Work]) -> list[list[np.ndarray] | Refused]:
+    """What the engine says of each request: float32 (C,) or (D,) for each of its pictures, or why it was refused.
+
+    Pictures of one size are one call of the engine, whosever they are. Where that fails, the requests in it are
+    computed one by one, so that nobody's request fails for another's.
+    """
+    sizes: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for i, work in enumerate(works):
+        for j, picture in enumerate(work.pictures):
+            sizes.setdefault(picture.shape, []).append((i, j))
+    found: dict[tuple[int, int], np.ndarray] = {}
+    try:
+        for places in sizes.values():
+            pictures = np.stack([works[i].pictures[j] for i, j in places])  # (B, 3, H, W)
+            images = torch.from_numpy(pictures).to(engine.model.backbone.device)
+            outputs = engine(images, adapter_names=[works[i].adapter for i, _ in places])
+            found |= zip(places, (output.float().cpu().numpy() for output in outputs), strict=True)
+    except Exception as error:
+        if len(works) > 1:
+            return [answer for work in works for answer in answers(engine, [work])]
+        if isinstance(error, (ValueError, TypeError)):
+            return [Refused(422, "refused_by_model", str(error))]
+        logger.exception("a request failed")
+        return [Refused(500, "internal_error", "the host failed to compute this request")]
+    return [[found[i, j] for j in range(len(work.pictures))] for i, work in enumerate(works)]

@@ -1,0 +1,356 @@
+"""A host as its clients see it: a real server process, a tiny backbone, and everything that people send."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+import fastprompt as fp
+from fastprompt.cli import main
+from fastprompt.data.images import to_tensor
+from fastprompt.serve.tenants import HostSettings, load
+
+ROOT = Path(__file__).resolve().parents[2]
+KEYS = ("first-key", "second-key-ü")
+Picture = Callable[..., bytes]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+class Server:
+    """`fastprompt serve` in a process of its own."""
+
+    def __init__(self, place: Path, *flags: str, adapters: tuple[str, ...] = ("birds", "cars"), keys: str = "") -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = place / f"log-{self.port}"
+        named = [word for name in adapters for word in ("--adapter", f"{name}={place / name}")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "FASTPROMPT_API_KEYS": keys}
+        if not keys:
+            del environment["FASTPROMPT_API_KEYS"]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "fastprompt", "serve", "--backbone", f"local-dir:{place / 'vit'}", *named,
+                 "--port", str(self.port), "--dtype", "float32", "--threads", "1", *flags],
+                cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+    def wait(self) -> Server:
+        """Until it is healthy, at most five minutes; before that it says 503, or does not listen yet."""
+        for _ in range(3000):
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                status = httpx.get(f"{self.url}/health", timeout=10).status_code
+                if status == 200:
+                    return self
+                assert status == 503
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        raise AssertionError(self.log.read_text())
+
+
+@pytest.fixture(scope="module")
+def servers(place: Path) -> Iterator[list[Server]]:
+    """Two that start side by side: one with two adapters, keys and small limits, and one to be broken."""
+    running = [Server(place, "--max-body-mb", "0.25", "--max-images", "5", "--body-timeout", "2", "--any-size",
+                      "--allow-origin", "https://page.example", keys=",".join(KEYS)),
+               Server(place, "--batch-wait-ms", "5000", adapters=())]
+    yield running
+    for server in running:
+        server.process.terminate()
+    for server in running:
+        server.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def server(servers: list[Server]) -> Server:
+    return servers[0].wait()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEYS[0]}"}, timeout=60) as connected:
+        yield connected
+
+
+@pytest.fixture(scope="module")
+def engine(place: Path) -> fp.Engine:
+    adapters = {name: place / name for name in ("birds", "cars")}
+    return load(HostSettings(f"local-dir:{place / 'vit'}", None, True, adapters, "float32", 8, 1))[0]
+
+
+def url(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def expected(engine: fp.Engine, data: bytes, name: str = "__base__") -> np.ndarray:
+    import io
+
+    from PIL import Image
+
+    image = to_tensor(Image.open(io.BytesIO(data)), Image.open(io.BytesIO(data)).size[::-1])
+    return engine(image[None], adapter_names=[name])[0].numpy()
+
+
+def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
+    assert answer.status_code == status, answer.text
+    assert set(answer.json()) == {"error"}
+    assert set(answer.json()["error"]) == {"message", "type", "code"}
+    assert "Traceback" not in answer.text
+    return answer.json()["error"]
+
+
+def test_models(client: httpx.Client, place: Path) -> None:
+    answer = client.get("/v1/models")
+    assert answer.status_code == 200
+    backbone, birds, cars = answer.json()["data"]
+    assert backbone["id"] == f"local-dir:{place / 'vit'}"
+    assert backbone["fingerprint"] == fp.load_backbone(backbone["id"]).fingerprint
+    assert (backbone["width"], backbone["image_size"], backbone["std"]) == (48, [32, 32], [0.25] * 3)
+    assert (birds["id"], birds["object"]) == ("birds", "adapter")
+    assert birds["class_names"] == ["birds-0", "birds-1", "birds-2"]
+    assert cars["class_names"] == list("0123456")
+
+
+def test_embeddings_as_json(client: httpx.Client, engine: fp.Engine, picture: Picture, place: Path) -> None:
+    files = [picture(0), picture(1, height=40)]
+    body = {"input": [url(data) for data in files], "model": f"local-dir:{place / 'vit'}"}
+    answer = client.post("/v1/embeddings", json=body)
+    assert answer.status_code == 200, answer.text
+    assert [entry["index"] for entry in answer.json()["data"]] == [0, 1]
+    for entry, data in zip(answer.json()["data"], files, strict=True):
+        np.testing.assert_allclose(entry["embedding"], expected(engine, data), rtol=1e-4, atol=1e-5)
+    single = client.post("/v1/embeddings", json={"input": url(files[0]), "encoding_format": "base64"})
+    packed = np.frombuffer(base64.b64decode(single.json()["data"][0]["embedding"]), "<f4")
+    np.testing.assert_allclose(packed, expected(engine, files[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_and_classes_as_a_form(client: httpx.Client, engine: fp.Engine, picture: Picture) -> None:
+    files = [("file", (f"{i}.png", picture(i, format=kind), "image/png")) for i, kind in enumerate(("PNG", "WEBP"))]
+    answer = client.post("/v1/embeddings", files=files, data={"encoding_format": "base64"})
+    assert answer.status_code == 200, answer.text
+    for i, entry in enumerate(answer.json()["data"]):
+        packed = np.frombuffer(base64.b64decode(entry["embedding"]), "<f4")
+        np.testing.assert_allclose(packed, expected(engine, files[i][1][1]), rtol=1e-4, atol=1e-5)
+    answer = client.post("/v1/classify", files=files, data={"model": "cars"})
+    assert answer.status_code == 200, answer.text
+    for i, entry in enumerate(answer.json()["data"]):
+        likely = torch.from_numpy(expected(engine, files[i][1][1], "cars")).softmax(0)
+        assert entry["label"] == int(likely.argmax())
+        assert entry["probabilities"][0]["probability"] == pytest.approx(float(likely.max()), rel=1e-3)
+        assert len(entry["probabilities"]) == 5
+
+
+def test_batches_across_tenants_are_what_each_gets_alone(server: Server, engine: fp.Engine, picture: Picture) -> None:
+    files = [picture(i, height=40 if i % 5 == 0 else 32) for i in range(24)]
+
+    async def ask(client: httpx.AsyncClient, i: int) -> httpx.Response:
+        if i % 3 == 0:
+            return await client.post("/v1/embeddings", json={"input": url(files[i])})
+        return await client.post("/v1/classify", json={"input": url(picture(i)), "model": ("birds", "cars")[i % 2]})
+
+    async def everybody() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=server.url, headers={"X-API-Key": KEYS[0]}, timeout=60) as client:
+            return await asyncio.gather(*(ask(client, i) for i in range(len(files))))
+
+    for i, answer in enumerate(asyncio.run(everybody())):
+        assert answer.status_code == 200, answer.text
+        [entry] = answer.json()["data"]
+        if i % 3 == 0:
+            np.testing.assert_allclose(entry["embedding"], expected(engine, files[i]), rtol=1e-4, atol=1e-5)
+        else:
+            likely = torch.from_numpy(expected(engine, picture(i), ("birds", "cars")[i % 2])).softmax(0)
+            assert entry["probabilities"][0]["probability"] == pytest.approx(float(likely.max()), rel=1e-3)
+
+
+def test_wrong_requests_are_refused_in_one_form(client: httpx.Client, picture: Picture) -> None:
+    good = url(picture())
+    for path, body, status, code in [
+            ("/v1/embeddings", {"input": url(picture(height=33))}, 422, "wrong_size"),
+            ("/v1/embeddings", {"input": url(picture(height=512, mode="1"))}, 413, "too_many_pixels"),
+            ("/v1/embeddings", {"input": url(picture()[:300])}, 422, "damaged_image"),
+            ("/v1/embeddings", {"input": url(picture(format="GIF"))}, 422, "not_an_image"),
+            ("/v1/embeddings", {"input": "data:image/png;base64,####"}, 422, "invalid_base64"),
+            ("/v1/embeddings", {"input": [good] * 6}, 422, "too_many_images"),
+            ("/v1/embeddings", {"input": 3}, 422, "invalid_request"),
+            ("/v1/embeddings", {"input": good, "model": "birds"}, 404, "model_not_found"),
+            ("/v1/classify", {"input": good}, 422, "invalid_request"),
+            ("/v1/classify", {"input": good, "model": "dogs"}, 404, "model_not_found"),
+            ("/v1/classify", {"input": url(picture(height=40)), "model": "cars"}, 422, "refused_by_model"),
+            ("/v1/nothing", {}, 404, "not_found")]:
+        assert error_of(client.post(path, json=body), status)["code"] == code
+    assert error_of(client.get("/v1/embeddings"), 405)["code"] == "method_not_allowed"
+    assert error_of(client.post("/v1/embeddings", content=b"x"), 415)["code"] == "unsupported_media_type"
+    wrong = {"Content-Type": "application/json"}
+    assert error_of(client.post("/v1/embeddings", content=b"{", headers=wrong), 400)["code"] == "invalid_json"
+    for kind in ("multipart/form-data", "multipart/form-data; boundary=x"):
+        error_of(client.post("/v1/embeddings", content=b"nonsense", headers={"Content-Type": kind}), 400)
+    many = [("file", (f"{i}.png", picture(), "image/png")) for i in range(7)]
+    error_of(client.post("/v1/embeddings", files=many), 400)
+    error_of(client.post("/v1/embeddings", files=many[:6]), 422)
+    for path in ("/", "/docs", "/openapi.json", "/info"):
+        error_of(client.get(path), 404)
+
+
+def test_large_bodies_are_refused_with_and_without_a_length(server: Server, client: httpx.Client) -> None:
+    large = {"Content-Type": "application/json"}
+    whole = client.post("/v1/embeddings", content=b" " * 300_000, headers=large)
+    assert error_of(whole, 413)["code"] == "body_too_large"
+
+    def chunks() -> Iterator[bytes]:
+        for _ in range(40):
+            yield b" " * 10_000
+
+    assert error_of(client.post("/v1/embeddings", content=chunks(), headers=large), 413)["code"] == "body_too_large"
+    for size in (300_000, 1_900_000):
+        files = [("file", ("a.png", b" " * size, "image/png"))]
+        error_of(client.post("/v1/embeddings", files=files), 413)
+    head = (f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n"
+            "Content-Type: application/json\r\nContent-Length: 99999999\r\nExpect: 100-continue\r\n\r\n").encode()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(head)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 413")
+
+
+def test_slow_clients_are_sent_away_and_hold_nobody(server: Server, client: httpx.Client, picture: Picture) -> None:
+    head = (f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n"
+            "Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n").encode()
+    slow = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(20)]
+    for i, connection in enumerate(slow):
+        connection.sendall(head + b"{" if i % 2 else head[:60])
+    began = time.monotonic()
+    assert client.post("/v1/embeddings", json={"input": url(picture())}).status_code == 200
+    for i, connection in enumerate(slow):
+        answer = b""
+        while block := connection.recv(4096):
+            answer += block
+        assert answer.startswith(b"HTTP/1.1 408") if i % 2 else answer == b""
+        connection.close()
+    assert time.monotonic() - began < 25
+
+
+def test_keys(server: Server, picture: Picture) -> None:
+    body = {"input": url(picture())}
+    wrong = ["Bearer", "Bearer x", "Bearer first-ke", "Bearer first-key,second-key-ü", "Basic first-key", "first-key"]
+    for path in ("/v1/embeddings", "/v1/classify"):
+        for header in ({}, {"X-API-Key": "third"}, *({"Authorization": text.encode()} for text in wrong)):
+            answer = httpx.post(server.url + path, json=body, headers=header)
+            assert error_of(answer, 401)["type"] == "authentication_error"
+    error_of(httpx.get(server.url + "/v1/models"), 401)
+    assert httpx.get(server.url + "/health").status_code == 200
+    for key in KEYS:
+        for header in ({"Authorization": f"Bearer {key}".encode()}, {"X-API-Key": key.encode()}):
+            assert httpx.get(server.url + "/v1/models", headers=header).status_code == 200
+    assert all(key not in server.log.read_text() for key in KEYS)
+    command = Path(f"/proc/{server.process.pid}/cmdline")
+    assert not command.exists() or KEYS[0].encode() not in command.read_bytes()
+
+
+def test_pages_of_allowed_origins_may_ask(server: Server, client: httpx.Client) -> None:
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    for origin, allowed in (("https://page.example", "https://page.example"), ("https://other.example", None)):
+        before = httpx.options(server.url + "/v1/embeddings", headers={"Origin": origin, **asked})
+        answer = client.get("/v1/models", headers={"Origin": origin})
+        refused = client.post("/v1/embeddings", json={}, headers={"Origin": origin})
+        assert (before.status_code == 200) == bool(allowed)
+        for got in (before, answer, refused):
+            assert got.headers.get("access-control-allow-origin") == allowed
+
+
+def test_a_dead_worker_ends_the_host(servers: list[Server], picture: Picture) -> None:
+    server = servers[1].wait()
+    answers: list[httpx.Response] = []
+    body = {"input": url(picture())}
+    waiting = threading.Thread(target=lambda: answers.append(httpx.post(f"{server.url}/v1/embeddings", json=body,
+                                                                        timeout=60)))
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    if not children.exists():
+        pytest.skip("needs /proc")
+    waiting.start()
+    time.sleep(0.5)
+    for pid in children.read_text().split():
+        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(int(pid), signal.SIGKILL)
+    waiting.join(60)
+    error_of(answers[0], 500)
+    assert server.process.wait(60) == 1
+    assert "the worker died" in server.log.read_text()
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_wrong_commands_end_before_a_server_starts(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["serve", "--backbone", f"local-dir:{place / 'vit'}"]
+    for flags, message in [
+            (["--adapter", "birds"], "--adapter: takes NAME=DIR, got 'birds'"),
+            (["--adapter", "a=b", "--adapter", "a=c"], "--adapter: 'a' is given twice"),
+            (["--adapter", f"x={place / 'stranger'}"], "adapter 'x': the adapter in .* on another backbone"),
+            (["--adapter", f"x={place / 'headless'}"], "has no head"),
+            (["--adapter", f"x={tmp_path}"], "adapter_config.json"),
+            (["--max-images", "0"], "Limits.images must be positive"),
+            (["--batch-wait-ms", "-1"], "batch_wait must be seconds"),
+            (["--api-keys-file", str(tmp_path / "none")], "No such file")]:
+        assert main([*command, "--port", str(free_port()), *flags]) == 2
+        line = error_line(capsys)
+        assert line.startswith("fastprompt serve: error: ")
+        assert re.search(message, line), line
+    (tmp_path / "empty").write_text("\n ,\n")
+    assert main([*command, "--api-keys-file", str(tmp_path / "empty")]) == 2
+    assert "has no API key" in error_line(capsys)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main([*command, "--port", str(taken.getsockname()[1])]) == 1
+        assert "in use" in error_line(capsys)
+    monkeypatch.setitem(sys.modules, "litserve", None)
+    assert main(command) == 1
+    assert "pip install 'fastprompt[serve]'" in error_line(capsys)
+
+
+def test_shutdown_finishes_what_runs_and_takes_nothing_new(server: Server, picture: Picture) -> None:
+    """The last test of the file: it ends the server that the others share."""
+    body = json.dumps({"input": url(picture())}).encode()
+    head = (f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n").encode()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(head + body[:100])
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGTERM)
+        for _ in range(100):
+            try:
+                socket.create_connection(("127.0.0.1", server.port), timeout=5).close()
+            except ConnectionRefusedError:
+                break
+            time.sleep(0.01)
+        else:
+            raise AssertionError("it goes on accepting")
+        connection.sendall(body[100:])
+        answer = b""
+        while block := connection.recv(65536):
+            answer += block
+    assert answer.startswith(b"HTTP/1.1 200"), answer[:500] + server.log.read_bytes()
+    assert server.process.wait(60) == 0
+    assert "Traceback" not in server.log.read_text()

@@ -1,0 +1,236 @@
+"""Requests to pictures, outputs to answers, and everything that is refused before a pixel is decoded."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import pickle
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import fastprompt as fp
+from fastprompt.serve import protocol
+from fastprompt.serve.protocol import Ask, Catalogue, Limits, Refused
+from fastprompt.vit.weights import ViTSpec
+
+SPEC = ViTSpec("vit", (32, 32), (4, 4), 8, 3, True, 0, "cls", mean=(0.5, 0.5, 0.5))
+CATALOGUE = Catalogue("vit", "f" * 64, 48, "float32", SPEC, {"birds": ["owl", "tit", "jay"]})
+Picture = Callable[..., bytes]
+
+
+def url(data: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def decode(*files: bytes, catalogue: Catalogue = CATALOGUE, **limits: Any) -> list[np.ndarray]:
+    return protocol.decode(Ask(list(files), None, "float"), catalogue, Limits(**limits))
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that says it has width x height pixels."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + data
+
+
+@pytest.mark.parametrize(("format", "mode"), [("PNG", "RGB"), ("PNG", "L"), ("PNG", "RGBA"), ("PNG", "P"),
+                                              ("JPEG", "RGB"), ("JPEG", "CMYK"), ("WEBP", "RGB")])
+def test_pictures_are_decoded_to_their_pixels(picture: Picture, format: str, mode: str) -> None:
+    data = picture(format=format, mode=mode)
+    [found] = decode(data)
+    assert (found.shape, found.dtype, found.flags.c_contiguous) == ((3, 32, 32), np.uint8, True)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).transpose(2, 0, 1)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_host_resizes_nothing(picture: Picture) -> None:
+    with pytest.raises(Refused, match=r"image 1 is 40 x 32 pixels; .* takes 32 x 32 pixels") as caught:
+        decode(picture(), picture(height=40))
+    assert (caught.value.status, caught.value.code) == (422, "wrong_size")
+    anything = replace(CATALOGUE, spec=replace(SPEC, dynamic_size=True))
+    assert [p.shape for p in decode(picture(), picture(height=40), catalogue=anything)] == [(3, 32, 32), (3, 40, 32)]
+    with pytest.raises(Refused, match="any height and width that are multiples of 8 pixels"):
+        decode(picture(height=36), catalogue=anything)
+    with pytest.raises(Refused, match="at most 4096 in all") as caught:
+        decode(picture(height=64, width=72), catalogue=anything)
+    assert caught.value.status == 413
+    with pytest.raises(Refused, match="at most 1000 in all"):
+        decode(picture(), catalogue=anything, pixels=1000)
+
+
+def test_a_picture_turned_by_its_exif_has_to_fit_upright(picture: Picture) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    anything = replace(CATALOGUE, spec=replace(SPEC, dynamic_size=True))
+    assert [p.shape for p in decode(picture(height=40, exif=exif), catalogue=anything)] == [(3, 32, 40)]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("pad", [False, True])
+def test_what_is_refused_is_what_the_backbone_refuses(randomised: Callable[..., nn.Module], dynamic: bool, pad: bool
+                                                      ) -> None:
+    from timm.models.vision_transformer import VisionTransformer
+
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, num_classes=0,
+                            dynamic_img_size=dynamic, dynamic_img_pad=pad)
+    backbone = fp.FrozenViT(randomised(vit))
+    for size in ((32, 32), (40, 32), (32, 33), (8, 8), (36, 32)):
+        refused = bool(backbone.spec.obstacle(*size))
+        if refused:
+            with pytest.raises(ValueError, match="images must"):
+                backbone(torch.zeros(1, 3, *size))
+        else:
+            backbone(torch.zeros(1, 3, *size))
+
+
+@pytest.mark.parametrize(("data", "status", "code"), [
+    (b"", 422, "not_an_image"),
+    (b"hello", 422, "not_an_image"),
+    (b"\x89PNG\r\n\x1a\n" + b"x" * 40, 422, "damaged_image"),
+    (bomb(60000, 60000), 413, "too_many_pixels"),
+    (bomb(12000, 12000), 422, "wrong_size"),
+    (bomb(32, 32), 422, "damaged_image"),
+    (b"<svg xmlns='http://www.w3.org/2000/svg' width='32' height='32'/>", 422, "not_an_image"),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n", 422, "not_an_image"),
+])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_hostile_pictures_are_refused(data: bytes, status: int, code: str) -> None:
+    with pytest.raises(Refused) as caught:
+        decode(data)
+    assert (caught.value.status, caught.value.code) == (status, code)
+
+
+@pytest.mark.parametrize("format", ["GIF", "TIFF", "BMP", "PPM"])
+def test_other_kinds_of_pictures_are_refused_whatever_they_are_called(picture: Picture, format: str) -> None:
+    with pytest.raises(Refused, match="neither PNG, JPEG nor WebP"):
+        decode(picture(format=format))
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_torn_and_flipped_pictures_are_refused_or_decoded_but_never_fail(picture: Picture, format: str) -> None:
+    whole = picture(format=format)
+    with pytest.raises(Refused):
+        decode(whole[:len(whole) // 2])
+    random, refused = np.random.default_rng(0), []
+    for _ in range(60):
+        damaged = np.frombuffer(whole, np.uint8).copy()
+        damaged[random.integers(0, len(whole), 3)] ^= random.integers(1, 256, 3, np.uint8)
+        try:
+            assert decode(damaged.tobytes())[0].shape == (3, 32, 32)
+        except Refused as error:
+            refused.append(error.status)
+    assert refused
+    assert set(refused) <= {413, 422}
+
+
+def test_json_requests(picture: Picture) -> None:
+    one, two = picture(0), picture(1, format="JPEG")
+    ask = protocol.read_json(json.dumps({"input": url(one)}).encode(), Limits())
+    assert ask == Ask([one], None, "float")
+    body = {"input": [url(one), url(two, "jpeg")], "model": "m", "encoding_format": "base64", "user": "u"}
+    assert protocol.read_json(json.dumps(body).encode(), Limits()) == Ask([one, two], "m", "base64")
+
+
+@pytest.mark.parametrize(("body", "status", "message"), [
+    (b"", 400, "EOF"),
+    (b"{", 400, "EOF"),
+    (b"\xff\xfe", 400, ""),
+    (b"[" * 100_000, 400, "recursion"),
+    (b"[]", 422, "body: "),
+    (b"{}", 422, "input: Field required"),
+    (b'{"input": 3}', 422, "input"),
+    (b'{"input": [1, 2]}', 422, "input"),
+    (b'{"input": []}', 422, "no picture"),
+    (b'{"input": "", "dimensions": 3}', 422, "dimensions: Extra"),
+    (b'{"input": "", "encoding_format": "int8"}', 422, "encoding_format"),
+    (b'{"input": "", "model": 7}', 422, "model"),
+    (b'{"input": "cat.png"}', 422, "input 0 must be a data URL"),
+    (b'{"input": "http://169.254.169.254/latest"}', 422, "fetches nothing"),
+    (b'{"input": "file:///etc/passwd"}', 422, "fetches nothing"),
+    (b'{"input": "data:image/png,abc"}', 422, "input 0 must be a data URL"),
+    (b'{"input": ["data:image/png;base64,@@@@"]}', 422, "input 0 is no valid base64"),
+    (b'{"input": ["data:image/png;base64,abc"]}', 422, "input 0 is no valid base64"),
+    (json.dumps({"input": ["data:,"] * 33}).encode(), 422, "has 33 pictures, at most 32"),
+])
+def test_wrong_json_is_refused(body: bytes, status: int, message: str) -> None:
+    with pytest.raises(Refused) as caught:
+        protocol.read_json(body, Limits())
+    assert caught.value.status == status
+    assert message in caught.value.message
+    assert len(caught.value.message) < 500
+
+
+def test_forms() -> None:
+    fields: list[tuple[str, str | bytes]] = [("file", b"1"), ("model", "m"), ("file", b"2")]
+    assert protocol.read_form(fields, Limits()) == Ask([b"1", b"2"], "m", "float")
+    for extra, message in [(("file", "text"), "part 'file' is not taken"), (("model", "again"), "part 'model'"),
+                           (("input", b"3"), "part 'input'"), (("model", b"3"), "part 'model'"),
+                           (("encoding_format", "hex"), "encoding_format must be")]:
+        with pytest.raises(Refused, match=message):
+            protocol.read_form([*fields, extra], Limits())
+    with pytest.raises(Refused, match="no picture"):
+        protocol.read_form([("model", "m")], Limits())
+    with pytest.raises(Refused, match="at most 1 are"):
+        protocol.read_form(fields, Limits(images=1))
+
+
+def test_models_are_found_by_name(picture: Picture) -> None:
+    for model in (None, "vit"):
+        work = protocol.embeddings_work(Ask([picture()], model, "float"), CATALOGUE, Limits())
+        assert work.adapter == "__base__"
+    assert protocol.classify_work(Ask([picture()], "birds", "float"), CATALOGUE, Limits()).adapter == "birds"
+    for model, status in ((None, 422), ("vit", 404), ("__base__", 404)):
+        with pytest.raises(Refused) as caught:
+            protocol.classify_work(Ask([], model, "float"), CATALOGUE, Limits())
+        assert caught.value.status == status
+    with pytest.raises(Refused, match="'birds' gives no embeddings here; 'vit' does"):
+        protocol.embeddings_work(Ask([], "birds", "float"), CATALOGUE, Limits())
+
+
+def test_answers() -> None:
+    features = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
+    for form in ("float", "base64"):
+        answer = protocol.embeddings_answer(Ask([], None, form), CATALOGUE, list(features))
+        assert (answer["object"], answer["model"]) == ("list", "vit")
+        assert answer["usage"] == {"prompt_tokens": 0, "total_tokens": 0}
+        assert [(d["object"], d["index"]) for d in answer["data"]] == [("embedding", 0), ("embedding", 1)]
+        got = [d["embedding"] for d in answer["data"]]
+        found = np.array(got) if form == "float" else np.stack([np.frombuffer(base64.b64decode(g), "<f4") for g in got])
+        np.testing.assert_array_equal(found.astype(np.float32), features)
+    logits = np.array([1.0, 3.0, 2.0], np.float32)
+    [found] = protocol.classify_answer(Ask([], "birds", "float"), CATALOGUE, [logits])["data"]
+    assert (found["index"], found["label"], found["class"]) == (0, 1, "tit")
+    assert [p["class"] for p in found["probabilities"]] == ["tit", "jay", "owl"]
+    expected = torch.from_numpy(logits).double().softmax(0)[[1, 2, 0]].tolist()
+    assert [p["probability"] for p in found["probabilities"]] == pytest.approx(expected)
+
+
+def test_models_say_what_clients_need() -> None:
+    backbone, adapter = CATALOGUE.models()["data"]
+    assert backbone == {"id": "vit", "object": "model", "fingerprint": "f" * 64, "width": 48, "image_size": [32, 32],
+                        "patch_size": 8, "any_size": False, "mean": [0.5] * 3, "std": [0.229, 0.224, 0.225],
+                        "dtype": "float32"}
+    assert adapter == {"id": "birds", "object": "adapter", "class_names": ["owl", "tit", "jay"]}
+
+
+def test_limits_are_checked_and_errors_travel() -> None:
+    for name in ("body_bytes", "images", "pixels", "body_seconds", "answer_seconds", "waiting"):
+        with pytest.raises(ValueError, match=f"Limits.{name} must be positive"):
+            Limits(**{name: 0})
+    error = pickle.loads(pickle.dumps(Refused(413, "body_too_large", "too much")))
+    assert error.body() == {"error": {"message": "too much", "type": "invalid_request_error", "code": "body_too_large"}}
+    assert Refused(401, "x", "y").body()["error"]["type"] == "authentication_error"
+    assert Refused(500, "x", "y").body()["error"]["type"] == "server_error"

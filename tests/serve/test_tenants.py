@@ -1,0 +1,154 @@
+"""The engine behind a host: what is loaded, what is refused at the start, and batches of many clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fastprompt as fp
+from fastprompt.serve.protocol import Refused, Work
+from fastprompt.serve.tenants import HostSettings, answers, load
+
+
+def settings(place: Path, *adapters: str, **options: Any) -> HostSettings:
+    return HostSettings(f"local-dir:{place / 'vit'}", adapters={name: place / name for name in adapters},
+                        **{"dtype": "float32", "batch_size": 4, "threads": 1, **options})
+
+
+def pictures(count: int, height: int = 32, seed: int = 0) -> list[np.ndarray]:
+    return list(np.random.default_rng(seed).integers(0, 256, (count, 3, height, 32), np.uint8))
+
+
+def test_what_is_loaded_is_told(place: Path) -> None:
+    engine, catalogue = load(settings(place, "birds", "cars"))
+    backbone = fp.load_backbone(f"local-dir:{place / 'vit'}")
+    assert engine.adapter_names == ["__base__", "birds", "cars"]
+    assert (catalogue.name, catalogue.fingerprint) == (f"local-dir:{place / 'vit'}", backbone.fingerprint)
+    assert (catalogue.width, catalogue.dtype) == (48, "float32")
+    assert catalogue.adapters == {"birds": ["birds-0", "birds-1", "birds-2"], "cars": list("0123456")}
+
+
+def test_any_size_leaves_adapters_their_backbone(place: Path) -> None:
+    engine, catalogue = load(settings(place, "birds", any_size=True))
+    assert catalogue.fingerprint == fp.load_backbone(f"local-dir:{place / 'vit'}").fingerprint
+    assert catalogue.models()["data"][0]["any_size"]
+    [[short], [tall]] = answers(engine, [Work(pictures(1), "__base__"), Work(pictures(1, 40), "__base__")])
+    assert short.shape == tall.shape == (48,)
+
+
+def test_pictures_of_a_client_that_extends_them_give_its_models_answer(place: Path) -> None:
+    backbone = fp.load_backbone(f"local-dir:{place / 'vit'}")
+    model = fp.PromptedViT.from_pretrained(backbone, place / "rgb")
+    client, raw = fp.RGBPrompts(model), torch.from_numpy(np.stack(pictures(2)))
+    tall = client.pictures(raw).numpy()
+    assert tall.shape == (2, 3, 40, 32)
+    engine, _ = load(settings(place, "rgb", any_size=True))
+    [features] = answers(engine, [Work(list(tall), "__base__")])
+    with torch.no_grad():
+        expected = model(raw)
+    assert not isinstance(features, Refused)
+    torch.testing.assert_close(client.classify(torch.from_numpy(np.stack(features))), expected, rtol=1e-4, atol=1e-4)
+    [logits] = answers(engine, [Work(list(raw.numpy()), "rgb")])
+    torch.testing.assert_close(torch.from_numpy(np.stack(logits)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("adapters", "error", "message"), [
+    (("birds", "nowhere"), FileNotFoundError, "nowhere"),
+    (("birds", "stranger"), ValueError, "adapter 'stranger': .* another backbone"),
+    (("headless",), ValueError, "adapter 'headless': .* has no head"),
+    (("birds", "torn"), ValueError, "torn"),
+])
+def test_bad_adapters_are_refused(place: Path, adapters: tuple[str, ...], error: type[Exception], message: str
+                                  ) -> None:
+    if "torn" in adapters and not (place / "torn").exists():
+        (place / "torn").mkdir()
+        for file in (place / "birds").iterdir():
+            (place / "torn" / file.name).write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(error, match=message):
+        load(settings(place, *adapters))
+
+
+def test_bad_names_and_settings_are_refused(place: Path) -> None:
+    name = f"local-dir:{place / 'vit'}"
+    with pytest.raises(ValueError, match="is the name of the backbone"):
+        load(HostSettings(name, adapters={name: place / "birds"}))
+    with pytest.raises(ValueError, match="adapter '__base__': name must be"):
+        load(HostSettings(name, adapters={"__base__": place / "birds"}))
+    for options in ({"dtype": "int8"}, {"batch_size": 0}, {"threads": 0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            settings(place, **options)
+
+
+def test_a_batch_of_everybody_is_what_each_would_get_alone(place: Path) -> None:
+    engine, _ = load(settings(place, "birds", "cars", any_size=True))
+    works = [Work(pictures(2, seed=1), "birds"), Work(pictures(1, 40, 2), "__base__"),
+             Work(pictures(1, seed=3), "cars"), Work([*pictures(1, 48, 4), *pictures(1, seed=4)], "birds"),
+             Work(pictures(3, seed=5), "__base__")]
+    calls = []
+
+    def recorded(images: torch.Tensor, adapter_names: list[str]) -> Any:
+        calls.append((tuple(images.shape[2:]), adapter_names))
+        return fp.Engine.__call__(engine, images, adapter_names)
+
+    spy: Any = type("Spy", (), {"__call__": lambda self, *a, **k: recorded(*a, **k), "model": engine.model})()
+    together = answers(spy, works)
+    assert calls == [((32, 32), ["birds", "birds", "cars", "birds", "__base__", "__base__", "__base__"]),
+                     ((40, 32), ["__base__"]), ((48, 32), ["birds"])]
+    for work, found in zip(works, together, strict=True):
+        [alone] = answers(engine, [work])
+        assert len(found) == len(work.pictures)
+        for one, other in zip(found, alone, strict=True):
+            assert one.dtype == np.float32
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_request_that_fails_takes_no_other_with_it(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine, _ = load(settings(place, "birds", "cars", any_size=True))
+    good = Work(pictures(1), "birds")
+    [found, refused, lost] = answers(engine, [good, Work(pictures(1, 40), "cars"), Work(pictures(1), "deleted")])
+    np.testing.assert_allclose(found[0], answers(engine, [good])[0][0], rtol=1e-4, atol=1e-5)
+    assert isinstance(refused, Refused), "VAPT mixes the patches of one size"
+    assert refused.status == 422
+    assert isinstance(lost, Refused)
+
+    class Broken:
+        model = engine.model
+
+        def __call__(self, *_: object, **__: object) -> None:
+            raise RuntimeError("secret address 0x7f")
+
+    [error] = answers(Broken(), [good])  # type: ignore[arg-type]
+    assert isinstance(error, Refused)
+    assert (error.status, "secret" in error.message) == (500, False)
+    assert "secret" in caplog.text
+    del engine
+
+
+def test_backbone_and_size_come_from_the_first_adapter(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                       ) -> None:
+    from fastprompt.report.runs import RunSettings, write_json
+    from fastprompt.serve import tenants
+
+    asked: list[Any] = []
+
+    def backbone_at(name: str, image_size: int | None) -> Callable[..., Any]:
+        asked.append((name, image_size))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(tenants, "backbone_at", backbone_at)
+    run = tmp_path / "run"
+    (run / "best").mkdir(parents=True)
+    for file in (place / "birds").iterdir():
+        (run / "best" / file.name).write_bytes(file.read_bytes())
+    for given in (HostSettings(), HostSettings(adapters={"a": run / "best"})):
+        with pytest.raises(ValueError, match="enough"):
+            load(given)
+    write_json(run / "run.json", RunSettings(method="vpt-deep", data="d", backbone="vit-s14").to_dict())
+    with pytest.raises(ValueError, match="enough"):
+        load(HostSettings(adapters={"a": run}))
+    assert asked == [("clip-vit-b16", None), ("clip-vit-b16", 32), ("vit-s14", 32)]
