@@ -209,7 +209,7 @@ class PromptGenerator(nn.Module, abc.ABC):
         """
 
     def first_prompts(self, context: Any, tokens: Tensor, draws: Draws | None, norm: Norm | None) -> Tensor:
-        """Block 0's `prompts` as they enter it, in the dtype of the patch tokens, behind the backbone's pre-norm `norm`.
+        """Block 0's `prompts` as they enter it: in the dtype of the patch tokens, behind the backbone's pre-norm.
 
         Asked for where `before_pre_norm`; a generator whose op norms what it writes gives it the norm.
         """
