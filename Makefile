@@ -99,8 +99,8 @@ kernels-report: $(STAMP)  ## compile every Triton kernel for every part and writ
 	OMP_NUM_THREADS=1 $(PY) bench/gates/report.py
 
 gpu: $(STAMP)  ## on a GPU: parity, determinism and speed of every op and of CUDA graphs, into results/gpu.json and the README
-	$(VENV)/bin/pytest -q tests/engine/test_cuda_graph.py -k OnTheDevice
-	$(PY) bench/gpu.py
+	began=$$(date +%s) && $(VENV)/bin/pytest -q tests/engine/test_cuda_graph.py -k OnTheDevice && \
+		$(PY) bench/gpu.py --began $$began
 	$(PY) bench/gpu_table.py results/gpu.json README.md
 
 clean:  ## remove .venv and everything built

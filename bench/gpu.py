@@ -4,8 +4,9 @@ Per op: parity with float64 under the tolerance of the gates, outputs and gradie
 the papers' sizes; the same bits in two runs, and from a CUDA graph; every kernel under compute-sanitizer's checkers of
 memory and races, where it is installed; then, in bfloat16 at the papers' sizes, the time of forward and of forward with
 backward beside PyTorch's own, eager and, for the first size, under torch.compile in three modes, by CUDA events, as
-medians of interleaved rounds. Any mismatch ends the run with an error, and nothing is written. Times that the eight
-minutes leave no room for are null.
+medians of interleaved rounds. Last, replays of whole models (`bench/gpu_graphs.py`). Any mismatch ends the run with an
+error, and nothing is written; so does the end of the eight minutes, with a traceback. Before that, the times of
+compiled PyTorch which they leave no room for are null, and models are timed in fewer rounds; parity is never cut short.
 
 `TRITON_INTERPRET=1 python bench/gpu.py --dry-run` goes the same way without a GPU: in Triton's interpreter, at small
 sizes, without a graph and with a compiler that does nothing. Its times say nothing; it shows that a wrong kernel is
@@ -15,15 +16,19 @@ found and that the report is complete.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib
 import json
+import math
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -42,6 +47,8 @@ from spec import Case, Inputs, cast, load_spec  # noqa: E402
 OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/triton.py"))
 COMPILED = ("default", "reduce-overhead", "max-autotune")
 SECONDS = 480
+OPS_UNTIL, MODELS_UNTIL = 0.65, 0.85  # of the seconds; what was begun before is finished in the rest
+SANITIZER_SECONDS = 90
 
 
 class Bench(NamedTuple):
@@ -137,21 +144,28 @@ def warmed(bench: Bench, ops: Sequence[str]) -> None:
 
 
 def sanitized(bench: Bench) -> str:
-    """Every kernel once under compute-sanitizer, where it is installed."""
+    """Every kernel once under compute-sanitizer, where it is installed; both checkers at the same time."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return "compute-sanitizer is not installed"
-    said = []
-    for checker in ("memcheck", "racecheck"):
-        command = [tool, "--tool", checker, "--error-exitcode", "1", *alone(bench)]
-        try:
-            ran = subprocess.run(command, capture_output=True, text=True, timeout=90)
-        except subprocess.TimeoutExpired:
-            said.append(f"{checker} did not finish in 90 s")
-            continue
-        if ran.returncode:
-            raise SystemExit(f"compute-sanitizer, {checker}:\n{ran.stdout[-4000:]}{ran.stderr[-4000:]}")
-        said.append(f"{checker} found nothing")
+    running = {checker: subprocess.Popen([tool, "--tool", checker, "--error-exitcode", "1", *alone(bench)], text=True,
+                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+               for checker in ("memcheck", "racecheck")}
+    said, ends = [], time.monotonic() + SANITIZER_SECONDS
+    try:
+        for checker, process in running.items():
+            try:
+                printed = process.communicate(timeout=max(ends - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                said.append(f"{checker} did not finish in {SANITIZER_SECONDS} s")
+                continue
+            if process.returncode:
+                raise SystemExit(f"compute-sanitizer, {checker}:\n{printed[0][-4000:]}{printed[1][-4000:]}")
+            said.append(f"{checker} found nothing")
+    finally:
+        for process in running.values():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     return "compute-sanitizer: " + ", ".join(said)
 
 
@@ -169,10 +183,10 @@ def launch(bench: Bench, ops: Sequence[str], dtype: str | None) -> None:
 
 
 def timed(bench: Bench, steps: dict[str, Callable[[], Any]], deadline: float) -> dict[str, dict[str, float] | None]:
-    """Microseconds per call, median and quartiles over interleaved rounds; None: no time was left."""
+    """Microseconds per call, median and quartiles over interleaved rounds; None: no time was left to compile it."""
     times: dict[str, list[float]] = {}
     for name, step in steps.items():
-        if time.monotonic() > deadline:
+        if name.startswith("compile") and time.monotonic() > deadline:
             continue
         times[name] = []
         for _ in range(3):
@@ -226,9 +240,12 @@ def speed(bench: Bench, case: Case, module: ModuleType, modes: Sequence[str], de
     return found | {"forward and backward": timed(bench, both, deadline)}
 
 
-def measure(bench: Bench, ops: Sequence[str]) -> dict[str, Any]:
-    """The report; SystemExit on any mismatch."""
-    began = time.monotonic()
+def measure(bench: Bench, ops: Sequence[str], began: float, seconds: float) -> dict[str, Any]:
+    """The report; SystemExit on any mismatch.
+
+    Args:
+        began, seconds: when, by `time.monotonic`, the time began that all of it may take, and how much that is.
+    """
     name = "Triton's interpreter" if bench.dry else torch.cuda.get_device_name()
     report: dict[str, Any] = {"device": name, "dry_run": bench.dry, "torch": torch.__version__,
                               "triton": triton.__version__, "cuda": torch.version.cuda, "rocm": torch.version.hip,
@@ -236,21 +253,26 @@ def measure(bench: Bench, ops: Sequence[str]) -> dict[str, Any]:
     if not bench.dry:
         warmed(bench, ops)
         print(f"compiled, {time.monotonic() - began:.0f} s", flush=True)
-    for op, found in report["ops"].items():
-        spec = load_spec(op)
-        module = importlib.import_module(spec.MODULE)
-        found["parity"] = {case.name: mismatches(bench, op, case, module) for case in bench.cases(spec)}
-        found["graph"] = replayed(bench, op, bench.sized(spec, 32)[0], module)
-        print(f"{op}: parity, determinism and graph hold, {time.monotonic() - began:.0f} s", flush=True)
-    report["sanitizer"] = sanitized(bench)
+    with ThreadPoolExecutor(1) as pool:
+        sanitizer = pool.submit(sanitized, bench)
+        for op, found in report["ops"].items():
+            spec = load_spec(op)
+            module = importlib.import_module(spec.MODULE)
+            found["parity"] = {case.name: mismatches(bench, op, case, module) for case in bench.cases(spec)}
+            found["graph"] = replayed(bench, op, bench.sized(spec, 32)[0], module)
+            print(f"{op}: parity, determinism and graph hold, {time.monotonic() - began:.0f} s", flush=True)
+        report["sanitizer"] = sanitizer.result()
     print(f"{report['sanitizer']}, {time.monotonic() - began:.0f} s", flush=True)
-    for op, found in report["ops"].items():
+    for i, (op, found) in enumerate(report["ops"].items()):
         spec = load_spec(op)
-        module, deadline = importlib.import_module(spec.MODULE), began + SECONDS - 60
+        module, now = importlib.import_module(spec.MODULE), time.monotonic()
+        deadline = now + (began + OPS_UNTIL * seconds - now) / (len(ops) - i)
         found["microseconds"] = {
             str(batch): [speed(bench, case, module, COMPILED if i == 0 and batch > 1 else (), deadline)
                          for i, case in enumerate(bench.sized(spec, batch))] for batch in (1, 32)}
         print(f"{op}: timed, {time.monotonic() - began:.0f} s", flush=True)
+    if not bench.dry:
+        report["graphs"] = gpu_graphs.measure(deadline=began + MODELS_UNTIL * seconds)
     return report | {"seconds": round(time.monotonic() - began, 1)}
 
 
@@ -262,6 +284,9 @@ def main(*options: str) -> None:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
                         help="with --launch-only: in this dtype, the papers' sizes too")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu.json")
+    parser.add_argument("--seconds", type=float, help=f"that it may take; default {SECONDS}, dry without end")
+    parser.add_argument("--began", type=float, default=time.time(), help="when they began, as `date +%%s` prints it; "
+                                                                         "default now")
     arguments = parser.parse_args(options)
     if arguments.dry_run:
         if os.environ.get("TRITON_INTERPRET") != "1":
@@ -279,9 +304,12 @@ def main(*options: str) -> None:
     if arguments.launch_only:
         launch(bench, arguments.op or OPS, arguments.dtype)
         return
-    report = measure(bench, arguments.op or OPS)
-    if not arguments.dry_run:
-        report["graphs"] = gpu_graphs.measure()
+    began = time.monotonic() - (time.time() - arguments.began)
+    seconds = arguments.seconds or (math.inf if bench.dry else SECONDS)
+    if seconds < math.inf:
+        faulthandler.dump_traceback_later(max(began + seconds - time.monotonic(), 0.1), exit=True)
+    report = measure(bench, arguments.op or OPS, began, seconds)
+    faulthandler.cancel_dump_traceback_later()
     temporary = arguments.out.with_suffix(".tmp")
     temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     temporary.replace(arguments.out)

@@ -6,7 +6,8 @@ Per method, ViT-B/16 at 224 px with a backbone in bfloat16: replays against floa
 a batch size that was captured and at one that is padded, before and after parameters change in place; then the time of
 a call, eager, by torch.compile and by graph, for inference and for a training step (AdamW) on the same batches, medians
 and quartiles of interleaved rounds. "throughput" is per call of many without waiting, "latency" that of one until its
-output is there. A mismatch, or a forward that cannot be captured, ends the run with an error.
+output is there. A mismatch, or a forward that cannot be captured, ends the run with an error. Inside `make gpu` time is
+short: there are as many rounds as fit into it, and torch.compile's times are null where it leaves no room to compile.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,9 @@ METHODS: dict[str, PromptConfig] = {"vpt-deep": fp.VPTConfig(num_prompts=10), "p
 BATCHES = (1, 8, 32, 128)
 NUM_CLASSES = 100
 ROUNDS, CALLS = 9, 20
+COMPILE_SECONDS = 60.0  # that one of these models takes to compile, forward and backward
 
-Times = dict[str, dict[str, dict[str, float]]]
+Times = dict[str, dict[str, dict[str, float]] | None]
 
 
 def vit_base(device: str = "cuda") -> fp.FrozenViT:
@@ -46,34 +49,41 @@ def vit_base(device: str = "cuda") -> fp.FrozenViT:
     return fp.FrozenViT(module).to(device=device, dtype=torch.bfloat16)
 
 
-def measure(backbone: fp.FrozenViT | None = None, methods: Iterable[str] = tuple(METHODS),
+def measure(backbone: fp.FrozenViT | None = None, methods: Sequence[str] = tuple(METHODS),
             batches: tuple[int, ...] = BATCHES, capturer: Callable[[], Capturer] | None = None,
             compiler: Callable[..., Any] = torch.compile,
-            keep: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
-    """The report of all methods; `keep` gets it after each of them.
+            keep: Callable[[dict[str, Any]], None] | None = None, deadline: float = math.inf) -> dict[str, Any]:
+    """The report: parity of all methods, then their times; `keep` gets it after the times of each.
 
     Args:
         backbone: on the device to measure; None: ViT-B/16 on the current GPU.
         capturer: makes the `Capturer` of each manager. compiler: as torch.compile. Both for tests without a device.
+        deadline: when, by `time.monotonic`, the times should be taken; parity knows none.
     """
     backbone = vit_base() if backbone is None else backbone
     capturer = (lambda: CudaCapturer(backbone.device)) if capturer is None else capturer
     report: dict[str, Any] = {"batches": list(batches), "backbone": str(backbone.dtype), "methods": {}}
-    for name in methods:
-        torch.manual_seed(0)
-        model = fp.PromptedViT(backbone, METHODS[name], NUM_CLASSES).eval()
-        images = torch.randn(max(batches), 3, *backbone.image_size, device=backbone.device)
-        labels = torch.randint(0, NUM_CLASSES, (max(batches),), device=backbone.device)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="no CUDA graph")
-            report["methods"][name] = {
-                "parity": parity(name, model, images, batches, capturer),
-                "inference": inference(model, images, batches, capturer, compiler),
-                "training step": training(model, images, labels, batches, capturer, compiler),
-            }
-        if keep is not None:
-            keep(report)
-        print(f"graphs, {name}: replays are right", flush=True)
+    images = torch.randn(max(batches), 3, *backbone.image_size, device=backbone.device)
+    labels = torch.randint(0, NUM_CLASSES, (max(batches),), device=backbone.device)
+    models, left = {}, 2 * len(batches) * len(methods)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="no CUDA graph")
+        for name in methods:
+            torch.manual_seed(0)
+            models[name] = fp.PromptedViT(backbone, METHODS[name], NUM_CLASSES).eval()
+            report["methods"][name] = {"parity": parity(name, models[name], images, batches, capturer)}
+            print(f"graphs, {name}: replays are right", flush=True)
+        for name, model in models.items():
+            jobs = {"inference": lambda x, y, until, model=model: inference(model, x, capturer, compiler, until),
+                    "training step": lambda x, y, until, model=model: training(model, x, y, capturer, compiler, until)}
+            for job, run in jobs.items():
+                report["methods"][name][job] = {}
+                for batch in batches:
+                    x, y, now = images[:batch].contiguous(), labels[:batch].contiguous(), time.monotonic()
+                    report["methods"][name][job][str(batch)] = run(x, y, now + (deadline - now) / left)
+                    left -= 1
+            if keep is not None:
+                keep(report)
     return report
 
 
@@ -102,40 +112,32 @@ def parity(name: str, model: fp.PromptedViT, images: Tensor, batches: tuple[int,
     return rows
 
 
-def inference(model: fp.PromptedViT, images: Tensor, batches: tuple[int, ...], capturer: Callable[[], Capturer],
-              compiler: Callable[..., Any]) -> dict[str, Any]:
-    """Times of a forward by batch size."""
-    graphed, began = GraphedForward(model, batches, capturer=capturer()), time.perf_counter()
-    graphed.prepare(images)
-    found: dict[str, Any] = {"seconds to capture all": time.perf_counter() - began}
-    for batch in batches:
-        x = images[:batch].contiguous()
-        torch._dynamo.reset()
-        compiled = compiler(model, dynamic=False)
-        with torch.no_grad():
-            found[str(batch)] = timed({"eager": lambda x=x: model(x), "compile": lambda x=x, run=compiled: run(x),
-                                       "graph": lambda x=x: graphed(x),
-                                       "graph, borrowed": lambda x=x: graphed(x, borrow=True)},
-                                      graphed.capturer)
+def inference(model: fp.PromptedViT, images: Tensor, capturer: Callable[[], Capturer], compiler: Callable[..., Any],
+              until: float) -> Times:
+    """Times of a forward."""
+    graphed = GraphedForward(model, (len(images),), capturer=capturer())
+    torch._dynamo.reset()
+    compiled = compiler(model, dynamic=False)
+    with torch.no_grad():
+        found = timed({"eager": lambda: model(images), "compile": lambda: compiled(images),
+                       "graph": lambda: graphed(images), "graph, borrowed": lambda: graphed(images, borrow=True)},
+                      graphed.capturer, until)
     graphed.release()
     return found
 
 
-def training(model: fp.PromptedViT, images: Tensor, labels: Tensor, batches: tuple[int, ...],
-             capturer: Callable[[], Capturer], compiler: Callable[..., Any]) -> dict[str, Any]:
-    """Times of a training step by batch size; each way trains a copy of generator and head."""
-    found: dict[str, Any] = {}
-    for batch in batches:
-        x, y = images[:batch].contiguous(), labels[:batch].contiguous()
-        torch._dynamo.reset()
-        models = [fp.PromptedViT(model.backbone, model.config, NUM_CLASSES).train() for _ in range(3)]
-        for other in models:
-            other.load_adapter_state_dict(model.adapter_state_dict())
-        graphed = GraphedTrainStep(models[2], adamw(models[2], capturable=True), capturer=capturer())
-        found[str(batch)] = timed({"eager": plain_step(models[0], models[0], x, y),
-                                   "compile": plain_step(models[1], compiler(models[1], dynamic=False), x, y),
-                                   "graph": lambda x=x, y=y, step=graphed: step(x, y)}, graphed.capturer)
-        graphed.release()
+def training(model: fp.PromptedViT, images: Tensor, labels: Tensor, capturer: Callable[[], Capturer],
+             compiler: Callable[..., Any], until: float) -> Times:
+    """Times of a training step; each way trains a copy of generator and head."""
+    torch._dynamo.reset()
+    models = [fp.PromptedViT(model.backbone, model.config, NUM_CLASSES).train() for _ in range(3)]
+    for other in models:
+        other.load_adapter_state_dict(model.adapter_state_dict())
+    graphed = GraphedTrainStep(models[2], adamw(models[2], capturable=True), capturer=capturer())
+    found = timed({"eager": plain_step(models[0], models[0], images, labels),
+                   "compile": plain_step(models[1], compiler(models[1], dynamic=False), images, labels),
+                   "graph": lambda: graphed(images, labels)}, graphed.capturer, until)
+    graphed.release()
     return found
 
 
@@ -157,22 +159,28 @@ def plain_step(model: fp.PromptedViT, forward: Callable[..., Any], images: Tenso
     return step
 
 
-def timed(ways: dict[str, Callable[[], Any]], device: Capturer) -> Times:
-    """Microseconds per call, median and quartiles over interleaved rounds."""
-    for way in ways.values():
+def timed(ways: dict[str, Callable[[], Any]], device: Capturer, until: float) -> Times:
+    """Microseconds per call, median and quartiles over interleaved rounds, at least one; None: no time to compile."""
+    samples: dict[str, dict[str, list[float]]] = {}
+    for name, way in ways.items():
+        if name == "compile" and time.monotonic() + COMPILE_SECONDS > until:
+            continue
+        samples[name] = {"throughput": [], "latency": []}
         for _ in range(5):  # compiles, warms up and captures
             way()
-    samples: dict[str, dict[str, list[float]]] = {name: {"throughput": [], "latency": []} for name in ways}
-    for _ in range(ROUNDS):
-        for name, way in ways.items():
+    for i in range(ROUNDS):
+        if i and time.monotonic() > until:
+            break
+        for name, found in samples.items():
             for kind, calls in (("throughput", CALLS), ("latency", 1)):
                 device.synchronize()
                 began = time.perf_counter()
                 for _ in range(calls):
-                    way()
+                    ways[name]()
                 device.synchronize()
-                samples[name][kind].append((time.perf_counter() - began) * 1e6 / calls)
-    return {name: {kind: spread(values) for kind, values in kinds.items()} for name, kinds in samples.items()}
+                found[kind].append((time.perf_counter() - began) * 1e6 / calls)
+    return {name: {kind: spread(values) for kind, values in samples[name].items()} if name in samples else None
+            for name in ways}
 
 
 def spread(values: list[float]) -> dict[str, float]:

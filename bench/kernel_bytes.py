@@ -1,6 +1,8 @@
 """Bytes that each kernel has to move: every element of its inputs read once, every element of its outputs written once.
 
 Sizes are named as in the op's docstring; `e` is the size of an element of the tokens. float32 row statistics count 4.
+Where a sum is cut into shares so that enough programs work on it, its float32 shares are an output of one launch and an
+input of the next.
 The gates hold the bytes that a launch touches to 1.05 times these; `make kernels-report` divides them by the memory's
 bandwidth for a lower bound of the time.
 """
@@ -47,23 +49,23 @@ def _attention_sum_runs(e: int, B: int, H: int, R: int, T: int, P: int, D: int, 
     return 2 * n * P * H * D * (4 * runs + e)
 
 
-def _vae_fwd(e: int, L: int, B: int, S: int, M: int, D: int, Z: int, H: int, noise: int, n: int) -> int:
+def _vae_fwd(e: int, L: int, B: int, S: int, M: int, D: int, Z: int, H: int, noise: int, **rest: int) -> int:
     decoder = Z * H + H + M * D * (H + 1)
     return e * (2 * B * Z + decoder + L * S * D + L * B * (S + M) * D) + 4 * B + 16 * noise
 
 
-def _vae_bwd_decoder(e: int, L: int, B: int, S: int, M: int, D: int, Z: int, H: int, noise: int, n: int) -> int:
+def _vae_bwd_decoder(e: int, L: int, B: int, S: int, M: int, D: int, Z: int, H: int, noise: int, **rest: int) -> int:
     decoder, summed = Z * H + H + M * D * (H + 1), B * M * D * (L > 1)
     return e * (L * B * (S + M) * D + 2 * B * Z + decoder + L * S * D + summed) + 16 * noise
 
 
-def _vae_bwd_latent(e: int, L: int, B: int, S: int, M: int, D: int, Z: int, H: int, noise: int, n: int) -> int:
+def _vae_bwd_hidden(e: int, B: int, M: int, D: int, H: int, shares: int, **rest: int) -> int:
+    return e * (B * M * D + M * D * H) + 4 * shares * B * H
+
+
+def _vae_bwd_latent(e: int, B: int, Z: int, H: int, noise: int, n: int, shares: int, **rest: int) -> int:
     carried = 4 * B * Z * (n > 1)  # dz goes from one of n decoders' launches to the next
-    return e * (B * M * D + M * D * H + Z * H + H + 4 * B * Z) + 4 * B * (1 + H) + 16 * noise + carried
-
-
-def _vae_bwd_hidden(e: int, L: int, B: int, S: int, M: int, D: int, Z: int, H: int, noise: int, n: int) -> int:
-    return e * (2 * B * Z + Z * H + H) + 4 * B * H + 16 * noise
+    return e * (4 * B * Z + 2 * (Z * H + H)) + 4 * B * (1 + shares * H) + 16 * noise + carried
 
 
 def _adaptive_mix(e: int, B: int, N: int, P: int, D: int, **rest: int) -> int:
@@ -87,12 +89,12 @@ def _adaptive_bwd_tokens(e: int, B: int, N: int, P: int, D: int, wanted: int, **
     return e * (B * N * D * (1 + wanted) + 2 * D + P * N + B * P * D) + 4 * (2 * B * N + B * P * N)
 
 
-def _adaptive_bwd_weights(e: int, B: int, N: int, P: int, D: int, H: int, channels: int, **rest: int) -> int:
-    return e * (3 * B * P * D + 4 * D + P + 2 * D * H + B * D * channels) + 4 * (2 * B * P * H + P)
+def _adaptive_bwd_weights(e: int, B: int, P: int, D: int, H: int, channels: int, shares: int, **rest: int) -> int:
+    return e * (3 * B * P * D + 2 * D + P + B * D * channels) + 4 * (2 * B * P * H + P + shares * (2 + 2 * H) * D)
 
 
-def _adaptive_sum_images(e: int, B: int, N: int, P: int, **rest: int) -> int:
-    return 4 * (B * P * (N + 2) + 2 * P) + e * P * N
+def _adaptive_sum_shares(e: int, B: int, N: int, P: int, D: int, H: int, shares: int, **rest: int) -> int:
+    return 4 * (B * P * (N + 2) + 2 * P + shares * (2 + 2 * H) * D) + e * (P * N + (2 + 2 * H) * D)
 
 
 FORMULAS: dict[str, Callable[..., int]] = {
@@ -114,7 +116,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "_adaptive_prompts_bwd_prompts": _adaptive_bwd_prompts,
     "_adaptive_prompts_bwd_tokens": _adaptive_bwd_tokens,
     "_adaptive_prompts_bwd_weights": _adaptive_bwd_weights,
-    "_adaptive_prompts_sum_images": _adaptive_sum_images,
+    "_adaptive_prompts_sum_shares": _adaptive_sum_shares,
 }
 
 

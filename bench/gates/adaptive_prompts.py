@@ -19,11 +19,12 @@ EPS = 1e-5
 
 def case(name: str, b: int, n: int, p: int, d: int, hidden: int, activation: str = "relu", masks: bool = True,
          given: bool = False, scale: float | None = None, permuted: bool = False, trained: tuple[str, ...] = (),
-         **options: object) -> Case:
+         shares: int = 1, **options: object) -> Case:
     """A case of the given sizes; the tokens are a slice of a sequence.
 
     hidden: of the bottleneck, 0: none. given: row statistics are an input. scale: None: a learned one.
     permuted: other strides of every matrix. trained: inputs with gradients, default all.
+    shares: of the prompts in the sums of the weights' gradients, for the byte formulas.
     """
     def inputs(draw: Draw) -> Inputs:
         def matrix(*shape: int) -> Tensor:
@@ -57,7 +58,7 @@ def case(name: str, b: int, n: int, p: int, d: int, hidden: int, activation: str
     names = ("sequence", "norm_weight", "norm_bias", "mix", "bias") + (("w1", "w2") if hidden else ()) \
         + (("scale",) if hidden and scale is None else ())
     sizes = {"B": b, "N": n, "P": p, "D": d, "H": hidden, "given": int(given), "channels": int(masks),
-             "hidden": int(masks and hidden > 0), "wanted": int(not trained)}
+             "hidden": int(masks and hidden > 0), "wanted": int(not trained), "shares": shares}
     return Case(name, inputs, kernel, expected, trained or names, sizes, **options)  # type: ignore[arg-type]
 
 
@@ -70,25 +71,25 @@ CASES = [
     case("no masks, fixed scale", 2, 7, 5, 33, 4, "tanh", masks=False, scale=0.5),
     case("no bottleneck", 2, 7, 5, 33, 0),
     case("tokens without gradient", 2, 7, 5, 33, 4, trained=("norm_weight", "norm_bias", "mix", "bias", "w1", "w2")),
+    case("rows in two shares", 3, 2, 30, 20, 4, masks=False),
     case("empty batch", 0, 7, 5, 33, 4),
 ]
 TRAFFIC = [
     case("bytes", 4, 32, 10, 64, 8, scale=1.0, dtypes=("float16",)),
-    case("bytes, statistics given", 4, 32, 48, 64, 16, masks=False, given=True, scale=1.0, dtypes=("float16",)),
+    case("bytes, statistics given", 4, 32, 48, 64, 16, masks=False, given=True, scale=1.0, shares=3,
+         dtypes=("float16",)),
 ]
 LOADED_ONCE = {"_adaptive_prompts_mix": ("tokens",)}
-# The statistics of a token take its whole row. 320 prompts are 20 blocks, times 6 of 128 channels, 120 programs; blocks
-# half as wide make more of them, each as slow. The weights' gradients, sums over all prompts, have 768 columns.
-ALL = ("VAPT", "VAPT, statistics given")
-FEW_PROGRAMS = {"_adaptive_prompts_mix": ("VAPT",), "_adaptive_prompts_fwd": ("VAPT",),
-                "_adaptive_prompts_bwd_prompts": ("VAPT",), "_adaptive_prompts_bwd_weights": ALL,
-                "_adaptive_prompts_sum_images": ALL}
+FEW_PROGRAMS = {"_adaptive_prompts_mix": {
+    "VAPT": "The statistics of a token take its whole row, and its row is read once: a program has an image's tokens. "
+            "Parts of them would each add P rows of float32, for 132 programs as many bytes as the tokens."}}
 
 
 def at_size(batch: int) -> list[Case]:
     """VAPT in ViT-B at 224 px: the paper's widths, and what is wider."""
-    return [case("VAPT", batch, 196, 10, 768, 8),
-            case("VAPT, statistics given", batch, 196, 50, 768, 64, masks=False, given=True, scale=1.0)]
+    return [case("VAPT", batch, 196, 10, 768, 8, shares={1: 1, 32: 5, 128: 4}[batch]),
+            case("VAPT, statistics given", batch, 196, 50, 768, 64, masks=False, given=True, scale=1.0,
+                 shares={1: 2, 32: 4, 128: 4}[batch])]
 
 
 def arguments_of(*sizes: int, **options: object) -> list[object]:
@@ -226,7 +227,10 @@ MUTATIONS = [
     ("dW2 without the scale", "(acc_2 * factor)", "acc_2"),
     ("dW1 of the last rows", "u.to(dtype), acc_1, input_precision", "u.to(dtype), input_precision"),
     ("dscale of a wrong pair", "hidden * t, 0.0), axis=1)", "hidden * a, 0.0), axis=1)"),
-    ("an image forgotten", "for _ in range(B):", "for _ in range(1, B):"),
+    ("a share forgotten", "share[:, None] < count) &", "share[:, None] < count - 1) &"),
+    ("the rows of the first share", "first = tl.program_id(1) * share\n    acc_w", "first = 0\n    acc_w"),
+    ("norm's bias in place of its weight", "tl.store(dbias + i - D, acc", "tl.store(dweight + i - D, acc"),
+    ("dW1 from the front", "first, second = i - 2 * D,", "first, second = i - D,"),
     ("token rows in 32 bits", "base + row[:, None].to(tl.int64) * stride_r", "base + row[:, None] * stride_r"),
     ("images in 32 bits", "(i // blocks_d // blocks_p).to(tl.int64)", "i // blocks_d // blocks_p"),
 ]

@@ -162,7 +162,7 @@ def main(op: str, *parts: str) -> None:
     grids = {(case.name, launch.kernel, batch, part): {
                  "case": case.name, "kernel": launch.kernel, "row": launch.row, "batch": batch, "grid": launch.grid,
                  "programs": launch.programs, "part": part, "bytes": spec.formula(launch.kernel, 2, case.sizes),
-                 "few": case.name in spec.FEW_PROGRAMS.get(launch.kernel, ())}
+                 "few": spec.FEW_PROGRAMS.get(launch.kernel, {}).get(case.name, "")}
              for batch in (1, 32, 128) for case in spec.at_size(batch) for part in (parts or tuple(PARTS))
              for launch in capture(case, module, torch.bfloat16, part)}
     json.dump({"builds": rows, "needed": needed, "grids": list(grids.values())}, sys.stdout, indent=1)

@@ -85,7 +85,9 @@ TRAFFIC = [case(f"bytes, {activation}", 4, 16, 64, 128, activation, dtypes=("flo
            for activation in ("softmax", "sigmoid")]
 TRAFFIC += [case("bytes, sequence", 4, 16, 64, 128, patches=33, prefix=2, position=35, norm=True, dtypes=("float16",))]
 LOADED_ONCE = {"_library_prompts_fwd": ("patches",), "_library_prompts_bwd_norm": ("grad", "mixed")}
-FEW_PROGRAMS = {"_library_prompts_fwd": ("64 prompts with pre-norm",)}  # a norm takes whole rows
+ROWS = "A norm takes whole rows, and a matrix instruction takes 16 of them, so there are {} blocks at most."
+FEW_PROGRAMS = {"_library_prompts_fwd": {"64 prompts with pre-norm": ROWS.format(128),
+                                         "PGN with pre-norm": ROWS.format(32)}}
 
 
 def at_size(batch: int) -> list[Case]:
@@ -95,6 +97,7 @@ def at_size(batch: int) -> list[Case]:
             case("PGN", batch, 16, 256, 768), case("64 prompts", batch, 64, 1024, 768),
             case("256 prompts", batch, 256, 4096, 768),
             case("sigmoid", batch, 16, 256, 768, "sigmoid", compiled=("float16",)),
+            case("PGN with pre-norm", batch, 16, 256, 768, norm=True, compiled=("float16",)),
             case("64 prompts with pre-norm", batch, 64, 1024, 768, norm=True, compiled=("float32", "bfloat16")),
             case("256 prompts in a sequence", batch, 256, 4096, 1024, patches=256, prefix=1, norm=True,
                  compiled=("float32", "float16"))]

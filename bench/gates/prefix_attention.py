@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from kernel_bytes import formula as formula
 from spec import Case, Draw, Inputs
 from torch import Tensor
+from watch import Watch
 
 from fastprompt.kernels import dispatch
 from fastprompt.kernels.dispatch import use_backend
@@ -24,12 +25,16 @@ def case(name: str, b: int, h: int, r: int, t: int, p: int, d: int, n: int = 1, 
          grads: tuple[str, ...] | None = None, runs: int = 1, **options: object) -> Case:
     """A case of the given sizes.
 
-    n: prefixes. windows: biases, 0: none. packed: q, k, v are views of (b, t, 3, h, d), the prefix of (n, p, 2, h, d).
-    runs: into how many the sum over the images of a prefix is cut, for the byte formulas.
+    n: prefixes. windows: biases, 0: none. packed: q, k, v are (b, t, 3, h, d) or, with fewer queries than tokens, k and
+    v are (b, t, 2, h, d); the prefix is views of (n, p, 2, h, d). runs: into how many the sum over the images of a
+    prefix is cut, for the byte formulas.
     """
     def inputs(draw: Draw) -> Inputs:
-        x: Inputs = {"qkv": draw(b, t, 3, h, d)} if packed else \
-            {"q": draw(b, r, h, d).transpose(1, 2), "k": draw(b, h, t, d), "v": draw(h, d, b, t).permute(2, 0, 3, 1)}
+        x: Inputs = {"q": draw(b, t, 3, h, d)} if packed and r == t else {"q": draw(b, r, h, d).transpose(1, 2)}
+        if packed and r < t:
+            x["k"] = draw(b, t, 2, h, d)
+        elif not packed:
+            x |= {"k": draw(b, h, t, d), "v": draw(h, d, b, t).permute(2, 0, 3, 1)}
         if p and packed:
             x["prefix"] = draw(n, p, 2, h, d)
         elif p:
@@ -37,11 +42,10 @@ def case(name: str, b: int, h: int, r: int, t: int, p: int, d: int, n: int = 1, 
         return x | ({"bias": draw(windows, h, t, r).transpose(2, 3)} if windows else {})
 
     def arguments(x: Inputs) -> tuple[Tensor | None, ...]:
-        q, k, v = x["qkv"].permute(2, 0, 3, 1, 4).unbind(0) if packed else (x["q"], x["k"], x["v"])
         prefix = x.get("prefix_k"), x.get("prefix_v")
         if "prefix" in x:
             prefix = x["prefix"].permute(2, 0, 3, 1, 4).unbind(0)
-        return q[:, :, :r], k, v, *prefix, x.get("bias")
+        return x["q"], x.get("k"), x.get("v"), *prefix, x.get("bias")
 
     def kernel(module: ModuleType, x: Inputs) -> tuple[Tensor]:
         return (module.prefix_attention(*arguments(x), d**-0.5),)
@@ -50,15 +54,16 @@ def case(name: str, b: int, h: int, r: int, t: int, p: int, d: int, n: int = 1, 
         return (reference.prefix_attention(*arguments(x)),)
 
     def attention_alone(x: Inputs) -> dict[str, Callable[[], Tensor]]:
-        q, k, v, prefix_k, prefix_v, bias = (y if y is None else y.detach() for y in arguments(x))
-        assert k is not None
-        assert v is not None
+        *tokens, prefix_k, prefix_v, bias = (y if y is None else y.detach() for y in arguments(x))
+        q, k, v = reference.unpacked(*tokens)
         k, v = reference.with_prefix(prefix_k, k), reference.with_prefix(prefix_v, v)
         return {} if bias is not None else {"scaled_dot_product_attention on keys and values concatenated before":
                                             lambda: F.scaled_dot_product_attention(q, k, v)}
 
-    if grads is None:
-        grads = ("qkv", "prefix")[:1 + (p > 0)] if packed else ALL[:5 if p else 3]
+    if grads is None and packed:
+        grads = (*(("q",) if r == t else ("q", "k")), *(("prefix",) if p else ()))
+    elif grads is None:
+        grads = ALL[:5 if p else 3]
     sizes = {"B": b, "H": h, "R": r, "T": t, "P": p, "D": d, "n": n, "W": windows, "runs": runs}
     return Case(name, inputs, kernel, expected, grads, sizes, rivals=attention_alone,
                 **options)  # type: ignore[arg-type]
@@ -74,6 +79,10 @@ CASES = [
     case("packed", 2, 2, 19, 19, 3, 64, packed=True),
     case("packed, first block", 2, 2, 19, 19, 18, 32, packed=True, grads=("prefix",)),
     case("packed, one query", 2, 1, 1, 70, 3, 96, packed=True),
+    case("queries and prefix", 2, 1, 17, 18, 5, 32, grads=("q", "prefix_k", "prefix_v")),
+    case("packed, keys alone", 2, 2, 5, 35, 3, 32, packed=True, grads=("k",)),
+    case("no queries", 2, 1, 0, 5, 3, 32, packed=True),
+    case("ten images share a prefix", 10, 1, 2, 3, 2, 32),
     case("windows", 4, 1, 9, 9, 5, 32, n=2, windows=2),
     case("windows, packed, no prefix", 4, 1, 49, 49, 0, 32, windows=4, packed=True, dtypes=("float16",)),
     case("wide heads", 1, 1, 33, 40, 3, 128),
@@ -85,7 +94,7 @@ TRAFFIC = [
     case("bytes, windows", 8, 1, 49, 49, 10, 32, n=2, windows=4, runs=4, dtypes=("float32",)),
 ]
 LOADED_ONCE = {"_prefix_attention_fwd": ("q",), "_prefix_attention_bwd_queries": ("q", "grad", "out", "lse")}
-FEW_PROGRAMS = {"_prefix_attention_sum_runs": ("ViT-B",)}  # 10 prompts are 7680 numbers
+FEW_PROGRAMS: dict[str, dict[str, str]] = {}
 
 
 def at_size(batch: int) -> list[Case]:
@@ -140,7 +149,27 @@ def check_the_heads_of_a_row_lie_side_by_side(module: ModuleType) -> None:
     out = module.prefix_attention(q, k, v, None, None, None, 0.2)
     assert out.transpose(1, 2).is_contiguous()
     for x in torch.autograd.grad(out, (q, k, v), torch.ones_like(out)):
-        assert x.transpose(1, 2).is_contiguous()
+        assert x.transpose(1, 2).flatten(2).data_ptr() == x.data_ptr()
+
+
+def check_a_packed_gradient_is_written_once(module: ModuleType) -> None:
+    """As many bytes are allocated as the backward returns, beside δ: no pass puts the gradients together."""
+    qkv, kv, q = torch.randn(2, 5, 3, 2, 32), torch.randn(2, 5, 2, 2, 32), torch.randn(2, 3, 2, 32).transpose(1, 2)
+    for leaves in ([qkv.requires_grad_()], [q.requires_grad_(), kv.requires_grad_()]):
+        out = module.prefix_attention(*leaves, *[None] * (5 - len(leaves)), None, 0.2)
+        with Watch() as watch:
+            grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+        assert sorted(watch.allocated.values())[-len(leaves):] == sorted(x.nbytes for x in grads)
+        assert {x.data_ptr() for x in grads} <= set(watch.allocated)
+        assert grads[-1].is_contiguous()
+
+
+def check_tokens_without_gradient_cost_no_launch(module: ModuleType) -> None:
+    q, k, v = torch.randn(3, 1, 1, 5, 32).unbind(0)
+    out = module.prefix_attention(q.requires_grad_(), k, v, None, None, None, 0.2)
+    with Watch() as watch:
+        out.sum().backward()
+    assert [launch.kernel for launch in watch.launches] == ["_prefix_attention_bwd_queries"]
 
 
 def check_a_masked_block_of_tokens_is_not_seen(module: ModuleType) -> None:
@@ -203,17 +232,20 @@ def check_registration(module: ModuleType) -> None:
     for prefix, bias in (((pk, pv), None), ((None, None), torch.randn(1, 2, 5, 5).mT)):
         out, lse = ops.prefix_attention(q, k, v, *prefix, bias, 0.2)
         torch.library.opcheck(ops.prefix_attention.default, (q, k, v, *prefix, bias, 0.2))
-        torch.library.opcheck(ops.prefix_attention_backward_tokens.default,
-                              (grad, q, k, v, *prefix, bias, out, lse, 0.2))
+        for packed, wanted in ((True, False), (False, True), (False, False)):
+            torch.library.opcheck(ops.prefix_attention_backward_tokens.default,
+                                  (grad, q, k, v, *prefix, bias, out, lse, 0.2, packed, wanted))
     out, lse = ops.prefix_attention(q, k, v, pk, pv, None, 0.2)
     torch.library.opcheck(ops.prefix_attention_backward_prefix.default, (grad, q, pk, pv, out, lse, 0.2))
 
 
 def check_compiles_in_one_graph(module: ModuleType) -> None:
     def step(qkv: Tensor, prefix: Tensor) -> Tensor:
-        return prefix_attention(*(2 * qkv).unbind(0), *prefix.unbind(0)).transpose(1, 2).flatten(2)
+        whole = prefix_attention(2 * qkv, None, None, *prefix.unbind(0))
+        parts = prefix_attention(qkv[:, :2, 0].transpose(1, 2), 2 * qkv[:, :, 1:])
+        return torch.cat([whole, parts], dim=2).transpose(1, 2).flatten(2)
 
-    leaves = [torch.randn(3, 2, 1, 5, 32, requires_grad=True), torch.randn(2, 1, 1, 3, 32, requires_grad=True)]
+    leaves = [torch.randn(2, 5, 3, 1, 32, requires_grad=True), torch.randn(2, 1, 1, 3, 32, requires_grad=True)]
     results = []
     for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
         with use_backend("triton"):
@@ -226,8 +258,11 @@ def check_compiles_in_one_graph(module: ModuleType) -> None:
 
 CHECKS = [check_empty_prefix_is_attention, check_shared_prefix_is_the_expanded_one, check_runs_of_unequal_length,
           check_two_calls_give_the_same_bits,
-          check_the_heads_of_a_row_lie_side_by_side, check_a_masked_block_of_tokens_is_not_seen, check_extreme_scores,
-          check_offsets_beyond_int32, check_mixed_dtypes_under_autocast, check_the_first_block_costs_one_launch,
+          check_the_heads_of_a_row_lie_side_by_side, check_a_packed_gradient_is_written_once,
+          check_tokens_without_gradient_cost_no_launch, check_a_masked_block_of_tokens_is_not_seen,
+          check_extreme_scores,
+          check_offsets_beyond_int32,
+          check_mixed_dtypes_under_autocast, check_the_first_block_costs_one_launch,
           check_registration, check_compiles_in_one_graph]
 MUTATIONS = [
     ("lowest instead of highest", "tl.maximum(top, tl.max(s, axis=1))", "tl.minimum(top, tl.min(s, axis=1))"),
@@ -253,13 +288,18 @@ MUTATIONS = [
     ("dq not scaled", "acc * scale, D, BLOCK_R", "acc, D, BLOCK_R"),
     ("dk of the tokens not scaled", "acc_k * scale, D, BLOCK_T", "acc_k, D, BLOCK_T"),
     ("dk of the prefix not scaled", "acc_k * scale, D, BLOCK_P", "acc_k, D, BLOCK_P"),
+    ("packed rows written as if alone", "*rows.stride()[:2], **constants", "r * h * d, h * d, **constants"),
+    ("packed keys written as if alone", "*tokens.stride()[:2], **constants", "t * h * d, h * d, **constants"),
+    ("dk in place of dq", "(dq[:, :, 0], dq[:, :, 1:]) if packed", "(dq[:, :, 1], dq[:, :, 1:]) if packed"),
+    ("dv in place of dk", "tokens[:, :, 0], tokens[:, :, 1], h", "tokens[:, :, 1], tokens[:, :, 0], h"),
     ("dq skips the prefix", "acc = _query_step(s, row_lse, row_delta, key, value, do, acc)",
      "acc += 0"),
     ("dv of the unnormalised weights", "p = tl.exp2(s - lse[None, :])", "p = tl.exp2(s)"),
     ("dv overwritten by every block of queries", "do, dv, input_precision", "do, input_precision"),
     ("an image short in each run", "tl.minimum(run, group - begin) *", "tl.minimum(run, group - begin - 1) *"),
     ("images beyond the group", "range(tl.minimum(run, group - begin) * steps)", "range(run * steps)"),
-    ("a run forgotten", "for run in range(runs):", "for run in range(1, runs):"),
+    ("a run forgotten", "(run < runs) & (i", "(run < runs - 1) & (i"),
+    ("the last runs alone", "acc_v += tl.sum(tl.load(parts_v", "acc_v = tl.sum(tl.load(parts_v"),
     ("rows addressed in 32 bits", "start + tl.arange(0, BLOCK).to(tl.int64)", "start + tl.arange(0, BLOCK)"),
     ("images addressed in 32 bits", "(i // blocks // H).to(tl.int64)", "i // blocks // H"),
 ]

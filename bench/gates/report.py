@@ -97,7 +97,9 @@ def grids(launched: list[dict[str, Any]]) -> str:
         moved = by[32]["bytes"] if 32 in by else None
         bounds = ["" if moved is None else f"{moved / rate * 1e6:.2f}" for rate in BANDWIDTH.values()]
         rows.append((case, f"`{kernel}`", *programs, "" if moved is None else f"{moved / 1e6:.2f}", *bounds))
-    return table(header, rows)
+    few = [f"{case}, `{kernel}`, B = 32: {by[32]['few']}" for (case, kernel), by in found.items()
+           if 32 in by and by[32]["programs"] < 132]
+    return table(header, rows) + "".join(f"\n{line}\n" for line in few)
 
 
 def traffic(rows: list[dict[str, Any]]) -> str:

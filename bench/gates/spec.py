@@ -5,7 +5,7 @@ A specification is a module beside this one, named like the op, that holds
     MODULE = "fastprompt.kernels.library_prompts.triton"    # has TABLES: {kernel's name: (Tiles, ...)}
     CASES = [Case(...), ...]      small, odd sizes; they launch every row of every table (`family=` picks the part)
     def at_size(batch)            -> cases at the papers' sizes, for compiler, grid and report; nothing is computed
-    FEW_PROGRAMS = {"kernel": ("case", ...)}    cases of at_size whose shape allows no 132 programs at batch 32
+    FEW_PROGRAMS = {"kernel": {"case": why}}    cases of at_size whose shape allows no 132 programs at batch 32
     def formula(kernel, itemsize, sizes)        bytes of one launch, from bench/kernel_bytes.py; `sizes` are the case's
     TRAFFIC = [Case(...), ...]    sizes at which distinct bytes are counted (about a hundred programs)
     LOADED_ONCE = {"kernel": ("argument", ...)}       arguments no element of which may be loaded twice

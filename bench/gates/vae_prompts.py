@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import torch
@@ -27,8 +28,12 @@ def decoders_of(x: Inputs) -> list[Decoder]:
 
 
 def case(name: str, layers: int, batch: int, static: int, instance: int, width: int, latent: int, hidden: int,
-         decoders: int = 1, noise: bool = True, permuted: bool = False, **options: object) -> Case:
-    """A case of the given sizes; `permuted`: statistics, domain prompts and decoder with swapped strides."""
+         decoders: int = 1, noise: bool = True, permuted: bool = False, shares: int = 1, **options: object) -> Case:
+    """A case of the given sizes.
+
+    permuted: statistics, domain prompts and decoder with swapped strides. shares: of a decoder's columns, for the byte
+    formulas.
+    """
     def inputs(draw: Draw) -> Inputs:
         def matrix(rows: int, columns: int) -> Tensor:
             return (draw(columns, rows).t() if permuted else draw(rows, columns)) * columns**-0.5
@@ -44,7 +49,7 @@ def case(name: str, layers: int, batch: int, static: int, instance: int, width: 
 
     grads = ("stats", "domain", *(f"{field}_{i}" for i in range(decoders) for field in Decoder._fields))
     sizes = {"L": layers // decoders, "B": batch, "S": static, "M": instance, "D": width, "Z": latent, "H": hidden,
-             "noise": int(noise), "n": decoders}
+             "noise": int(noise), "n": decoders, "shares": shares}
     return Case(name, inputs,
                 lambda module, x: module.vae_prompts(x["stats"], decoders_of(x), x["domain"], x["seed"]),
                 lambda x: reference.vae_prompts(x["stats"], decoders_of(x), x["domain"], x["seed"]),
@@ -57,22 +62,24 @@ CASES = [
     case("a decoder for each layer", 3, 4, 1, 2, 12, 6, 9, decoders=3),
     case("one of everything", 1, 1, 1, 1, 1, 1, 1, noise=False),
     case("no domain prompts", 2, 3, 0, 2, 18, 5, 6),
-    case("wide", 2, 3, 1, 1, 70, 40, 70),
+    case("wide", 2, 3, 1, 1, 70, 5, 70, noise=False),
+    case("many latent units", 2, 2, 1, 1, 5, 40, 3),
     case("permuted", 2, 3, 2, 2, 12, 6, 9, permuted=True),
+    case("a share for each prompt", 1, 2, 1, 18, 6, 5, 6),
     case("many images", 2, 37, 1, 1, 10, 5, 6),
     case("many images, gfx942", 2, 37, 1, 1, 70, 5, 6, family="gfx942"),
 ]
-TRAFFIC = [case("bytes", 4, 32, 2, 2, 128, 32, 64, dtypes=("float16",)),
-           case("bytes, a decoder for each layer", 2, 32, 2, 2, 128, 32, 64, 2, dtypes=("float16",))]
+TRAFFIC = [case("bytes", 4, 32, 2, 2, 128, 32, 64, shares=4, dtypes=("float16",)),
+           case("bytes, a decoder for each layer", 2, 32, 2, 2, 128, 32, 64, 2, shares=4, dtypes=("float16",))]
 LOADED_ONCE = {"_vae_prompts_bwd_decoder": ("grad",)}
-FEW_PROGRAMS = {"_vae_prompts_bwd_latent": ("V2APT", "a decoder for each layer"),
-                "_vae_prompts_bwd_hidden": ("V2APT", "a decoder for each layer")}
+FEW_PROGRAMS: dict[str, dict[str, str]] = {}
 
 
 def at_size(batch: int) -> list[Case]:
     """V²APT on a ViT-B, with one decoder and with one for each layer."""
-    found = [case("V2APT", 12, batch, 5, 5, 768, 64, 64)]
-    return found + [case("a decoder for each layer", 12, batch, 5, 5, 768, 64, 64, 12, compiled=("float16",))]
+    shares = {1: 60, 32: 20, 128: 5}[batch]
+    return [case("V2APT", 12, batch, 5, 5, 768, 64, 64, shares=shares),
+            case("a decoder for each layer", 12, batch, 5, 5, 768, 64, 64, 12, shares=shares, compiled=("float16",))]
 
 
 def check_noise_is_the_reference_stream_bit_for_bit(module: ModuleType) -> None:
@@ -109,6 +116,17 @@ def check_log_variance_is_clamped(module: ModuleType) -> None:
     same(results[0][0], results[1][0], 1e-6)
     same(results[0][1], results[1][1], 1e-5)
     assert results[0][1][:2, 1].tolist() == [0, 0]
+
+
+def check_shares_of_unequal_size(module: ModuleType) -> None:
+    leaves = [torch.randn(size, requires_grad=True) for size in ((3, 8), (3, 4), (3,), (25, 3), (25,))]
+    results = []
+    with mock.patch.object(module, "PROGRAMS", 2):  # five prompts are shares of two, two and one
+        for call in (module.vae_prompts, reference.vae_prompts):
+            prompts, _ = call(leaves[0], [Decoder(*leaves[1:])], torch.zeros(1, 0, 5), torch.tensor(SEED))
+            results.append(torch.autograd.grad((prompts**2).sum(), leaves))
+    for found, expected in zip(*results, strict=True):
+        same(found, expected, 1e-5)
 
 
 def check_empty_batch(module: ModuleType) -> None:
@@ -177,7 +195,8 @@ def _normals(normal: tl.constexpr, seed, out, BLOCK: tl.constexpr):
 
 
 CHECKS = [check_noise_is_the_reference_stream_bit_for_bit, check_normals_are_within_four_ulp,
-          check_kl_of_a_standard_normal_is_zero, check_log_variance_is_clamped, check_empty_batch,
+          check_kl_of_a_standard_normal_is_zero, check_log_variance_is_clamped, check_shares_of_unequal_size,
+          check_empty_batch,
           check_mixed_dtypes_under_autocast, check_registration, check_compiles_in_one_graph]
 MUTATIONS = [
     ("other block of words", "block = tl.load(seed + 1), i // 4", "block = tl.load(seed + 1), i // 2"),
@@ -213,18 +232,24 @@ MUTATIONS = [
     ("backward: second weight of the last images", "a.to(w2.dtype.element_ty), acc,", "a.to(w2.dtype.element_ty),"),
     ("backward: domain of the last images", "total += tl.sum(g.to(tl.float32), axis=0)",
      "total = tl.sum(g.to(tl.float32), axis=0)"),
-    ("backward: GELU's slope", "dh = da * _gelu_slope(x)", "dh = da * _gelu(x)"),
+    ("backward: GELU's slope", "return da * _gelu_slope(x)", "return da * _gelu(x)"),
     ("backward: sign in the slope", "+ x * _NORMAL_DENSITY", "- x * _NORMAL_DENSITY"),
     ("backward: last tile of the prompts", "da = tl.dot(g.to(w.dtype), w, da,", "da = tl.dot(g.to(w.dtype), w,"),
-    ("backward: last hidden units", "dz = tl.dot(dh.to(w.dtype), w, dz,", "dz = tl.dot(dh.to(w.dtype), w,"),
-    ("backward: dz of the last decoder", "dz += tl.load(partial", "dz += 0.0 * tl.load(partial"),
+    ("backward: the first share of the columns", "first = tl.cdiv(D, BLOCK_D), tl.program_id(2) * share",
+     "first = tl.cdiv(D, BLOCK_D), 0"),
+    ("backward: the last shares alone", "da += tl.sum(tl.load(shares", "da = tl.sum(tl.load(shares"),
+    ("backward: shares beyond the last", "mask=(share < S) & inside[None, :]", "mask=inside[None, :]"),
+    ("backward: last hidden units", "dz += tl.sum(of_image", "dz = tl.sum(of_image"),
+    ("backward: last latent units of a hidden one", "x += tl.sum(z * w", "x = tl.sum(z * w"),
+    ("backward: first bias forgotten", "x = tl.load(b1 + h + 0 * b", "x = 0.0 * tl.load(b1 + h + 0 * b"),
+    ("backward: dz of the last decoder", "dz += tl.load(carried", "dz += 0.0 * tl.load(carried"),
     ("backward: sign of the KL's mean", "dz + nats * mu", "dz - nats * mu"),
     ("backward: KL's variance", "0.5 * nats * (tl.exp(logvar) - 1.0)", "0.5 * nats * tl.exp(logvar)"),
     ("backward: reparameterisation", "dlogvar += 0.5 * dz", "dlogvar += dz"),
     ("backward: clamp", "tl.where((raw > _LOW) & (raw < _HIGH), dlogvar, 0.0)", "dlogvar"),
     ("backward: mean and log variance swapped", "tl.store(out + Z, dlogvar", "tl.store(out, dlogvar"),
-    ("backward: first bias", "total += tl.sum(dh, axis=0)", "total = tl.sum(dh, axis=0)"),
-    ("backward: first weight of the last images", "z.to(grad_w1.dtype.element_ty), acc,",
-     "z.to(grad_w1.dtype.element_ty),"),
+    ("backward: first bias of the last images", "total += tl.sum(of_unit", "total = tl.sum(of_unit"),
+    ("backward: first weight of the last images", "dw += tl.sum(of_unit", "dw = tl.sum(of_unit"),
+    ("backward: hidden units in place of images", "image = i - H + tl.arange(0, 1)", "image = i % B + tl.arange(0, 1)"),
     ("decoder of the first layer", "domain[i * group:(i + 1) * group]", "domain[:group]"),
 ]

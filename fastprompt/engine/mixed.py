@@ -19,6 +19,7 @@ from fastprompt.model import PromptedViT
 from fastprompt.vit import FrozenSwin, forward, reference
 from fastprompt.vit.forward import Group, Prefix
 from fastprompt.vit.reference import Sequence as TokenSequence
+from fastprompt.vit.weights import Norm
 
 
 class _Row(NamedTuple):
@@ -55,6 +56,11 @@ class _Generators:
         parts = [generator.prompts(layer, member.context, _take(tokens, member.positions), member.draws)
                  for generator, member in zip(self.generators, self.members, strict=True)]
         return _in_order([part.to(tokens.dtype) for part in parts], self.members)
+
+    def first_prompts(self, context: Any, tokens: Tensor, draws: Draws | None, norm: Norm | None) -> Tensor:
+        """Block 0's prompts of the group's images, behind the pre-norm."""
+        return _in_order([generator.first_prompts(member.context, _take(tokens, member.positions), member.draws, norm)
+                          for generator, member in zip(self.generators, self.members, strict=True)], self.members)
 
     def prefixes(self) -> dict[int, Prefix]:
         """Block → (B, heads, P, d) keys and values of prompts that depend on parameters only."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from fastprompt.vit import FrozenViT
+    from fastprompt.vit.weights import Norm
 
 Config = TypeVar("Config", bound="PromptConfig")
 Draws = dict[str, Tensor]
@@ -206,6 +207,14 @@ class PromptGenerator(nn.Module, abc.ABC):
 
         `tokens`: the patch tokens (B, N, D) entering the block, read where `known_at` is "layer".
         """
+
+    def first_prompts(self, context: Any, tokens: Tensor, draws: Draws | None, norm: Norm | None) -> Tensor:
+        """Block 0's `prompts` as they enter it: in the dtype of the patch tokens, behind the backbone's pre-norm.
+
+        Asked for where `before_pre_norm`; a generator whose op norms what it writes gives it the norm.
+        """
+        first = self.prompts(0, context, tokens, draws).to(tokens.dtype)
+        return first if norm is None else norm(first)
 
     def plain_prompts(self, layer: int, context: Any, tokens: Tensor | None = None,
                       draws: Draws | None = None) -> Tensor:

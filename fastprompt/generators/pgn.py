@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprompt.generators.base import Draws, Geometry, PromptConfig, PromptGenerator
-from fastprompt.kernels.library_prompts import ACTIVATIONS, library_prompts, reference as library_reference
+from fastprompt.kernels.library_prompts import ACTIVATIONS, PreNorm, library_prompts, reference as library_reference
+
+if TYPE_CHECKING:
+    from fastprompt.vit.weights import Norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +148,16 @@ class PGN(PromptGenerator):
         return library_reference.mixture(self.logits(images), self.config.activation)
 
     def context(self, x: Tensor | None, draws: Draws | None = None) -> Tensor:
+        """The selection logits (B, K, M)."""
         assert x is not None
-        return library_prompts(self.logits(x), self.library, self.config.activation)
+        return self.logits(x)
 
     def prompts(self, layer: int, context: Any, tokens: Tensor | None = None, draws: Draws | None = None) -> Tensor:
-        return context
+        return library_prompts(context, self.library, self.config.activation)
+
+    def first_prompts(self, context: Any, tokens: Tensor, draws: Draws | None, norm: Norm | None) -> Tensor:
+        """`prompts` that leave the mixture with CLIP's pre-norm applied, if the backbone has one."""
+        if norm is None or norm.kind != "layernorm" or norm.weight is None or norm.bias is None:
+            return super().first_prompts(context, tokens, draws, norm)
+        pre_norm = PreNorm(norm.weight, norm.bias, norm.eps)
+        return library_prompts(context, self.library, self.config.activation, pre_norm=pre_norm).to(tokens.dtype)

@@ -10,13 +10,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprompt.generators.base import Draws, Geometry
+from fastprompt.generators.base import Draws, Geometry, PromptGenerator
 from fastprompt.generators.pgn import PGN, PGNConfig
 from fastprompt.kernels.library_prompts import library_prompts
 from fastprompt.vit.weights import per_channel
 
 if TYPE_CHECKING:
     from fastprompt.vit import FrozenViT
+    from fastprompt.vit.weights import Norm
 
 PLACEMENTS = ("latent", "extend", "replace")
 
@@ -177,6 +178,12 @@ class RGBPGN(PGN):
         weight, bias = backbone.patch_weight, backbone.patch_bias
         tokens = F.linear(self.normalised(self.patches(x)).flatten(2).to(weight.dtype), weight.flatten(1), bias)
         return tokens if backbone.patch_norm is None else backbone.patch_norm(tokens)
+
+    def prompts(self, layer: int, context: Any, tokens: Tensor | None = None, draws: Draws | None = None) -> Tensor:
+        return context
+
+    def first_prompts(self, context: Any, tokens: Tensor, draws: Draws | None, norm: Norm | None) -> Tensor:
+        return PromptGenerator.first_prompts(self, context, tokens, draws, norm)  # no mixture of tokens comes before it
 
     def forward(self, x: Tensor | None = None, layer: int | None = None) -> Tensor:
         """Prompted images, or prompt tokens with placement "latent"."""

@@ -175,6 +175,7 @@ class Prompts:
         known: whether they depend on parameters alone, so that inference keeps their keys and values.
         cast: whether they are made in float32 and cast, block by block, to what the backbone takes.
         kept: bytes that live as long as the graph when blocks are computed again: what the blocks read.
+        norms: whether their op applies the pre-norm, in float32.
     """
 
     count: int
@@ -185,6 +186,7 @@ class Prompts:
     known: bool = False
     cast: bool = True
     kept: int = 0
+    norms: bool = False
 
     def images(self, i: int, batch: int) -> int:
         """1 or B: how many different sets of prompts block i has."""
@@ -337,8 +339,10 @@ def _rewritten(t: Tally, s: Sizes, prompts: Prompts | None, readout: str, pixels
     if prompts is not None and prompts.first:
         prompts.make(t, 0)
         t.call(s.cast, s.cast)
+        if s.norm_pre and prompts.norms:
+            t.call(1 + 2 * s.cast)  # affine to float32
         if s.norm_pre:
-            _norm(t, s, prompts.images(0, b) * prompts.count)
+            _norm(t, dataclasses.replace(s, element=4) if prompts.norms else s, prompts.images(0, b) * prompts.count)
     if s.norm_pre:
         _norm(t, s, b * rows, trains)
     if recompute and prompts is not None:
@@ -413,12 +417,12 @@ def _block(t: Tally, s: Sizes, rows: int, leave: int, p: int, n: int, stay: bool
     t.call(0, int(trains))
     if sliced:
         bias = int(s.qkv_bias and (b > 1 and own > 0))
-        t.product(2 * b * own * d * d, int(trains), calls=1 + bias, backward=(2 + (own > 0)) * trains)
-        t.product(2 * b * rows * d * 2 * d, int(trains), backward=3 * trains)
+        t.product(2 * b * own * d * d, int(trains), calls=1 + bias, backward=int(trains))
+        t.product(2 * b * rows * d * 2 * d, int(trains), backward=(1 + 2 * stay) * trains)
         t.call(0, 3 * trains)  # the slices of the norm's output and of the residual, and the sum with the keys' side
         t.saved += _tokens(s, b * own) * (not stay) + _tokens(s, b * rows, 2 * d)
     else:
-        t.product(2 * b * rows * d * 3 * d, int(trains), backward=3 * trains)
+        t.product(2 * b * rows * d * 3 * d, int(trains), backward=(1 + 2 * stay) * trains)
         t.saved += _tokens(s, b * rows, 3 * d)
     if stay:  # queries and residual get the prompts' rows; attention's output is copied to the projection's layout
         t.call(2, 2 * shared, _tokens(s, b * leave))
@@ -426,7 +430,7 @@ def _block(t: Tally, s: Sizes, rows: int, leave: int, p: int, n: int, stay: bool
     t.call(2 * (p > 0))
     t.forward += 4 * b * leave * keys * d
     t.call(1)
-    _attention_backward(t, s, leave, rows, p, shared, stay or trains, trains)
+    _attention_backward(t, s, leave, rows, p, shared, stay or trains, trains, packed=not (sliced or stay))
     t.product(2 * b * leave * d * d)
     t.call(1)
     _mlp(t, s, b * leave, folded=True)
@@ -435,10 +439,10 @@ def _block(t: Tally, s: Sizes, rows: int, leave: int, p: int, n: int, stay: bool
 
 
 def _attention_backward(t: Tally, s: Sizes, queries: int, tokens: int, p: int, shared: bool, wants_q: bool,
-                        wants_tokens: bool) -> None:
+                        wants_tokens: bool, packed: bool) -> None:
     """`fastprompt.kernels.prefix_attention.recompute`: dispatches by chunk of the scores, FLOPs by product.
 
-    Where nothing needs a gradient the caller drops all of it.
+    `packed`: queries, keys and values have one gradient. Where nothing needs a gradient the caller drops all of it.
     """
     b, h = s.batch, s.heads
     scores, room = max(1, queries * (p + tokens)), BUFFER_SCORES * s.threads
@@ -446,7 +450,7 @@ def _attention_backward(t: Tally, s: Sizes, queries: int, tokens: int, p: int, s
     images, group = max(1, min(b, room // (h * scores))), max(1, min(h, room // scores))
     chunks = math.ceil(b / images) * math.ceil(h / group)
     prefix = int(p > 0)
-    t.call(0, wants_q + 2 * wants_tokens + 1 + 2 * prefix + 7)
+    t.call(0, (wants_q and not packed) + wants_tokens + 1 + 2 * prefix + 7)
     t.call(0, chunks * (4 + 2 * prefix + 4 + 2 * wants_q + 2 * (1 + prefix * (1 + shared) + wants_tokens)))
     t.call(0, 2 * prefix * s.cast)
     per_key = 2 * b * queries * s.width
@@ -576,9 +580,9 @@ def _pgn(t: Tally, s: Sizes, config: PGNConfig, plain: bool) -> Prompts:
     copied = plain and not s.cast  # the gradient, rows of the sequence's, which a cast would have copied
     t.product(2 * b * k * m * s.width, 2, backward=2 + copied)
     wide = 4 * b * k * s.width
-    t.saved += wide * (not s.cast and not plain)
+    t.saved += wide * (not s.cast and not s.norm_pre and not plain)
     held = wide * s.cast + _tokens(s, b * k) * (s.cast or s.norm_pre)
-    return Prompts(k, range(1), 0, lambda t, i: None, first=True, kept=held)
+    return Prompts(k, range(1), 0, lambda t, i: None, first=True, kept=held, norms=True)
 
 
 def _v2apt(t: Tally, s: Sizes, config: V2APTConfig, graph: str) -> Prompts:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastprompt.kernels.prefix_attention import prefix_attention
+from fastprompt.kernels.prefix_attention.reference import unpacked
 from fastprompt.vit import reference
 from fastprompt.vit.linear import linear
 from fastprompt.vit.reference import Sequence as TokenSequence
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 Prefix = tuple[Tensor, Tensor]
 """Keys and values of prompts, each (1 or B, heads, P, d)."""
+
+Projected = tuple[Tensor, Tensor | None, Tensor | None]
+"""Queries, keys and values of tokens as `prefix_attention` takes them, packed or not."""
 
 
 class Group(NamedTuple):
@@ -110,7 +114,7 @@ def features(vit: FrozenViT, embedded: TokenSequence, groups: Sequence[Group], r
     x = embedded.tokens
     own, last = x.shape[1], vit.depth - 1  # the rows that are no prompts come first
     sizes = [x.shape[0] if group.size is None else group.size for group in groups]
-    firsts = [_first_prompts(vit, group, patches, x.dtype)
+    firsts = [_first_prompts(vit, group, patches)
               for group, patches in zip(groups, _split(embedded.patches, sizes), strict=True)]
     x = x if vit.norm_pre is None else vit.norm_pre(x)
 
@@ -156,13 +160,12 @@ def _split(x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
     return [x] if len(sizes) == 1 else x.split(sizes)
 
 
-def _first_prompts(vit: FrozenViT, group: Group, patches: Tensor, dtype: torch.dtype) -> Tensor | None:
+def _first_prompts(vit: FrozenViT, group: Group, patches: Tensor) -> Tensor | None:
     """Block 0's prompts where they pass the backbone's pre-norm; None: they do not."""
     generator = group.generator
     if generator is None or not generator.before_pre_norm:
         return None
-    first = generator.prompts(0, group.context, patches, group.draws).to(dtype)
-    return first if vit.norm_pre is None else vit.norm_pre(first)
+    return generator.first_prompts(group.context, patches, group.draws, vit.norm_pre)
 
 
 def embed(vit: FrozenViT, raw: Tensor, images: Tensor) -> TokenSequence:
@@ -244,29 +247,30 @@ def attention(block: Block, x: Rows, reads: Sequence[Reads]) -> Tensor:
     parts = x.parts()
     if all(read.rows is None for read in reads):
         qkv = x._replace(data=block.qkv(x.data))
-        projected = [heads(block, part, 3) for part in qkv.parts()]  # (B, heads, T, d)
+        projected: list[Projected] = [(packed(block, part, 3), None, None) for part in qkv.parts()]
     else:
         q = Rows.pack([part if r.rows is None else part[:, r.rows] for part, r in zip(parts, reads, strict=True)])
         queries = q._replace(data=linear(q.data, weight[:inner], b_q)).parts()
-        projected = [heads(block, part, 1) for part in queries]
+        projected = [(packed(block, part, 1).squeeze(2).transpose(1, 2), None, None) for part in queries]
         keyed = [i for i, read in enumerate(reads) if not read.one_query]
         if keyed:
             kv = Rows.pack([parts[i] for i in keyed])
             for i, part in zip(keyed, kv._replace(data=linear(kv.data, weight[inner:], b_kv)).parts(), strict=True):
-                projected[i] = (*projected[i], *heads(block, part, 2))
+                projected[i] = (projected[i][0], packed(block, part, 2), None)
     outs = []
     for part, own, read in zip(parts, projected, reads, strict=True):
         if read.one_query:
             outs.append(one_query_attention(block, own[0], part, read.prompts))
             continue
-        query, k, v = own
         prefix = read.prefix
-        if read.joining is not None:
-            prompt_q, prompt_k, prompt_v = heads(block, linear(normed(block, read.joining), weight, bias), 3)
-            query, prefix = _append(query, prompt_q, dim=2), (_norm(block.k_norm, prompt_k), prompt_v)
+        if read.joining is not None or block.q_norm is not None or block.k_norm is not None:
+            query, k, v = unpacked(*own)
+            if read.joining is not None:
+                prompt_q, prompt_k, prompt_v = heads(block, linear(normed(block, read.joining), weight, bias), 3)
+                query, prefix = _append(query, prompt_q, dim=2), (_norm(block.k_norm, prompt_k), prompt_v)
+            own = _norm(block.q_norm, query), _norm(block.k_norm, k), v
         prefix_k, prefix_v = (None, None) if prefix is None else prefix
-        out = prefix_attention(_norm(block.q_norm, query), _norm(block.k_norm, k), v, prefix_k, prefix_v,
-                               scale=block.scale)
+        out = prefix_attention(*own, prefix_k, prefix_v, scale=block.scale)
         outs.append(out.transpose(1, 2).flatten(2))
     return block.proj(_norm(block.attn_norm, Rows.pack(outs).data))
 
@@ -309,9 +313,14 @@ def normed(block: Block, x: Tensor) -> Tensor:
     return x if block.post_norm else block.norm1(x)
 
 
+def packed(block: Block, x: Tensor, parts: int) -> Tensor:
+    """(B, T, parts · heads · d) → (B, T, parts, heads, d)."""
+    return x.unflatten(-1, (parts, block.num_heads, block.head_dim))
+
+
 def heads(block: Block, x: Tensor, parts: int) -> tuple[Tensor, ...]:
     """(B, T, parts · heads · d) → `parts` tensors (B, heads, T, d)."""
-    return x.unflatten(-1, (parts, block.num_heads, block.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    return packed(block, x, parts).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _norm(norm: Norm | None, x: Tensor) -> Tensor:

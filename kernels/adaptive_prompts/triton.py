@@ -7,8 +7,8 @@ enters the product. A second one does the rest. Backward, for the gradient g of 
     da = scale · t ∘ hidden mask ∘ σ'(a), du = g + W₁ᵀ da, dv = mask ∘ du;
     per token q = (γ dv)ᵀ x̂, dM = q + Σ_d β dv, y = Mᵀ γ dv, dx = (y − mean(y) − x̂ mean(x̂ y)) / √(var + eps);
     dγ = Σ dv ∘ W, dβ = Σ dv s, dW₁ = Σ da u, dW₂ = scale · Σ g h, dbias = Σ du, dscale = Σ h t.
-Saved: the inputs, W, s and the row statistics. Sums over images run in a fixed order, without atomics: two calls
-give the same bits.
+Saved: the inputs, W, s and the row statistics. Sums over images and prompts are cut into shares, which a last launch
+adds in a fixed order, without atomics: two calls give the same bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastprompt.kernels.tiles import Tiles, pick
 
-PROGRAMS = 132  # the channels are cut into shares until so many programs work on them
+PROGRAMS = 132  # channels and rows are cut into shares until so many programs work on them
 
 TABLES = {
     "_adaptive_prompts_mix": (
@@ -32,14 +32,14 @@ TABLES = {
         Tiles({"BLOCK_P": 32, "BLOCK_N": 16}, num_stages=1),
     ),
     "_adaptive_prompts_fwd": (
-        Tiles({"BLOCK_R": 16, "BLOCK_D": 128}, num_stages=1, limits={"bits": 16, "H": 16}),
-        Tiles({"BLOCK_R": 16, "BLOCK_D": 32}, num_stages=1, limits={"H": 16}),
-        Tiles({"BLOCK_R": 16, "BLOCK_D": 64}, num_stages=1),
+        Tiles({"BLOCK_R": 16, "BLOCK_D": 128, "BLOCK_W": 64}, num_stages=1, limits={"bits": 16, "H": 16}),
+        Tiles({"BLOCK_R": 16, "BLOCK_D": 32, "BLOCK_W": 32}, num_stages=1, limits={"H": 16}),
+        Tiles({"BLOCK_R": 16, "BLOCK_D": 64, "BLOCK_W": 64}, num_stages=1),
     ),
     "_adaptive_prompts_bwd_prompts": (
-        Tiles({"BLOCK_R": 16, "BLOCK_D": 128}, num_stages=1, limits={"bits": 16, "H": 16}),
-        Tiles({"BLOCK_R": 16, "BLOCK_D": 64}, num_warps=8, num_stages=1, limits={"bits": 16}),
-        Tiles({"BLOCK_R": 16, "BLOCK_D": 32}, num_stages=1),
+        Tiles({"BLOCK_R": 16, "BLOCK_D": 128, "BLOCK_W": 64}, num_stages=1, limits={"bits": 16, "H": 16}),
+        Tiles({"BLOCK_R": 16, "BLOCK_D": 64, "BLOCK_W": 64}, num_warps=8, num_stages=1, limits={"bits": 16}),
+        Tiles({"BLOCK_R": 16, "BLOCK_D": 32, "BLOCK_W": 32}, num_stages=1),
     ),
     "_adaptive_prompts_bwd_tokens": (
         Tiles({"BLOCK_P": 16, "BLOCK_N": 32, "BLOCK_D": 64}, num_stages=1, limits={"bits": 16}),
@@ -49,7 +49,7 @@ TABLES = {
         Tiles({"BLOCK_R": 64, "BLOCK_D": 16}, num_warps=2, num_stages=1, limits={"H": 16}),
         Tiles({"BLOCK_R": 32, "BLOCK_D": 16}, num_stages=1),
     ),
-    "_adaptive_prompts_sum_images": (Tiles({"BLOCK": 256}, num_warps=1),),
+    "_adaptive_prompts_sum_shares": (Tiles({"BLOCK_S": 8, "BLOCK": 64}, num_warps=1),),
 }
 
 
@@ -163,6 +163,7 @@ def _adaptive_prompts_fwd(
     stride_hb, stride_hp, stride_hr,
     ACTIVATION: tl.constexpr, BOTTLENECK: tl.constexpr, SCALED: tl.constexpr, HAS_CHANNELS: tl.constexpr,
     HAS_HIDDEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
     """Programs (rows; shares of the channels): all of them are read for the hidden units, each writes its share."""
     r, j = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_H)
@@ -181,15 +182,15 @@ def _adaptive_prompts_fwd(
         if SCALED:
             factor = tl.load(scale).to(tl.float32)
     first = tl.program_id(1) * share
-    for start in range(first, tl.minimum(first + share, D), BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        u = _before_bottleneck(mixed, sums, norm_weight, norm_bias, bias, channel_mask, r, d, R, P, D,
+    for start in range(first, tl.minimum(first + share, D), BLOCK_W):
+        w = start + tl.arange(0, BLOCK_W)
+        u = _before_bottleneck(mixed, sums, norm_weight, norm_bias, bias, channel_mask, r, w, R, P, D,
                                stride_w, stride_b, stride_p, stride_cb, stride_cd, HAS_CHANNELS)
         if BOTTLENECK:
-            down = _tile(w2, d, j, D, H, stride_2d, stride_2r).to(dtype)  # (D, H)
+            down = _tile(w2, w, j, D, H, stride_2d, stride_2r).to(dtype)  # (D, H)
             u += factor * tl.dot(hidden.to(dtype), tl.trans(down), input_precision="ieee")
-        at = prompts + r[:, None].to(tl.int64) * D + d[None, :]
-        tl.store(at, u.to(prompts.dtype.element_ty), mask=(r[:, None] < R) & (d[None, :] < D))
+        at = prompts + r[:, None].to(tl.int64) * D + w[None, :]
+        tl.store(at, u.to(prompts.dtype.element_ty), mask=(r[:, None] < R) & (w[None, :] < D))
 
 
 @triton.jit
@@ -200,6 +201,7 @@ def _adaptive_prompts_bwd_prompts(
     stride_cb, stride_cd, stride_hb, stride_hp, stride_hr,
     ACTIVATION: tl.constexpr, BOTTLENECK: tl.constexpr, SCALED: tl.constexpr, HAS_CHANNELS: tl.constexpr,
     HAS_HIDDEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
     """dv (R, D), da and h (R, H), and columns N and N + 1 of parts: dbias and dscale.
 
@@ -242,15 +244,15 @@ def _adaptive_prompts_bwd_prompts(
     tl.store(part, dbias, mask=(r < R) & alone)
     tl.store(part + 1, dscale, mask=(r < R) & alone)
     first = tl.program_id(1) * share
-    for start in range(first, tl.minimum(first + share, D), BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        inside = (r[:, None] < R) & (d[None, :] < D)
-        du = tl.load(grad + d[None, :] * stride_gd, mask=inside, other=0.0).to(tl.float32)
+    for start in range(first, tl.minimum(first + share, D), BLOCK_W):
+        w = start + tl.arange(0, BLOCK_W)
+        inside = (r[:, None] < R) & (w[None, :] < D)
+        du = tl.load(grad + w[None, :] * stride_gd, mask=inside, other=0.0).to(tl.float32)
         if BOTTLENECK:
-            up = _tile(w1, j, d, H, D, stride_1r, stride_1d).to(dtype)  # (H, D)
-            du = tl.dot(da.to(dtype), up, du, input_precision="ieee")
-        du = _channels(du, channel_mask, r, d, R, P, D, stride_cb, stride_cd, HAS_CHANNELS)
-        tl.store(dv + r[:, None].to(tl.int64) * D + d[None, :], du.to(dv.dtype.element_ty), mask=inside)
+            columns = _tile(w1, j, w, H, D, stride_1r, stride_1d).to(dtype)  # (H, W)
+            du = tl.dot(da.to(dtype), columns, du, input_precision="ieee")
+        du = _channels(du, channel_mask, r, w, R, P, D, stride_cb, stride_cd, HAS_CHANNELS)
+        tl.store(dv + r[:, None].to(tl.int64) * D + w[None, :], du.to(dv.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -307,20 +309,24 @@ def _adaptive_prompts_bwd_tokens(
 
 @triton.jit
 def _adaptive_prompts_bwd_weights(
-    grad, mixed, sums, norm_weight, norm_bias, bias, scale, channel_mask, dv, dunits, units, dweight, dbias, dw1, dw2,
-    R, P, D, H, factor,
+    grad, mixed, sums, norm_weight, norm_bias, bias, scale, channel_mask, dv, dunits, units, weights,
+    R, P, D, H, share, factor,
     stride_gb, stride_gp, stride_gd, stride_w, stride_b, stride_p, stride_cb, stride_cd,
     BOTTLENECK: tl.constexpr, SCALED: tl.constexpr, HAS_CHANNELS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
 ):
-    """dγ, dβ (D,), dW₁ (H, D), dW₂ (D, H), summed over all prompts of all images in order."""
+    """dγ, dβ (D,), dW₁ (H, D), dW₂ (D, H) of a share of all prompts of all images, one after the other in `weights`.
+
+    Programs (channels; shares).
+    """
     d, j = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_H)
     dtype = mixed.dtype.element_ty
+    first = tl.program_id(1) * share
     acc_w = tl.zeros((BLOCK_D,), tl.float32)
     acc_b = tl.zeros((BLOCK_D,), tl.float32)
     acc_1 = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
     acc_2 = tl.zeros((BLOCK_D, BLOCK_H), tl.float32)
-    for start in range(0, R, BLOCK_R):
+    for start in range(first, tl.minimum(first + share, R), BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         g = _tile(dv, r, d, R, D, D, 1).to(tl.float32)  # (R, D)
         acc_w += tl.sum(g * _tile(mixed, r, d, R, D, D, 1).to(tl.float32), axis=0)
@@ -334,35 +340,57 @@ def _adaptive_prompts_bwd_weights(
             at = grad + (r // P).to(tl.int64)[:, None] * stride_gb + (r % P)[:, None] * stride_gp
             g = tl.load(at + d[None, :] * stride_gd, mask=(r[:, None] < R) & (d[None, :] < D), other=0.0).to(dtype)
             acc_2 = tl.dot(tl.trans(g), hidden, acc_2, input_precision="ieee")
-    tl.store(dweight + d, acc_w.to(dweight.dtype.element_ty), mask=d < D)
-    tl.store(dbias + d, acc_b.to(dbias.dtype.element_ty), mask=d < D)
+    weights += tl.program_id(1).to(tl.int64) * (2 + 2 * H) * D
+    tl.store(weights + d, acc_w, mask=d < D)
+    tl.store(weights + D + d, acc_b, mask=d < D)
     if BOTTLENECK:
         if SCALED:
             factor = tl.load(scale).to(tl.float32)
-        tl.store(dw1 + j[:, None] * D + d[None, :], acc_1.to(dw1.dtype.element_ty),
-                 mask=(j[:, None] < H) & (d[None, :] < D))
-        tl.store(dw2 + d[:, None] * H + j[None, :], (acc_2 * factor).to(dw2.dtype.element_ty),
-                 mask=(d[:, None] < D) & (j[None, :] < H))
+        inside = (j[:, None] < H) & (d[None, :] < D)
+        tl.store(weights + 2 * D + j[:, None] * D + d[None, :], acc_1, mask=inside)
+        tl.store(weights + (2 + H) * D + d[:, None] * H + j[None, :], acc_2 * factor, mask=tl.trans(inside))
 
 
 @triton.jit
-def _adaptive_prompts_sum_images(parts, dmix, rest, B, P, N, size, BLOCK: tl.constexpr):
-    """dM (P, N) and rest (P, 2): dbias and each prompt's share of dscale. Parts, image after image in order, are
-    (P, N + 2) each and `size` numbers apart."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def _sum(shares, i, count, size, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
+    """Numbers i of the sum over `count` shares, which are `size` numbers apart."""
     acc = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(B):
-        acc += tl.load(parts + i, mask=i < size, other=0.0)
-        parts += size
-    p, n = i // (N + 2), i % (N + 2)
-    tl.store(dmix + p * N + n, acc.to(dmix.dtype.element_ty), mask=(p < P) & (n < N))
-    tl.store(rest + p * 2 + n - N, acc, mask=(p < P) & (n >= N))
+    for start in range(0, count, BLOCK_S):
+        share = start + tl.arange(0, BLOCK_S)
+        acc += tl.sum(tl.load(shares + share[:, None].to(tl.int64) * size + i[None, :],
+                              mask=(share[:, None] < count) & (i[None, :] < size), other=0.0), axis=0)
+    return acc
 
 
-def _shares(rows: int, d: int, block: int) -> tuple[tuple[int, int], int]:
-    """The grid for so many blocks of rows, and the channels of one share: as many as leave PROGRAMS programs."""
-    share = max(triton.cdiv(d, block) // triton.cdiv(PROGRAMS, rows), 1) * block
-    return (rows, triton.cdiv(d, share)), share
+@triton.jit
+def _adaptive_prompts_sum_shares(parts, weights, dmix, rest, dweight, dbias, dw1, dw2, B, P, N, size, S, D, H,
+                                 BOTTLENECK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
+    """dM (P, N) and rest (P, 2), dbias and each prompt's share of dscale, from `parts`, (P, N + 2) of each image.
+
+    The programs behind these make dγ, dβ, dW₁ and dW₂ from `weights`.
+    """
+    blocks = tl.cdiv(size, BLOCK)
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(0) < blocks:
+        mixed = _sum(parts, k, B, size, BLOCK_S, BLOCK)
+        p, n = k // (N + 2), k % (N + 2)
+        tl.store(dmix + p * N + n, mixed.to(dmix.dtype.element_ty), mask=(p < P) & (n < N))
+        tl.store(rest + p * 2 + n - N, mixed, mask=(p < P) & (n >= N))
+    else:
+        i = k - blocks * BLOCK
+        acc = _sum(weights, i, S, (2 + 2 * H) * D, BLOCK_S, BLOCK)
+        tl.store(dweight + i, acc.to(dweight.dtype.element_ty), mask=i < D)
+        tl.store(dbias + i - D, acc.to(dbias.dtype.element_ty), mask=(i >= D) & (i < 2 * D))
+        if BOTTLENECK:
+            first, second = i - 2 * D, i - (2 + H) * D
+            tl.store(dw1 + first, acc.to(dw1.dtype.element_ty), mask=(first >= 0) & (second < 0))
+            tl.store(dw2 + second, acc.to(dw2.dtype.element_ty), mask=(second >= 0) & (second < H * D))
+
+
+def _shares(programs: int, size: int, block: int) -> tuple[tuple[int, int], int]:
+    """The grid of `programs` per share of `size` numbers, and those of a share: as many as leave PROGRAMS programs."""
+    share = max(triton.cdiv(size, block) // triton.cdiv(PROGRAMS, programs), 1) * block
+    return (programs, triton.cdiv(size, share)), share
 
 
 def _vectors(norm_weight: Tensor, norm_bias: Tensor, bias: Tensor) -> list[int]:
@@ -397,7 +425,7 @@ def _forward(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix: Tensor
             tokens, statistics, mix, mixed, sums, n, p, d, eps, *tokens.stride(), *mix.stride(), *statistics.stride(),
             GIVEN=stats is not None, BLOCK_D=width, **row.options)
         row = pick(TABLES["_adaptive_prompts_fwd"], tokens.device, bits=8 * tokens.itemsize, H=h)
-        grid, share = _shares(triton.cdiv(b * p, row.sizes["BLOCK_R"]), d, row.sizes["BLOCK_D"])
+        grid, share = _shares(triton.cdiv(b * p, row.sizes["BLOCK_R"]), d, row.sizes["BLOCK_W"])
         _adaptive_prompts_fwd[grid](
             mixed, sums, norm_weight, norm_bias, bias, w1, w2, scale, channel_mask, hidden_mask, prompts,
             b * p, p, d, h, share, factor, *_vectors(norm_weight, norm_bias, bias), *_strides(w1, 2), *_strides(w2, 2),
@@ -434,7 +462,7 @@ def _backward(grad: Tensor, tokens: Tensor, norm_weight: Tensor, norm_bias: Tens
     vectors, constants = _vectors(norm_weight, norm_bias, bias), _bottleneck(w1, scale, channel_mask)
     with torch.cuda.device_of(tokens):
         row = pick(TABLES["_adaptive_prompts_bwd_prompts"], tokens.device, bits=bits, H=h)
-        grid, share = _shares(triton.cdiv(b * p, row.sizes["BLOCK_R"]), d, row.sizes["BLOCK_D"])
+        grid, share = _shares(triton.cdiv(b * p, row.sizes["BLOCK_R"]), d, row.sizes["BLOCK_W"])
         _adaptive_prompts_bwd_prompts[grid](
             grad, mixed, sums, norm_weight, norm_bias, bias, w1, w2, scale, channel_mask, hidden_mask,
             dv, dunits, units, parts, b * p, p, d, h, n, size, share, factor, *grad.stride(), *vectors,
@@ -445,13 +473,17 @@ def _backward(grad: Tensor, tokens: Tensor, norm_weight: Tensor, norm_bias: Tens
             tokens, stats, norm_weight, norm_bias, mix, dv, dtokens, parts, n, p, d, size, eps, *tokens.stride(),
             *stats.stride(), *vectors[:2], *mix.stride(), WANTED=wanted, **row.options)
         row = pick(TABLES["_adaptive_prompts_bwd_weights"], tokens.device, H=h)
-        _adaptive_prompts_bwd_weights[(triton.cdiv(d, row.sizes["BLOCK_D"]),)](
-            grad, mixed, sums, norm_weight, norm_bias, bias, scale, channel_mask, dv, dunits, units,
-            dweight, dbias, dw1, dw2, b * p, p, d, h, factor, *grad.stride(), *vectors, *_strides(channel_mask, 2),
-            **constants, **row.options)
-        row = pick(TABLES["_adaptive_prompts_sum_images"], tokens.device)
-        _adaptive_prompts_sum_images[(triton.cdiv(size, row.sizes["BLOCK"]),)](
-            parts, dmix, rest, b, p, n, size, **row.options)
+        grid, share = _shares(triton.cdiv(d, row.sizes["BLOCK_D"]), b * p, row.sizes["BLOCK_R"])
+        weights = tokens.new_empty(grid[1], (2 + 2 * h) * d, dtype=torch.float32)
+        _adaptive_prompts_bwd_weights[grid](
+            grad, mixed, sums, norm_weight, norm_bias, bias, scale, channel_mask, dv, dunits, units, weights,
+            b * p, p, d, h, share, factor, *grad.stride(), *vectors, *_strides(channel_mask, 2), **constants,
+            **row.options)
+        row = pick(TABLES["_adaptive_prompts_sum_shares"], tokens.device)
+        blocks = triton.cdiv(size, row.sizes["BLOCK"]) + triton.cdiv(weights.shape[1], row.sizes["BLOCK"])
+        _adaptive_prompts_sum_shares[(blocks,)](
+            parts, weights, dmix, rest, dweight, dbias, dw1, dw2, b, p, n, size, len(weights), d, h,
+            BOTTLENECK=w1 is not None, **row.options)
     return outputs
 
 

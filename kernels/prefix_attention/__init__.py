@@ -12,13 +12,15 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
 
 
-def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None = None, prefix_v: Tensor | None = None,
-                     *, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+def prefix_attention(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, prefix_k: Tensor | None = None,
+                     prefix_v: Tensor | None = None, *, bias: Tensor | None = None, scale: float | None = None
+                     ) -> Tensor:
     """softmax(scale · q [prefix_k, k]ᵀ + [0, bias]) [prefix_v, v].
 
     Args:
-        q: (B, H, R, d). k, v: (B, H, T, d). Any strides: the Triton kernels read views of a packed (B, T, 3, H, d)
-            product in place.
+        q: (B, H, R, d). k, v: (B, H, T, d). Any strides.
+            Packed, as one product returns them, q, k and v are `q` (B, T, 3, H, d), or k and v are `k` (B, T, 2, H, d),
+            and the others are None. Their gradient is written packed too: nobody has to put it together.
         prefix_k, prefix_v: (n, H, P, d) with n dividing B, image b reads prefix b // (B / n): 1 is shared by all, B is
             one per image, and windows of Swin in image-major order share their image's; None: plain attention.
         bias: (W, H, R, T) with W dividing B, image b reads bias b % W; added to the scores of the tokens. Without
@@ -33,6 +35,15 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None = 
         ValueError: a shape or dtype does not fit.
         RuntimeError: `use_backend` asks for an implementation that cannot run.
     """
+    given = q, k, v
+    if v is None:
+        name, parts, packed = ("q", 3, q) if k is None else ("k", 2, k)
+        if packed.ndim != 5 or packed.shape[2] != parts:
+            raise ValueError(f"{name} must be packed, (B, T, {parts}, H, d), where v is None, "
+                             f"got {tuple(packed.shape)}")
+    elif k is None:
+        raise ValueError("v needs k")
+    q, k, v = reference.unpacked(q, k, v)
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q must be (B, H, R, d) and k, v (B, H, T, d), got {tuple(q.shape)}, {tuple(k.shape)}, "
                          f"{tuple(v.shape)}")
@@ -59,16 +70,16 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None = 
             raise ValueError("bias gets no gradient, it must not require one")
     scale = d**-0.5 if scale is None else scale
     lean = bias is None and (prefix_k is None or prefix_k.shape[0] in (1, b)) \
-        and dispatch.trains_on_cpu(q, k, v, prefix_k, prefix_v)
+        and dispatch.trains_on_cpu(*given, prefix_k, prefix_v)
     backend = dispatch.choose("prefix_attention", q.device.type, _unsupported(q), lean,
-                              arguments=(q, k, v, prefix_k, prefix_v, bias, scale))
+                              arguments=(*given, prefix_k, prefix_v, bias, scale))
     if backend == "triton":
         from fastprompt.kernels.prefix_attention import triton
 
-        return triton.prefix_attention(q, k, v, prefix_k, prefix_v, bias, scale)
+        return triton.prefix_attention(*given, prefix_k, prefix_v, bias, scale)
     if backend == "recompute":
-        return recompute.prefix_attention(q, k, v, prefix_k, prefix_v, scale)
-    return reference.prefix_attention(q, k, v, prefix_k, prefix_v, bias, scale)
+        return recompute.prefix_attention(*given, prefix_k, prefix_v, scale)
+    return reference.prefix_attention(*given, prefix_k, prefix_v, bias, scale)
 
 
 def _unsupported(q: Tensor) -> str:

@@ -23,13 +23,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: f
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
-def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
+def prefix_attention(q: Tensor, k: Tensor | None, v: Tensor | None, prefix_k: Tensor | None, prefix_v: Tensor | None,
                      bias: Tensor | None = None, scale: float | None = None) -> Tensor:
     """See `fastprompt.kernels.prefix_attention.prefix_attention`."""
+    q, k, v = unpacked(q, k, v)
     b, p = k.shape[0], 0 if prefix_k is None else prefix_k.shape[2]
     if bias is not None:
         bias = F.pad(bias.to(q.dtype), (p, 0)).repeat(b // bias.shape[0], 1, 1, 1)  # (B, H, R, P + T)
     return attend(q, with_prefix(prefix_k, k), with_prefix(prefix_v, v), bias, scale)
+
+
+def unpacked(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, H, R, d) queries, (B, H, T, d) keys and values: views of q (B, T, 3, H, d) or k (B, T, 2, H, d) if packed."""
+    if k is None:
+        q, k, v = q.permute(2, 0, 3, 1, 4).unbind(0)
+    elif v is None:
+        k, v = k.permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
 
 
 def with_prefix(prefix: Tensor | None, rows: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Forward, per block of queries, over first the prefix's and then the tokens' keys
     output o / l and the log-sum-exp m + log₂ l.
 Backward, with p = 2^(s − lse), δ = Σ do ∘ o, ds = p ∘ (do vᵀ − δ):
     dq = scale · ds k per block of queries; dk = scale · dsᵀ q, dv = pᵀ do per block of keys.
+dq, dk and dv of a packed product are written into one tensor of its layout, as the product's backward reads it.
 A prefix that several images share sums dk and dv over them: the images of a run in order, then the runs in order.
 Saved: the inputs, the output and lse. No atomics: two calls give the same bits.
 """
@@ -17,7 +18,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from fastprompt.kernels.prefix_attention.reference import unpacked
 from fastprompt.kernels.tiles import Tiles, pick
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -49,7 +52,7 @@ TABLES = {
         Tiles({"BLOCK_R": 32, "BLOCK_P": 16}, limits={"bits": 16}),
         Tiles({"BLOCK_R": 32, "BLOCK_P": 16}, num_warps=8, num_stages=1),
     ),
-    "_prefix_attention_sum_runs": (Tiles({"BLOCK": 256}, num_warps=1),),
+    "_prefix_attention_sum_runs": (Tiles({"BLOCK_S": 8, "BLOCK": 32}, num_warps=1),),
 }
 
 
@@ -157,7 +160,7 @@ def _prefix_attention_bwd_queries(
     stride_qb, stride_qh, stride_qr, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_pkb, stride_pkh, stride_pkp, stride_pkd,
     stride_pvb, stride_pvh, stride_pvp, stride_pvd, stride_bw, stride_bh, stride_br, stride_bt,
-    stride_gb, stride_gh, stride_gr, stride_gd,
+    stride_gb, stride_gh, stride_gr, stride_gd, stride_ob, stride_or,
     HAS_BIAS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
@@ -185,7 +188,7 @@ def _prefix_attention_bwd_queries(
         value = _rows(v, start, T, stride_vt, stride_vd, D, BLOCK_T, BLOCK_D)
         s = _scores(query, key, bias, first, start, R, T, scale, stride_br, stride_bt, HAS_BIAS, BLOCK_R, BLOCK_T)
         acc = _query_step(s, row_lse, row_delta, key, value, do, acc)
-    _store_rows(dq + (b * R * H + h) * D, first, R, H * D, acc * scale, D, BLOCK_R, BLOCK_D)
+    _store_rows(dq + b * stride_ob + h * D, first, R, stride_or, acc * scale, D, BLOCK_R, BLOCK_D)
 
 
 @triton.jit
@@ -194,7 +197,7 @@ def _prefix_attention_bwd_tokens(
     H, R, T, windows, scale,
     stride_qb, stride_qh, stride_qr, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_bw, stride_bh, stride_br, stride_bt,
-    stride_gb, stride_gh, stride_gr, stride_gd,
+    stride_gb, stride_gh, stride_gr, stride_gd, stride_ob, stride_ot,
     HAS_BIAS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
     block, h, b = _place(tl.cdiv(T, BLOCK_T), H)
@@ -213,8 +216,8 @@ def _prefix_attention_bwd_tokens(
         row_delta = tl.load(delta + (b * H + h) * R + r, mask=r < R, other=0.0)
         s = _scores(key, query, bias, first, start, T, R, scale, stride_bt, stride_br, HAS_BIAS, BLOCK_T, BLOCK_R)
         acc_k, acc_v = _key_step(s, row_lse, row_delta, query, value, do, acc_k, acc_v)
-    _store_rows(dk + (b * T * H + h) * D, first, T, H * D, acc_k * scale, D, BLOCK_T, BLOCK_D)
-    _store_rows(dv + (b * T * H + h) * D, first, T, H * D, acc_v, D, BLOCK_T, BLOCK_D)
+    _store_rows(dk + b * stride_ob + h * D, first, T, stride_ot, acc_k * scale, D, BLOCK_T, BLOCK_D)
+    _store_rows(dv + b * stride_ob + h * D, first, T, stride_ot, acc_v, D, BLOCK_T, BLOCK_D)
 
 
 @triton.jit
@@ -248,15 +251,17 @@ def _prefix_attention_bwd_prefix(
 
 
 @triton.jit
-def _prefix_attention_sum_runs(parts_k, parts_v, dk, dv, runs, size, BLOCK: tl.constexpr):
-    """dk, dv (n, size) from float32 (n, runs, size), one run after the other."""
+def _prefix_attention_sum_runs(parts_k, parts_v, dk, dv, runs, size, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
+    """dk, dv (n, size) from float32 (n, runs, size), BLOCK_S runs after the other."""
     blocks = tl.cdiv(size, BLOCK)
     n, i = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     acc_k = tl.zeros((BLOCK,), tl.float32)
     acc_v = tl.zeros((BLOCK,), tl.float32)
-    for run in range(runs):
-        acc_k += tl.load(parts_k + (n * runs + run) * size + i, mask=i < size, other=0.0)
-        acc_v += tl.load(parts_v + (n * runs + run) * size + i, mask=i < size, other=0.0)
+    for start in range(0, runs, BLOCK_S):
+        run = start + tl.arange(0, BLOCK_S)[:, None]
+        at, inside = (n * runs + run) * size + i[None, :], (run < runs) & (i[None, :] < size)
+        acc_k += tl.sum(tl.load(parts_k + at, mask=inside, other=0.0), axis=0)
+        acc_v += tl.sum(tl.load(parts_v + at, mask=inside, other=0.0), axis=0)
     tl.store(dk + n * size + i, acc_k.to(dk.dtype.element_ty), mask=i < size)
     tl.store(dv + n * size + i, acc_v.to(dv.dtype.element_ty), mask=i < size)
 
@@ -314,32 +319,37 @@ def _width(d: int) -> dict[str, int]:
 
 
 def _backward_tokens(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
-                     bias: Tensor | None, out: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _backward_tokens_outputs(grad, q, k, v, prefix_k, prefix_v, bias, out, lse, scale)
+                     bias: Tensor | None, out: Tensor, lse: Tensor, scale: float, packed: bool, wanted: bool
+                     ) -> tuple[Tensor, Tensor]:
+    """dq (B, H, R, d) and, if wanted, dk and dv (B, T, 2, H, d); packed: all three as the first, (B, T, 3, H, d)."""
+    dq, dkv = _backward_tokens_outputs(grad, q, k, v, prefix_k, prefix_v, bias, out, lse, scale, packed, wanted)
+    rows, tokens = (dq[:, :, 0], dq[:, :, 1:]) if packed else (dq.transpose(1, 2), dkv)
     (b, h, r, d), t = q.shape, k.shape[2]
-    if not dk.numel():
-        return dq, dk, dv
     delta = torch.empty_like(lse)
     sources, bits = _sources(k, v, prefix_k, prefix_v, bias), 8 * q.itemsize
     p, group, windows = _counts(b, sources, bias)
     constants = {"HAS_BIAS": bias is not None, **_width(d)}
     with torch.cuda.device_of(q):
-        row = pick(TABLES["_prefix_attention_bwd_queries"], q.device, bits=bits, R=r, D=d)
-        _prefix_attention_bwd_queries[(triton.cdiv(r, row.sizes["BLOCK_R"]) * h * b,)](
-            q, *sources, out, lse, grad, delta, dq, h, r, t, p, group, windows, scale,
-            *_strides(q, *sources, grad), **constants, **row.options)
-        row = pick(TABLES["_prefix_attention_bwd_tokens"], q.device, bits=bits, D=d)
-        _prefix_attention_bwd_tokens[(triton.cdiv(t, row.sizes["BLOCK_T"]) * h * b,)](
-            q, k, v, sources[4], lse, grad, delta, dk, dv, h, r, t, windows, scale,
-            *_strides(q, k, v, sources[4], grad), **constants, **row.options)
-    return dq, dk, dv
+        if rows.numel():
+            row = pick(TABLES["_prefix_attention_bwd_queries"], q.device, bits=bits, R=r, D=d)
+            _prefix_attention_bwd_queries[(triton.cdiv(r, row.sizes["BLOCK_R"]) * h * b,)](
+                q, *sources, out, lse, grad, delta, rows, h, r, t, p, group, windows, scale,
+                *_strides(q, *sources, grad), *rows.stride()[:2], **constants, **row.options)
+        if tokens.numel():
+            row = pick(TABLES["_prefix_attention_bwd_tokens"], q.device, bits=bits, D=d)
+            _prefix_attention_bwd_tokens[(triton.cdiv(t, row.sizes["BLOCK_T"]) * h * b,)](
+                q, k, v, sources[4], lse, grad, delta, tokens[:, :, 0], tokens[:, :, 1], h, r, t, windows, scale,
+                *_strides(q, k, v, sources[4], grad), *tokens.stride()[:2], **constants, **row.options)
+    return dq, dkv
 
 
 def _backward_tokens_outputs(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None,
-                             prefix_v: Tensor | None, bias: Tensor | None, out: Tensor, lse: Tensor, scale: float
-                             ) -> tuple[Tensor, Tensor, Tensor]:
-    (b, h, r, _), t = q.shape, k.shape[2]
-    return _fresh(b, h, r, q), _fresh(b, h, t, k), _fresh(b, h, t, v)
+                             prefix_v: Tensor | None, bias: Tensor | None, out: Tensor, lse: Tensor, scale: float,
+                             packed: bool, wanted: bool) -> tuple[Tensor, Tensor]:
+    (b, h, r, d), t = q.shape, k.shape[2]
+    if packed:
+        return q.new_empty(b, t, 3, h, d), q.new_empty(0)
+    return _fresh(b, h, r, q), k.new_empty((b, t, 2, h, d) if wanted else (0, 0, 2, 0, 0))
 
 
 def _backward_prefix(grad: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, out: Tensor, lse: Tensor, scale: float
@@ -372,7 +382,8 @@ def _backward_prefix_outputs(grad: Tensor, q: Tensor, prefix_k: Tensor, prefix_v
 _SOURCES = "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor? bias"
 torch.library.define("fastprompt::prefix_attention", f"({_SOURCES}, float scale) -> (Tensor, Tensor)")
 torch.library.define("fastprompt::prefix_attention_backward_tokens",
-                     f"(Tensor grad, {_SOURCES}, Tensor out, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)")
+                     f"(Tensor grad, {_SOURCES}, Tensor out, Tensor lse, float scale, bool packed, bool wanted) "
+                     "-> (Tensor, Tensor)")
 torch.library.define("fastprompt::prefix_attention_backward_prefix",
                      "(Tensor grad, Tensor q, Tensor prefix_k, Tensor prefix_v, Tensor out, Tensor lse, float scale) "
                      "-> (Tensor, Tensor)")
@@ -389,30 +400,37 @@ _op_backward_prefix = torch.ops.fastprompt.prefix_attention_backward_prefix.defa
 
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
-                bias: Tensor | None, scale: float) -> Tensor:
-        out, lse = _op(q, k, v, prefix_k, prefix_v, bias, scale)
+    def forward(ctx: Any, q: Tensor, k: Tensor | None, v: Tensor | None, prefix_k: Tensor | None,
+                prefix_v: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
+        out, lse = _op(*unpacked(q, k, v), prefix_k, prefix_v, bias, scale)
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v, bias, out, lse)
         ctx.scale = scale
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, prefix_k, prefix_v, bias, out, lse = ctx.saved_tensors
+        all_packed, tokens_packed, wanted = k is None, v is None, any(ctx.needs_input_grad[1:3])
+        q, k, v = unpacked(q, k, v)
         dq = dk = dv = dpk = dpv = None
         if any(ctx.needs_input_grad[:3]):
-            dq, dk, dv = _op_backward_tokens(grad, q, k, v, prefix_k, prefix_v, bias, out, lse, ctx.scale)
+            dq, dk = _op_backward_tokens(grad, q, k, v, prefix_k, prefix_v, bias, out, lse, ctx.scale, all_packed,
+                                         wanted)
+            if not wanted:
+                dk = None
+            elif not tokens_packed:
+                dk, dv = dk.permute(2, 0, 3, 1, 4).unbind(0)
         if any(ctx.needs_input_grad[3:5]):  # alone in the first block, where nothing before the tokens trains
             dpk, dpv = _op_backward_prefix(grad, q, prefix_k, prefix_v, out, lse, ctx.scale)
         return dq, dk, dv, dpk, dpv, None, None
 
 
-def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
+def prefix_attention(q: Tensor, k: Tensor | None, v: Tensor | None, prefix_k: Tensor | None, prefix_v: Tensor | None,
                      bias: Tensor | None, scale: float) -> Tensor:
     """See `fastprompt.kernels.prefix_attention.prefix_attention`; under autocast, in autocast's dtype."""
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        if prefix_k is not None and prefix_v is not None:
-            prefix_k, prefix_v = prefix_k.to(dtype), prefix_v.to(dtype)
+        q = q.to(dtype)
+        k, v, prefix_k, prefix_v = (x if x is None else x.to(dtype) for x in (k, v, prefix_k, prefix_v))
     return _PrefixAttention.apply(q, k, v, prefix_k, prefix_v, bias, scale)

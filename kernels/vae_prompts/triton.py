@@ -7,12 +7,14 @@ each layer there is one launch per layer.
 Backward, three launches per decoder, deterministic, the noise drawn again; G is the gradient of the instance prompts,
 summed over the layers that share them:
     decoder: dW₂ = Gᵀ a, db₂ = Σ_b G, and the domain prompts' gradient Σ_b, in one pass over the gradient
-    latent:  dh = (G W₂) ∘ GELU'(h), dz = dh W₁, dμ = dz + g_KL μ, d log σ² = ½ dz σ ε + ½ g_KL (σ² − 1)
-    hidden:  dW₁ = dhᵀ z, db₁ = Σ_b dh
+    hidden:  da = G W₂, cut into shares of the M · D columns, as the few images and hidden units are little work else
+    latent:  dh = Σ da ∘ GELU'(h) over the shares in order, dW₁ = dhᵀ z, db₁ = Σ_b dh, dz = dh W₁,
+             dμ = dz + g_KL μ, d log σ² = ½ dz σ ε + ½ g_KL (σ² − 1)
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,14 +37,13 @@ TABLES = {
         Tiles({"BLOCK_B": 32, "BLOCK_D": 32, "BLOCK_H": 64, "BLOCK_Z": 32}, limits={"bits": 16}),
         Tiles({"BLOCK_B": 16, "BLOCK_D": 32, "BLOCK_H": 32, "BLOCK_Z": 32}),
     ),
-    "_vae_prompts_bwd_latent": (
-        Tiles({"BLOCK_B": 16, "BLOCK_D": 64, "BLOCK_H": 64, "BLOCK_Z": 32}, num_stages=3, limits={"bits": 16}),
-        Tiles({"BLOCK_B": 16, "BLOCK_D": 32, "BLOCK_H": 32, "BLOCK_Z": 32}),
-    ),
     "_vae_prompts_bwd_hidden": (
-        Tiles({"BLOCK_B": 32, "BLOCK_H": 16, "BLOCK_Z": 32}, num_warps=2),
+        Tiles({"BLOCK_B": 16, "BLOCK_D": 64, "BLOCK_H": 16}, num_warps=2, num_stages=3, limits={"bits": 16}),
+        Tiles({"BLOCK_B": 16, "BLOCK_D": 32, "BLOCK_H": 16}, num_warps=2),
     ),
+    "_vae_prompts_bwd_latent": (Tiles({"BLOCK_B": 32, "BLOCK_H": 64, "BLOCK_Z": 32, "BLOCK_S": 16}),),
 }
+PROGRAMS = 132  # the columns of the decoder are cut into shares until so many programs work on them
 _LOW, _HIGH = tl.constexpr(LOGVAR_RANGE[0]), tl.constexpr(LOGVAR_RANGE[1])
 _TWO_PI = tl.constexpr(6.283185307179586)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -222,75 +223,97 @@ def _vae_prompts_bwd_decoder(
 
 
 @triton.jit
-def _vae_prompts_bwd_latent(
-    grad, grad_kl, stats, seed, w1, b1, w2, partial, grad_hidden, grad_stats,
-    B, M, D, Z, H,
-    stride_gb, stride_gp, stride_gd, stride_kb, stride_sb, stride_sz, stride_1h, stride_1z, stride_2c, stride_2h,
-    NOISE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Z: tl.constexpr,
+def _vae_prompts_bwd_hidden(
+    grad, w2, shares,
+    B, M, D, H, share, stride_gb, stride_gp, stride_gd, stride_2c, stride_2h,
+    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
 ):
-    """Programs (images; latent units). `partial` carries dz from one decoder to the next, FIRST to LAST."""
+    """Programs (images; hidden units; shares of so many tiles of d): da (shares, B, H) of each share."""
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    j = tl.program_id(1) * BLOCK_Z + tl.arange(0, BLOCK_Z)
-    inside = (b[:, None] < B) & (j[None, :] < Z)
-    at = b.to(tl.int64)[:, None] * Z + j[None, :]
-    tiles = tl.cdiv(D, BLOCK_D)
-    dz = tl.zeros((BLOCK_B, BLOCK_Z), tl.float32)
-    for start in range(0, H, BLOCK_H):
-        h = start + tl.arange(0, BLOCK_H)
-        da = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-        for tile in range(M * tiles):
-            row, d = tile // tiles, tile % tiles * BLOCK_D + tl.arange(0, BLOCK_D)
-            g = tl.load(grad + b.to(tl.int64)[:, None] * stride_gb + row * stride_gp + d[None, :] * stride_gd,
-                        mask=(b[:, None] < B) & (d[None, :] < D), other=0.0)  # (b, D)
-            w = tl.load(w2 + (row * D + d).to(tl.int64)[:, None] * stride_2c + h[None, :] * stride_2h,
-                        mask=(d[:, None] < D) & (h[None, :] < H), other=0.0)  # (D, h)
-            da = tl.dot(g.to(w.dtype), w, da, input_precision="ieee")
-        x = _hidden(stats, seed, w1, b1, b, h, B, Z, H, stride_sb, stride_sz, stride_1h, stride_1z, NOISE, BLOCK_Z)
-        dh = da * _gelu_slope(x)
-        tl.store(grad_hidden + b.to(tl.int64)[:, None] * H + h[None, :], dh,
-                 mask=(b[:, None] < B) & (h[None, :] < H) & (tl.program_id(1) == 0))
-        w = tl.load(w1 + h[:, None] * stride_1h + j[None, :] * stride_1z,
-                    mask=(h[:, None] < H) & (j[None, :] < Z), other=0.0)  # (h, z)
-        dz = tl.dot(dh.to(w.dtype), w, dz, input_precision="ieee")
-    if not FIRST:
-        dz += tl.load(partial + at, mask=inside, other=0.0)
-    if LAST:
-        mu, logvar, raw = _gaussian(stats, b, j, B, Z, stride_sb, stride_sz)
-        nats = tl.load(grad_kl + b.to(tl.int64) * stride_kb, mask=b < B, other=0.0).to(tl.float32)[:, None]
-        dlogvar = 0.5 * nats * (tl.exp(logvar) - 1.0)
-        if NOISE:
-            dlogvar += 0.5 * dz * tl.exp(0.5 * logvar) * _normal(seed, at)
-        dlogvar = tl.where((raw > _LOW) & (raw < _HIGH), dlogvar, 0.0)
-        out = grad_stats + b.to(tl.int64)[:, None] * 2 * Z + j[None, :]
-        tl.store(out, (dz + nats * mu).to(grad_stats.dtype.element_ty), mask=inside)
-        tl.store(out + Z, dlogvar.to(grad_stats.dtype.element_ty), mask=inside)
-    else:
-        tl.store(partial + at, dz, mask=inside)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    tiles, first = tl.cdiv(D, BLOCK_D), tl.program_id(2) * share
+    da = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+    for tile in range(first, tl.minimum(first + share, M * tiles)):
+        row, d = tile // tiles, tile % tiles * BLOCK_D + tl.arange(0, BLOCK_D)
+        g = tl.load(grad + b.to(tl.int64)[:, None] * stride_gb + row * stride_gp + d[None, :] * stride_gd,
+                    mask=(b[:, None] < B) & (d[None, :] < D), other=0.0)  # (b, D)
+        w = tl.load(w2 + (row * D + d).to(tl.int64)[:, None] * stride_2c + h[None, :] * stride_2h,
+                    mask=(d[:, None] < D) & (h[None, :] < H), other=0.0)  # (D, h)
+        da = tl.dot(g.to(w.dtype), w, da, input_precision="ieee")
+    at = (tl.program_id(2) * B + b).to(tl.int64)[:, None] * H + h[None, :]
+    tl.store(shares + at, da, mask=(b[:, None] < B) & (h[None, :] < H))
 
 
 @triton.jit
-def _vae_prompts_bwd_hidden(
-    grad_hidden, stats, seed, grad_w1, grad_b1,
-    B, Z, H, stride_sb, stride_sz,
-    NOISE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Z: tl.constexpr,
+def _grad_hidden(shares, stats, seed, w1, b1, b, h, S, B, Z, H, stride_sb, stride_sz, stride_1h, stride_1z,
+                 NOISE: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_S: tl.constexpr):
+    """dh of one image b (1,) and hidden units h (n,), or of images b (n,) and one hidden unit h (1,): (n,)."""
+    at, inside = b.to(tl.int64) * H + h, (b < B) & (h < H)
+    x = tl.load(b1 + h + 0 * b, mask=inside, other=0.0).to(tl.float32)
+    for start in range(0, Z, BLOCK_Z):
+        j = start + tl.arange(0, BLOCK_Z)
+        z = _latent(stats, seed, b, j, B, Z, stride_sb, stride_sz, NOISE)  # (b, z)
+        w = tl.load(w1 + h[:, None] * stride_1h + j[None, :] * stride_1z,
+                    mask=(h[:, None] < H) & (j[None, :] < Z), other=0.0)  # (h, z)
+        x += tl.sum(z * w.to(tl.float32), axis=1)
+    da = tl.zeros_like(x)
+    for start in range(0, S, BLOCK_S):
+        share = (start + tl.arange(0, BLOCK_S))[:, None]
+        da += tl.sum(tl.load(shares + share.to(tl.int64) * B * H + at[None, :], mask=(share < S) & inside[None, :],
+                             other=0.0), axis=0)
+    return da * _gelu_slope(x)
+
+
+@triton.jit
+def _vae_prompts_bwd_latent(
+    shares, grad_kl, stats, seed, w1, b1, carried, grad_stats, grad_w1, grad_b1,
+    S, B, Z, H, stride_kb, stride_sb, stride_sz, stride_1h, stride_1z,
+    NOISE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_S: tl.constexpr,
 ):
-    """Programs (hidden units; latent units)."""
-    h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    j = tl.program_id(1) * BLOCK_Z + tl.arange(0, BLOCK_Z)
-    acc = tl.zeros((BLOCK_H, BLOCK_Z), tl.float32)
-    total = tl.zeros((BLOCK_H,), tl.float32)
-    for start in range(0, B, BLOCK_B):
-        b = start + tl.arange(0, BLOCK_B)
-        dh = tl.load(grad_hidden + b.to(tl.int64)[:, None] * H + h[None, :],
-                     mask=(b[:, None] < B) & (h[None, :] < H), other=0.0)  # (b, h)
-        z = _latent(stats, seed, b, j, B, Z, stride_sb, stride_sz, NOISE)
-        acc = tl.dot(tl.trans(dh.to(grad_w1.dtype.element_ty)), z.to(grad_w1.dtype.element_ty), acc,
-                     input_precision="ieee")
-        total += tl.sum(dh, axis=0)
-    tl.store(grad_w1 + h.to(tl.int64)[:, None] * Z + j[None, :], acc.to(grad_w1.dtype.element_ty),
-             mask=(h[:, None] < H) & (j[None, :] < Z))
-    tl.store(grad_b1 + h, total.to(grad_b1.dtype.element_ty), mask=(h < H) & (tl.program_id(1) == 0))
+    """Programs (hidden unit, latent units) for dW₁ and db₁, and behind them (image, latent units) for the statistics.
+
+    `carried` takes dz from one decoder to the next, FIRST to LAST.
+    """
+    tiles = tl.cdiv(Z, BLOCK_Z)
+    i, j = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_Z + tl.arange(0, BLOCK_Z)
+    if i < H:
+        unit = i + tl.arange(0, 1)
+        total = tl.zeros((1,), tl.float32)
+        dw = tl.zeros((BLOCK_Z,), tl.float32)
+        for start in range(0, B, BLOCK_B):
+            b = start + tl.arange(0, BLOCK_B)
+            of_unit = _grad_hidden(shares, stats, seed, w1, b1, b, unit, S, B, Z, H, stride_sb, stride_sz, stride_1h,
+                                   stride_1z, NOISE, BLOCK_Z, BLOCK_S)[:, None]
+            dw += tl.sum(of_unit * _latent(stats, seed, b, j, B, Z, stride_sb, stride_sz, NOISE), axis=0)
+            total += tl.sum(of_unit, axis=0)
+        tl.store(grad_w1 + i.to(tl.int64) * Z + j, dw.to(grad_w1.dtype.element_ty), mask=j < Z)
+        tl.store(grad_b1 + unit, total.to(grad_b1.dtype.element_ty), mask=(unit < H) & (tl.program_id(0) % tiles == 0))
+    else:
+        image = i - H + tl.arange(0, 1)
+        dz = tl.zeros((BLOCK_Z,), tl.float32)
+        for start in range(0, H, BLOCK_H):
+            h = start + tl.arange(0, BLOCK_H)
+            of_image = _grad_hidden(shares, stats, seed, w1, b1, image, h, S, B, Z, H, stride_sb, stride_sz, stride_1h,
+                                    stride_1z, NOISE, BLOCK_Z, BLOCK_S)[:, None]
+            w = tl.load(w1 + h[:, None] * stride_1h + j[None, :] * stride_1z,
+                        mask=(h[:, None] < H) & (j[None, :] < Z), other=0.0)  # (h, z)
+            dz += tl.sum(of_image * w.to(tl.float32), axis=0)
+        at, inside = image.to(tl.int64) * Z + j, j < Z
+        if not FIRST:
+            dz += tl.load(carried + at, mask=inside, other=0.0)
+        if LAST:
+            mu, logvar, raw = _gaussian(stats, image, j, B, Z, stride_sb, stride_sz)  # (1, z)
+            dz, nats = dz[None, :], tl.load(grad_kl + image.to(tl.int64) * stride_kb).to(tl.float32)[:, None]
+            dlogvar = 0.5 * nats * (tl.exp(logvar) - 1.0)
+            if NOISE:
+                dlogvar += 0.5 * dz * tl.exp(0.5 * logvar) * _normal(seed, at[None, :])
+            dlogvar = tl.where((raw > _LOW) & (raw < _HIGH), dlogvar, 0.0)
+            out = grad_stats + image.to(tl.int64)[:, None] * 2 * Z + j[None, :]
+            tl.store(out, (dz + nats * mu).to(grad_stats.dtype.element_ty), mask=inside[None, :])
+            tl.store(out + Z, dlogvar.to(grad_stats.dtype.element_ty), mask=inside[None, :])
+        else:
+            tl.store(carried + at, dz, mask=inside)
 
 
 def _decoders(weights: list[Tensor]) -> list[Decoder]:
@@ -324,6 +347,14 @@ def _forward(stats: Tensor, weights: list[Tensor], domain: Tensor, seed: Tensor 
     return prompts, kl
 
 
+def _shares(batch: int, hidden: int, instance: int, d: int, sizes: Mapping[str, int]) -> tuple[int, tuple[int, ...]]:
+    """Tiles of d in a share of the decoder's columns, as many as leave PROGRAMS programs, and the grid."""
+    rows = triton.cdiv(batch, sizes["BLOCK_B"]), triton.cdiv(hidden, sizes["BLOCK_H"])
+    tiles = instance * triton.cdiv(d, sizes["BLOCK_D"])
+    share = max(tiles // triton.cdiv(PROGRAMS, max(rows[0] * rows[1], 1)), 1)
+    return share, (*rows, triton.cdiv(tiles, share))
+
+
 def _gradients(grad: Tensor, grad_kl: Tensor, stats: Tensor, weights: list[Tensor], domain: Tensor,
                seed: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
     return (stats.new_empty(stats.shape), domain.new_empty(domain.shape), [w.new_empty(w.shape) for w in weights])
@@ -338,8 +369,9 @@ def _backward(grad: Tensor, grad_kl: Tensor, stats: Tensor, weights: list[Tensor
     group = layers // len(decoders)
     bits = 8 * weights[2].element_size()
     rows = {name: pick(table, stats.device, bits=bits) for name, table in TABLES.items()}
-    hidden = stats.new_empty(batch, h, dtype=torch.float32)
-    partial = stats.new_empty(batch, z, dtype=torch.float32) if len(decoders) > 1 else hidden
+    share, grid_hidden = _shares(batch, h, instance, d, rows["_vae_prompts_bwd_hidden"].sizes)
+    shares = stats.new_empty(grid_hidden[2], batch, h, dtype=torch.float32)
+    carried = stats.new_empty(batch, z, dtype=torch.float32) if len(decoders) > 1 else shares
     with torch.cuda.device_of(stats):
         for i, (w1, b1, w2, _) in enumerate(decoders):
             row = rows["_vae_prompts_bwd_decoder"]
@@ -351,17 +383,15 @@ def _backward(grad: Tensor, grad_kl: Tensor, stats: Tensor, weights: list[Tensor
                 own, stats, seed, w1, b1, w2, summed, found[i].w2, found[i].b2, own_domain, group, batch, static,
                 instance, d, z, h, *own.stride(), *stats.stride(), *w1.stride(), NOISE=noise, SUMMED=group > 1,
                 **row.options)
-            row = rows["_vae_prompts_bwd_latent"]
             if batch:
-                grid = (triton.cdiv(batch, row.sizes["BLOCK_B"]), triton.cdiv(z, row.sizes["BLOCK_Z"]))
-                _vae_prompts_bwd_latent[grid](
-                    summed, grad_kl, stats, seed, w1, b1, w2, partial, hidden, grad_stats, batch, instance, d, z, h,
-                    *summed.stride(), *grad_kl.stride(), *stats.stride(), *w1.stride(), *w2.stride(), NOISE=noise,
-                    FIRST=i == 0, LAST=i == len(decoders) - 1, **row.options)
-            row = rows["_vae_prompts_bwd_hidden"]
-            grid = (triton.cdiv(h, row.sizes["BLOCK_H"]), triton.cdiv(z, row.sizes["BLOCK_Z"]))
-            _vae_prompts_bwd_hidden[grid](hidden, stats, seed, found[i].w1, found[i].b1, batch, z, h, *stats.stride(),
-                                          NOISE=noise, **row.options)
+                _vae_prompts_bwd_hidden[grid_hidden](summed, w2, shares, batch, instance, d, h, share,
+                                                     *summed.stride(), *w2.stride(),
+                                                     **rows["_vae_prompts_bwd_hidden"].options)
+            row = rows["_vae_prompts_bwd_latent"]
+            _vae_prompts_bwd_latent[((h + batch) * triton.cdiv(z, row.sizes["BLOCK_Z"]),)](
+                shares, grad_kl, stats, seed, w1, b1, carried, grad_stats, found[i].w1, found[i].b1, len(shares), batch,
+                z, h, *grad_kl.stride(), *stats.stride(), *w1.stride(), NOISE=noise, FIRST=i == 0,
+                LAST=i == len(decoders) - 1, **row.options)
     return grad_stats, grad_domain, grad_weights
 
 

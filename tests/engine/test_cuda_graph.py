@@ -1276,7 +1276,7 @@ class TestTheReport:
                                compiler=lambda model, dynamic: model,
                                keep=lambda report: kept.append(len(report["methods"])))
         json.dumps(report)
-        assert kept == [1, 2, 3, 4]
+        assert kept == [4, 4, 4, 4]
         assert set(report["methods"]) == {"vpt-deep", "pgn", "v2apt", "vapt"}
         for found in report["methods"].values():
             assert [row["batch"] for row in found["parity"]] == [3, 4, 3, 4]
@@ -1287,6 +1287,16 @@ class TestTheReport:
                 for times in (*found["inference"][batch].values(), *found["training step"][batch].values()):
                     assert times["latency"]["median"] > 0
                     assert times["throughput"]["low"] <= times["throughput"]["high"]
+
+    def test_a_deadline_cuts_times_short_and_no_parity(self, bench: ModuleType, tiny_vit: VisionTransformer,
+                                                       capturable_on_cpu: None) -> None:
+        found = bench.measure(fp.FrozenViT(tiny_vit), ["pgn"], (2,), RecordingCapturer, lambda model, dynamic: model,
+                              deadline=0.0)["methods"]["pgn"]
+        assert len(found["parity"]) == 4
+        for times in (found["inference"]["2"], found["training step"]["2"]):
+            assert times.pop("compile") is None
+            for way in times.values():
+                assert way["throughput"]["low"] == way["throughput"]["high"]  # one round
 
     @pytest.mark.parametrize(("broken", "error"), [("replay", SystemExit), ("capture", UserWarning)])
     def test_a_wrong_replay_and_a_failed_capture_end_it(self, bench: ModuleType, tiny_vit: VisionTransformer,

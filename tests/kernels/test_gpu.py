@@ -91,7 +91,7 @@ def test_the_readme_gets_the_table_of_a_real_run_alone(report_of: tuple[Path, di
 
 
 @pytest.mark.parametrize(("old", "new"), [
-    ("H * D, acc * scale, D", "H * D, acc, D"),
+    ("stride_or, acc * scale, D", "stride_or, acc, D"),
     ("acc / total[:, None]", "acc / total[:, None] + 1e-3"),
 ], ids=["gradient", "output"])
 def test_a_wrong_kernel_ends_the_run_with_an_error(old: str, new: str, tmp_path: Path) -> None:
@@ -115,6 +115,24 @@ def test_what_the_sanitizer_finds_ends_the_run_with_an_error(tmp_path: Path) -> 
     ran = run("-c", code.replace("gpu.sanitized(gpu.DRY)", "print(gpu.sanitized(gpu.DRY))"),
               PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert ran.stdout == "compute-sanitizer: memcheck found nothing, racecheck found nothing\n"
+
+
+def test_the_time_is_bounded(tmp_path: Path) -> None:
+    """What is over ends with an error, and what takes long is left out before."""
+    path = tmp_path / "gpu.json"
+    ran = run("bench/gpu.py", "--dry-run", "--op", "vae_prompts", "--seconds", "30", "--began", "0", "--out", str(path))
+    assert ran.returncode != 0
+    assert "Timeout" in ran.stderr
+    assert not path.exists()
+    code = ("import sys; sys.path.insert(0, 'bench'); import gpu; gpu.OPS_UNTIL = 0\n"
+            "gpu.main('--dry-run', '--op', 'library_prompts', '--seconds', '3000', '--out', sys.argv[1])")
+    ran = run("-c", code, str(path))
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    found = json.loads(path.read_text())["ops"]["library_prompts"]
+    assert len(found["parity"]) == 2
+    for job in ("forward", "forward and backward"):
+        times = found["microseconds"]["32"][0][job]
+        assert {name for name in times if times[name] is None} == TIMES - {"triton", "eager"}
 
 
 def test_kernels_are_launched_in_processes_of_their_own() -> None:

@@ -57,6 +57,14 @@ def test_without_prefix_it_is_attention() -> None:
     torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(t["q"], t["k"], t["v"]))
 
 
+def test_packed_is_the_same() -> None:
+    qkv, t = torch.randn(B, T, 3, H, D).double(), tensors()
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    prefix = (t["prefix_k"], t["prefix_v"])
+    assert torch.equal(prefix_attention(qkv, None, None, *prefix), prefix_attention(q, k, v, *prefix))
+    assert torch.equal(prefix_attention(t["q"], qkv[:, :, 1:]), prefix_attention(t["q"], k, v))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [T, 1 + SMALL_SCORES // R])
 def test_other_dtypes_take_both_ways_within_tolerance(dtype: torch.dtype, tokens: int) -> None:
@@ -115,6 +123,10 @@ def test_empty_batch() -> None:
     [
         ({"q": torch.zeros(B, R, D)}, "q must be"),
         ({"v": torch.zeros(B, H, T + 1, D)}, "k, v"),
+        ({"k": None}, "v needs k"),
+        ({"v": None}, r"k must be packed, \(B, T, 2, H, d\), where v is None, got \(2, 3, 5, 8\)"),
+        ({"k": None, "v": None}, r"q must be packed, \(B, T, 3, H, d\), where v is None, got \(2, 3, 4, 8\)"),
+        ({"k": torch.zeros(B, T, 3, H, D), "v": None}, "k must be packed"),
         ({"q": torch.zeros(B, H, R, D + 1)}, "q must be"),
         ({"q": torch.zeros(B, H + 1, R, D)}, "q must be"),
         ({"prefix_v": None}, "prefix_k and prefix_v must be given together"),

@@ -30,6 +30,34 @@ def inputs(size: str) -> list[Tensor | None]:
     return [q, k, v, *prefix]
 
 
+@pytest.mark.parametrize("size", ["shared prefix", "no prefix", "no image"])
+def test_packed_inputs_get_packed_gradients(size: str) -> None:
+    q, k, v, *prefix = inputs(size)
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    pair = torch.stack([k, v]).permute(1, 3, 0, 2, 4).contiguous()  # (B, T, 2, H, d)
+    whole = torch.cat([pair[:, :, :1], pair], dim=2).detach()  # with the keys as queries
+    for given in ((q, pair, None), (whole, None, None)):
+        x = [t if t is None else t.detach().requires_grad_() for t in (*given, *prefix)]
+        active = [t for t in x if t is not None]
+        out = prefix_attention(*x, scale=0.3)
+        weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
+        ours = torch.autograd.grad((out * weights).sum(), active)
+        assert ours[1 if given[1] is pair else 0].is_contiguous()
+        with use_backend("reference"):
+            plain = prefix_attention(*x, scale=0.3)
+        torch.testing.assert_close(out, plain, rtol=1e-12, atol=1e-12)
+        for a, b in zip(ours, torch.autograd.grad((plain * weights).sum(), active), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    for first in (True, False):  # tokens that need no gradient
+        x = [whole if first else whole.requires_grad_(), None, None,
+             *(t if t is None else t.detach().requires_grad_(first) for t in prefix)]
+        if any(t is not None and t.requires_grad for t in x):
+            prefix_attention(*x, scale=0.3).sum().backward()
+            assert (whole.grad is None) == first
+
+
 @pytest.mark.parametrize("buffer", [5 * 2**18, 100, 20], ids=["one buffer", "a head at a time", "less than a head"])
 @pytest.mark.parametrize("size", SIZES)
 def test_attention_gradients(size: str, buffer: int, monkeypatch: pytest.MonkeyPatch) -> None:

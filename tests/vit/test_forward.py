@@ -14,6 +14,8 @@ from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 import fastprompt as fp
+from fastprompt.generators import pgn
+from fastprompt.kernels.library_prompts import library_prompts
 from fastprompt.vit import forward, reference
 
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -226,7 +228,8 @@ def test_the_first_block_needs_no_gradient_of_its_tokens(
     monkeypatch.setattr(
         forward,
         "prefix_attention",
-        lambda q, k, v, *rest, **options: needed.append(k.requires_grad) or original(q, k, v, *rest, **options),
+        lambda q, k, v, *rest, **options: needed.append((q if k is None else k).requires_grad)
+        or original(q, k, v, *rest, **options),
     )
     model(tiny_images[:2].double())
     assert needed == [False]  # the last block has one query and no keys
@@ -240,3 +243,30 @@ def test_the_last_block_has_no_key_and_value_product_for_one_query(
     monkeypatch.setattr(forward, "prefix_attention", lambda *a, **o: calls.append(1) or original(*a, **o))
     model(tiny_images[:2].double())
     assert len(calls) == (1 if readout == "cls" else 2)
+
+
+@pytest.mark.parametrize("backbone", ["plain", "pre-norm", "pre-norm without affine"])
+def test_the_mixture_leaves_its_op_with_the_pre_norm_applied(
+    randomised: Callable[..., nn.Module], tiny_images: Tensor, backbone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(randomised, "pgn", backbone.removesuffix(" without affine"), "patches").train()
+    vit, seen, normed = model.backbone, [], []
+    if "without" in backbone:
+        vit.norm_pre.bias = None  # no LayerNorm as the op takes it
+    monkeypatch.setattr(
+        pgn, "library_prompts", lambda *a, **o: seen.append(o.get("pre_norm")) or library_prompts(*a, **o)
+    )
+    if vit.norm_pre is not None:
+        vit.norm_pre.register_forward_hook(lambda module, args, out: normed.append(args[0].shape[1]))
+    images = tiny_images[:2].double()
+    ours = torch.autograd.grad(model(images).square().sum(), model.generator.library)[0]
+    if backbone == "pre-norm":
+        assert seen[0].weight is vit.norm_pre.weight
+        assert seen[0].bias is vit.norm_pre.bias
+        assert seen[0].eps == vit.norm_pre.eps
+        assert normed == [17]  # class token and patches alone
+    else:
+        assert seen == [None]
+        assert normed == ([3, 17] if vit.norm_pre is not None else [])
+    theirs = torch.autograd.grad(model.reference_forward(images).square().sum(), model.generator.library)[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
