@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastprompt as fp
 from fastprompt.kernels import dispatch, native
+from fastprompt.kernels.adaptive_prompts import adaptive_prompts
 from fastprompt.kernels.prefix_attention import prefix_attention, reference as attention_reference
 
 COMPILER = shutil.which(os.environ.get("CXX") or "g++")
@@ -140,6 +141,79 @@ class TestPrefixAttention:
             with fp.use_backend("native"), pytest.raises(RuntimeError, match=f"cannot run, .*{message}"):
                 call()
             call()  # PyTorch takes it
+
+
+def adaptive_inputs(b: int, n: int, p: int, d: int, r: int, dtype: torch.dtype) -> dict[str, Tensor | None]:
+    """Patch rows of a sequence, of a mean and spread of their own each."""
+    sequence = torch.randn(b, n + 1, d) * (0.1 + torch.rand(b, n + 1, 1)) + torch.randn(b, n + 1, 1)
+    made = {"norm_weight": torch.randn(d), "norm_bias": torch.randn(d), "mix": torch.randn(p, n),
+            "bias": torch.randn(p)}
+    hidden = {"w1": torch.randn(r, d) / d**0.5, "w2": torch.randn(d, r)} if r else {"w1": None, "w2": None}
+    return {"tokens": sequence.to(dtype)[:, 1:], **made, **hidden}
+
+
+@needs_library
+class TestAdaptivePrompts:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("sizes", [
+        (2, 196, 50, 768, 8), (2, 17, 33, 48, 5), (1, 4, 1, 16, 1), (3, 49, 5, 100, 0), (1, 1, 2, 7, 3),
+        (2, 64, 32, 32, 64), (0, 9, 2, 16, 4), (2, 9, 0, 16, 4)], ids=str)
+    def test_matches_float64(self, level: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+        inputs = adaptive_inputs(*sizes, dtype)
+        with fp.use_backend("native"):
+            found = adaptive_prompts(**inputs)
+        assert dispatch.choices["adaptive_prompts"].backend == "native"
+        with fp.use_backend("reference"):
+            plain = adaptive_prompts(**inputs)
+            exact = adaptive_prompts(**{name: x if x is None else x.double() for name, x in inputs.items()})
+        within_tolerance(found, plain, exact)
+
+    @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "tanh", "sigmoid"])
+    def test_every_activation_and_a_learned_scale(self, level: str, activation: str) -> None:
+        inputs, scale = adaptive_inputs(2, 9, 3, 40, 6, torch.float32), torch.tensor(0.3)
+        with fp.use_backend("native"):
+            found = adaptive_prompts(**inputs, activation=activation, scale=scale, eps=1e-2)
+        with fp.use_backend("reference"):
+            plain = adaptive_prompts(**inputs, activation=activation, scale=scale, eps=1e-2)
+            exact = adaptive_prompts(**{name: x.double() for name, x in inputs.items()}, activation=activation,
+                                     scale=scale.double(), eps=1e-2)
+        within_tolerance(found, plain, exact)
+
+    def test_threads_share_the_work_and_change_no_bit(self, level: str) -> None:
+        for dtype in DTYPES:
+            inputs, found = adaptive_inputs(1, 49, 5, 200, 4, dtype), []
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                try:
+                    with fp.use_backend("native"):
+                        found.append(adaptive_prompts(**inputs))
+                finally:
+                    torch.set_num_threads(1)
+            assert torch.equal(*found)
+
+    def test_passes_opcheck_and_compiles_in_one_graph(self) -> None:
+        from fastprompt.kernels.adaptive_prompts import native as bound
+
+        inputs = adaptive_inputs(2, 9, 3, 16, 4, torch.bfloat16)
+        w1, w2 = inputs.pop("w1"), inputs.pop("w2")
+        assert w2 is not None
+        torch.library.opcheck(bound.OPERATOR, (*inputs.values(), w1, w2.t().contiguous(), 1, 1e-5))
+        torch.library.opcheck(bound.OPERATOR, (*inputs.values(), None, None, 0, 1e-5))
+        with fp.use_backend("native"):
+            compiled = torch.compile(adaptive_prompts, fullgraph=True, backend="aot_eager")
+            assert torch.equal(compiled(**inputs, w1=w1, w2=w2), adaptive_prompts(**inputs, w1=w1, w2=w2))
+
+    def test_says_what_it_cannot_take(self) -> None:
+        inputs = adaptive_inputs(2, 9, 3, 16, 4, torch.float32)
+        wrong: dict[str, dict[str, Any]] = {
+            "parameters in float32": {name: x.double() for name, x in inputs.items()},
+            "no masks": {**inputs, "channel_mask": torch.ones(2, 16)},
+            "rows of adjacent numbers": {**inputs, "tokens": torch.randn(2, 16, 9).mT},
+            "at most 64 hidden units": {**inputs, "w1": torch.randn(65, 16), "w2": torch.randn(16, 65)}}
+        for message, arguments in wrong.items():
+            with fp.use_backend("native"), pytest.raises(RuntimeError, match=f"cannot run, .*{message}"):
+                adaptive_prompts(**arguments)
+            adaptive_prompts(**arguments)  # PyTorch takes it
 
 
 @needs_library
