@@ -120,7 +120,7 @@ def measure(model: fp.PromptedViT, images: Tensor, graph: str) -> Measured:
     forward: Callable[[Tensor], Any] = model.reference_forward if graph == "papers" else model
 
     def infer() -> Tensor:
-        with torch.no_grad(), fp.use_backend("reference"):
+        with torch.no_grad():
             return forward(images)
 
     def step() -> None:

@@ -27,12 +27,12 @@ struct PrefixAttention {
   float scale;
 };
 
-// sum = x + branch in the type of the rows, and normed = (sum − mean) / √(variance + eps), each row by itself.
+// sum = x + branch in their type, and normed = (sum − mean) / √(variance + eps), each row by itself; all contiguous.
 struct AddNorm {
-  const void *x, *branch;  // branch null: sum is x and is not written
+  const void *x, *branch;
   void *sum, *normed;
   Type type;
-  int64_t x_row, branch_row, width;  // strides in elements; outputs are contiguous
+  int64_t width;
   float eps;
 };
 
@@ -54,7 +54,7 @@ struct AdaptivePrompts {
 struct Kernels {
   int64_t (*prefix_attention_scratch)(const PrefixAttention*);
   void (*prefix_attention)(const PrefixAttention*, int64_t begin, int64_t end, char* scratch);
-  void (*add_norm)(const AddNorm*, int64_t begin, int64_t end, char* scratch);
+  void (*add_norm)(const AddNorm*, int64_t begin, int64_t end, char* scratch);  // task: a row
   int64_t (*adaptive_prompts_scratch)(const AdaptivePrompts*);
   void (*adaptive_prompts)(const AdaptivePrompts*, int64_t begin, int64_t end, char* scratch);  // task: part of an image
   void (*bottleneck)(const AdaptivePrompts*, int64_t begin, int64_t end);  // task: a prompt of an image

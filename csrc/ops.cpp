@@ -151,7 +151,7 @@ Tensor prefix_attention(const Tensor& q, const Tensor& k, const Tensor& v, std::
   return out;
 }
 
-// Rows of x and branch (..., D), each as one run of rows a fixed stride apart → their sum and its norm.
+// x, branch (..., D) → their sum and its norm
 std::tuple<Tensor, Tensor> add_norm(const Tensor& x, const Tensor& branch, double eps) {
   const int64_t width = x.size(x.dim() - 1), rows = width == 0 ? 0 : x.numel() / width;
   STD_TORCH_CHECK(x.is_contiguous() && branch.is_contiguous() && branch.numel() == x.numel() &&
@@ -161,29 +161,13 @@ std::tuple<Tensor, Tensor> add_norm(const Tensor& x, const Tensor& branch, doubl
   Tensor sum = torch::stable::empty_like(x), normed = torch::stable::empty_like(x);
   a.x = x.const_data_ptr(), a.branch = branch.const_data_ptr();
   a.sum = sum.mutable_data_ptr(), a.normed = normed.mutable_data_ptr();
-  a.x_row = a.branch_row = a.width = width, a.eps = eps;
+  a.width = width, a.eps = eps;
   const Kernels* run = kernels_of(level);
   if (rows > 0)
     torch::stable::parallel_for(0, rows, GRAIN / width + 1, [&](int64_t begin, int64_t end) {
       run->add_norm(&a, begin, end, scratch_of(4 * width));
     });
   return {sum, normed};
-}
-
-Tensor layer_norm(const Tensor& x, double eps) {
-  const int64_t width = x.size(x.dim() - 1), rows = width == 0 ? 0 : x.numel() / width;
-  STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
-  AddNorm a = {};
-  a.type = type_of(x, "x");
-  Tensor normed = torch::stable::empty_like(x);
-  a.x = x.const_data_ptr(), a.normed = normed.mutable_data_ptr();
-  a.x_row = a.width = width, a.eps = eps;
-  const Kernels* run = kernels_of(level);
-  if (rows > 0)
-    torch::stable::parallel_for(0, rows, GRAIN / width + 1, [&](int64_t begin, int64_t end) {
-      run->add_norm(&a, begin, end, scratch_of(4 * width));
-    });
-  return normed;
 }
 
 // tokens (B, N, D), norm_weight, norm_bias (D,), mix (P, N), bias (P,), w1 (r, D), w2 (D, r) transposed → (B, P, D)
@@ -223,7 +207,6 @@ Tensor adaptive_prompts(const Tensor& tokens, const Tensor& norm_weight, const T
 STABLE_TORCH_LIBRARY_IMPL(fastprompt, CPU, m) {
   m.impl("prefix_attention_native", TORCH_BOX(&prefix_attention));
   m.impl("add_norm_native", TORCH_BOX(&add_norm));
-  m.impl("layer_norm_native", TORCH_BOX(&layer_norm));
   m.impl("adaptive_prompts_native", TORCH_BOX(&adaptive_prompts));
 }
 

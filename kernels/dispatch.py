@@ -50,10 +50,10 @@ def use_backend(name: str) -> Iterator[None]:
 
     "auto" takes the faster of an op's kernels and PyTorch, measured at the first call of each shape. For CUDA and ROCm
     tensors these are the Triton kernels (unmeasured inside `torch.compile` and in a graph capture that meets the shape
-    first), at inference on a CPU the native ones (PyTorch inside `torch.compile`, whose own fusions and exporters read
-    it). PyTorch is the reference, or, training on a CPU, an op's `recompute.py`, the same with a backward that keeps
-    its inputs alone. An implementation that is asked for by name and cannot run is a `RuntimeError` that says why,
-    never a silent detour.
+    first), at inference on a CPU the native ones (PyTorch inside `torch.compile` and under a dispatch mode: compilers,
+    exporters and counters know its operators). PyTorch is the reference, or, training on a CPU, an op's
+    `recompute.py`, the same with a backward that keeps its inputs alone. An implementation that is asked for by name
+    and cannot run is a `RuntimeError` that says why, never a silent detour.
 
     Raises:
         ValueError: there is no such backend.
@@ -123,9 +123,11 @@ def _decide(op: str, wanted: str, device: str, unsupported: str, recompute: bool
 
 def _faster(op: str, kernels: str, arguments: tuple[Any, ...]) -> Choice:
     """The faster of `kernels` and reference for calls like this one, timed at the first of them."""
-    untimed = Choice("triton", "") if kernels == "triton" else Choice("reference", "it is not timed here")
+    untimed = Choice("triton", "") if kernels == "triton" else Choice("reference", "it cannot be timed here")
     if not arguments or torch.compiler.is_compiling():
         return untimed
+    if kernels == "native" and torch._C._len_torch_dispatch_stack():
+        return Choice("reference", "a dispatch mode reads PyTorch's operators")
     leaves = arguments if kernels == "native" else tree_leaves(arguments)
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     device, trains = tensors[0].device, torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
@@ -148,11 +150,8 @@ def _faster(op: str, kernels: str, arguments: tuple[Any, ...]) -> Choice:
 
 
 def _can_be_timed(tensors: list[Tensor]) -> bool:
-    """Whether there is memory that can be computed on now, and nobody counts what is computed: no fakes, no transforms,
-    no dispatch mode, no graph being captured.
-    """
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() \
-            or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
+    """Whether there is memory that can be computed on now: no fakes, no transforms, no graph being captured."""
+    if torch._C._are_functorch_transforms_active() or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
         return False
     return not (tensors[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastprompt as fp
 from fastprompt.kernels import dispatch, native
 from fastprompt.kernels.adaptive_prompts import adaptive_prompts
+from fastprompt.kernels.add_norm import add_norm
 from fastprompt.kernels.prefix_attention import prefix_attention, reference as attention_reference
 
 COMPILER = shutil.which(os.environ.get("CXX") or "g++")
@@ -217,6 +218,41 @@ class TestAdaptivePrompts:
 
 
 @needs_library
+class TestAddNorm:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", [(8, 197, 768), (3, 100), (5, 1), (2, 7, 13), (0, 4, 16), (2, 0, 16), (16,)],
+                             ids=str)
+    def test_matches_float64(self, level: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        x, branch = (torch.randn(2, *shape) + torch.randn(2, *shape[:-1], 1)).to(dtype).unbind(0)
+        with fp.use_backend("native"):
+            added, normed = add_norm(x, branch, 1e-6)
+        assert torch.equal(added, x + branch)
+        plain, exact = (torch.nn.functional.layer_norm(y, shape[-1:], eps=1e-6) for y in (added, added.double()))
+        within_tolerance(normed, plain, exact)
+
+    def test_what_is_no_number_stays_in_its_row(self, level: str) -> None:
+        x = torch.randn(4, 40).bfloat16()
+        for value in (float("nan"), float("inf")):
+            x[2, 3] = value
+            with fp.use_backend("native"):
+                added, normed = add_norm(x, x, 1e-6)
+            assert torch.equal(added.isfinite().all(1), torch.tensor([True, True, False, True]))
+            assert torch.equal(normed.isfinite().all(1), torch.tensor([True, True, False, True]))
+
+    def test_passes_opcheck_and_says_what_it_cannot_take(self) -> None:
+        from fastprompt.kernels.add_norm import native as bound
+
+        x = torch.randn(3, 5, 16)
+        torch.library.opcheck(bound.OPERATOR, (x, x, 1e-6))
+        for message, y in (("contiguous tensors", x.mT), ("not torch.float16", x.half())):
+            with fp.use_backend("native"), pytest.raises(RuntimeError, match=f"cannot run, .*{message}"):
+                add_norm(y, y, 1e-6)
+        with fp.use_backend("native"):
+            compiled = torch.compile(add_norm, fullgraph=True, backend="aot_eager")
+            assert all(map(torch.equal, compiled(x, x, 1e-6), add_norm(x, x, 1e-6)))
+
+
+@needs_library
 class TestAuto:
     """By measurement, at inference alone."""
 
@@ -261,7 +297,8 @@ class TestAuto:
         assert dispatch.choices["prefix_attention"].backend == "recompute"
         with torch.no_grad(), FlopCounterMode(display=False):
             prefix_attention(q, k, v, p, p)
-            assert dispatch.choices["prefix_attention"] == ("reference", "it is not timed here")
+            assert dispatch.choices["prefix_attention"] == (
+                "reference", "a dispatch mode reads PyTorch's operators")
         with torch.no_grad():
             exported = torch.export.export(Attention(), (q.detach(), k, v))
         assert "fastprompt" not in str(exported.graph)
@@ -283,7 +320,8 @@ class TestAuto:
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
             engine = fp.Engine(model, (4,), dtype, "eager")
             assert (engine(tiny_images) - expected).norm() <= tolerance * expected.norm()
-            assert "prefix_attention  native: the kernels took 1.0 µs" in str(fp.explain(engine))
+            for op in ("prefix_attention", "add_norm        "):
+                assert f"{op}  native: the kernels took 1.0 µs" in str(fp.explain(engine))
 
 
 class Attention(torch.nn.Module):
