@@ -23,9 +23,9 @@ $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(f"fastprompt needs Python 3.10 or newer, {sys.executable} is {sys.version.split()[0]}: set PYTHON=" if sys.version_info < (3, 10) else 0)'
 	@$(PYTHON) -m venv $(VENV) || { echo 'no virtual environment could be made: on Debian, apt-get install python3-venv' >&2; rm -rf $(VENV); exit 1; }
 
-$(STAMP): pyproject.toml setup.py constraints.txt | $(PY)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) | $(PY)
 	@echo 'installing fastprompt and what it needs into $(VENV): minutes, and about 6 GB where torch comes with CUDA'
-	@$(PY) -m pip install -qq $(PIP_FLAGS) -c constraints.txt setuptools
+	@$(PY) -m pip install -qq $(PIP_FLAGS) -c constraints.txt setuptools torch
 	@$(PY) -m pip install -qq $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 

@@ -6,8 +6,10 @@ Per method, ViT-B/16 at 224 px with a backbone in bfloat16: replays against floa
 a batch size that was captured and at one that is padded, before and after parameters change in place; then the time of
 a call, eager, by torch.compile and by graph, for inference and for a training step (AdamW) on the same batches, medians
 and quartiles of interleaved rounds. "throughput" is per call of many without waiting, "latency" that of one until its
-output is there. A mismatch, or a forward that cannot be captured, ends the run with an error. Inside `make gpu` time is
-short: there are as many rounds as fit into it, and torch.compile's times are null where it leaves no room to compile.
+output is there. Last, a batch of 32 images of 32 adapters in one `fp.Engine`, beside 32 images of one adapter, and
+beside serving them one by one, eager and by a graph of each adapter. A mismatch, or a forward that cannot be captured,
+ends the run with an error. Inside `make gpu` time is short: there are as many rounds as fit into it, and
+torch.compile's times are null where it leaves no room to compile.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from torch import Tensor
 
 import fastprompt as fp
 from fastprompt.engine.cuda_graph import Capturer, CudaCapturer, GraphedForward, GraphedTrainStep, cross_entropy
+from fastprompt.engine.engine import TOLERANCE
 from fastprompt.generators import PromptConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +41,7 @@ BATCHES = (1, 8, 32, 128)
 NUM_CLASSES = 100
 ROUNDS, CALLS = 9, 20
 COMPILE_SECONDS = 60.0  # that one of these models takes to compile, forward and backward
+ADAPTERS = 32
 
 Times = dict[str, dict[str, dict[str, float]] | None]
 
@@ -84,6 +88,9 @@ def measure(backbone: fp.FrozenViT | None = None, methods: Sequence[str] = tuple
                     left -= 1
             if keep is not None:
                 keep(report)
+    report["mixed batch"] = mixed(backbone, capturer, deadline)
+    if keep is not None:
+        keep(report)
     return report
 
 
@@ -141,6 +148,41 @@ def training(model: fp.PromptedViT, images: Tensor, labels: Tensor, capturer: Ca
     return found
 
 
+def mixed(backbone: fp.FrozenViT, capturer: Callable[[], Capturer], until: float) -> dict[str, Any]:
+    """Times of `ADAPTERS` images, each of its own VPT-deep adapter, by all ways to serve them.
+
+    Raises:
+        SystemExit: an image's output is not its own adapter's.
+    """
+    models = []
+    for seed in range(ADAPTERS):
+        torch.manual_seed(seed)
+        models.append(fp.PromptedViT(backbone, METHODS["vpt-deep"], NUM_CLASSES).eval())
+    images = torch.randn(ADAPTERS, 3, *backbone.image_size, device=backbone.device)
+    single, names = images.split(1), [f"adapter {i}" for i in range(ADAPTERS)]
+    graphs = [GraphedForward(model, (1,), capturer=capturer()) for model in models]
+    with fp.Engine(backbone, (ADAPTERS,), backbone.dtype, "eager") as engine, torch.no_grad():
+        for name, model in zip(names, models, strict=True):
+            engine.add_adapter(name, model)
+        expected = torch.cat([model(x) for model, x in zip(models, single, strict=True)]).double()
+        served = {"mixed batch": torch.stack(list(engine(images, adapter_names=names))),
+                  "batch 1, graph": torch.cat([graph(x) for graph, x in zip(graphs, single, strict=True)])}
+        for way, outputs in served.items():
+            error = float((outputs.double() - expected).norm() / expected.norm())
+            if not error < TOLERANCE[backbone.dtype]:
+                raise SystemExit(f"{way}: the outputs are off by {error:.2g} of the adapters' own")
+        times = timed({"mixed batch": lambda: engine(images, adapter_names=names),
+                       "one adapter": lambda: engine(images, adapter_names=ADAPTERS * names[:1]),
+                       "batch 1, eager": lambda: [model(x) for model, x in zip(models, single, strict=True)],
+                       "batch 1, graph": lambda: [graph(x) for graph, x in zip(graphs, single, strict=True)]},
+                      graphs[0].capturer, until, calls=1)
+    for graph in graphs:
+        graph.release()
+    mixture = times["mixed batch"]["throughput"]["median"]
+    return {"adapters": ADAPTERS, "microseconds": times,
+            "times of a mixed batch": {way: of["throughput"]["median"] / mixture for way, of in times.items()}}
+
+
 def adamw(model: fp.PromptedViT, capturable: bool = False) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for _, p in model.trainable_parameters()], lr=1e-4, capturable=capturable)
 
@@ -159,7 +201,7 @@ def plain_step(model: fp.PromptedViT, forward: Callable[..., Any], images: Tenso
     return step
 
 
-def timed(ways: dict[str, Callable[[], Any]], device: Capturer, until: float) -> Times:
+def timed(ways: dict[str, Callable[[], Any]], device: Capturer, until: float, calls: int = CALLS) -> Times:
     """Microseconds per call, median and quartiles over interleaved rounds, at least one; None: no time to compile."""
     samples: dict[str, dict[str, list[float]]] = {}
     for name, way in ways.items():
@@ -172,13 +214,13 @@ def timed(ways: dict[str, Callable[[], Any]], device: Capturer, until: float) ->
         if i and time.monotonic() > until:
             break
         for name, found in samples.items():
-            for kind, calls in (("throughput", CALLS), ("latency", 1)):
+            for kind, repeats in (("throughput", calls), ("latency", 1)):
                 device.synchronize()
                 began = time.perf_counter()
-                for _ in range(calls):
+                for _ in range(repeats):
                     ways[name]()
                 device.synchronize()
-                found[kind].append((time.perf_counter() - began) * 1e6 / calls)
+                found[kind].append((time.perf_counter() - began) * 1e6 / repeats)
     return {name: {kind: spread(values) for kind, values in samples[name].items()} if name in samples else None
             for name in ways}
 

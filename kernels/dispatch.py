@@ -1,8 +1,8 @@
 """Which implementation of an op runs: asked for with `use_backend`, decided by device, installation and a measurement,
 recorded.
 
-Where the Triton kernels of an op and its PyTorch reference both can run, "auto" times them once for each signature of
-the arguments, on the arguments themselves, and keeps to the faster.
+Where kernels of an op, Triton's or the C++ ones, and its PyTorch reference both can run, "auto" times them once for
+each signature of the arguments, on the arguments themselves, and keeps to the faster.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastprompt.kernels import native as library
+
 BACKENDS = ("auto", "reference", "triton", "native")
+NAMES = {"triton": "Triton", "native": "native"}
 
 _wanted: ContextVar[str] = ContextVar("fastprompt_backend", default="auto")
 
@@ -44,11 +48,12 @@ _warned: set[tuple[str, str]] = set()
 def use_backend(name: str) -> Iterator[None]:
     """Within this context, run every op by the named implementation: "auto", "reference", "triton" or "native".
 
-    "auto" takes for CUDA and ROCm tensors the faster of Triton kernels and PyTorch, measured at the first call of each
-    shape (the kernels, unmeasured, inside `torch.compile` and in a graph capture that meets the shape first), and
-    PyTorch elsewhere: the reference, or, training on a CPU, an op's `recompute.py`, the same with a backward that
-    keeps its inputs alone. An implementation that is asked for by name and cannot run is a `RuntimeError` that says
-    why, never a silent detour.
+    "auto" takes the faster of an op's kernels and PyTorch, measured at the first call of each shape. For CUDA and ROCm
+    tensors these are the Triton kernels (unmeasured inside `torch.compile` and in a graph capture that meets the shape
+    first), at inference on a CPU the native ones (PyTorch inside `torch.compile` and under a dispatch mode: compilers,
+    exporters and counters know its operators). PyTorch is the reference, or, training on a CPU, an op's
+    `recompute.py`, the same with a backward that keeps its inputs alone. An implementation that is asked for by name
+    and cannot run is a `RuntimeError` that says why, never a silent detour.
 
     Raises:
         ValueError: there is no such backend.
@@ -67,34 +72,40 @@ def wanted() -> str:
     return _wanted.get()
 
 
-def choose(op: str, device: str, unsupported: str = "", recompute: bool = False, arguments: tuple[Any, ...] = ()
-           ) -> str:
+def choose(op: str, device: str, unsupported: str = "", recompute: bool = False, arguments: tuple[Any, ...] = (),
+           native: str = "") -> str:
     """The implementation of `op` on a device of type `device`: "reference", "recompute", "triton" or "native".
 
     Args:
         unsupported: why the Triton kernels cannot take this call; empty: they can.
         recompute: whether the op's `recompute.py` can take this call.
-        arguments: of the call, as `<op>/triton.py` and `<op>/reference.py` take them, to time the two on; a tensor
-            that is written must be detached, and is written then. None: the kernels run untimed.
+        arguments: of the call, as the implementations take them, to time two of them on; a tensor that is written must
+            be detached, and is written then. None: Triton's kernels run untimed.
+        native: why the native kernels, if the op has any, cannot take this call; empty: they can.
 
     Raises:
         RuntimeError: the backend asked for cannot run.
     """
-    choice = _decide(op, _wanted.get(), device, unsupported, recompute)
-    if choice.backend == "triton" and _wanted.get() == "auto" and arguments and not torch.compiler.is_compiling():
-        choice = _faster(op, arguments)
+    wanted = _wanted.get()
+    if device == "cpu" and not native and torch.is_grad_enabled() \
+            and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+        native = "they have no backward, and gradients are recorded"
+    choice = _decide(op, wanted, device, unsupported, recompute, native)
+    if choice.backend in ("triton", "native") and wanted == "auto":
+        choice = _faster(op, choice.backend, arguments)
     choices[op] = choice
     return choice.backend
 
 
 @torch.compiler.assume_constant_result
-def _decide(op: str, wanted: str, device: str, unsupported: str, recompute: bool = False) -> Choice:
+def _decide(op: str, wanted: str, device: str, unsupported: str, recompute: bool = False, native: str = "") -> Choice:
     obstacle = _obstacle(op, device, unsupported)
     if wanted == "reference":
         return Choice("reference", "asked for by use_backend")
     if wanted == "native":
-        if not _has_module(op, "native"):
-            raise RuntimeError(f"use_backend('native'): {op} has no native implementation")
+        missing = _native_obstacle(op, device, native)
+        if missing:
+            raise RuntimeError(f"use_backend('native'): {op} cannot run, {missing}")
         return Choice("native", "asked for by use_backend")
     if not obstacle:
         return Choice("triton", "")
@@ -103,27 +114,39 @@ def _decide(op: str, wanted: str, device: str, unsupported: str, recompute: bool
     if device == "cuda" and (op, obstacle) not in _warned:
         _warned.add((op, obstacle))
         warnings.warn(f"{op} runs its PyTorch reference on the GPU: {obstacle}", stacklevel=4)
+    if device == "cpu" and _has_module(op, "native"):
+        obstacle = _native_obstacle(op, device, native)
+        if not obstacle:
+            return Choice("native", "")
     return Choice("recompute" if recompute else "reference", obstacle)
 
 
-def _faster(op: str, arguments: tuple[Any, ...]) -> Choice:
-    """The faster of kernels and reference for calls like this one, timed at the first of them."""
-    leaves = tree_leaves(arguments)
+def _faster(op: str, kernels: str, arguments: tuple[Any, ...]) -> Choice:
+    """The faster of `kernels` and reference for calls like this one, timed at the first of them."""
+    untimed = Choice("triton", "") if kernels == "triton" else Choice("reference", "it cannot be timed here")
+    if not arguments or torch.compiler.is_compiling():
+        return untimed
+    if kernels == "native" and torch._C._len_torch_dispatch_stack():
+        return Choice("reference", "a dispatch mode reads PyTorch's operators")
+    leaves = arguments if kernels == "native" else tree_leaves(arguments)
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     device, trains = tensors[0].device, torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    key = (op, device, trains, torch.is_autocast_enabled(device.type),
-           *((x.dtype, tuple(x.shape), x.requires_grad) if isinstance(x, Tensor) else x for x in leaves))
+    cpu = (library.level(), torch.get_num_threads()) if kernels == "native" else ()
+    key = (op, device, trains, torch.is_autocast_enabled(device.type), cpu,
+           *((x.dtype, x.shape, x.requires_grad) if isinstance(x, Tensor) else x for x in leaves))
     if key not in measured:
         if not _can_be_timed(tensors):
-            return Choice("triton", "")
+            return untimed
         with torch.cuda.device_of(tensors[0]):
-            measured[key] = {backend: seconds(_step(op, backend, arguments, trains))
-                             for backend in ("triton", "reference")}
+            timer = seconds_on_cpu if kernels == "native" else seconds
+            measured[key] = {backend: timer(_step(op, backend, arguments, trains))
+                             for backend in (kernels, "reference")}
     times = measured[key]
-    said = f"{times['triton'] * 1e6:.1f} µs, PyTorch {times['reference'] * 1e6:.1f} µs at this shape"
-    if times["triton"] <= times["reference"]:
-        return Choice("triton", f"the kernels took {said}")
-    return Choice("reference", f"the Triton kernels are slower: they took {said}")
+    said = f"{times[kernels] * 1e6:.1f} µs, PyTorch {times['reference'] * 1e6:.1f} µs at this shape"
+    said += f", {library.level()}" if kernels == "native" else ""
+    if times[kernels] <= times["reference"]:
+        return Choice(kernels, f"the kernels took {said}")
+    return Choice("reference", f"the {NAMES[kernels]} kernels are slower: they took {said}")
 
 
 def _can_be_timed(tensors: list[Tensor]) -> bool:
@@ -145,6 +168,16 @@ def _step(op: str, backend: str, arguments: tuple[Any, ...], trains: bool) -> Ca
             torch.autograd.grad(outputs, leaves, [x.detach() for x in outputs], allow_unused=True)
 
     return step
+
+
+def seconds_on_cpu(step: Callable[[], None]) -> float:
+    """Shortest time of a step, after two calls that warm up."""
+    times = []
+    for _ in range(9):
+        began = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - began)
+    return min(times[2:])
 
 
 def seconds(step: Callable[[], None]) -> float:
@@ -183,6 +216,15 @@ def _obstacle(op: str, device: str, unsupported: str) -> str:
     if device == "cuda" or (device == "cpu" and interpreting() and _wanted.get() == "triton"):
         return unsupported
     return f"Triton kernels take CUDA or ROCm tensors, these are on {device} (TRITON_INTERPRET=1 runs them on cpu)"
+
+
+def _native_obstacle(op: str, device: str, unsupported: str) -> str:
+    """Why the native kernels of `op` cannot run; empty: they can."""
+    if not _has_module(op, "native"):
+        return "it has no native kernels"
+    if device != "cpu":
+        return f"native kernels take CPU tensors, these are on {device}"
+    return library.obstacle() or unsupported
 
 
 def interpreting() -> bool:

@@ -19,7 +19,8 @@ import pytest
 import fastprompt
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGED = ["fastprompt", "kernels", "pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"]
+PACKAGED = ["fastprompt", "kernels", "csrc", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE",
+            "NOTICE"]
 IMPORT_NAMES = {"scikit-learn": "sklearn", "open-clip-torch": "open_clip", "pillow": "PIL", "pyyaml": "yaml"}
 
 
@@ -43,12 +44,14 @@ def copy_tree(target: Path) -> Path:
     return target
 
 
-def build(kind: str, tree: Path) -> Path:
-    """Build the `kind` (wheel or sdist) of `tree` without network and return its path."""
+def build(kind: str, tree: Path, **environment: str) -> Path:
+    """Build the `kind` (wheel or sdist) of `tree` without network and return its path; without a compiler, unless
+    `environment` names one.
+    """
     out = tree / "dist"
     out.mkdir(exist_ok=True)
     code = f"from setuptools.build_meta import build_{kind}; print(build_{kind}({str(out)!r}))"
-    ran = python("-c", code, cwd=tree)
+    ran = python("-c", code, cwd=tree, **{"CC": "no-compiler", "CXX": "no-compiler", **environment})
     assert ran.returncode == 0, ran.stderr
     return out / ran.stdout.strip().splitlines()[-1]
 
@@ -87,8 +90,36 @@ def test_wheel_holds_every_module_and_nothing_beside_the_package(wheel: Path) ->
     assert "fastprompt/py.typed" in names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"fastprompt"}
     assert wheel.name == f"fastprompt-{fastprompt.__version__}-py3-none-any.whl"
+    assert not [name for name in names if name.endswith((".so", ".cpp", ".inc", ".h"))]
     licences = {name.split("/")[-1] for name in names if ".dist-info/licenses/" in name}
     assert licences == {"LICENSE", "NOTICE"}
+
+
+def test_sdist_holds_the_native_sources(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").iterdir()} <= names
+    assert not [name for name in names if name.endswith(".so")]
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="there is no C++ compiler")
+def test_one_wheel_with_the_native_kernels_serves_every_python(tmp_path: Path) -> None:
+    wheel = build("wheel", copy_tree(tmp_path / "tree"), CC=os.environ.get("CC") or "gcc",
+                  CXX=os.environ.get("CXX") or "g++", FASTPROMPT_REQUIRE_NATIVE="1")
+    assert wheel.name.startswith(f"fastprompt-{fastprompt.__version__}-cp310-abi3-")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = "from fastprompt.kernels import native; print(repr(native.obstacle()), native.level(), native.PATH)"
+    ran = python("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert ran.stdout.split()[::2] == ["''", str(tmp_path / "site/fastprompt/kernels/_native.abi3.so")], ran.stderr
+
+
+def test_without_a_compiler_a_build_fails_where_the_kernels_are_required(tmp_path: Path) -> None:
+    tree, code = copy_tree(tmp_path / "tree"), "from setuptools.build_meta import build_wheel; build_wheel('.')"
+    missing = {"CC": "no-compiler", "CXX": "no-compiler"}
+    ran = python("-c", code, cwd=tree, **missing, FASTPROMPT_REQUIRE_NATIVE="1")
+    assert ran.returncode != 0
+    assert "no-compiler" in ran.stderr
 
 
 def test_wheel_metadata(wheel: Path) -> None:

@@ -10,12 +10,14 @@ import copy
 import importlib.util
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastprompt.engine.cuda_graph import GraphedForward
 from fastprompt.model import PromptedViT
 
 Run = Callable[[Tensor], Tensor]
@@ -108,8 +110,25 @@ def _not_for_openvino(model: PromptedViT) -> str:
     return ""
 
 
+def _cuda_graph(model: PromptedViT, images: Tensor) -> Run:
+    """One launch for the whole forward. It reads the parameters where they are, also after they change."""
+    graphed = GraphedForward(model, (len(images),))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="no CUDA graph")  # what it says is raised here
+        graphed.prepare(images)
+    for reason in graphed.eager.values():
+        raise RuntimeError(f"the forward cannot be captured: {reason}")
+    return graphed
+
+
+def _no_graphs(model: PromptedViT) -> str:
+    device = model.backbone.device
+    return "" if device.type == "cuda" else f"CUDA graphs need a CUDA or ROCm device, the engine is on {device}"
+
+
 BACKENDS: dict[str, Backend] = {
     "eager": Backend(_eager, any_batch=True, bakes=False),
+    "cuda_graph": Backend(_cuda_graph, _no_graphs, bakes=False),
     "compile": Backend(_compile, _no_compiler),
     "openvino": Backend(_openvino, _not_for_openvino, package="openvino"),
 }

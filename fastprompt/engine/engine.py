@@ -68,8 +68,8 @@ class Engine:
         model: a `PromptedViT`, or a `FrozenViT`, of which the engine returns the features.
         batch_sizes: a backend is made ready for batches of these sizes; others are padded or split.
         dtype: the backbone computes in; None: bfloat16 where the hardware multiplies it, else float32.
-        backend: "eager", "compile", "openvino", or "auto": the fastest of those that can run, measured at the first
-            batch of each size and remembered. `fp.explain(engine)` tells which runs and why.
+        backend: "eager", "cuda_graph", "compile", "openvino", or "auto": the fastest of those that can run, measured at
+            the first batch of each size and remembered. `fp.explain(engine)` tells which runs and why.
 
     Raises:
         TypeError, ValueError: an argument does not fit; it is named.

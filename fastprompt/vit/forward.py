@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fastprompt.kernels.add_norm import add_norm
 from fastprompt.kernels.prefix_attention import prefix_attention
 from fastprompt.kernels.prefix_attention.reference import unpacked
 from fastprompt.vit import reference
@@ -61,11 +62,13 @@ class Group(NamedTuple):
 class Rows(NamedTuple):
     """Token rows of one group of images (B, T, D), or of several, packed (Σ B T, D) with the (B, T) of each.
 
-    What acts on single rows runs over `data`, once for all groups; what does not runs over `parts`.
+    What acts on single rows runs over `data`, once for all groups; what does not runs over `parts`. `normed`: what the
+    next block's projections read of `data`, where that is known already.
     """
 
     data: Tensor
     shapes: tuple[tuple[int, int], ...] = ()
+    normed: Tensor | None = None
 
     @classmethod
     def pack(cls, parts: Sequence[Tensor]) -> Rows:
@@ -140,9 +143,9 @@ def features(vit: FrozenViT, embedded: TokenSequence, groups: Sequence[Group], r
             return Reads(kept, one_query=True, prompts=prompts)
         return Reads(rows, prefix=None if prompts is None else prompt_keys(blocks[i], prompts))
 
-    def step(i: int, x: Rows) -> Rows:
+    def step(i: int, x: Rows, following: Block | None = None) -> Rows:
         read = [reads(i, *of_group) for of_group in zip(groups, firsts, x.parts(), strict=True)]
-        return run_block(blocks[i], x, read)
+        return run_block(blocks[i], x, read, following)
 
     rows = Rows(x) if len(groups) == 1 else Rows(x.flatten(0, 1), tuple((size, own) for size in sizes))
     for i in range(vit.depth):
@@ -150,7 +153,7 @@ def features(vit: FrozenViT, embedded: TokenSequence, groups: Sequence[Group], r
             rows = Rows(checkpoint(lambda i, data: step(i, Rows(data)).data, i, rows.data, use_reentrant=False,
                                    preserve_rng_state=False))
         else:
-            rows = step(i, rows)
+            rows = step(i, rows, None if i == last else blocks[i + 1])
     rows = rows if vit.norm is None else rows._replace(data=vit.norm(rows.data))
     return [reference.read_out(vit, rows_left(vit, group.readout, x, own), group.readout)
             for group, x in zip(groups, rows.parts(), strict=True)]
@@ -224,12 +227,15 @@ def prompt_keys(block: Block, prompts: Tensor) -> Prefix:
     return _norm(block.k_norm, k), v
 
 
-def run_block(block: Block, x: Rows, reads: Sequence[Reads]) -> Rows:
-    """One encoder block over the rows of all groups → the rows that leave it, each group by its `Reads`."""
-    h = attention(block, x._replace(data=normed(block, x.data)), reads)
+def run_block(block: Block, x: Rows, reads: Sequence[Reads], following: Block | None = None) -> Rows:
+    """One encoder block over the rows of all groups → the rows that leave it, each group by its `Reads`, and what the
+    `following` block's projections read of them.
+    """
+    h = attention(block, x._replace(data=normed(block, x.data) if x.normed is None else x.normed), reads)
     if any(read.rows is not None or read.joining is not None for read in reads):
         x = Rows.pack([_leaving(part, read) for part, read in zip(x.parts(), reads, strict=True)])
-    return x._replace(data=add_branches(block, x.data, h))
+    data, of_data = add_branches(block, x.data, h, following)
+    return x._replace(data=data, normed=of_data)
 
 
 def _leaving(x: Tensor, read: Reads) -> Tensor:
@@ -298,14 +304,26 @@ def one_query_attention(block: Block, q: Tensor, rows: Tensor, prompts: Tensor |
     return out if block.qkv.bias is None else out + block.qkv.bias[2 * inner:]
 
 
-def add_branches(block: Block, x: Tensor, h: Tensor) -> Tensor:
-    """The block's output from its input rows x and their projected attention h, both (B, R, D)."""
+def add_branches(block: Block, x: Tensor, h: Tensor, following: Block | None = None) -> tuple[Tensor, Tensor | None]:
+    """The block's output from its input rows x and their projected attention h, both (B, R, D), and what the
+    `following` block's projections read of it.
+    """
     if block.post_norm:
         x = x + block.norm1(h)
-        return x + block.norm2(reference.mlp(block.mlp, x))
-    x = x + (h if block.ls1 is None else h * block.ls1)
-    h = reference.mlp(block.mlp, block.norm2(x))
-    return x + (h if block.ls2 is None else h * block.ls2)
+        return x + block.norm2(reference.mlp(block.mlp, x)), None
+    x, of_x = added(x, h if block.ls1 is None else h * block.ls1, block.norm2)
+    h = reference.mlp(block.mlp, of_x)
+    h = h if block.ls2 is None else h * block.ls2
+    return (x + h, None) if following is None or following.post_norm else added(x, h, following.norm1)
+
+
+def added(x: Tensor, h: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """x + h and its norm."""
+    plain = norm.kind == "layernorm" and norm.weight is None and norm.bias is None and not norm.upcast
+    if plain and x.dtype == h.dtype:
+        return add_norm(x, h, norm.eps)
+    x = x + h
+    return x, norm(x)
 
 
 def normed(block: Block, x: Tensor) -> Tensor:

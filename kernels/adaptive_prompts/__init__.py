@@ -66,11 +66,16 @@ def adaptive_prompts(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix
     arguments = (tokens, norm_weight, norm_bias, mix, bias, w1, w2, scale, activation, eps, channel_mask, hidden_mask,
                  stats)
     backend = dispatch.choose("adaptive_prompts", tokens.device.type, _unsupported(tokens, mix, stats, d, r),
-                              dispatch.trains_on_cpu(tokens, norm_weight, norm_bias, mix), arguments)
+                              dispatch.trains_on_cpu(tokens, norm_weight, norm_bias, mix), arguments,
+                              _unsupported_natively(*arguments))
     if backend == "triton":
         from fastprompt.kernels.adaptive_prompts import triton
 
         return triton.adaptive_prompts(*arguments)
+    if backend == "native":
+        from fastprompt.kernels.adaptive_prompts import native
+
+        return native.adaptive_prompts(*arguments)
     if backend == "recompute":
         prompts = recompute.mix_positions(tokens, norm_weight, norm_bias, mix, eps)
         return reference.finish(prompts, bias, w1, w2, scale, activation, channel_mask, hidden_mask)
@@ -84,3 +89,21 @@ def _unsupported(tokens: Tensor, mix: Tensor, stats: Tensor | None, d: int, r: i
     if d > MAX_WIDTH and stats is None:
         return f"without stats the kernels take at most {MAX_WIDTH} channels, not {d}"
     return f"the kernels take at most {MAX_HIDDEN} hidden units, not {r}" if r > MAX_HIDDEN else ""
+
+
+def _unsupported_natively(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix: Tensor, bias: Tensor,
+                          w1: Tensor | None, w2: Tensor | None, scale: Tensor | float, activation: str, eps: float,
+                          channel_mask: Tensor | None, hidden_mask: Tensor | None, stats: Tensor | None) -> str:
+    """Why the native kernels cannot take this call; empty: they can."""
+    parameters = [x for x in (norm_weight, norm_bias, mix, bias, w1, w2) if x is not None]
+    if tokens.dtype not in (torch.float32, torch.bfloat16) or any(x.dtype != torch.float32 for x in parameters) \
+            or torch.is_autocast_enabled("cpu"):
+        return ("the native kernels take tokens in float32 and bfloat16 and parameters in float32, without autocast, "
+                f"not {tokens.dtype} and {mix.dtype}")
+    if channel_mask is not None or hidden_mask is not None:
+        return "the native kernels take no masks"
+    if tokens.stride(2) != 1:
+        return "the native kernels take rows of adjacent numbers"
+    if w1 is not None and len(w1) > MAX_HIDDEN:
+        return f"the native kernels take at most {MAX_HIDDEN} hidden units, not {len(w1)}"
+    return ""

@@ -10,6 +10,7 @@ from fastprompt.kernels.prefix_attention import recompute, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
+MAX_KEYS = 8192  # natively: a head's keys, values and the scores of a block of queries are kept
 
 
 def prefix_attention(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, prefix_k: Tensor | None = None,
@@ -28,7 +29,7 @@ def prefix_attention(q: Tensor, k: Tensor | None = None, v: Tensor | None = None
         scale: factor of the scores; None: 1 / √d.
 
     Returns:
-        (B, H, R, d) in the dtype of q, under autocast in autocast's. From the Triton kernels laid out so that
+        (B, H, R, d) in the dtype of q, under autocast in autocast's. From the kernels laid out so that
         `.transpose(1, 2).flatten(2)`, what the projection reads, is no copy.
 
     Raises:
@@ -71,15 +72,20 @@ def prefix_attention(q: Tensor, k: Tensor | None = None, v: Tensor | None = None
     scale = d**-0.5 if scale is None else scale
     lean = bias is None and (prefix_k is None or prefix_k.shape[0] in (1, b)) \
         and dispatch.trains_on_cpu(*given, prefix_k, prefix_v)
-    backend = dispatch.choose("prefix_attention", q.device.type, _unsupported(q), lean,
-                              arguments=(*given, prefix_k, prefix_v, bias, scale))
+    arguments = (*given, prefix_k, prefix_v, bias, scale)
+    backend = dispatch.choose("prefix_attention", q.device.type, _unsupported(q), lean, arguments,
+                              _unsupported_natively(q, k, v, prefix_k, prefix_v, bias, scale))
     if backend == "triton":
         from fastprompt.kernels.prefix_attention import triton
 
-        return triton.prefix_attention(*given, prefix_k, prefix_v, bias, scale)
+        return triton.prefix_attention(*arguments)
+    if backend == "native":
+        from fastprompt.kernels.prefix_attention import native
+
+        return native.prefix_attention(*arguments)
     if backend == "recompute":
         return recompute.prefix_attention(*given, prefix_k, prefix_v, scale)
-    return reference.prefix_attention(*given, prefix_k, prefix_v, bias, scale)
+    return reference.prefix_attention(*arguments)
 
 
 def _unsupported(q: Tensor) -> str:
@@ -87,3 +93,18 @@ def _unsupported(q: Tensor) -> str:
     if q.dtype not in DTYPES and not torch.is_autocast_enabled(q.device.type):
         return f"the kernels take float32, float16 and bfloat16, not {q.dtype}"
     return "" if q.shape[3] <= MAX_HEAD_DIM else f"the kernels take heads of at most {MAX_HEAD_DIM}, not {q.shape[3]}"
+
+
+def _unsupported_natively(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
+                          bias: Tensor | None, scale: float) -> str:
+    """Why the native kernels cannot take this call; empty: they can."""
+    if q.dtype not in (torch.float32, torch.bfloat16) or torch.is_autocast_enabled("cpu"):
+        return f"the native kernels take float32 and bfloat16 without autocast, not {q.dtype}"
+    if bias is not None or scale <= 0:
+        return "the native kernels take no bias, and a positive scale"
+    keys = k.shape[2] + (0 if prefix_k is None else prefix_k.shape[2])
+    if not 1 <= keys <= MAX_KEYS:
+        return f"the native kernels take 1 to {MAX_KEYS} keys, not {keys}"
+    if any(x is not None and x.stride(3) != 1 for x in (q, k, v, prefix_k, prefix_v)):
+        return "the native kernels take rows of adjacent numbers"
+    return ""

@@ -27,6 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastprompt as fp
+from fastprompt.engine import cuda_graph, engine as engine_module
+from fastprompt.engine.backends import BACKENDS
 from fastprompt.engine.cuda_graph import MAX_FORMS, WARM_UPS, GraphedForward, GraphedTrainStep, method_shape
 from fastprompt.generators import PromptConfig
 from fastprompt.train.evaluate import latent_samples
@@ -1245,6 +1247,90 @@ class TestOnTheDevice:
         assert step.captures == 1
 
 
+class TestTheEngine:
+    """`fp.Engine(backend="cuda_graph")`, by the double in place of a device."""
+
+    @pytest.fixture(autouse=True)
+    def capturers(self, monkeypatch: pytest.MonkeyPatch) -> list[RecordingCapturer]:
+        """Those that engines have made, in order."""
+        made: list[RecordingCapturer] = []
+        self.failures: dict[int, Exception] = {}
+
+        def capturer(device: torch.device) -> RecordingCapturer:
+            made.append(RecordingCapturer(self.failures))
+            return made[-1]
+
+        for name in ("compile", "openvino"):
+            monkeypatch.delitem(BACKENDS, name)
+        monkeypatch.setattr(cuda_graph, "CudaCapturer", capturer)
+        monkeypatch.setitem(BACKENDS, "cuda_graph", BACKENDS["cuda_graph"]._replace(obstacle=lambda model: ""))
+        return made
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_replays_a_graph_of_each_size(self, build: Callable[..., fp.PromptedViT], images: Tensor, method: str,
+                                          capturers: list[RecordingCapturer]) -> None:
+        model = build(METHODS[method])
+        engine = fp.Engine(model, (2, 4), torch.float64, "cuda_graph")
+        for count in (4, 1, 3, 7, 2):
+            close(engine(images[:count]), eager(model, images[:count]))
+        replays = [[graph.replays for graph in capturer.graphs] for capturer in capturers]
+        assert replays == [[1 + 1 + 1 + 2], [1 + 2]]  # the first readies the graph; 7 images are two batches of 4
+
+    def test_sees_what_changes_without_a_new_capture(self, build: Callable[..., fp.PromptedViT], images: Tensor,
+                                                     capturers: list[RecordingCapturer]) -> None:
+        model = build(METHODS["vpt-deep"])
+        engine = fp.Engine(model, (2,), torch.float64, "cuda_graph")
+        before = engine(images[:2])
+        change(model)
+        close(engine(images[:2]), eager(model, images[:2]))
+        assert not torch.allclose(engine(images[:2]), before)
+        assert [capturer.attempts for capturer in capturers] == [1]
+        model.head = copy.deepcopy(model.head)
+        change(model)
+        close(engine(images[:2]), eager(model, images[:2]))
+
+    def test_auto_measures_it(self, build: Callable[..., fp.PromptedViT], images: Tensor,
+                              monkeypatch: pytest.MonkeyPatch) -> None:
+        durations = {"GraphedForward": 1.0, "PromptedViT": 2.0}
+        monkeypatch.setattr(engine_module, "_seconds", lambda run, device: durations[type(run.func).__name__])
+        engine = fp.Engine(build(METHODS["pgn"]), (2,), torch.float64)
+        engine(images[:2])
+        (measured,) = engine.measured.values()
+        assert measured.chosen == "cuda_graph"
+        assert measured.seconds == {"eager": 2.0, "cuda_graph": 1.0}
+        assert "float64: cuda_graph (cuda_graph 1e+03 ms, eager 2e+03 ms)" in str(fp.explain(engine))
+
+    def test_what_cannot_be_captured_is_said_and_not_run(self, build: Callable[..., fp.PromptedViT], images: Tensor
+                                                         ) -> None:
+        self.failures[0] = RuntimeError("operation not permitted")
+        model = build(METHODS["vpt-deep"])
+        engine = fp.Engine(model, (2,), torch.float64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            close(engine(images[:2]), eager(model, images[:2]))
+            (measured,) = engine.measured.values()
+            assert measured.chosen == "eager"
+            assert measured.reasons["cuda_graph"].startswith("it failed: RuntimeError: the forward cannot be captured")
+            with pytest.raises(RuntimeError, match=r"backend 'cuda_graph' failed: .*operation not permitted"):
+                fp.Engine(model, (2,), torch.float64, "cuda_graph")(images[:2])
+
+    def test_a_released_engine_keeps_no_graph(self, build: Callable[..., fp.PromptedViT], images: Tensor,
+                                              capturers: list[RecordingCapturer]) -> None:
+        engine = fp.Engine(build(METHODS["vpt-deep"]), (2,), torch.float64, "cuda_graph")
+        engine(images[:2])
+        (run,) = engine._runs.values()
+        kept = weakref.ref(run)
+        del run
+        engine.release()
+        gc.collect()
+        assert kept() is None
+
+    def test_needs_a_device(self, build: Callable[..., fp.PromptedViT], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.undo()
+        with pytest.raises(RuntimeError, match="backend 'cuda_graph' cannot run: CUDA graphs need a CUDA or"):
+            fp.Engine(build(METHODS["linear"]), (1,), torch.float64, "cuda_graph")
+
+
 def change_on_device(model: fp.PromptedViT) -> None:
     with torch.no_grad():
         for _, parameter in model.trainable_parameters():
@@ -1271,12 +1357,16 @@ class TestTheReport:
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(bench, "ROUNDS", 2)
         monkeypatch.setattr(bench, "CALLS", 1)
+        monkeypatch.setattr(bench, "ADAPTERS", 3)
         kept: list[int] = []
         report = bench.measure(fp.FrozenViT(tiny_vit), batches=(2, 4), capturer=RecordingCapturer,
                                compiler=lambda model, dynamic: model,
                                keep=lambda report: kept.append(len(report["methods"])))
         json.dumps(report)
-        assert kept == [4, 4, 4, 4]
+        assert kept == [4, 4, 4, 4, 4]
+        assert set(report["mixed batch"]["microseconds"]) == {"mixed batch", "one adapter", "batch 1, eager",
+                                                              "batch 1, graph"}
+        assert report["mixed batch"]["times of a mixed batch"]["mixed batch"] == 1
         assert set(report["methods"]) == {"vpt-deep", "pgn", "v2apt", "vapt"}
         for found in report["methods"].values():
             assert [row["batch"] for row in found["parity"]] == [3, 4, 3, 4]

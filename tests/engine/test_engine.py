@@ -265,7 +265,7 @@ def test_a_cast_backbone_is_still_the_same(build: Build, images: Tensor) -> None
     ({"batch_sizes": (0, 1)}, ValueError, "batch_sizes must be positive integers"),
     ({"batch_sizes": 8}, ValueError, "batch_sizes must be positive integers, got 8"),
     ({"dtype": torch.int8}, ValueError, "dtype must be one of"),
-    ({"backend": "tensorrt"}, ValueError, "backend must be 'auto' or one of .*'eager', 'compile', 'openvino'"),
+    ({"backend": "tensorrt"}, ValueError, "backend must be 'auto' or one of .*'cuda_graph'.* got 'tensorrt'"),
 ])
 def test_bad_arguments_are_named(backbone: fp.FrozenViT, options: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
@@ -312,7 +312,7 @@ def test_released_engines_say_so_and_hold_nothing(build: Build, images: Tensor) 
 
 def test_auto_takes_the_fastest_and_measures_once(build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch
                                                   ) -> None:
-    for name in ("compile", "openvino"):
+    for name in ("cuda_graph", "compile", "openvino"):
         monkeypatch.delitem(BACKENDS, name)
     recorder, durations = Recorder(monkeypatch), {"recorded": 1.0, "eager": 2.0}
     monkeypatch.setattr(module, "_seconds", lambda run, device: run() is None or durations[
@@ -332,7 +332,7 @@ def test_auto_takes_the_fastest_and_measures_once(build: Build, images: Tensor, 
 
 def test_auto_leaves_out_what_is_wrong_broken_or_missing(build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch
                                                          ) -> None:
-    for name in ("compile", "openvino"):
+    for name in ("cuda_graph", "compile", "openvino"):
         monkeypatch.delitem(BACKENDS, name)
     Recorder(monkeypatch, "wrong").alter = lambda output: output + 1
 
@@ -355,7 +355,7 @@ def test_auto_leaves_out_what_is_wrong_broken_or_missing(build: Build, images: T
 
 def test_a_failure_in_a_call_falls_back_once_or_is_reported(build: Build, images: Tensor,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("compile", "openvino"):
+    for name in ("cuda_graph", "compile", "openvino"):
         monkeypatch.delitem(BACKENDS, name)
     recorder, model = Recorder(monkeypatch), build("vpt").double()
     monkeypatch.setattr(module, "_seconds", lambda run, device: run() is None or float(

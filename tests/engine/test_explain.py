@@ -65,13 +65,14 @@ def test_tells_what_an_engine_runs(tiny_vit: VisionTransformer, tiny_images: Ten
     assert "auto engine in float32 on cpu with 1 threads, batches of 1, 4, 1 added adapters" in text
     assert "batch of 4, 32 x 32 px, float32: eager\n" in text
     assert "not openvino: openvino is not installed: pip install 'fastprompt[openvino]'" in text
+    assert "not cuda_graph: CUDA graphs need a CUDA or ROCm device, the engine is on cpu" in text
     assert "not compile: torch.compile needs a C++ compiler" in text
     assert "library_prompts   reference" in text
 
 
 def test_tells_the_times_that_an_engine_measured(tiny_vit: VisionTransformer, tiny_images: Tensor,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("compile", "openvino"):
+    for name in ("cuda_graph", "compile", "openvino"):
         monkeypatch.delitem(backends.BACKENDS, name)
     monkeypatch.setitem(backends.BACKENDS, "other", backends.Backend(lambda model, images: model))
     engine = fp.Engine(model_of(tiny_vit, fp.VPTConfig(num_prompts=2)), (4,), torch.float32)

@@ -137,9 +137,10 @@ def test_activation_and_scale(activation: str) -> None:
 
 def test_half_precision_tokens_give_prompts_of_the_mix_s_dtype() -> None:
     t = {name: v.float() for name, v in tensors(9).items()}
-    prompts = adaptive_prompts(**{**t, "tokens": t["tokens"].bfloat16()})
-    assert prompts.dtype == torch.float32
-    assert torch.equal(prompts, adaptive_prompts(**{**t, "tokens": t["tokens"].bfloat16().float()}))
+    with use_backend("reference"):
+        prompts = adaptive_prompts(**{**t, "tokens": t["tokens"].bfloat16()})
+        assert prompts.dtype == torch.float32
+        assert torch.equal(prompts, adaptive_prompts(**{**t, "tokens": t["tokens"].bfloat16().float()}))
     assert adaptive_prompts(**{**t, "tokens": t["tokens"][:0]}).shape == (0, P, D)
 
 

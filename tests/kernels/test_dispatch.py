@@ -172,7 +172,7 @@ def test_what_is_asked_for_runs_or_raises() -> None:
             dispatch.choose("library_prompts", "cuda", "float64 is left to PyTorch")
         with pytest.raises(RuntimeError, match="no_such_op cannot run, it has no Triton kernels"):
             dispatch.choose("no_such_op", "cuda")
-    with fp.use_backend("native"), pytest.raises(RuntimeError, match="no_such_op has no native implementation"):
+    with fp.use_backend("native"), pytest.raises(RuntimeError, match="no_such_op cannot run, it has no native kernels"):
         dispatch.choose("no_such_op", "cpu")
 
 

@@ -1,0 +1,7 @@
+// AVX2 and FMA.
+
+#define LANES 8
+#include "kernels.inc"
+
+const Kernels fastprompt::avx2 = {prefix_attention_scratch, prefix_attention, add_norm,
+                                  adaptive_prompts_scratch, adaptive_prompts, bottleneck};

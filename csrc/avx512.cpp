@@ -1,0 +1,7 @@
+// AVX-512 F, BW, DQ, VL.
+
+#define LANES 16
+#include "kernels.inc"
+
+const Kernels fastprompt::avx512 = {prefix_attention_scratch, prefix_attention, add_norm,
+                                    adaptive_prompts_scratch, adaptive_prompts, bottleneck};

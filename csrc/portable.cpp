@@ -1,0 +1,7 @@
+// For any CPU that the compiler knows.
+
+#define LANES 4
+#include "kernels.inc"
+
+const Kernels fastprompt::portable = {prefix_attention_scratch, prefix_attention, add_norm,
+                                      adaptive_prompts_scratch, adaptive_prompts, bottleneck};
