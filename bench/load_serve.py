@@ -164,7 +164,7 @@ def host(flags: Flags, adapters: dict[str, Path], batch_size: int) -> Iterator[s
         yield url
     finally:
         process.send_signal(signal.SIGTERM)
-        if process.wait(60) != 0:
+        if process.wait(180) != 0:
             raise RuntimeError(f"the host ended with {process.returncode} after SIGTERM")
 
 
