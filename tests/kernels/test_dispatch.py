@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -219,3 +221,27 @@ def test_a_compiled_graph_follows_use_backend() -> None:
     with fp.use_backend("triton"), pytest.raises(Exception, match="cannot run"):
         compiled(logits, library)
     assert dispatch.choices["library_prompts"].backend == "reference"
+
+
+def test_the_package_trains_and_predicts_with_triton_absent() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+import timm, torch, fastprompt as fp
+vit = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, pre_norm=True)
+for config in (fp.PGNConfig(3, 5, widths=(4,)), fp.V2APTConfig(3, 2, 4, 4), fp.VAPTConfig(3)):
+    model = fp.PromptedViT(fp.FrozenViT(vit), config, num_classes=2).train()
+    images = torch.randn(2, 3, 32, 32)
+    model(images).sum().backward()
+    torch.testing.assert_close(model.eval()(images), model.reference_forward(images), rtol=1e-4, atol=1e-4)
+    print({choice.reason for choice in fp.explain(model).ops.values()})
+try:
+    with fp.use_backend("triton"):
+        model(images)
+except RuntimeError as error:
+    print(error)
+"""
+    ran = subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", code], capture_output=True, text=True)
+    *reasons, refused = ran.stdout.splitlines()
+    assert reasons == ["{'Triton is not installed'}"] * 3, ran.stderr
+    assert refused.endswith("cannot run, Triton is not installed")
