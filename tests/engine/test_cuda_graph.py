@@ -196,9 +196,9 @@ def graphed_of(model: fp.PromptedViT, batch_sizes: tuple[int, ...] = (1, 2, 4), 
 
 
 def eager(model: fp.PromptedViT, images: Tensor, draws: dict[str, Tensor] | None = None) -> Tensor:
-    """The model's own output, without anything it kept."""
+    """The model's own output, without anything it kept, by the operators that the recording double sees."""
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), fp.use_backend("reference" if images.device.type == "cpu" else "auto"):
         return model(images, draws=draws)
 
 
