@@ -126,8 +126,8 @@ def _faster(op: str, kernels: str, arguments: tuple[Any, ...]) -> Choice:
     untimed = Choice("triton", "") if kernels == "triton" else Choice("reference", "it cannot be timed here")
     if not arguments or torch.compiler.is_compiling():
         return untimed
-    if kernels == "native" and torch._C._len_torch_dispatch_stack():
-        return Choice("reference", "a dispatch mode reads PyTorch's operators")
+    if kernels == "native" and (torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing()):
+        return Choice("reference", "a dispatch mode or a tracer reads PyTorch's operators")
     leaves = arguments if kernels == "native" else tree_leaves(arguments)
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     device, trains = tensors[0].device, torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

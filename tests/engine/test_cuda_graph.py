@@ -549,11 +549,12 @@ class TestParameters:
     def test_another_dtype(self, build: Callable[..., fp.PromptedViT], images: Tensor) -> None:
         model = build(METHODS["vpt-deep"])
         graphed, _ = graphed_of(model, (2,))
-        graphed(images[:2].float())
-        model.float()
-        close(graphed(images[:2].float()), eager(model, images[:2].float()))
-        model.set_backbone_dtype(torch.bfloat16)
-        close(graphed(images[:2].float()), eager(model, images[:2].float()))
+        with fp.use_backend("reference"):  # as what is recorded: in these dtypes a CPU may have faster kernels
+            graphed(images[:2].float())
+            model.float()
+            close(graphed(images[:2].float()), eager(model, images[:2].float()))
+            model.set_backbone_dtype(torch.bfloat16)
+            close(graphed(images[:2].float()), eager(model, images[:2].float()))
         assert graphed.captures == 3
 
     def test_a_model_whose_parameters_keep_moving_is_told_once(self, build: Callable[..., fp.PromptedViT],
