@@ -234,7 +234,8 @@ for config in (fp.PGNConfig(3, 5, widths=(4,)), fp.V2APTConfig(3, 2, 4, 4), fp.V
     images = torch.randn(2, 3, 32, 32)
     model(images).sum().backward()
     torch.testing.assert_close(model.eval()(images), model.reference_forward(images), rtol=1e-4, atol=1e-4)
-    print({choice.reason for choice in fp.explain(model).ops.values()})
+    found = [c for c in fp.explain(model).ops.values() if c.backend != "native" and "native kernels" not in c.reason]
+    print({choice.reason for choice in found} <= {"Triton is not installed"})
 try:
     with fp.use_backend("triton"):
         model(images)
@@ -242,6 +243,6 @@ except RuntimeError as error:
     print(error)
 """
     ran = subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", code], capture_output=True, text=True)
-    *reasons, refused = ran.stdout.splitlines()
-    assert reasons == ["{'Triton is not installed'}"] * 3, ran.stderr
+    *without, refused = ran.stdout.splitlines()
+    assert without == ["True"] * 3, ran.stderr
     assert refused.endswith("cannot run, Triton is not installed")
