@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from unittest import mock
 
 import torch
 from kernel_bytes import formula as formula
@@ -121,6 +122,16 @@ def check_two_calls_give_the_same_bits(module: ModuleType) -> None:
         assert torch.equal(a, b)
 
 
+def check_shares_of_unequal_size(module: ModuleType) -> None:
+    x = arguments_of(2, 3, 65, 16, 17)
+    leaves = [y.requires_grad_() for y in x if isinstance(y, Tensor)]
+    with mock.patch.object(module, "PROGRAMS", 2):  # five blocks of rows are shares of two, two and one
+        found = torch.autograd.grad(module.adaptive_prompts(*x, None, None).square().sum(), leaves)
+    exact = torch.autograd.grad(reference.adaptive_prompts(*x, None, None).square().sum(), leaves)  # type: ignore[arg-type]
+    for a, b in zip(found, exact, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
 def check_prompts_of_half_precision_tokens_have_the_dtype_of_mix(module: ModuleType) -> None:
     x = arguments_of(1, 9, 3, 33, 4)
     exact = module.adaptive_prompts(*x, None, None)
@@ -186,7 +197,7 @@ def check_mixed_dtypes_under_autocast(module: ModuleType) -> None:
 
 
 CHECKS = [check_channel_mask_comes_before_the_bias, check_large_mean_is_not_cancelled,
-          check_two_calls_give_the_same_bits,
+          check_two_calls_give_the_same_bits, check_shares_of_unequal_size,
           check_prompts_of_half_precision_tokens_have_the_dtype_of_mix, check_offsets_beyond_int32,
           check_registration, check_compiles_in_one_graph, check_mixed_dtypes_under_autocast]
 MUTATIONS = [
@@ -224,7 +235,7 @@ MUTATIONS = [
     ("dM without the norm's bias", "q + sum_b[:, None],", "q,"),
     ("the last block of prompts alone", "mean_gx += tl.sum(m * q, axis=0) / D", "mean_gx = tl.sum(m * q, axis=0) / D"),
     ("dM of the last channels", "tl.trans(normed.to(dtype)), q, input", "tl.trans(normed.to(dtype)), input"),
-    ("dW2 without the scale", "(acc_2 * factor)", "acc_2"),
+    ("dW2 without the scale", "acc_2 * factor, mask", "acc_2, mask"),
     ("dW1 of the last rows", "u.to(dtype), acc_1, input_precision", "u.to(dtype), input_precision"),
     ("dscale of a wrong pair", "hidden * t, 0.0), axis=1)", "hidden * a, 0.0), axis=1)"),
     ("a share forgotten", "share[:, None] < count) &", "share[:, None] < count - 1) &"),
