@@ -250,6 +250,6 @@ MUTATIONS = [
     ("backward: mean and log variance swapped", "tl.store(out + Z, dlogvar", "tl.store(out, dlogvar"),
     ("backward: first bias of the last images", "total += tl.sum(of_unit", "total = tl.sum(of_unit"),
     ("backward: first weight of the last images", "dw += tl.sum(of_unit", "dw = tl.sum(of_unit"),
-    ("backward: hidden units in place of images", "image = i - H + tl.arange(0, 1)", "image = i % B + tl.arange(0, 1)"),
+    ("backward: one image for two", "image = i - H + tl.arange(0, 1)", "image = (i - H) // 2 + tl.arange(0, 1)"),
     ("decoder of the first layer", "domain[i * group:(i + 1) * group]", "domain[:group]"),
 ]
