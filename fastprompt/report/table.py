@@ -55,8 +55,8 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "full": (1e-5,),
     "pgn-14": (0.01,),
     "pgn-small": (0.01,),
-    "rgb-extend": (0.003, 0.01),
-    "rgb-replace": (0.003, 0.01),
+    "rgb-extend": (0.003,),
+    "rgb-replace": (0.003,),
 }
 ROWS = tuple(row for row in GRIDS if row not in VARIANTS)
 """What `make table` runs; the variants are those of `fastprompt.report.pixels`."""
