@@ -581,7 +581,7 @@ def _pgn(t: Tally, s: Sizes, config: PGNConfig, plain: bool) -> Prompts:
     t.product(2 * b * k * m * s.width, 2, backward=2 + copied)
     wide = 4 * b * k * s.width
     t.saved += wide * (not s.cast and not s.norm_pre and not plain)
-    held = wide * s.cast + _tokens(s, b * k) * (s.cast or s.norm_pre)
+    held = 4 * b * k * m + _tokens(s, b * k) * (s.cast or s.norm_pre)  # the logits, and the prompts made of them
     return Prompts(k, range(1), 0, lambda t, i: None, first=True, kept=held, norms=True)
 
 
