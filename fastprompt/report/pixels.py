@@ -9,7 +9,7 @@ either placement, and the pixel border. Then each run's test images are classifi
 
 For a PGN that was trained on tokens the library is inverted first (`fp.RGBPrompts.invert`, placement "extend"): once
 to pixels of any range, once to patches that are pictures. What came out is kept in each run's `pictures.json`; a
-finished part is not run again.
+finished part is not run again. A run whose adapter is gone before its pictures were classified is made again.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import shutil
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -122,6 +123,18 @@ def classify_run(directory: Path) -> None:
     write_json(directory / "pictures.json", classify_pictures(model, load_run_data(settings, 112).test))
 
 
+def forget_lost_adapters(plan: table.Plan) -> None:
+    """Remove finished runs that have neither `pictures.json` nor the adapter it is made with."""
+    for method in ROWS[1:]:
+        for lr in table.choose_lr(plan, method) or ():
+            for seed in plan.seeds:
+                directory = table.Job(method, lr, seed, True).directory(plan.out)
+                parts = {part.name for part in directory.glob("*")}
+                if "results.json" in parts and not parts & {"pictures.json", "best"}:
+                    print(f"run again   {directory}: its adapter is gone", flush=True)
+                    shutil.rmtree(directory)
+
+
 def rows_of(plan: table.Plan) -> list[dict[str, Any]]:
     """One data set's rows: those of the table, and accuracies in floats and as PNG where there are pictures."""
     found = table.aggregate(plan, ROWS)
@@ -222,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not args.tables_only:
             try:
                 table.fetch(plan.base)
+                forget_lost_adapters(plan)
                 failed += table.run_all(plan, args.workers, 1)
                 for method in ROWS[1:]:
                     for lr in table.choose_lr(plan, method) or ():

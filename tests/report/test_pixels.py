@@ -124,3 +124,18 @@ def test_settings_of_a_run_are_kept_apart_by_the_row(tmp_path: Path) -> None:
     extend, shrink = (table.Job(row, 0.01, 0, True) for row in ("rgb-extend", "rgb-replace"))
     assert extend.directory(plan.out) != shrink.directory(plan.out)
     assert RunSettings.from_dict(extend.settings(plan.base).to_dict()).options["placement"] == "extend"
+
+
+def test_a_finished_run_without_its_adapter_is_made_again_unless_its_pictures_are_classified(tmp_path: Path) -> None:
+    plan = pixels.plan_of("mnist5k", tmp_path, [0, 1, 2])
+    kept = {0: "pictures.json", 1: "best"}
+    runs = {seed: table.Job("pixel", 0.01, seed, True).directory(tmp_path) for seed in plan.seeds}
+    for seed, run in runs.items():
+        run.mkdir(parents=True)
+        (run / "results.json").write_text("{}")
+        if seed in kept:
+            (run / kept[seed]).touch()
+    unfinished = table.Job("rgb-extend", 0.003, 0, True).directory(tmp_path)
+    unfinished.mkdir(parents=True)
+    pixels.forget_lost_adapters(plan)
+    assert [seed for seed, run in runs.items() if run.exists()] == [0, 1] and unfinished.exists()
