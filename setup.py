@@ -26,7 +26,9 @@ REQUIRED = os.environ.get("FASTPROMPT_REQUIRE_NATIVE", "0") not in ("", "0")
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi",
           "-Wno-maybe-uninitialized", "-g0"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
-X86 = {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]}
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+X86 = {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512_bf16": AVX512_BF16,
+       "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]}
 """The instruction sets beside the portable one, and what makes the compiler use them in a file of their own."""
 
 

@@ -62,7 +62,7 @@ struct Kernels {
 
 extern const Kernels portable;
 #ifdef FASTPROMPT_X86
-extern const Kernels avx2, avx512, amx;
+extern const Kernels avx2, avx512, avx512_bf16, amx;
 #endif
 
 }  // namespace fastprompt

@@ -12,8 +12,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#if defined(FASTPROMPT_X86) && defined(__linux__)
+#ifdef FASTPROMPT_X86
 #include <cpuid.h>
+#endif
+
+#if defined(FASTPROMPT_X86) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -24,15 +27,21 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using namespace fastprompt;
 
-constexpr int64_t LEVELS = 4;
+constexpr int64_t LEVELS = 5;
 constexpr int64_t GRAIN = 1 << 16;  // numbers that are worth a thread
+
+#ifdef FASTPROMPT_X86
+bool has_avx512_bf16() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+#endif
 
 // AMX needs the CPU's tiles and bfloat16, and the kernel's leave to use them.
 bool has_amx() {
 #if defined(FASTPROMPT_X86) && defined(__linux__)
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;  // AVX512_BF16
   constexpr long request_permission = 0x1023, tile_data = 18;
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
@@ -47,7 +56,7 @@ int64_t best_level() {
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
     return 1;
-  return has_amx() ? 3 : 2;
+  return !has_avx512_bf16() ? 2 : has_amx() ? 4 : 3;
 #else
   return 0;
 #endif
@@ -55,7 +64,7 @@ int64_t best_level() {
 
 const Kernels* kernels_of(int64_t level) {
 #ifdef FASTPROMPT_X86
-  static const Kernels* const levels[LEVELS] = {&portable, &avx2, &avx512, &amx};
+  static const Kernels* const levels[LEVELS] = {&portable, &avx2, &avx512, &avx512_bf16, &amx};
   return levels[level];
 #else
   return &portable;

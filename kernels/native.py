@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-LEVELS = ("portable", "avx2", "avx512", "amx")
-"""Instruction sets, each with those before it; "amx" is AVX-512 with AMX tiles and bfloat16 conversions."""
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+"""Instruction sets, each with those before it."""
 VARIABLE = "FASTPROMPT_NATIVE_LEVEL"
 """Environment variable that lowers the level; the CPU's own is the highest."""
 PATH = Path(__file__).with_name("_native.abi3.so")
