@@ -33,18 +33,18 @@ if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
 
 ROWS = ("linear", "pgn-14", "pgn-small", "rgb-extend", "rgb-replace", "pixel")
-DATA: dict[str, tuple[int, dict[str, Any]]] = {
-    "fashion-mnist": (6, {"augment": "flip", "num_train": 800}),
-    "mnist5k": (8, {"augment": "none", "num_train": 400}),  # a digit seen in a mirror is none
+DATA: dict[str, dict[str, Any]] = {
+    "fashion-mnist": {"augment": "flip", "num_train": 800, "num_val": 200, "num_test": 2000},
+    "mnist5k": {"augment": "none", "num_train": 400, "num_val": 100, "num_test": 1000},  # a digit in a mirror is none
 }
-"""Epochs, and settings beside those that all data sets share."""
+"""Settings beside those that all data sets share."""
+EPOCHS = 6
 
 
 def plan_of(data: str, out: Path, seeds: Sequence[int]) -> table.Plan:
     """The runs on one data set; those on Fashion-MNIST are shared with `make table`."""
-    epochs, settings = DATA[data]
-    base = RunSettings(method="pgn", data=data, backbone="clip-vit-b16", image_size=112, num_val=200, num_test=2000,
-                       recipe={**table.RECIPE, "epochs": epochs}, **settings)
+    base = RunSettings(method="pgn", data=data, backbone="clip-vit-b16", image_size=112,
+                       recipe={**table.RECIPE, "epochs": EPOCHS}, **DATA[data])
     return table.Plan(base, ROWS, tuple(seeds), None, out)
 
 
@@ -174,15 +174,16 @@ def summarised(seen: Mapping[int, Mapping[str, Any]], trained: Mapping[int, Mapp
 def markdown(rows: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int]) -> str:
     """The tables of all data sets."""
     lines = ["# Prompts as pixels: clip-vit-b16 at 112 px", "",
-             f"`make pixels`: 200 validation and 2,000 test images, batch 16, seeds "
-             f"{', '.join(map(str, seeds))}; the protocol is that of table.md. \"As trained\" is the test that the run "
-             "made itself, \"floats\" the prompted images in floats before any rounding, \"PNG\" after writing them to "
+             f"`make pixels`: {EPOCHS} epochs, batch 16, seeds {', '.join(map(str, seeds))}; the protocol is that of "
+             "table.md. \"As trained\" is the test that the run made itself, "
+             "\"floats\" the prompted images in floats before any rounding, \"PNG\" after writing them to "
              "8-bit files and reading them again; a PGN of tokens is inverted for both. The last two columns are "
              "differences of the PNG's accuracy, in points, with 95 % intervals over test images and over seeds. "
              "\"Changed\" counts the predictions that differ between PNG and test as trained, of all seeds.", ""]
     for data, of_data in rows.items():
-        epochs, settings = DATA[data]
-        lines += [f"## {data}, {settings['num_train']} training images, {epochs} epochs", "",
+        settings = DATA[data]
+        lines += [f"## {data}: {settings['num_train']} training, {settings['num_val']} validation and "
+                  f"{settings['num_test']:,} test images", "",
                   "| Row | Trained parameters | of these prompts | Learning rate | As trained | Floats | PNG | Changed "
                   "| PNG − PGN on tokens | PNG − pixel border |", "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
         for row in sorted(of_data, key=lambda row: -row["test_accuracy"]):
@@ -191,7 +192,7 @@ def markdown(rows: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[in
                      f"{row['trained_parameters']['generator']:,}", "–" if row["lr"] is None else f"{row['lr']:g}",
                      accuracy(row["test_accuracy"], row["test_interval_over_seeds"]),
                      *("–" if each is None else accuracy(each["accuracy"], each["interval"]) for each in (floats, png)),
-                     "–" if png is None else f"{sum(png['changed'])} of {2000 * len(png['changed']):,}",
+                     "–" if png is None else f"{sum(png['changed'])} of {settings['num_test'] * len(png['changed']):,}",
                      *("–" if png is None else points(png[key]) for key in ("to_latent", "to_border"))]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
