@@ -3,11 +3,13 @@
 #   VENV=path           environment to make or reuse (default .venv)
 #   PIP_FLAGS=...       more flags for pip, e.g. an extra index that has CPU builds of torch
 #   TESTS=tests/vit     run a part of the suite
+#   JOBS=2              processes that share the suite
 #   FOLDER=path         for page: what `fastprompt export --client` wrote
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 TESTS ?= tests
+JOBS ?= 2
 FOLDER ?=
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.fastprompt-installed
@@ -40,7 +42,7 @@ types: $(STAMP)  ## mypy on the package, its ops and the client
 	$(PY) -m mypy
 
 pytest: $(STAMP)  ## the test suite alone
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q $(TESTS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n $(JOBS) --dist loadfile $(TESTS)
 
 NODE_MODULES := .cache/page/node_modules
 ORT := ort.wasm.min.mjs ort-wasm-simd-threaded.mjs ort-wasm-simd-threaded.wasm

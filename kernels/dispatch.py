@@ -30,6 +30,7 @@ BACKENDS = ("auto", "reference", "triton", "native")
 NAMES = {"triton": "Triton", "native": "native"}
 
 _wanted: ContextVar[str] = ContextVar("fastprompt_backend", default="auto")
+_in_graphs: ContextVar[bool] = ContextVar("fastprompt_native_in_graphs", default=False)
 
 
 class Choice(NamedTuple):
@@ -51,9 +52,9 @@ def use_backend(name: str) -> Iterator[None]:
     "auto" takes the faster of an op's kernels and PyTorch, measured at the first call of each shape. For CUDA and ROCm
     tensors these are the Triton kernels (unmeasured inside `torch.compile` and in a graph capture that meets the shape
     first), at inference on a CPU the native ones (PyTorch inside `torch.compile` and under a dispatch mode: compilers,
-    exporters and counters know its operators). PyTorch is the reference, or, training on a CPU, an op's
-    `recompute.py`, the same with a backward that keeps its inputs alone. An implementation that is asked for by name
-    and cannot run is a `RuntimeError` that says why, never a silent detour.
+    exporters and counters know its operators; `native_in_graphs` allows the native ones there). PyTorch is the
+    reference, or, training on a CPU, an op's `recompute.py`, the same with a backward that keeps its inputs alone. An
+    implementation that is asked for by name and cannot run is a `RuntimeError` that says why, never a silent detour.
 
     Raises:
         ValueError: there is no such backend.
@@ -65,6 +66,18 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _wanted.reset(token)
+
+
+@contextmanager
+def native_in_graphs() -> Iterator[None]:
+    """Within this context, a graph that is traced calls the native kernels where a call of the same signature, outside
+    of a graph, has found them to be the faster. The graph then runs on this machine alone.
+    """
+    token = _in_graphs.set(True)
+    try:
+        yield
+    finally:
+        _in_graphs.reset(token)
 
 
 def wanted() -> str:
@@ -124,9 +137,10 @@ def _decide(op: str, wanted: str, device: str, unsupported: str, recompute: bool
 def _faster(op: str, kernels: str, arguments: tuple[Any, ...]) -> Choice:
     """The faster of `kernels` and reference for calls like this one, timed at the first of them."""
     untimed = Choice("triton", "") if kernels == "triton" else Choice("reference", "it cannot be timed here")
-    if not arguments or torch.compiler.is_compiling():
+    in_graphs, compiling = kernels == "native" and _in_graphs.get(), torch.compiler.is_compiling()
+    if not arguments or (compiling and not in_graphs):
         return untimed
-    if kernels == "native" and (torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing()):
+    if kernels == "native" and not in_graphs and (torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing()):
         return Choice("reference", "a dispatch mode or a tracer reads PyTorch's operators")
     leaves = arguments if kernels == "native" else tree_leaves(arguments)
     tensors = [x for x in leaves if isinstance(x, Tensor)]
@@ -135,7 +149,7 @@ def _faster(op: str, kernels: str, arguments: tuple[Any, ...]) -> Choice:
     key = (op, device, trains, torch.is_autocast_enabled(device.type), cpu,
            *((x.dtype, x.shape, x.requires_grad) if isinstance(x, Tensor) else x for x in leaves))
     if key not in measured:
-        if not _can_be_timed(tensors):
+        if compiling or not _can_be_timed(tensors):
             return untimed
         with torch.cuda.device_of(tensors[0]):
             timer = seconds_on_cpu if kernels == "native" else seconds

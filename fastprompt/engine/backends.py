@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastprompt.engine.cuda_graph import GraphedForward
+from fastprompt.kernels.dispatch import native_in_graphs
 from fastprompt.model import PromptedViT
 
 Run = Callable[[Tensor], Tensor]
@@ -55,10 +56,16 @@ def _eager(model: PromptedViT, images: Tensor) -> Run:
 
 
 def _compile(model: PromptedViT, images: Tensor) -> Run:
-    """`torch.compile` with freezing; exported first, so that engines do not share one function's recompilations."""
+    """`torch.compile` with freezing; exported first, so that engines do not share one function's recompilations.
+
+    A call before finds out where the native kernels are the faster: there the graph calls them.
+    """
     import torch._inductor.config
 
-    compiled = torch.compile(torch.export.export(model, (images,)).module(), dynamic=False)
+    model(images)
+    with native_in_graphs():
+        program = torch.export.export(model, (images,))
+    compiled = torch.compile(program.module(), dynamic=False)
 
     def run(images: Tensor) -> Tensor:
         with torch._inductor.config.patch(freezing=True):

@@ -310,6 +310,36 @@ class TestAuto:
             prefix_attention(q, k, v, p, p)
         assert dispatch.choices["prefix_attention"].backend == "native"
 
+    def test_a_graph_calls_it_where_that_is_allowed_and_it_was_the_faster(self, timer: list[str],
+                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+        inputs = attention_inputs(1, 2, 4, 5, 0, 16, 0, torch.float32)[:3]
+
+        def exported() -> torch.export.ExportedProgram:
+            with dispatch.native_in_graphs():
+                return torch.export.export(Attention(), inputs)
+
+        with torch.no_grad():
+            assert "native" not in str(exported().graph)  # nothing is timed while a graph is traced
+            assert timer == []
+            expected = prefix_attention(*inputs)
+            program = exported()
+            assert "fastprompt.prefix_attention_native" in str(program.graph)
+            assert torch.equal(program.module()(*inputs), expected)
+            monkeypatch.setattr(dispatch, "measured", {})
+            self.plain = 1e-7
+            prefix_attention(*inputs)
+            assert "native" not in str(exported().graph)
+
+    def test_the_compile_backend_of_an_engine_calls_it(self, timer: list[str], monkeypatch: pytest.MonkeyPatch,
+                                                       tiny_vit: VisionTransformer, tiny_images: Tensor) -> None:
+        model = fp.PromptedViT(fp.FrozenViT(tiny_vit), fp.VPTConfig(num_prompts=3), num_classes=5).eval()
+        given: list[torch.fx.GraphModule] = []
+        monkeypatch.setattr(torch, "compile", lambda program, dynamic: given.append(program) or program)
+        found = fp.Engine(model, (4,), torch.float32, "compile")(tiny_images)
+        assert given[0].code.count("fastprompt.prefix_attention_native") == len(tiny_vit.blocks) - 1
+        with torch.no_grad():
+            torch.testing.assert_close(found, model(tiny_images), rtol=1e-4, atol=1e-5)
+
     def test_a_model_and_an_engine_run_it_and_say_so(self, tiny_vit: VisionTransformer, tiny_images: Tensor) -> None:
         model = fp.PromptedViT(fp.FrozenViT(tiny_vit), fp.VPTConfig(num_prompts=3), num_classes=5).eval()
         with torch.no_grad():
