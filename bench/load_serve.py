@@ -1,6 +1,6 @@
 """Load on `fastprompt serve` over loopback: mixed tenants, hostile clients, dynamic batching against batch size 1.
 
-    python bench/load_serve.py [--clients 16] [--seconds 20] [--rounds 5] [--out results/serve.md]
+    python bench/load_serve.py [--clients 16] [--seconds 10] [--rounds 5] [--out results/serve.md]
 
 Two hosts with the same engine, one batching and one not, are loaded in turn, round by round, by clients that each send
 their next picture when the last was answered. Every answer is compared with what the engine says of that picture
@@ -65,7 +65,7 @@ class Flags:
     clients: int = 16
     hostile: int = 6
     """Clients beside them that send what has to be refused, in the last part."""
-    seconds: float = 20.0
+    seconds: float = 10.0
     rounds: int = 5
     out: Path = ROOT / "results" / "serve.md"
 
