@@ -24,6 +24,7 @@ struct Tiles {
 // See bfloat16.inc; with `passes`, A's one behind the other share a B, and their products are added.
 inline void product_of_tiles(const char* a, int64_t a_row, int64_t lower, int64_t a_step, const char* b, int64_t right,
                              int64_t b_step, int64_t steps, float* c, int64_t c_row, int64_t passes = 1) {
+  __asm__ volatile("" ::: "memory");  // the compiler does not know that tiles are loaded from what was stored before
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -53,7 +54,8 @@ inline void product_of_tiles(const char* a, int64_t a_row, int64_t lower, int64_
 
 namespace {
 
-// A float32 mix on bfloat16 tokens, mix · ((X − mean) / std) = (mix / std) · X − (mix / std) · mean: of three bfloat16 numbers that add up to a weight, each product with a token is exact.
+// A float32 mix on bfloat16 tokens, mix · ((X − mean) / std) = (mix / std) · X − (mix / std) · mean: of three bfloat16 numbers
+// that add up to a weight, each product with a token is exact.
 constexpr int64_t TERMS = 3;
 
 // Bytes from a prompt's terms to the next prompt's: an odd number of cache lines.

@@ -70,8 +70,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def native_in_graphs() -> Iterator[None]:
-    """Within this context, a graph that is traced calls the native kernels where a call of the same signature, outside
-    of a graph, has found them to be the faster. The graph then runs on this machine alone.
+    """Within this context, what `torch.export` makes of a model calls the native kernels where a call of the same
+    signature, outside of it, has found them to be the faster; that graph is for this machine alone. Dynamic shapes and
+    `torch.compile` itself get PyTorch's operators.
     """
     token = _in_graphs.set(True)
     try:
@@ -138,18 +139,20 @@ def _faster(op: str, kernels: str, arguments: tuple[Any, ...]) -> Choice:
     """The faster of `kernels` and reference for calls like this one, timed at the first of them."""
     untimed = Choice("triton", "") if kernels == "triton" else Choice("reference", "it cannot be timed here")
     in_graphs, compiling = kernels == "native" and _in_graphs.get(), torch.compiler.is_compiling()
-    if not arguments or (compiling and not in_graphs):
+    if not arguments or torch.compiler.is_dynamo_compiling() or (compiling and not in_graphs):
         return untimed
     if kernels == "native" and not in_graphs and (torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing()):
         return Choice("reference", "a dispatch mode or a tracer reads PyTorch's operators")
     leaves = arguments if kernels == "native" else tree_leaves(arguments)
     tensors = [x for x in leaves if isinstance(x, Tensor)]
+    if any(not isinstance(size, int) for x in tensors for size in x.shape):
+        return untimed
     device, trains = tensors[0].device, torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     cpu = (library.level(), torch.get_num_threads()) if kernels == "native" else ()
     key = (op, device, trains, torch.is_autocast_enabled(device.type), cpu,
            *((x.dtype, x.shape, x.requires_grad) if isinstance(x, Tensor) else x for x in leaves))
     if key not in measured:
-        if compiling or not _can_be_timed(tensors):
+        if compiling or in_graphs or not _can_be_timed(tensors):
             return untimed
         with torch.cuda.device_of(tensors[0]):
             timer = seconds_on_cpu if kernels == "native" else seconds

@@ -1,7 +1,8 @@
 """`prefix_attention` in C++ (`csrc/`): reads prompts and tokens where they are, and writes what the projection reads.
 
-Per head and 24 or 32 queries: scores s over all keys, p = 2^(log₂e · scale · (s − max s)), out = p v / Σ p. On AMX the
-products of bfloat16 are those of its tiles, p is rounded to bfloat16 for the second; elsewhere all is float32.
+Per head and 24 or 32 queries: scores s over all keys, p = 2^(log₂e · scale · (s − max s)), out = p v / Σ p. On AMX and
+on AVX-512 with its bfloat16 instructions the products of bfloat16 are theirs, and p is rounded to bfloat16 for the
+second; elsewhere all is float32.
 """
 
 from __future__ import annotations

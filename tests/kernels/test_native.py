@@ -312,7 +312,7 @@ class TestAuto:
 
     def test_a_graph_calls_it_where_that_is_allowed_and_it_was_the_faster(self, timer: list[str],
                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-        inputs = attention_inputs(1, 2, 4, 5, 0, 16, 0, torch.float32)[:3]
+        inputs = attention_inputs(2, 2, 4, 5, 0, 16, 0, torch.float32)[:3]
 
         def exported() -> torch.export.ExportedProgram:
             with dispatch.native_in_graphs():
@@ -325,6 +325,11 @@ class TestAuto:
             program = exported()
             assert "fastprompt.prefix_attention_native" in str(program.graph)
             assert torch.equal(program.module()(*inputs), expected)
+            with dispatch.native_in_graphs():
+                batches = torch.export.export(Attention(), inputs, dynamic_shapes=3 * [{0: torch.export.Dim.DYNAMIC}])
+                compiled = torch.compile(Attention(), fullgraph=True, backend="eager")
+                torch.testing.assert_close(compiled(*inputs), expected)
+            assert "native" not in str(batches.graph)
             monkeypatch.setattr(dispatch, "measured", {})
             self.plain = 1e-7
             prefix_attention(*inputs)

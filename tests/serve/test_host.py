@@ -72,7 +72,7 @@ class Server:
 @pytest.fixture(scope="module")
 def servers(place: Path) -> Iterator[list[Server]]:
     """Two that start side by side: one with two adapters, keys and small limits, and one to be broken."""
-    running = [Server(place, "--max-body-mb", "0.25", "--max-images", "5", "--body-timeout", "2", "--any-size",
+    running = [Server(place, "--max-body-mb", "0.25", "--max-images", "5", "--body-timeout", "5", "--any-size",
                       "--allow-origin", "https://page.example", keys=",".join(KEYS)),
                Server(place, "--batch-wait-ms", "5000", adapters=())]
     yield running
@@ -287,7 +287,7 @@ def test_a_dead_worker_ends_the_host(servers: list[Server], picture: Picture) ->
     if not children.exists():
         pytest.skip("needs /proc")
     waiting.start()
-    time.sleep(0.5)
+    time.sleep(2)  # its batch waits for 5
     for pid in children.read_text().split():
         if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(int(pid), signal.SIGKILL)
@@ -339,7 +339,7 @@ def test_shutdown_finishes_what_runs_and_takes_nothing_new(server: Server, pictu
         connection.sendall(head + body[:100])
         time.sleep(0.5)
         server.process.send_signal(signal.SIGTERM)
-        for _ in range(100):
+        for _ in range(300):
             try:
                 socket.create_connection(("127.0.0.1", server.port), timeout=5).close()
             except ConnectionRefusedError:
