@@ -100,7 +100,7 @@ class Projection:
             return x - (x @ self.weight.T) @ self.inverse.T
 
         def outside(flat: np.ndarray) -> tuple[float, np.ndarray]:
-            x = least + free(torch.from_numpy(flat).view_as(least))
+            x = least + free(torch.tensor(flat).view_as(least))
             beyond = x - x.clamp(*box)
             return 0.5 * float(beyond.square().sum()), free(beyond).numpy().ravel()
 
@@ -117,7 +117,7 @@ class Projection:
         start = self.pixels(tokens, box).clamp(*box)
 
         def distance(flat: np.ndarray) -> tuple[float, np.ndarray]:
-            beside = self.tokens(torch.from_numpy(flat).view_as(start)) - tokens
+            beside = self.tokens(torch.tensor(flat).view_as(start)) - tokens
             return 0.5 * float(beside.square().sum()), (beside @ self.weight).numpy().ravel()
 
         bounds = scipy.optimize.Bounds(*(side.expand_as(start).numpy().ravel() for side in box))
