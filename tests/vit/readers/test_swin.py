@@ -162,7 +162,6 @@ class Mine(SwinTransformer):
         (with_strange_attention, "attention layer is MultiheadAttention"),
         (with_overlap, r"patch_embed\.proj is Conv2d"),
     ],
-    ids=str,
 )
 def test_parts_are_refused_by_name(make: Any, part: str) -> None:
     with pytest.raises(ValueError, match=part):

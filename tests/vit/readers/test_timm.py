@@ -75,7 +75,7 @@ def test_families_match_timm(name: str) -> None:
     patch = 14 if "patch14" in name else 16
     model = perturb(
         timm.create_model(name, img_size=3 * patch, embed_dim=96, depth=2, num_heads=3, num_classes=5)
-    )
+)
     backbone = assert_same_forward(model, torch.randn(2, 3, 3 * patch, 3 * patch, dtype=torch.float64))
     assert (backbone.spec.pool, backbone.num_prefix) == FAMILIES[name]
     assert backbone.spec.name == name
@@ -158,7 +158,7 @@ ACTIVATIONS = [
 def test_activations_match_timm(act: str) -> None:
     backbone = assert_same_forward(
         build(act_layer=act, depth=1), 3 * torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    )
+)
     assert backbone.blocks[0].mlp.act == act
 
 
@@ -287,7 +287,6 @@ def with_head() -> nn.Module:
         (lambda: build(depth=0), "depth is 0"),
         (lambda: build(img_size=4), r"img_size is \(4, 4\); supported: at least one patch of 8 pixels"),
     ],
-    ids=str,
 )
 def test_parts_are_refused_by_name(make: Any, part: str) -> None:
     with pytest.raises(ValueError, match=part):
