@@ -42,7 +42,7 @@ types: $(STAMP)  ## mypy on the package, its ops and the client
 	$(PY) -m mypy
 
 pytest: $(STAMP)  ## the test suite alone
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n $(JOBS) --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n $(JOBS) --dist loadgroup $(TESTS)
 
 NODE_MODULES := .cache/page/node_modules
 ORT := ort.wasm.min.mjs ort-wasm-simd-threaded.mjs ort-wasm-simd-threaded.wasm

@@ -150,7 +150,7 @@ def rows_of(plan: table.Plan) -> list[dict[str, Any]]:
                 file = table.Job(row["method"], row["lr"], seed, True).directory(plan.out) / "pictures.json"
                 if file.exists():
                     seen[seed] = {"test": {"labels": run["test"]["labels"], "predictions": read_json(file)[kind]}}
-            if len(seen) == len(own):
+            if seen:
                 row["pictures"][kind] = summarised(seen, own, latent, border)
     return found["rows"]
 
@@ -179,7 +179,8 @@ def markdown(rows: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[in
              "\"floats\" the prompted images in floats before any rounding, \"PNG\" after writing them to "
              "8-bit files and reading them again; a PGN of tokens is inverted for both. The last two columns are "
              "differences of the PNG's accuracy, in points, with 95 % intervals over test images and over seeds. "
-             "\"Changed\" counts the predictions that differ between PNG and test as trained, of all seeds.", ""]
+             "\"Changed\" counts the predictions that differ between PNG and test as trained, of the seeds that were "
+             "classified as pictures: those whose adapters were at hand.", ""]
     for data, of_data in rows.items():
         settings = DATA[data]
         lines += [f"## {data}: {settings['num_train']} training, {settings['num_val']} validation and "
