@@ -1,8 +1,8 @@
 """Kernels against PyTorch in float64, in the interpreter and on a GPU.
 
 Tolerance of every output and gradient: max|kernel − f64| ≤ 2 · max|PyTorch, same dtype − f64| + roundings · max|f64|.
-One rounding is to the dtype; two of float32 are added, because PyTorch's order of summing may happen to be nearly exact,
-and is another on another CPU.
+One rounding is to the dtype; two of float32 are added, because PyTorch's order of summing may happen to be nearly
+exact, and is another on another CPU.
 """
 
 from __future__ import annotations
