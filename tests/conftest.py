@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
 
+# PyTorch's MKL sums in one order wherever memory lies, on every CPU: without it the last bits, and how close PyTorch
+# comes to float64, are those of the processor. Processes that tests start inherit it.
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 torch.set_num_threads(1)
 
 
