@@ -73,7 +73,7 @@ CASES = [
     case("one prefix, strided values", 3, 1, 20, 37, 5, 32),
     case("a prefix per image", 2, 2, 18, 18, 21, 48, n=2),
     case("one query", 3, 2, 1, 35, 10, 64),
-    case("one of each", 1, 1, 1, 1, 1, 32),
+    case("one of each", 1, 16, 1, 1, 1, 32),
     case("empty batch", 0, 2, 3, 4, 2, 32),
     case("no prefix", 2, 1, 17, 33, 0, 80),
     case("packed", 2, 2, 19, 19, 3, 64, packed=True),

@@ -1,7 +1,8 @@
 """Watches kernels in Triton's interpreter: what is launched, which bytes it touches, what is allocated.
 
 Every load and store is checked against the extents of the launch's tensors; one outside of them raises, where the
-interpreter would go on with whatever lies there. Memory that the ops allocate is filled with NaN first.
+interpreter would go on with whatever lies there. Memory that the ops allocate is filled with NaN first. A product of
+tiles is rounded once: in which order NumPy sums it in float32 depends on the processor.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ class Watch:
         patch = self._stack.enter_context
         builder, function = interpreter.InterpreterBuilder, interpreter.InterpretedFunction
         load, store, run = builder.create_masked_load, builder.create_masked_store, function.run
+        dot = builder.create_dot
         watch = self
 
         def watched_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
@@ -89,6 +91,12 @@ class Watch:
         def watched_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
             watch._touch(ptrs, mask, stored=True)
             return store(self, ptrs, value, mask, *rest)
+
+        def rounded_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+            if any(x.data.dtype.kind != "f" for x in (a, b, d)):
+                return dot(self, a, b, d, *rest)
+            summed = np.matmul(a.data, b.data, dtype=np.float64) + d.data
+            return interpreter.TensorHandle(summed.astype(d.data.dtype), d.dtype.scalar)
 
         def watched_run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
             watch._begin(self, args, kwargs, grid)
@@ -100,6 +108,7 @@ class Watch:
         patch(mock.patch.object(builder, "create_masked_load", watched_load))
         patch(mock.patch.object(builder, "create_masked_store", watched_store))
         patch(mock.patch.object(function, "run", watched_run))
+        patch(mock.patch.object(builder, "create_dot", rounded_dot))
         # the copy back of CPU tensors to themselves would touch all of a huge buffer
         patch(mock.patch.object(interpreter.GridExecutor, "_restore_args_dev", return_value=None))
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"),
