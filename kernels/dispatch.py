@@ -145,7 +145,7 @@ def _faster(op: str, kernels: str, arguments: tuple[Any, ...]) -> Choice:
         return Choice("reference", "a dispatch mode or a tracer reads PyTorch's operators")
     leaves = arguments if kernels == "native" else tree_leaves(arguments)
     tensors = [x for x in leaves if isinstance(x, Tensor)]
-    if any(not isinstance(size, int) for x in tensors for size in x.shape):
+    if in_graphs and any(not isinstance(size, int) for x in tensors for size in x.shape):
         return untimed
     device, trains = tensors[0].device, torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     cpu = (library.level(), torch.get_num_threads()) if kernels == "native" else ()

@@ -29,6 +29,7 @@ needs_library = pytest.mark.skipif(COMPILER is None and bool(native.obstacle()),
 @pytest.fixture(params=native.LEVELS)
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set in turn, where the CPU has it."""
+    assert not native.obstacle()  # loads the library
     before = native.level()
     if native.set_level(request.param) != request.param:
         native.set_level(before)
