@@ -136,7 +136,7 @@ Tensor prefix_attention(const Tensor& q, const Tensor& k, const Tensor& v, std::
   const int64_t b = q.size(0), h = q.size(1), r = q.size(2), d = q.size(3), t = k.size(2);
   const int64_t p = prefix_k ? prefix_k->size(2) : 0, n = prefix_k ? prefix_k->size(0) : 1;
   STD_TORCH_CHECK(prefix_k.has_value() == prefix_v.has_value(), "prefix_k and prefix_v must be given together");
-  STD_TORCH_CHECK(n > 0 && b % n == 0 && scale > 0, "the prefixes must divide the batch, the scale be positive");
+  STD_TORCH_CHECK((n > 0 ? b % n : b) == 0 && scale > 0, "the prefixes must divide the batch, the scale be positive");
   PrefixAttention a = {};
   a.type = type_of(q, "q");
   a.q = heads_of(q, "q", q.scalar_type(), {b, h, r, d});
@@ -148,7 +148,7 @@ Tensor prefix_attention(const Tensor& q, const Tensor& k, const Tensor& v, std::
   }
   Tensor out = empty_like(q, {b, r, h, d});
   a.heads = h, a.queries = r, a.tokens = t, a.prompts = p, a.width = d, a.scale = scale;
-  a.group = b / n > 0 ? b / n : 1;
+  a.group = n > 0 && b > 0 ? b / n : 1;
   a.parts = parts_of(b * h, (r + 31) / 32);
   a.out = out.mutable_data_ptr();
   if (b * h * r * d == 0) return out;

@@ -514,6 +514,13 @@ def test_small_batches(backbone: fp.FrozenViT, tiny_images: Tensor, method: str,
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_batch_of_0_without_gradients(backbone: fp.FrozenViT, tiny_images: Tensor, method: str) -> None:
+    model = build(backbone, method, num_classes=5).eval()
+    with torch.no_grad():
+        assert model(tiny_images[:0]).shape == (0, 5)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_memory_layout_of_the_images_does_not_matter(
     backbone: fp.FrozenViT, tiny_images: Tensor, method: str
 ) -> None:

@@ -78,6 +78,14 @@ class TestPrefixAttention:
         within_tolerance(found, plain, exact)
         assert found.numel() == 0 or found.transpose(1, 2).flatten(2).data_ptr() == found.data_ptr()
 
+    def test_a_batch_of_0_with_prefixes_of_its_own(self, level: str) -> None:
+        q, k, v, prefix_k, prefix_v, *_ = attention_inputs(2, 3, 5, 5, 2, 16, 2, torch.float32)
+        with fp.use_backend("native"):
+            found = prefix_attention(q[:0], k[:0], v[:0], prefix_k[:0], prefix_v[:0])
+            assert found.shape == (0, 3, 5, 16)
+            with pytest.raises((RuntimeError, ValueError)):
+                prefix_attention(q, k, v, prefix_k[:0], prefix_v[:0])
+
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_large_and_equal_scores(self, level: str, dtype: torch.dtype) -> None:
         q, k, v, *_ = attention_inputs(1, 1, 3, 40, 0, 16, 0, dtype)
