@@ -84,13 +84,16 @@ def embed(vit: FrozenViT, images: Tensor, patches: Dense | None = None) -> Seque
 
 
 def position_embedding(vit: FrozenViT, grid: tuple[int, int]) -> Tensor | None:
-    """The position embedding for a grid of patches, resampled as timm does when it differs from the backbone's."""
+    """The position embedding for a grid of patches, resampled as the model's library does when it differs from the
+    backbone's (bicubic; torchvision, whose models take one size alone, as transformers).
+    """
     if vit.pos_embed is None or grid == tuple(vit.grid):
         return vit.pos_embed
     from timm.layers import resample_abs_pos_embed
 
     return resample_abs_pos_embed(vit.pos_embed, new_size=list(grid), old_size=list(vit.grid),
-                                  num_prefix_tokens=vit.num_prefix if vit.spec.pos_on_prefix else 0)
+                                  num_prefix_tokens=vit.num_prefix if vit.spec.pos_on_prefix else 0,
+                                  antialias=vit.spec.antialias)
 
 
 def attention(block: Block, x: Tensor) -> Tensor:

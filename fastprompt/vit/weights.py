@@ -150,6 +150,7 @@ class ViTSpec:
         pool_prefix: the model's own pooling also reads class and register tokens.
         dynamic_size: images of other sizes are taken and the position embedding is resampled.
         dynamic_pad: images are zero-padded to whole patches.
+        antialias: how the model's library resamples the position embedding for images of other sizes.
     """
 
     name: str
@@ -164,6 +165,7 @@ class ViTSpec:
     pool_prefix: bool = False
     dynamic_size: bool = False
     dynamic_pad: bool = False
+    antialias: bool = True
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -428,7 +430,7 @@ class FrozenViT(nn.Module):
         """sha256 over structure and float32 tensors; the classifier is left out, since adapters rarely read it."""
         if self._fingerprint is None:
             structure = dataclasses.asdict(self.spec)
-            for key in ("name", "mean", "std"):
+            for key in ("name", "mean", "std", "antialias"):  # an image of the backbone's own size depends on none
                 del structure[key]
             structure["blocks"] = [(b.mlp.act, b.mlp.glu, b.post_norm, b.norm1.kind, b.norm1.eps) for b in self.blocks]
             structure |= self._structure()
@@ -523,7 +525,7 @@ class FrozenViT(nn.Module):
     def any_size(self) -> FrozenViT:
         """The same backbone, on the same tensors, for images of any whole number of patches.
 
-        Its position embedding is resampled to the images' grid, bicubic with antialiasing. A host of pictures that
+        Its position embedding is resampled to the images' grid, by its library's rule. A host of pictures that
         are taller than its own images (`RGBPGNConfig` with placement "extend") is one. It has the same fingerprint, so
         the same adapters fit.
         """

@@ -47,6 +47,7 @@ def read(module: nn.Module, image_size: int | tuple[int, int] | None = None) -> 
     rule = parts.pop("resampling", {"antialias": True, "align_corners": False})
     if sides is not None and sides != parts["spec"].image_size:
         _resize(parts, sides, rule)
+    parts["spec"] = dataclasses.replace(parts["spec"], antialias=rule["antialias"])
     return parts
 
 
