@@ -259,7 +259,8 @@ class Info:
     batch_size: int = 8
     """Of --cost: images per call."""
     rgb: bool = False
-    """Whether prompts can be pixels on this backbone: what inversion would lose at each placement."""
+    """Whether prompts can be pixels on this backbone: what inversion would lose at each placement, of a PGN adapter's
+    own tokens where one is given, with --num-prompts otherwise."""
     json: bool = False
     """Print JSON."""
     debug: bool = False
@@ -547,8 +548,8 @@ def info(command: Info) -> None:
     facts: dict[str, Any] = {}
     name, image_size = command.backbone, command.image_size
     options = method_options(command)
-    if options and command.method is None:
-        raise ValueError("--method: is needed with --set or --num-prompts")
+    if command.method is None and (command.set or (options and not command.rgb)):
+        raise ValueError("--method: is needed with --set, or with --num-prompts without --rgb")
     if command.batch_size < 1:
         raise ValueError(f"--batch-size: takes a number from 1, got {command.batch_size}")
     if command.adapter is None:
@@ -577,11 +578,7 @@ def info(command: Info) -> None:
         if command.cost:
             facts["cost"] = cost_facts(command, facts, configs, backbone)
         if command.rgb:
-            from fastprompt.rgb.prompts import RGBPrompts
-
-            report = RGBPrompts.report(backbone, command.num_prompts)
-            facts["rgb"] = {**dataclasses.asdict(report), "placements": [p._asdict() for p in report.placements],
-                            "text": str(report)}
+            facts["rgb"] = rgb_facts(command, facts.get("adapter"), options, backbone)
     elif command.cost or command.rgb:
         flag = "--cost" if command.cost else "--rgb"
         raise ValueError(f"--backbone: is needed with {flag}, the directory does not say which one its adapter is for")
@@ -703,6 +700,24 @@ def adapter_facts(path: Path) -> dict[str, Any]:
         "config": config,
         "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
     }
+
+
+def rgb_facts(command: Info, adapter: dict[str, Any] | None, options: dict[str, Any], backbone: FrozenViT
+              ) -> dict[str, Any]:
+    """`RGBPrompts.report` as facts, of a PGN adapter's tokens or of those at the start of training."""
+    from fastprompt.model import read_adapter
+    from fastprompt.rgb.prompts import RGBPrompts
+
+    num_prompts, library = options.get("num_prompts"), None
+    if adapter is not None and command.method is None and adapter["config"]["method"]["kind"] == "pgn":
+        if num_prompts is not None:
+            raise ValueError("--num-prompts: the adapter's own is reported")
+        num_prompts = adapter["config"]["method"]["num_prompts"]
+        library = read_adapter(adapter["directory"])[1]["generator.library"]
+    report = RGBPrompts.report(backbone, num_prompts, library)
+    placements = [{name: None if value != value else value for name, value in found._asdict().items()}
+                  for found in report.placements]  # JSON has no NaN
+    return {**dataclasses.asdict(report), "placements": placements, "text": str(report)}
 
 
 def info_text(facts: dict[str, Any]) -> str:

@@ -358,7 +358,8 @@ class PromptedViT(nn.Module):
         try:
             info, num_classes = config["head"], config["num_classes"]
             head: str | Head = "linear" if info is None else _head_from(info, backbone, num_classes, state)
-            model = cls(backbone, config_from_dict(config["method"]), num_classes, head, config["readout"],
+            method = {name: value for name, value in config["method"].items() if name != "pretrained_trunk"}
+            model = cls(backbone, config_from_dict(method), num_classes, head, config["readout"],  # downloads nothing
                         class_names=config["class_names"])
             model.load_adapter_state_dict(state)
         except (KeyError, TypeError, ValueError) as error:

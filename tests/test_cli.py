@@ -16,10 +16,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import fastprompt as fp
 import fastprompt.train.fit as fit_module
 from fastprompt.cli import main
 from fastprompt.generators import VPTConfig
 from fastprompt.report.cost import Sizes, cost
+from fastprompt.report.runs import backbone_at
 
 COLOURS = {"blue": (0, 0, 200), "green": (0, 200, 0), "red": (200, 0, 0)}
 
@@ -301,6 +303,21 @@ def test_info_says_whether_prompts_can_be_pixels(place: Path, capsys: pytest.Cap
     text = capsys.readouterr().out
     assert "Prompts as pixels" in text
     assert "Inversion is exact" in text
+    assert main([*command[:4], "--num-prompts", "8", "--json"]) == 0  # without a method
+    assert json.loads(capsys.readouterr().out)["rgb"]["prompts"] == 8
+
+
+def test_info_reports_the_pixels_of_an_adapters_own_tokens(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(run_dir), "--rgb", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    model = fp.PromptedViT.from_pretrained(backbone_at(facts["backbone"]["name"], None), run_dir / "best")
+    expected = fp.RGBPrompts.report(model.backbone, model.config.num_prompts, model.generator.library)
+    assert facts["rgb"]["prompts"] == model.config.num_prompts
+    for found, wanted in zip(facts["rgb"]["placements"], expected.placements, strict=True):
+        for name, value in wanted._asdict().items():
+            assert found[name] == (pytest.approx(value) if value == value else None)
+    assert main(["info", str(run_dir), "--rgb", "--num-prompts", "4"]) == 2
+    assert "--num-prompts: the adapter's own" in error_line(capsys)
 
 
 def test_info_takes_method_and_readout_of_the_cost_from_the_adapter(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastprompt.vit.weights import Norm
 
 PLACEMENTS = ("latent", "extend", "replace")
+SWIN = "a Swin transformer, which has no class token that would read more patches; use a ViT, or PixelPromptConfig"
 
 TIE = 1e-3 / 255
 """Taken off the pixels of a shrunk image before they are rounded. Many of them are half way between two levels, where
@@ -93,19 +94,17 @@ class RGBPGN(PGN):
             raise TypeError("geometry must be the FrozenViT that reads the pixels, got "
                             f"{type(geometry).__name__}: RGBPGN(config, backbone)")
         if isinstance(geometry, FrozenSwin):
-            raise ValueError("RGBPGNConfig is not defined on a Swin transformer, which has no class token that reads "
-                             "more patches; use a ViT")
+            raise ValueError(f"RGBPGNConfig is not defined on {SWIN}")
         super().__init__(config, geometry, **options)  # type: ignore[arg-type]
         cfg, g = self.config, self.geometry
         self._backbone = (geometry,)  # not a submodule: its tensors are the model's, and no part of an adapter
+        obstacle = placement_obstacle(geometry, cfg.placement, cfg.num_prompts)
+        if obstacle:
+            raise ValueError(f"RGBPGNConfig.{obstacle}")
         self.changes_images, self.changes_size = cfg.placement != "latent", cfg.placement == "extend"
         self.prompt_rows = 0
         if self.changes_images:
-            self.prompt_rows, rest = divmod(cfg.num_prompts, g.grid[1])
-            if rest or (self.prompt_rows >= g.grid[0] and cfg.placement == "replace"):
-                room = f" and leave one of {g.grid[0]} to the image" if cfg.placement == "replace" else ""
-                raise ValueError(f"RGBPGNConfig.num_prompts must fill whole rows of {g.grid[1]} patches{room} with "
-                                 f"placement {cfg.placement!r}, got {cfg.num_prompts}")
+            self.prompt_rows = cfg.num_prompts // g.grid[1]
             self.num_prompts, self.layers = 0, ()
         pixels = 3 * g.patch_size**2
         self.library = nn.Parameter(torch.randn(cfg.library_size, pixels))
@@ -144,10 +143,17 @@ class RGBPGN(PGN):
         rows = rows.permute(0, 3, 1, 4, 2, 5).reshape(images.shape[0], 3, self.prompt_rows * p, columns * p)
         rows = self.normalised(rows)
         if self.config.compensate:
-            images = images + self.compensation / self._channels(images)[1]  # a difference of pixels has no mean
+            images = self.compensated(images)
         if self.config.placement == "replace":
             images = self.shrink(images)
         return torch.cat([images.to(rows.dtype), rows], dim=2)
+
+    def compensated(self, images: Tensor) -> Tensor:
+        """Normalised images → the same with the constant picture; rounded where the prompts are."""
+        mean, std = self._channels(images)
+        if not self.config.round_pixels:
+            return images + self.compensation / std  # a difference of pixels has no mean
+        return self.normalised(round_pixels(images * std + mean + self.compensation))
 
     def shrink(self, images: Tensor) -> Tensor:
         """Normalised images → the same, squeezed into the rows that prompts leave; rounded where the prompts are."""
@@ -197,6 +203,26 @@ class RGBPGN(PGN):
 
     def paper_num_parameters(self) -> int | None:
         return None
+
+
+def placement_obstacle(backbone: FrozenViT, placement: str, num_prompts: int) -> str:
+    """Why K prompts of pixels cannot be placed so on a backbone; empty: they can."""
+    from fastprompt.vit import FrozenSwin
+
+    if isinstance(backbone, FrozenSwin):
+        return f"placement must be on a ViT, this is {SWIN}"
+    if placement == "latent":
+        return ""
+    (rows, columns), p = backbone.grid, backbone.patch_size
+    if num_prompts % columns or (num_prompts >= rows * columns and placement == "replace"):
+        room = f" and leave one of {rows} to the image" if placement == "replace" else ""
+        return (f"num_prompts must fill whole rows of {columns} patches{room} with placement {placement!r}, "
+                f"got {num_prompts}")
+    if (rows * p, columns * p) != tuple(backbone.image_size):
+        height, width = backbone.image_size
+        return (f"placement {placement!r} needs images of whole patches, this backbone takes {height} x {width} pixels "
+                f"in patches of {p}; FrozenViT(module, image_size=({rows * p}, {columns * p})) has the same patches")
+    return ""
 
 
 def round_pixels(pixels: Tensor) -> Tensor:

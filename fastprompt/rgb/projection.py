@@ -8,6 +8,7 @@ taken.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import scipy.optimize
@@ -19,11 +20,7 @@ from fastprompt.vit.reference import position_embedding
 
 RANK_TOLERANCE = 1e-9
 STEPS = 200
-
-Box = tuple[Tensor, Tensor]
-"""Lowest and highest value of each pixel, (3p²,) or ()."""
-
-UNIT: Box = (torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64))
+NOISE_IMAGES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +41,18 @@ class Projection:
     std: Tensor
 
     @classmethod
-    def of(cls, backbone: FrozenViT) -> Projection:
+    def of(cls, backbone: FrozenViT, before_norm: bool = False) -> Projection:
         """
+        Args:
+            before_norm: leave away the norm that some backbones have after it.
+
         Raises:
             TypeError: `backbone` is no FrozenViT.
             ValueError: it is a Swin transformer, or norms its patch embedding, which is then not linear.
         """
         if not isinstance(backbone, FrozenViT):
             raise TypeError(f"backbone must be a FrozenViT, got {type(backbone).__name__}")
-        if isinstance(backbone, FrozenSwin) or backbone.patch_norm is not None:
+        if not before_norm and is_normed(backbone):
             raise ValueError(f"backbone {backbone.spec.name} norms its patch embedding, which has no linear inverse")
         kernel = backbone.patch_weight.detach().double().cpu()  # (D, 3, p, p)
         mean, std = (torch.tensor(values, dtype=torch.float64).repeat_interleave(kernel[0, 0].numel())
@@ -85,45 +85,113 @@ class Projection:
         bias = (self.bias + self.weight @ self.mean).float()
         return (normalised @ (self.weight * self.std).float().T + bias).double()
 
-    def pixels(self, tokens: Tensor, box: Box = UNIT) -> Tensor:
-        """(n, D) tokens → (n, 3p²) pixels that give them, as near to the box as any that do.
+    def pixels(self, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches that give tokens wherever they stand: W (library[m] + offset[k]) + b + places[k] = tokens[m].
 
-        Least squares where no patch gives a token. x = W⁺ (e − b) + (I − W⁺W) y with y to minimise the squared distance
-        to the box: smooth and convex, by L-BFGS (scipy).
+        Least squares where no patch gives a token. Of all that do, those whose sums come nearest to pictures: what W
+        does not see of library and offset is chosen to minimise ½ Σ dist(library[m] + offset[k], [0, 1])², which is
+        smooth and convex, by L-BFGS (scipy).
+
+        Args:
+            tokens: (M, D). places: (K, D), what the host adds to the token of each place.
+
+        Returns:
+            library (M, 3p²), offset (K, 3p²).
         """
-        least = (tokens - self.bias) @ self.inverse.T
+        library, offset = (tokens - self.bias) @ self.inverse.T, -places @ self.inverse.T
         if self.rank == self.weight.shape[1]:
-            return least
+            return library, offset
 
         def free(x: Tensor) -> Tensor:
             """The part of x that no token sees."""
             return x - (x @ self.weight.T) @ self.inverse.T
 
-        def outside(flat: np.ndarray) -> tuple[float, np.ndarray]:
-            x = least + free(torch.tensor(flat).view_as(least))
-            beyond = x - x.clamp(*box)
-            return 0.5 * float(beyond.square().sum()), free(beyond).numpy().ravel()
+        def outside(of_library: Tensor, of_offset: Tensor) -> tuple[float, Tensor, Tensor]:
+            value, *gradients = _outside(library + free(of_library), offset + free(of_offset))
+            return value, free(gradients[0]), free(gradients[1])
 
-        start = free(((box[0] + box[1]) / 2).expand_as(least))
-        found = scipy.optimize.minimize(outside, start.numpy().ravel(), jac=True, method="L-BFGS-B",
-                                        options={"maxiter": STEPS})
-        return least + free(torch.from_numpy(found.x).view_as(least))
+        of_library, of_offset = _minimise(outside, torch.full_like(library, 0.5), torch.zeros_like(offset))
+        return library + free(of_library), offset + free(of_offset)
 
-    def picture(self, tokens: Tensor, box: Box = UNIT) -> Tensor:
-        """(n, D) tokens → (n, 3p²) pixels in the box whose tokens are nearest.
+    def picture(self, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """`pixels` for a host that cuts them off at 0 and 1: as near to the tokens as pictures come.
 
-        min ‖W x + b − e‖² over the box: convex, by L-BFGS-B (scipy), from what `pixels` gives, cut off.
+        min ½ Σ ‖W x + b + places[k] − tokens[m]‖² + ½ μ Σ dist(x, [0, 1])² with x = library[m] + offset[k]: smooth and
+        convex, by L-BFGS (scipy) in float32, from `pixels` or from grey, whichever is lower. μ is the mean of W's
+        squared singular values: what cutting off a distance from the box costs in tokens, on average.
         """
-        start = self.pixels(tokens, box).clamp(*box)
+        weight, wanted, added = self.weight.float(), (tokens - self.bias).float(), places.float()
+        penalty = float(weight.square().sum()) / weight.shape[1]
 
-        def distance(flat: np.ndarray) -> tuple[float, np.ndarray]:
-            beside = self.tokens(torch.tensor(flat).view_as(start)) - tokens
-            return 0.5 * float(beside.square().sum()), (beside @ self.weight).numpy().ravel()
+        def distance(library: Tensor, offset: Tensor) -> tuple[float, Tensor, Tensor]:
+            # an error is the sum of an entry's part and a place's, (M, D) and (K, D): no (K, M, D) is needed
+            entries, slots = library @ weight.T - wanted, offset @ weight.T + added
+            (m, of_entries), (k, of_slots) = ((len(part), part.sum(dim=0)) for part in (entries, slots))
+            squares = k * entries.square().sum() + m * slots.square().sum() + 2 * of_entries @ of_slots
+            value, of_library, of_offset = _outside(library, offset)
+            return (0.5 * float(squares) + penalty * value, (k * entries + of_slots) @ weight + penalty * of_library,
+                    (m * slots + of_entries) @ weight + penalty * of_offset)
 
-        bounds = scipy.optimize.Bounds(*(side.expand_as(start).numpy().ravel() for side in box))
-        found = scipy.optimize.minimize(distance, start.numpy().ravel(), jac=True, method="L-BFGS-B", bounds=bounds,
-                                        options={"maxiter": STEPS})
-        return torch.from_numpy(found.x).view_as(start)
+        exact = [part.float() for part in self.pixels(tokens, places)]
+        grey = [torch.full_like(exact[0], 0.5), torch.zeros_like(exact[1])]
+        return _minimise(distance, *min((exact, grey), key=lambda start: distance(*start)[0]))
+
+    def undo(self, change: Tensor, picture: bool = False) -> Tensor:
+        """Pixels which, added to an image's, take `change` off its tokens: (N, D) → (N, 3p²).
+
+        Args:
+            picture: the host cuts the sum off at 0 and 1. Of Tikhonov's solutions −(WᵀW + λ)⁻¹Wᵀ change and of nothing
+                at all, the one is taken that leaves least of the change on images of noise.
+        """
+        found = -change @ self.inverse.T
+        if not picture:
+            return found
+        square, scale = self.weight @ self.weight.T, float(self.singular[0]) ** 2
+        unit = torch.eye(len(square), dtype=square.dtype)
+        damped = [-torch.linalg.solve(square + scale * 10.0**-i * unit, change.T).T @ self.weight for i in range(9)]
+        return min((found, *damped, torch.zeros_like(found)), key=lambda added: self.left_over(change, added))
+
+    def left_over(self, change: Tensor, added: Tensor) -> float:
+        """‖what is left of `change`‖ where `added` pixels undo it in 8-bit images of noise, beside ‖change‖."""
+        noise = torch.rand(NOISE_IMAGES, *added.shape, generator=torch.Generator().manual_seed(0), dtype=added.dtype)
+        difference = ((noise + added) * 255).round().clamp(0, 255) / 255 - noise
+        left = difference @ self.weight.T + change
+        return float(left.square().sum(dim=(1, 2)).mean().sqrt() / change.norm().clamp_min(1e-30))
+
+
+def _outside(library: Tensor, offset: Tensor) -> tuple[float, Tensor, Tensor]:
+    """½ Σ dist(library[m] + offset[k], [0, 1])² and its gradients, a place at a time: (M, P) and (K, P) → scalar."""
+    value, of_library, of_offset = 0.0, torch.zeros_like(library), torch.zeros_like(offset)
+    for added, gradient in zip(offset, of_offset, strict=True):
+        beyond = library + added
+        beyond -= beyond.clamp(0, 1)
+        value += 0.5 * float(beyond.square().sum())
+        of_library += beyond
+        gradient += beyond.sum(dim=0)
+    return value, of_library, of_offset
+
+
+def _minimise(objective: Callable[[Tensor, Tensor], tuple[float, Tensor, Tensor]], library: Tensor, offset: Tensor
+              ) -> tuple[Tensor, Tensor]:
+    """Where a convex function with its gradients is least, float64; it is computed in the dtype of the start."""
+    sizes, dtype = (library.numel(), offset.numel()), library.dtype
+
+    def parts(flat: np.ndarray, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        first, second = torch.tensor(flat, dtype=dtype).split(sizes)
+        return first.view_as(library), second.view_as(offset)
+
+    def flattened(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        value, *gradients = objective(*parts(flat, dtype))
+        return value, torch.cat([gradient.ravel() for gradient in gradients]).double().numpy()
+
+    start = torch.cat([library.ravel(), offset.ravel()]).double().numpy()
+    found = scipy.optimize.minimize(flattened, start, jac=True, method="L-BFGS-B", options={"maxiter": STEPS})
+    return parts(found.x, torch.float64)
+
+
+def is_normed(backbone: FrozenViT) -> bool:
+    """Whether a norm follows the patch embedding."""
+    return isinstance(backbone, FrozenSwin) or backbone.patch_norm is not None
 
 
 def slot_positions(backbone: FrozenViT, placement: str, rows: int) -> tuple[Tensor, Tensor]:

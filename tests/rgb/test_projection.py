@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 import fastprompt as fp
 from fastprompt.rgb.projection import Projection, slot_positions
@@ -39,49 +39,92 @@ def test_it_is_the_backbones_patch_embedding_of_raw_pixels(wide: fp.FrozenViT) -
     assert not torch.equal(in_float32, found)
 
 
-def test_pixels_give_the_tokens_and_use_the_null_space_to_stay_pictures(wide: fp.FrozenViT) -> None:
-    projection = Projection.of(wide)
+def sums(library: Tensor, offset: Tensor) -> Tensor:
+    return library[None] + offset[:, None]  # (K, M, 3p²)
+
+
+def places(spread: float) -> Tensor:
+    return spread * torch.randn(4, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_pixels_give_the_tokens_and_use_the_null_space_to_stay_pictures(wide: fp.FrozenViT, spread: float) -> None:
+    projection, added = Projection.of(wide), places(spread)
     assert projection.rank == 48
-    tokens = projection.tokens(torch.rand(6, 192, dtype=torch.float64))
-    pixels = projection.pixels(tokens)
-    torch.testing.assert_close(projection.tokens(pixels), tokens, rtol=1e-9, atol=1e-9)
-    assert pixels.min() > -1e-6
-    assert pixels.max() < 1 + 1e-6
-    least = (tokens - projection.bias) @ projection.inverse.T
+    tokens = projection.tokens(0.2 + 0.6 * torch.rand(6, 192, dtype=torch.float64))
+    pixels = sums(*projection.pixels(tokens, added))
+    torch.testing.assert_close(projection.tokens(pixels) + added[:, None], tokens.expand(4, -1, -1), rtol=1e-9,
+                               atol=1e-9)
+    assert pixels.min() > -1e-4
+    assert pixels.max() < 1 + 1e-4
+    least = sums((tokens - projection.bias) @ projection.inverse.T, -added @ projection.inverse.T)
     assert least.min() < -0.1 or least.max() > 1.1  # least squares alone is no picture
 
 
 def test_pixels_far_outside_stay_exact_and_are_nearer_to_the_box_than_least_squares(wide: fp.FrozenViT) -> None:
-    projection = Projection.of(wide)
+    projection, added = Projection.of(wide), places(5.0)
     tokens = 20 * torch.randn(6, 48, dtype=torch.float64)
-    pixels, least = projection.pixels(tokens), (tokens - projection.bias) @ projection.inverse.T
-    torch.testing.assert_close(projection.tokens(pixels), tokens, rtol=1e-9, atol=1e-9)
+    library, offset = projection.pixels(tokens, added)
+    pixels, least = sums(library, offset), sums((tokens - projection.bias) @ projection.inverse.T,
+                                                -added @ projection.inverse.T)
+    torch.testing.assert_close(projection.tokens(pixels) + added[:, None], tokens.expand(4, -1, -1), rtol=1e-9,
+                               atol=1e-9)
 
     beyond = pixels - pixels.clamp(0, 1)
     assert beyond.norm() < (least - least.clamp(0, 1)).norm()
-    free = beyond - beyond @ projection.weight.T @ projection.inverse.T  # what could still be taken off
-    assert free.norm() < 1e-3 * beyond.norm()
+    for gradient in (beyond.sum(dim=0), beyond.sum(dim=1)):  # by the library, by the offsets: what could be taken off
+        free = gradient - gradient @ projection.weight.T @ projection.inverse.T
+        assert free.norm() < 1e-3 * gradient.norm()
 
 
-def test_a_picture_is_in_the_box_and_better_than_cutting_off(wide: fp.FrozenViT) -> None:
-    projection = Projection.of(wide)
+def test_a_picture_is_better_than_cutting_off(wide: fp.FrozenViT) -> None:
+    projection, added = Projection.of(wide), places(2.0)
     tokens = projection.tokens(torch.rand(6, 192, dtype=torch.float64)) + 2 * torch.randn(6, 48, dtype=torch.float64)
-    low, high = torch.full((192,), 0.1, dtype=torch.float64), torch.full((192,), 0.7, dtype=torch.float64)
-    picture = projection.picture(tokens, (low, high))
-    assert (picture >= low).all()
-    assert (picture <= high).all()
-    cut = projection.pixels(tokens, (low, high)).clamp(low, high)
-    assert (projection.tokens(picture) - tokens).norm() < 0.95 * (projection.tokens(cut) - tokens).norm()
-    beside = (projection.tokens(picture) - tokens) @ projection.weight  # the gradient points out of the box or is 0
-    inside = (picture > low + 1e-6) & (picture < high - 1e-6)
-    assert beside[inside].abs().max() < 1e-2 * beside.abs().max()
+
+    def error(pixels: Tensor) -> float:
+        return float((projection.tokens(pixels.clamp(0, 1)) + added[:, None] - tokens).norm())
+
+    picture, exact = sums(*projection.picture(tokens, added)), sums(*projection.pixels(tokens, added))
+    assert error(picture) < 0.99 * error(exact)
+    assert (picture - picture.clamp(0, 1)).norm() < 0.8 * (exact - exact.clamp(0, 1)).norm()
+
+
+def test_a_picture_of_an_ill_conditioned_embedding_is_better_than_grey() -> None:
+    backbone = make(12, 2)
+    with torch.no_grad():
+        u, _, v = torch.linalg.svd(backbone.patch_weight.flatten(1))
+        backbone.patch_weight.copy_((u * torch.logspace(0, -6, 12, dtype=torch.float64) @ v).view(12, 3, 2, 2))
+    projection, added = Projection.of(backbone), 0.02 * torch.randn(4, 12, dtype=torch.float64)
+    tokens = projection.tokens(torch.rand(6, 12, dtype=torch.float64)) + 0.05 * torch.randn(6, 12, dtype=torch.float64)
+    errors = [float((projection.tokens(pixels.clamp(0, 1)) + added[:, None] - tokens).norm())
+              for pixels in (sums(*projection.picture(tokens, added)), torch.full((4, 6, 12), 0.5, dtype=torch.float64),
+                             sums(*projection.pixels(tokens, added)))]
+    assert errors[0] < 0.8 * min(errors[1:])
+
+
+def test_undo_takes_a_change_of_tokens_back(wide: fp.FrozenViT) -> None:
+    projection, change = Projection.of(wide), places(0.1)
+    added = projection.undo(change)
+    torch.testing.assert_close(added @ projection.weight.T, -change, rtol=1e-9, atol=1e-9)
+    assert projection.left_over(change, projection.undo(change, picture=True)) < 0.2
+
+
+def test_undo_adds_little_to_a_picture_where_it_would_only_be_cut_off() -> None:
+    backbone = make(12, 2)
+    with torch.no_grad():
+        u, _, v = torch.linalg.svd(backbone.patch_weight.flatten(1))
+        backbone.patch_weight.copy_((u * torch.logspace(0, -6, 12, dtype=torch.float64) @ v).view(12, 3, 2, 2))
+    projection, change = Projection.of(backbone), 0.1 * torch.randn(16, 12, dtype=torch.float64)
+    exact, picture = projection.undo(change), projection.undo(change, picture=True)
+    assert exact.abs().max() > 10
+    assert projection.left_over(change, picture) < min(1, 0.5 * projection.left_over(change, exact))
 
 
 def test_without_full_rank_the_nearest_token_is_taken() -> None:
     projection = Projection.of(make(48, 2))  # 12 pixels, 48 wide
     assert projection.rank == 12
     tokens = torch.randn(3, 48, dtype=torch.float64)
-    beside = projection.tokens(projection.pixels(tokens)) - tokens
+    beside = projection.tokens(sums(*projection.pixels(tokens, torch.zeros(1, 48, dtype=torch.float64)))[0]) - tokens
     assert beside.norm() > 0.5 * tokens.norm()
     torch.testing.assert_close(beside @ projection.weight, torch.zeros(3, 12, dtype=torch.float64), rtol=0, atol=1e-9)
 
