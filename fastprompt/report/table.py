@@ -36,7 +36,7 @@ from fastprompt.report.runs import TITLES, RunSettings, execute, parse_options, 
 # Rows of a table that are a method with options of their own: (method, options, title).
 VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "pgn-14": ("pgn", {"num_prompts": 14}, "PGN, 14 prompts"),
-    "pgn-small": ("pgn", {"library_size": 48, "widths": [8, 16, 16, 16]}, "PGN, small"),
+    "pgn-small": ("pgn", {"num_prompts": 14, "library_size": 54, "widths": [8, 16, 16, 16]}, "PGN, small"),
     "rgb-extend": ("rgb-pgn", {"num_prompts": 14, "placement": "extend"}, "PGN in pixels, image extended"),
     "rgb-replace": ("rgb-pgn", {"num_prompts": 14, "placement": "replace"}, "PGN in pixels, image shrunk"),
 }
@@ -53,8 +53,8 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "vpt-shallow": (0.01,),
     "pixel": (0.01,),
     "full": (1e-5,),
-    "pgn-14": (0.01,),
-    "pgn-small": (0.01,),
+    "pgn-14": (0.003, 0.01),
+    "pgn-small": (0.003,),
     "rgb-extend": (0.003,),
     "rgb-replace": (0.003,),
 }
