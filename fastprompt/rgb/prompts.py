@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprompt.generators import PGN
 from fastprompt.generators.rgb_pgn import PLACEMENTS, RGBPGN, RGBPGNConfig, placement_obstacle, round_pixels
 from fastprompt.model import PromptedViT
 from fastprompt.rgb.projection import Projection, is_normed, slot_positions
-from fastprompt.vit import FrozenViT, reference
+from fastprompt.vit import FrozenViT
 from fastprompt.vit.weights import per_channel
 
 EXACT = 1e-4
@@ -274,20 +275,22 @@ class RGBPrompts(nn.Module):
                 or any(getattr(tokens.config, name) != getattr(generator.config, name)
                        for name in ("num_prompts", "library_size", "activation")):
             raise ValueError(f"inverted must be what RGBPrompts.invert made of model, its method is {inverted.config}")
-        places = torch.zeros(1, backbone.width, dtype=torch.float64)
+        projection, places = Projection.of(backbone), torch.zeros(1, backbone.width, dtype=torch.float64)
         if generator.config.placement == "extend":
-            places = slot_positions(backbone, "extend", generator.prompt_rows)[0]
+            places, change = slot_positions(backbone, "extend", generator.prompt_rows)
         wanted, library, offset = (part.detach().double().cpu() for part in
                                    (tokens.library, generator.pixel_library(), generator.offset))
-        error = _worst(Projection.of(backbone), wanted, places, library, offset[:len(places)],
+        error = _worst(projection, wanted, places, library, offset[:len(places)],
                        generator.config.round_pixels)
         if images is None or generator.config.placement == "latent":
             return error
         backbone.check_images(images)
-        images = backbone.normalise(images)
-        prompted = reference.embed(backbone.any_size(), generator.prompt_images(images)).patches
-        own = reference.embed(backbone, images).patches
-        return max(error, _relative(prompted[:, :own.shape[1]].double() - own.double(), own.double()))
+        images, p = backbone.normalise(images), backbone.patch_size
+        own = slot_positions(backbone, "replace", backbone.grid[0])[0]
+        prompted = generator.prompt_images(images)[:, :, :images.shape[2]]
+        patches = (F.unfold(each.double().cpu(), p, stride=p).mT for each in (images, prompted))  # (B, N, 3p²)
+        wanted, found = (projection.tokens(each * projection.std + projection.mean) for each in patches)
+        return max(error, _relative(found + change - wanted, wanted + own))
 
 
 def _feasibility(backbone: FrozenViT, projection: Projection, placement: str, num_prompts: int, tokens: Tensor
