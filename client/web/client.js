@@ -7,6 +7,7 @@ ort.env.wasm.wasmPaths = new URL("./ort/", import.meta.url).href;
 
 const FORMAT = 1;
 const MAX_PIXELS = 100_000_000;
+const LARGEST_COVER = 2 ** 25; // pixels of an image that was scaled to be cropped
 const TIE = 1e-3; // levels, as in training: a shrunk pixel half way between two levels goes down
 const SURE = 0.5;
 const LIKELY = 0.85;
@@ -195,6 +196,8 @@ export function resized(image, [height, width], resize) {
     const scale = Math.max(height / image.height, width / image.width);
     rows = Math.max(height, roundEven(image.height * scale));
     columns = Math.max(width, roundEven(image.width * scale));
+    if (rows * columns > LARGEST_COVER)
+      throw new Error(`the image has ${image.width} x ${image.height} pixels, an aspect ratio that is too extreme to crop`);
   }
   const wide = image.width === columns ? image : resampleRows(image, columns);
   const full = image.height === rows ? wide : transposed(resampleRows(transposed(wide), rows));
