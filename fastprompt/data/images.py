@@ -65,7 +65,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF orientation says; EXIF data that cannot be read say nothing."""
     image.load()
     try:
-        turn = _UPRIGHT.get(image.getexif().get(0x0112))
+        turn = _UPRIGHT.get(image.getexif().get(0x0112, 1))
     except Exception:
         return image
     return image if turn is None else image.transpose(turn)
