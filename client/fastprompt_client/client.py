@@ -73,8 +73,10 @@ class Client:
         self.model, self.api_key, self.timeout, self.max_pixels = model, api_key, timeout, max_pixels
         self._session = None if self.folder.graph is None else _session(self.folder, threads)
         height = self.folder.size[0]
-        self._shrink = pictures.Shrink(height, height - self.folder.rows * self.folder.patch) \
-            if self.folder.placement == "replace" else None
+        self._shrink = None
+        if self.folder.placement == "replace":
+            self._shrink = pictures.Shrink(height, height - self.folder.rows * self.folder.patch,
+                                           pictures.TIE if self.folder.round_pixels else 0.0)
         self._verified: dict[str, str | None] = {}
 
     def picture(self, image: pictures.ImageLike) -> np.ndarray:

@@ -64,6 +64,7 @@ class Folder:
         size: (H, W) of the images that the client starts from. picture_size: (H', W) of what the host gets.
         patch: p. resize: "crop" or "squash".
         kind: "patches" or "border". placement: "extend" or "replace", of patches. rows: of patches.
+        round_pixels: whether training rounded pixels to levels.
         graph: the ONNX file, None without patches. library: (M, 3p²) float32. offset: (K, 3p²) or None.
         added: (H, W, 3) levels added to the image, or None.
         head: None for a model without one. class_names: C names, or None.
@@ -83,6 +84,7 @@ class Folder:
     kind: str
     placement: str
     rows: int
+    round_pixels: bool
     graph: bytes | None
     library: np.ndarray | None
     offset: np.ndarray | None
@@ -135,6 +137,7 @@ def read_folder(folder: str | os.PathLike[str]) -> Folder:
         return _array(path / name, _content(path, name, manifest), shape, dtypes or ("float32",))
 
     graph = library = offset = added = None
+    rounds = True
     if kind == "patches":
         count, entries = fields.whole("prompts.num_prompts"), fields.whole("prompts.library_size")
         if count * patch != rows * width:
@@ -142,6 +145,7 @@ def read_folder(folder: str | os.PathLike[str]) -> Folder:
                               f"patches, got {count}")
         graph = _content(path, "generator.onnx", manifest)
         library = array("library.npy", (entries, 3 * patch**2), "uint8", "float32").astype(np.float32)
+        rounds = fields.get("prompts.round_pixels", bool) if "round_pixels" in fields.get("prompts") else True
         if fields.get("prompts.rest", bool):
             library = library + array("library_rest.npy", library.shape, "float16")
         if fields.get("prompts.offset", bool):
@@ -160,7 +164,8 @@ def read_folder(folder: str | os.PathLike[str]) -> Folder:
         name=fields.get("backbone.name", str), fingerprint=fields.get("backbone.fingerprint", str),
         readout=fields.get("backbone.readout", str), width=features, size=(height, width), picture_size=picture_size,
         patch=patch, resize=fields.choice("preprocessing.resize", ("crop", "squash")), kind=kind, placement=placement,
-        rows=rows, graph=graph, library=library, offset=offset, added=added, head=head, class_names=names,
+        rows=rows, round_pixels=rounds, graph=graph, library=library, offset=offset, added=added, head=head,
+        class_names=names,
         golden_image=_content(path, "golden_image.png", manifest),
         golden_picture=_content(path, "golden_picture.png", manifest),
         golden_embedding=array("golden_embedding.npy", (features,)), threshold=fields.number("golden.threshold"),

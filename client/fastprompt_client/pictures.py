@@ -20,7 +20,7 @@ UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4:
            8: Image.Transpose.ROTATE_90}
 """By the EXIF orientation."""
 TIE = 1e-3
-"""Levels taken off a shrunk pixel before it is rounded, as in training: half way between two levels goes down."""
+"""Levels taken off a shrunk pixel before it is rounded, where training rounds: half way between two goes down."""
 
 ImageLike = Any
 """A file's path, its bytes, a PIL image, or a uint8 array (H, W, 3)."""
@@ -126,10 +126,13 @@ class Shrink:
 
     Row i of the result is a weighted mean of the rows within `scale` = old / new of its middle, (i + ½) · scale, the
     weights falling linearly with the distance.
+
+    Args:
+        tie: levels taken off before rounding: `TIE`, or 0 for a model that was trained without rounding.
     """
 
-    def __init__(self, old: int, new: int) -> None:
-        scale = old / new
+    def __init__(self, old: int, new: int, tie: float = TIE) -> None:
+        self.tie, scale = tie, old / new
         middle = (np.arange(new) + 0.5) * scale  # (new,)
         first = np.maximum((middle - scale + 0.5).astype(int), 0)
         count = np.minimum((middle + scale + 0.5).astype(int), old) - first
@@ -143,7 +146,7 @@ class Shrink:
         total = self.weights[:, 0, None, None] * levels[self.rows[:, 0]]
         for tap in range(1, self.rows.shape[1]):
             total += self.weights[:, tap, None, None] * levels[self.rows[:, tap]]
-        return to_uint8(total - TIE)
+        return to_uint8(total - self.tie)
 
 
 def to_uint8(levels: np.ndarray) -> np.ndarray:

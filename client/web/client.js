@@ -8,7 +8,7 @@ ort.env.wasm.wasmPaths = new URL("./ort/", import.meta.url).href;
 const FORMAT = 1;
 const MAX_PIXELS = 100_000_000;
 const LARGEST_COVER = 2 ** 25; // pixels of an image that was scaled to be cropped
-const TIE = 1e-3; // levels, as in training: a shrunk pixel half way between two levels goes down
+const TIE = 1e-3; // levels, where training rounds: a shrunk pixel half way between two levels goes down
 const SURE = 0.5;
 const LIKELY = 0.85;
 const NEAR = 0.6;
@@ -105,7 +105,7 @@ export class Client {
     if (added !== undefined)
       top = { width, height, data: Uint8Array.from(image.data, (level, i) => toUint8(level + added.data[i])) };
     if (this.session === null) return top;
-    if (this.shrink !== undefined) top = shrunk(top, this.shrink);
+    if (this.shrink !== undefined) top = shrunk(top, this.shrink, this.manifest.prompts.round_pixels === false ? 0 : TIE);
     const input = new ort.Tensor("uint8", image.data, [1, height, width, 3]);
     const weights = (await this.session.run({ image: input })).weights;
     if (!weights.data.every(Number.isFinite)) throw new Error("generator.onnx made weights that are not finite");
@@ -326,13 +326,13 @@ function shrinkWeights(old, next) {
   });
 }
 
-function shrunk({ width, data }, rows) {
+function shrunk({ width, data }, rows, tie) {
   const line = width * 3, small = new Uint8Array(rows.length * line);
   rows.forEach(({ first, weights }, y) => {
     for (let x = 0; x < line; x++) {
       let sum = 0;
       weights.forEach((weight, tap) => { sum += weight * data[(first + tap) * line + x]; });
-      small[y * line + x] = toUint8(sum - TIE);
+      small[y * line + x] = toUint8(sum - tie);
     }
   });
   return { width, height: rows.length, data: small };

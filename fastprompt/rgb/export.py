@@ -231,7 +231,7 @@ def _patches(generator: RGBPGN, backbone: FrozenViT, files: dict[str, bytes]) ->
         files["added.npy"] = _npy((generator.compensation.detach().double().cpu() * 255).permute(1, 2, 0))
     return {"kind": "patches", "placement": config.placement, "rows": generator.prompt_rows,
             "num_prompts": config.num_prompts, "library_size": config.library_size, "offset": config.offset,
-            "added": config.compensate, "rest": config.bounded}
+            "added": config.compensate, "rest": config.bounded, "round_pixels": config.round_pixels}
 
 
 def _head_files(head: Head | None) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:

@@ -82,6 +82,7 @@ function npy(numbers, ...shape) {
 }
 
 const module = await import(`${job.web}/client.js`);
+const ort = await import(`${job.web}/ort/ort.wasm.min.mjs`);
 const load = () => module.loadClient("model");
 const wait = (ms) => new Promise((done) => setTimeout(done, ms));
 const image = new Blob([bytes("golden_image.png")]);
@@ -184,6 +185,19 @@ const cases = {
       host.models = models;
       await client.verify("http://host");
       assert.equal(requests.at(-1).body.model, expected);
+    }
+  },
+  async "half way between two levels"() {
+    manifest.prompts = { kind: "patches", placement: "replace", rows: 2, added: true };
+    manifest.backbone.image_size = [32, 32];
+    const files = { "library.npy": { data: [0] }, "added.npy": { data: new Float32Array(32 * 96) } };
+    const image = { width: 32, height: 32, data: Uint8Array.from({ length: 32 * 96 }, (_, i) => 101 + Math.floor(i / 96) % 2) };
+    globalThis.weights = { dims: [8, 1], data: Float32Array.of(1, 1, 1, 1, 1, 1, 1, 1) };
+    for (const [rounds, level] of [[true, 101], [undefined, 101], [false, 102]]) {
+      manifest.prompts.round_pixels = rounds;
+      const client = new module.Client(manifest, files, await ort.InferenceSession.create());
+      client.library = new Float64Array(192);
+      assert.deepEqual(new Set((await client.prompt(image)).data.slice(96, 15 * 96)), new Set([level]));
     }
   },
   async "a line of pixels"() {

@@ -71,6 +71,7 @@ def test_a_folder_is_read(folder: Path) -> None:
     ("prompts.num_prompts", 8, "prompts.num_prompts must fill 1 rows of 4"),
     ("prompts.library_size", 13, "library.npy must be"),
     ("prompts.rest", 1, "prompts.rest must be of kind bool"),
+    ("prompts.round_pixels", 1, "prompts.round_pixels must be of kind bool"),
     ("prompts.offset", True, "files lacks offset.npy"),
     ("preprocessing.resize", "stretch", "preprocessing.resize must be one of"),
     ("head.kind", "svm", "head.kind must be one of"),
@@ -88,6 +89,13 @@ def test_a_damaged_manifest_is_named(copy: Path, name: str, value: Any, message:
     change(copy, name, value)
     with pytest.raises(FolderError, match=message):
         Client(copy)
+
+
+def test_a_manifest_from_before_round_pixels_means_true(copy: Path) -> None:
+    change(copy, "prompts.round_pixels", False)
+    assert Client(copy).folder.round_pixels is False
+    change(copy, "prompts.round_pixels", ...)
+    assert Client(copy).folder.round_pixels is True
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000], ids=lambda c: str(c[:4]))

@@ -59,7 +59,8 @@ def job(folder: Path, tmp_path: Path) -> Path:
 
 
 def test_every_case_is_run(job: Path) -> None:
-    ran = subprocess.run([str(NODE), str(PAGE), "list", str(job)], capture_output=True, text=True, timeout=60, check=True)
+    ran = subprocess.run([str(NODE), str(PAGE), "list", str(job)], capture_output=True, text=True, timeout=60,
+                         check=True)
     assert json.loads(ran.stdout) == CASES
 
 

@@ -60,6 +60,21 @@ def test_shrinking_is_that_of_training(height: int, patch: int, rows: int) -> No
     assert np.array_equal(pictures.Shrink(height, height - rows * patch)(image), expected)
 
 
+def test_shrinking_without_rounding_is_that_of_training(tmp_path: Path) -> None:
+    """Of two rows in turn every shrunk pixel is half way between: down where training rounds, else to the even one."""
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=12, depth=1, num_heads=2, num_classes=0)
+    backbone = fp.FrozenViT(vit, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    image = np.tile(np.array([[101], [102]], np.uint8), (16, 96)).reshape(32, 32, 3)
+    for rounds, level in ((True, 101), (False, 102)):
+        config = fp.RGBPGNConfig(num_prompts=8, library_size=2, widths=(2,), placement="replace", round_pixels=rounds)
+        model = fp.PromptedViT(backbone, config, num_classes=2).eval()
+        manifest = export_client(model, tmp_path / str(rounds))
+        assert manifest["prompts"]["round_pixels"] is rounds
+        assert (Client(tmp_path / str(rounds)).picture(image)[1:15] == level).all()
+        small = model.generator.shrink(torch.from_numpy(image).permute(2, 0, 1)[None] / 255)[0, :, 1:15] * 255
+        torch.testing.assert_close(small, torch.full_like(small, 101 if rounds else 101.5), rtol=0, atol=1e-3)
+
+
 def test_without_the_tie_rule_shrinking_would_differ() -> None:
     image = random_image(112, 112)
     small = torch.nn.functional.interpolate(torch.from_numpy(image).permute(2, 0, 1)[None].double() / 255,
