@@ -93,7 +93,12 @@ class Client:
         return self.prompt(pictures.resized(opened, self.folder.size, self.folder.resize))
 
     def prompt(self, pixels: np.ndarray) -> np.ndarray:
-        """`picture` of an image that already has the backbone's size, uint8 (H, W, 3)."""
+        """`picture` of an image that already has the backbone's size, uint8 (H, W, 3).
+
+        Raises:
+            ValueError: `pixels` are something else.
+            FolderError: the folder's generator makes weights of the library that are not finite.
+        """
         folder = self.folder
         if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != (*folder.size, 3):
             got = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
@@ -104,6 +109,8 @@ class Client:
         if self._shrink is not None:
             image = self._shrink(image)
         [weights] = self._session.run(None, {"image": pixels[None]})  # (K, M)
+        if not np.isfinite(weights).all():
+            raise FolderError("generator.onnx made weights that are not finite")
         mixed = weights @ folder.library  # (K, 3p²)
         if folder.offset is not None:
             mixed = mixed + folder.offset

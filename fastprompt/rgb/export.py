@@ -78,10 +78,11 @@ def export_client(model: PromptedViT, out_dir: str | os.PathLike[str], golden: T
             mistake of a host changes.
 
     Raises:
-        TypeError, ValueError: an argument does not fit.
+        TypeError, ValueError: an argument does not fit, or the model holds NaN or infinite values.
         OSError: a file could not be written; nothing has changed then.
     """
     client = RGBPrompts(model)
+    _check_finite(model)
     backbone, generator = model.backbone, model.generator
     golden = golden_image(*backbone.image_size) if golden is None else golden
     if not isinstance(golden, Tensor) or golden.dtype != torch.uint8 \
@@ -90,6 +91,8 @@ def export_client(model: PromptedViT, out_dir: str | os.PathLike[str], golden: T
         raise ValueError(f"golden must be a uint8 tensor {(3, *backbone.image_size)}, got {got}")
     picture = client.pictures(golden[None].to(backbone.device))[0]  # (3, H', W)
     embedding = host_features(backbone, backbone.normalise(picture[None]), model.readout)
+    if not embedding.isfinite().all():
+        raise ValueError("model.backbone's features of the golden picture must be finite, got NaN or infinite values")
     mistakes = list(likely_mistakes(backbone, picture, model.readout))
     head, arrays = _head_files(model.head)
     files: dict[str, bytes] = {"golden_image.png": _png(golden), "golden_picture.png": _png(picture),
@@ -206,6 +209,15 @@ def cosine(first: Tensor, second: Tensor) -> float:
     """Of two vectors; 0 where one of them is 0 or not finite."""
     value = float(torch.nn.functional.cosine_similarity(first.double(), second.double(), dim=0, eps=1e-30))
     return value if np.isfinite(value) else 0.0
+
+
+def _check_finite(model: PromptedViT) -> None:
+    for part in ("generator", "head"):
+        module = getattr(model, part)
+        tensors = () if module is None else itertools.chain(module.named_parameters(), module.named_buffers())
+        for name, values in tensors:
+            if not values.isfinite().all():
+                raise ValueError(f"model.{part}.{name} must be finite, got NaN or infinite values")
 
 
 def _pixel_prompt(generator: PixelPrompt, backbone: FrozenViT, files: dict[str, bytes]) -> dict[str, Any]:

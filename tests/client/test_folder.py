@@ -149,6 +149,19 @@ def test_another_graph_is_refused(copy: Path, folder: Path) -> None:
         Client(copy)
 
 
+def test_weights_that_are_not_finite_are_named(copy: Path, host: Any) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    made = onnx.load_from_string((copy / "generator.onnx").read_bytes())
+    bias = next(constant for constant in made.graph.initializer if constant.name == made.graph.node[-3].input[2])
+    bias.CopyFrom(numpy_helper.from_array(np.full_like(numpy_helper.to_array(bias), np.nan), bias.name))
+    replace(copy, "generator.onnx", made.SerializeToString())
+    with pytest.raises(FolderError, match=r"generator\.onnx made weights that are not finite"):
+        Client(copy).verify(host.url)
+    assert not host.requests
+
+
 def test_a_picture_that_this_machine_does_not_make_stops_verify(copy: Path, host: Any) -> None:
     replace(copy, "golden_image.png", (copy / "golden_picture.png").read_bytes())
     with pytest.raises(FolderError, match=r"golden_picture\.png is not the picture that this machine makes"):

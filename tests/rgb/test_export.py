@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,26 @@ def test_a_second_export_replaces_the_first_and_a_failed_one_changes_nothing(
     manifest = export_client(make(backbone), tmp_path)
     for name, stated in manifest["files"].items():
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == stated["sha256"]
+
+
+@pytest.mark.parametrize("name", ["generator.library", "generator.trunk.fc.weight", "head.weight",
+                                  "generator.trunk.stem.1.running_var"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_is_not_finite_is_refused(backbone: fp.FrozenViT, tmp_path: Path, name: str, value: float) -> None:
+    model = make(backbone)
+    with torch.no_grad():
+        dict([*model.named_parameters(), *model.named_buffers()])[name].view(-1)[0] = value
+    with pytest.raises(ValueError, match=rf"model\.{re.escape(name)} must be finite, got NaN or infinite values"):
+        export_client(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_backbone_that_is_not_finite_is_refused(backbone: fp.FrozenViT, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastprompt.rgb.export.host_features", lambda *_: torch.full((48,), float("nan")))
+    with pytest.raises(ValueError, match="features of the golden picture must be finite"):
+        export_client(make(backbone), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("call", "error", "message"), [
