@@ -13,7 +13,7 @@ from fastprompt_client import pictures
 from fastprompt_client.folder import Folder, FolderError, read_folder
 from fastprompt_client.host import Host, HostError, HostMismatch
 
-SURE, LIKELY = 0.5, 0.85
+SURE, LIKELY = 0.5, 0.6
 """A host's distance from a mistake's embedding, as a part of that from the right one: up to the first a host is refused
 for that alone, up to the second a host that is refused anyway is said to make the mistake."""
 NEAR = 0.6
@@ -39,7 +39,7 @@ class Verification(NamedTuple):
     Attributes:
         ok: whether the client goes on. cosine: of the embedding and the one the model was trained with; NaN where the
             widths differ.
-        likely: the mistake that the host seems to make, None where there is none or none that is known.
+        likely: the mistake that the host seems to make, None where there is none or none that is clearly the nearest.
         message: all of it in words.
     """
 
@@ -216,6 +216,11 @@ class Client:
             likely, detail = folder.mistake_names[nearest], folder.mistake_details[nearest]
             return Verification(False, cosine, likely, f"{who} is refused: {measured}; that of a mistake is "
                                 f"nearer. Likely: {likely} (nearest: {detail}).")
+        if cosine < folder.threshold and known:
+            return Verification(False, cosine, None,
+                                f"{who} is refused: {measured}, {folder.threshold} is the least. Likely: unknown; none "
+                                "of the mistakes that were tried is clearly nearer. The nearest is "
+                                f"{folder.mistake_names[nearest]} ({folder.mistake_details[nearest]}).")
         if cosine < folder.threshold:
             return Verification(False, cosine, "another model",
                                 f"{who} is refused: {measured}, {folder.threshold} is the least. No resizing, "

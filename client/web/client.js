@@ -10,7 +10,7 @@ const MAX_PIXELS = 100_000_000;
 const LARGEST_COVER = 2 ** 25; // pixels of an image that was scaled to be cropped
 const TIE = 1e-3; // levels, where training rounds: a shrunk pixel half way between two levels goes down
 const SURE = 0.5;
-const LIKELY = 0.85;
+const LIKELY = 0.6;
 const NEAR = 0.6;
 const NOISE = 1e-3;
 const LENGTH = 0.02;
@@ -188,13 +188,15 @@ export class Client {
         `${who} is refused: its embeddings have ${embedding.length} numbers, not ${right.length}. Likely: another model.` };
     const cos = cosine(right, embedding), measured = `the cosine of its embedding and the right one is ${cos.toFixed(6)}`;
     const refused = (likely, why) =>
-      ({ ok: false, cosine: cos, likely, message: `${who} is refused: ${measured}${why}. Likely: ${likely}.` });
+      ({ ok: false, cosine: cos, likely, message: `${who} is refused: ${measured}${why}. Likely: ${likely ?? "unknown"}.` });
     const all = this.files["mistakes.npy"].data, distance = (c) => Math.sqrt(Math.max(0, 2 - 2 * c));
     const far = mistakes.map((_, i) => distance(cosine(all.subarray(i * right.length, (i + 1) * right.length), embedding)));
     const nearest = far.indexOf(Math.min(...far)), away = distance(cos);
-    const part = nearest >= 0 && away > NOISE && far[nearest] <= NEAR ? far[nearest] / away : Infinity;
+    const known = nearest >= 0 && away > NOISE && far[nearest] <= NEAR, part = known ? far[nearest] / away : Infinity;
     if (part <= SURE || (cos < threshold && part <= LIKELY))
       return refused(mistakes[nearest].name, `; that of a mistake is nearer (${mistakes[nearest].detail})`);
+    if (cos < threshold && known)
+      return refused(null, `, ${threshold} is the least; the nearest mistake is ${mistakes[nearest].name} (${mistakes[nearest].detail})`);
     if (cos < threshold) return refused("another model", `, ${threshold} is the least`);
     const length = norm(embedding) / norm(right);
     if (Math.abs(length - 1) > LENGTH && !this.ignoresLength())

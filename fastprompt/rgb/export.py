@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,10 @@ from fastprompt.vit.weights import per_channel
 FORMAT = 1
 MANIFEST = "manifest.json"
 THRESHOLD = 0.999
-"""Least cosine of the host's embedding of the golden picture and ours at which the client goes on."""
+"""Least cosine of the host's embedding of the golden picture and ours at which a client ever goes on."""
+ROOM, NOISE = 3, 1e-5
+"""A model's own threshold leaves a host ROOM times the 1 - cosine of the backbone in bfloat16, or of NOISE if it is
+less."""
 
 NORMALISATIONS = {
     "ImageNet's mean and std": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -69,8 +73,9 @@ def export_client(model: PromptedViT, out_dir: str | os.PathLike[str], golden: T
     * `offset.npy` (K, 3p²), `added.npy` (H', W, 3): levels added to patches and image, where the method has them.
     * the head's matrices, each as a .npy file.
     * `golden_image.png`, the picture with prompts that is made of it, `golden_picture.png`, and what the host should
-      return for that, `golden_embedding.npy` (D,). `mistakes.npy` (n, D): what it returns if it resizes, crops or
-      compresses the picture, normalises it otherwise, or swaps its colours.
+      return for that, `golden_embedding.npy` (D,). `mistakes.npy` (n, D): what it returns if it resizes, crops,
+      mirrors or compresses the picture, normalises it otherwise, or changes its colours. The manifest's threshold, the
+      least cosine, is `threshold` of these and of what the backbone gives in bfloat16.
 
     Args:
         model: as `RGBPrompts` takes it.
@@ -94,6 +99,8 @@ def export_client(model: PromptedViT, out_dir: str | os.PathLike[str], golden: T
     if not embedding.isfinite().all():
         raise ValueError("model.backbone's features of the golden picture must be finite, got NaN or infinite values")
     mistakes = list(likely_mistakes(backbone, picture, model.readout))
+    cosines = [round(cosine(mistake.features, embedding), 6) for mistake in mistakes]
+    rounded = cosine(_other_format(backbone, picture, model.readout), embedding)
     head, arrays = _head_files(model.head)
     files: dict[str, bytes] = {"golden_image.png": _png(golden), "golden_picture.png": _png(picture),
                                "golden_embedding.npy": _npy(embedding),
@@ -116,9 +123,9 @@ def export_client(model: PromptedViT, out_dir: str | os.PathLike[str], golden: T
         "picture_size": list(picture.shape[1:]),
         "head": head,
         "class_names": _class_names(model),
-        "golden": {"threshold": THRESHOLD,
-                   "mistakes": [{"name": mistake.name, "detail": mistake.detail,
-                                 "cosine": round(cosine(mistake.features, embedding), 6)} for mistake in mistakes]},
+        "golden": {"threshold": threshold(rounded, cosines), "bfloat16_cosine": round(rounded, 6),
+                   "mistakes": [{"name": mistake.name, "detail": mistake.detail, "cosine": found}
+                                for mistake, found in zip(mistakes, cosines, strict=True)]},
         "files": {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
                   for name, content in files.items()},
     }
@@ -136,6 +143,27 @@ def unnoticed(manifest: dict[str, Any]) -> list[str]:
     golden = manifest["golden"]
     return [f"{mistake['name']}, {mistake['detail']} (cosine {mistake['cosine']})" for mistake in golden["mistakes"]
             if mistake["cosine"] >= golden["threshold"]]
+
+
+def threshold(rounded: float, mistakes: Sequence[float]) -> float:
+    """The least cosine at which a client goes on: never under THRESHOLD.
+
+    Higher where a mistake's cosine would pass but leaves room for a host in bfloat16: half way between the nearest such
+    mistake and what ROOM times that host's 1 - cosine leaves.
+
+    Args:
+        rounded: cosine of the golden picture's embedding in bfloat16. mistakes: cosines of the mistakes.
+    """
+    highest = 1 - ROOM * max(1 - rounded, NOISE)
+    nearest = max((found for found in mistakes if found < highest), default=0.0)
+    return round(max(THRESHOLD, (nearest + highest) / 2), 6)
+
+
+def _other_format(backbone: FrozenViT, picture: Tensor, readout: str) -> Tensor:
+    """(D,) the features of a picture in bfloat16; of a backbone that already is in half precision, in float32."""
+    half = backbone.dtype in (torch.bfloat16, torch.float16)
+    other = copy.deepcopy(backbone).to(torch.float32 if half else torch.bfloat16)
+    return host_features(other, other.normalise(picture[None].to(other.device)), readout)
 
 
 def golden_image(height: int, width: int) -> Tensor:
@@ -182,7 +210,9 @@ def likely_mistakes(backbone: FrozenViT, picture: Tensor, readout: str) -> Itera
 def _changed(picture: Image.Image, size: tuple[int, int]) -> Iterator[tuple[str, str, Image.Image]]:
     """(name, detail, picture) of every mistake that is one of pixels; `size`: (H, W) of the backbone's own images."""
     height, width = size
-    for quality, subsampling in itertools.product((98, 95, 90, 75, 50, 30), ("4:2:0", "4:4:4")):
+    kinds = [(quality, "4:4:4") for quality in (98, 97, 95, 93, 90, 85, 80, 75, 65, 50, 30)]
+    kinds += [(quality, "4:2:0") for quality in (95, 85, 75, 50, 30)]  # halving the colours outweighs small steps
+    for quality, subsampling in kinds:
         stream = io.BytesIO()
         picture.save(stream, "JPEG", quality=quality, subsampling=subsampling)
         yield "JPEG compression", f"quality {quality}, {subsampling}", Image.open(stream).convert("RGB")
@@ -191,11 +221,13 @@ def _changed(picture: Image.Image, size: tuple[int, int]) -> Iterator[tuple[str,
         top = (picture.height - height) // 2
         yield "cropping", f"the middle {height} x {width}", picture.crop((0, top, width, top + height))
         yield "cropping", f"the upper {height} x {width}", picture.crop((0, 0, width, height))
+        yield "cropping", f"the lower {height} x {width}", picture.crop((0, picture.height - height, width,
+                                                                         picture.height))
     for side in (0.5, 0.75):
         small = picture.resize((max(1, round(picture.width * side)), max(1, round(picture.height * side))),
                                Image.Resampling.BILINEAR)
         yield "resizing", f"to {side:.0%} of the sides and back", small.resize(picture.size, Image.Resampling.BILINEAR)
-    for part in (0.875, 0.9, 0.95):  # of timm's evaluation transforms; 224 of 256 pixels is torchvision's
+    for part in (0.8, 0.875, 0.9, 0.95):  # of timm's evaluation transforms; 224 of 256 pixels is torchvision's
         large = picture.resize((round(width / part), round(picture.height * width / part / picture.width)),
                                Image.Resampling.BICUBIC)
         left, top = (large.width - width) // 2, (large.height - height) // 2
@@ -203,6 +235,9 @@ def _changed(picture: Image.Image, size: tuple[int, int]) -> Iterator[tuple[str,
                large.crop((left, top, left + width, top + height)))
     red, green, blue = picture.split()
     yield "blue and red swapped (BGR)", "OpenCV's order", Image.merge("RGB", (blue, green, red))
+    yield "mirroring", "left and right", picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    yield "no colours", "grey", picture.convert("L").convert("RGB")
+    yield "few colours", "a palette of 256, as a GIF file has", picture.quantize(256).convert("RGB")
 
 
 def cosine(first: Tensor, second: Tensor) -> float:

@@ -16,7 +16,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 import fastprompt as fp
-from fastprompt.rgb.export import cosine, export_client, golden_image, unnoticed
+from fastprompt.rgb.export import cosine, export_client, golden_image, threshold, unnoticed
 from fastprompt.rgb.graph import resampling, selection_graph
 
 
@@ -120,12 +120,28 @@ def test_every_likely_mistake_is_noticed(backbone: fp.FrozenViT, tmp_path: Path)
     manifest = export_client(make(backbone), tmp_path)
     names = {mistake["name"] for mistake in manifest["golden"]["mistakes"]}
     assert names == {"JPEG compression", "resizing", "cropping", "resizing and cropping", "blue and red swapped (BGR)",
-                     "other mean and standard deviation", "another readout"}
+                     "other mean and standard deviation", "another readout", "mirroring", "no colours", "few colours"}
     assert all("4:4:4" in mistake for mistake in unnoticed(manifest))  # JPEG that is all but lossless
+    assert 0.999 <= manifest["golden"]["threshold"] < manifest["golden"]["bfloat16_cosine"] < 1
     embeddings = torch.from_numpy(np.load(tmp_path / "mistakes.npy"))
     golden = torch.from_numpy(np.load(tmp_path / "golden_embedding.npy"))
     for row, mistake in zip(embeddings, manifest["golden"]["mistakes"], strict=True):
         assert cosine(row, golden) == pytest.approx(mistake["cosine"], abs=1e-6)
+
+
+@pytest.mark.parametrize(("rounded", "mistakes", "least"), [
+    (0.9999, [], 0.999),
+    (0.9999, [0.5, 0.985], 0.999),  # far below what would pass
+    (0.9999, [0.9987], 0.9992),  # half way from there to 0.9997
+    (0.9999, [0.9995, 0.985], 0.9996),
+    (0.9999, [0.9995, 0.99975], 0.9996),  # the second is as near as a host in bfloat16 may be
+    (0.9995, [0.9992], 0.999),
+    (1.0, [0.9999], 0.999935),  # no host computes like ours to the last bit
+    (0.0, [0.99], 0.999),
+])
+def test_the_threshold_is_between_the_nearest_mistake_and_bfloat16(rounded: float, mistakes: list[float],
+                                                                   least: float) -> None:
+    assert threshold(rounded, mistakes) == pytest.approx(least, abs=1e-9)
 
 
 def test_a_mistake_that_changes_nothing_is_named(backbone: fp.FrozenViT, tmp_path: Path) -> None:
