@@ -57,8 +57,11 @@ class Mistake(NamedTuple):
     features: Tensor
 
 
-def export_client(model: PromptedViT, out_dir: str | os.PathLike[str], golden: Tensor | None = None
-                  ) -> dict[str, Any]:
+RESIZES = ("crop", "squash")
+
+
+def export_client(model: PromptedViT, out_dir: str | os.PathLike[str], golden: Tensor | None = None,
+                  resize: str = "crop") -> dict[str, Any]:
     """Write what `fastprompt-client` needs into `out_dir`, all files or none; returns the manifest.
 
     The client makes the pictures of `RGBPrompts(model).pictures` and applies the model's head to what a host returns
@@ -81,13 +84,22 @@ def export_client(model: PromptedViT, out_dir: str | os.PathLike[str], golden: T
         model: as `RGBPrompts` takes it.
         golden: uint8 (3, H, W) of the backbone's size; None: one with gradients, edges and noise, which every likely
             mistake of a host changes.
+        resize: how the client brings an image of another size to the backbone's: as in training, "crop" or "squash" of
+            `load_data`.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or the model holds NaN or infinite values.
         OSError: a file could not be written; nothing has changed then.
     """
+    if resize not in RESIZES:
+        raise ValueError(f"resize must be one of {RESIZES}, got {resize!r}")
+    if not isinstance(out_dir, (str, os.PathLike)) or not os.fspath(out_dir):
+        raise TypeError(f"out_dir must be a folder's path, got {out_dir!r}")
+    if os.path.exists(out_dir) and not os.path.isdir(out_dir):
+        raise NotADirectoryError(f"out_dir must be a folder, {os.fspath(out_dir)} is a file")
     client = RGBPrompts(model)
     _check_finite(model)
+    class_names = _class_names(model)
     backbone, generator = model.backbone, model.generator
     golden = golden_image(*backbone.image_size) if golden is None else golden
     if not isinstance(golden, Tensor) or golden.dtype != torch.uint8 \
@@ -117,12 +129,12 @@ def export_client(model: PromptedViT, out_dir: str | os.PathLike[str], golden: T
                      "width": backbone.feature_width, "readout": model.readout,
                      "image_size": list(backbone.image_size), "patch_size": backbone.patch_size,
                      "grid": list(backbone.grid), "mean": list(backbone.mean), "std": list(backbone.std)},
-        "preprocessing": {"size": list(backbone.image_size), "resize": "crop", "filter": "bicubic, antialiased",
+        "preprocessing": {"size": list(backbone.image_size), "resize": resize, "filter": "bicubic, antialiased",
                           "upright": "EXIF", "transparency": "over white"},
         "prompts": prompts,
         "picture_size": list(picture.shape[1:]),
         "head": head,
-        "class_names": _class_names(model),
+        "class_names": class_names,
         "golden": {"threshold": threshold(rounded, cosines), "bfloat16_cosine": round(rounded, 6),
                    "mistakes": [{"name": mistake.name, "detail": mistake.detail, "cosine": found}
                                 for mistake, found in zip(mistakes, cosines, strict=True)]},
@@ -312,7 +324,11 @@ def _head_files(head: Head | None) -> tuple[dict[str, Any] | None, dict[str, Ten
 def _class_names(model: PromptedViT) -> list[str] | None:
     if model.num_classes is None:
         return None
-    return list(model.class_names) if model.class_names is not None else [str(i) for i in range(model.num_classes)]
+    names = list(model.class_names) if model.class_names is not None else [str(i) for i in range(model.num_classes)]
+    for name in names:
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise ValueError(f"model.class_names must be text that can be written as UTF-8, got {name!r}")
+    return names
 
 
 def _npy(values: Tensor) -> bytes:

@@ -66,6 +66,18 @@ def test_what_is_deployed_is_what_training_saw(extend: fp.PromptedViT, host: Any
     assert [client.predict(host.url, image).name for image in images] == ["abc"[i] for i in expected]
 
 
+def test_an_image_is_squashed_where_training_squashed_it(extend: fp.PromptedViT, tmp_path: Path,
+                                                         photo: np.ndarray) -> None:
+    from fastprompt.data.images import to_tensor
+
+    for resize in ("crop", "squash"):
+        manifest = export_client(extend, tmp_path / resize, resize=resize)
+        assert manifest["preprocessing"]["resize"] == resize
+        trained = to_tensor(Image.fromarray(photo), (32, 32), resize).permute(1, 2, 0).numpy()
+        assert np.abs(Client(tmp_path / resize).picture(photo)[:32].astype(int) - trained).max() <= 1
+    assert np.abs(Client(tmp_path / "crop").picture(photo)[:32].astype(int) - trained).max() > 1
+
+
 def test_the_right_host_is_verified_once(folder: Path, host: Any, photo: np.ndarray) -> None:
     client = Client(folder)
     found = client.verify(host.url)

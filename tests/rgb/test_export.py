@@ -39,6 +39,10 @@ def make(backbone: fp.FrozenViT, **options: Any) -> fp.PromptedViT:
     return fp.PromptedViT(backbone, config, num_classes=3).eval()
 
 
+def named(backbone: fp.FrozenViT, name: str) -> fp.PromptedViT:
+    return fp.PromptedViT(backbone, make(backbone).config, num_classes=2, class_names=[name, "b"])
+
+
 def disturb(model: fp.PromptedViT) -> None:
     with torch.no_grad():
         for module in model.generator.trunk.modules():
@@ -220,9 +224,22 @@ def test_a_backbone_that_is_not_finite_is_refused(backbone: fp.FrozenViT, tmp_pa
     (lambda b, out: export_client(make(b), out, torch.zeros(3, 16, 16, dtype=torch.uint8)), ValueError,
      r"golden must be a uint8 tensor \(3, 32, 32\)"),
     (lambda b, out: export_client(make(b), out, "golden.png"), ValueError, "golden must be a uint8 tensor"),
+    (lambda b, out: export_client(make(b), out, resize="stretch"), ValueError,
+     r"resize must be one of \('crop', 'squash'\), got 'stretch'"),
+    (lambda b, out: export_client(make(b), out, resize=None), ValueError, "resize must be one of"),
+    (lambda b, out: export_client(make(b), None), TypeError, "out_dir must be a folder's path, got None"),
+    (lambda b, out: export_client(make(b), 3), TypeError, "out_dir must be a folder's path, got 3"),
+    (lambda b, out: export_client(make(b), ""), TypeError, "out_dir must be a folder's path, got ''"),
+    (lambda b, out: export_client(make(b), __file__), NotADirectoryError, "out_dir must be a folder, .* is a file"),
+    (lambda b, out: export_client(named(b, "a\udcff"), out), ValueError, "model.class_names must be text that can be"),
 ])
 def test_bad_input_is_named_and_writes_nothing(backbone: fp.FrozenViT, tmp_path: Path, call: Any,
-                                               error: type[Exception], message: str) -> None:
+                                               error: type[Exception], message: str,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(*_: Any) -> None:
+        raise AssertionError("the backbone was run")
+
+    monkeypatch.setattr("fastprompt.rgb.export.host_features", work)
     with pytest.raises(error, match=message):
         call(backbone, tmp_path / "out")
     assert not (tmp_path / "out").exists()
