@@ -184,7 +184,7 @@ class Client:
         self._verified.pop(host.base, None)
         self._check_own_picture()
         models = host.models()
-        model = self.model if self.model is not None else _with_fingerprint(models, self.folder.fingerprint)
+        model = self.model if self.model is not None else _asked_for(models, self.folder.fingerprint)
         [embedding] = host.embed([self.folder.golden_picture], model)
         found = self.judge(embedding, host.base)
         if found.ok:
@@ -267,13 +267,14 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-30)
 
 
-def _with_fingerprint(models: list[dict[str, Any]], fingerprint: str) -> str | None:
-    """The id of the host's backbone with that fingerprint, if it lists one."""
-    for entry in models:
-        if entry.get("object") == "model" and entry.get("fingerprint") == fingerprint \
-                and isinstance(entry.get("id"), str):
+def _asked_for(models: list[dict[str, Any]], fingerprint: str) -> str | None:
+    """The id of the host's backbone with that fingerprint, else of its only one."""
+    backbones = [entry for entry in models
+                 if entry.get("object", "model") == "model" and isinstance(entry.get("id"), str)]
+    for entry in backbones:
+        if entry.get("fingerprint") == fingerprint:
             return entry["id"]
-    return None
+    return backbones[0]["id"] if len(backbones) == 1 else None
 
 
 def _session(folder: Folder, threads: int) -> onnxruntime.InferenceSession:

@@ -209,6 +209,16 @@ def test_the_model_with_the_fingerprint_is_asked_for(folder: Path, host: Any) ->
     assert "model" not in host.requests[-1][2]
 
 
+def test_the_only_model_is_asked_for(folder: Path, host: Any) -> None:
+    for models, expected in (([{"id": "one", "object": "model"}], "one"), ([{"id": "one"}, {"id": 3}], "one"),
+                             ([{"id": "one", "object": "model"}, {"id": "birds", "object": "adapter"}], "one"),
+                             ([{"id": "one", "object": "model"}, {"id": "two", "object": "model"}], None),
+                             ([{"id": "birds", "object": "adapter"}], None)):
+        host.models = models
+        Client(folder).verify(host.url)
+        assert host.requests[-1][2].get("model") == expected
+
+
 def test_the_key_is_sent(folder: Path, host: Any) -> None:
     host.key = "secret"
     with pytest.raises(HostError, match="answered 401: wrong key"):
