@@ -234,8 +234,8 @@ class Client:
 
     def _check_own_picture(self) -> None:
         """That this machine makes the golden picture that the exporting one made, to one level."""
-        golden = np.asarray(pictures.open_image(self.folder.golden_picture, self.max_pixels)).astype(int)
-        own = self.picture(self.folder.golden_image).astype(int)
+        golden = np.asarray(pictures.open_image(self.folder.golden_picture)).astype(int)
+        own = self.prompt(np.asarray(pictures.open_image(self.folder.golden_image))).astype(int)
         if own.shape != golden.shape or np.abs(own - golden).max() > 1:
             raise FolderError("golden_picture.png is not the picture that this machine makes of golden_image.png: the "
                               f"folder's files do not belong together, or onnxruntime {onnxruntime.__version__} "
