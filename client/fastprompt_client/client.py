@@ -10,8 +10,8 @@ import numpy as np
 import onnxruntime
 
 from fastprompt_client import pictures
-from fastprompt_client.folder import Folder, FolderError, read_folder
-from fastprompt_client.host import Host, HostError, HostMismatch
+from fastprompt_client.folder import Folder, FolderError, Head, read_folder
+from fastprompt_client.host import Host, HostError, HostMismatch, check_key, check_timeout
 
 SURE, LIKELY = 0.5, 0.6
 """A host's distance from a mistake's embedding, as a part of that from the right one: up to the first a host is refused
@@ -57,17 +57,28 @@ class Client:
         model: which of the host's models to ask for; None: the one that it lists with the backbone's fingerprint, else
             its only one.
         api_key: sent to the host as a bearer token.
-        timeout: seconds for connecting and each read.
+        timeout: seconds for connecting and for every wait; an answer that still drips in after as many, counted from
+            the request, is given up.
         threads: of onnxruntime.
         max_pixels: of an image.
 
     Raises:
+        TypeError, ValueError: an argument does not fit.
         FileNotFoundError: the folder or a file of it is missing.
         FolderError: a file is damaged or does not fit the others.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, model: str | None = None, api_key: str | None = None,
                  timeout: float = 30.0, threads: int = 1, max_pixels: int = pictures.MAX_PIXELS) -> None:
+        if model is not None and (not isinstance(model, str) or not model):
+            raise TypeError(f"model must be a name, or None, got {model!r}")
+        check_key(api_key)
+        check_timeout(timeout)
+        for name, count in (("threads", threads), ("max_pixels", max_pixels)):
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise TypeError(f"{name} must be a whole number, got {count!r}")
+            if count < 1:
+                raise ValueError(f"{name} must be from 1, got {count}")
         self.folder = read_folder(folder)
         self.class_names = self.folder.class_names
         self.model, self.api_key, self.timeout, self.max_pixels = model, api_key, timeout, max_pixels
@@ -130,6 +141,9 @@ class Client:
         host, sent = Host(url, self.api_key, self.timeout), [self.png(image) for image in _several(images)]
         if not sent:
             raise ValueError("images: expected at least one, got none")
+        return self._embedded(host, sent)
+
+    def _embedded(self, host: Host, sent: Sequence[bytes]) -> np.ndarray:
         model = self._verified.get(host.base, self.model)
         parts = [host.embed(part, model) for part in _calls(sent)]
         found = np.concatenate(parts) if len({part.shape[1] for part in parts}) == 1 else parts[0]
@@ -144,26 +158,34 @@ class Client:
         Raises:
             ValueError: the model has no head, or `features` have another shape.
         """
-        if self.folder.head is None or self.class_names is None:
-            raise ValueError("the model in this folder has no head; `embed` gives its features")
+        head, class_names = self._head()
         features = np.asarray(features, np.float32)
         features = features[None] if features.ndim == 1 else features
         if features.ndim != 2 or features.shape[1] != self.folder.width or not np.isfinite(features).all():
             raise ValueError(f"features must be finite and (n, {self.folder.width}), got {features.shape}")
-        probabilities = softmax(self.folder.head(features))
+        probabilities = softmax(head(features))
         best = probabilities.argmax(axis=1)
-        return [Prediction(self.class_names[i], float(row[i]), row) for i, row in zip(best, probabilities, strict=True)]
+        return [Prediction(class_names[i], float(row[i]), row) for i, row in zip(best, probabilities, strict=True)]
+
+    def _head(self) -> tuple[Head, tuple[str, ...]]:
+        if self.folder.head is None or self.class_names is None:
+            raise ValueError("the model in this folder has no head; `embed` gives its features")
+        return self.folder.head, self.class_names
 
     def predict(self, url: str, image: pictures.ImageLike) -> Prediction:
         """The class of one image. The host is verified at the first call, and refused if it fails.
+
+        What can be wrong with the image, or the folder, is found before the host is asked anything.
 
         Raises:
             HostMismatch: the host's embedding of the golden picture is not the right one.
             HostError, TypeError, ValueError: as `embed` and `classify`.
         """
-        if Host(url).base not in self._verified:
+        self._head()
+        host, sent = Host(url, self.api_key, self.timeout), self.png(image)
+        if host.base not in self._verified:
             self.verify(url)
-        return self.classify(self.embed(url, image))[0]
+        return self.classify(self._embedded(host, [sent]))[0]
 
     def verify(self, url: str) -> Verification:
         """Send the golden picture; return when the host's embedding is the one that the model was trained with.
