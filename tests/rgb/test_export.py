@@ -160,6 +160,15 @@ def test_a_mistake_that_changes_nothing_is_named(backbone: fp.FrozenViT, tmp_pat
     assert not any("mean" in text for text in missed)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_export_leaves_the_model_in_its_mode(backbone: fp.FrozenViT, tmp_path: Path, training: bool) -> None:
+    model = make(backbone).train(training)
+    model.generator.trunk.stem.eval()  # as one who keeps a part's running statistics
+    before = {name: module.training for name, module in model.named_modules()}
+    export_client(model, tmp_path)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
 def test_the_golden_image_may_be_given(backbone: fp.FrozenViT, tmp_path: Path) -> None:
     golden = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
     export_client(make(backbone), tmp_path, golden)
