@@ -18,7 +18,7 @@ const LENGTH = 0.02;
 // The folder at an address, with every file that the manifest names checked and read.
 export async function loadClient(address) {
   if (globalThis.crypto?.subtle === undefined)
-    throw new Error("this page must be opened over https or from localhost: elsewhere a browser cannot check the model's files");
+    throw new Error("this page must be opened over https or from localhost: elsewhere browsers do not check files");
   const base = new URL(address.endsWith("/") ? address : address + "/", document.baseURI);
   const manifest = JSON.parse(new TextDecoder().decode(await fetched(new URL("manifest.json", base))));
   if (manifest.format !== FORMAT) throw new Error(`manifest.json: format must be ${FORMAT}, got ${manifest.format}`);
@@ -137,12 +137,12 @@ export class Client {
     const { picture } = await this.picture(new Blob([this.files["golden_image.png"]], { type: "image/png" }));
     const kept = await decode(await pngBlob(picture));
     if (kept.data.some((level, i) => level !== picture.data[i]))
-      throw new Error("this browser changes pixels on a canvas (protection against fingerprinting does), so that the host "
-                      + "would get another picture: allow this page to read canvases, or use another browser");
+      throw new Error("this browser changes pixels on a canvas (protection against fingerprinting does), so the host would "
+                      + "get another picture: allow this page to read canvases, or use another browser");
     if (golden.width !== picture.width || golden.height !== picture.height
         || golden.data.some((level, i) => Math.abs(level - picture.data[i]) > 1))
-      throw new Error("golden_picture.png is not the picture that this browser makes of golden_image.png: the model's files "
-                      + "do not belong together, or the browser computes something else");
+      throw new Error("golden_picture.png is not the picture that this browser makes of golden_image.png: the model's "
+                      + "files do not belong together, or the browser computes something else");
   }
 
   // A picture's embedding by the host, Float32Array.
@@ -187,8 +187,8 @@ export class Client {
       return { ok: false, cosine: NaN, likely: "another model", message:
         `${who} is refused: its embeddings have ${embedding.length} numbers, not ${right.length}. Likely: another model.` };
     const cos = cosine(right, embedding), measured = `the cosine of its embedding and the right one is ${cos.toFixed(6)}`;
-    const refused = (likely, why) =>
-      ({ ok: false, cosine: cos, likely, message: `${who} is refused: ${measured}${why}. Likely: ${likely ?? "unknown"}.` });
+    const refused = (likely, why) => ({ ok: false, cosine: cos, likely, message:
+      `${who} is refused: ${measured}${why}. Likely: ${likely ?? "unknown"}.` });
     const all = this.files["mistakes.npy"].data, distance = (c) => Math.sqrt(Math.max(0, 2 - 2 * c));
     const far = mistakes.map((_, i) => distance(cosine(all.subarray(i * right.length, (i + 1) * right.length), embedding)));
     const nearest = far.indexOf(Math.min(...far)), away = distance(cos);
@@ -196,7 +196,8 @@ export class Client {
     if (part <= SURE || (cos < threshold && part <= LIKELY))
       return refused(mistakes[nearest].name, `; that of a mistake is nearer (${mistakes[nearest].detail})`);
     if (cos < threshold && known)
-      return refused(null, `, ${threshold} is the least; the nearest mistake is ${mistakes[nearest].name} (${mistakes[nearest].detail})`);
+      return refused(null, `, ${threshold} is the least; the nearest mistake is ${mistakes[nearest].name} `
+                           + `(${mistakes[nearest].detail})`);
     if (cos < threshold) return refused("another model", `, ${threshold} is the least`);
     const length = norm(embedding) / norm(right);
     if (Math.abs(length - 1) > LENGTH && !this.ignoresLength())
@@ -460,7 +461,8 @@ function hostBase(url) {
   try {
     parsed = new URL(url);
   } catch { /* named below */ }
-  if (!["http:", "https:"].includes(parsed?.protocol)) throw new Error(`the host must be http://HOST or https://HOST, got ${url}`);
+  if (!["http:", "https:"].includes(parsed?.protocol))
+    throw new Error(`the host must be http://HOST or https://HOST, got ${url}`);
   if (parsed.username || parsed.password) throw new Error("the host's address must not hold a user or password");
   if (parsed.search) throw new Error("the host's address must not have a query (?…)");
   return (parsed.origin + parsed.pathname).replace(/\/+$/, "").replace(/\/v1(\/embeddings)?$/, "");

@@ -1,5 +1,5 @@
-// node page.mjs CASE JOB.json: a case of the page's code in Node. What a browser and onnxruntime do is played here: canvases
-// hold bytes, a PNG file is one of the job's or what a canvas wrote, the graph gives the job's weights.
+// node page.mjs CASE JOB.json: a case of the page's code in Node. What a browser and onnxruntime do is played here:
+// canvases hold bytes, a PNG file is one of the job's or what a canvas wrote, the graph gives the job's weights.
 
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
@@ -174,6 +174,17 @@ const cases = {
       await assert.rejects(client.verify(url), message);
     assert.equal(requests.length, 0);
   },
+  async "mistakes"() {
+    const client = await load(), { mistakes } = manifest.golden, all = client.files["mistakes.npy"].data;
+    mistakes.forEach(({ name }, i) => assert.equal(client.judge(all.subarray(48 * i, 48 * i + 48), "it").likely, name));
+    const moved = job.golden.map((v, i) => v + 0.15 * (i % 3 - 1)), found = client.judge(moved, "it");
+    assert.equal(found.ok, false);
+    assert.equal(found.likely, null);
+    assert.match(found.message, /the nearest mistake is .*Likely: unknown/);
+    assert.equal(client.judge(job.golden.map((v) => -v), "it").likely, "another model");
+    assert.equal(client.judge(job.golden.map((v) => 3 * v), "it").likely, "scaled embeddings");
+    assert.equal(client.judge(job.golden, "it").ok, true);
+  },
   async "the model that is asked for"() {
     const client = await load(), { fingerprint } = manifest.backbone;
     const one = { id: "one", object: "model" }, adapter = { id: "birds", object: "adapter", fingerprint };
@@ -191,7 +202,8 @@ const cases = {
     manifest.prompts = { kind: "patches", placement: "replace", rows: 2, added: true };
     manifest.backbone.image_size = [32, 32];
     const files = { "library.npy": { data: [0] }, "added.npy": { data: new Float32Array(32 * 96) } };
-    const image = { width: 32, height: 32, data: Uint8Array.from({ length: 32 * 96 }, (_, i) => 101 + Math.floor(i / 96) % 2) };
+    const data = Uint8Array.from({ length: 32 * 96 }, (_, i) => 101 + Math.floor(i / 96) % 2);
+    const image = { width: 32, height: 32, data };
     globalThis.weights = { dims: [8, 1], data: Float32Array.of(1, 1, 1, 1, 1, 1, 1, 1) };
     for (const [rounds, level] of [[true, 101], [undefined, 101], [false, 102]]) {
       manifest.prompts.round_pixels = rounds;
