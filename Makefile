@@ -44,6 +44,7 @@ types: $(STAMP)  ## mypy on the package, its ops and the client
 pytest: $(STAMP)  ## the test suite alone
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n $(JOBS) --dist loadgroup $(TESTS)
 
+PAGE := build/page
 NODE_MODULES := .cache/page/node_modules
 ORT := ort.wasm.min.mjs ort-wasm-simd-threaded.mjs ort-wasm-simd-threaded.wasm
 
@@ -53,15 +54,15 @@ $(NODE_MODULES): client/web/package.json client/web/package-lock.json
 	@touch $@
 
 page: $(NODE_MODULES)  ## the client as a web page with onnxruntime-web in build/page, with FOLDER= as its model
-	@rm -rf build/page && mkdir -p build/page/ort
-	@cp client/web/index.html client/web/*.js build/page
-	@cd $(NODE_MODULES)/onnxruntime-web/dist && cp $(ORT) $(CURDIR)/build/page/ort
-	@if [ -n '$(FOLDER)' ]; then cp -r '$(FOLDER)' build/page/model; fi
-	@echo 'python3 -m http.server --directory build/page   and open http://localhost:8000/?host=http://HOST'
+	@rm -rf $(PAGE) && mkdir -p $(PAGE)/ort
+	@cp client/web/index.html client/web/*.js $(PAGE)
+	@cd $(NODE_MODULES)/onnxruntime-web/dist && cp $(ORT) $(CURDIR)/$(PAGE)/ort
+	@if [ -n '$(FOLDER)' ]; then cp -r '$(FOLDER)' $(PAGE)/model; fi
+	@echo 'python3 -m http.server --directory $(PAGE)   and open http://localhost:8000/?host=http://HOST'
 
 browser: $(STAMP)  ## the page in a real headless Chromium, beside the Python client (needs node, npm and chromium)
-	@$(MAKE) --no-print-directory page FOLDER= >/dev/null
-	FASTPROMPT_PAGE=build/page FASTPROMPT_NODE_MODULES=$(NODE_MODULES) OMP_NUM_THREADS=1 \
+	@$(MAKE) --no-print-directory page FOLDER= PAGE=.cache/page/site >/dev/null
+	FASTPROMPT_PAGE=.cache/page/site FASTPROMPT_NODE_MODULES=$(NODE_MODULES) OMP_NUM_THREADS=1 \
 		$(VENV)/bin/pytest -q tests/client/test_browser.py
 
 hammer: $(STAMP)  ## an engine under eight threads for a minute, adapters swapped and failures injected

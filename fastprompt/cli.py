@@ -178,6 +178,8 @@ class Export:
     """Make pictures of the token prompts of a PGN first; `fastprompt info --rgb` says what is lost."""
     golden: Path | None = None
     """Image file that hosts are verified with; one made of gradients, edges and noise if not given."""
+    resize: Literal["crop", "squash"] = "crop"
+    """How the client brings images to the backbone's size: as in training, where `fastprompt adapt` crops."""
     backbone: str | None = None
     """Needed where the run directory does not say."""
     image_size: int | None = None
@@ -516,8 +518,8 @@ def predict(command: Predict) -> None:
 
 def export(command: Export) -> None:
     """Run `fastprompt export`."""
-    from fastprompt.data import read_images
-    from fastprompt.report.runs import read_settings, square_size
+    from fastprompt.data.images import open_image, to_tensor
+    from fastprompt.report.runs import read_settings
     from fastprompt.rgb.export import export_client, unnoticed
     from fastprompt.rgb.prompts import RGBPrompts
 
@@ -525,14 +527,18 @@ def export(command: Export) -> None:
         raise ValueError("--client: is needed, a client's folder is the only kind of export there is")
     if command.out.exists() and not command.out.is_dir():
         raise ValueError(f"--out: {command.out} is a file, a folder is needed")
+    golden = None
+    if command.golden is not None:
+        try:
+            golden = open_image(command.golden)
+        except ValueError as error:
+            raise ValueError(f"--golden: {error}") from error
     set_threads(command.threads)
     model = load_adapter(command, read_settings(command.adapter))
     if command.invert:
         model = RGBPrompts.invert(model, "extend", picture=True)
-    golden = None
-    if command.golden is not None:
-        golden = read_images(command.golden, square_size(model.backbone))[0][0]
-    manifest = export_client(model, command.out, golden)
+    picture = None if golden is None else to_tensor(golden, model.backbone.image_size, command.resize)
+    manifest = export_client(model, command.out, picture, command.resize)
     height, width = manifest["picture_size"]
     size = sum(file["bytes"] for file in manifest["files"].values())
     print(

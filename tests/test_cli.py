@@ -637,6 +637,9 @@ def test_export_writes_a_clients_folder(
     assert client.class_names == tuple(COLOURS)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "golden_image.png")), np.asarray(Image.open(golden)))
     assert client.picture(golden).shape == (32, 32, 3)
+    assert client.folder.resize == "crop"
+    assert main([*command, "--resize", "squash"]) == 0
+    assert Client(tmp_path / "out").folder.resize == "squash"
 
 
 def test_export_inverts_a_pgn(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -658,7 +661,9 @@ def test_export_names_what_is_wrong(
     for command, message in (
         (export_command(place, pixel_adapter, tmp_path / "out"), "--client: is needed"),
         (export_command(place, pixel_adapter, tmp_path / "file", "--client"), "--out"),
-        (export_command(place, pixel_adapter, tmp_path / "out", "--client", "--golden", "none.png"), "none.png"),
+        (export_command(place, pixel_adapter, tmp_path / "out", "--client", "--golden", "none.png"),
+         "--golden: no such image file: none.png"),
+        (export_command(place, tmp_path / "none", tmp_path / "out", "--client", "--golden", "none.png"), "--golden"),
         (export_command(place, pixel_adapter, tmp_path / "out", "--client", "--invert"), "PGNConfig"),
         (export_command(place, tmp_path / "none", tmp_path / "out", "--client"), "adapter"),
     ):

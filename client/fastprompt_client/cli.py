@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--png: takes one image, got {len(given.images)}")
         if given.url is None and given.png is None:
             raise ValueError("--url or --png: one of them is needed")
-        client = Client(given.folder, model=given.model, api_key=os.environ.get(KEY), timeout=given.timeout)
+        client = Client(given.folder, model=given.model, api_key=os.environ.get(KEY) or None, timeout=given.timeout)
         if given.png is not None:
             given.png.write_bytes(client.png(given.images[0]))
         if given.url is None:

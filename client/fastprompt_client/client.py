@@ -10,10 +10,10 @@ import numpy as np
 import onnxruntime
 
 from fastprompt_client import pictures
-from fastprompt_client.folder import Folder, FolderError, read_folder
-from fastprompt_client.host import Host, HostError, HostMismatch
+from fastprompt_client.folder import Folder, FolderError, Head, read_folder
+from fastprompt_client.host import Host, HostError, HostMismatch, check_key, check_timeout
 
-SURE, LIKELY = 0.5, 0.85
+SURE, LIKELY = 0.5, 0.6
 """A host's distance from a mistake's embedding, as a part of that from the right one: up to the first a host is refused
 for that alone, up to the second a host that is refused anyway is said to make the mistake."""
 NEAR = 0.6
@@ -39,7 +39,7 @@ class Verification(NamedTuple):
     Attributes:
         ok: whether the client goes on. cosine: of the embedding and the one the model was trained with; NaN where the
             widths differ.
-        likely: the mistake that the host seems to make, None where there is none or none that is known.
+        likely: the mistake that the host seems to make, None where there is none or none that is clearly the nearest.
         message: all of it in words.
     """
 
@@ -57,24 +57,37 @@ class Client:
         model: which of the host's models to ask for; None: the one that it lists with the backbone's fingerprint, else
             its only one.
         api_key: sent to the host as a bearer token.
-        timeout: seconds for connecting and each read.
+        timeout: seconds for connecting and for every wait; an answer that still drips in after as many, counted from
+            the request, is given up.
         threads: of onnxruntime.
         max_pixels: of an image.
 
     Raises:
+        TypeError, ValueError: an argument does not fit.
         FileNotFoundError: the folder or a file of it is missing.
         FolderError: a file is damaged or does not fit the others.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, model: str | None = None, api_key: str | None = None,
                  timeout: float = 30.0, threads: int = 1, max_pixels: int = pictures.MAX_PIXELS) -> None:
+        if model is not None and (not isinstance(model, str) or not model):
+            raise TypeError(f"model must be a name, or None, got {model!r}")
+        check_key(api_key)
+        check_timeout(timeout)
+        for name, count in (("threads", threads), ("max_pixels", max_pixels)):
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise TypeError(f"{name} must be a whole number, got {count!r}")
+            if count < 1:
+                raise ValueError(f"{name} must be from 1, got {count}")
         self.folder = read_folder(folder)
         self.class_names = self.folder.class_names
         self.model, self.api_key, self.timeout, self.max_pixels = model, api_key, timeout, max_pixels
         self._session = None if self.folder.graph is None else _session(self.folder, threads)
         height = self.folder.size[0]
-        self._shrink = pictures.Shrink(height, height - self.folder.rows * self.folder.patch) \
-            if self.folder.placement == "replace" else None
+        self._shrink = None
+        if self.folder.placement == "replace":
+            self._shrink = pictures.Shrink(height, height - self.folder.rows * self.folder.patch,
+                                           pictures.TIE if self.folder.round_pixels else 0.0)
         self._verified: dict[str, str | None] = {}
 
     def picture(self, image: pictures.ImageLike) -> np.ndarray:
@@ -91,7 +104,12 @@ class Client:
         return self.prompt(pictures.resized(opened, self.folder.size, self.folder.resize))
 
     def prompt(self, pixels: np.ndarray) -> np.ndarray:
-        """`picture` of an image that already has the backbone's size, uint8 (H, W, 3)."""
+        """`picture` of an image that already has the backbone's size, uint8 (H, W, 3).
+
+        Raises:
+            ValueError: `pixels` are something else.
+            FolderError: the folder's generator makes weights of the library that are not finite.
+        """
         folder = self.folder
         if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != (*folder.size, 3):
             got = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
@@ -102,6 +120,8 @@ class Client:
         if self._shrink is not None:
             image = self._shrink(image)
         [weights] = self._session.run(None, {"image": pixels[None]})  # (K, M)
+        if not np.isfinite(weights).all():
+            raise FolderError("generator.onnx made weights that are not finite")
         mixed = weights @ folder.library  # (K, 3p²)
         if folder.offset is not None:
             mixed = mixed + folder.offset
@@ -121,6 +141,9 @@ class Client:
         host, sent = Host(url, self.api_key, self.timeout), [self.png(image) for image in _several(images)]
         if not sent:
             raise ValueError("images: expected at least one, got none")
+        return self._embedded(host, sent)
+
+    def _embedded(self, host: Host, sent: Sequence[bytes]) -> np.ndarray:
         model = self._verified.get(host.base, self.model)
         parts = [host.embed(part, model) for part in _calls(sent)]
         found = np.concatenate(parts) if len({part.shape[1] for part in parts}) == 1 else parts[0]
@@ -135,26 +158,34 @@ class Client:
         Raises:
             ValueError: the model has no head, or `features` have another shape.
         """
-        if self.folder.head is None or self.class_names is None:
-            raise ValueError("the model in this folder has no head; `embed` gives its features")
+        head, class_names = self._head()
         features = np.asarray(features, np.float32)
         features = features[None] if features.ndim == 1 else features
         if features.ndim != 2 or features.shape[1] != self.folder.width or not np.isfinite(features).all():
             raise ValueError(f"features must be finite and (n, {self.folder.width}), got {features.shape}")
-        probabilities = softmax(self.folder.head(features))
+        probabilities = softmax(head(features))
         best = probabilities.argmax(axis=1)
-        return [Prediction(self.class_names[i], float(row[i]), row) for i, row in zip(best, probabilities, strict=True)]
+        return [Prediction(class_names[i], float(row[i]), row) for i, row in zip(best, probabilities, strict=True)]
+
+    def _head(self) -> tuple[Head, tuple[str, ...]]:
+        if self.folder.head is None or self.class_names is None:
+            raise ValueError("the model in this folder has no head; `embed` gives its features")
+        return self.folder.head, self.class_names
 
     def predict(self, url: str, image: pictures.ImageLike) -> Prediction:
         """The class of one image. The host is verified at the first call, and refused if it fails.
+
+        What can be wrong with the image, or the folder, is found before the host is asked anything.
 
         Raises:
             HostMismatch: the host's embedding of the golden picture is not the right one.
             HostError, TypeError, ValueError: as `embed` and `classify`.
         """
-        if Host(url).base not in self._verified:
+        self._head()
+        host, sent = Host(url, self.api_key, self.timeout), self.png(image)
+        if host.base not in self._verified:
             self.verify(url)
-        return self.classify(self.embed(url, image))[0]
+        return self.classify(self._embedded(host, [sent]))[0]
 
     def verify(self, url: str) -> Verification:
         """Send the golden picture; return when the host's embedding is the one that the model was trained with.
@@ -175,7 +206,7 @@ class Client:
         self._verified.pop(host.base, None)
         self._check_own_picture()
         models = host.models()
-        model = self.model if self.model is not None else _with_fingerprint(models, self.folder.fingerprint)
+        model = self.model if self.model is not None else _asked_for(models, self.folder.fingerprint)
         [embedding] = host.embed([self.folder.golden_picture], model)
         found = self.judge(embedding, host.base)
         if found.ok:
@@ -207,6 +238,11 @@ class Client:
             likely, detail = folder.mistake_names[nearest], folder.mistake_details[nearest]
             return Verification(False, cosine, likely, f"{who} is refused: {measured}; that of a mistake is "
                                 f"nearer. Likely: {likely} (nearest: {detail}).")
+        if cosine < folder.threshold and known:
+            return Verification(False, cosine, None,
+                                f"{who} is refused: {measured}, {folder.threshold} is the least. Likely: unknown; none "
+                                "of the mistakes that were tried is clearly nearer. The nearest is "
+                                f"{folder.mistake_names[nearest]} ({folder.mistake_details[nearest]}).")
         if cosine < folder.threshold:
             return Verification(False, cosine, "another model",
                                 f"{who} is refused: {measured}, {folder.threshold} is the least. No resizing, "
@@ -220,8 +256,8 @@ class Client:
 
     def _check_own_picture(self) -> None:
         """That this machine makes the golden picture that the exporting one made, to one level."""
-        golden = np.asarray(pictures.open_image(self.folder.golden_picture, self.max_pixels)).astype(int)
-        own = self.picture(self.folder.golden_image).astype(int)
+        golden = np.asarray(pictures.open_image(self.folder.golden_picture)).astype(int)
+        own = self.prompt(np.asarray(pictures.open_image(self.folder.golden_image))).astype(int)
         if own.shape != golden.shape or np.abs(own - golden).max() > 1:
             raise FolderError("golden_picture.png is not the picture that this machine makes of golden_image.png: the "
                               f"folder's files do not belong together, or onnxruntime {onnxruntime.__version__} "
@@ -253,13 +289,14 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-30)
 
 
-def _with_fingerprint(models: list[dict[str, Any]], fingerprint: str) -> str | None:
-    """The id of the host's backbone with that fingerprint, if it lists one."""
-    for entry in models:
-        if entry.get("object") == "model" and entry.get("fingerprint") == fingerprint \
-                and isinstance(entry.get("id"), str):
+def _asked_for(models: list[dict[str, Any]], fingerprint: str) -> str | None:
+    """The id of the host's backbone with that fingerprint, else of its only one."""
+    backbones = [entry for entry in models
+                 if entry.get("object", "model") == "model" and isinstance(entry.get("id"), str)]
+    for entry in backbones:
+        if entry.get("fingerprint") == fingerprint:
             return entry["id"]
-    return None
+    return backbones[0]["id"] if len(backbones) == 1 else None
 
 
 def _session(folder: Folder, threads: int) -> onnxruntime.InferenceSession:

@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from fastprompt_client import pictures
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 16 << 20
 LARGEST_FILE = 2 << 30
+LARGEST_NUMBER = 1e30
 
 
 class FolderError(ValueError):
@@ -64,6 +67,7 @@ class Folder:
         size: (H, W) of the images that the client starts from. picture_size: (H', W) of what the host gets.
         patch: p. resize: "crop" or "squash".
         kind: "patches" or "border". placement: "extend" or "replace", of patches. rows: of patches.
+        round_pixels: whether training rounded pixels to levels.
         graph: the ONNX file, None without patches. library: (M, 3p²) float32. offset: (K, 3p²) or None.
         added: (H, W, 3) levels added to the image, or None.
         head: None for a model without one. class_names: C names, or None.
@@ -83,6 +87,7 @@ class Folder:
     kind: str
     placement: str
     rows: int
+    round_pixels: bool
     graph: bytes | None
     library: np.ndarray | None
     offset: np.ndarray | None
@@ -115,7 +120,7 @@ def read_folder(folder: str | os.PathLike[str]) -> Folder:
         raise FileNotFoundError(f"folder: {path} is no folder; `fastprompt export RUN --client --out {path}` makes it")
     manifest = _read_manifest(path)
     fields = _Fields(manifest, path / MANIFEST)
-    if fields.get("format") != FORMAT:
+    if type(fields.get("format")) is not int or manifest["format"] != FORMAT:
         raise FolderError(f"{path / MANIFEST}: format must be {FORMAT}, got {manifest.get('format')!r}; "
                           "install the fastprompt-client of the version that wrote it")
     height, width = fields.sides("backbone.image_size")
@@ -135,6 +140,7 @@ def read_folder(folder: str | os.PathLike[str]) -> Folder:
         return _array(path / name, _content(path, name, manifest), shape, dtypes or ("float32",))
 
     graph = library = offset = added = None
+    rounds = True
     if kind == "patches":
         count, entries = fields.whole("prompts.num_prompts"), fields.whole("prompts.library_size")
         if count * patch != rows * width:
@@ -142,12 +148,16 @@ def read_folder(folder: str | os.PathLike[str]) -> Folder:
                               f"patches, got {count}")
         graph = _content(path, "generator.onnx", manifest)
         library = array("library.npy", (entries, 3 * patch**2), "uint8", "float32").astype(np.float32)
+        rounds = fields.get("prompts.round_pixels", bool) if "round_pixels" in fields.get("prompts") else True
         if fields.get("prompts.rest", bool):
             library = library + array("library_rest.npy", library.shape, "float16")
         if fields.get("prompts.offset", bool):
             offset = array("offset.npy", (count, 3 * patch**2))
     if fields.get("prompts.added", bool):
         added = array("added.npy", (height, width, 3))
+    least = fields.number("golden.threshold")
+    if not 0 < least <= 1:
+        raise FolderError(f"{path / MANIFEST}: golden.threshold must be over 0 and at most 1, got {least}")
     head = _head(fields, array, features)
     names = fields.texts("class_names") if manifest.get("class_names") is not None else None
     if (head is None) != (names is None) or (head is not None and names is not None and len(head.rows) != len(names)):
@@ -160,10 +170,11 @@ def read_folder(folder: str | os.PathLike[str]) -> Folder:
         name=fields.get("backbone.name", str), fingerprint=fields.get("backbone.fingerprint", str),
         readout=fields.get("backbone.readout", str), width=features, size=(height, width), picture_size=picture_size,
         patch=patch, resize=fields.choice("preprocessing.resize", ("crop", "squash")), kind=kind, placement=placement,
-        rows=rows, graph=graph, library=library, offset=offset, added=added, head=head, class_names=names,
-        golden_image=_content(path, "golden_image.png", manifest),
-        golden_picture=_content(path, "golden_picture.png", manifest),
-        golden_embedding=array("golden_embedding.npy", (features,)), threshold=fields.number("golden.threshold"),
+        rows=rows, round_pixels=rounds, graph=graph, library=library, offset=offset, added=added, head=head,
+        class_names=names,
+        golden_image=_png(path, "golden_image.png", manifest, (height, width)),
+        golden_picture=_png(path, "golden_picture.png", manifest, picture_size),
+        golden_embedding=array("golden_embedding.npy", (features,)), threshold=least,
         mistakes=array("mistakes.npy", (len(mistakes), features)),
         mistake_names=tuple(mistake["name"] for mistake in mistakes),
         mistake_details=tuple(mistake["detail"] for mistake in mistakes), manifest=manifest)
@@ -193,8 +204,8 @@ class _Fields:
 
     def number(self, name: str) -> float:
         value = self.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise FolderError(f"{self.path}: {name} must be a number, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST_NUMBER:
+            raise FolderError(f"{self.path}: {name} must be a number, got {str(value)[:50]}")
         return float(value)
 
     def sides(self, name: str) -> tuple[int, int]:
@@ -246,13 +257,24 @@ def _content(path: Path, name: str, manifest: dict[str, Any]) -> bytes:
     return content
 
 
+def _png(path: Path, name: str, manifest: dict[str, Any], size: tuple[int, int]) -> bytes:
+    """The bytes of a PNG file whose picture has the size (H, W)."""
+    content = _content(path, name, manifest)
+    try:
+        opened = pictures.open_image(content, size[0] * size[1])
+    except ValueError as error:
+        raise FolderError(f"{path / name} is damaged: {error}") from error
+    if not content.startswith(b"\x89PNG") or (opened.height, opened.width) != size:
+        raise FolderError(f"{path / name} must be a PNG file of {size[0]} x {size[1]} pixels")
+    return content
+
+
 def _array(file: Path, content: bytes, shape: tuple[int | None, ...], dtypes: tuple[str, ...]) -> np.ndarray:
     try:
-        array = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except Exception as error:  # numpy reads a header by tokenizing Python: what a garbled one raises differs
         raise FolderError(f"{file} is damaged: {error}") from error
-    fits = isinstance(array, np.ndarray) and array.ndim == len(shape) \
-        and all(want in (None, got) for got, want in zip(array.shape, shape, strict=True))
+    fits = array.ndim == len(shape) and all(want in (None, got) for got, want in zip(array.shape, shape, strict=True))
     if not fits or array.dtype.name not in dtypes:
         wanted = ", ".join("any" if side is None else str(side) for side in shape)
         raise FolderError(f"{file} must be ({wanted}) of {' or '.join(dtypes)}, got {array.shape} of {array.dtype}")

@@ -6,6 +6,7 @@ import base64
 import binascii
 import http.client
 import json
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -16,6 +17,7 @@ import numpy as np
 
 LARGEST_ANSWER = 64 << 20
 LARGEST_ERROR = 64 << 10
+LONGEST_TIMEOUT = 86_400.0
 
 
 class HostError(RuntimeError):
@@ -38,10 +40,11 @@ class Host:
 
     Args:
         url: "http://host:8000", with or without "/v1" or "/v1/embeddings" behind it.
-        api_key: sent as `Authorization: Bearer`. timeout: seconds, for connecting and for every read.
+        api_key: sent as `Authorization: Bearer`. timeout: seconds for connecting and for every wait; an answer that
+            still drips in after as many, counted from the request, is given up.
 
     Raises:
-        ValueError: `url` is no http or https address, or `api_key` cannot be sent.
+        TypeError, ValueError: `url` is no http or https address, `api_key` cannot be sent, `timeout` is no time.
     """
 
     def __init__(self, url: str, api_key: str | None = None, timeout: float = 30.0) -> None:
@@ -53,15 +56,25 @@ class Host:
             raise ValueError(f"url must be http://HOST or https://HOST, got {url!r}: {error}") from error
         if parts.username is not None or parts.password is not None:
             raise ValueError("url must not hold a user or password; a key is given as api_key")
+        if parts.query:
+            raise ValueError("url must not have a query (?...): a host's address ends with its path")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"url must be http://HOST or https://HOST, got {url!r}")
-        base = parts._replace(query="", fragment="").geturl().rstrip("/")
+        try:
+            port = parts.port
+        except ValueError as error:
+            raise ValueError(f"url must have a port from 1 to 65535, got {url!r}") from error
+        if port == 0:
+            raise ValueError(f"url must have a port from 1 to 65535, got {url!r}")
+        if not parts.path.isascii() or not parts.path.isprintable() or " " in parts.path:
+            raise ValueError(f"url must have a path of printable ASCII, other characters as %XX, got {url!r}")
+        base = parts._replace(fragment="").geturl().rstrip("/")
         self.base = base.removesuffix("/v1/embeddings").removesuffix("/v1")
+        check_timeout(timeout)
+        check_key(api_key)
         self.timeout = timeout
         self.headers = {"Accept": "application/json", "User-Agent": "fastprompt-client"}
         if api_key is not None:
-            if not isinstance(api_key, str) or not api_key.isascii() or not api_key.isprintable():
-                raise ValueError("api_key must be printable ASCII")
             self.headers["Authorization"] = f"Bearer {api_key}"
         self.opener = urllib.request.build_opener(_NoRedirects())
 
@@ -121,19 +134,21 @@ class Host:
         if body is not None:
             data, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
         request = urllib.request.Request(self.base + path, data, headers)
+        deadline = time.monotonic() + self.timeout
         try:
             with self.opener.open(request, timeout=self.timeout) as response:
-                content = response.read(LARGEST_ANSWER + 1)
+                content = _body(response, LARGEST_ANSWER + 1, deadline)
         except urllib.error.HTTPError as error:
             with error:
-                raise HostError(f"{self.base}{path} answered {error.code}: {_reason(error)}") from error
+                said = _reason(error, deadline)
+            raise HostError(f"{self.base}{path} answered {error.code}: {said}") from error
         except TimeoutError as error:
             raise HostError(f"{self.base}{path} did not answer within {self.timeout:g} s") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
                 reason = f"no connection within {self.timeout:g} s"
-            raise HostError(f"{self.base}{path} cannot be reached: {reason}") from error
+            raise HostError(f"{self.base}{path} cannot be reached: {_printable(str(reason))}") from error
         if len(content) > LARGEST_ANSWER:
             raise HostError(f"{self.base}{path} answered more than {LARGEST_ANSWER:,} bytes")
         try:
@@ -145,15 +160,50 @@ class Host:
         return answer
 
 
-def _reason(error: urllib.error.HTTPError) -> str:
+def check_timeout(timeout: float) -> None:
+    """TypeError or ValueError unless it is a number of seconds."""
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(f"timeout must be a number of seconds, got {timeout!r}")
+    if not 0 < timeout <= LONGEST_TIMEOUT:
+        raise ValueError(f"timeout must be over 0 and at most {LONGEST_TIMEOUT:,.0f} seconds, got {timeout}")
+
+
+def check_key(api_key: str | None) -> None:
+    """ValueError, which does not show the key, unless it is None or can be sent."""
+    if api_key is not None and not (isinstance(api_key, str) and api_key and api_key.isascii()
+                                    and api_key.isprintable()):
+        raise ValueError("api_key must be printable ASCII, or None for no key")
+
+
+def _body(response: http.client.HTTPResponse, limit: int, deadline: float) -> bytes:
+    """Up to `limit` bytes of an answer; TimeoutError where it goes on after the deadline, however it drips."""
+    parts, size = [], 0
+    while size < limit:
+        part = response.read1(min(1 << 16, limit - size))
+        if not part:
+            break
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        parts.append(part)
+        size += len(part)
+    return b"".join(parts)
+
+
+def _printable(text: str) -> str:
+    """Without control characters, which a terminal would obey."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def _reason(error: urllib.error.HTTPError, deadline: float) -> str:
     """The message of an OpenAI-style error, or what else the answer says."""
     if 300 <= error.code < 400:
-        return f"it redirects to {error.headers.get('Location')}, which is not followed; give that address as url"
+        return _printable(f"it redirects to {error.headers.get('Location')}, which is not followed; give that address "
+                          "as url")
     try:
-        content = error.read(LARGEST_ERROR)
+        content = _body(error.fp, LARGEST_ERROR, deadline)  # type: ignore[arg-type]
     except (OSError, http.client.HTTPException):
-        return str(error.reason)
+        return _printable(str(error.reason))
     try:
-        return str(json.loads(content)["error"]["message"])[:500]
+        return _printable(str(json.loads(content)["error"]["message"])[:500])
     except (ValueError, KeyError, TypeError, RecursionError):
-        return content.decode("utf-8", "replace").strip()[:200] or str(error.reason)
+        return _printable(content.decode("utf-8", "replace").strip()[:200] or str(error.reason))

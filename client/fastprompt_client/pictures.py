@@ -8,11 +8,19 @@ import warnings
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 MAX_PIXELS = 100_000_000
+LARGEST_COVER = 1 << 25
+"""Pixels that an image may have after it was scaled to be cropped: a line of pixels would need gigabytes."""
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What Pillow is let read: some of its other formats start programs, EPS Ghostscript."""
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}
+"""By the EXIF orientation."""
 TIE = 1e-3
-"""Levels taken off a shrunk pixel before it is rounded, as in training: half way between two levels goes down."""
+"""Levels taken off a shrunk pixel before it is rounded, where training rounds: half way between two goes down."""
 
 ImageLike = Any
 """A file's path, its bytes, a PIL image, or a uint8 array (H, W, 3)."""
@@ -44,13 +52,20 @@ def open_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(source) as opened:
-                _check_pixels(name, opened.width, opened.height, max_pixels)
-                return _rgb(name, opened)
+            opened = Image.open(source, formats=_formats())
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} has too many pixels: {error}") from error
-    except (OSError, SyntaxError, EOFError) as error:
+    except Exception as error:  # of a damaged file Pillow's readers raise TypeError, struct.error and others, too
         raise ValueError(f"{name} cannot be read: {error}") from error
+    with opened:
+        _check_pixels(name, opened.width, opened.height, max_pixels)
+        return _rgb(name, opened)
+
+
+def _formats() -> list[str]:
+    """Those of FORMATS that the installed Pillow knows."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _check_pixels(name: str, width: int, height: int, max_pixels: int) -> None:
@@ -60,7 +75,7 @@ def _check_pixels(name: str, width: int, height: int, max_pixels: int) -> None:
 
 def _rgb(name: str, image: Image.Image) -> Image.Image:
     try:
-        image = ImageOps.exif_transpose(image)
+        image = _upright(image)
         if image.mode.startswith("I"):
             values = np.asarray(image).astype(np.int64)
             image = Image.fromarray((values // 257 if values.max(initial=0) > 255 else values)
@@ -69,19 +84,36 @@ def _rgb(name: str, image: Image.Image) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except Exception as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says; EXIF data that cannot be read say nothing."""
+    image.load()
+    try:
+        turn = UPRIGHT.get(image.getexif().get(0x0112, 1))
+    except Exception:
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def resized(image: Image.Image, size: tuple[int, int], resize: str) -> np.ndarray:
     """An RGB image as uint8 (*size, 3), bicubic with antialiasing.
 
     "crop" scales it so that it just covers `size` and cuts out the middle; "squash" scales both sides on their own.
+
+    Raises:
+        ValueError: the image is so long and thin that it would have more than `LARGEST_COVER` pixels before it is cut.
     """
     (height, width), covering = size, size
     if resize == "crop":
         scale = max(height / image.height, width / image.width)
         covering = max(height, round(image.height * scale)), max(width, round(image.width * scale))
+        if covering[0] * covering[1] > LARGEST_COVER:
+            raise ValueError(f"image has {image.width} x {image.height} pixels, an aspect ratio that is too extreme to "
+                             f"crop: covering {width} x {height} pixels it would have {covering[0] * covering[1]:,}, "
+                             f"at most {LARGEST_COVER:,} are taken")
     for sides in ((covering[1], image.height), (covering[1], covering[0])):  # first the columns, in every Pillow
         if image.size != sides:
             image = image.resize(sides, Image.Resampling.BICUBIC)
@@ -94,10 +126,13 @@ class Shrink:
 
     Row i of the result is a weighted mean of the rows within `scale` = old / new of its middle, (i + ½) · scale, the
     weights falling linearly with the distance.
+
+    Args:
+        tie: levels taken off before rounding: `TIE`, or 0 for a model that was trained without rounding.
     """
 
-    def __init__(self, old: int, new: int) -> None:
-        scale = old / new
+    def __init__(self, old: int, new: int, tie: float = TIE) -> None:
+        self.tie, scale = tie, old / new
         middle = (np.arange(new) + 0.5) * scale  # (new,)
         first = np.maximum((middle - scale + 0.5).astype(int), 0)
         count = np.minimum((middle + scale + 0.5).astype(int), old) - first
@@ -111,7 +146,7 @@ class Shrink:
         total = self.weights[:, 0, None, None] * levels[self.rows[:, 0]]
         for tap in range(1, self.rows.shape[1]):
             total += self.weights[:, tap, None, None] * levels[self.rows[:, tap]]
-        return to_uint8(total - TIE)
+        return to_uint8(total - self.tie)
 
 
 def to_uint8(levels: np.ndarray) -> np.ndarray:

@@ -7,15 +7,18 @@ ort.env.wasm.wasmPaths = new URL("./ort/", import.meta.url).href;
 
 const FORMAT = 1;
 const MAX_PIXELS = 100_000_000;
-const TIE = 1e-3; // levels, as in training: a shrunk pixel half way between two levels goes down
+const LARGEST_COVER = 2 ** 25; // pixels of an image that was scaled to be cropped
+const TIE = 1e-3; // levels, where training rounds: a shrunk pixel half way between two levels goes down
 const SURE = 0.5;
-const LIKELY = 0.85;
+const LIKELY = 0.6;
 const NEAR = 0.6;
 const NOISE = 1e-3;
 const LENGTH = 0.02;
 
 // The folder at an address, with every file that the manifest names checked and read.
 export async function loadClient(address) {
+  if (globalThis.crypto?.subtle === undefined)
+    throw new Error("this page must be opened over https or from localhost: elsewhere browsers do not check files");
   const base = new URL(address.endsWith("/") ? address : address + "/", document.baseURI);
   const manifest = JSON.parse(new TextDecoder().decode(await fetched(new URL("manifest.json", base))));
   if (manifest.format !== FORMAT) throw new Error(`manifest.json: format must be ${FORMAT}, got ${manifest.format}`);
@@ -27,9 +30,49 @@ export async function loadClient(address) {
       throw new Error(`${name} is damaged: it is not the file that the manifest describes`);
     files[name] = name.endsWith(".npy") ? parseNpy(name, content) : content;
   }
+  checkFiles(manifest, files);
   const session = files["generator.onnx"] === undefined ? null
     : await ort.InferenceSession.create(new Uint8Array(files["generator.onnx"]), { executionProviders: ["wasm"] });
-  return new Client(manifest, files, session);
+  const client = new Client(manifest, files, session);
+  await client.checkBrowser();
+  return client;
+}
+
+// That there is every array that the manifest speaks of, of the shape that it says.
+function checkFiles(manifest, files) {
+  const { backbone, prompts, head, class_names: names, golden } = manifest;
+  const [height, width] = backbone.image_size, features = backbone.width, numbers = 3 * backbone.patch_size ** 2;
+  const need = (name, ...shape) => {
+    const found = files[name]?.shape;
+    if (found?.length !== shape.length || !shape.every((side, i) => side === null || side === found[i]))
+      throw new Error(`${name} must have the shape ${shape.map((side) => side ?? "any")}, got ${found ?? "no file"}`);
+    return found[0];
+  };
+  need("golden_embedding.npy", features);
+  need("mistakes.npy", golden.mistakes.length, features);
+  if (prompts.kind === "patches") {
+    need("library.npy", prompts.library_size, numbers);
+    if (prompts.rest) need("library_rest.npy", prompts.library_size, numbers);
+    if (prompts.offset) need("offset.npy", prompts.num_prompts, numbers);
+  }
+  if (prompts.added) need("added.npy", height, width, 3);
+  for (const name of ["golden_image.png", "golden_picture.png", ...(prompts.kind === "patches" ? ["generator.onnx"] : [])])
+    if (files[name] === undefined) throw new Error(`manifest.json: files lacks ${name}`);
+  if (!(golden.threshold > 0 && golden.threshold <= 1))
+    throw new Error(`manifest.json: golden.threshold must be over 0 and at most 1, got ${golden.threshold}`);
+  if (head === null) return;
+  let rows, out = features;
+  if (head.kind === "linear") {
+    rows = need("head_weight.npy", null, features);
+    need("head_bias.npy", rows);
+  } else {
+    for (let i = 0; i < head.layers; i++) {
+      out = need(`projection${i}_weight.npy`, null, out);
+      need(`projection${i}_bias.npy`, out);
+    }
+    rows = need("class_embeddings.npy", null, out);
+  }
+  if (names?.length !== rows) throw new Error("manifest.json: class_names must be one for each class of the head");
 }
 
 export class Client {
@@ -62,9 +105,10 @@ export class Client {
     if (added !== undefined)
       top = { width, height, data: Uint8Array.from(image.data, (level, i) => toUint8(level + added.data[i])) };
     if (this.session === null) return top;
-    if (this.shrink !== undefined) top = shrunk(top, this.shrink);
+    if (this.shrink !== undefined) top = shrunk(top, this.shrink, this.manifest.prompts.round_pixels === false ? 0 : TIE);
     const input = new ort.Tensor("uint8", image.data, [1, height, width, 3]);
     const weights = (await this.session.run({ image: input })).weights;
+    if (!weights.data.every(Number.isFinite)) throw new Error("generator.onnx made weights that are not finite");
     const [count, entries] = weights.dims, size = 3 * patch * patch, columns = width / patch;
     const data = new Uint8Array(top.data.length + rows * patch * width * 3);
     data.set(top.data);
@@ -86,18 +130,36 @@ export class Client {
     return { width, height: top.height + rows * patch, data };
   }
 
+  // That this browser makes the golden picture that the exporting machine made, to one level, and keeps its pixels: some
+  // browsers change what a page reads from a canvas.
+  async checkBrowser() {
+    const golden = await decode(new Blob([this.files["golden_picture.png"]], { type: "image/png" }));
+    const { picture } = await this.picture(new Blob([this.files["golden_image.png"]], { type: "image/png" }));
+    const kept = await decode(await pngBlob(picture));
+    if (kept.data.some((level, i) => level !== picture.data[i]))
+      throw new Error("this browser changes pixels on a canvas (protection against fingerprinting does), so the host would "
+                      + "get another picture: allow this page to read canvases, or use another browser");
+    if (golden.width !== picture.width || golden.height !== picture.height
+        || golden.data.some((level, i) => Math.abs(level - picture.data[i]) > 1))
+      throw new Error("golden_picture.png is not the picture that this browser makes of golden_image.png: the model's "
+                      + "files do not belong together, or the browser computes something else");
+  }
+
   // A picture's embedding by the host, Float32Array.
   async embed(url, picture, key = "") {
-    const base = hostBase(url);
-    return this.request(base, await pngUrl(picture), key, this.verified.get(base));
+    const base = hostBase(url), model = this.verified.get(base), { width } = this.manifest.backbone;
+    const vector = await this.request(base, await pngUrl(picture), key, model);
+    if (vector.length !== width) throw new Error(`${base} returned ${vector.length} numbers, the model has ${width}`);
+    return vector;
   }
 
   async request(base, png, key, model) {
-    const answer = await call(base + "/v1/embeddings", key, { input: png, encoding_format: "base64", model });
-    const coded = answer.data?.[0]?.embedding;
-    const vector = typeof coded === "string"
-      ? new Float32Array(Uint8Array.from(atob(coded), (c) => c.charCodeAt(0)).buffer) : Float32Array.from(coded ?? []);
-    if (vector.length === 0 || !vector.every(Number.isFinite)) throw new Error(`${base} returned no embedding`);
+    const { data } = await call(base + "/v1/embeddings", key, { input: png, encoding_format: "base64", model });
+    if (!Array.isArray(data) || data.length !== 1) throw new Error(`${base} returned no embedding`);
+    const vector = numbersOf(data[0]?.embedding);
+    if (vector === null) throw new Error(`${base} returned an embedding that is neither a list of numbers nor base64`);
+    if (vector.length === 0 || !vector.every(Number.isFinite))
+      throw new Error(`${base} returned an embedding that is empty or not finite`);
     return vector;
   }
 
@@ -107,10 +169,12 @@ export class Client {
     this.verified.delete(base);
     let models = [];
     try {
-      models = (await call(base + "/v1/models", key)).data ?? [];
+      const { data } = await call(base + "/v1/models", key);
+      models = Array.isArray(data) ? data.filter((entry) => typeof entry?.id === "string") : [];
     } catch { /* a host need not list what it has */ }
-    const fingerprint = this.manifest.backbone.fingerprint;
-    const model = models.find((entry) => entry.object === "model" && entry.fingerprint === fingerprint)?.id;
+    const backbones = models.filter((entry) => (entry.object ?? "model") === "model");
+    const model = (backbones.find((entry) => entry.fingerprint === this.manifest.backbone.fingerprint)
+                   ?? (backbones.length === 1 ? backbones[0] : undefined))?.id;
     const golden = "data:image/png;base64," + base64(new Uint8Array(this.files["golden_picture.png"]));
     const found = this.judge(await this.request(base, golden, key, model), base);
     if (found.ok) this.verified.set(base, model);
@@ -123,14 +187,17 @@ export class Client {
       return { ok: false, cosine: NaN, likely: "another model", message:
         `${who} is refused: its embeddings have ${embedding.length} numbers, not ${right.length}. Likely: another model.` };
     const cos = cosine(right, embedding), measured = `the cosine of its embedding and the right one is ${cos.toFixed(6)}`;
-    const refused = (likely, why) =>
-      ({ ok: false, cosine: cos, likely, message: `${who} is refused: ${measured}${why}. Likely: ${likely}.` });
+    const refused = (likely, why) => ({ ok: false, cosine: cos, likely, message:
+      `${who} is refused: ${measured}${why}. Likely: ${likely ?? "unknown"}.` });
     const all = this.files["mistakes.npy"].data, distance = (c) => Math.sqrt(Math.max(0, 2 - 2 * c));
     const far = mistakes.map((_, i) => distance(cosine(all.subarray(i * right.length, (i + 1) * right.length), embedding)));
     const nearest = far.indexOf(Math.min(...far)), away = distance(cos);
-    const part = nearest >= 0 && away > NOISE && far[nearest] <= NEAR ? far[nearest] / away : Infinity;
+    const known = nearest >= 0 && away > NOISE && far[nearest] <= NEAR, part = known ? far[nearest] / away : Infinity;
     if (part <= SURE || (cos < threshold && part <= LIKELY))
       return refused(mistakes[nearest].name, `; that of a mistake is nearer (${mistakes[nearest].detail})`);
+    if (cos < threshold && known)
+      return refused(null, `, ${threshold} is the least; the nearest mistake is ${mistakes[nearest].name} `
+                           + `(${mistakes[nearest].detail})`);
     if (cos < threshold) return refused("another model", `, ${threshold} is the least`);
     const length = norm(embedding) / norm(right);
     if (Math.abs(length - 1) > LENGTH && !this.ignoresLength())
@@ -195,6 +262,8 @@ export function resized(image, [height, width], resize) {
     const scale = Math.max(height / image.height, width / image.width);
     rows = Math.max(height, roundEven(image.height * scale));
     columns = Math.max(width, roundEven(image.width * scale));
+    if (rows * columns > LARGEST_COVER)
+      throw new Error(`the image has ${image.width} x ${image.height} pixels, an aspect ratio that is too extreme to crop`);
   }
   const wide = image.width === columns ? image : resampleRows(image, columns);
   const full = image.height === rows ? wide : transposed(resampleRows(transposed(wide), rows));
@@ -260,13 +329,13 @@ function shrinkWeights(old, next) {
   });
 }
 
-function shrunk({ width, data }, rows) {
+function shrunk({ width, data }, rows, tie) {
   const line = width * 3, small = new Uint8Array(rows.length * line);
   rows.forEach(({ first, weights }, y) => {
     for (let x = 0; x < line; x++) {
       let sum = 0;
       weights.forEach((weight, tap) => { sum += weight * data[(first + tap) * line + x]; });
-      small[y * line + x] = toUint8(sum - TIE);
+      small[y * line + x] = toUint8(sum - tie);
     }
   });
   return { width, height: rows.length, data: small };
@@ -293,10 +362,14 @@ export function draw(canvas, { width, height, data }) {
   canvas.getContext("2d").putImageData(pixels, 0, 0);
 }
 
-async function pngUrl(picture) {
+async function pngBlob(picture) {
   const canvas = new OffscreenCanvas(picture.width, picture.height);
   draw(canvas, picture);
-  const blob = await canvas.convertToBlob({ type: "image/png" });
+  return canvas.convertToBlob({ type: "image/png" });
+}
+
+async function pngUrl(picture) {
+  const blob = await pngBlob(picture);
   return "data:image/png;base64," + base64(new Uint8Array(await blob.arrayBuffer()));
 }
 
@@ -356,11 +429,13 @@ export function parseNpy(name, content) {
   if (!(type in readers)) throw new Error(`${name} has numbers of kind ${type}, which this page does not read`);
   const data = readers[type](body);
   if (data.length !== sides.reduce((a, b) => a * b, 1)) throw new Error(`${name} is damaged: its size is not its shape's`);
+  if (!data.every(Number.isFinite)) throw new Error(`${name} contains NaN or infinite values`);
   return { shape: sides, data };
 }
 
 function half(bits) {
   const sign = bits & 0x8000 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 1023;
+  if (exponent === 31) return NaN;
   return exponent === 0 ? sign * fraction * 2 ** -24 : sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
 }
 
@@ -370,9 +445,26 @@ function base64(bytes) {
   return btoa(text);
 }
 
+// An embedding as JSON has it, a list of numbers or base64 of float32 → Float32Array; null for anything else.
+function numbersOf(value) {
+  if (Array.isArray(value)) return value.every((entry) => typeof entry === "number") ? Float32Array.from(value) : null;
+  if (typeof value !== "string") return null;
+  try {
+    return new Float32Array(Uint8Array.from(atob(value), (c) => c.charCodeAt(0)).buffer);
+  } catch {
+    return null;
+  }
+}
+
 function hostBase(url) {
-  const parsed = new URL(url);
-  if (!["http:", "https:"].includes(parsed.protocol)) throw new Error(`the host must be http or https, got ${url}`);
+  let parsed = null;
+  try {
+    parsed = new URL(url);
+  } catch { /* named below */ }
+  if (!["http:", "https:"].includes(parsed?.protocol))
+    throw new Error(`the host must be http://HOST or https://HOST, got ${url}`);
+  if (parsed.username || parsed.password) throw new Error("the host's address must not hold a user or password");
+  if (parsed.search) throw new Error("the host's address must not have a query (?…)");
   return (parsed.origin + parsed.pathname).replace(/\/+$/, "").replace(/\/v1(\/embeddings)?$/, "");
 }
 
@@ -380,15 +472,20 @@ async function call(url, key, body) {
   const headers = { Accept: "application/json" };
   if (key) headers.Authorization = `Bearer ${key}`;
   if (body !== undefined) headers["Content-Type"] = "application/json";
-  let response;
+  let response, text;
   try {
     response = await fetch(url, { method: body === undefined ? "GET" : "POST", headers, redirect: "error",
                                   body: body === undefined ? undefined : JSON.stringify(body),
                                   signal: AbortSignal.timeout(30_000) });
+    text = await response.text();
   } catch (error) {
     throw new Error(`${url} cannot be reached from this page: ${error.message} (a host of another origin has to allow it)`);
   }
-  const answer = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Error(`${url} answered ${response.status}: ${answer.error?.message ?? response.statusText}`);
+  let answer = null;
+  try {
+    answer = JSON.parse(text);
+  } catch { /* named below */ }
+  if (!response.ok) throw new Error(`${url} answered ${response.status}: ${answer?.error?.message ?? response.statusText}`);
+  if (answer === null || typeof answer !== "object") throw new Error(`${url} answered no JSON object`);
   return answer;
 }

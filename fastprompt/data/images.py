@@ -10,12 +10,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import InterpolationMode, functional as F
 
 RESIZES = ("crop", "squash")
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+LARGEST_COVER = 1 << 25
+"""Pixels that an image may have after it was scaled to be cropped: a line of pixels would need gigabytes."""
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What Pillow is let read: some of its other formats start programs, EPS Ghostscript."""
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def sides(image_size: int | Sequence[int]) -> tuple[int, int]:
@@ -35,12 +47,28 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     file.
     """
     try:
-        with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(path, formats=_formats()) as image:
+            return to_rgb(_upright(image))
     except FileNotFoundError as error:
         raise ValueError(f"no such image file: {os.fspath(path)}") from error
-    except _DECODE_ERRORS as error:
+    except Exception as error:  # of a damaged file Pillow's readers raise TypeError, struct.error and others, too
         raise ValueError(f"cannot read the image {os.fspath(path)}: {error}") from error
+
+
+def _formats() -> list[str]:
+    """Those of FORMATS that the installed Pillow knows."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says; EXIF data that cannot be read say nothing."""
+    image.load()
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(0x0112, 1))
+    except Exception:
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -61,13 +89,20 @@ def to_tensor(image: Image.Image | torch.Tensor, size: tuple[int, int], resize: 
     """A PIL image, or a uint8 (1 or 3, H, W) tensor, as a uint8 (3, *size) tensor, bicubic with antialiasing.
 
     ``resize``: "crop" scales so that the image just covers ``size`` and cuts out the centre (for a square
-    size: short side, then centre crop); "squash" scales both sides independently.
+    size: short side, then centre crop); "squash" scales both sides independently. ValueError where "crop" would
+    scale an image, long and thin, to more than LARGEST_COVER pixels.
     """
     tensor = image if isinstance(image, torch.Tensor) else F.pil_to_tensor(to_rgb(image))
     height, width = size
     if resize == "crop":
         scale = max(height / tensor.shape[1], width / tensor.shape[2])
         covering = [max(height, round(tensor.shape[1] * scale)), max(width, round(tensor.shape[2] * scale))]
+        if covering[0] * covering[1] > LARGEST_COVER:
+            raise ValueError(
+                f"image: {tensor.shape[2]} x {tensor.shape[1]} pixels are an aspect ratio that is too extreme to crop: "
+                f"covering {width} x {height} pixels it would have {covering[0] * covering[1]:,}, at most "
+                f"{LARGEST_COVER:,} are taken; resize='squash' takes it"
+            )
     else:
         covering = [height, width]
     tensor = F.resize(tensor, covering, interpolation=InterpolationMode.BICUBIC, antialias=True)
@@ -82,12 +117,12 @@ def check_image(path: str | os.PathLike[str]) -> str | None:
     Other formats are decoded.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_formats()) as image:
             if image.format == "PNG":
                 image.verify()
             elif image.format != "JPEG" or not _ends_as_jpeg(path):
                 image.load()
-    except _DECODE_ERRORS as error:
+    except Exception as error:
         return str(error) or type(error).__name__
     return None
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,10 @@ from fastprompt.vit.weights import per_channel
 FORMAT = 1
 MANIFEST = "manifest.json"
 THRESHOLD = 0.999
-"""Least cosine of the host's embedding of the golden picture and ours at which the client goes on."""
+"""Least cosine of the host's embedding of the golden picture and ours at which a client ever goes on."""
+ROOM, NOISE = 3, 1e-5
+"""A model's own threshold leaves a host ROOM times the 1 - cosine of the backbone in bfloat16, or of NOISE if it is
+less."""
 
 NORMALISATIONS = {
     "ImageNet's mean and std": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -53,8 +57,11 @@ class Mistake(NamedTuple):
     features: Tensor
 
 
-def export_client(model: PromptedViT, out_dir: str | os.PathLike[str], golden: Tensor | None = None
-                  ) -> dict[str, Any]:
+RESIZES = ("crop", "squash")
+
+
+def export_client(model: PromptedViT, out_dir: str | os.PathLike[str], golden: Tensor | None = None,
+                  resize: str = "crop") -> dict[str, Any]:
     """Write what `fastprompt-client` needs into `out_dir`, all files or none; returns the manifest.
 
     The client makes the pictures of `RGBPrompts(model).pictures` and applies the model's head to what a host returns
@@ -69,19 +76,30 @@ def export_client(model: PromptedViT, out_dir: str | os.PathLike[str], golden: T
     * `offset.npy` (K, 3p²), `added.npy` (H', W, 3): levels added to patches and image, where the method has them.
     * the head's matrices, each as a .npy file.
     * `golden_image.png`, the picture with prompts that is made of it, `golden_picture.png`, and what the host should
-      return for that, `golden_embedding.npy` (D,). `mistakes.npy` (n, D): what it returns if it resizes, crops or
-      compresses the picture, normalises it otherwise, or swaps its colours.
+      return for that, `golden_embedding.npy` (D,). `mistakes.npy` (n, D): what it returns if it resizes, crops,
+      mirrors or compresses the picture, normalises it otherwise, or changes its colours. The manifest's threshold, the
+      least cosine, is `threshold` of these and of what the backbone gives in bfloat16.
 
     Args:
         model: as `RGBPrompts` takes it.
         golden: uint8 (3, H, W) of the backbone's size; None: one with gradients, edges and noise, which every likely
             mistake of a host changes.
+        resize: how the client brings an image of another size to the backbone's: as in training, "crop" or "squash" of
+            `load_data`.
 
     Raises:
-        TypeError, ValueError: an argument does not fit.
+        TypeError, ValueError: an argument does not fit, or the model holds NaN or infinite values.
         OSError: a file could not be written; nothing has changed then.
     """
+    if resize not in RESIZES:
+        raise ValueError(f"resize must be one of {RESIZES}, got {resize!r}")
+    if not isinstance(out_dir, (str, os.PathLike)) or not os.fspath(out_dir):
+        raise TypeError(f"out_dir must be a folder's path, got {out_dir!r}")
+    if os.path.exists(out_dir) and not os.path.isdir(out_dir):
+        raise NotADirectoryError(f"out_dir must be a folder, {os.fspath(out_dir)} is a file")
     client = RGBPrompts(model)
+    _check_finite(model)
+    class_names = _class_names(model)
     backbone, generator = model.backbone, model.generator
     golden = golden_image(*backbone.image_size) if golden is None else golden
     if not isinstance(golden, Tensor) or golden.dtype != torch.uint8 \
@@ -90,7 +108,11 @@ def export_client(model: PromptedViT, out_dir: str | os.PathLike[str], golden: T
         raise ValueError(f"golden must be a uint8 tensor {(3, *backbone.image_size)}, got {got}")
     picture = client.pictures(golden[None].to(backbone.device))[0]  # (3, H', W)
     embedding = host_features(backbone, backbone.normalise(picture[None]), model.readout)
+    if not embedding.isfinite().all():
+        raise ValueError("model.backbone's features of the golden picture must be finite, got NaN or infinite values")
     mistakes = list(likely_mistakes(backbone, picture, model.readout))
+    cosines = [round(cosine(mistake.features, embedding), 6) for mistake in mistakes]
+    rounded = cosine(_other_format(backbone, picture, model.readout), embedding)
     head, arrays = _head_files(model.head)
     files: dict[str, bytes] = {"golden_image.png": _png(golden), "golden_picture.png": _png(picture),
                                "golden_embedding.npy": _npy(embedding),
@@ -107,15 +129,15 @@ def export_client(model: PromptedViT, out_dir: str | os.PathLike[str], golden: T
                      "width": backbone.feature_width, "readout": model.readout,
                      "image_size": list(backbone.image_size), "patch_size": backbone.patch_size,
                      "grid": list(backbone.grid), "mean": list(backbone.mean), "std": list(backbone.std)},
-        "preprocessing": {"size": list(backbone.image_size), "resize": "crop", "filter": "bicubic, antialiased",
+        "preprocessing": {"size": list(backbone.image_size), "resize": resize, "filter": "bicubic, antialiased",
                           "upright": "EXIF", "transparency": "over white"},
         "prompts": prompts,
         "picture_size": list(picture.shape[1:]),
         "head": head,
-        "class_names": _class_names(model),
-        "golden": {"threshold": THRESHOLD,
-                   "mistakes": [{"name": mistake.name, "detail": mistake.detail,
-                                 "cosine": round(cosine(mistake.features, embedding), 6)} for mistake in mistakes]},
+        "class_names": class_names,
+        "golden": {"threshold": threshold(rounded, cosines), "bfloat16_cosine": round(rounded, 6),
+                   "mistakes": [{"name": mistake.name, "detail": mistake.detail, "cosine": found}
+                                for mistake, found in zip(mistakes, cosines, strict=True)]},
         "files": {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
                   for name, content in files.items()},
     }
@@ -133,6 +155,27 @@ def unnoticed(manifest: dict[str, Any]) -> list[str]:
     golden = manifest["golden"]
     return [f"{mistake['name']}, {mistake['detail']} (cosine {mistake['cosine']})" for mistake in golden["mistakes"]
             if mistake["cosine"] >= golden["threshold"]]
+
+
+def threshold(rounded: float, mistakes: Sequence[float]) -> float:
+    """The least cosine at which a client goes on: never under THRESHOLD.
+
+    Higher where a mistake's cosine would pass but leaves room for a host in bfloat16: half way between the nearest such
+    mistake and what ROOM times that host's 1 - cosine leaves.
+
+    Args:
+        rounded: cosine of the golden picture's embedding in bfloat16. mistakes: cosines of the mistakes.
+    """
+    highest = 1 - ROOM * max(1 - rounded, NOISE)
+    nearest = max((found for found in mistakes if found < highest), default=0.0)
+    return round(max(THRESHOLD, (nearest + highest) / 2), 6)
+
+
+def _other_format(backbone: FrozenViT, picture: Tensor, readout: str) -> Tensor:
+    """(D,) the features of a picture in bfloat16; of a backbone that already is in half precision, in float32."""
+    half = backbone.dtype in (torch.bfloat16, torch.float16)
+    other = copy.deepcopy(backbone).to(torch.float32 if half else torch.bfloat16)
+    return host_features(other, other.normalise(picture[None].to(other.device)), readout)
 
 
 def golden_image(height: int, width: int) -> Tensor:
@@ -179,7 +222,9 @@ def likely_mistakes(backbone: FrozenViT, picture: Tensor, readout: str) -> Itera
 def _changed(picture: Image.Image, size: tuple[int, int]) -> Iterator[tuple[str, str, Image.Image]]:
     """(name, detail, picture) of every mistake that is one of pixels; `size`: (H, W) of the backbone's own images."""
     height, width = size
-    for quality, subsampling in itertools.product((98, 95, 90, 75, 50, 30), ("4:2:0", "4:4:4")):
+    kinds = [(quality, "4:4:4") for quality in (98, 97, 95, 93, 90, 85, 80, 75, 65, 50, 30)]
+    kinds += [(quality, "4:2:0") for quality in (95, 85, 75, 50, 30)]  # halving the colours outweighs small steps
+    for quality, subsampling in kinds:
         stream = io.BytesIO()
         picture.save(stream, "JPEG", quality=quality, subsampling=subsampling)
         yield "JPEG compression", f"quality {quality}, {subsampling}", Image.open(stream).convert("RGB")
@@ -188,11 +233,13 @@ def _changed(picture: Image.Image, size: tuple[int, int]) -> Iterator[tuple[str,
         top = (picture.height - height) // 2
         yield "cropping", f"the middle {height} x {width}", picture.crop((0, top, width, top + height))
         yield "cropping", f"the upper {height} x {width}", picture.crop((0, 0, width, height))
+        yield "cropping", f"the lower {height} x {width}", picture.crop((0, picture.height - height, width,
+                                                                         picture.height))
     for side in (0.5, 0.75):
         small = picture.resize((max(1, round(picture.width * side)), max(1, round(picture.height * side))),
                                Image.Resampling.BILINEAR)
         yield "resizing", f"to {side:.0%} of the sides and back", small.resize(picture.size, Image.Resampling.BILINEAR)
-    for part in (0.875, 0.9, 0.95):  # of timm's evaluation transforms; 224 of 256 pixels is torchvision's
+    for part in (0.8, 0.875, 0.9, 0.95):  # of timm's evaluation transforms; 224 of 256 pixels is torchvision's
         large = picture.resize((round(width / part), round(picture.height * width / part / picture.width)),
                                Image.Resampling.BICUBIC)
         left, top = (large.width - width) // 2, (large.height - height) // 2
@@ -200,12 +247,24 @@ def _changed(picture: Image.Image, size: tuple[int, int]) -> Iterator[tuple[str,
                large.crop((left, top, left + width, top + height)))
     red, green, blue = picture.split()
     yield "blue and red swapped (BGR)", "OpenCV's order", Image.merge("RGB", (blue, green, red))
+    yield "mirroring", "left and right", picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    yield "no colours", "grey", picture.convert("L").convert("RGB")
+    yield "few colours", "a palette of 256, as a GIF file has", picture.quantize(256).convert("RGB")
 
 
 def cosine(first: Tensor, second: Tensor) -> float:
     """Of two vectors; 0 where one of them is 0 or not finite."""
     value = float(torch.nn.functional.cosine_similarity(first.double(), second.double(), dim=0, eps=1e-30))
     return value if np.isfinite(value) else 0.0
+
+
+def _check_finite(model: PromptedViT) -> None:
+    for part in ("generator", "head"):
+        module = getattr(model, part)
+        tensors = () if module is None else itertools.chain(module.named_parameters(), module.named_buffers())
+        for name, values in tensors:
+            if not values.isfinite().all():
+                raise ValueError(f"model.{part}.{name} must be finite, got NaN or infinite values")
 
 
 def _pixel_prompt(generator: PixelPrompt, backbone: FrozenViT, files: dict[str, bytes]) -> dict[str, Any]:
@@ -231,7 +290,7 @@ def _patches(generator: RGBPGN, backbone: FrozenViT, files: dict[str, bytes]) ->
         files["added.npy"] = _npy((generator.compensation.detach().double().cpu() * 255).permute(1, 2, 0))
     return {"kind": "patches", "placement": config.placement, "rows": generator.prompt_rows,
             "num_prompts": config.num_prompts, "library_size": config.library_size, "offset": config.offset,
-            "added": config.compensate, "rest": config.bounded}
+            "added": config.compensate, "rest": config.bounded, "round_pixels": config.round_pixels}
 
 
 def _head_files(head: Head | None) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
@@ -265,7 +324,11 @@ def _head_files(head: Head | None) -> tuple[dict[str, Any] | None, dict[str, Ten
 def _class_names(model: PromptedViT) -> list[str] | None:
     if model.num_classes is None:
         return None
-    return list(model.class_names) if model.class_names is not None else [str(i) for i in range(model.num_classes)]
+    names = list(model.class_names) if model.class_names is not None else [str(i) for i in range(model.num_classes)]
+    for name in names:
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise ValueError(f"model.class_names must be text that can be written as UTF-8, got {name!r}")
+    return names
 
 
 def _npy(values: Tensor) -> bytes:

@@ -48,11 +48,19 @@ def test_the_key_comes_from_the_environment(folder: Path, host: Any, monkeypatch
     assert main([str(folder), "--url", host.url]) == 0
 
 
+def test_an_empty_key_is_none(folder: Path, host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY, "")
+    assert main([str(folder), "--url", host.url]) == 0
+    assert not any("Authorization" in headers for _, headers, _ in host.requests)
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["FOLDER"], "--url or --png: one of them is needed"),
     (["FOLDER", "--png", "x.png"], "--png: takes one image, got 0"),
     (["FOLDER", "none.jpg", "--png", "x.png"], "image none.jpg is no file"),
     (["FOLDER", "--url", "localhost"], "url must be http://HOST"),
+    (["FOLDER", "--url", "http://localhost:99999"], "url must have a port from 1 to 65535"),
+    (["FOLDER", "--url", "http://localhost", "--timeout", "0"], "timeout must be over 0"),
     (["/no/such", "--url", "http://localhost"], "is no folder"),
 ])
 def test_wrong_input_is_one_line(folder: Path, arguments: list[str], message: str,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import fastprompt as fp
 from fastprompt.rgb.export import export_client
@@ -25,6 +26,12 @@ def jpeg(quality: int, **options: Any) -> Callable[[Image.Image], Image.Image]:
 
 def swapped(picture: Image.Image) -> Image.Image:
     return Image.fromarray(np.asarray(picture)[:, :, ::-1].copy())
+
+
+def gif(picture: Image.Image) -> Image.Image:
+    stream = io.BytesIO()
+    picture.save(stream, "GIF")
+    return Image.open(stream).convert("RGB")
 
 
 def imagenet(pixels: torch.Tensor) -> torch.Tensor:
@@ -59,6 +66,18 @@ def test_what_is_deployed_is_what_training_saw(extend: fp.PromptedViT, host: Any
     assert [client.predict(host.url, image).name for image in images] == ["abc"[i] for i in expected]
 
 
+def test_an_image_is_squashed_where_training_squashed_it(extend: fp.PromptedViT, tmp_path: Path,
+                                                         photo: np.ndarray) -> None:
+    from fastprompt.data.images import to_tensor
+
+    for resize in ("crop", "squash"):
+        manifest = export_client(extend, tmp_path / resize, resize=resize)
+        assert manifest["preprocessing"]["resize"] == resize
+        trained = to_tensor(Image.fromarray(photo), (32, 32), resize).permute(1, 2, 0).numpy()
+        assert np.abs(Client(tmp_path / resize).picture(photo)[:32].astype(int) - trained).max() <= 1
+    assert np.abs(Client(tmp_path / "crop").picture(photo)[:32].astype(int) - trained).max() > 1
+
+
 def test_the_right_host_is_verified_once(folder: Path, host: Any, photo: np.ndarray) -> None:
     client = Client(folder)
     found = client.verify(host.url)
@@ -76,7 +95,8 @@ def test_the_right_host_is_verified_once(folder: Path, host: Any, photo: np.ndar
 BROKEN = {
     "jpeg 85": ({"change": jpeg(85)}, "JPEG compression"),
     "jpeg 95": ({"change": jpeg(95)}, "JPEG compression"),
-    "jpeg 40, 4:4:4": ({"change": jpeg(40, subsampling=0)}, "JPEG compression"),
+    "jpeg 97, 4:4:4": ({"change": jpeg(97, subsampling=0)}, "JPEG compression"),
+    "jpeg 80, 4:4:4": ({"change": jpeg(80, subsampling=0)}, "JPEG compression"),
     "jpeg 40": ({"change": jpeg(40)}, "JPEG compression"),
     "squeezed": ({"change": lambda p: p.resize((32, 32), Image.Resampling.BICUBIC)}, "resizing"),
     "squeezed, bilinear": ({"change": lambda p: p.resize((32, 32), Image.Resampling.BILINEAR)}, "resizing"),
@@ -84,7 +104,13 @@ BROKEN = {
     "middle": ({"change": lambda p: p.crop((0, 4, 32, 36))}, "cropping"),
     "resized and cropped": ({"change": lambda p: p.resize((37, 46), Image.Resampling.BICUBIC).crop((2, 7, 34, 39))},
                             "resizing and cropping"),
+    "a fifth cut off": ({"change": lambda p: p.resize((40, 50), Image.Resampling.BICUBIC).crop((4, 9, 36, 41))},
+                        "resizing and cropping"),
+    "lowest rows": ({"change": lambda p: p.crop((0, 8, 32, 40))}, "cropping"),
     "bgr": ({"change": swapped}, "blue and red swapped (BGR)"),
+    "mirrored": ({"change": ImageOps.mirror}, "mirroring"),
+    "grey": ({"change": lambda p: p.convert("L").convert("RGB")}, "no colours"),
+    "gif": ({"change": gif}, "few colours"),
     "imagenet": ({"normalise": imagenet}, "other mean and standard deviation"),
     "not normalised": ({"normalise": lambda pixels: pixels / 255}, "other mean and standard deviation"),
     "mean of patches": ({"readout": "patches"}, "another readout"),
@@ -110,6 +136,42 @@ def test_a_broken_host_is_refused_by_name(folder: Path, host: Any, photo: np.nda
         client.predict(host.url, photo)
     pictures = [body["input"] for path, _, body in host.requests[sent:] if path == "/v1/embeddings"]
     assert len(pictures) == 1  # the golden one; the photo was not sent
+
+
+UNKNOWN = {
+    "jpeg 88, 4:4:4": jpeg(88, subsampling=0),
+    "jpeg 20, 4:4:4": jpeg(20, subsampling=0),
+    "moved by a pixel": lambda p: Image.fromarray(np.roll(np.asarray(p), 1, 1)),
+    "sixteen levels": lambda p: Image.fromarray(np.asarray(p) // 16 * 16),
+}
+
+
+@pytest.mark.parametrize("kind", list(UNKNOWN))
+def test_a_mistake_that_none_resembles_is_not_named(folder: Path, host: Any, kind: str) -> None:
+    host.change = UNKNOWN[kind]
+    found = Client(folder).check(host.url)
+    assert not found.ok
+    assert found.likely is None, found.message
+    assert "Likely: unknown" in found.message
+    assert "The nearest is " in found.message
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_host_in_another_format_is_right(model: fp.PromptedViT, host: Any, tmp_path: Path,
+                                           dtype: torch.dtype) -> None:
+    manifest = export_client(model, tmp_path)
+    host.backbone = copy.deepcopy(model.backbone).to(dtype)
+    host.normalise = host.backbone.normalise
+    found = Client(tmp_path).verify(host.url)
+    assert 1 - found.cosine <= (1 - manifest["golden"]["threshold"]) / 3 + 1e-6
+
+
+def test_a_model_exported_in_bfloat16_knows_a_host_in_float32(extend: fp.PromptedViT, host: Any,
+                                                              tmp_path: Path) -> None:
+    model = copy.deepcopy(extend)
+    model.set_backbone_dtype(torch.bfloat16)
+    export_client(model, tmp_path)
+    assert Client(tmp_path).verify(host.url).ok
 
 
 def test_another_model_is_refused_and_its_fingerprint_is_shown(folder: Path, host: Any,
@@ -145,6 +207,16 @@ def test_the_model_with_the_fingerprint_is_asked_for(folder: Path, host: Any) ->
     host.models = []
     Client(folder).verify(host.url)
     assert "model" not in host.requests[-1][2]
+
+
+def test_the_only_model_is_asked_for(folder: Path, host: Any) -> None:
+    for models, expected in (([{"id": "one", "object": "model"}], "one"), ([{"id": "one"}, {"id": 3}], "one"),
+                             ([{"id": "one", "object": "model"}, {"id": "birds", "object": "adapter"}], "one"),
+                             ([{"id": "one", "object": "model"}, {"id": "two", "object": "model"}], None),
+                             ([{"id": "birds", "object": "adapter"}], None)):
+        host.models = models
+        Client(folder).verify(host.url)
+        assert host.requests[-1][2].get("model") == expected
 
 
 def test_the_key_is_sent(folder: Path, host: Any) -> None:
@@ -231,6 +303,39 @@ def test_an_inverted_pgn_is_deployed(backbone: fp.FrozenViT, make: Callable[...,
         different += int((found != wanted.permute(1, 2, 0).numpy()).sum())
     assert different <= 1e-3 * 5 * found.size
     assert client.verify(host.url).ok
+
+
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"timeout": 0}, ValueError, "timeout must be over 0"), ({"timeout": -1}, ValueError, "timeout must be over 0"),
+    ({"timeout": float("nan")}, ValueError, "timeout must be over 0"),
+    ({"timeout": float("inf")}, ValueError, "timeout must be over 0 and at most 86,400 seconds, got inf"),
+    ({"timeout": 1e12}, ValueError, "timeout must be over 0"),
+    ({"timeout": "3"}, TypeError, "timeout must be a number of seconds, got '3'"),
+    ({"timeout": None}, TypeError, "timeout must be a number"), ({"timeout": True}, TypeError, "timeout must be"),
+    ({"threads": 0}, ValueError, "threads must be from 1, got 0"),
+    ({"threads": "2"}, TypeError, "threads must be a whole number, got '2'"),
+    ({"max_pixels": 0}, ValueError, "max_pixels must be from 1"),
+    ({"max_pixels": 1e6}, TypeError, "max_pixels must be a whole number"),
+    ({"model": 3}, TypeError, "model must be a name"), ({"model": ""}, TypeError, "model must be a name"),
+    ({"api_key": 3}, ValueError, "api_key must be"), ({"api_key": ""}, ValueError, "api_key must be"),
+    ({"api_key": "secret\n"}, ValueError, "api_key must be printable ASCII, or None for no key$"),
+], ids=str)
+def test_arguments_are_checked_at_once(folder: Path, options: dict[str, Any], error: type[Exception],
+                                       message: str) -> None:
+    with pytest.raises(error, match=message):
+        Client(folder, **options)
+
+
+def test_what_is_wrong_here_is_found_before_the_host_is_asked(folder: Path, backbone: fp.FrozenViT, host: Any,
+                                                              photo: np.ndarray, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"image none\.jpg is no file"):
+        Client(folder).predict(host.url, "none.jpg")
+    with pytest.raises(TypeError, match="image must be a path, bytes, a PIL image or a uint8 array, got list"):
+        Client(folder).predict(host.url, [photo, photo])
+    export_client(fp.PromptedViT(backbone, fp.PixelPromptConfig(border=2)), tmp_path)
+    with pytest.raises(ValueError, match="has no head"):
+        Client(tmp_path).predict(host.url, photo)
+    assert not host.requests
 
 
 def test_images_must_not_be_empty(folder: Path, host: Any) -> None:

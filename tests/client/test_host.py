@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import socket
+import threading
 import time
 from typing import Any
 
@@ -36,6 +38,8 @@ def vector(value: Any, **more: Any) -> bytes:
     (500, b"broken", "answered 500: broken"),
     (413, b'{"error": {"message": "too large", "code": 413}}', "answered 413: too large"),
     (400, b'{"error": 3}', 'answered 400: {"error": 3}'),
+    (500, b"\x1b[31mred\x1b[0m\r\x07", "answered 500:  [31mred [0m"),
+    (400, json.dumps({"error": {"message": "a\x1b]0;b\u202ec\nd"}}).encode(), "answered 400: a ]0;b c d"),
 ], ids=str)
 def test_bad_answers_are_named(host: Any, status: int, body: bytes, message: str) -> None:
     host.respond = lambda path: (status, {}, body)
@@ -44,6 +48,7 @@ def test_bad_answers_are_named(host: Any, status: int, body: bytes, message: str
     assert message in str(caught.value)
     assert host.url in str(caught.value)
     assert len(str(caught.value)) < 900
+    assert str(caught.value).isprintable()
 
 
 def test_embeddings_come_in_the_order_of_the_pictures_in_both_formats(host: Any) -> None:
@@ -78,6 +83,55 @@ def test_a_silent_host_is_given_up() -> None:
         assert time.monotonic() - started < 5
 
 
+def receive(connection: socket.socket) -> None:
+    """Read a request to its end: a connection that is closed with unread bytes is reset."""
+    with connection.makefile("rb") as stream:
+        headers = [line.partition(b":") for line in iter(stream.readline, b"\r\n")]
+        stream.read(int(next(value for name, _, value in headers if name.lower() == b"content-length")))
+
+
+@pytest.mark.parametrize("status", [b"200 OK", b"500 Broken"], ids=["answer", "error"])
+def test_a_host_that_drips_is_given_up(status: bytes) -> None:
+    def drip(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection, contextlib.suppress(OSError):
+            receive(connection)
+            connection.sendall(b"HTTP/1.1 " + status + b"\r\nContent-Length: 1000\r\n\r\n")
+            for _ in range(200):
+                connection.sendall(b" ")
+                time.sleep(0.05)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=drip, args=(server,), daemon=True)
+        thread.start()
+        started = time.monotonic()
+        with pytest.raises(HostError, match=r"did not answer within 0\.3 s|answered 500: Broken"):
+            Host(f"http://127.0.0.1:{server.getsockname()[1]}", timeout=0.3).embed([b"png"])
+        assert time.monotonic() - started < 3
+        thread.join(timeout=20)
+
+
+def test_an_answer_in_pieces_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = vector([1.5] * 30_000)
+
+    def serve(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            receive(connection)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n")
+            for start in range(0, len(answer), 9000):
+                part = answer[start:start + 9000]
+                connection.sendall(b"%x\r\n%s\r\n" % (len(part), part))
+            connection.sendall(b"0\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve, args=(server,), daemon=True)
+        thread.start()
+        found = Host(f"http://127.0.0.1:{server.getsockname()[1]}", timeout=20).embed([b"png"])
+        thread.join(timeout=20)
+    np.testing.assert_array_equal(found, np.full((1, 30_000), 1.5))
+
+
 def test_a_host_that_is_not_there_or_does_not_speak_http() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -92,6 +146,18 @@ def test_other_addresses_are_refused(url: str) -> None:
         Host(url)
     with pytest.raises(TypeError, match="url must be a text"):
         Host(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("url", "message"), [
+    ("http://host:0", "a port from 1 to 65535"), ("http://host:99999", "a port from 1 to 65535"),
+    ("http://host:-1", "a port from 1 to 65535"), ("http://host:abc", "a port from 1 to 65535"),
+    ("http://host/?x=1", "must not have a query"), ("http://host/v1/embeddings?key=secret", "must not have a query"),
+    ("http://host/a b", "a path of printable ASCII"), ("http://host/ä", "a path of printable ASCII"),
+])
+def test_addresses_that_no_request_can_have_are_refused(url: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"url must (have )?{message}|url {message}") as caught:
+        Host(url)
+    assert "secret" not in str(caught.value)
 
 
 def test_secrets_are_not_printed() -> None:

@@ -1,17 +1,18 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.models.vision_transformer import VisionTransformer
 
 import fastprompt as fp
-from fastprompt.data.images import to_rgb, to_tensor
+from fastprompt.data.images import FORMATS, LARGEST_COVER, to_rgb, to_tensor
 from fastprompt.rgb.export import export_client
 from fastprompt_client import Client, pictures
 
@@ -59,6 +60,21 @@ def test_shrinking_is_that_of_training(height: int, patch: int, rows: int) -> No
     assert np.array_equal(pictures.Shrink(height, height - rows * patch)(image), expected)
 
 
+def test_shrinking_without_rounding_is_that_of_training(tmp_path: Path) -> None:
+    """Of two rows in turn every shrunk pixel is half way between: down where training rounds, else to the even one."""
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=12, depth=1, num_heads=2, num_classes=0)
+    backbone = fp.FrozenViT(vit, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    image = np.tile(np.array([[101], [102]], np.uint8), (16, 96)).reshape(32, 32, 3)
+    for rounds, level in ((True, 101), (False, 102)):
+        config = fp.RGBPGNConfig(num_prompts=8, library_size=2, widths=(2,), placement="replace", round_pixels=rounds)
+        model = fp.PromptedViT(backbone, config, num_classes=2).eval()
+        manifest = export_client(model, tmp_path / str(rounds))
+        assert manifest["prompts"]["round_pixels"] is rounds
+        assert (Client(tmp_path / str(rounds)).picture(image)[1:15] == level).all()
+        small = model.generator.shrink(torch.from_numpy(image).permute(2, 0, 1)[None] / 255)[0, :, 1:15] * 255
+        torch.testing.assert_close(small, torch.full_like(small, 101 if rounds else 101.5), rtol=0, atol=1e-3)
+
+
 def test_without_the_tie_rule_shrinking_would_differ() -> None:
     image = random_image(112, 112)
     small = torch.nn.functional.interpolate(torch.from_numpy(image).permute(2, 0, 1)[None].double() / 255,
@@ -88,6 +104,24 @@ def test_columns_are_resized_before_rows() -> None:
     assert np.array_equal(pictures.resized(image, (79, 32), "squash"), expected)
 
 
+@pytest.mark.parametrize("size", [(1500, 1), (1, 1500), (30_000, 3)], ids=str)
+def test_a_line_of_pixels_is_refused_before_it_takes_gigabytes(size: tuple[int, int]) -> None:
+    image = Image.new("RGB", size)
+    with pytest.raises(ValueError, match=rf"image has {size[0]} x {size[1]} pixels, an aspect ratio that is too extre"):
+        pictures.resized(image, (224, 224), "crop")
+    with pytest.raises(ValueError, match="aspect ratio that is too extreme to crop"):
+        to_tensor(image, (224, 224), "crop")
+    assert pictures.resized(image, (224, 224), "squash").shape == (224, 224, 3)
+    assert to_tensor(image, (224, 224), "squash").shape == (3, 224, 224)
+    assert pictures.LARGEST_COVER == LARGEST_COVER
+
+
+def test_a_panorama_is_not() -> None:
+    image = random_image(8, 400)
+    found, expected = pictures.resized(Image.fromarray(image), (64, 64), "crop"), in_training(image, (64, 64))
+    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+
+
 def test_an_image_of_the_right_size_is_not_touched() -> None:
     image = random_image(32, 32)
     assert np.array_equal(pictures.resized(Image.fromarray(image), (32, 32), "crop"), image)
@@ -97,6 +131,13 @@ def saved(image: Image.Image, **options: Any) -> bytes:
     stream = io.BytesIO()
     image.save(stream, **options)
     return stream.getvalue()
+
+
+def sloppy_exif(tag: int) -> bytes:
+    """Orientation 6, and a text in a tag that holds numbers: a reader that writes all tags anew fails."""
+    entries = sorted([(0x0112, 3, 1, b"\0\6\0\0"), (tag, 2, 4, b"abc\0")])
+    return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(entries)) \
+        + b"".join(struct.pack(">HHI", *entry[:3]) + entry[3] for entry in entries) + struct.pack(">I", 0)
 
 
 def kinds() -> dict[str, bytes]:
@@ -109,7 +150,10 @@ def kinds() -> dict[str, bytes]:
     return {"rgb": saved(colours, format="PNG"), "alpha": saved(alpha, format="PNG"),
             "grey": saved(colours.convert("L"), format="PNG"), "palette": saved(colours.convert("P"), format="PNG"),
             "1 bit": saved(colours.convert("1"), format="PNG"), "cmyk": saved(colours.convert("CMYK"), format="JPEG"),
-            "16 bits": saved(deep, format="PNG"), "turned": saved(colours, format="JPEG", exif=exif)}
+            "16 bits": saved(deep, format="PNG"), "turned": saved(colours, format="JPEG", exif=exif),
+            "turned tiff": saved(colours, format="TIFF", exif=exif),
+            "turned, bad rational": saved(colours, format="JPEG", exif=sloppy_exif(0x011F)),
+            "turned, bad number": saved(colours, format="WEBP", exif=sloppy_exif(0x0100))}
 
 
 @pytest.mark.parametrize("kind", list(kinds()))
@@ -121,8 +165,59 @@ def test_files_are_opened_as_in_training(kind: str, tmp_path: Path) -> None:
     expected = np.asarray(open_image(tmp_path / "image"))
     for given in (content, tmp_path / "image", str(tmp_path / "image"), bytearray(content)):
         assert np.array_equal(np.asarray(pictures.open_image(given)), expected)
-    assert expected.shape == ((30, 20, 3) if kind == "turned" else (20, 30, 3))
+    assert expected.shape == ((30, 20, 3) if kind.startswith("turned") else (20, 30, 3))
     assert np.array_equal(np.asarray(to_rgb(Image.fromarray(expected))), expected)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_an_image_is_turned_as_pillow_turns_it(orientation: int, tmp_path: Path) -> None:
+    from fastprompt.data.images import open_image
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(random_image(20, 30)).save(tmp_path / "image.png", exif=exif)
+    with Image.open(tmp_path / "image.png") as opened:
+        expected = np.asarray(ImageOps.exif_transpose(opened))
+    for found in (pictures.open_image(tmp_path / "image.png"), open_image(tmp_path / "image.png")):
+        assert np.array_equal(np.asarray(found), expected)
+
+
+def test_exif_data_that_cannot_be_read_say_nothing() -> None:
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IHHHII", 8, 1, 0x8769, 9, 1, 0xFFFFFFFF) + bytes(4)
+    assert pictures.open_image(saved(Image.new("RGB", (6, 4)), format="JPEG", exif=exif)).size == (6, 4)
+
+
+def test_formats_that_start_programs_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastprompt.data.images import check_image, open_image
+
+    def run(*_: Any, **__: Any) -> None:
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", run)
+    Image.new("RGB", (20, 20)).save(tmp_path / "image.eps")
+    (tmp_path / "image.png").write_bytes((tmp_path / "image.eps").read_bytes())
+    with pytest.raises(ValueError, match=r"image\.png cannot be read: cannot identify"):
+        pictures.open_image(tmp_path / "image.png")
+    with pytest.raises(ValueError, match=r"cannot read the image .*image\.png: cannot identify"):
+        open_image(tmp_path / "image.png")
+    assert "cannot identify" in str(check_image(tmp_path / "image.png"))
+    assert pictures.FORMATS == FORMATS
+
+
+@pytest.mark.parametrize("error", [TypeError, struct.error, RuntimeError, NotImplementedError, ZeroDivisionError])
+def test_whatever_a_reader_raises_names_the_file(error: type[Exception], tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of its errors a damaged file gets differs between Pillow's versions."""
+    from fastprompt.data.images import check_image, open_image
+
+    file = tmp_path / "image.bmp"
+    Image.new("RGB", (6, 4)).save(file)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: (_ for _ in ()).throw(error("deep inside")))
+    with pytest.raises(ValueError, match=r"image\.bmp cannot be read: deep inside"):
+        pictures.open_image(file)
+    with pytest.raises(ValueError, match=r"cannot read the image .*image\.bmp: deep inside"):
+        open_image(file)
+    assert check_image(file) == "deep inside"
 
 
 def test_the_png_is_the_picture(folder: Path, photo: np.ndarray) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 import fastprompt as fp
-from fastprompt.rgb.export import cosine, export_client, golden_image, unnoticed
+from fastprompt.rgb.export import cosine, export_client, golden_image, threshold, unnoticed
 from fastprompt.rgb.graph import resampling, selection_graph
 
 
@@ -36,6 +37,10 @@ def backbone() -> fp.FrozenViT:
 def make(backbone: fp.FrozenViT, **options: Any) -> fp.PromptedViT:
     config = fp.RGBPGNConfig(**{"num_prompts": 4, "library_size": 12, "widths": (4, 8), **options})
     return fp.PromptedViT(backbone, config, num_classes=3).eval()
+
+
+def named(backbone: fp.FrozenViT, name: str) -> fp.PromptedViT:
+    return fp.PromptedViT(backbone, make(backbone).config, num_classes=2, class_names=[name, "b"])
 
 
 def disturb(model: fp.PromptedViT) -> None:
@@ -119,12 +124,28 @@ def test_every_likely_mistake_is_noticed(backbone: fp.FrozenViT, tmp_path: Path)
     manifest = export_client(make(backbone), tmp_path)
     names = {mistake["name"] for mistake in manifest["golden"]["mistakes"]}
     assert names == {"JPEG compression", "resizing", "cropping", "resizing and cropping", "blue and red swapped (BGR)",
-                     "other mean and standard deviation", "another readout"}
+                     "other mean and standard deviation", "another readout", "mirroring", "no colours", "few colours"}
     assert all("4:4:4" in mistake for mistake in unnoticed(manifest))  # JPEG that is all but lossless
+    assert 0.999 <= manifest["golden"]["threshold"] < manifest["golden"]["bfloat16_cosine"] < 1
     embeddings = torch.from_numpy(np.load(tmp_path / "mistakes.npy"))
     golden = torch.from_numpy(np.load(tmp_path / "golden_embedding.npy"))
     for row, mistake in zip(embeddings, manifest["golden"]["mistakes"], strict=True):
         assert cosine(row, golden) == pytest.approx(mistake["cosine"], abs=1e-6)
+
+
+@pytest.mark.parametrize(("rounded", "mistakes", "least"), [
+    (0.9999, [], 0.999),
+    (0.9999, [0.5, 0.985], 0.999),  # far below what would pass
+    (0.9999, [0.9987], 0.9992),  # half way from there to 0.9997
+    (0.9999, [0.9995, 0.985], 0.9996),
+    (0.9999, [0.9995, 0.99975], 0.9996),  # the second is as near as a host in bfloat16 may be
+    (0.9995, [0.9992], 0.999),
+    (1.0, [0.9999], 0.999935),  # no host computes like ours to the last bit
+    (0.0, [0.99], 0.999),
+])
+def test_the_threshold_is_between_the_nearest_mistake_and_bfloat16(rounded: float, mistakes: list[float],
+                                                                   least: float) -> None:
+    assert threshold(rounded, mistakes) == pytest.approx(least, abs=1e-9)
 
 
 def test_a_mistake_that_changes_nothing_is_named(backbone: fp.FrozenViT, tmp_path: Path) -> None:
@@ -137,6 +158,15 @@ def test_a_mistake_that_changes_nothing_is_named(backbone: fp.FrozenViT, tmp_pat
     assert any("JPEG" in text for text in missed)
     assert any("BGR" in text for text in missed)
     assert not any("mean" in text for text in missed)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_export_leaves_the_model_in_its_mode(backbone: fp.FrozenViT, tmp_path: Path, training: bool) -> None:
+    model = make(backbone).train(training)
+    model.generator.trunk.stem.eval()  # as one who keeps a part's running statistics
+    before = {name: module.training for name, module in model.named_modules()}
+    export_client(model, tmp_path)
+    assert {name: module.training for name, module in model.named_modules()} == before
 
 
 def test_the_golden_image_may_be_given(backbone: fp.FrozenViT, tmp_path: Path) -> None:
@@ -174,6 +204,26 @@ def test_a_second_export_replaces_the_first_and_a_failed_one_changes_nothing(
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == stated["sha256"]
 
 
+@pytest.mark.parametrize("name", ["generator.library", "generator.trunk.fc.weight", "head.weight",
+                                  "generator.trunk.stem.1.running_var"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_is_not_finite_is_refused(backbone: fp.FrozenViT, tmp_path: Path, name: str, value: float) -> None:
+    model = make(backbone)
+    with torch.no_grad():
+        dict([*model.named_parameters(), *model.named_buffers()])[name].view(-1)[0] = value
+    with pytest.raises(ValueError, match=rf"model\.{re.escape(name)} must be finite, got NaN or infinite values"):
+        export_client(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_backbone_that_is_not_finite_is_refused(backbone: fp.FrozenViT, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastprompt.rgb.export.host_features", lambda *_: torch.full((48,), float("nan")))
+    with pytest.raises(ValueError, match="features of the golden picture must be finite"):
+        export_client(make(backbone), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("call", "error", "message"), [
     (lambda b, out: export_client(fp.PromptedViT(b, fp.VPTConfig(num_prompts=2), 3), out), ValueError,
      "model must make other images"),
@@ -183,9 +233,22 @@ def test_a_second_export_replaces_the_first_and_a_failed_one_changes_nothing(
     (lambda b, out: export_client(make(b), out, torch.zeros(3, 16, 16, dtype=torch.uint8)), ValueError,
      r"golden must be a uint8 tensor \(3, 32, 32\)"),
     (lambda b, out: export_client(make(b), out, "golden.png"), ValueError, "golden must be a uint8 tensor"),
+    (lambda b, out: export_client(make(b), out, resize="stretch"), ValueError,
+     r"resize must be one of \('crop', 'squash'\), got 'stretch'"),
+    (lambda b, out: export_client(make(b), out, resize=None), ValueError, "resize must be one of"),
+    (lambda b, out: export_client(make(b), None), TypeError, "out_dir must be a folder's path, got None"),
+    (lambda b, out: export_client(make(b), 3), TypeError, "out_dir must be a folder's path, got 3"),
+    (lambda b, out: export_client(make(b), ""), TypeError, "out_dir must be a folder's path, got ''"),
+    (lambda b, out: export_client(make(b), __file__), NotADirectoryError, "out_dir must be a folder, .* is a file"),
+    (lambda b, out: export_client(named(b, "a\udcff"), out), ValueError, "model.class_names must be text that can be"),
 ])
 def test_bad_input_is_named_and_writes_nothing(backbone: fp.FrozenViT, tmp_path: Path, call: Any,
-                                               error: type[Exception], message: str) -> None:
+                                               error: type[Exception], message: str,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(*_: Any) -> None:
+        raise AssertionError("the backbone was run")
+
+    monkeypatch.setattr("fastprompt.rgb.export.host_features", work)
     with pytest.raises(error, match=message):
         call(backbone, tmp_path / "out")
     assert not (tmp_path / "out").exists()
