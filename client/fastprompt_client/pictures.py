@@ -78,8 +78,8 @@ def _rgb(name: str, image: Image.Image) -> Image.Image:
         image = _upright(image)
         if image.mode.startswith("I"):
             values = np.asarray(image).astype(np.int64)
-            image = Image.fromarray((values // 257 if values.max(initial=0) > 255 else values)
-                                    .clip(0, 255).astype(np.uint8))
+            wide = image.mode.startswith("I;16") or values.max(initial=0) > 255  # mode "I" has bits of no known number
+            image = Image.fromarray((values // 257 if wide else values).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)

@@ -75,9 +75,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as RGB; see open_image."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
-        image = Image.fromarray(
-            (values // 257 if values.max(initial=0) > 255 else values).clip(0, 255).astype(np.uint8)
-        )
+        wide = image.mode.startswith("I;16") or values.max(initial=0) > 255  # mode "I" does not say how many bits count
+        image = Image.fromarray((values // 257 if wide else values).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -177,7 +177,8 @@ def markdown(rows: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[in
              f"`make pixels`: {EPOCHS} epochs, batch 16, seeds {', '.join(map(str, seeds))}; the protocol is that of "
              "table.md. \"As trained\" is the test that the run made itself, "
              "\"floats\" the prompted images in floats before any rounding, \"PNG\" after writing them to "
-             "8-bit files and reading them again; a PGN of tokens is inverted for both. The last two columns are "
+             "8-bit files and reading them again, by the backbone in bfloat16; a PGN of tokens is inverted for both "
+             "(its pixels reach some hundreds, of which bfloat16 keeps too little). The last two columns are "
              "differences of the PNG's accuracy, in points, with 95 % intervals over test images and over seeds. "
              "\"Changed\" counts the predictions that differ between PNG and test as trained, of the seeds that were "
              "classified as pictures: those whose adapters were at hand.", ""]

@@ -150,7 +150,9 @@ def kinds() -> dict[str, bytes]:
     return {"rgb": saved(colours, format="PNG"), "alpha": saved(alpha, format="PNG"),
             "grey": saved(colours.convert("L"), format="PNG"), "palette": saved(colours.convert("P"), format="PNG"),
             "1 bit": saved(colours.convert("1"), format="PNG"), "cmyk": saved(colours.convert("CMYK"), format="JPEG"),
-            "16 bits": saved(deep, format="PNG"), "turned": saved(colours, format="JPEG", exif=exif),
+            "16 bits": saved(deep, format="PNG"),
+            "16 bits, dark": saved(Image.fromarray(np.full((20, 30), 200, np.uint16)), format="PNG"),
+            "turned": saved(colours, format="JPEG", exif=exif),
             "turned tiff": saved(colours, format="TIFF", exif=exif),
             "turned, bad rational": saved(colours, format="JPEG", exif=sloppy_exif(0x011F)),
             "turned, bad number": saved(colours, format="WEBP", exif=sloppy_exif(0x0100))}

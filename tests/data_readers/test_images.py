@@ -113,6 +113,8 @@ def test_other_modes_become_rgb():
     assert to_tensor(torch.full((1, 4, 4), 77, dtype=torch.uint8), (4, 4)).unique().tolist() == [77]
     deep = Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16))
     assert to_rgb(deep).getpixel((0, 0)) == (155, 155, 155)
+    dark = Image.fromarray(np.full((4, 4), 200, dtype=np.uint16))  # of 65535, however dark the whole image is
+    assert to_rgb(dark).getpixel((0, 0)) == (0, 0, 0)
     clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     assert to_rgb(clear).getpixel((0, 0)) == (255, 255, 255)
     palette = Image.new("P", (4, 4), 0)
