@@ -23,6 +23,8 @@ BASE = "__base__"
 FORMATS = ("PNG", "JPEG", "WEBP")
 TOP = 5
 """Classes whose probabilities an answer names."""
+COMMAS = 1000
+"""In JSON, beside two for each picture: the start of a data URL and what is between two of them."""
 
 
 class Refused(Exception):
@@ -128,7 +130,7 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     input: str | list[str]
     model: str | None = None
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
     user: str | None = None
 
 
@@ -138,17 +140,20 @@ def read_json(body: bytes, limits: Limits) -> Ask:
     Raises:
         Refused: it is no such JSON, or an input is no data URL in base64.
     """
+    if body.count(b",") > COMMAS + 2 * limits.images:  # a value costs a hundred times its bytes, an error more
+        raise Refused(422, "invalid_request", f"body: must have one key 'input' with at most {limits.images} data URLs, "
+                                              "and few others; it has too many values")
     try:
         asked = _Body.model_validate_json(body)
     except ValidationError as error:
-        problems = {f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}": None
-                    for e in error.errors(include_url=False, include_input=False, include_context=False)}
-        malformed = any(e["type"] == "json_invalid" for e in error.errors(include_url=False))
+        errors = error.errors(include_url=False, include_input=False, include_context=False)
+        problems = {f"{'.'.join(map(str, e['loc']))[:50] or 'body'}: {e['msg']}": None for e in errors}
+        malformed = errors[0]["type"] == "json_invalid"
         raise Refused(400 if malformed else 422, "invalid_json" if malformed else "invalid_request",
                       "; ".join(list(problems)[:5])) from error
     inputs = [asked.input] if isinstance(asked.input, str) else asked.input
     check_count(len(inputs), limits)
-    return Ask([_from_data_url(url, i) for i, url in enumerate(inputs)], asked.model, asked.encoding_format)
+    return Ask([_from_data_url(url, i) for i, url in enumerate(inputs)], asked.model, asked.encoding_format or "float")
 
 
 def read_form(fields: Sequence[tuple[str, str | bytes]], limits: Limits) -> Ask:
@@ -185,7 +190,7 @@ def check_count(images: int, limits: Limits) -> None:
 
 def _from_data_url(url: str, index: int) -> bytes:
     header, comma, data = url.partition(",")
-    if not comma or not header.startswith("data:") or not header.endswith(";base64"):
+    if not comma or header[:5].lower() != "data:" or not header.lower().endswith(";base64"):
         raise Refused(422, "invalid_url", f"input {index} must be a data URL, data:image/png;base64,...; "
                                           "the host fetches nothing from elsewhere")
     try:

@@ -6,7 +6,9 @@ import base64
 import io
 import json
 import pickle
+import resource
 import struct
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -171,6 +173,25 @@ def test_wrong_json_is_refused(body: bytes, status: int, message: str) -> None:
     assert caught.value.status == status
     assert message in caught.value.message
     assert len(caught.value.message) < 500
+
+
+@pytest.mark.parametrize("body", [b'{"input":[' + b"0," * 500_000 + b"0]}", b'{"input":[' + b"[]," * 2_000_000 + b"0]}",
+                                  b"{" + b",".join(b'"%d":0' % i for i in range(100_000)) + b"}",
+                                  b'{"' + b"k" * 4_000_000 + b'":0}'])
+def test_bodies_of_many_values_cost_little(body: bytes) -> None:
+    began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(Refused) as caught:
+        protocol.read_json(body, Limits())
+    assert caught.value.status == 422
+    assert len(caught.value.message) < 500
+    assert time.process_time() - began < 0.5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
+
+
+def test_nulls_and_schemes_of_json_are_taken_as_the_standards_have_them(picture: Picture) -> None:
+    body = {"input": url(picture()).replace("data:", "DATA:").replace(";base64", ";BASE64"), "encoding_format": None,
+            "user": None, "model": None}
+    assert protocol.read_json(json.dumps(body).encode(), Limits()) == Ask([picture()], None, "float")
 
 
 def test_forms() -> None:
