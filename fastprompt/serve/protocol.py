@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, ValidationError
+from python_multipart.multipart import MultipartParser, parse_options_header
 
 from fastprompt.data.images import to_rgb
 from fastprompt.vit.weights import ViTSpec
@@ -23,6 +24,10 @@ BASE = "__base__"
 FORMATS = ("PNG", "JPEG", "WEBP")
 TOP = 5
 """Classes whose probabilities an answer names."""
+PARTS = 1000
+"""Of a form, for it to be read at all; `Limits.images` is fewer, and told by name."""
+PART_HEADERS = 2**13
+"""Bytes of a part's headers."""
 COMMAS = 1000
 """In JSON, beside two for each picture: the start of a data URL and what is between two of them."""
 
@@ -141,8 +146,8 @@ def read_json(body: bytes, limits: Limits) -> Ask:
         Refused: it is no such JSON, or an input is no data URL in base64.
     """
     if body.count(b",") > COMMAS + 2 * limits.images:  # a value costs a hundred times its bytes, an error more
-        raise Refused(422, "invalid_request", f"body: must have one key 'input' with at most {limits.images} data URLs, "
-                                              "and few others; it has too many values")
+        raise Refused(422, "invalid_request", "body: has too many values; 'input' takes at most "
+                                              f"{limits.images} data URLs")
     try:
         asked = _Body.model_validate_json(body)
     except ValidationError as error:
@@ -156,8 +161,73 @@ def read_json(body: bytes, limits: Limits) -> Ask:
     return Ask([_from_data_url(url, i) for i, url in enumerate(inputs)], asked.model, asked.encoding_format or "float")
 
 
+class _Parts:
+    """What a form's parser has found: (name, value) of each part, bytes where it has a file name."""
+
+    def __init__(self) -> None:
+        self.fields: list[tuple[str, str | bytes]] = []
+        self.complete = False
+        self.on_part_begin()
+
+    def on_part_begin(self) -> None:
+        self._key, self._value, self._disposition, self._data = bytearray(), bytearray(), b"", bytearray()
+        self._headers = 0
+
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._key += data[start:end]
+
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+        if self._headers + len(self._key) + len(self._value) > PART_HEADERS:
+            raise ValueError("too long headers")
+
+    def on_header_end(self) -> None:
+        self._headers += len(self._key) + len(self._value)
+        if self._key.lower() == b"content-disposition":
+            self._disposition = bytes(self._value)
+        self._key, self._value = bytearray(), bytearray()
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        self._data += data[start:end]
+
+    def on_part_end(self) -> None:
+        options = parse_options_header(self._disposition)[1]
+        if b"name" not in options:
+            raise ValueError("a part without a name")
+        self.fields.append((options[b"name"].decode(errors="replace"),
+                            bytes(self._data) if b"filename" in options else self._data.decode()))
+
+    def on_end(self) -> None:
+        self.complete = True
+
+
+def form_fields(body: bytes, content_type: str) -> list[tuple[str, str | bytes]]:
+    """(name, value) of each part of multipart/form-data, as text or, where the part has a file name, as bytes.
+
+    Raises:
+        Refused: it is no such form, is cut off before its end, or has very many parts.
+    """
+    boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
+    if not boundary:
+        raise Refused(400, "invalid_form", "Content-Type must name the boundary of the form's parts")
+    if body.count(b"--" + boundary) > PARTS:
+        raise Refused(422, "invalid_request", f"the form has more than {PARTS} parts")
+    parts = _Parts()
+    try:
+        parser = MultipartParser(boundary, {name: getattr(parts, name) for name in (
+            "on_part_begin", "on_header_field", "on_header_value", "on_header_end", "on_part_data", "on_part_end",
+            "on_end")})  # type: ignore[arg-type]
+        for start in range(0, len(body), 2**16):
+            parser.write(body[start:start + 2**16])
+    except ValueError as error:  # the parser's own are such
+        raise Refused(400, "invalid_form", "the body is no valid multipart/form-data in UTF-8") from error
+    if not parts.complete:
+        raise Refused(400, "invalid_form", "the form is cut off: its closing boundary is missing")
+    return parts.fields
+
+
 def read_form(fields: Sequence[tuple[str, str | bytes]], limits: Limits) -> Ask:
-    """A request as the parts of multipart/form-data: `file` for each picture, `model`, `encoding_format`.
+    """A request as the parts of multipart/form-data: `file` for each picture, `model`, `encoding_format`, `user`.
 
     Raises:
         Refused: another part, one twice, or a value that is none.
@@ -167,11 +237,15 @@ def read_form(fields: Sequence[tuple[str, str | bytes]], limits: Limits) -> Ask:
     for name, value in fields:
         if name == "file" and isinstance(value, bytes):
             files.append(value)
-        elif name in ("model", "encoding_format") and isinstance(value, str) and name not in texts:
+        elif name == "file":
+            raise Refused(422, "invalid_request", "a part 'file' must have a file name, as filename=\"owl.png\" in its "
+                                                  "Content-Disposition")
+        elif name in ("model", "encoding_format", "user") and isinstance(value, str) and name not in texts:
             texts[name] = value
         else:
-            raise Refused(422, "invalid_request", f"part {name!r} is not taken: a form has a part 'file' for each "
-                                                  "picture, and once at most 'model' and 'encoding_format'")
+            raise Refused(422, "invalid_request", f"part {name[:50]!r} is not taken: a form has a part 'file' for each "
+                                                  "picture, and once at most 'model', 'encoding_format' and 'user', "
+                                                  "without file names")
     encoding_format = texts.get("encoding_format", "float")
     if encoding_format not in ("float", "base64"):
         raise Refused(422, "invalid_request", f"encoding_format must be 'float' or 'base64', got "

@@ -7,13 +7,13 @@ import hmac
 import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from starlette.datastructures import UploadFile
+from python_multipart.multipart import parse_options_header
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 KEYS_VARIABLE = "FASTPROMPT_API_KEYS"
 DISCARDED = 8
 """Times the limit that a body may have for its sender to be told so, not just cut off."""
+DECODERS = 2
+"""Threads that read requests and decode pictures."""
 Compute = Callable[[Work], Awaitable[list[np.ndarray]]]
 
 
@@ -52,6 +54,7 @@ class Routes:
 
     def __init__(self, catalogue: Catalogue, limits: Limits, keys: Sequence[str], compute: Compute) -> None:
         self.catalogue, self.limits, self.compute = catalogue, limits, compute
+        self._decoders, self._waiting = ThreadPoolExecutor(DECODERS, "decode"), 0
         self._keys = [key.encode() for key in keys]
 
     async def models(self, request: Request) -> Response:
@@ -82,9 +85,27 @@ class Routes:
     async def _pictures(self, request: Request, to_work: Callable[[Ask, Catalogue, Limits], Work],
                         to_answer: Callable[[Ask, Catalogue, Sequence[np.ndarray]], dict[str, Any]]) -> dict[str, Any]:
         self._admit(request)
-        ask = await self._ask(request)
-        work = await asyncio.to_thread(to_work, ask, self.catalogue, self.limits)
-        return to_answer(ask, self.catalogue, await self.compute(work))
+        is_form = _is_form(request)
+        body = await self._bounded(request).body()
+
+        def read() -> tuple[Ask, Work]:
+            ask = (protocol.read_form(protocol.form_fields(body, request.headers["content-type"]), self.limits)
+                   if is_form else protocol.read_json(body, self.limits))
+            return ask, to_work(ask, self.catalogue, self.limits)
+
+        async def answer() -> dict[str, Any]:
+            ask, work = await asyncio.get_running_loop().run_in_executor(self._decoders, read)
+            return to_answer(ask, self.catalogue, await self.compute(work))
+
+        if self._waiting >= self.limits.waiting:
+            raise Refused(503, "busy", "too many requests wait; try again later")
+        self._waiting += 1
+        try:
+            return await asyncio.wait_for(answer(), self.limits.answer_seconds)
+        except asyncio.TimeoutError as error:
+            raise Refused(504, "timeout", "the engine did not come to this request in time; try again") from error
+        finally:
+            self._waiting -= 1
 
     async def _answered(self, answering: Awaitable[dict[str, Any]]) -> Response:
         """The answer, or the error, as JSON. An error that nobody foresaw is logged, and its text kept back."""
@@ -92,8 +113,6 @@ class Routes:
             return JSONResponse(await answering)
         except Refused as error:
             return refusal(error)
-        except (HTTPException, MultiPartException) as error:  # Starlette's, of a damaged form
-            return refusal(Refused(400, "invalid_request", getattr(error, "detail", "") or str(error)))
         except ClientDisconnect:
             return refusal(Refused(400, "disconnected", "the client left"))
         except Exception:
@@ -108,21 +127,6 @@ class Routes:
         given = header[7:] if header[:7].lower() == "bearer " else request.headers.get("x-api-key", "")
         if not sum(hmac.compare_digest(key, given.encode("latin-1")) for key in self._keys):  # with every key
             raise Refused(401, "invalid_api_key", "this host needs an API key: 'Authorization: Bearer KEY'")
-
-    async def _ask(self, request: Request) -> Ask:
-        """The request's body, read within the limits."""
-        request = self._bounded(request)
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind == "application/json":
-            return await asyncio.to_thread(protocol.read_json, await request.body(), self.limits)
-        if kind == "multipart/form-data":
-            async with request.form(max_files=self.limits.images + 1, max_fields=8,
-                                    max_part_size=self.limits.body_bytes) as form:
-                fields = [(name, await value.read() if isinstance(value, UploadFile) else value)
-                          for name, value in form.multi_items()]
-            return protocol.read_form(fields, self.limits)
-        raise Refused(415, "unsupported_media_type", "a request is application/json or multipart/form-data, got "
-                                                     f"{kind[:100]!r}")
 
     def _bounded(self, request: Request) -> Request:
         """The same request, refused when its body is too large or takes too long.
@@ -154,6 +158,22 @@ class Routes:
             return message
 
         return Request(request.scope, receive)
+
+
+def _is_form(request: Request) -> bool:
+    """Whether the body is a form, else JSON. Raises Refused where it is neither, packed, or not in UTF-8."""
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    if kind not in (b"application/json", b"multipart/form-data"):
+        raise Refused(415, "unsupported_media_type", "a request is application/json or multipart/form-data, got "
+                                                     f"{kind.decode('latin-1')[:100]!r}")
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
+        raise Refused(415, "unsupported_media_type", "charset must be utf-8, got "
+                                                     f"{options[b'charset'].decode('latin-1')[:100]!r}")
+    packed = request.headers.get("content-encoding", "identity")
+    if packed.strip().lower() not in ("", "identity"):
+        raise Refused(415, "unsupported_media_type", "a body must not be packed, got Content-Encoding "
+                                                     f"{packed[:100]!r}")
+    return kind == b"multipart/form-data"
 
 
 async def _healthy(request: Request) -> Response:

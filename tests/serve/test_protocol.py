@@ -197,11 +197,12 @@ def test_nulls_and_schemes_of_json_are_taken_as_the_standards_have_them(picture:
 def test_forms() -> None:
     fields: list[tuple[str, str | bytes]] = [("file", b"1"), ("model", "m"), ("file", b"2")]
     assert protocol.read_form(fields, Limits()) == Ask([b"1", b"2"], "m", "float")
-    for extra, message in [(("file", "text"), "part 'file' is not taken"), (("model", "again"), "part 'model'"),
+    for extra, message in [(("file", "text"), "'file' must have a file name"), (("model", "again"), "part 'model'"),
                            (("input", b"3"), "part 'input'"), (("model", b"3"), "part 'model'"),
                            (("encoding_format", "hex"), "encoding_format must be")]:
-        with pytest.raises(Refused, match=message):
+        with pytest.raises(Refused) as caught:
             protocol.read_form([*fields, extra], Limits())
+        assert message in caught.value.message
     with pytest.raises(Refused, match="no picture"):
         protocol.read_form([("model", "m")], Limits())
     with pytest.raises(Refused, match="at most 1 are"):
