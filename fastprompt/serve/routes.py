@@ -163,6 +163,7 @@ class Routes:
 def _is_form(request: Request) -> bool:
     """Whether the body is a form, else JSON. Raises Refused where it is neither, packed, or not in UTF-8."""
     kind, options = parse_options_header(request.headers.get("content-type"))
+    kind = kind.lower()
     if kind not in (b"application/json", b"multipart/form-data"):
         raise Refused(415, "unsupported_media_type", "a request is application/json or multipart/form-data, got "
                                                      f"{kind.decode('latin-1')[:100]!r}")
