@@ -24,6 +24,12 @@ BASE = "__base__"
 FORMATS = ("PNG", "JPEG", "WEBP")
 TOP = 5
 """Classes whose probabilities an answer names."""
+PIXEL_BYTES = 16
+"""Of an encoded picture for each of its pixels: twice what PNG takes for those of the most bits."""
+METADATA = 2**18
+"""Bytes of an encoded picture beside those of its pixels."""
+SCANS = 100
+"""Of a JPEG, each of which decodes all its pixels; progressive ones have about ten."""
 PARTS = 1000
 """Of a form, for it to be read at all; `Limits.images` is fewer, and told by name."""
 PART_HEADERS = 2**13
@@ -283,9 +289,11 @@ def decode(ask: Ask, catalogue: Catalogue, limits: Limits) -> list[np.ndarray]:
 
 
 def _decode(data: bytes, index: int, catalogue: Catalogue, limits: Limits) -> np.ndarray:
+    _check_bytes(data, _most_pixels(catalogue, limits), index)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header alone
             _check_size(image.height, image.width, index, catalogue, limits)
+            _check_bytes(data, image.height * image.width, index)
             pixels = np.asarray(to_rgb(ImageOps.exif_transpose(image)))  # (H, W, 3)
     except Refused:
         raise
@@ -299,11 +307,25 @@ def _decode(data: bytes, index: int, catalogue: Catalogue, limits: Limits) -> np
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
+def _most_pixels(catalogue: Catalogue, limits: Limits) -> int:
+    return limits.pixels or 4 * catalogue.spec.image_size[0] * catalogue.spec.image_size[1]
+
+
+def _check_bytes(data: bytes, pixels: int, index: int) -> None:
+    """Refuse what costs more to decode than a picture of so many pixels."""
+    most = PIXEL_BYTES * pixels + METADATA
+    if len(data) > most:
+        raise Refused(413, "image_too_large", f"image {index} has {len(data)} bytes, at most {most} are taken for its "
+                                              "size")
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > SCANS:
+        raise Refused(422, "too_many_scans", f"image {index} is a JPEG of more than {SCANS} scans")
+
+
 def _check_size(height: int, width: int, index: int, catalogue: Catalogue, limits: Limits) -> None:
     if catalogue.spec.obstacle(height, width):
         raise Refused(422, "wrong_size", f"image {index} is {height} x {width} pixels; this host resizes nothing and "
                                          f"takes {catalogue.sizes()}")
-    most = limits.pixels or 4 * catalogue.spec.image_size[0] * catalogue.spec.image_size[1]
+    most = _most_pixels(catalogue, limits)
     if height * width > most:
         raise Refused(413, "too_many_pixels", f"image {index} is {height} x {width} pixels, at most {most} in all "
                                               "are taken")

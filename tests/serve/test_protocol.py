@@ -115,6 +115,25 @@ def test_hostile_pictures_are_refused(data: bytes, status: int, code: str) -> No
     assert (caught.value.status, caught.value.code) == (status, code)
 
 
+def test_pictures_that_cost_more_than_their_pixels_are_refused(picture: Picture) -> None:
+    progressive = picture(format="JPEG", progressive=True, quality=95)
+    assert decode(progressive)[0].shape == (3, 32, 32)
+    scan = progressive[progressive.rindex(b"\xff\xda"):-2]
+    png, chunk = picture(), struct.pack(">I4sI", 0, b"prVt", zlib.crc32(b"prVt"))
+    for data, status, code in [(progressive[:-2] + scan * 40_000, 413, "image_too_large"),
+                               (progressive[:-2] + scan * 200 + progressive[-2:], 422, "too_many_scans"),
+                               (png[:33] + chunk * 30_000 + png[33:], 413, "image_too_large"),
+                               (png[:33] + chunk * 600_000 + png[33:], 413, "image_too_large")]:
+        began = time.process_time()
+        with pytest.raises(Refused) as caught:
+            decode(data)
+        assert (caught.value.status, caught.value.code) == (status, code)
+        assert time.process_time() - began < 0.2
+    assert decode(png[:33] + chunk * 1000 + png[33:])[0].shape == (3, 32, 32)
+    assert decode(picture(format="PNG", mode="RGBA", compress_level=0))[0].shape == (3, 32, 32)
+    assert decode(picture(format="JPEG", quality=100, icc_profile=bytes(200_000)))[0].shape == (3, 32, 32)
+
+
 @pytest.mark.parametrize("format", ["GIF", "TIFF", "BMP", "PPM"])
 def test_other_kinds_of_pictures_are_refused_whatever_they_are_called(picture: Picture, format: str) -> None:
     with pytest.raises(Refused, match="neither PNG, JPEG nor WebP"):
