@@ -8,8 +8,8 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -88,6 +88,7 @@ class Catalogue:
     Attributes:
         name: of the backbone. width: of its features. dtype: it computes in. adapters: class names by adapter.
         spec: which sizes of images the backbone takes, among other things.
+        fixed: adapters that take images of the backbone's own size alone, whatever it takes.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Catalogue:
     dtype: str
     spec: ViTSpec
     adapters: Mapping[str, Sequence[str]]
+    fixed: Collection[str] = ()
 
     def models(self) -> dict[str, Any]:
         """The answer of `GET /v1/models`."""
@@ -104,7 +106,8 @@ class Catalogue:
             "id": self.name, "object": "model", "fingerprint": self.fingerprint, "width": self.width,
             "image_size": list(spec.image_size), "patch_size": spec.patch_size, "any_size": spec.dynamic_size,
             "mean": list(spec.mean), "std": list(spec.std), "dtype": self.dtype}
-        adapters = [{"id": name, "object": "adapter", "class_names": list(names)}
+        adapters = [{"id": name, "object": "adapter", "class_names": list(names),
+                     "any_size": spec.dynamic_size and name not in self.fixed}
                     for name, names in self.adapters.items()]
         return {"object": "list", "data": [backbone, *adapters]}
 
@@ -345,6 +348,8 @@ def classify_work(ask: Ask, catalogue: Catalogue, limits: Limits) -> Work:
         raise Refused(422, "invalid_request", "model must name an adapter; GET /v1/models lists them")
     if ask.model not in catalogue.adapters:
         raise Refused(404, "model_not_found", f"there is no adapter {ask.model[:100]!r}; GET /v1/models lists them")
+    if ask.model in catalogue.fixed:
+        catalogue = replace(catalogue, spec=replace(catalogue.spec, dynamic_size=False))
     return Work(decode(ask, catalogue, limits), ask.model)
 
 

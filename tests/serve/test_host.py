@@ -196,7 +196,7 @@ def test_wrong_requests_are_refused_in_one_form(client: httpx.Client, picture: P
             ("/v1/embeddings", {"input": good, "model": "birds"}, 404, "model_not_found"),
             ("/v1/classify", {"input": good}, 422, "invalid_request"),
             ("/v1/classify", {"input": good, "model": "dogs"}, 404, "model_not_found"),
-            ("/v1/classify", {"input": url(picture(height=40)), "model": "cars"}, 422, "refused_by_model"),
+            ("/v1/classify", {"input": url(picture(height=40)), "model": "cars"}, 422, "wrong_size"),
             ("/v1/nothing", {}, 404, "not_found")]:
         assert error_of(client.post(path, json=body), status)["code"] == code
     assert error_of(client.get("/v1/embeddings"), 405)["code"] == "method_not_allowed"

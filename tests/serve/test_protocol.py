@@ -264,7 +264,7 @@ def test_models_say_what_clients_need() -> None:
     assert backbone == {"id": "vit", "object": "model", "fingerprint": "f" * 64, "width": 48, "image_size": [32, 32],
                         "patch_size": 8, "any_size": False, "mean": [0.5] * 3, "std": [0.229, 0.224, 0.225],
                         "dtype": "float32"}
-    assert adapter == {"id": "birds", "object": "adapter", "class_names": ["owl", "tit", "jay"]}
+    assert adapter == {"id": "birds", "object": "adapter", "class_names": ["owl", "tit", "jay"], "any_size": False}
 
 
 def test_limits_are_checked_and_errors_travel() -> None:
