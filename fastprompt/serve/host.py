@@ -39,7 +39,7 @@ from fastprompt.serve.tenants import HostSettings, answers, load
 
 logger = logging.getLogger(__name__)
 
-ADDRESSES = ("/v1/models", "/v1/embeddings", "/v1/classify", "/health")
+ADDRESSES = ("/v1/models", "/v1/models/{model:path}", "/v1/embeddings", "/v1/classify", "/health")
 """What is left of LitServe's; others tell about the machine."""
 GRACE = 30
 """Seconds that running requests have at the end."""
@@ -116,7 +116,8 @@ class Endpoints(LitSpec):
         return super().__getstate__() | {"routes": None, "_endpoints": []}
 
     def pre_setup(self, lit_api: litserve.LitAPI) -> None:
-        self.add_endpoint("/v1/models", self.routes.models, ["GET"])
+        self.add_endpoint("/v1/models", self.routes.models, ["GET", "HEAD"])
+        self.add_endpoint("/v1/models/{model:path}", self.routes.model, ["GET", "HEAD"])
         self.add_endpoint("/v1/embeddings", self.routes.embeddings, ["POST"])
         self.add_endpoint("/v1/classify", self.routes.classify, ["POST"])
 
@@ -237,7 +238,7 @@ def run(settings: HostSettings, limits: Limits | None = None, keys: Sequence[str
 
     Args:
         settings: what is served. limits: what clients may send. keys: API keys; empty: everybody may ask.
-        host, port: to listen at.
+        host, port: to listen at; port 0: one that is free, which is printed.
         batch_wait: seconds that a request waits for others to join its batch.
         origins: of web pages that may ask from a browser ("https://example.org"; "*": all).
 
@@ -246,9 +247,10 @@ def run(settings: HostSettings, limits: Limits | None = None, keys: Sequence[str
         OSError: the address is taken. RuntimeError: the worker died.
     """
     limits = limits or Limits()
-    if batch_wait < 0 or batch_wait >= limits.answer_seconds:
+    if not 0 <= batch_wait < limits.answer_seconds:
         raise ValueError(f"batch_wait must be seconds from 0 below {limits.answer_seconds:g}, got {batch_wait}")
-    socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    socket.create_server((host, port), family=family).close()  # before minutes of loading
     engine, catalogue = load(settings)
     engine.release()
     del engine
@@ -257,9 +259,13 @@ def run(settings: HostSettings, limits: Limits | None = None, keys: Sequence[str
                                 accelerator="cuda" if settings.device.startswith("cuda") else "cpu", devices=1,
                                 timeout=limits.answer_seconds, disable_openapi_url=True, middlewares=[(
                                     CORSMiddleware, {"allow_origins": list(origins), "allow_methods": ["GET", "POST"],
-                                                     "allow_headers": ["Authorization", "Content-Type"]})])
+                                                     "allow_headers": ["*"]})])
     server.app.add_exception_handler(HTTPException, refuse)
     server.app.router.routes[:] = [route for route in server.app.routes if getattr(route, "path", "") in ADDRESSES]
+    for route in server.app.routes:
+        if route.path == "/health":
+            route.methods.add("HEAD")
+    server.app.router.redirect_slashes = False
     died = False
 
     async def watch() -> None:
@@ -272,15 +278,16 @@ def run(settings: HostSettings, limits: Limits | None = None, keys: Sequence[str
                 item.event.set()
 
     protocol = type("Protocol", (ImpatientProtocol,), {"limits": limits})
-    web = uvicorn.Server(uvicorn.Config(server.app, host, port, http=protocol, ws="none", log_level="warning",
+    web = uvicorn.Server(uvicorn.Config(server.app, http=protocol, ws="none", log_level="warning",
                                         access_log=False, server_header=False, timeout_graceful_shutdown=GRACE,
                                         callback_notify=watch, timeout_notify=1))
     before = signal.signal(signal.SIGTERM, _leave)
     try:
-        with wrap_litserve_start(server):
+        with wrap_litserve_start(server), socket.create_server((host, port), family=family) as listener:
+            named = f"[{host}]" if ":" in host else host
             print(f"{catalogue.name} ({catalogue.dtype}) and {len(catalogue.adapters)} adapters on "
-                  f"http://{host}:{port}; /health tells when they are ready", flush=True)
-            web.run()
+                  f"http://{named}:{listener.getsockname()[1]}; /health tells when they are ready", flush=True)
+            web.run([listener])
     except (KeyboardInterrupt, _Terminated):
         pass
     finally:

@@ -75,8 +75,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("body_bytes", "images", "body_seconds", "answer_seconds", "waiting"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"Limits.{name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"Limits.{name} must be positive and finite, got {getattr(self, name)}")
         if self.pixels is not None and self.pixels <= 0:
             raise ValueError(f"Limits.pixels must be positive or None, got {self.pixels}")
 
@@ -89,6 +89,7 @@ class Catalogue:
         name: of the backbone. width: of its features. dtype: it computes in. adapters: class names by adapter.
         spec: which sizes of images the backbone takes, among other things.
         fixed: adapters that take images of the backbone's own size alone, whatever it takes.
+        created: when it was loaded, in seconds since 1970.
     """
 
     name: str
@@ -98,15 +99,16 @@ class Catalogue:
     spec: ViTSpec
     adapters: Mapping[str, Sequence[str]]
     fixed: Collection[str] = ()
+    created: int = 0
 
     def models(self) -> dict[str, Any]:
         """The answer of `GET /v1/models`."""
-        spec = self.spec
+        spec, owned = self.spec, {"created": self.created, "owned_by": "fastprompt"}
         backbone = {
-            "id": self.name, "object": "model", "fingerprint": self.fingerprint, "width": self.width,
+            "id": self.name, "object": "model", **owned, "fingerprint": self.fingerprint, "width": self.width,
             "image_size": list(spec.image_size), "patch_size": spec.patch_size, "any_size": spec.dynamic_size,
             "mean": list(spec.mean), "std": list(spec.std), "dtype": self.dtype}
-        adapters = [{"id": name, "object": "adapter", "class_names": list(names),
+        adapters = [{"id": name, "object": "adapter", **owned, "class_names": list(names),
                      "any_size": spec.dynamic_size and name not in self.fixed}
                     for name, names in self.adapters.items()]
         return {"object": "list", "data": [backbone, *adapters]}

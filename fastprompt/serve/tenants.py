@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ class HostSettings:
 
     Attributes:
         backbone: a name that `fp.load_backbone` knows; None: that of the first adapter's run, else "clip-vit-b16".
+            Clients know a "local-dir:" by the folder's own name.
         image_size: side in pixels; None: that of the first adapter, else the backbone's own.
         any_size: pictures may have any number of whole patches, with position embeddings resampled. Clients whose
             prompts are rows below the image (placement "extend") need it; a fixed-size backbone refuses them else.
@@ -76,6 +78,8 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
     if settings.any_size:
         backbone = backbone.any_size()
     backbone.to(settings.device)
+    if backbone_name.startswith("local-dir:"):  # where it lies is nobody's business
+        backbone_name = Path(backbone_name.removeprefix("local-dir:")).absolute().name or "backbone"
     engine = Engine(backbone, (settings.batch_size,), DTYPES[settings.dtype], "eager")
     class_names: dict[str, Sequence[str]] = {}
     for name, directory in directories.items():
@@ -92,7 +96,7 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
     fixed = [name for name in directories if backbone.spec.dynamic_size and not _takes_other_sizes(engine, name)]
     width = backbone.width if isinstance(backbone.width, int) else backbone.width[-1]
     return engine, Catalogue(backbone_name, backbone.fingerprint, width, str(engine.dtype).removeprefix("torch."),
-                             backbone.spec, class_names, fixed)
+                             backbone.spec, class_names, fixed, int(time.time()))
 
 
 def _takes_other_sizes(engine: Engine, name: str) -> bool:

@@ -261,16 +261,22 @@ def test_answers() -> None:
 
 def test_models_say_what_clients_need() -> None:
     backbone, adapter = CATALOGUE.models()["data"]
-    assert backbone == {"id": "vit", "object": "model", "fingerprint": "f" * 64, "width": 48, "image_size": [32, 32],
-                        "patch_size": 8, "any_size": False, "mean": [0.5] * 3, "std": [0.229, 0.224, 0.225],
-                        "dtype": "float32"}
-    assert adapter == {"id": "birds", "object": "adapter", "class_names": ["owl", "tit", "jay"], "any_size": False}
+    owned = {"created": 0, "owned_by": "fastprompt"}
+    assert backbone == {"id": "vit", "object": "model", **owned, "fingerprint": "f" * 64, "width": 48,
+                        "image_size": [32, 32], "patch_size": 8, "any_size": False, "mean": [0.5] * 3,
+                        "std": [0.229, 0.224, 0.225], "dtype": "float32"}
+    assert adapter == {"id": "birds", "object": "adapter", **owned, "class_names": ["owl", "tit", "jay"],
+                       "any_size": False}
 
 
 def test_limits_are_checked_and_errors_travel() -> None:
     for name in ("body_bytes", "images", "pixels", "body_seconds", "answer_seconds", "waiting"):
         with pytest.raises(ValueError, match=f"Limits.{name} must be positive"):
             Limits(**{name: 0})
+    for name in ("body_seconds", "answer_seconds"):
+        for value in (float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"Limits.{name} must be positive and finite, got {value}"):
+                Limits(**{name: value})
     error = pickle.loads(pickle.dumps(Refused(413, "body_too_large", "too much")))
     assert error.body() == {"error": {"message": "too much", "type": "invalid_request_error", "code": "body_too_large"}}
     assert Refused(401, "x", "y").body()["error"]["type"] == "authentication_error"

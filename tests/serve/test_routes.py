@@ -6,6 +6,7 @@ import asyncio
 import base64
 import threading
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,7 +16,7 @@ from starlette.requests import Request
 
 from fastprompt.serve import protocol
 from fastprompt.serve.protocol import Catalogue, Limits, Refused, Work
-from fastprompt.serve.routes import Routes
+from fastprompt.serve.routes import Routes, read_keys
 from fastprompt.vit.weights import ViTSpec
 
 SPEC = ViTSpec("vit", (32, 32), (4, 4), 8, 3, True, 0, "cls")
@@ -155,3 +156,62 @@ def test_errors_nobody_foresaw_keep_their_text_back(picture: Picture, caplog: py
     assert "secret" not in str(post(status=500, json={"input": url(picture())}, compute=broken))
     assert "secret" in caplog.text
     assert post(status=422, json={"input": url(picture())}, compute=refusing)["message"] == "too small"
+
+
+def test_keys_are_read_from_lines_or_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("FASTPROMPT_API_KEYS", raising=False)
+    assert read_keys(None) == []
+    monkeypatch.setenv("FASTPROMPT_API_KEYS", " one,,two , #3")
+    assert read_keys(None) == ["one", "two", "#3"]
+    file = tmp_path / "keys"
+    file.write_bytes("\ufeffteam-a\r\n# of team b\n\n ab,c#d \n  # none\nü\u2028x".encode())
+    assert read_keys(file) == ["team-a", "ab,c#d", "ü\u2028x"]
+    file.write_text("# none\n")
+    with pytest.raises(ValueError, match="keys: has no API key"):
+        read_keys(file)
+    monkeypatch.setenv("FASTPROMPT_API_KEYS", " ,")
+    with pytest.raises(ValueError, match="FASTPROMPT_API_KEYS: has no API key"):
+        read_keys(None)
+
+
+def test_keys_are_taken_as_clients_send_them() -> None:
+    def status(**headers: str | bytes) -> int:
+        sent: Any = {name.replace("_", "-"): value for name, value in headers.items()}
+        return ask(("GET", "/v1/models", {"headers": sent}), keys=("key,1", "schlüssel"))[0].status_code
+
+    for key in (b"key,1", "schlüssel".encode(), "schlüssel".encode("latin-1")):
+        for value in (b"Bearer " + key, b"bearer  " + key, b"BEARER " + key + b" "):
+            assert status(Authorization=value) == 200
+        assert status(X_API_Key=key) == status(X_API_Key=key, Authorization=b"Basic abc") == 200
+        assert status(X_API_Key=key, Authorization=b"Bearer other") == 401
+        assert status(Authorization=b"Bearer" + key) == status(Authorization=key) == 401
+    assert status() == status(X_API_Key="") == 401
+    assert status(Authorization="Bearer ") == status(Authorization="Bearer key") == 401
+
+
+def test_models_are_told_together_and_alone() -> None:
+    paths = ("/v1/models", "/v1/models/vit", "/v1/models/birds", "/v1/models/none", "/v1/models/")
+    together, vit, birds, *unknown = ask(*(("GET", path, {}) for path in paths))
+    assert together.json()["data"] == [vit.json(), birds.json()]
+    for entry, id_ in ((vit.json(), "vit"), (birds.json(), "birds")):
+        assert (entry["id"], entry["created"], entry["owned_by"]) == (id_, 0, "fastprompt")
+    assert [answer.status_code for answer in unknown] == [404, 404]
+    assert ask(("GET", "/v1/models/vit", {}), keys=("key",))[0].status_code == 401
+
+
+def test_other_methods_are_refused_with_those_that_are_not() -> None:
+    for method, path, allowed in [("GET", "/v1/embeddings", "POST"), ("HEAD", "/v1/classify", "POST"),
+                                  ("POST", "/v1/models", "GET, HEAD"), ("DELETE", "/v1/models/vit", "GET, HEAD"),
+                                  ("POST", "/health", "GET, HEAD")]:
+        [answer] = ask((method, path, {}))
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+    answers = ask(*(("HEAD", path, {}) for path in ("/health", "/v1/models", "/v1/models/vit")))
+    assert [answer.status_code for answer in answers] == [200] * 3
+    answers = ask(("GET", "/v1/models/", {}), ("POST", "/v1/embeddings/", {}))
+    assert [answer.status_code for answer in answers] == [404] * 2
+
+
+def test_limits_that_take_no_picture_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"Limits.pixels must be at least 1024, .* got 1023"):
+        Routes(CATALOGUE, Limits(pixels=1023), [], compute)
+    Routes(CATALOGUE, Limits(pixels=1024), [], compute)

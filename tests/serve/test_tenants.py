@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ def test_what_is_loaded_is_told(place: Path) -> None:
     engine, catalogue = load(settings(place, "birds", "cars"))
     backbone = fp.load_backbone(f"local-dir:{place / 'vit'}")
     assert engine.adapter_names == ["__base__", "birds", "cars"]
-    assert (catalogue.name, catalogue.fingerprint) == (f"local-dir:{place / 'vit'}", backbone.fingerprint)
+    assert (catalogue.name, catalogue.fingerprint) == ("vit", backbone.fingerprint)
+    assert abs(catalogue.created - time.time()) < 60
+    assert str(place) not in str(catalogue.models())
     assert (catalogue.width, catalogue.dtype) == (48, "float32")
     assert catalogue.adapters == {"birds": ["birds-0", "birds-1", "birds-2"], "cars": list("0123456")}
 
@@ -92,7 +95,7 @@ def test_bad_adapters_are_refused(place: Path, adapters: tuple[str, ...], error:
 def test_bad_names_and_settings_are_refused(place: Path) -> None:
     name = f"local-dir:{place / 'vit'}"
     with pytest.raises(ValueError, match="is the name of the backbone"):
-        load(HostSettings(name, adapters={name: place / "birds"}))
+        load(HostSettings(name, adapters={"vit": place / "birds"}))
     with pytest.raises(ValueError, match="adapter '__base__': name must be"):
         load(HostSettings(name, adapters={"__base__": place / "birds"}))
     for options in ({"dtype": "int8"}, {"batch_size": 0}, {"threads": 0}):
