@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import os
 import sys
 import traceback
@@ -193,7 +194,8 @@ class Serve:
     """Serve a frozen backbone and adapters over HTTP: /v1/embeddings, /v1/classify, /v1/models, /health.
 
     API keys, if clients need one, stand in the environment variable FASTPROMPT_API_KEYS, separated by commas, or in
-    --api-keys-file, one in a line. Without TLS: put a proxy in front where the network is not yours.
+    --api-keys-file, one in a line. Clients send "Authorization: Bearer KEY" or "X-API-Key: KEY". Without TLS: put a
+    proxy in front where the network is not yours.
     """
 
     adapter: Annotated[list[str], tyro.conf.arg(metavar="NAME=DIR"), tyro.conf.UseAppendAction] = field(
@@ -208,8 +210,9 @@ class Serve:
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 for the whole network."""
     port: int = 8000
+    """0: any that is free; the host prints it."""
     api_keys_file: Path | None = None
-    """One key in a line."""
+    """One key in a line; lines that start with '#' are none."""
     allow_origin: Annotated[list[str], tyro.conf.arg(metavar="URL"), tyro.conf.UseAppendAction] = field(
         default_factory=list)
     """Origin of a web page whose scripts may ask, https://example.org; once for each, or '*'."""
@@ -225,7 +228,7 @@ class Serve:
     max_images: int = 32
     """Pictures of a request."""
     max_pixels: int | None = None
-    """Pixels of a picture; four times the backbone's if not given."""
+    """Pixels of a picture, at least the backbone's; four times those if not given."""
     body_timeout: float = 10.0
     """Seconds in which a request has to arrive."""
     timeout: float = 30.0
@@ -812,6 +815,9 @@ def serve(command: Serve) -> None:
         if name in adapters:
             raise ValueError(f"--adapter: {name!r} is given twice")
         adapters[name] = Path(directory)
+    for flag in ("batch_wait_ms", "max_body_mb", "body_timeout", "timeout"):
+        if not math.isfinite(getattr(command, flag)):
+            raise ValueError(f"--{flag.replace('_', '-')}: takes a finite number, got {getattr(command, flag)}")
     settings = HostSettings(command.backbone, command.image_size, command.any_size, adapters, command.dtype,
                             command.batch_size, command.threads, command.device)
     limits = Limits(int(command.max_body_mb * 2**20), command.max_images, command.max_pixels, command.body_timeout,

@@ -6,12 +6,17 @@ split batches by adapter, which this engine need not.) A file `deploy.py` with
     app = fastprompt.serve.cluster.application(HostSettings(adapters={"birds": Path("birds-adapter")}), replicas=4)
 
 is started on a Ray cluster by `serve run deploy:app`. Directories of adapters have to exist on every machine.
+
+Limits and API keys are the host's. Connections are the affair of Ray's proxies: requests that no replica takes yet wait
+there, and where too many do, a proxy answers 503 in words of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fastprompt.serve.protocol import Limits, Refused, Work
-from fastprompt.serve.routes import Routes
+from fastprompt.serve.routes import Routes, read_keys
 from fastprompt.serve.tenants import HostSettings, answers, load
 
 try:
@@ -54,15 +59,27 @@ class Tenants:
         return answer
 
 
-def application(settings: HostSettings, limits: Limits | None = None, keys: Sequence[str] = (), replicas: int = 1,
-                batch_wait: float = 0.005) -> serve.Application:
+def application(settings: HostSettings, limits: Limits | None = None, keys: Sequence[str] | None = None,
+                replicas: int = 1, batch_wait: float = 0.005) -> serve.Application:
     """What `ray.serve.run` deploys. The adapters are checked by each replica as it starts, which fails otherwise.
 
     Args:
-        settings: what is served, by each replica. limits: what clients may send. keys: API keys; empty: none needed.
+        settings: what is served, by each replica, with a GPU of its own for device "cuda". Relative directories are
+            those of this process.
+        limits: what clients may send; `waiting` counts for each replica, and again for each of Ray's proxies.
+        keys: API keys; None: those that FASTPROMPT_API_KEYS has here, if any; empty: none needed.
         replicas: engines; Ray places them on the cluster's machines.
         batch_wait: seconds that a request waits for others to join its batch.
+
+    Raises:
+        ValueError: FASTPROMPT_API_KEYS is set and has no key.
     """
-    limits = limits or Limits()
-    deployment = serve.deployment(num_replicas=replicas, max_ongoing_requests=limits.waiting)(Tenants)
-    return deployment.bind(settings, limits, list(keys), batch_wait)
+    limits, keys = limits or Limits(), read_keys(None) if keys is None else list(keys)
+    scheme, _, folder = (settings.backbone or "").partition(":")
+    settings = replace(settings, adapters={name: Path(path).absolute() for name, path in settings.adapters.items()},
+                       backbone=f"{scheme}:{Path(folder).absolute()}" if scheme == "local-dir" else settings.backbone)
+    deployment = serve.deployment(
+        num_replicas=replicas, max_queued_requests=limits.waiting,
+        max_ongoing_requests=2 * limits.waiting,  # half of them are there to be refused
+        ray_actor_options={"num_gpus": 1} if settings.device.startswith("cuda") else {})(Tenants)
+    return deployment.bind(settings, limits, keys, batch_wait)

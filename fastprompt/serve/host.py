@@ -7,6 +7,7 @@ engine, whosever it is, and hands back numbers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import multiprocessing
@@ -15,7 +16,9 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from http import HTTPStatus
 from queue import Empty
 from typing import Any
 
@@ -31,15 +34,18 @@ from starlette.middleware.cors import CORSMiddleware
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastprompt.serve.protocol import BASE, Catalogue, Limits, Refused, Work
-from fastprompt.serve.routes import Routes, refuse
+from fastprompt.serve.routes import Routes, refusal, refuse
 from fastprompt.serve.tenants import HostSettings, answers, load
 
 logger = logging.getLogger(__name__)
 
-ADDRESSES = ("/v1/models", "/v1/embeddings", "/v1/classify", "/health")
+ADDRESSES = ("/v1/models", "/v1/models/{model:path}", "/v1/embeddings", "/v1/classify", "/health")
 """What is left of LitServe's; others tell about the machine."""
 GRACE = 30
 """Seconds that running requests have at the end."""
+CONNECTIONS = 512
+"""That are open at once; half of the files that a process may have by default."""
+CLOSE = (b"connection", b"close")
 
 
 class Batches(BatchedLoop):
@@ -102,7 +108,7 @@ class Endpoints(LitSpec):
 
     def __init__(self, catalogue: Catalogue, limits: Limits, keys: Sequence[str]) -> None:
         super().__init__()
-        self.api_path, self.limits = "/v1/embeddings", limits
+        self.api_path = "/v1/embeddings"
         self.routes = Routes(catalogue, limits, keys, self.compute)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,21 +116,18 @@ class Endpoints(LitSpec):
         return super().__getstate__() | {"routes": None, "_endpoints": []}
 
     def pre_setup(self, lit_api: litserve.LitAPI) -> None:
-        self.add_endpoint("/v1/models", self.routes.models, ["GET"])
+        self.add_endpoint("/v1/models", self.routes.models, ["GET", "HEAD"])
+        self.add_endpoint("/v1/models/{model:path}", self.routes.model, ["GET", "HEAD"])
         self.add_endpoint("/v1/embeddings", self.routes.embeddings, ["POST"])
         self.add_endpoint("/v1/classify", self.routes.classify, ["POST"])
 
     async def compute(self, work: Work) -> list[np.ndarray]:
-        """What the worker says of the pictures. Raises Refused: too many wait, it took too long, or it failed."""
-        if len(self.response_buffer) >= self.limits.waiting:
-            raise Refused(503, "busy", "too many requests wait; try again later")
+        """What the worker says of the pictures. Raises Refused: it came to them too late, or failed."""
         uid, item = str(uuid.uuid4()), ResponseBufferItem(event=asyncio.Event())
         self.response_buffer[uid] = item
         try:
             self.request_queue.put_nowait((self.response_queue_id, uid, time.monotonic(), work))
-            await asyncio.wait_for(item.event.wait(), self.limits.answer_seconds)
-        except asyncio.TimeoutError as error:
-            raise Refused(504, "timeout", "the engine did not come to this request in time; try again") from error
+            await item.event.wait()
         finally:
             self.response_buffer.pop(uid, None)
         answer, status = item.response
@@ -138,30 +141,93 @@ class Endpoints(LitSpec):
 
 
 class ImpatientProtocol(H11Protocol):
-    """uvicorn's HTTP, which closes a connection whose headers do not come in time (a slow body is `Routes`')."""
+    """uvicorn's HTTP for clients that hold on to what they are given.
 
-    seconds = Limits.body_seconds
-    _timer: asyncio.TimerHandle | None = None
+    A connection is closed where headers do not come in time, answers are not read in time, or a body comes that nobody
+    reads (a slow body is `Routes`'); and at once where too many are open.
+    """
+
+    limits = Limits()
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.app: Any = partial(self._answered, self.app)
+        self._timers: dict[str, asyncio.TimerHandle] = {}
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._timer = self.loop.call_later(self.seconds, transport.close)
+        transport.set_write_buffer_limits(high=0)  # `pause_writing` with the first byte that is not taken
+        self._start("headers", transport.close)
+        if len(self.connections) > CONNECTIONS:
+            self._refuse(Refused(503, "busy", "too many connections are open; try again later"))
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
-            self._stop_timer()
-        elif self._timer is None:
-            self._timer = self.loop.call_later(self.seconds, self.transport.close)
+            self._stop("headers")
+        else:
+            self._start("headers", self.transport.close)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._start("answer", self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop("answer")
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._stop_timer()
+        for name in list(self._timers):
+            self._stop(name)
 
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def _start(self, name: str, act: Callable[[], None]) -> None:
+        if name not in self._timers:
+            self._timers[name] = self.loop.call_later(self.limits.body_seconds, act)
+
+    def _stop(self, name: str) -> None:
+        if name in self._timers:
+            self._timers.pop(name).cancel()
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self._refuse(Refused(400, "invalid_http", msg))
+        else:
+            self.transport.close()  # behind an answer, or within one
+
+    def _refuse(self, error: Refused) -> None:
+        """Answer without a request, and close."""
+        answer = refusal(error)
+        headers = [*answer.raw_headers, CLOSE]
+        for event in (h11.Response(status_code=error.status, headers=headers, reason=HTTPStatus(error.status).phrase),
+                      h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    async def _answered(self, app: Any, scope: Any, receive: Any, send: Any) -> None:
+        """The app. What it leaves of a body is taken before it answers: who is cut off while sending never reads why.
+
+        Where that is too much or takes too long, the connection is closed behind the answer.
+        """
+        async def drain() -> None:
+            left = self.limits.body_bytes
+            while left >= 0 and self.conn.their_state is h11.SEND_BODY:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if not message.get("more_body"):
+                    return
+
+        async def answer(message: Any) -> None:
+            if message["type"] == "http.response.start" and self.conn.their_state is h11.SEND_BODY:
+                headers = list(message.get("headers", []))
+                if not self.conn.they_are_waiting_for_100_continue and CLOSE not in headers:
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(drain(), self.limits.body_seconds)
+                if self.conn.their_state is h11.SEND_BODY and CLOSE not in headers:
+                    message = {**message, "headers": [*headers, CLOSE]}
+            await send(message)
+
+        await app(scope, receive, answer)
 
 
 def run(settings: HostSettings, limits: Limits | None = None, keys: Sequence[str] = (), host: str = "127.0.0.1",
@@ -172,7 +238,7 @@ def run(settings: HostSettings, limits: Limits | None = None, keys: Sequence[str
 
     Args:
         settings: what is served. limits: what clients may send. keys: API keys; empty: everybody may ask.
-        host, port: to listen at.
+        host, port: to listen at; port 0: one that is free, which is printed.
         batch_wait: seconds that a request waits for others to join its batch.
         origins: of web pages that may ask from a browser ("https://example.org"; "*": all).
 
@@ -181,9 +247,10 @@ def run(settings: HostSettings, limits: Limits | None = None, keys: Sequence[str
         OSError: the address is taken. RuntimeError: the worker died.
     """
     limits = limits or Limits()
-    if batch_wait < 0 or batch_wait >= limits.answer_seconds:
+    if not 0 <= batch_wait < limits.answer_seconds:
         raise ValueError(f"batch_wait must be seconds from 0 below {limits.answer_seconds:g}, got {batch_wait}")
-    socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    socket.create_server((host, port), family=family).close()  # before minutes of loading
     engine, catalogue = load(settings)
     engine.release()
     del engine
@@ -192,9 +259,13 @@ def run(settings: HostSettings, limits: Limits | None = None, keys: Sequence[str
                                 accelerator="cuda" if settings.device.startswith("cuda") else "cpu", devices=1,
                                 timeout=limits.answer_seconds, disable_openapi_url=True, middlewares=[(
                                     CORSMiddleware, {"allow_origins": list(origins), "allow_methods": ["GET", "POST"],
-                                                     "allow_headers": ["Authorization", "Content-Type"]})])
+                                                     "allow_headers": ["*"]})])
     server.app.add_exception_handler(HTTPException, refuse)
     server.app.router.routes[:] = [route for route in server.app.routes if getattr(route, "path", "") in ADDRESSES]
+    for route in server.app.routes:
+        if route.path == "/health":
+            route.methods.add("HEAD")
+    server.app.router.redirect_slashes = False
     died = False
 
     async def watch() -> None:
@@ -206,16 +277,17 @@ def run(settings: HostSettings, limits: Limits | None = None, keys: Sequence[str
                 item.response = (None, LitAPIStatus.ERROR)
                 item.event.set()
 
-    protocol = type("Protocol", (ImpatientProtocol,), {"seconds": limits.body_seconds})
-    web = uvicorn.Server(uvicorn.Config(server.app, host, port, http=protocol, log_level="warning", access_log=False,
-                                        server_header=False, timeout_graceful_shutdown=GRACE, callback_notify=watch,
-                                        timeout_notify=1))
+    protocol = type("Protocol", (ImpatientProtocol,), {"limits": limits})
+    web = uvicorn.Server(uvicorn.Config(server.app, http=protocol, ws="none", log_level="warning",
+                                        access_log=False, server_header=False, timeout_graceful_shutdown=GRACE,
+                                        callback_notify=watch, timeout_notify=1))
     before = signal.signal(signal.SIGTERM, _leave)
     try:
-        with wrap_litserve_start(server):
+        with wrap_litserve_start(server), socket.create_server((host, port), family=family) as listener:
+            named = f"[{host}]" if ":" in host else host
             print(f"{catalogue.name} ({catalogue.dtype}) and {len(catalogue.adapters)} adapters on "
-                  f"http://{host}:{port}; /health tells when they are ready", flush=True)
-            web.run()
+                  f"http://{named}:{listener.getsockname()[1]}; /health tells when they are ready", flush=True)
+            web.run([listener])
     except (KeyboardInterrupt, _Terminated):
         pass
     finally:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, ValidationError
+from python_multipart.multipart import MultipartParser, parse_options_header
 
 from fastprompt.data.images import to_rgb
 from fastprompt.vit.weights import ViTSpec
@@ -23,6 +24,18 @@ BASE = "__base__"
 FORMATS = ("PNG", "JPEG", "WEBP")
 TOP = 5
 """Classes whose probabilities an answer names."""
+PIXEL_BYTES = 16
+"""Of an encoded picture for each of its pixels: twice what PNG takes for those of the most bits."""
+METADATA = 2**18
+"""Bytes of an encoded picture beside those of its pixels."""
+SCANS = 100
+"""Of a JPEG, each of which decodes all its pixels; progressive ones have about ten."""
+PARTS = 1000
+"""Of a form, for it to be read at all; `Limits.images` is fewer, and told by name."""
+PART_HEADERS = 2**13
+"""Bytes of a part's headers."""
+COMMAS = 1000
+"""In JSON, beside two for each picture: the start of a data URL and what is between two of them."""
 
 
 class Refused(Exception):
@@ -62,8 +75,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("body_bytes", "images", "body_seconds", "answer_seconds", "waiting"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"Limits.{name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"Limits.{name} must be positive and finite, got {getattr(self, name)}")
         if self.pixels is not None and self.pixels <= 0:
             raise ValueError(f"Limits.pixels must be positive or None, got {self.pixels}")
 
@@ -75,6 +88,8 @@ class Catalogue:
     Attributes:
         name: of the backbone. width: of its features. dtype: it computes in. adapters: class names by adapter.
         spec: which sizes of images the backbone takes, among other things.
+        fixed: adapters that take images of the backbone's own size alone, whatever it takes.
+        created: when it was loaded, in seconds since 1970.
     """
 
     name: str
@@ -83,15 +98,18 @@ class Catalogue:
     dtype: str
     spec: ViTSpec
     adapters: Mapping[str, Sequence[str]]
+    fixed: Collection[str] = ()
+    created: int = 0
 
     def models(self) -> dict[str, Any]:
         """The answer of `GET /v1/models`."""
-        spec = self.spec
+        spec, owned = self.spec, {"created": self.created, "owned_by": "fastprompt"}
         backbone = {
-            "id": self.name, "object": "model", "fingerprint": self.fingerprint, "width": self.width,
+            "id": self.name, "object": "model", **owned, "fingerprint": self.fingerprint, "width": self.width,
             "image_size": list(spec.image_size), "patch_size": spec.patch_size, "any_size": spec.dynamic_size,
             "mean": list(spec.mean), "std": list(spec.std), "dtype": self.dtype}
-        adapters = [{"id": name, "object": "adapter", "class_names": list(names)}
+        adapters = [{"id": name, "object": "adapter", **owned, "class_names": list(names),
+                     "any_size": spec.dynamic_size and name not in self.fixed}
                     for name, names in self.adapters.items()]
         return {"object": "list", "data": [backbone, *adapters]}
 
@@ -128,7 +146,7 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     input: str | list[str]
     model: str | None = None
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
     user: str | None = None
 
 
@@ -138,21 +156,89 @@ def read_json(body: bytes, limits: Limits) -> Ask:
     Raises:
         Refused: it is no such JSON, or an input is no data URL in base64.
     """
+    if body.count(b",") > COMMAS + 2 * limits.images:  # a value costs a hundred times its bytes, an error more
+        raise Refused(422, "invalid_request", "body: has too many values; 'input' takes at most "
+                                              f"{limits.images} data URLs")
     try:
         asked = _Body.model_validate_json(body)
     except ValidationError as error:
-        problems = {f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}": None
-                    for e in error.errors(include_url=False, include_input=False, include_context=False)}
-        malformed = any(e["type"] == "json_invalid" for e in error.errors(include_url=False))
+        errors = error.errors(include_url=False, include_input=False, include_context=False)
+        problems = {f"{'.'.join(map(str, e['loc']))[:50] or 'body'}: {e['msg']}": None for e in errors}
+        malformed = errors[0]["type"] == "json_invalid"
         raise Refused(400 if malformed else 422, "invalid_json" if malformed else "invalid_request",
                       "; ".join(list(problems)[:5])) from error
     inputs = [asked.input] if isinstance(asked.input, str) else asked.input
     check_count(len(inputs), limits)
-    return Ask([_from_data_url(url, i) for i, url in enumerate(inputs)], asked.model, asked.encoding_format)
+    return Ask([_from_data_url(url, i) for i, url in enumerate(inputs)], asked.model, asked.encoding_format or "float")
+
+
+class _Parts:
+    """What a form's parser has found: (name, value) of each part, bytes where it has a file name."""
+
+    def __init__(self) -> None:
+        self.fields: list[tuple[str, str | bytes]] = []
+        self.complete = False
+        self.on_part_begin()
+
+    def on_part_begin(self) -> None:
+        self._key, self._value, self._disposition, self._data = bytearray(), bytearray(), b"", bytearray()
+        self._headers = 0
+
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._key += data[start:end]
+
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+        if self._headers + len(self._key) + len(self._value) > PART_HEADERS:
+            raise ValueError("too long headers")
+
+    def on_header_end(self) -> None:
+        self._headers += len(self._key) + len(self._value)
+        if self._key.lower() == b"content-disposition":
+            self._disposition = bytes(self._value)
+        self._key, self._value = bytearray(), bytearray()
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        self._data += data[start:end]
+
+    def on_part_end(self) -> None:
+        options = parse_options_header(self._disposition)[1]
+        if b"name" not in options:
+            raise ValueError("a part without a name")
+        self.fields.append((options[b"name"].decode(errors="replace"),
+                            bytes(self._data) if b"filename" in options else self._data.decode()))
+
+    def on_end(self) -> None:
+        self.complete = True
+
+
+def form_fields(body: bytes, content_type: str) -> list[tuple[str, str | bytes]]:
+    """(name, value) of each part of multipart/form-data, as text or, where the part has a file name, as bytes.
+
+    Raises:
+        Refused: it is no such form, is cut off before its end, or has very many parts.
+    """
+    boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
+    if not boundary:
+        raise Refused(400, "invalid_form", "Content-Type must name the boundary of the form's parts")
+    if body.count(b"--" + boundary) > PARTS:
+        raise Refused(422, "invalid_request", f"the form has more than {PARTS} parts")
+    parts = _Parts()
+    try:
+        parser = MultipartParser(boundary, {name: getattr(parts, name) for name in (
+            "on_part_begin", "on_header_field", "on_header_value", "on_header_end", "on_part_data", "on_part_end",
+            "on_end")})  # type: ignore[arg-type]
+        for start in range(0, len(body), 2**16):
+            parser.write(body[start:start + 2**16])
+    except ValueError as error:  # the parser's own are such
+        raise Refused(400, "invalid_form", "the body is no valid multipart/form-data in UTF-8") from error
+    if not parts.complete:
+        raise Refused(400, "invalid_form", "the form is cut off: its closing boundary is missing")
+    return parts.fields
 
 
 def read_form(fields: Sequence[tuple[str, str | bytes]], limits: Limits) -> Ask:
-    """A request as the parts of multipart/form-data: `file` for each picture, `model`, `encoding_format`.
+    """A request as the parts of multipart/form-data: `file` for each picture, `model`, `encoding_format`, `user`.
 
     Raises:
         Refused: another part, one twice, or a value that is none.
@@ -162,11 +248,15 @@ def read_form(fields: Sequence[tuple[str, str | bytes]], limits: Limits) -> Ask:
     for name, value in fields:
         if name == "file" and isinstance(value, bytes):
             files.append(value)
-        elif name in ("model", "encoding_format") and isinstance(value, str) and name not in texts:
+        elif name == "file":
+            raise Refused(422, "invalid_request", "a part 'file' must have a file name, as filename=\"owl.png\" in its "
+                                                  "Content-Disposition")
+        elif name in ("model", "encoding_format", "user") and isinstance(value, str) and name not in texts:
             texts[name] = value
         else:
-            raise Refused(422, "invalid_request", f"part {name!r} is not taken: a form has a part 'file' for each "
-                                                  "picture, and once at most 'model' and 'encoding_format'")
+            raise Refused(422, "invalid_request", f"part {name[:50]!r} is not taken: a form has a part 'file' for each "
+                                                  "picture, and once at most 'model', 'encoding_format' and 'user', "
+                                                  "without file names")
     encoding_format = texts.get("encoding_format", "float")
     if encoding_format not in ("float", "base64"):
         raise Refused(422, "invalid_request", f"encoding_format must be 'float' or 'base64', got "
@@ -185,7 +275,7 @@ def check_count(images: int, limits: Limits) -> None:
 
 def _from_data_url(url: str, index: int) -> bytes:
     header, comma, data = url.partition(",")
-    if not comma or not header.startswith("data:") or not header.endswith(";base64"):
+    if not comma or header[:5].lower() != "data:" or not header.lower().endswith(";base64"):
         raise Refused(422, "invalid_url", f"input {index} must be a data URL, data:image/png;base64,...; "
                                           "the host fetches nothing from elsewhere")
     try:
@@ -204,9 +294,11 @@ def decode(ask: Ask, catalogue: Catalogue, limits: Limits) -> list[np.ndarray]:
 
 
 def _decode(data: bytes, index: int, catalogue: Catalogue, limits: Limits) -> np.ndarray:
+    _check_bytes(data, _most_pixels(catalogue, limits), index)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header alone
             _check_size(image.height, image.width, index, catalogue, limits)
+            _check_bytes(data, image.height * image.width, index)
             pixels = np.asarray(to_rgb(ImageOps.exif_transpose(image)))  # (H, W, 3)
     except Refused:
         raise
@@ -220,11 +312,25 @@ def _decode(data: bytes, index: int, catalogue: Catalogue, limits: Limits) -> np
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
+def _most_pixels(catalogue: Catalogue, limits: Limits) -> int:
+    return limits.pixels or 4 * catalogue.spec.image_size[0] * catalogue.spec.image_size[1]
+
+
+def _check_bytes(data: bytes, pixels: int, index: int) -> None:
+    """Refuse what costs more to decode than a picture of so many pixels."""
+    most = PIXEL_BYTES * pixels + METADATA
+    if len(data) > most:
+        raise Refused(413, "image_too_large", f"image {index} has {len(data)} bytes, at most {most} are taken for its "
+                                              "size")
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > SCANS:
+        raise Refused(422, "too_many_scans", f"image {index} is a JPEG of more than {SCANS} scans")
+
+
 def _check_size(height: int, width: int, index: int, catalogue: Catalogue, limits: Limits) -> None:
     if catalogue.spec.obstacle(height, width):
         raise Refused(422, "wrong_size", f"image {index} is {height} x {width} pixels; this host resizes nothing and "
                                          f"takes {catalogue.sizes()}")
-    most = limits.pixels or 4 * catalogue.spec.image_size[0] * catalogue.spec.image_size[1]
+    most = _most_pixels(catalogue, limits)
     if height * width > most:
         raise Refused(413, "too_many_pixels", f"image {index} is {height} x {width} pixels, at most {most} in all "
                                               "are taken")
@@ -244,6 +350,8 @@ def classify_work(ask: Ask, catalogue: Catalogue, limits: Limits) -> Work:
         raise Refused(422, "invalid_request", "model must name an adapter; GET /v1/models lists them")
     if ask.model not in catalogue.adapters:
         raise Refused(404, "model_not_found", f"there is no adapter {ask.model[:100]!r}; GET /v1/models lists them")
+    if ask.model in catalogue.fixed:
+        catalogue = replace(catalogue, spec=replace(catalogue.spec, dynamic_size=False))
     return Work(decode(ask, catalogue, limits), ask.model)
 
 

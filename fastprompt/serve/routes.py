@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from starlette.datastructures import UploadFile
+from python_multipart.multipart import parse_options_header
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message
@@ -26,18 +27,27 @@ logger = logging.getLogger(__name__)
 KEYS_VARIABLE = "FASTPROMPT_API_KEYS"
 DISCARDED = 8
 """Times the limit that a body may have for its sender to be told so, not just cut off."""
+DECODERS = 2
+"""Threads that read requests and decode pictures."""
 Compute = Callable[[Work], Awaitable[list[np.ndarray]]]
 
 
 def read_keys(file: Path | None) -> list[str]:
     """API keys, one in a line of `file`, or separated by commas in the variable FASTPROMPT_API_KEYS; []: no keys.
 
+    Spaces round a key, empty lines, and lines of `file` that start with '#' are no keys.
+
     Raises:
         ValueError: the file, or a variable that is set, has no key. OSError: the file cannot be read.
     """
-    said = os.environ.get(KEYS_VARIABLE) if file is None else file.read_text(encoding="utf-8").replace("\n", ",")
-    keys = [key.strip() for key in (said or "").split(",") if key.strip()]
-    if said is not None and not keys:
+    if file is None and KEYS_VARIABLE not in os.environ:
+        return []
+    if file is None:
+        said = os.environ[KEYS_VARIABLE].split(",")
+    else:
+        said = [line for line in file.read_text(encoding="utf-8-sig").split("\n") if not line.lstrip().startswith("#")]
+    keys = [key.strip() for key in said if key.strip()]
+    if not keys:
         raise ValueError(f"{KEYS_VARIABLE if file is None else file}: has no API key")
     return keys
 
@@ -48,15 +58,27 @@ class Routes:
     Args:
         catalogue: what is served. limits: what one client may send. keys: API keys; empty: everybody may ask.
         compute: runs the engine on a request's pictures; it can raise `Refused`.
+
+    Raises:
+        ValueError: `limits` takes no picture of the backbone's size.
     """
 
     def __init__(self, catalogue: Catalogue, limits: Limits, keys: Sequence[str], compute: Compute) -> None:
         self.catalogue, self.limits, self.compute = catalogue, limits, compute
-        self._keys = [key.encode() for key in keys]
+        own = catalogue.spec.image_size[0] * catalogue.spec.image_size[1]
+        if limits.pixels is not None and limits.pixels < own:
+            raise ValueError(f"Limits.pixels must be at least {own}, as many as the backbone's images have, got "
+                             f"{limits.pixels}")
+        self._decoders, self._waiting = ThreadPoolExecutor(DECODERS, "decode"), 0
+        self._keys = [form for key in keys for form in _forms(key)]
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models: the backbone and the adapters."""
         return await self._answered(self._models(request))
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/ID: one of them."""
+        return await self._answered(self._model(request))
 
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings: the backbone's features of pictures."""
@@ -71,20 +93,51 @@ class Routes:
         endpoints = {"/v1/models": ("GET", self.models), "/v1/embeddings": ("POST", self.embeddings),
                      "/v1/classify": ("POST", self.classify), "/health": ("GET", _healthy)}
         method, endpoint = endpoints.get(request.url.path, ("", _healthy))
+        if request.url.path.startswith("/v1/models/"):
+            method, endpoint = "GET", self.model
         if not method:
             return await refuse(request, HTTPException(404))
-        return await (endpoint(request) if request.method == method else refuse(request, HTTPException(405)))
+        if request.method == method or (request.method, method) == ("HEAD", "GET"):
+            return await endpoint(request)
+        allowed = "GET, HEAD" if method == "GET" else method
+        return await refuse(request, HTTPException(405, headers={"Allow": allowed}))
 
     async def _models(self, request: Request) -> dict[str, Any]:
         self._admit(request)
         return self.catalogue.models()
 
+    async def _model(self, request: Request) -> dict[str, Any]:
+        self._admit(request)
+        asked = request.scope["path"].rpartition("/v1/models/")[2]
+        for entry in self.catalogue.models()["data"]:
+            if entry["id"] == asked:
+                return entry
+        raise Refused(404, "model_not_found", f"there is no model {asked[:100]!r}; GET /v1/models lists them")
+
     async def _pictures(self, request: Request, to_work: Callable[[Ask, Catalogue, Limits], Work],
                         to_answer: Callable[[Ask, Catalogue, Sequence[np.ndarray]], dict[str, Any]]) -> dict[str, Any]:
         self._admit(request)
-        ask = await self._ask(request)
-        work = await asyncio.to_thread(to_work, ask, self.catalogue, self.limits)
-        return to_answer(ask, self.catalogue, await self.compute(work))
+        is_form = _is_form(request)
+        body = await self._bounded(request).body()
+
+        def read() -> tuple[Ask, Work]:
+            ask = (protocol.read_form(protocol.form_fields(body, request.headers["content-type"]), self.limits)
+                   if is_form else protocol.read_json(body, self.limits))
+            return ask, to_work(ask, self.catalogue, self.limits)
+
+        async def answer() -> dict[str, Any]:
+            ask, work = await asyncio.get_running_loop().run_in_executor(self._decoders, read)
+            return to_answer(ask, self.catalogue, await self.compute(work))
+
+        if self._waiting >= self.limits.waiting:
+            raise Refused(503, "busy", "too many requests wait; try again later")
+        self._waiting += 1
+        try:
+            return await asyncio.wait_for(answer(), self.limits.answer_seconds)
+        except asyncio.TimeoutError as error:
+            raise Refused(504, "timeout", "the engine did not come to this request in time; try again") from error
+        finally:
+            self._waiting -= 1
 
     async def _answered(self, answering: Awaitable[dict[str, Any]]) -> Response:
         """The answer, or the error, as JSON. An error that nobody foresaw is logged, and its text kept back."""
@@ -92,8 +145,6 @@ class Routes:
             return JSONResponse(await answering)
         except Refused as error:
             return refusal(error)
-        except (HTTPException, MultiPartException) as error:  # Starlette's, of a damaged form
-            return refusal(Refused(400, "invalid_request", getattr(error, "detail", "") or str(error)))
         except ClientDisconnect:
             return refusal(Refused(400, "disconnected", "the client left"))
         except Exception:
@@ -104,25 +155,13 @@ class Routes:
         """Refuse who has no key; the time it takes does not tell how much of a key was right."""
         if not self._keys:
             return
-        header = request.headers.get("authorization", "")
-        given = header[7:] if header[:7].lower() == "bearer " else request.headers.get("x-api-key", "")
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            given = request.headers.get("x-api-key", "")
+        given = given.strip()
         if not sum(hmac.compare_digest(key, given.encode("latin-1")) for key in self._keys):  # with every key
-            raise Refused(401, "invalid_api_key", "this host needs an API key: 'Authorization: Bearer KEY'")
-
-    async def _ask(self, request: Request) -> Ask:
-        """The request's body, read within the limits."""
-        request = self._bounded(request)
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind == "application/json":
-            return await asyncio.to_thread(protocol.read_json, await request.body(), self.limits)
-        if kind == "multipart/form-data":
-            async with request.form(max_files=self.limits.images + 1, max_fields=8,
-                                    max_part_size=self.limits.body_bytes) as form:
-                fields = [(name, await value.read() if isinstance(value, UploadFile) else value)
-                          for name, value in form.multi_items()]
-            return protocol.read_form(fields, self.limits)
-        raise Refused(415, "unsupported_media_type", "a request is application/json or multipart/form-data, got "
-                                                     f"{kind[:100]!r}")
+            raise Refused(401, "invalid_api_key", "this host needs an API key: 'Authorization: Bearer KEY', or "
+                                                 "'X-API-Key: KEY'")
 
     def _bounded(self, request: Request) -> Request:
         """The same request, refused when its body is too large or takes too long.
@@ -156,6 +195,31 @@ class Routes:
         return Request(request.scope, receive)
 
 
+def _forms(key: str) -> set[bytes]:
+    """The bytes that clients send a key as: UTF-8, and as browsers and Python's own client do, Latin-1."""
+    forms = {key.encode("utf-8", "surrogateescape")}
+    with contextlib.suppress(UnicodeEncodeError):
+        forms.add(key.encode("latin-1"))
+    return forms
+
+
+def _is_form(request: Request) -> bool:
+    """Whether the body is a form, else JSON. Raises Refused where it is neither, packed, or not in UTF-8."""
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    kind = kind.lower()
+    if kind not in (b"application/json", b"multipart/form-data"):
+        raise Refused(415, "unsupported_media_type", "a request is application/json or multipart/form-data, got "
+                                                     f"{kind.decode('latin-1')[:100]!r}")
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
+        raise Refused(415, "unsupported_media_type", "charset must be utf-8, got "
+                                                     f"{options[b'charset'].decode('latin-1')[:100]!r}")
+    packed = request.headers.get("content-encoding", "identity")
+    if packed.strip().lower() not in ("", "identity"):
+        raise Refused(415, "unsupported_media_type", "a body must not be packed, got Content-Encoding "
+                                                     f"{packed[:100]!r}")
+    return kind == b"multipart/form-data"
+
+
 async def _healthy(request: Request) -> Response:
     return Response("ok")
 
@@ -172,4 +236,7 @@ async def refuse(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     codes = {404: "not_found", 405: "method_not_allowed"}
     detail = str(error.detail) if isinstance(error, HTTPException) and status < 500 else "the host failed"
-    return refusal(Refused(status, codes.get(status, "invalid_request" if status < 500 else "internal_error"), detail))
+    code = codes.get(status, "invalid_request" if status < 500 else "internal_error")
+    answer = refusal(Refused(status, code, detail))
+    answer.headers.update(getattr(error, "headers", None) or {})
+    return answer

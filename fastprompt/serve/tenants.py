@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ class HostSettings:
 
     Attributes:
         backbone: a name that `fp.load_backbone` knows; None: that of the first adapter's run, else "clip-vit-b16".
+            Clients know a "local-dir:" by the folder's own name.
         image_size: side in pixels; None: that of the first adapter, else the backbone's own.
         any_size: pictures may have any number of whole patches, with position embeddings resampled. Clients whose
             prompts are rows below the image (placement "extend") need it; a fixed-size backbone refuses them else.
@@ -76,6 +78,8 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
     if settings.any_size:
         backbone = backbone.any_size()
     backbone.to(settings.device)
+    if backbone_name.startswith("local-dir:"):  # where it lies is nobody's business
+        backbone_name = Path(backbone_name.removeprefix("local-dir:")).absolute().name or "backbone"
     engine = Engine(backbone, (settings.batch_size,), DTYPES[settings.dtype], "eager")
     class_names: dict[str, Sequence[str]] = {}
     for name, directory in directories.items():
@@ -89,9 +93,22 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
         except ValueError as error:
             raise ValueError(f"adapter {name!r}: {error}") from error
         class_names[name] = list(model.class_names or map(str, range(int(model.num_classes or 0))))
+    fixed = [name for name in directories if backbone.spec.dynamic_size and not _takes_other_sizes(engine, name)]
     width = backbone.width if isinstance(backbone.width, int) else backbone.width[-1]
     return engine, Catalogue(backbone_name, backbone.fingerprint, width, str(engine.dtype).removeprefix("torch."),
-                             backbone.spec, class_names)
+                             backbone.spec, class_names, fixed, int(time.time()))
+
+
+def _takes_other_sizes(engine: Engine, name: str) -> bool:
+    """Whether an adapter takes an image of a row of patches more than the backbone's; some are built for one grid."""
+    backbone = engine.model.backbone
+    height, width = backbone.image_size
+    try:
+        engine(torch.zeros(1, 3, height + backbone.spec.patch_size, width, dtype=torch.uint8, device=backbone.device),
+               adapter_names=[name])
+    except ValueError:
+        return False
+    return True
 
 
 def answers(engine: Engine, works: Sequence[Work]) -> list[list[np.ndarray] | Refused]:
@@ -104,18 +121,42 @@ def answers(engine: Engine, works: Sequence[Work]) -> list[list[np.ndarray] | Re
     for i, work in enumerate(works):
         for j, picture in enumerate(work.pictures):
             sizes.setdefault(picture.shape, []).append((i, j))
-    found: dict[tuple[int, int], np.ndarray] = {}
+    found: dict[tuple[int, int], np.ndarray | Refused] = {}
+    for places in sizes.values():
+        found |= _outputs(engine, works, places)
+    given: list[list[np.ndarray] | Refused] = []
+    for i, work in enumerate(works):
+        outputs: list[np.ndarray] = []
+        refused = None
+        for j in range(len(work.pictures)):
+            output = found[i, j]
+            if isinstance(output, Refused):
+                refused = output
+            else:
+                outputs.append(output)
+        given.append(refused or outputs)
+    return given
+
+
+def _outputs(engine: Engine, works: Sequence[Work], places: Sequence[tuple[int, int]]
+             ) -> dict[tuple[int, int], np.ndarray | Refused]:
+    """Of pictures of one size, by request and picture. What an exception says is for the operator alone."""
     try:
-        for places in sizes.values():
-            pictures = np.stack([works[i].pictures[j] for i, j in places])  # (B, 3, H, W)
-            images = torch.from_numpy(pictures).to(engine.model.backbone.device)
-            outputs = engine(images, adapter_names=[works[i].adapter for i, _ in places])
-            found |= zip(places, (output.float().cpu().numpy() for output in outputs), strict=True)
+        pictures = np.stack([works[i].pictures[j] for i, j in places])  # (B, 3, H, W)
+        images = torch.from_numpy(pictures).to(engine.model.backbone.device)
+        outputs = engine(images, adapter_names=[works[i].adapter for i, _ in places])
+        return dict(zip(places, (output.float().cpu().numpy() for output in outputs), strict=True))
     except Exception as error:
-        if len(works) > 1:
-            return [answer for work in works for answer in answers(engine, [work])]
-        if isinstance(error, (ValueError, TypeError)):
-            return [Refused(422, "refused_by_model", str(error))]
+        requests = sorted({i for i, _ in places})
+        if len(requests) > 1:
+            found: dict[tuple[int, int], np.ndarray | Refused] = {}
+            for i in requests:
+                found |= _outputs(engine, works, [place for place in places if place[0] == i])
+            return found
         logger.exception("a request failed")
-        return [Refused(500, "internal_error", "the host failed to compute this request")]
-    return [[found[i, j] for j in range(len(work.pictures))] for i, work in enumerate(works)]
+        refused = Refused(500, "internal_error", "the host failed to compute this request")
+        if isinstance(error, ValueError):
+            i, j = places[0]
+            height, width = works[i].pictures[j].shape[1:]
+            refused = Refused(422, "refused_by_model", f"the model takes no picture of {height} x {width} pixels")
+        return dict.fromkeys(places, refused)

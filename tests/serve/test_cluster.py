@@ -61,6 +61,56 @@ def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
         importlib.import_module("fastprompt.serve.cluster")
 
 
+def test_an_application_has_the_limits_and_keys_of_a_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="pip install 'fastprompt[ray]'")
+    from fastprompt.serve.cluster import application
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTPROMPT_API_KEYS", "one, two")
+    relative = HostSettings("local-dir:vit", adapters={"birds": Path("runs/birds")}, device="cuda")
+    deployed: Any = application(relative, Limits(waiting=7))._bound_deployment
+    settings, limits, keys, _ = deployed.init_args
+    assert (keys, limits.waiting) == (["one", "two"], 7)
+    assert (settings.backbone, settings.adapters) == (f"local-dir:{tmp_path}/vit", {"birds": tmp_path / "runs/birds"})
+    assert (deployed.max_queued_requests, deployed.max_ongoing_requests) == (7, 14)
+    assert deployed.ray_actor_options["num_gpus"] == 1
+    deployed = application(HostSettings(), keys=())._bound_deployment
+    assert deployed.init_args[2] == []
+    assert not deployed.ray_actor_options.get("num_gpus")
+    monkeypatch.setenv("FASTPROMPT_API_KEYS", "")
+    with pytest.raises(ValueError, match="has no API key"):
+        application(HostSettings())
+
+
+def test_a_replica_answers_in_time_or_says_that_it_cannot(settings: HostSettings, picture: Picture) -> None:
+    pytest.importorskip("ray", reason="pip install 'fastprompt[ray]'")
+    from starlette.requests import Request
+
+    from fastprompt.serve.cluster import Tenants
+    from fastprompt.serve.routes import Routes
+
+    replica: Any = object.__new__(Tenants)  # `__init__` asks Ray
+
+    async def together(work: Work) -> list[np.ndarray]:
+        await asyncio.sleep(5)
+        return []
+
+    replica.together = together
+    replica.routes = Routes(load(settings)[1], Limits(answer_seconds=0.5, waiting=2), ["key"], replica.compute)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await (await replica(Request(scope, receive)))(scope, receive, send)
+
+    async def everybody(key: str) -> list[int]:
+        body = {"input": f"data:image/png;base64,{base64.b64encode(picture()).decode()}"}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ray", timeout=60) as client:
+            return [answer.status_code for answer in await asyncio.gather(*(
+                client.post("/v1/embeddings", json=body, headers={"X-API-Key": key}) for _ in range(6)))]
+
+    assert asyncio.run(everybody("other")) == [401] * 6
+    assert sorted(asyncio.run(everybody("key"))) == [503] * 4 + [504] * 2
+
+
 def test_tenants_share_batches_and_get_their_own_answers(url: str, settings: HostSettings, picture: Picture) -> None:
     names = [("__base__", "birds", "cars")[i % 3] for i in range(24)]
 

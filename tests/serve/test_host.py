@@ -40,8 +40,9 @@ def free_port() -> int:
 class Server:
     """`fastprompt serve` in a process of its own."""
 
-    def __init__(self, place: Path, *flags: str, adapters: tuple[str, ...] = ("birds", "cars"), keys: str = "") -> None:
-        self.port = free_port()
+    def __init__(self, place: Path, *flags: str, adapters: tuple[str, ...] = ("birds", "cars"), keys: str = "",
+                 port: int | None = None) -> None:
+        self.port = free_port() if port is None else port
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = place / f"log-{self.port}"
         named = [word for name in adapters for word in ("--adapter", f"{name}={place / name}")]
@@ -58,6 +59,8 @@ class Server:
         """Until it is healthy, at most five minutes; before that it says 503, or does not listen yet."""
         for _ in range(3000):
             assert self.process.poll() is None, self.log.read_text()
+            if self.port == 0 and (said := re.search(r"on (http://127.0.0.1:([0-9]+));", self.log.read_text())):
+                self.url, self.port = said[1], int(said[2])
             try:
                 status = httpx.get(f"{self.url}/health", timeout=10).status_code
                 if status == 200:
@@ -74,7 +77,7 @@ def servers(place: Path) -> Iterator[list[Server]]:
     """Two that start side by side: one with two adapters, keys and small limits, and one to be broken."""
     running = [Server(place, "--max-body-mb", "0.25", "--max-images", "5", "--body-timeout", "5", "--any-size",
                       "--allow-origin", "https://page.example", keys=",".join(KEYS)),
-               Server(place, "--batch-wait-ms", "5000", adapters=())]
+               Server(place, "--batch-wait-ms", "5000", adapters=(), port=0)]
     yield running
     for server in running:
         server.process.terminate()
@@ -124,8 +127,10 @@ def test_models(client: httpx.Client, place: Path) -> None:
     answer = client.get("/v1/models")
     assert answer.status_code == 200
     backbone, birds, cars = answer.json()["data"]
-    assert backbone["id"] == f"local-dir:{place / 'vit'}"
-    assert backbone["fingerprint"] == fp.load_backbone(backbone["id"]).fingerprint
+    assert backbone["id"] == "vit"
+    assert str(place) not in answer.text
+    assert backbone["fingerprint"] == fp.load_backbone(f"local-dir:{place / 'vit'}").fingerprint
+    assert client.get("/v1/models/birds").json() == birds
     assert (backbone["width"], backbone["image_size"], backbone["std"]) == (48, [32, 32], [0.25] * 3)
     assert (birds["id"], birds["object"]) == ("birds", "adapter")
     assert birds["class_names"] == ["birds-0", "birds-1", "birds-2"]
@@ -134,7 +139,7 @@ def test_models(client: httpx.Client, place: Path) -> None:
 
 def test_embeddings_as_json(client: httpx.Client, engine: fp.Engine, picture: Picture, place: Path) -> None:
     files = [picture(0), picture(1, height=40)]
-    body = {"input": [url(data) for data in files], "model": f"local-dir:{place / 'vit'}"}
+    body = {"input": [url(data) for data in files], "model": "vit"}
     answer = client.post("/v1/embeddings", json=body)
     assert answer.status_code == 200, answer.text
     assert [entry["index"] for entry in answer.json()["data"]] == [0, 1]
@@ -196,7 +201,7 @@ def test_wrong_requests_are_refused_in_one_form(client: httpx.Client, picture: P
             ("/v1/embeddings", {"input": good, "model": "birds"}, 404, "model_not_found"),
             ("/v1/classify", {"input": good}, 422, "invalid_request"),
             ("/v1/classify", {"input": good, "model": "dogs"}, 404, "model_not_found"),
-            ("/v1/classify", {"input": url(picture(height=40)), "model": "cars"}, 422, "refused_by_model"),
+            ("/v1/classify", {"input": url(picture(height=40)), "model": "cars"}, 422, "wrong_size"),
             ("/v1/nothing", {}, 404, "not_found")]:
         assert error_of(client.post(path, json=body), status)["code"] == code
     assert error_of(client.get("/v1/embeddings"), 405)["code"] == "method_not_allowed"
@@ -206,10 +211,17 @@ def test_wrong_requests_are_refused_in_one_form(client: httpx.Client, picture: P
     for kind in ("multipart/form-data", "multipart/form-data; boundary=x"):
         error_of(client.post("/v1/embeddings", content=b"nonsense", headers={"Content-Type": kind}), 400)
     many = [("file", (f"{i}.png", picture(), "image/png")) for i in range(7)]
-    error_of(client.post("/v1/embeddings", files=many), 400)
-    error_of(client.post("/v1/embeddings", files=many[:6]), 422)
-    for path in ("/", "/docs", "/openapi.json", "/info"):
+    assert "has 7 pictures" in error_of(client.post("/v1/embeddings", files=many), 422)["message"]
+    for path in ("/", "/docs", "/openapi.json", "/info", "/v1/embeddings/", "/health/", "/v1/models/none"):
         error_of(client.get(path), 404)
+    for path, allowed in (("/v1/embeddings", {"POST"}), ("/v1/models", {"GET", "HEAD"}), ("/health", {"GET", "HEAD"})):
+        answer = client.request("DELETE", path)
+        assert error_of(answer, 405)["code"] == "method_not_allowed"
+        assert set(answer.headers["allow"].split(", ")) == allowed
+        assert client.head(path).status_code == (405 if path == "/v1/embeddings" else 200)
+    with socket.create_connection(("127.0.0.1", client.base_url.port or 0), timeout=30) as connection:
+        connection.sendall(b"nonsense\r\n\r\n")
+        assert b'"code":"invalid_http"' in b"".join(iter(lambda: connection.recv(4096), b""))
 
 
 def test_large_bodies_are_refused_with_and_without_a_length(server: Server, client: httpx.Client) -> None:
@@ -267,7 +279,8 @@ def test_keys(server: Server, picture: Picture) -> None:
 
 
 def test_pages_of_allowed_origins_may_ask(server: Server, client: httpx.Client) -> None:
-    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    asked = {"Access-Control-Request-Method": "POST",
+             "Access-Control-Request-Headers": "authorization,content-type,x-api-key"}
     for origin, allowed in (("https://page.example", "https://page.example"), ("https://other.example", None)):
         before = httpx.options(server.url + "/v1/embeddings", headers={"Origin": origin, **asked})
         answer = client.get("/v1/models", headers={"Origin": origin})
@@ -313,13 +326,16 @@ def test_wrong_commands_end_before_a_server_starts(place: Path, tmp_path: Path, 
             (["--adapter", f"x={place / 'headless'}"], "has no head"),
             (["--adapter", f"x={tmp_path}"], "adapter_config.json"),
             (["--max-images", "0"], "Limits.images must be positive"),
+            (["--max-pixels", "1023"], "Limits.pixels must be at least 1024"),
             (["--batch-wait-ms", "-1"], "batch_wait must be seconds"),
+            *(([flag, value], f"{flag}: takes a finite number, got {value}") for value in ("nan", "inf")
+              for flag in ("--max-body-mb", "--body-timeout", "--timeout", "--batch-wait-ms")),
             (["--api-keys-file", str(tmp_path / "none")], "No such file")]:
         assert main([*command, "--port", str(free_port()), *flags]) == 2
         line = error_line(capsys)
         assert line.startswith("fastprompt serve: error: ")
         assert re.search(message, line), line
-    (tmp_path / "empty").write_text("\n ,\n")
+    (tmp_path / "empty").write_text("\n # none\n")
     assert main([*command, "--api-keys-file", str(tmp_path / "empty")]) == 2
     assert "has no API key" in error_line(capsys)
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -6,7 +6,9 @@ import base64
 import io
 import json
 import pickle
+import resource
 import struct
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -113,6 +115,25 @@ def test_hostile_pictures_are_refused(data: bytes, status: int, code: str) -> No
     assert (caught.value.status, caught.value.code) == (status, code)
 
 
+def test_pictures_that_cost_more_than_their_pixels_are_refused(picture: Picture) -> None:
+    progressive = picture(format="JPEG", progressive=True, quality=95)
+    assert decode(progressive)[0].shape == (3, 32, 32)
+    scan = progressive[progressive.rindex(b"\xff\xda"):-2]
+    png, chunk = picture(), struct.pack(">I4sI", 0, b"prVt", zlib.crc32(b"prVt"))
+    for data, status, code in [(progressive[:-2] + scan * 40_000, 413, "image_too_large"),
+                               (progressive[:-2] + scan * 200 + progressive[-2:], 422, "too_many_scans"),
+                               (png[:33] + chunk * 30_000 + png[33:], 413, "image_too_large"),
+                               (png[:33] + chunk * 600_000 + png[33:], 413, "image_too_large")]:
+        began = time.process_time()
+        with pytest.raises(Refused) as caught:
+            decode(data)
+        assert (caught.value.status, caught.value.code) == (status, code)
+        assert time.process_time() - began < 0.2
+    assert decode(png[:33] + chunk * 1000 + png[33:])[0].shape == (3, 32, 32)
+    assert decode(picture(format="PNG", mode="RGBA", compress_level=0))[0].shape == (3, 32, 32)
+    assert decode(picture(format="JPEG", quality=100, icc_profile=bytes(200_000)))[0].shape == (3, 32, 32)
+
+
 @pytest.mark.parametrize("format", ["GIF", "TIFF", "BMP", "PPM"])
 def test_other_kinds_of_pictures_are_refused_whatever_they_are_called(picture: Picture, format: str) -> None:
     with pytest.raises(Refused, match="neither PNG, JPEG nor WebP"):
@@ -173,14 +194,34 @@ def test_wrong_json_is_refused(body: bytes, status: int, message: str) -> None:
     assert len(caught.value.message) < 500
 
 
+@pytest.mark.parametrize("body", [b'{"input":[' + b"0," * 500_000 + b"0]}", b'{"input":[' + b"[]," * 2_000_000 + b"0]}",
+                                  b"{" + b",".join(b'"%d":0' % i for i in range(100_000)) + b"}",
+                                  b'{"' + b"k" * 4_000_000 + b'":0}'])
+def test_bodies_of_many_values_cost_little(body: bytes) -> None:
+    began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(Refused) as caught:
+        protocol.read_json(body, Limits())
+    assert caught.value.status == 422
+    assert len(caught.value.message) < 500
+    assert time.process_time() - began < 0.5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
+
+
+def test_nulls_and_schemes_of_json_are_taken_as_the_standards_have_them(picture: Picture) -> None:
+    body = {"input": url(picture()).replace("data:", "DATA:").replace(";base64", ";BASE64"), "encoding_format": None,
+            "user": None, "model": None}
+    assert protocol.read_json(json.dumps(body).encode(), Limits()) == Ask([picture()], None, "float")
+
+
 def test_forms() -> None:
     fields: list[tuple[str, str | bytes]] = [("file", b"1"), ("model", "m"), ("file", b"2")]
     assert protocol.read_form(fields, Limits()) == Ask([b"1", b"2"], "m", "float")
-    for extra, message in [(("file", "text"), "part 'file' is not taken"), (("model", "again"), "part 'model'"),
+    for extra, message in [(("file", "text"), "'file' must have a file name"), (("model", "again"), "part 'model'"),
                            (("input", b"3"), "part 'input'"), (("model", b"3"), "part 'model'"),
                            (("encoding_format", "hex"), "encoding_format must be")]:
-        with pytest.raises(Refused, match=message):
+        with pytest.raises(Refused) as caught:
             protocol.read_form([*fields, extra], Limits())
+        assert message in caught.value.message
     with pytest.raises(Refused, match="no picture"):
         protocol.read_form([("model", "m")], Limits())
     with pytest.raises(Refused, match="at most 1 are"):
@@ -220,16 +261,22 @@ def test_answers() -> None:
 
 def test_models_say_what_clients_need() -> None:
     backbone, adapter = CATALOGUE.models()["data"]
-    assert backbone == {"id": "vit", "object": "model", "fingerprint": "f" * 64, "width": 48, "image_size": [32, 32],
-                        "patch_size": 8, "any_size": False, "mean": [0.5] * 3, "std": [0.229, 0.224, 0.225],
-                        "dtype": "float32"}
-    assert adapter == {"id": "birds", "object": "adapter", "class_names": ["owl", "tit", "jay"]}
+    owned = {"created": 0, "owned_by": "fastprompt"}
+    assert backbone == {"id": "vit", "object": "model", **owned, "fingerprint": "f" * 64, "width": 48,
+                        "image_size": [32, 32], "patch_size": 8, "any_size": False, "mean": [0.5] * 3,
+                        "std": [0.229, 0.224, 0.225], "dtype": "float32"}
+    assert adapter == {"id": "birds", "object": "adapter", **owned, "class_names": ["owl", "tit", "jay"],
+                       "any_size": False}
 
 
 def test_limits_are_checked_and_errors_travel() -> None:
     for name in ("body_bytes", "images", "pixels", "body_seconds", "answer_seconds", "waiting"):
         with pytest.raises(ValueError, match=f"Limits.{name} must be positive"):
             Limits(**{name: 0})
+    for name in ("body_seconds", "answer_seconds"):
+        for value in (float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"Limits.{name} must be positive and finite, got {value}"):
+                Limits(**{name: value})
     error = pickle.loads(pickle.dumps(Refused(413, "body_too_large", "too much")))
     assert error.body() == {"error": {"message": "too much", "type": "invalid_request_error", "code": "body_too_large"}}
     assert Refused(401, "x", "y").body()["error"]["type"] == "authentication_error"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import fastprompt as fp
-from fastprompt.serve.protocol import Refused, Work
+from fastprompt.serve.protocol import Ask, Limits, Refused, Work, classify_work, embeddings_work
 from fastprompt.serve.tenants import HostSettings, answers, load
 
 
@@ -28,7 +29,9 @@ def test_what_is_loaded_is_told(place: Path) -> None:
     engine, catalogue = load(settings(place, "birds", "cars"))
     backbone = fp.load_backbone(f"local-dir:{place / 'vit'}")
     assert engine.adapter_names == ["__base__", "birds", "cars"]
-    assert (catalogue.name, catalogue.fingerprint) == (f"local-dir:{place / 'vit'}", backbone.fingerprint)
+    assert (catalogue.name, catalogue.fingerprint) == ("vit", backbone.fingerprint)
+    assert abs(catalogue.created - time.time()) < 60
+    assert str(place) not in str(catalogue.models())
     assert (catalogue.width, catalogue.dtype) == (48, "float32")
     assert catalogue.adapters == {"birds": ["birds-0", "birds-1", "birds-2"], "cars": list("0123456")}
 
@@ -36,9 +39,25 @@ def test_what_is_loaded_is_told(place: Path) -> None:
 def test_any_size_leaves_adapters_their_backbone(place: Path) -> None:
     engine, catalogue = load(settings(place, "birds", any_size=True))
     assert catalogue.fingerprint == fp.load_backbone(f"local-dir:{place / 'vit'}").fingerprint
-    assert catalogue.models()["data"][0]["any_size"]
+    assert [entry["any_size"] for entry in catalogue.models()["data"]] == [True, True]
     [[short], [tall]] = answers(engine, [Work(pictures(1), "__base__"), Work(pictures(1, 40), "__base__")])
     assert short.shape == tall.shape == (48,)
+
+
+def test_adapters_of_one_size_are_known_and_their_pictures_refused_before_they_wait(
+        place: Path, picture: Callable[..., bytes]) -> None:
+    _, catalogue = load(settings(place, "birds", "cars", "rgb", any_size=True))
+    assert list(catalogue.fixed) == ["cars", "rgb"]
+    assert [entry["any_size"] for entry in catalogue.models()["data"]] == [True, True, False, False]
+    for name in ("cars", "rgb"):
+        assert classify_work(Ask([picture()], name, "float"), catalogue, Limits()).adapter == name
+        for height, width in ((40, 32), (16, 64)):  # the second has as many patches
+            with pytest.raises(Refused, match="takes 32 x 32 pixels") as caught:
+                classify_work(Ask([picture(height=height, width=width)], name, "float"), catalogue, Limits())
+            assert (caught.value.status, caught.value.code) == (422, "wrong_size")
+    assert classify_work(Ask([picture(height=40)], "birds", "float"), catalogue, Limits()).adapter == "birds"
+    assert embeddings_work(Ask([picture(height=40)], None, "float"), catalogue, Limits()).adapter == "__base__"
+    assert not load(settings(place, "cars"))[1].fixed
 
 
 def test_pictures_of_a_client_that_extends_them_give_its_models_answer(place: Path) -> None:
@@ -76,7 +95,7 @@ def test_bad_adapters_are_refused(place: Path, adapters: tuple[str, ...], error:
 def test_bad_names_and_settings_are_refused(place: Path) -> None:
     name = f"local-dir:{place / 'vit'}"
     with pytest.raises(ValueError, match="is the name of the backbone"):
-        load(HostSettings(name, adapters={name: place / "birds"}))
+        load(HostSettings(name, adapters={"vit": place / "birds"}))
     with pytest.raises(ValueError, match="adapter '__base__': name must be"):
         load(HostSettings(name, adapters={"__base__": place / "birds"}))
     for options in ({"dtype": "int8"}, {"batch_size": 0}, {"threads": 0}):
@@ -113,8 +132,22 @@ def test_a_request_that_fails_takes_no_other_with_it(place: Path, caplog: pytest
     [found, refused, lost] = answers(engine, [good, Work(pictures(1, 40), "cars"), Work(pictures(1), "deleted")])
     np.testing.assert_allclose(found[0], answers(engine, [good])[0][0], rtol=1e-4, atol=1e-5)
     assert isinstance(refused, Refused), "VAPT mixes the patches of one size"
-    assert refused.status == 422
+    assert (refused.status, refused.message) == (422, "the model takes no picture of 40 x 32 pixels")
     assert isinstance(lost, Refused)
+    assert "deleted" not in lost.message
+    calls: list[list[str]] = []
+
+    class Recorded:
+        model = engine.model
+
+        def __call__(self, images: torch.Tensor, adapter_names: list[str]) -> torch.Tensor | list[torch.Tensor]:
+            calls.append(adapter_names)
+            return engine(images, adapter_names=adapter_names)
+
+    works = [good] * 5 + [Work([*pictures(1), *pictures(1, 40)], "cars"), Work(pictures(1, 40), "birds")]
+    found = answers(Recorded(), works)  # type: ignore[arg-type]
+    assert [isinstance(answer, Refused) for answer in found] == [False] * 5 + [True, False]
+    assert calls == [["birds"] * 5 + ["cars"], ["cars", "birds"], ["cars"], ["birds"]]
 
     class Broken:
         model = engine.model
@@ -126,7 +159,6 @@ def test_a_request_that_fails_takes_no_other_with_it(place: Path, caplog: pytest
     assert isinstance(error, Refused)
     assert (error.status, "secret" in error.message) == (500, False)
     assert "secret" in caplog.text
-    del engine
 
 
 def test_backbone_and_size_come_from_the_first_adapter(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
