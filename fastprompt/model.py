@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -23,6 +24,7 @@ import fastprompt
 from fastprompt.files import atomic_write_many
 from fastprompt.generators import (
     FullFineTuneConfig,
+    PGNConfig,
     PromptConfig,
     PromptGenerator,
     build_generator,
@@ -358,8 +360,10 @@ class PromptedViT(nn.Module):
         try:
             info, num_classes = config["head"], config["num_classes"]
             head: str | Head = "linear" if info is None else _head_from(info, backbone, num_classes, state)
-            method = {name: value for name, value in config["method"].items() if name != "pretrained_trunk"}
-            model = cls(backbone, config_from_dict(method), num_classes, head, config["readout"],  # downloads nothing
+            method = config_from_dict(config["method"])
+            if isinstance(method, PGNConfig):
+                method = dataclasses.replace(method, pretrained_trunk=False)  # its weights are in the file
+            model = cls(backbone, method, num_classes, head, config["readout"],
                         class_names=config["class_names"])
             model.load_adapter_state_dict(state)
         except (KeyError, TypeError, ValueError) as error:
