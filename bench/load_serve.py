@@ -53,7 +53,7 @@ SPREAD = 2.0
 FLOOR = {"float32": {"features": 1e-4, "log-probabilities": 1e-2},
          "bfloat16": {"features": 0.05, "log-probabilities": 0.2}}
 """Least tolerance of an answer, of features relative to their norm; where batches are found to change a tenant's
-answers more, twice that. It also has to be nearest to its own among all pictures and tenants, further apart than that."""
+answers more, twice that. It also has to be nearest to its own of all pictures and tenants, further apart than that."""
 
 
 @dataclass
