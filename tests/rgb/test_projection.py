@@ -23,6 +23,15 @@ def make(width: int, patch: int, **options: Any) -> fp.FrozenViT:
     return fp.FrozenViT(vit, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)).double()
 
 
+def make_ill_conditioned() -> fp.FrozenViT:
+    """12 pixels, 12 wide, condition number 1e6."""
+    backbone = make(12, 2)
+    with torch.no_grad():
+        u, _, v = torch.linalg.svd(backbone.patch_weight.flatten(1))
+        backbone.patch_weight.copy_((u * torch.logspace(0, -6, 12, dtype=torch.float64) @ v).view(12, 3, 2, 2))
+    return backbone
+
+
 @pytest.fixture(params=[False, True], ids=["bias", "no bias"])
 def wide(request: pytest.FixtureRequest) -> fp.FrozenViT:
     """3p² = 192 pixels, 48 wide."""
@@ -90,11 +99,7 @@ def test_a_picture_is_better_than_cutting_off(wide: fp.FrozenViT) -> None:
 
 
 def test_a_picture_of_an_ill_conditioned_embedding_is_better_than_grey() -> None:
-    backbone = make(12, 2)
-    with torch.no_grad():
-        u, _, v = torch.linalg.svd(backbone.patch_weight.flatten(1))
-        backbone.patch_weight.copy_((u * torch.logspace(0, -6, 12, dtype=torch.float64) @ v).view(12, 3, 2, 2))
-    projection, added = Projection.of(backbone), 0.02 * torch.randn(4, 12, dtype=torch.float64)
+    projection, added = Projection.of(make_ill_conditioned()), 0.02 * torch.randn(4, 12, dtype=torch.float64)
     tokens = projection.tokens(torch.rand(6, 12, dtype=torch.float64)) + 0.05 * torch.randn(6, 12, dtype=torch.float64)
     errors = [float((projection.tokens(pixels.clamp(0, 1)) + added[:, None] - tokens).norm())
               for pixels in (sums(*projection.picture(tokens, added)), torch.full((4, 6, 12), 0.5, dtype=torch.float64),
@@ -110,11 +115,7 @@ def test_undo_takes_a_change_of_tokens_back(wide: fp.FrozenViT) -> None:
 
 
 def test_undo_adds_little_to_a_picture_where_it_would_only_be_cut_off() -> None:
-    backbone = make(12, 2)
-    with torch.no_grad():
-        u, _, v = torch.linalg.svd(backbone.patch_weight.flatten(1))
-        backbone.patch_weight.copy_((u * torch.logspace(0, -6, 12, dtype=torch.float64) @ v).view(12, 3, 2, 2))
-    projection, change = Projection.of(backbone), 0.1 * torch.randn(16, 12, dtype=torch.float64)
+    projection, change = Projection.of(make_ill_conditioned()), 0.1 * torch.randn(16, 12, dtype=torch.float64)
     exact, picture = projection.undo(change), projection.undo(change, picture=True)
     assert exact.abs().max() > 10
     assert projection.left_over(change, picture) < min(1, 0.5 * projection.left_over(change, exact))
