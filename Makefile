@@ -76,13 +76,13 @@ load: $(STAMP)  ## a host under load, batching against batch size 1, hostile cli
 	$(PY) bench/load_serve.py
 
 demo: $(STAMP)  ## adapt a real CLIP ViT-B/16 to real images and write an HTML report (minutes)
-	$(PY) -m fastprompt.report.demo
+	$(PY) experiments/demo.py
 
 table: $(STAMP)  ## every method, three seeds (hours; resumable)
-	$(PY) -m fastprompt.report.table
+	$(PY) experiments/table.py
 
 pixels: $(STAMP)  ## prompts as pixels, two data sets, three seeds, before and after PNG (hours; resumable)
-	$(PY) -m fastprompt.report.pixels
+	$(PY) experiments/pixels.py
 
 bench: $(STAMP)  ## timings of the ops and the end-to-end jobs
 	$(VENV)/bin/pytest bench --benchmark-only
@@ -99,7 +99,7 @@ cost: $(STAMP)  ## FLOPs, saved bytes and dispatches by formula and as measured,
 	OMP_NUM_THREADS=1 $(PY) bench/cost.py
 
 kernels-report: $(STAMP)  ## compile every Triton kernel for every part and write results/kernels.md (minutes, no GPU)
-	OMP_NUM_THREADS=1 $(PY) bench/gates/report.py
+	OMP_NUM_THREADS=1 $(PY) tests/kernels/gates/report.py
 
 gpu: $(STAMP)  ## on a GPU: parity, determinism and speed of every op and of CUDA graphs, into results/gpu.json and the README
 	began=$$(date +%s) && $(VENV)/bin/pytest -q tests/engine/test_cuda_graph.py -k OnTheDevice && \

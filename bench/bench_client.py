@@ -15,7 +15,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import fastprompt as fp
-from fastprompt.rgb.export import export_client
+from fastprompt.pixels.export import export_client
 from fastprompt_client import Client
 from fastprompt_client.pictures import png
 

@@ -1,4 +1,4 @@
-"""The formulas of `fastprompt.report.cost` beside what runs: `make cost` writes results/cost.md.
+"""The formulas of `fastprompt.cost` beside what runs: `make cost` writes results/cost.md.
 
 * FLOPs: torch's FlopCounterMode. Matrix products and convolutions count, two for a multiplication and its addition;
   norms, activations, softmax and sums do not. The CPU's fused attention and grouped convolutions, which torch does not
@@ -30,9 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastprompt as fp
+from fastprompt.cost import GRAPHS, Cost, cost
 from fastprompt.files import atomic_write
 from fastprompt.generators import PromptConfig
-from fastprompt.report.cost import GRAPHS, Cost, cost
 
 aten: Any = torch.ops.aten
 
@@ -231,7 +231,7 @@ HEAD = """# Cost by formula and as measured
 class token, batch {batch}, one thread, PyTorch {torch} on a CPU. PGN has a library of 256 tokens; half of V²APT's
 prompts are instance prompts; only VAPT has dropout, as by default.
 
-Each cell is formula / measured (ratio), by `fastprompt.report.cost` and `bench/cost.py`. FLOPs are those of matrix
+Each cell is formula / measured (ratio), by `fastprompt.cost` and `bench/cost.py`. FLOPs are those of matrix
 products and convolutions, two for a multiplication and its addition. Saved bytes: what live allocations grow by during
 the forward of a training step. Dispatches: ATen calls without views, of one call with the whole batch. Graphs:
 `papers` is `reference_forward`, `rewritten` is `forward`, `recompute` the same with `set_grad_checkpointing()`, which

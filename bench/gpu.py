@@ -39,7 +39,7 @@ import triton
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench" / "gates"))
+sys.path.insert(0, str(ROOT / "tests" / "kernels" / "gates"))
 
 from parity import compare, cotangents_of, drawn  # noqa: E402
 from spec import Case, Inputs, cast, load_spec  # noqa: E402

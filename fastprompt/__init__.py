@@ -42,8 +42,8 @@ if TYPE_CHECKING:  # what `__getattr__` below finds at run time
     from fastprompt.kernels.dispatch import use_backend as use_backend
     from fastprompt.model import PromptedViT as PromptedViT
     from fastprompt.official import load_official as load_official
-    from fastprompt.rgb.export import export_client as export_client
-    from fastprompt.rgb.prompts import RGBPrompts as RGBPrompts
+    from fastprompt.pixels.export import export_client as export_client
+    from fastprompt.pixels.prompts import RGBPrompts as RGBPrompts
     from fastprompt.train.evaluate import evaluate as evaluate
     from fastprompt.train.fit import (
         FitResult as FitResult,
@@ -69,8 +69,8 @@ _PUBLIC = {
     "PGNConfig": "fastprompt.generators",
     "RGBPGN": "fastprompt.generators",
     "RGBPGNConfig": "fastprompt.generators",
-    "RGBPrompts": "fastprompt.rgb.prompts",
-    "export_client": "fastprompt.rgb.export",
+    "RGBPrompts": "fastprompt.pixels.prompts",
+    "export_client": "fastprompt.pixels.export",
     "V2APT": "fastprompt.generators",
     "V2APTConfig": "fastprompt.generators",
     "VAPT": "fastprompt.generators",

@@ -5,23 +5,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import hashlib
 import itertools
-import json
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
-import fastprompt
-from fastprompt.files import atomic_write_many
+from fastprompt.adapters import check_backbone, head_from, read_adapter, write_adapter
 from fastprompt.generators import (
     FullFineTuneConfig,
     PGNConfig,
@@ -31,13 +24,10 @@ from fastprompt.generators import (
     config_from_dict,
 )
 from fastprompt.generators.base import Draws
-from fastprompt.heads import CLIP_LOGIT_SCALE, Head, PrototypeHead, TextHead, build_head
+from fastprompt.heads import CLIP_LOGIT_SCALE, Head, build_head
 from fastprompt.vit import FrozenSwin, FrozenViT, forward, reference, swin_forward, swin_reference
 from fastprompt.vit.forward import Prefix
 from fastprompt.vit.reference import READOUTS
-
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_FORMAT = 1
 
 
 class PromptedViT(nn.Module):
@@ -324,18 +314,15 @@ class PromptedViT(nn.Module):
         """
         backbone = self.backbone
         config = {
-            "format": _FORMAT, "fastprompt_version": fastprompt.__version__, "method": self.config.to_dict(),
-            "num_classes": self.num_classes, "head": None if self.head is None else self.head.describe(),
+            "method": self.config.to_dict(), "num_classes": self.num_classes,
+            "head": None if self.head is None else self.head.describe(),
             "readout": self.readout, "class_names": self.class_names,
             "backbone": {"name": backbone.spec.name, "fingerprint": backbone.fingerprint,
                          "image_size": list(backbone.image_size), "patch_size": backbone.patch_size,
                          "width": backbone.width, "depth": backbone.depth, "mean": list(backbone.mean),
                          "std": list(backbone.std)},
         }
-        tensors = {k: v.detach().cpu().contiguous() for k, v in self.adapter_state_dict().items()}
-        metadata = {"format": "pt", "sha256": _data_digest(tensors_to_bytes(tensors))}
-        atomic_write_many(directory, {WEIGHTS_FILE: tensors_to_bytes(tensors, metadata),
-                                      CONFIG_FILE: json.dumps(config, indent=2) + "\n"})
+        write_adapter(directory, config, self.adapter_state_dict())
 
     @classmethod
     def from_pretrained(cls, backbone: FrozenViT, directory: str | os.PathLike[str]) -> PromptedViT:
@@ -349,17 +336,10 @@ class PromptedViT(nn.Module):
         if not isinstance(backbone, FrozenViT):
             raise TypeError(f"backbone must be a FrozenViT, got {type(backbone).__name__}")
         config, state = read_adapter(directory)
-        stored = config["backbone"]
-        if backbone.fingerprint != stored["fingerprint"]:
-            raise ValueError(
-                f"the adapter in {directory} was trained on another backbone: {stored['name']} at "
-                f"{'x'.join(map(str, stored['image_size']))} px, fingerprint {stored['fingerprint'][:12]}; this one is "
-                f"{backbone.spec.name} at {'x'.join(map(str, backbone.image_size))} px, fingerprint "
-                f"{backbone.fingerprint[:12]}")
-        warn_of_other_pixels(f"the adapter in {directory}", stored, backbone)
+        check_backbone(f"the adapter in {directory}", config["backbone"], backbone)
         try:
             info, num_classes = config["head"], config["num_classes"]
-            head: str | Head = "linear" if info is None else _head_from(info, backbone, num_classes, state)
+            head: str | Head = "linear" if info is None else head_from(info, backbone, num_classes, state)
             method = config_from_dict(config["method"])
             if isinstance(method, PGNConfig):
                 method = dataclasses.replace(method, pretrained_trunk=False)  # its weights are in the file
@@ -372,15 +352,6 @@ class PromptedViT(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.config}, num_classes={self.num_classes}, readout={self.readout!r}"
-
-
-def warn_of_other_pixels(who: str, trained: Mapping[str, Any], backbone: FrozenViT) -> None:
-    """Warn where an adapter trained with another "mean" and "std" than those by which `backbone` normalises."""
-    ours = {"mean": list(backbone.mean), "std": list(backbone.std)}
-    theirs = {key: None if trained.get(key) is None else list(trained[key]) for key in ours}
-    if ours != theirs:
-        warnings.warn(f"{who} was trained on images normalised with {theirs}, this backbone normalises raw (uint8) "
-                      f"ones with {ours}", stacklevel=3)
 
 
 def check_readout(backbone: FrozenViT, generator: PromptGenerator | None, readout: str | None) -> str:
@@ -397,55 +368,3 @@ def check_readout(backbone: FrozenViT, generator: PromptGenerator | None, readou
     if "prompts" in readout and not prompted:
         raise ValueError(f"readout {readout!r} needs prompt tokens; this method has none")
     return readout
-
-
-def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of an adapter directory.
-
-    Raises:
-        FileNotFoundError: a file is missing. ValueError: a file is corrupted or of an unknown format.
-    """
-    directory = Path(directory)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory} is no adapter: {name} is missing")
-    try:
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{directory / CONFIG_FILE} is corrupted: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != _FORMAT:
-        raise ValueError(f"{directory / CONFIG_FILE} is not an adapter configuration of format {_FORMAT}")
-    keys = {"format", "fastprompt_version", "method", "num_classes", "head", "readout", "class_names", "backbone"}
-    if set(config) != keys:
-        raise ValueError(f"{directory / CONFIG_FILE}: missing keys {sorted(keys - set(config))}, "
-                         f"unknown keys {sorted(set(config) - keys)}")
-    stored = config["backbone"]
-    for key, kind in (("name", str), ("fingerprint", str), ("image_size", list)):
-        if not isinstance(stored, dict) or not isinstance(stored.get(key), kind):
-            raise ValueError(f"{directory / CONFIG_FILE} is corrupted: backbone lacks {key}")
-    try:
-        with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}
-            digest = (file.metadata() or {}).get("sha256")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{directory / WEIGHTS_FILE} is corrupted: {error}") from error
-    if digest is not None and digest != _data_digest((directory / WEIGHTS_FILE).read_bytes()):
-        raise ValueError(f"{directory / WEIGHTS_FILE} is corrupted: its tensors are not those that were saved (sha256)")
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{directory / WEIGHTS_FILE}: {name} contains NaN or infinite values")
-    return config, state
-
-
-def _data_digest(content: bytes) -> str:
-    """sha256 of the tensors' bytes in a safetensors file, which follow a header of the length its first 8 bytes say."""
-    return hashlib.sha256(memoryview(content)[8 + int.from_bytes(content[:8], "little"):]).hexdigest()
-
-
-def _head_from(info: Mapping[str, Any], backbone: FrozenViT, num_classes: int, state: Mapping[str, Tensor]) -> Head:
-    if info["kind"] == "text":
-        return TextHead(state["head.class_embeddings"], backbone, info["logit_scale"])
-    if info["kind"] == "prototypes":
-        return PrototypeHead(state["head.prototypes"], [(state[f"head.weight{i}"], state[f"head.bias{i}"])
-                                                        for i in range(info["num_layers"])])
-    return build_head(info["kind"], backbone, num_classes)

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / "tests" / "data"
+DATA = ROOT / "tests" / "golden"
 
 # PyTorch's MKL sums in one order wherever memory lies, on every CPU: without it the last bits, and how close PyTorch
 # comes to float64, are those of the processor. Processes that tests start inherit it.
@@ -96,7 +96,7 @@ def tiny_images() -> Tensor:
 
 @pytest.fixture
 def golden() -> Callable[[str], dict[str, Tensor]]:
-    """Loader of `tests/data/<name>.safetensors`, the outputs of the authors' published modules."""
+    """Loader of `tests/golden/<name>.safetensors`, the outputs of the authors' published modules."""
     return lambda name: load_file(DATA / f"{name}.safetensors")
 
 

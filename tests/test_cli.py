@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 import fastprompt as fp
 import fastprompt.train.fit as fit_module
 from fastprompt.cli import main
+from fastprompt.cost import Sizes, cost
 from fastprompt.generators import VPTConfig
-from fastprompt.report.cost import Sizes, cost
-from fastprompt.report.runs import backbone_at
+from fastprompt.runs.execute import backbone_at
 
 COLOURS = {"blue": (0, 0, 200), "green": (0, 200, 0), "red": (200, 0, 0)}
 

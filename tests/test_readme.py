@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from fastprompt.report.table import bracket
+from table import bracket
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,12 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py"))
 MODULES = sorted(
     path.relative_to(ROOT)
-    for folder in ("fastprompt", "kernels", "client", "bench", "tests")
+    for folder in ("fastprompt", "kernels", "client", "bench", "experiments", "tests")
     for path in (ROOT / folder).rglob("*.py")
     if not (folder == "fastprompt" and "kernels" in path.parts)
 )
-LAYERS = [{"fetch", "files"}, {"vit", "kernels"}, {"generators"}, {"heads"}, {"model"}, {"official"}]
-LAYERS += [{"train", "engine", "rgb", "report", "data"}, {"serve"}, {"cli", "__main__"}]
+LAYERS = [{"fetch", "files"}, {"vit", "kernels"}, {"generators"}, {"heads"}, {"adapters"}, {"model"}]
+LAYERS += [{"official", "cost"}, {"train", "engine", "pixels", "data"}, {"analysis", "report"}, {"runs"}]
+LAYERS += [{"serve"}, {"cli", "__main__"}]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 

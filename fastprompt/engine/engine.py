@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprompt.adapters import warn_of_other_pixels
 from fastprompt.engine import mixed
 from fastprompt.engine.backends import BACKENDS, Run
 from fastprompt.generators import LinearProbeConfig
-from fastprompt.model import PromptedViT, warn_of_other_pixels
+from fastprompt.model import PromptedViT
 from fastprompt.vit import FrozenViT
 from fastprompt.vit.linear import bfloat16_is_fast, pack
 

@@ -77,7 +77,7 @@ class RGBPGN(PGN):
     The same trunk and mixture as `PGN`; what is mixed are pixels, in [0, 1] and so for every image, and the frozen
     patch embedding makes tokens of them: token = W norm(patch) + b. Nothing has to be inverted afterwards: what
     training saw, 8-bit rounding and placement included, is what a host sees that gets the picture. (The paper inverts
-    a library of tokens, which `fastprompt.rgb` does where W allows it.)
+    a library of tokens, which `fastprompt.pixels` does where W allows it.)
 
     `generator(images)` (B, 3, H, W), normalised → prompted images (B, 3, H', W), normalised, or with placement "latent"
     prompt tokens (B, K, D). `patches(images)` → (B, K, 3, p, p) pixels in [0, 1].

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastprompt.report import plots
-from fastprompt.report.runs import read_json
+from fastprompt.runs.directory import read_json
 
 STYLE = """
 :root {

@@ -128,7 +128,7 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[s
 def library_tokens(usage: Mapping[str, Any], title: str = "", top: int = 24) -> bytes:
     """The most used tokens of a PGN's library and how use is spread over the whole library.
 
-    `usage` is what `fastprompt.report.runs.library_usage` returns: `mean_weight` (M,), `effective_tokens`,
+    `usage` is what `fastprompt.analysis.library.library_usage` returns: `mean_weight` (M,), `effective_tokens`,
     `effective_library`.
     """
     weights = list(usage["mean_weight"])

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastprompt.adapters import read_adapter
 from fastprompt.engine.engine import Engine
-from fastprompt.model import PromptedViT, read_adapter
-from fastprompt.report.runs import adapter_dir, backbone_at, read_settings
+from fastprompt.model import PromptedViT
+from fastprompt.runs.directory import adapter_dir, read_settings
+from fastprompt.runs.execute import backbone_at
 from fastprompt.serve.protocol import Catalogue, Refused, Work
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import fastprompt as fp
-from fastprompt.rgb.export import export_client, host_features
+from fastprompt.pixels.export import export_client, host_features
 
 
 def make_backbone(width: int = 48, seed: int = 0) -> fp.FrozenViT:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import fastprompt as fp
-from fastprompt.rgb.export import export_client
+from fastprompt.pixels.export import export_client
 from fastprompt_client import Client
 
 PAGE, MODULES = os.environ.get("FASTPROMPT_PAGE"), os.environ.get("FASTPROMPT_NODE_MODULES")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 import fastprompt as fp
-from fastprompt.rgb.export import export_client
+from fastprompt.pixels.export import export_client
 from fastprompt_client import Client, HostError, HostMismatch
 
 
@@ -46,7 +46,7 @@ def test_client_and_host_together_are_the_model(model: fp.PromptedViT, host: Any
     with torch.no_grad():
         expected = model.backbone  # the same prediction as the model that training validated
         pictures = fp.RGBPrompts(model).pictures(torch.from_numpy(images).permute(0, 3, 1, 2))
-        from fastprompt.rgb.export import host_features
+        from fastprompt.pixels.export import host_features
 
         features = torch.stack([host_features(expected, expected.normalise(p[None]), "cls") for p in pictures])
         logits = model.head(features)

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import fastprompt as fp
 from fastprompt.data.images import FORMATS, LARGEST_COVER, to_rgb, to_tensor
-from fastprompt.rgb.export import export_client
+from fastprompt.pixels.export import export_client
 from fastprompt_client import Client, pictures
 
 

@@ -1,4 +1,4 @@
-"""Runs the gates of `bench/gates` in processes of their own: Triton's interpreter and its compiler do not share one."""
+"""Run the gates in processes of their own: Triton's interpreter and its compiler do not share one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @functools.cache
 def run_gate(script: str, op: str) -> dict[str, Any]:
     environment = {**os.environ, "TRITON_INTERPRET": "0" if script == "compile" else "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "bench" / "gates" / f"{script}.py"), op]
+    command = [sys.executable, str(ROOT / "tests" / "kernels" / "gates" / f"{script}.py"), op]
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-4000:]
     return json.loads(ran.stdout)

@@ -18,7 +18,7 @@ OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/triton.py")
 TIMES = {"triton", "eager", "compile, default", "compile, reduce-overhead", "compile, max-autotune"}
 BROKEN = """
 import sys, tempfile
-sys.path[:0] = ["bench", "bench/gates", "."]
+sys.path[:0] = ["bench", "tests/kernels/gates", "."]
 import gpu, mutate
 from pathlib import Path
 from spec import load_spec

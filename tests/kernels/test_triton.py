@@ -1,6 +1,6 @@
 """Every Triton kernel, without a GPU: interpreted, compiled for five parts, its bytes counted, its source broken.
 
-The machinery is in `bench/gates`, with what it knows of each op; see `bench/gates/spec.py`.
+The machinery is in `tests/kernels/gates`, with what it knows of each op; see `tests/kernels/gates/spec.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 ROOT = Path(__file__).resolve().parents[2]
-GATES = ROOT / "bench" / "gates"
+GATES = ROOT / "tests" / "kernels" / "gates"
 OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/triton.py"))
 PARTS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
 

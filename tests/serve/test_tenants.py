@@ -163,7 +163,8 @@ def test_a_request_that_fails_takes_no_other_with_it(place: Path, caplog: pytest
 
 def test_backbone_and_size_come_from_the_first_adapter(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                                                        ) -> None:
-    from fastprompt.report.runs import RunSettings, write_json
+    from fastprompt.runs.directory import write_json
+    from fastprompt.runs.settings import RunSettings
     from fastprompt.serve import tenants
 
     asked: list[Any] = []

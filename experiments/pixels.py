@@ -1,0 +1,260 @@
+"""Prompts as pixels on a real backbone, over data sets and seeds: `python experiments/pixels.py`, `make pixels`.
+
+On each data set every row of `experiments/table.py` that has to do with pixels runs with the table's protocol: the
+linear probe, PGN with as many prompts as the pixel rows have, PGN as small as the published border, PGN in pixels with
+either placement, and the pixel border. Then each run's test images are classified again as a host would see them:
+
+* in pixels: the prompted image in floats, as it leaves the client;
+* as a PNG: rounded to 8 bits, written to a PNG file, read again, and given to the frozen backbone as bytes.
+
+For a PGN that was trained on tokens the library is inverted first (`fp.RGBPrompts.invert`, placement "extend"): once
+to pixels of any range, once to patches that are pictures. What came out is kept in each run's `pictures.json`; a
+finished part is not run again. A run whose adapter is gone before its pictures were classified is made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import shutil
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import table
+
+from fastprompt.runs.directory import read_json, write_json
+from fastprompt.runs.settings import RunSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastprompt.model import PromptedViT
+
+ROWS = ("linear", "pgn-14", "pgn-small", "rgb-extend", "rgb-replace", "pixel")
+DATA: dict[str, dict[str, Any]] = {
+    "fashion-mnist": {"augment": "flip", "num_train": 800, "num_val": 200, "num_test": 2000},
+    "mnist5k": {"augment": "none", "num_train": 320, "num_val": 80, "num_test": 500},  # a digit in a mirror is none
+}
+"""Settings beside those that all data sets share."""
+EPOCHS = 6
+
+
+def plan_of(data: str, out: Path, seeds: Sequence[int]) -> table.Plan:
+    """The runs on one data set; those on Fashion-MNIST are shared with `make table`."""
+    base = RunSettings(method="pgn", data=data, backbone="clip-vit-b16", image_size=112,
+                       recipe={**table.RECIPE, "epochs": EPOCHS}, **DATA[data])
+    return table.Plan(base, ROWS, tuple(seeds), None, out)
+
+
+def through_png(pictures: Tensor) -> Tensor:
+    """uint8 pictures (B, 3, H, W) → what a host reads from their PNG files, uint8 (B, 3, H, W)."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    read = []
+    for picture in pictures:
+        file = io.BytesIO()
+        Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
+        with Image.open(file) as image:
+            read.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    return torch.stack(read)
+
+
+def in_pixels(model: PromptedViT) -> tuple[PromptedViT, PromptedViT]:
+    """A model and the same again, for prompted images in floats and for such as become PNG files."""
+    import copy
+
+    from fastprompt.generators import PGN
+    from fastprompt.generators.rgb_pgn import RGBPGN
+    from fastprompt.pixels.prompts import RGBPrompts
+
+    if isinstance(model.generator, PGN) and not isinstance(model.generator, RGBPGN):
+        return RGBPrompts.invert(model, "extend").eval(), RGBPrompts.invert(model, "extend", picture=True).eval()
+    floats = copy.deepcopy(model, {id(model.backbone): model.backbone})
+    if isinstance(floats.generator, RGBPGN):
+        floats.generator.config = dataclasses.replace(floats.generator.config, round_pixels=False)
+    return floats.eval(), model.eval()
+
+
+def classify_pictures(model: PromptedViT, dataset: Any, batch_size: int = 50) -> dict[str, list[int]]:
+    """Predictions for the images of a data set from floats and from PNG files, by the frozen backbone and the head."""
+    import torch
+
+    from fastprompt.pixels.prompts import RGBPrompts
+
+    floats, pictures = (RGBPrompts(each) for each in in_pixels(model))
+    backbone = model.backbone
+    found: dict[str, list[int]] = {"float": [], "png": []}
+    with torch.inference_mode():
+        for start in range(0, len(dataset), batch_size):
+            images = torch.stack([dataset[i][0] for i in range(start, min(start + batch_size, len(dataset)))])
+            seen = {"float": floats(images), "png": through_png(pictures.pictures(images))}
+            for kind, prompted in seen.items():
+                features = host(backbone, prompted, model.readout)
+                found[kind] += pictures.classify(features.float()).argmax(-1).tolist()
+    return found
+
+
+def host(backbone: Any, images: Tensor, readout: str) -> Tensor:
+    """(B, D): what a frozen ViT without any prompt makes of the images."""
+    from fastprompt.generators import LinearProbeConfig
+    from fastprompt.model import PromptedViT
+
+    return PromptedViT(backbone.any_size(), LinearProbeConfig(), readout=readout).eval()(images)
+
+
+def classify_run(directory: Path) -> None:
+    """Write a finished run's `pictures.json`, if it has none.
+
+    Raises:
+        FileNotFoundError: the run's adapter is not there.
+    """
+    from fastprompt.runs.execute import backbone_at, load_best, load_run_data
+    from fastprompt.train.recipes import Recipe
+
+    if (directory / "pictures.json").exists():
+        return
+    settings, results = RunSettings.from_dict(read_json(directory / "run.json")), read_json(directory / "results.json")
+    backbone = backbone_at(settings.backbone, settings.image_size)
+    model = load_best(backbone, directory, Recipe(**results["recipe"]))
+    write_json(directory / "pictures.json", classify_pictures(model, load_run_data(settings, 112).test))
+
+
+def forget_lost_adapters(plan: table.Plan) -> None:
+    """Remove finished runs that have neither `pictures.json` nor the adapter it is made with."""
+    for method in ROWS[1:]:
+        for lr in table.choose_lr(plan, method) or ():
+            for seed in plan.seeds:
+                directory = table.Job(method, lr, seed, True).directory(plan.out)
+                parts = {part.name for part in directory.glob("*")}
+                if "results.json" in parts and not parts & {"pictures.json", "best"}:
+                    print(f"run again   {directory}: its adapter is gone", flush=True)
+                    shutil.rmtree(directory)
+
+
+def rows_of(plan: table.Plan) -> list[dict[str, Any]]:
+    """One data set's rows: those of the table, and accuracies in floats and as PNG where there are pictures."""
+    found = table.aggregate(plan, ROWS)
+    runs = {row["method"]: table.tested_runs(plan, row["method"], row["lr"]) for row in found["rows"]}
+    for row in found["rows"]:
+        own = runs[row["method"]]
+        latent, border = runs.get("pgn-14"), runs.get("pixel")
+        row["as_trained"] = row.pop("difference_to_probe")
+        row["pictures"] = {}
+        for kind in ("float", "png"):
+            seen = {}
+            for seed, run in own.items():
+                file = table.Job(row["method"], row["lr"], seed, True).directory(plan.out) / "pictures.json"
+                if file.exists():
+                    seen[seed] = {"test": {"labels": run["test"]["labels"], "predictions": read_json(file)[kind]}}
+            if seen:
+                row["pictures"][kind] = summarised(seen, own, latent, border)
+    return found["rows"]
+
+
+def summarised(seen: Mapping[int, Mapping[str, Any]], trained: Mapping[int, Mapping[str, Any]],
+               latent: Mapping[int, Mapping[str, Any]] | None, border: Mapping[int, Mapping[str, Any]] | None
+               ) -> dict[str, Any]:
+    """Accuracy over seeds of predictions from pictures, and how they differ from those of the test as trained, from
+    PGN on tokens and from the border.
+    """
+    import statistics
+
+    accuracies = [statistics.fmean(table.correct(run)) for run in seen.values()]
+    changed = [sum(p != q for p, q in zip(seen[seed]["test"]["predictions"], trained[seed]["test"]["predictions"],
+                                          strict=True)) for seed in seen]
+    return {"accuracy": statistics.fmean(accuracies), "interval": table.seed_interval(accuracies), "changed": changed,
+            "to_latent": None if latent is None else table.difference_to(seen, latent),
+            "to_border": None if border is None else table.difference_to(seen, border)}
+
+
+def markdown(rows: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int]) -> str:
+    """The tables of all data sets."""
+    lines = ["# Prompts as pixels: clip-vit-b16 at 112 px", "",
+             f"`make pixels`: {EPOCHS} epochs, batch 16, seeds {', '.join(map(str, seeds))}; the protocol is that of "
+             "table.md. \"As trained\" is the test that the run made itself, "
+             "\"floats\" the prompted images in floats before any rounding, \"PNG\" after writing them to "
+             "8-bit files and reading them again, by the backbone in bfloat16; a PGN of tokens is inverted for both "
+             "(its pixels reach some hundreds, of which bfloat16 keeps too little). The last two columns are "
+             "differences of the PNG's accuracy, in points, with 95 % intervals over test images and over seeds. "
+             "\"Changed\" counts the predictions that differ between PNG and test as trained, of the seeds that were "
+             "classified as pictures: those whose adapters were at hand.", ""]
+    for data, of_data in rows.items():
+        settings = DATA[data]
+        lines += [f"## {data}: {settings['num_train']} training, {settings['num_val']} validation and "
+                  f"{settings['num_test']:,} test images", "",
+                  "| Row | Trained parameters | of these prompts | Learning rate | As trained | Floats | PNG | Changed "
+                  "| PNG − PGN on tokens | PNG − pixel border |", "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
+        for row in sorted(of_data, key=lambda row: -row["test_accuracy"]):
+            png, floats = row["pictures"].get("png"), row["pictures"].get("float")
+            cells = [row["title"], f"{row['trained_parameters']['total']:,}",
+                     f"{row['trained_parameters']['generator']:,}", "–" if row["lr"] is None else f"{row['lr']:g}",
+                     accuracy(row["test_accuracy"], row["test_interval_over_seeds"]),
+                     *("–" if each is None else accuracy(each["accuracy"], each["interval"]) for each in (floats, png)),
+                     "–" if png is None else f"{sum(png['changed'])} of {settings['num_test'] * len(png['changed']):,}",
+                     *("–" if png is None else points(png[key]) for key in ("to_latent", "to_border"))]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def accuracy(value: float, half: float | None) -> str:
+    """An accuracy with its interval over seeds."""
+    return f"{value:.4f}" + ("" if half is None else f" ± {half:.4f}")
+
+
+def points(difference: Mapping[str, Any] | None) -> str:
+    """A difference of accuracies in points, with its intervals."""
+    if difference is None:
+        return "–"
+    intervals = [difference["image_interval"], difference["seed_interval"]]
+    brackets = " ".join("–" if i is None else f"[{100 * i[0]:+.1f}, {100 * i[1]:+.1f}]" for i in intervals)
+    return f"{100 * difference['mean']:+.1f} {brackets}"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    p = argparse.ArgumentParser(prog="experiments/pixels.py", description=(__doc__ or "").split("\n")[0])
+    p.add_argument("--data", nargs="+", default=list(DATA), choices=list(DATA))
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    p.add_argument("--workers", type=int, default=2, help="runs side by side, of one thread each")
+    p.add_argument("--out", type=Path, default=Path("results"), help="where runs and tables go")
+    p.add_argument("--tables-only", action="store_true", help="write the tables of what was run, run nothing")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing and write pixels.md and pixels.json; 1 where a run failed, 130 after Ctrl-C."""
+    from fastprompt.files import atomic_write
+
+    args = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    failed, rows = [], {}
+    for data in args.data:
+        plan = plan_of(data, args.out / ("runs" if data == "fashion-mnist" else f"runs-{data}"), args.seeds)
+        if not args.tables_only:
+            try:
+                table.fetch(plan.base)
+                forget_lost_adapters(plan)
+                failed += table.run_all(plan, args.workers, 1)
+                for method in ROWS[1:]:
+                    for lr in table.choose_lr(plan, method) or ():
+                        for seed in table.tested_runs(plan, method, lr):
+                            classify_run(table.Job(method, lr, seed, True).directory(plan.out))
+            except KeyboardInterrupt:
+                print("interrupted; the same command goes on from here", file=sys.stderr)
+                return 130
+        rows[data] = rows_of(plan)
+    write_json(args.out / "pixels.json", rows)
+    atomic_write(args.out / "pixels.md", markdown(rows, args.seeds))
+    print((args.out / "pixels.md").read_text(encoding="utf-8"))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What a trained generator does: the papers' figures as functions."""

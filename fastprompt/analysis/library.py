@@ -1,0 +1,52 @@
+"""How a PGN uses its token library."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastprompt.model import PromptedViT
+
+
+def library_usage(model: PromptedViT, dataset: Any, batch_size: int = 64) -> dict[str, Any]:
+    """How a PGN uses its library over a data set.
+
+    `mean_weight` (M,) is each token's mixture weight averaged over images and prompts. `entropy` (nats) is
+    the mean entropy of one mixture and `effective_tokens` = exp(entropy) the number of tokens one prompt is
+    made of; `effective_library` is the same of `mean_weight`: the number of tokens in use over all images.
+    Sigmoid mixtures are normalised to sum to 1 first.
+    """
+    import torch
+
+    from fastprompt.generators import PGN
+
+    if not isinstance(model.generator, PGN):
+        raise TypeError(f"model: only a PGN has a library, this one has {type(model.generator).__name__}")
+    was_training = model.training
+    model.eval()
+    total: torch.Tensor | None = None
+    entropy, mixtures = 0.0, 0
+    with torch.inference_mode():
+        for start in range(0, len(dataset), batch_size):
+            images = torch.stack([dataset[i][0] for i in range(start, min(start + batch_size, len(dataset)))])
+            pixels = model.backbone.normalise(images.to(model.backbone.device)).float()
+            weights = model.generator.mixture(pixels).double()  # (B, K, M)
+            weights = weights / weights.sum(-1, keepdim=True)
+            entropy += float(-(weights * weights.clamp_min(1e-300).log()).sum())
+            mixtures += weights.shape[0] * weights.shape[1]
+            batch_total = weights.sum((0, 1))
+            total = batch_total if total is None else total + batch_total
+    model.train(was_training)
+    if total is None:
+        raise ValueError("dataset: is empty, library usage needs at least one image")
+    mean_weight = total / mixtures  # (M,)
+    spread = float(-(mean_weight * mean_weight.clamp_min(1e-300).log()).sum())
+    return {
+        "mean_weight": [float(w) for w in mean_weight],
+        "entropy": entropy / mixtures,
+        "effective_tokens": float(torch.tensor(entropy / mixtures).exp()),
+        "effective_library": float(torch.tensor(spread).exp()),
+        "num_images": len(dataset),
+    }

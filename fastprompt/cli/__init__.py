@@ -1,0 +1,11 @@
+"""The command line: `fastprompt adapt | eval | predict | export | serve | info | report`, a thin shell over the API.
+
+Exit codes: 0 done, 1 failed while working (disk, network, training that diverged), 2 wrong input, 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+from fastprompt.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,128 @@
+"""`fastprompt adapt`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from fastprompt.cli.options import RECIPE_FLAGS, KeyValues, absolute, method_options, set_threads
+from fastprompt.runs.methods import METHODS
+from fastprompt.runs.settings import RunSettings
+
+
+@dataclass
+class Adapt:
+    """Adapt a frozen backbone to a data set and write a run directory.
+
+    The same command goes on where an interrupted run stopped. The test split is read only with --test, once,
+    at the end.
+    """
+
+    data: str
+    """Image folder, torchvision data set, mnist5k or fashion-mnist."""
+    out: Path
+    """Run directory: adapter, log, results."""
+    method: Literal[tuple(METHODS)] = "pgn"  # type: ignore[valid-type]
+    """What trains."""
+    backbone: str = "clip-vit-b16"
+    """clip-vit-b16, vit-s14 or any timm name."""
+    image_size: int | None = None
+    """Side in pixels; the backbone's own if not given."""
+    num_prompts: int | None = None
+    """Prompts, short for --set num_prompts=..."""
+    set: KeyValues = field(default_factory=list)
+    """Options of the method: --set library_size=128 kernel=3"""
+    epochs: int | None = None
+    """Passes over the training images."""
+    batch_size: int | None = None
+    """Images per step."""
+    lr: float | None = None
+    """Peak learning rate; the method's own if not given."""
+    head_lr: float | None = None
+    """Peak learning rate of the head."""
+    weight_decay: float | None = None
+    """On tensors with two or more axes."""
+    optimizer: Literal["adamw", "sgd"] | None = None
+    """The method's own if not given, as for all of the recipe."""
+    warmup_epochs: float | None = None
+    """Epochs in which the learning rate rises."""
+    dtype: Literal["auto", "bfloat16", "float32"] | None = None
+    """Number format of the frozen backbone."""
+    seed: int | None = None
+    """Initial values, batch order, dropout."""
+    recipe: KeyValues = field(default_factory=list)
+    """Other fields of the recipe: --recipe label_smoothing=0.1"""
+    num_train: int | None = None
+    """Training images; all that are left if not given."""
+    num_val: int | None = None
+    """Validation images."""
+    num_test: int | None = None
+    """Test images; all if not given."""
+    data_seed: int = 0
+    """Seed of the train/validation/test split."""
+    data_root: Path | None = None
+    """Where torchvision sets are kept."""
+    augment: str = "none"
+    """Of training images: none, flip, crop or pgn."""
+    on_bad: Literal["error", "skip"] = "error"
+    """What to do about image files that cannot be read."""
+    head: Literal["linear", "text", "label_map", "prototypes"] = "linear"
+    """How features become classes."""
+    class_embeddings: Path | None = None
+    """(classes, width) array in a .npy file for --head text or prototypes."""
+    readout: str | None = None
+    """cls, patches, patches+prompts, prompts or map; the backbone's own if not given."""
+    test: bool = False
+    """Evaluate once on the test split after training."""
+    resume: bool = True
+    """Go on with what is in --out; --no-resume starts over."""
+    progress: bool = True
+    """Progress bar on standard error."""
+    threads: int | None = None
+    """Processor threads; all cores if not given."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def adapt_settings(command: Adapt) -> RunSettings:
+    """The flags as settings. A recipe field given both as a flag and in --recipe is an error."""
+    from fastprompt.runs.settings import parse_options
+
+    recipe = parse_options(command.recipe, "--recipe")
+    for name in RECIPE_FLAGS:
+        value = getattr(command, name)
+        if value is not None:
+            if name in recipe:
+                raise ValueError(f"--{name.replace('_', '-')}: is given in --recipe as well")
+            recipe[name] = value
+    return RunSettings(
+        method=command.method,
+        data=absolute(command.data),
+        backbone=command.backbone,
+        options=method_options(command),
+        recipe=recipe,
+        image_size=command.image_size,
+        data_root=None if command.data_root is None else absolute(command.data_root),
+        num_train=command.num_train,
+        num_val=command.num_val,
+        num_test=command.num_test,
+        data_seed=command.data_seed,
+        augment=command.augment,
+        on_bad=command.on_bad,
+        head=command.head,
+        class_embeddings=None if command.class_embeddings is None else absolute(command.class_embeddings),
+        readout=command.readout,
+    )
+
+
+def adapt(command: Adapt) -> None:
+    """Run `fastprompt adapt`."""
+    from fastprompt.runs.execute import execute
+    from fastprompt.runs.tables import results_table
+
+    settings = adapt_settings(command)
+    set_threads(command.threads)
+    results = execute(settings, command.out, test=command.test, resume=command.resume, progress=command.progress)
+    print(results_table([results]))
+    print(f"\nadapter: {command.out / 'best'}\nresults: {command.out / 'results.json'}")

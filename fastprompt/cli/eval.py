@@ -1,0 +1,95 @@
+"""`fastprompt eval`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from fastprompt.cli.options import absolute, load_adapter, set_threads
+from fastprompt.cli.predict import short
+from fastprompt.runs.settings import RunSettings
+
+
+@dataclass
+class Eval:
+    """Evaluate an adapter: accuracy, mean per class, confusion matrix.
+
+    For a run directory of `adapt`, backbone, data and split are those of the run unless given. Other data are split
+    anew: how many images and with which seed is not taken from the run.
+    """
+
+    adapter: tyro.conf.Positional[Path]
+    """Adapter or run directory."""
+    data: str | None = None
+    backbone: str | None = None
+    image_size: int | None = None
+    split: Literal["val", "test", "train"] = "val"
+    num_train: int | None = None
+    num_val: int | None = None
+    num_test: int | None = None
+    data_seed: int | None = None
+    data_root: Path | None = None
+    on_bad: Literal["error", "skip"] | None = None
+    """What to do about image files that cannot be read."""
+    dtype: Literal["bfloat16", "float32"] = "float32"
+    batch_size: int = 64
+    out: Path | None = None
+    """JSON file; otherwise only a summary is printed."""
+    threads: int | None = None
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def evaluate_adapter(command: Eval) -> None:
+    """Run `fastprompt eval`."""
+    from dataclasses import replace
+
+    from fastprompt.runs.directory import read_settings, write_json
+    from fastprompt.runs.execute import evaluation_record, load_run_data, square_size
+    from fastprompt.train.evaluate import evaluate
+
+    set_threads(command.threads)
+    settings = read_settings(command.adapter)
+    if settings is None and command.data is None:
+        raise ValueError(f"--data: is needed, {command.adapter} does not say which data the adapter is for")
+    model = load_adapter(command, settings)
+    if settings is None:
+        settings = RunSettings(method="linear", data=str(command.data))
+    changed = {
+        name: getattr(command, name)
+        for name in ("data", "num_train", "num_val", "num_test", "data_seed", "on_bad")
+        if getattr(command, name) is not None
+    }
+    if command.data_root is not None:
+        changed["data_root"] = str(command.data_root)
+    if command.data is not None and absolute(command.data) != settings.data:
+        settings = RunSettings(method=settings.method, data=command.data)
+    settings = replace(settings, **changed, augment="none")
+    splits = load_run_data(settings, square_size(model.backbone))
+    names = list(splits.class_names)
+    if model.class_names is not None and list(model.class_names) != names:
+        raise ValueError(
+            f"--data: {settings.data} has the classes {short(names)}, "
+            f"the adapter was trained for {short(model.class_names)}"
+        )
+    record = evaluation_record(evaluate(model, getattr(splits, command.split), batch_size=command.batch_size))
+    record |= {
+        "adapter": str(command.adapter),
+        "split": command.split,
+        "data": splits.summary(),
+        "class_names": names,
+    }
+    print(f"{settings.data} {command.split}: {record['num_images']} images, {record['seconds']:.1f} s")
+    print(f"accuracy        {record['accuracy']:.4f}")
+    print(f"mean per class  {record['mean_per_class']:.4f}")
+    print("confusion (rows: true class, columns: predicted)")
+    width = max(len(str(n)) for row in record["confusion"] for n in row) + 1
+    label_width = min(24, max(map(len, names)))
+    for name, row in zip(names, record["confusion"], strict=True):
+        print(f"  {name[:label_width]:<{label_width}}" + "".join(f"{n:>{width}}" for n in row))
+    if command.out is not None:
+        write_json(command.out, record)
+        print(f"written: {command.out}")

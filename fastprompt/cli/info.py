@@ -1,0 +1,294 @@
+"""`fastprompt info`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from fastprompt.cli.options import KeyValues, method_options, stored_size
+from fastprompt.runs.methods import METHODS
+
+if TYPE_CHECKING:
+    from fastprompt.generators import PromptConfig
+    from fastprompt.vit.weights import FrozenViT
+
+
+@dataclass
+class Info:
+    """Show a backbone, what each method would train and cost on it, and what an adapter directory holds."""
+
+    adapter: tyro.conf.Positional[Path | None] = None
+    """Adapter or run directory."""
+    backbone: str | None = None
+    """clip-vit-b16 if neither this nor an adapter is given."""
+    image_size: int | None = None
+    method: Literal[tuple(METHODS)] | None = None  # type: ignore[valid-type]
+    """One method; all of them if not given."""
+    num_prompts: int | None = None
+    set: KeyValues = field(default_factory=list)
+    """Options of --method: --set library_size=128"""
+    num_classes: int = 10
+    cost: bool = False
+    """FLOPs, saved bytes and dispatches of each method, by formula: the papers' graph and the rewritten one."""
+    readout: str | None = None
+    """Of --cost: cls, patches, patches+prompts or prompts; the adapter's or backbone's own if not given."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of --cost: number format of the backbone."""
+    batch_size: int = 8
+    """Of --cost: images per call."""
+    rgb: bool = False
+    """Whether prompts can be pixels on this backbone: what inversion would lose at each placement, of a PGN adapter's
+    own tokens where one is given, with --num-prompts otherwise."""
+    json: bool = False
+    """Print JSON."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def info(command: Info) -> None:
+    """Print facts about a backbone, about what each method would train on it, and about an adapter."""
+    facts: dict[str, Any] = {}
+    name, image_size = command.backbone, command.image_size
+    options = method_options(command)
+    if command.method is None and (command.set or (options and not command.rgb)):
+        raise ValueError("--method: is needed with --set, or with --num-prompts without --rgb")
+    if command.batch_size < 1:
+        raise ValueError(f"--batch-size: takes a number from 1, got {command.batch_size}")
+    if command.adapter is None:
+        name = name or "clip-vit-b16"
+    else:
+        from fastprompt.runs.directory import read_settings
+
+        settings = read_settings(command.adapter)
+        name = name or (settings.backbone if settings else None)
+        facts["adapter"] = adapter_facts(command.adapter)
+        image_size = image_size or stored_size(facts["adapter"]["config"])
+    if name is not None:
+        from fastprompt.runs.execute import backbone_at
+        from fastprompt.vit.assets import ASSETS
+
+        known = command.rgb or "adapter" in facts or name in ASSETS or name.startswith("local-dir:")
+        backbone = backbone_at(name, image_size, weights=known)
+        facts["backbone"] = backbone_facts(name, backbone)
+        if not known:
+            facts["backbone"]["fingerprint"] = "not known without the weights, which info does not fetch"
+        if "adapter" in facts:
+            stored = facts["adapter"]["config"]["backbone"]["fingerprint"]
+            facts["adapter"]["fits this backbone"] = stored == backbone.fingerprint
+        configs = chosen_configs(command, facts.get("adapter"), options)
+        facts["methods"] = methods_facts(command, facts.get("adapter"), configs, backbone)
+        if command.cost:
+            facts["cost"] = cost_facts(command, facts, configs, backbone)
+        if command.rgb:
+            facts["rgb"] = rgb_facts(command, facts.get("adapter"), options, backbone)
+    elif command.cost or command.rgb:
+        flag = "--cost" if command.cost else "--rgb"
+        raise ValueError(f"--backbone: is needed with {flag}, the directory does not say which one its adapter is for")
+    print(json.dumps(facts, indent=1, ensure_ascii=False) if command.json else info_text(facts))
+
+
+def backbone_facts(name: str, backbone: FrozenViT) -> dict[str, Any]:
+    """Size, structure and normalisation of a backbone."""
+    return {
+        "name": name,
+        "architecture": backbone.spec.name,
+        "parameters": sum(p.numel() for p in backbone.parameters()),
+        "width": backbone.width,
+        "depth": backbone.depth,
+        "heads": backbone.num_heads,
+        "patch size": backbone.patch_size,
+        "image size": list(backbone.image_size),
+        "patch grid": list(backbone.grid),
+        "class and register tokens": backbone.num_prefix,
+        "mean": list(backbone.mean),
+        "std": list(backbone.std),
+        "fingerprint": backbone.fingerprint,
+    }
+
+
+def chosen_configs(
+    command: Info, adapter: dict[str, Any] | None, options: dict[str, Any]
+) -> dict[str, PromptConfig]:
+    """By name: the method asked for, else the adapter's, else all."""
+    from fastprompt.generators import config_from_dict
+    from fastprompt.runs.methods import TITLES, build_config
+
+    if command.method is not None:
+        return {TITLES[command.method]: build_config(command.method, options)}
+    if adapter is not None:
+        config = config_from_dict(adapter["config"]["method"])
+        return {config.kind: config}
+    # the other linear probe trains the same
+    return {TITLES[method]: build_config(method, {}) for method in METHODS if method != "linear-sgd"}
+
+
+def methods_facts(
+    command: Info, adapter: dict[str, Any] | None, configs: dict[str, PromptConfig], backbone: FrozenViT
+) -> dict[str, Any]:
+    """Trained parameters of each method; of several, one that does not fit the backbone is listed with the reason."""
+    stored = adapter is not None and command.method is None
+    num_classes = adapter["config"]["num_classes"] if stored and adapter else command.num_classes
+    facts: dict[str, Any] = {}
+    for title, config in configs.items():
+        try:
+            facts[title] = method_facts(config, backbone, num_classes)
+        except ValueError as error:
+            if len(configs) == 1:
+                raise
+            facts[title] = {"does not fit": str(error)}
+    return facts
+
+
+def cost_facts(
+    command: Info, facts: dict[str, Any], configs: dict[str, PromptConfig], backbone: FrozenViT
+) -> dict[str, Any]:
+    """What a forward and a training step of each method cost, by graph; of several, a reason where none is known."""
+    from fastprompt.cost import GRAPHS, READOUTS, Sizes, cost
+
+    stored = facts["adapter"]["config"] if "adapter" in facts else {}
+    readout = command.readout or stored.get("readout") or backbone.spec.pool
+    if readout not in READOUTS:
+        raise ValueError(f"--readout: takes one of {READOUTS} with --cost, got {readout!r}")
+    classes = command.num_classes if command.method is not None else stored.get("num_classes") or command.num_classes
+    sizes = Sizes.of(backbone)
+    methods: dict[str, Any] = {}
+    for title, config in configs.items():
+        if "does not fit" in facts["methods"][title]:
+            continue
+        try:
+            graphs: dict[str, Any] = {}
+            for graph in GRAPHS:
+                forward, step = (
+                    cost(sizes, config, readout, graph, training, command.dtype, command.batch_size, classes)
+                    for training in (False, True)
+                )
+                graphs[graph] = {
+                    "forward GFLOPs per image": round(forward.flops / 1e9, 4),
+                    "training GFLOPs per image": round(step.flops / 1e9, 4),
+                    "saved MiB per image": round(step.saved_bytes / 2**20, 4),
+                    "forward dispatches": forward.dispatches,
+                    "training dispatches": step.dispatches,
+                }
+            methods[title] = graphs
+        except ValueError as error:
+            if len(configs) == 1:
+                raise
+            methods[title] = {"no formula": str(error)}
+    return {"readout": readout, "dtype": command.dtype, "batch size": command.batch_size, "methods": methods}
+
+
+def method_facts(config: Any, backbone: FrozenViT, num_classes: int | None) -> dict[str, Any]:
+    """Trained parameters by our count and by the paper's formula."""
+    import fastprompt as fp
+
+    model = fp.PromptedViT(backbone, config, num_classes=num_classes)
+    return {
+        **model.num_trainable(),
+        "paper formula": model.paper_parameter_count(),
+        "options": {key: value for key, value in config.to_dict().items() if key != "kind"},
+    }
+
+
+def adapter_facts(path: Path) -> dict[str, Any]:
+    """What an adapter directory holds; the backbone is not needed."""
+    from fastprompt.adapters import WEIGHTS_FILE, read_adapter
+    from fastprompt.runs.directory import adapter_dir
+
+    directory = adapter_dir(path)
+    config, tensors = read_adapter(directory)
+    return {
+        "directory": str(directory),
+        "bytes": (directory / WEIGHTS_FILE).stat().st_size,
+        "config": config,
+        "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
+    }
+
+
+def rgb_facts(command: Info, adapter: dict[str, Any] | None, options: dict[str, Any], backbone: FrozenViT
+              ) -> dict[str, Any]:
+    """`RGBPrompts.report` as facts, of a PGN adapter's tokens or of those at the start of training."""
+    from fastprompt.adapters import read_adapter
+    from fastprompt.pixels.prompts import RGBPrompts
+
+    num_prompts, library = options.get("num_prompts"), None
+    if adapter is not None and command.method is None and adapter["config"]["method"]["kind"] == "pgn":
+        if num_prompts is not None:
+            raise ValueError("--num-prompts: the adapter's own is reported")
+        num_prompts = adapter["config"]["method"]["num_prompts"]
+        library = read_adapter(adapter["directory"])[1]["generator.library"]
+    report = RGBPrompts.report(backbone, num_prompts, library)
+    placements = [{name: None if value != value else value for name, value in found._asdict().items()}
+                  for found in report.placements]  # JSON has no NaN
+    return {**dataclasses.asdict(report), "placements": placements, "text": str(report)}
+
+
+def info_text(facts: dict[str, Any]) -> str:
+    """The facts of `info` as text."""
+    from fastprompt.runs.tables import text_table
+
+    lines: list[str] = []
+    if "adapter" in facts:
+        adapter = facts["adapter"]
+        lines += [f"Adapter {adapter['directory']} ({adapter['bytes']:,} bytes)"]
+        for key, value in adapter["config"].items():
+            lines.append(f"  {key:<20} {json.dumps(value, ensure_ascii=False)}")
+        if "fits this backbone" in adapter:
+            lines.append(f"  {'fits this backbone':<20} {'yes' if adapter['fits this backbone'] else 'NO'}")
+        lines.append("  tensors")
+        for key, shape in adapter["tensors"].items():
+            lines.append(f"    {key:<40} {' x '.join(map(str, shape)) or 'scalar'}")
+    if "backbone" in facts:
+        lines += ([""] if lines else []) + [f"Backbone {facts['backbone']['name']}"]
+        lines += [f"  {key:<26} {value}" for key, value in facts["backbone"].items() if key != "name"]
+        lines += [
+            "",
+            "Trained parameters: our count, and the generator's by the paper's formula where it prints one",
+        ]
+        rows = []
+        for title, method in facts["methods"].items():
+            if "does not fit" in method:
+                rows.append([title, *["–"] * 5])
+                continue
+            counts = [f"{method[key]:,}" for key in ("generator", "head", "backbone", "total")]
+            paper = method["paper formula"]
+            rows.append([title, *counts, "–" if paper is None else f"{paper:,}"])
+        lines.append(text_table(["method", "generator", "head", "backbone", "total", "by the paper"], rows))
+        for title, method in facts["methods"].items():
+            if "does not fit" in method:
+                lines.append(f"{title} does not fit this backbone as it is: {method['does not fit']}")
+    if "cost" in facts:
+        lines += ["", *cost_text(facts["cost"])]
+    if "rgb" in facts:
+        lines += ["", "Prompts as pixels", facts["rgb"]["text"]]
+    return "\n".join(lines)
+
+
+def cost_text(facts: dict[str, Any]) -> list[str]:
+    """The costs of `cost_facts` as lines of text."""
+    from fastprompt.runs.tables import text_table
+
+    rows, reasons = [], []
+    for title, graphs in facts["methods"].items():
+        if "no formula" in graphs:
+            reasons.append(f"{title}: {graphs['no formula']}")
+            continue
+        papers, rewritten, recompute = graphs["papers"], graphs["rewritten"], graphs["recompute"]
+        row = [title]
+        for key in papers:
+            form = ",.2f" if isinstance(papers[key], float) else ",d"
+            again = "" if key.startswith("forward") else f" ({recompute[key]:{form}})"
+            row.append(f"{papers[key]:{form}} → {rewritten[key]:{form}}{again}")
+        rows.append(row)
+    header = ["method", "GFLOPs, forward", "GFLOPs, step", "saved MiB", "dispatches, forward", "dispatches, step"]
+    return [
+        f"Cost by formula, the papers' graph → the rewritten one (with gradient checkpointing): readout "
+        f"{facts['readout']}, {facts['dtype']},",
+        f"FLOPs and kept bytes per image; dispatches per call: {facts['batch size']} images, one thread",
+        text_table(header, rows),
+        *reasons,
+    ]

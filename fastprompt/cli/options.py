@@ -1,0 +1,86 @@
+"""What several commands share: the adapter they load, paths, threads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+if TYPE_CHECKING:
+    from fastprompt.cli.adapt import Adapt
+    from fastprompt.cli.eval import Eval
+    from fastprompt.cli.export import Export
+    from fastprompt.cli.info import Info
+    from fastprompt.cli.predict import Predict
+    from fastprompt.model import PromptedViT
+    from fastprompt.runs.settings import RunSettings
+
+
+KeyValues = Annotated[list[str], tyro.conf.arg(metavar="KEY=VALUE")]
+
+
+RECIPE_FLAGS = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "head_lr",
+    "weight_decay",
+    "optimizer",
+    "warmup_epochs",
+    "dtype",
+    "seed",
+)
+
+
+def method_options(command: Adapt | Info) -> dict[str, Any]:
+    """The options of --set and --num-prompts."""
+    from fastprompt.runs.settings import parse_options
+
+    options = parse_options(command.set, "--set")
+    if command.num_prompts is not None:
+        if "num_prompts" in options:
+            raise ValueError("--num-prompts: is given in --set as well")
+        options["num_prompts"] = command.num_prompts
+    return options
+
+
+def absolute(name: str | Path) -> str:
+    """A path that exists as an absolute one, so that `eval` finds it from anywhere; another name as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else str(name)
+
+
+def set_threads(threads: int | None) -> None:
+    """Use that many threads; None leaves PyTorch's choice."""
+    if threads is not None:
+        import torch
+
+        if threads < 1:
+            raise ValueError(f"--threads: takes a number from 1, got {threads}")
+        torch.set_num_threads(threads)
+
+
+def load_adapter(command: Eval | Predict | Export, settings: RunSettings | None) -> PromptedViT:
+    """The adapter on its backbone, which is the one of the run unless --backbone names it."""
+    import torch
+
+    import fastprompt as fp
+    from fastprompt.adapters import read_adapter
+    from fastprompt.runs.directory import adapter_dir
+    from fastprompt.runs.execute import backbone_at
+
+    directory = adapter_dir(command.adapter)
+    config, _ = read_adapter(directory)
+    name = command.backbone or (settings.backbone if settings else None)
+    if name is None:
+        raise ValueError(f"--backbone: is needed, {command.adapter} does not say which backbone the adapter is for")
+    image_size = command.image_size or stored_size(config)
+    model = fp.PromptedViT.from_pretrained(backbone_at(name, image_size), directory)
+    if getattr(command, "dtype", None) == "bfloat16":  # export has no such flag
+        model.set_backbone_dtype(torch.bfloat16)
+    return model.eval()
+
+
+def stored_size(config: dict[str, Any]) -> int:
+    """The image size that an adapter was trained at, in pixels."""
+    return int(config["backbone"]["image_size"][0])

@@ -1,0 +1,350 @@
+"""`export_client`: the folder that a client needs, who has neither torch nor the backbone (`fastprompt-client`)."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import fastprompt
+from fastprompt.files import Content, atomic_write_many
+from fastprompt.generators.pixel import PixelPrompt
+from fastprompt.generators.rgb_pgn import RGBPGN
+from fastprompt.heads import Head, LabelMapHead, LinearHead, PrototypeHead, TextHead
+from fastprompt.model import PromptedViT
+from fastprompt.pixels.graph import selection_graph
+from fastprompt.pixels.prompts import RGBPrompts
+from fastprompt.vit import FrozenSwin, FrozenViT, reference, swin_reference
+from fastprompt.vit.weights import per_channel
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+THRESHOLD = 0.999
+"""Least cosine of the host's embedding of the golden picture and ours at which a client ever goes on."""
+ROOM, NOISE = 3, 1e-5
+"""A model's own threshold leaves a host ROOM times the 1 - cosine of the backbone in bfloat16, or of NOISE if it is
+less."""
+
+NORMALISATIONS = {
+    "ImageNet's mean and std": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "CLIP's mean and std": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "mean and std 0.5": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "pixels from 0 to 1, not normalised": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "pixels from 0 to 255, not normalised": ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
+}
+
+
+class Mistake(NamedTuple):
+    """Something that a host may do to the golden picture.
+
+    Attributes:
+        name: what it is, as the client says it. detail: how it was made.
+        features: (D,) what the backbone gives then.
+    """
+
+    name: str
+    detail: str
+    features: Tensor
+
+
+RESIZES = ("crop", "squash")
+
+
+def export_client(model: PromptedViT, out_dir: str | os.PathLike[str], golden: Tensor | None = None,
+                  resize: str = "crop") -> dict[str, Any]:
+    """Write what `fastprompt-client` needs into `out_dir`, all files or none; returns the manifest.
+
+    The client makes the pictures of `RGBPrompts(model).pictures` and applies the model's head to what a host returns
+    for them. The files are:
+
+    * `manifest.json`: backbone and its fingerprint, how an image becomes pixels, where prompts go, sizes and sha256 of
+      every other file.
+    * `generator.onnx`: raw pixels → weights of the library.
+    * `library.npy`: (M, 3p²) patches in levels of 0 to 255, uint8, and in `library_rest.npy` what rounding took from
+      them, float16, so that the client mixes the values that training mixed. A library of other than pixels in
+      [0, 1], as inversion makes, is float32.
+    * `offset.npy` (K, 3p²), `added.npy` (H', W, 3): levels added to patches and image, where the method has them.
+    * the head's matrices, each as a .npy file.
+    * `golden_image.png`, the picture with prompts that is made of it, `golden_picture.png`, and what the host should
+      return for that, `golden_embedding.npy` (D,). `mistakes.npy` (n, D): what it returns if it resizes, crops,
+      mirrors or compresses the picture, normalises it otherwise, or changes its colours. The manifest's threshold, the
+      least cosine, is `threshold` of these and of what the backbone gives in bfloat16.
+
+    Args:
+        model: as `RGBPrompts` takes it.
+        golden: uint8 (3, H, W) of the backbone's size; None: one with gradients, edges and noise, which every likely
+            mistake of a host changes.
+        resize: how the client brings an image of another size to the backbone's: as in training, "crop" or "squash" of
+            `load_data`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, or the model holds NaN or infinite values.
+        OSError: a file could not be written; nothing has changed then.
+    """
+    if resize not in RESIZES:
+        raise ValueError(f"resize must be one of {RESIZES}, got {resize!r}")
+    if not isinstance(out_dir, (str, os.PathLike)) or not os.fspath(out_dir):
+        raise TypeError(f"out_dir must be a folder's path, got {out_dir!r}")
+    if os.path.exists(out_dir) and not os.path.isdir(out_dir):
+        raise NotADirectoryError(f"out_dir must be a folder, {os.fspath(out_dir)} is a file")
+    client = RGBPrompts(model)
+    _check_finite(model)
+    class_names = _class_names(model)
+    backbone, generator = model.backbone, model.generator
+    golden = golden_image(*backbone.image_size) if golden is None else golden
+    if not isinstance(golden, Tensor) or golden.dtype != torch.uint8 \
+            or tuple(golden.shape) != (3, *backbone.image_size):
+        got = f"{golden.dtype} {tuple(golden.shape)}" if isinstance(golden, Tensor) else type(golden).__name__
+        raise ValueError(f"golden must be a uint8 tensor {(3, *backbone.image_size)}, got {got}")
+    picture = client.pictures(golden[None].to(backbone.device))[0]  # (3, H', W)
+    embedding = host_features(backbone, backbone.normalise(picture[None]), model.readout)
+    if not embedding.isfinite().all():
+        raise ValueError("model.backbone's features of the golden picture must be finite, got NaN or infinite values")
+    mistakes = list(likely_mistakes(backbone, picture, model.readout))
+    cosines = [round(cosine(mistake.features, embedding), 6) for mistake in mistakes]
+    rounded = cosine(_other_format(backbone, picture, model.readout), embedding)
+    head, arrays = _head_files(model.head)
+    files: dict[str, bytes] = {"golden_image.png": _png(golden), "golden_picture.png": _png(picture),
+                               "golden_embedding.npy": _npy(embedding),
+                               "mistakes.npy": _npy(torch.stack([mistake.features for mistake in mistakes]))}
+    assert isinstance(generator, (RGBPGN, PixelPrompt))
+    prompts = _pixel_prompt(generator, backbone, files) if isinstance(generator, PixelPrompt) \
+        else _patches(generator, backbone, files)
+    files |= {name: _npy(array) for name, array in arrays.items()}
+    manifest = {
+        "format": FORMAT,
+        "fastprompt_version": fastprompt.__version__,
+        "method": model.config.to_dict(),
+        "backbone": {"name": backbone.spec.name, "fingerprint": backbone.fingerprint,
+                     "width": backbone.feature_width, "readout": model.readout,
+                     "image_size": list(backbone.image_size), "patch_size": backbone.patch_size,
+                     "grid": list(backbone.grid), "mean": list(backbone.mean), "std": list(backbone.std)},
+        "preprocessing": {"size": list(backbone.image_size), "resize": resize, "filter": "bicubic, antialiased",
+                          "upright": "EXIF", "transparency": "over white"},
+        "prompts": prompts,
+        "picture_size": list(picture.shape[1:]),
+        "head": head,
+        "class_names": class_names,
+        "golden": {"threshold": threshold(rounded, cosines), "bfloat16_cosine": round(rounded, 6),
+                   "mistakes": [{"name": mistake.name, "detail": mistake.detail, "cosine": found}
+                                for mistake, found in zip(mistakes, cosines, strict=True)]},
+        "files": {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                  for name, content in files.items()},
+    }
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    written: dict[str, Content] = {**files, MANIFEST: text}
+    atomic_write_many(out_dir, written)
+    return json.loads(text)
+
+
+def unnoticed(manifest: dict[str, Any]) -> list[str]:
+    """The mistakes that change the golden picture's embedding too little for the client to refuse every such host.
+
+    A host that does exactly this to the picture is refused all the same, unless it changes nothing.
+    """
+    golden = manifest["golden"]
+    return [f"{mistake['name']}, {mistake['detail']} (cosine {mistake['cosine']})" for mistake in golden["mistakes"]
+            if mistake["cosine"] >= golden["threshold"]]
+
+
+def threshold(rounded: float, mistakes: Sequence[float]) -> float:
+    """The least cosine at which a client goes on: never under THRESHOLD.
+
+    Higher where a mistake's cosine would pass but leaves room for a host in bfloat16: half way between the nearest such
+    mistake and what ROOM times that host's 1 - cosine leaves.
+
+    Args:
+        rounded: cosine of the golden picture's embedding in bfloat16. mistakes: cosines of the mistakes.
+    """
+    highest = 1 - ROOM * max(1 - rounded, NOISE)
+    nearest = max((found for found in mistakes if found < highest), default=0.0)
+    return round(max(THRESHOLD, (nearest + highest) / 2), 6)
+
+
+def _other_format(backbone: FrozenViT, picture: Tensor, readout: str) -> Tensor:
+    """(D,) the features of a picture in bfloat16; of a backbone that already is in half precision, in float32."""
+    half = backbone.dtype in (torch.bfloat16, torch.float16)
+    other = copy.deepcopy(backbone).to(torch.float32 if half else torch.bfloat16)
+    return host_features(other, other.normalise(picture[None].to(other.device)), readout)
+
+
+def golden_image(height: int, width: int) -> Tensor:
+    """uint8 (3, height, width): a gradient per channel, squares of random colours, and noise in every pixel."""
+    random = np.random.default_rng(0)
+    across, down = np.linspace(0, 1, width)[None, :], np.linspace(0, 1, height)[:, None]
+    image = np.stack([np.broadcast_to(across, (height, width)), np.broadcast_to(1 - down, (height, width)),
+                      0.8 * across * down], axis=-1) * 255  # (H, W, 3)
+    for _ in range(24):
+        side = int(random.integers(2, max(3, min(height, width) // 4)))
+        top, left = int(random.integers(0, height - side + 1)), int(random.integers(0, width - side + 1))
+        image[top:top + side, left:left + side] = random.integers(0, 256, 3)
+    noise = random.integers(-64, 65, (height, width, 3))
+    pixels = np.clip(np.rint(image) + noise, 0, 255).astype(np.uint8)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+@torch.no_grad()
+def host_features(backbone: FrozenViT, images: Tensor, readout: str) -> Tensor:
+    """Normalised images (1, 3, H', W'), of any size that the backbone takes → (D,) float32 on the CPU."""
+    papers = swin_reference if isinstance(backbone, FrozenSwin) else reference
+    sequence = papers.encode(backbone, images.to(device=backbone.device, dtype=backbone.dtype))
+    return papers.read_out(backbone, sequence, readout)[0].float().cpu()
+
+
+def likely_mistakes(backbone: FrozenViT, picture: Tensor, readout: str) -> Iterator[Mistake]:
+    """What a host returns for a picture, uint8 (3, H', W), that it does not take as it is."""
+    for name, detail, changed in _changed(_pil(picture), backbone.image_size):
+        pixels = torch.from_numpy(np.array(changed)).permute(2, 0, 1)[None].to(backbone.device)
+        yield Mistake(name, detail, host_features(backbone, backbone.normalise(pixels), readout))
+    unit = picture[None].to(torch.promote_types(backbone.dtype, torch.float32)) / 255
+    for detail, (mean, std) in NORMALISATIONS.items():
+        if np.allclose((*mean, *std), (*backbone.mean, *backbone.std), atol=1e-4):
+            continue
+        images = (unit - per_channel(mean, unit, unit.dtype)) / per_channel(std, unit, unit.dtype)
+        yield Mistake("other mean and standard deviation", detail, host_features(backbone, images, readout))
+    others = [] if isinstance(backbone, FrozenSwin) else ["patches", *(["cls"] if backbone.spec.has_cls else [])]
+    for other in others:
+        if other != readout:
+            images = backbone.normalise(picture[None])
+            yield Mistake("another readout", f"readout {other}", host_features(backbone, images, other))
+
+
+def _changed(picture: Image.Image, size: tuple[int, int]) -> Iterator[tuple[str, str, Image.Image]]:
+    """(name, detail, picture) of every mistake that is one of pixels; `size`: (H, W) of the backbone's own images."""
+    height, width = size
+    kinds = [(quality, "4:4:4") for quality in (98, 97, 95, 93, 90, 85, 80, 75, 65, 50, 30)]
+    kinds += [(quality, "4:2:0") for quality in (95, 85, 75, 50, 30)]  # halving the colours outweighs small steps
+    for quality, subsampling in kinds:
+        stream = io.BytesIO()
+        picture.save(stream, "JPEG", quality=quality, subsampling=subsampling)
+        yield "JPEG compression", f"quality {quality}, {subsampling}", Image.open(stream).convert("RGB")
+    if picture.size != (width, height):
+        yield "resizing", f"squeezed to {height} x {width}", picture.resize((width, height), Image.Resampling.BICUBIC)
+        top = (picture.height - height) // 2
+        yield "cropping", f"the middle {height} x {width}", picture.crop((0, top, width, top + height))
+        yield "cropping", f"the upper {height} x {width}", picture.crop((0, 0, width, height))
+        yield "cropping", f"the lower {height} x {width}", picture.crop((0, picture.height - height, width,
+                                                                         picture.height))
+    for side in (0.5, 0.75):
+        small = picture.resize((max(1, round(picture.width * side)), max(1, round(picture.height * side))),
+                               Image.Resampling.BILINEAR)
+        yield "resizing", f"to {side:.0%} of the sides and back", small.resize(picture.size, Image.Resampling.BILINEAR)
+    for part in (0.8, 0.875, 0.9, 0.95):  # of timm's evaluation transforms; 224 of 256 pixels is torchvision's
+        large = picture.resize((round(width / part), round(picture.height * width / part / picture.width)),
+                               Image.Resampling.BICUBIC)
+        left, top = (large.width - width) // 2, (large.height - height) // 2
+        yield ("resizing and cropping", f"the middle {part:.1%}",
+               large.crop((left, top, left + width, top + height)))
+    red, green, blue = picture.split()
+    yield "blue and red swapped (BGR)", "OpenCV's order", Image.merge("RGB", (blue, green, red))
+    yield "mirroring", "left and right", picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    yield "no colours", "grey", picture.convert("L").convert("RGB")
+    yield "few colours", "a palette of 256, as a GIF file has", picture.quantize(256).convert("RGB")
+
+
+def cosine(first: Tensor, second: Tensor) -> float:
+    """Of two vectors; 0 where one of them is 0 or not finite."""
+    value = float(torch.nn.functional.cosine_similarity(first.double(), second.double(), dim=0, eps=1e-30))
+    return value if np.isfinite(value) else 0.0
+
+
+def _check_finite(model: PromptedViT) -> None:
+    for part in ("generator", "head"):
+        module = getattr(model, part)
+        tensors = () if module is None else itertools.chain(module.named_parameters(), module.named_buffers())
+        for name, values in tensors:
+            if not values.isfinite().all():
+                raise ValueError(f"model.{part}.{name} must be finite, got NaN or infinite values")
+
+
+def _pixel_prompt(generator: PixelPrompt, backbone: FrozenViT, files: dict[str, bytes]) -> dict[str, Any]:
+    std = torch.tensor(backbone.std, dtype=torch.float64).view(3, 1, 1)
+    frame = generator.frame()[0].detach().double().cpu()  # (3, H, W), of normalised pixels
+    files["added.npy"] = _npy((frame * std * 255).permute(1, 2, 0))
+    return {"kind": "border", "added": True}
+
+
+def _patches(generator: RGBPGN, backbone: FrozenViT, files: dict[str, bytes]) -> dict[str, Any]:
+    config = generator.config
+    files["generator.onnx"] = selection_graph(generator, backbone)
+    levels = generator.pixel_library().detach().double().cpu() * 255  # (M, 3p²)
+    if config.bounded:
+        rounded = levels.round()
+        files["library.npy"] = _npy(rounded.to(torch.uint8))
+        files["library_rest.npy"] = _npy((levels - rounded).half())
+    else:
+        files["library.npy"] = _npy(levels)
+    if config.offset:
+        files["offset.npy"] = _npy(generator.offset.detach().double().cpu() * 255)
+    if config.compensate:
+        files["added.npy"] = _npy((generator.compensation.detach().double().cpu() * 255).permute(1, 2, 0))
+    return {"kind": "patches", "placement": config.placement, "rows": generator.prompt_rows,
+            "num_prompts": config.num_prompts, "library_size": config.library_size, "offset": config.offset,
+            "added": config.compensate, "rest": config.bounded, "round_pixels": config.round_pixels}
+
+
+def _head_files(head: Head | None) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """The head as a client computes it, and its matrices.
+
+    "linear": W f + b. "cosine": scale · cos(MLP(f), rows), GELU between the layers of the MLP, of which there may be
+    none.
+    """
+    if head is None:
+        return None, {}
+    if isinstance(head, (LinearHead, LabelMapHead)):
+        weight, bias = (head.weight, head.bias) if isinstance(head, LinearHead) \
+            else (head.classifier_weight, head.classifier_bias)
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        return {"kind": "linear"}, {"head_weight.npy": weight, "head_bias.npy": bias}
+    if isinstance(head, TextHead):
+        rows, scale = head.get_buffer("class_embeddings"), head.logit_scale
+        layers = [] if head.classifier_weight is None else [(head.classifier_weight, head.classifier_bias)]
+    elif isinstance(head, PrototypeHead):
+        rows, scale = head.get_buffer("prototypes"), 1.0
+        layers = [(head.get_buffer(f"weight{i}"), head.get_buffer(f"bias{i}")) for i in range(head.num_layers)]
+    else:
+        raise ValueError(f"model.head must be a linear, text, label map or prototype head, got {type(head).__name__}")
+    arrays = {"class_embeddings.npy": rows}
+    for i, (weight, bias) in enumerate(layers):
+        arrays[f"projection{i}_weight.npy"] = weight
+        arrays[f"projection{i}_bias.npy"] = weight.new_zeros(len(weight)) if bias is None else bias
+    return {"kind": "cosine", "scale": scale, "layers": len(layers)}, arrays
+
+
+def _class_names(model: PromptedViT) -> list[str] | None:
+    if model.num_classes is None:
+        return None
+    names = list(model.class_names) if model.class_names is not None else [str(i) for i in range(model.num_classes)]
+    for name in names:
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise ValueError(f"model.class_names must be text that can be written as UTF-8, got {name!r}")
+    return names
+
+
+def _npy(values: Tensor) -> bytes:
+    """A .npy file: uint8 and float16 as they are, other numbers as float32."""
+    kept = values.dtype in (torch.uint8, torch.float16)
+    stream = io.BytesIO()
+    array = (values if kept else values.float()).detach().cpu().numpy()
+    np.save(stream, np.ascontiguousarray(array), allow_pickle=False)
+    return stream.getvalue()
+
+
+def _pil(picture: Tensor) -> Image.Image:
+    return Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def _png(picture: Tensor) -> bytes:
+    stream = io.BytesIO()
+    _pil(picture).save(stream, "PNG")
+    return stream.getvalue()

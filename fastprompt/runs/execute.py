@@ -1,0 +1,250 @@
+"""From settings to a run directory with its results."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastprompt.analysis.library import library_usage
+from fastprompt.runs.directory import adapter_dir, claimed, finished_results, write_json
+from fastprompt.runs.memory import peak_memory_mib, reset_peak_memory
+from fastprompt.runs.methods import PROBE_VIEWS, TITLES, build_config, build_recipe
+from fastprompt.runs.settings import RunSettings, renamed
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastprompt.data import DataSplits
+    from fastprompt.model import PromptedViT
+    from fastprompt.train.evaluate import Evaluation
+    from fastprompt.train.recipes import Recipe
+    from fastprompt.vit.weights import FrozenViT
+
+
+def load_run_data(settings: RunSettings, image_size: int) -> DataSplits:
+    """The run's train, validation and test images at `image_size` pixels."""
+    from fastprompt.data import load_data
+
+    with renamed(name="data", root="data_root", seed="data_seed"):
+        return load_data(
+            settings.data,
+            image_size=image_size,
+            num_train=settings.num_train,
+            num_val=settings.num_val,
+            num_test=settings.num_test,
+            seed=settings.data_seed,
+            root=settings.data_root,
+            augment=settings.augment,
+            on_bad=settings.on_bad,
+        )
+
+
+def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
+    """An `Evaluation` as JSON values. Mean per class is over the classes that occur."""
+    confusion = [[int(n) for n in row] for row in evaluation.confusion]
+    return {
+        "accuracy": float(evaluation.accuracy),
+        "mean_per_class": float(evaluation.mean_per_class),
+        "loss": float(evaluation.loss),
+        "calibration_error": float(evaluation.ece),
+        "per_class": [row[i] / sum(row) if sum(row) else None for i, row in enumerate(confusion)],
+        "confusion": confusion,
+        "num_images": len(evaluation.labels),
+        "labels": [int(label) for label in evaluation.labels],
+        "predictions": [int(prediction) for prediction in evaluation.predictions],
+        "seconds": float(evaluation.seconds),
+    }
+
+
+def build_model(settings: RunSettings, backbone: FrozenViT, class_names: Sequence[str], seed: int) -> PromptedViT:
+    """The model before training; `seed` sets its initial values."""
+    import torch
+
+    import fastprompt as fp
+
+    config = build_config(settings.method, settings.options)
+    arguments: dict[str, Any] = {}
+    if settings.class_embeddings is not None:
+        import numpy as np
+
+        path = Path(settings.class_embeddings)
+        argument = {"text": "class_embeddings", "prototypes": "prototypes"}.get(settings.head)
+        if argument is None:
+            raise ValueError(f"class_embeddings: are for head 'text' or 'prototypes', the head is {settings.head!r}")
+        if not path.is_file():
+            raise FileNotFoundError(f"class_embeddings: no file {path}")
+        try:
+            arguments[argument] = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        except (ValueError, TypeError, AttributeError, EOFError) as error:
+            raise ValueError(f"class_embeddings: {path} is no .npy file with one array of numbers ({error})") from error
+    torch.manual_seed(seed)
+    return fp.PromptedViT(
+        backbone,
+        config,
+        num_classes=len(class_names),
+        head=settings.head,
+        readout=settings.readout,
+        class_names=list(class_names),
+        **arguments,
+    )
+
+
+def backbone_at(name: str, image_size: int | None, weights: bool = True) -> FrozenViT:
+    """The named backbone for square images of `image_size` pixels, None: its own size.
+
+    Without `weights` those of a hub are left random, where only sizes are asked for.
+    """
+    from fastprompt.vit.assets import backbone_structure, load_backbone
+
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size: takes a number of pixels from 1, got {image_size}")
+    with renamed(name="backbone"):
+        return (load_backbone if weights else backbone_structure)(name, image_size)
+
+
+def square_size(backbone: FrozenViT) -> int:
+    """The side of the backbone's input in pixels; data are read at one square size."""
+    height, width = backbone.image_size
+    if height != width:
+        raise ValueError(f"image_size: the backbone takes {height} x {width} images, data are read as squares")
+    return height
+
+
+def execute(
+    settings: RunSettings,
+    out_dir: Path | str,
+    *,
+    test: bool = False,
+    resume: bool = True,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Adapt, evaluate on validation and with `test` once on the test split; returns what is written to
+    results.json.
+
+    A finished run in `out_dir` with the same settings is not run again; an interrupted one goes on where it
+    stopped. With `test` the test split is read after training, from the adapter that was best on validation,
+    and only where the results have no test record yet.
+    """
+    import torch
+
+    import fastprompt as fp
+    from fastprompt.adapters import CONFIG_FILE
+    from fastprompt.train.evaluate import evaluate
+    from fastprompt.train.fit import fit
+
+    out_dir = Path(out_dir)
+    config = build_config(settings.method, settings.options)
+    recipe = build_recipe(settings.method, config, settings.recipe)
+    results = finished_results(settings, out_dir, resume)
+    if results is not None and (not test or results.get("test") is not None):
+        return results
+    if results is not None and not any((out_dir / p / CONFIG_FILE).is_file() for p in (".", "best")):
+        results = None  # only the record was kept, not the adapter: train it again
+
+    backbone = backbone_at(settings.backbone, settings.image_size)
+    image_size = square_size(backbone)
+    splits = load_run_data(settings, image_size)
+    if results is None:
+        model = build_model(settings, backbone, splits.class_names, recipe.seed)
+        with claimed(settings, out_dir):
+            if settings.method == "linear":
+                training = run_probe(model, splits, recipe, out_dir)
+            else:
+                fitted = fit(
+                    model,
+                    splits.train,
+                    splits.val,
+                    recipe=recipe,
+                    out_dir=out_dir,
+                    resume=resume,
+                    progress=progress,
+                )
+                training = {
+                    "best_epoch": fitted.best_epoch,
+                    "best_val_loss": fitted.best_val_loss,
+                    "history": fitted.history,
+                    "seconds": fitted.seconds,
+                    "images_per_second": fitted.images_per_second,
+                    "peak_memory_mib": fitted.peak_memory_mib,
+                }
+        trainable = model.num_trainable()
+        paper_count = model.paper_parameter_count()
+        model = load_best(backbone, out_dir, recipe)
+        results = {
+            "fastprompt_version": fp.__version__,
+            "torch_version": torch.__version__,
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "method": settings.method,
+            "title": TITLES[settings.method],
+            "config": config.to_dict(),
+            "recipe": recipe.to_dict(),
+            "backbone": settings.backbone,
+            "backbone_fingerprint": backbone.fingerprint,
+            "image_size": image_size,
+            "data": splits.summary(),
+            "class_names": list(splits.class_names),
+            "head": settings.head,
+            "trained_parameters": trainable,
+            "paper_parameter_count": paper_count,
+            **training,
+            "validation": evaluation_record(evaluate(model, splits.val)),
+            "test": None,
+        }
+        if config.kind == "pgn":
+            results["library"] = library_usage(model, splits.val)
+        write_json(out_dir / "results.json", results)
+    if test:
+        model = load_best(backbone, out_dir, recipe)
+        results["test"] = evaluation_record(evaluate(model, splits.test))
+        write_json(out_dir / "results.json", results)
+    return results
+
+
+def run_probe(model: PromptedViT, splits: DataSplits, recipe: Recipe, out_dir: Path) -> dict[str, Any]:
+    """The L-BFGS probe, saved to `best/`. Its speed is images encoded over encoding and fitting.
+
+    With an augmentation it fits `PROBE_VIEWS` augmented views of every training image.
+    """
+    import torch
+
+    from fastprompt.train.evaluate import backbone_precision
+    from fastprompt.train.probe import extract_features, fit_linear_probe
+
+    reset_peak_memory()
+    began = time.perf_counter()
+    views = 1 if splits.train.augment is None else PROBE_VIEWS
+    with backbone_precision(model, backbone_dtype(recipe, model.backbone)):
+        train = [extract_features(model, splits.train, epoch=view) for view in range(views)]
+        val = extract_features(model, splits.val)
+    features, labels = (torch.cat(parts) for parts in zip(*train, strict=True))
+    probe = fit_linear_probe(model, (features, labels), val)
+    seconds = time.perf_counter() - began
+    model.save_pretrained(out_dir / "best")
+    return {
+        "best_epoch": None,
+        "best_val_loss": probe.best_val_loss,
+        "history": [],
+        "seconds": seconds,
+        "images_per_second": (len(features) + len(val[0])) / seconds,
+        "peak_memory_mib": peak_memory_mib(),
+        "probe": {"C": probe.C, "at_edge": probe.at_edge, "grid": probe.grid},
+    }
+
+
+def backbone_dtype(recipe: Recipe, backbone: FrozenViT) -> torch.dtype:
+    """The number format that `fastprompt.fit` computes the backbone in."""
+    from fastprompt.train.fit import compute_dtype
+
+    return compute_dtype(recipe.dtype, backbone.device)
+
+
+def load_best(backbone: FrozenViT, out_dir: Path, recipe: Recipe) -> PromptedViT:
+    """The adapter that was best on validation, computing in the number format of its training."""
+    import fastprompt as fp
+
+    model = fp.PromptedViT.from_pretrained(backbone, adapter_dir(out_dir))
+    model.set_backbone_dtype(backbone_dtype(recipe, backbone))
+    return model

@@ -1,0 +1,96 @@
+"""`RunSettings`: what one run is. It is written to `run.json`."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fastprompt.runs.methods import METHODS
+
+if TYPE_CHECKING:
+
+    pass
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What one run is: method, backbone, data, head and the recipe's departures from the method's default.
+
+    `options` are the method's configuration options (`fp.PGNConfig` and so on); `recipe` holds only the
+    fields of `fastprompt.train.recipes.Recipe` that differ from `default_recipe`. `image_size` None is the
+    backbone's own.
+    """
+
+    method: str
+    data: str
+    backbone: str = "clip-vit-b16"
+    options: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    image_size: int | None = None
+    data_root: str | None = None
+    num_train: int | None = None
+    num_val: int | None = None
+    num_test: int | None = None
+    data_seed: int = 0
+    augment: str = "none"
+    on_bad: str = "error"
+    head: str = "linear"
+    class_embeddings: str | None = None
+    readout: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method: {self.method!r} is none of {', '.join(METHODS)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunSettings:
+        """Raises `ValueError` for a key that is no setting, and without method or data."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ValueError(f"run.json: unknown key {key!r}; known are {', '.join(sorted(known))}")
+        for key in ("method", "data"):
+            if key not in values:
+                raise ValueError(f"run.json: has no {key!r}")
+        return cls(**values)
+
+
+def parse_options(items: Sequence[str], flag: str) -> dict[str, Any]:
+    """`["num_prompts=8", "widths=(16, 32)"]` -> `{"num_prompts": 8, "widths": (16, 32)}`; words that are no
+    literal stay text.
+    """
+    options: dict[str, Any] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"{flag}: got {item!r}, takes key=value")
+        if key in options:
+            raise ValueError(f"{flag}: {key!r} is given twice")
+        if text.strip().lower() in ("true", "false", "none"):
+            options[key] = {"true": True, "false": False, "none": None}[text.strip().lower()]
+            continue
+        try:
+            options[key] = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError):
+            options[key] = text
+    return options
+
+
+@contextlib.contextmanager
+def renamed(**names: str) -> Iterator[None]:
+    """Errors about an argument of the function called inside name the setting that the argument came from."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        argument, colon, rest = str(error).partition(":")
+        if colon and argument in names:
+            raise type(error)(f"{names[argument]}:{rest}") from error
+        raise

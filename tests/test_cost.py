@@ -1,0 +1,247 @@
+"""The formulas against what runs, on a ViT of three blocks, width 192, 3 heads, 64 px."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import fastprompt as fp
+from fastprompt.cost import GRAPHS, Sizes, cost
+from fastprompt.generators import PromptConfig
+
+SMALL: dict[str, Any] = {"name": "vit_tiny_patch16_224", "img_size": 64, "patch_size": 16, "depth": 3}
+METHODS: dict[str, PromptConfig] = {
+    "pgn": fp.PGNConfig(num_prompts=5, library_size=16),
+    "v2apt": fp.V2APTConfig(num_prompts=5, num_instance=2),
+    "v2apt-per-layer": fp.V2APTConfig(num_prompts=5, num_instance=2, share="per_layer"),
+    "vapt": fp.VAPTConfig(num_prompts=5),
+    "vpt-deep": fp.VPTConfig(num_prompts=5),
+    "vpt-deep-dropout": fp.VPTConfig(num_prompts=5, prompt_dropout=0.1),
+    "vpt-shallow": fp.VPTConfig(num_prompts=5, deep=False),
+    "free": fp.FreePromptsConfig(num_prompts=5),
+    "pixel": fp.PixelPromptConfig(border=8),
+    "linear": fp.LinearProbeConfig(),
+}
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    path = Path(__file__).resolve().parents[1] / "bench" / "cost.py"
+    spec = importlib.util.spec_from_file_location("bench_cost", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def small(bench: ModuleType) -> fp.FrozenViT:
+    return bench.random_backbone(**SMALL)
+
+
+@pytest.fixture(scope="module")
+def base(bench: ModuleType) -> fp.FrozenViT:
+    return bench.random_backbone()
+
+
+def compare(bench: ModuleType, backbone: fp.FrozenViT, config: PromptConfig, readout: str = "cls", batch: int = 2,
+            dtype: str = "bfloat16", graphs: tuple[str, ...] = GRAPHS) -> None:
+    """FLOPs within 1 %, bytes within 5 % and dispatches exact, for a forward and a training step of every graph."""
+    model = fp.PromptedViT(backbone, config, num_classes=10, readout=readout)
+    images = torch.randn(batch, 3, *model.backbone.image_size)
+    for graph in graphs:
+        measured = bench.measure(model, images, graph)
+        for training, found in ((False, measured.inference), (True, measured.training)):
+            formula = cost(model.backbone, config, readout, graph, training, dtype, batch)
+            job = f"{graph}, {'training' if training else 'inference'}"
+            assert formula.flops == pytest.approx(found.flops, rel=0.01), job
+            assert formula.saved_bytes == pytest.approx(found.saved_bytes, rel=0.05), job
+            assert formula.dispatches == found.dispatches, job
+
+
+@pytest.mark.parametrize(("method", "readout"), [
+    (method, readout) for method in METHODS for readout in ("cls", "patches", "patches+prompts")
+    if readout != "patches+prompts" or method not in ("pixel", "linear")
+] + [("vpt-deep", "prompts"), ("pgn", "prompts")])
+def test_formula_is_what_runs(bench: ModuleType, small: fp.FrozenViT, method: str, readout: str) -> None:
+    compare(bench, small, METHODS[method], readout)
+
+
+@pytest.mark.parametrize(("config", "readout", "sizes"), [
+    (fp.VPTConfig(5), "cls", {"reg_tokens": 2, "init_values": 0.1}),
+    (fp.V2APTConfig(5, 5), "cls", {"pre_norm": True, "act_layer": "quick_gelu"}),
+    (fp.PGNConfig(3, 16, resolution=48, stem_pool=False, widths=(8, 16)), "cls", {"pre_norm": True}),
+    (fp.FreePromptsConfig(5), "patches+prompts", {"pre_norm": True, "act_layer": "quick_gelu"}),
+    (fp.VAPTConfig(5, kernel=3, padding=1, prompt_dropout=0.1, static_layers=2), "patches", {"global_pool": "avg"}),
+    (fp.VAPTConfig(5, channel_dropout=0.0, hidden_dropout=0.0, static_layers=0), "patches",
+     {"class_token": False, "global_pool": "avg", "qkv_bias": False}),
+], ids=["registers, LayerScale", "pre-norm, quick-GELU", "small trunk", "free, pre-norm",
+        "pooled norm", "no class token"])
+def test_formula_is_what_runs_on_other_backbones(bench: ModuleType, config: PromptConfig, readout: str,
+                                                 sizes: dict[str, Any]) -> None:
+    compare(bench, bench.random_backbone(**SMALL, **sizes), config, readout, batch=3)
+
+
+@pytest.mark.parametrize("method", ["pgn", "v2apt", "vapt", "vpt-deep-dropout"])
+def test_formula_is_what_runs_in_float32(bench: ModuleType, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastprompt.vit.linear.onednn_is_faster", lambda: False)
+    compare(bench, bench.random_backbone(**SMALL).float(), METHODS[method], dtype="float32")
+
+
+def test_formula_is_what_runs_where_attention_works_in_chunks(bench: ModuleType) -> None:
+    backbone = bench.random_backbone(**{**SMALL, "img_size": 448, "depth": 1})
+    compare(bench, backbone, fp.VPTConfig(5), "patches", graphs=("papers", "rewritten"))
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("readout", ["cls", "patches"])
+def test_flops_and_bytes_hold_where_onednn_multiplies(bench: ModuleType, readout: str,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastprompt.vit.linear.onednn_is_faster", lambda: True)
+    model = fp.PromptedViT(bench.random_backbone(**SMALL).float(), METHODS["vapt"], num_classes=10, readout=readout)
+    measured = bench.measure(model, torch.randn(2, 3, 64, 64), "rewritten")
+    for training, found in ((False, measured.inference), (True, measured.training)):
+        formula = cost(model.backbone, METHODS["vapt"], readout, "rewritten", training, "float32", 2)
+        assert formula.flops == pytest.approx(found.flops, rel=0.01)
+        assert formula.saved_bytes == pytest.approx(found.saved_bytes, rel=0.05)
+        assert found.dispatches <= formula.dispatches
+
+
+def test_threads_change_the_parts_that_attention_works_through(bench: ModuleType) -> None:
+    model = fp.PromptedViT(bench.random_backbone(**{**SMALL, "img_size": 448, "depth": 2}), fp.VPTConfig(5), 10)
+    images = torch.randn(2, 3, 448, 448)
+    model(images).sum().backward()
+    costs = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            measured = bench.measure(model, images, "rewritten").training.dispatches
+        finally:
+            torch.set_num_threads(1)
+        costs.append(cost(model.backbone, fp.VPTConfig(5), training=True, batch=2, threads=threads).dispatches)
+        assert costs[-1] == measured
+    assert costs[0] > costs[1]
+
+
+def test_flops_and_bytes_hold_for_one_image(bench: ModuleType, small: fp.FrozenViT) -> None:
+    config = METHODS["vpt-deep"]
+    model = fp.PromptedViT(small, config, num_classes=10)
+    for graph in GRAPHS:
+        measured = bench.measure(model, torch.randn(1, 3, 64, 64), graph).training
+        formula = cost(model.backbone, config, "cls", graph, True)
+        assert formula.flops == pytest.approx(measured.flops, rel=0.01)
+        assert formula.saved_bytes == pytest.approx(measured.saved_bytes, rel=0.05)
+
+
+B16 = Sizes(768, 12, 12, 3072, 196, 1, 16, (224, 224), (14, 14))
+MIB = 2**20
+
+
+@pytest.mark.parametrize(("config", "graph", "limit"), [
+    (fp.VPTConfig(50), "rewritten", 34),
+    (fp.V2APTConfig(50, 25), "rewritten", 37),
+    (fp.VAPTConfig(50), "rewritten", 37),
+    (fp.VPTConfig(50), "recompute", 4.5),
+    (fp.V2APTConfig(50, 25), "recompute", 4.5),
+    (fp.VAPTConfig(50), "recompute", 4.5),
+], ids=["VPT-deep", "V2APT", "VAPT", "VPT-deep, recomputed", "V2APT, recomputed", "VAPT, recomputed"])
+def test_training_memory_of_vit_b16(bench: ModuleType, base: fp.FrozenViT, config: PromptConfig, graph: str,
+                                    limit: float) -> None:
+    """The goals, by formula and as measured, at batch 1, where nothing is shared by images."""
+    model = fp.PromptedViT(base, config, num_classes=10)
+    model.set_grad_checkpointing(graph == "recompute")
+    model.train()
+    images = torch.randn(1, 3, 224, 224)
+    model(images)
+    gc.collect()
+    saved = bench.count_saved(lambda: model(images))
+    formula = cost(model.backbone, config, "cls", graph, training=True).saved_bytes
+    assert formula == cost(B16, config, "cls", graph, training=True).saved_bytes
+    assert saved <= limit * MIB
+    assert formula == pytest.approx(saved, rel=0.05)
+
+
+def test_the_rewritten_graph_costs_less() -> None:
+    for config in (fp.VPTConfig(50), fp.V2APTConfig(50, 25), fp.VAPTConfig(50), fp.PGNConfig(50)):
+        papers, rewritten, recompute = (cost(B16, config, "cls", graph, True, batch=4) for graph in GRAPHS)
+        assert rewritten.flops < papers.flops
+        assert rewritten.flops < recompute.flops
+        assert recompute.saved_bytes < rewritten.saved_bytes < papers.saved_bytes
+    assert cost(B16, fp.VPTConfig(50), graph="papers").flops == pytest.approx(44.44e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    ({"readout": "map"}, "readout"), ({"graph": "plain"}, "graph"), ({"dtype": "float64"}, "dtype"),
+    ({"batch": 0}, "batch"), ({"backbone": dataclasses.replace(B16, has_cls=False)}, "class token"),
+    ({"backbone": dataclasses.replace(B16, depth=1)}, "one block"),
+    ({"config": fp.FullFineTuneConfig()}, "FullFineTuneConfig"), ({"config": fp.VPTConfig(project=8)}, "project"),
+    ({"config": fp.PGNConfig(trunk="resnet18")}, "resnet18"),
+    ({"config": fp.VAPTConfig(conv=False)}, "VAPTConfig.conv"),
+    ({"config": fp.LinearProbeConfig(), "readout": "prompts"}, "needs prompt tokens"),
+    ({"config": fp.V2APTConfig(inference_samples=3)}, "inference_samples"),
+])
+def test_what_has_no_formula_is_refused(arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        cost(**{"backbone": B16, "config": fp.VPTConfig(), **arguments})
+
+
+@pytest.mark.parametrize(("sizes", "named"), [
+    ({"qk_norm": True}, "q- and k-norm"), ({"init_values": None, "dynamic_img_pad": True, "dynamic_img_size": True},
+                                           "zero-padded"),
+    ({"block_fn": timm.models.vision_transformer.ResPostBlock}, "res-post-norm"),
+    ({"mlp_layer": timm.layers.SwiGLU}, "gated MLP"), ({"act_layer": "mish"}, "mish"),
+])
+def test_a_backbone_without_formula_is_refused(sizes: dict[str, Any], named: str) -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=1, **sizes)
+    with pytest.raises(ValueError, match=named):
+        Sizes.of(fp.FrozenViT(vit))
+
+
+def test_a_swin_transformer_is_refused(tiny_swin: Any) -> None:
+    with pytest.raises(ValueError, match="Swin"):
+        Sizes.of(fp.FrozenViT(tiny_swin()))
+
+
+def test_the_measurement_sees_a_tensor_that_is_kept(bench: ModuleType) -> None:
+    x = torch.randn(64, 64, requires_grad=True)
+    assert bench.count_saved(lambda: x + 1) == 4 * 64 * 64
+    assert bench.count_saved(lambda: (x + 1).exp() + 1) == 2 * 4 * 64 * 64  # exp keeps its output
+    assert bench.count_dispatches(lambda: (x.t() @ x).view(-1).add_(1)) == ["aten.mm.default", "aten.add_.Tensor"]
+    assert bench.count_flops(lambda: x @ x) == 2 * 64**3
+
+
+def test_grouped_convolutions_count_as_often_as_they_multiply(bench: ModuleType) -> None:
+    x, weight = torch.randn(2, 8, 6, 6, requires_grad=True), torch.randn(8, 1, 3, 3, requires_grad=True)
+    forward = 2 * 2 * 8 * 16 * 9
+    assert bench.count_flops(lambda: torch.nn.functional.conv2d(x, weight, groups=8)) == forward
+    assert bench.count_flops(
+        lambda: torch.nn.functional.conv2d(x, weight, groups=8).sum().backward()) == 3 * forward
+
+
+def test_the_readme_has_the_numbers_of_the_table(repository: Path) -> None:
+    table = (repository / "results" / "cost.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ") and " / " in line]
+    assert len(rows) == 3 * (2 * 7 + 2)
+    for row in rows:
+        for cell in row[3:]:
+            formula, rest = cell.split(" / ")
+            measured = rest.split(" ")[0]
+            assert float(formula.replace(",", "")) == pytest.approx(float(measured.replace(",", "")), rel=0.01)
+    readme = (repository / "README.md").read_text(encoding="utf-8")
+    found = {tuple(line.strip("| ").split(" | ")) for line in readme.splitlines() if " GF | " in line}
+    wanted = {row[0].strip("| ") for row in rows if row[1] == "50"}
+    assert found
+    assert {row[0] for row in found} <= wanted
+    for name, graph, *cells in found:
+        row = next(r for r in rows if r[0].strip("| ") == name and r[1] == "50" and r[2] == graph)
+        measured_cells = [cell.split(" / ")[1].split(" ")[0] for cell in row[3:]]
+        assert [cell.removesuffix(" GF").removesuffix(" MiB") for cell in cells] == measured_cells
