@@ -35,8 +35,9 @@ install: $(STAMP)  ## make the environment and install fastprompt in it, editabl
 
 test: lint types pytest  ## ruff, mypy and the whole test suite
 
-lint: $(STAMP)  ## ruff
+lint: $(STAMP)  ## ruff: lint and format
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 types: $(STAMP)  ## mypy on the package, its ops and the client
 	$(PY) -m mypy

@@ -23,12 +23,25 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 REQUIRED = os.environ.get("FASTPROMPT_REQUIRE_NATIVE", "0") not in ("", "0")
-COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi",
-          "-Wno-maybe-uninitialized", "-g0"]
+COMMON = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+    "-g0",
+]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
 AVX512_BF16 = [*AVX512, "-mavx512bf16"]
-X86 = {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512_bf16": AVX512_BF16,
-       "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]}
+X86 = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": AVX512,
+    "avx512_bf16": AVX512_BF16,
+    "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
+}
 """The instruction sets beside the portable one, and what makes the compiler use them in a file of their own."""
 
 
@@ -38,8 +51,13 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Any) -> None:
         for name, flags in ext.instruction_sets.items():
             ext.extra_objects += self.compiler.compile(
-                [f"csrc/{name}.cpp"], output_dir=self.build_temp, include_dirs=ext.include_dirs,
-                macros=ext.define_macros, extra_postargs=[*COMMON, *flags], depends=ext.depends)
+                [f"csrc/{name}.cpp"],
+                output_dir=self.build_temp,
+                include_dirs=ext.include_dirs,
+                macros=ext.define_macros,
+                extra_postargs=[*COMMON, *flags],
+                depends=ext.depends,
+            )
         super().build_extension(ext)
 
 
@@ -60,10 +78,17 @@ def native() -> list[Extension]:
         return []
     x86 = platform.machine() in ("x86_64", "AMD64")
     extension = Extension(
-        "fastprompt.kernels._native", ["csrc/ops.cpp"], depends=[*map(str, sorted(Path("csrc").glob("*"))), "setup.py"],
-        include_dirs=["csrc", *include_paths()], library_dirs=library_paths(), libraries=["torch_cpu", "c10"],
+        "fastprompt.kernels._native",
+        ["csrc/ops.cpp"],
+        depends=[*map(str, sorted(Path("csrc").glob("*"))), "setup.py"],
+        include_dirs=["csrc", *include_paths()],
+        library_dirs=library_paths(),
+        libraries=["torch_cpu", "c10"],
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), *([("FASTPROMPT_X86", None)] if x86 else [])],
-        extra_compile_args=COMMON, py_limited_api=True, optional=not REQUIRED)
+        extra_compile_args=COMMON,
+        py_limited_api=True,
+        optional=not REQUIRED,
+    )
     extension.instruction_sets = {"portable": [], **(X86 if x86 else {})}  # type: ignore[attr-defined]
     return [extension]
 
@@ -75,5 +100,8 @@ if not (ROOT / "fastprompt" / "kernels" / "__init__.py").is_file():
     )
 
 EXTENSIONS = native()
-setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildNative, "bdist_wheel": TaggedWheel},
-      options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS else {})
+setup(
+    ext_modules=EXTENSIONS,
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": TaggedWheel},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS else {},
+)

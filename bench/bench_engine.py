@@ -28,8 +28,16 @@ from fastprompt.engine.backends import BACKENDS, in_float32
 
 ROUNDS = 9
 METHODS = {"VPT-deep": fp.VPTConfig, "VAPT": fp.VAPTConfig, "PGN": fp.PGNConfig}
-CASES = [("VPT-deep", 10, 8), ("VPT-deep", 50, 8), ("VPT-deep", 100, 8), ("VAPT", 10, 8), ("VAPT", 50, 8),
-         ("VAPT", 100, 8), ("PGN", 16, 8), ("VPT-deep", 50, 1)]
+CASES = [
+    ("VPT-deep", 10, 8),
+    ("VPT-deep", 50, 8),
+    ("VPT-deep", 100, 8),
+    ("VAPT", 10, 8),
+    ("VAPT", 50, 8),
+    ("VAPT", 100, 8),
+    ("PGN", 16, 8),
+    ("VPT-deep", 50, 1),
+]
 ALL_WAYS = ("VPT-deep",)
 """Methods that are compared with the papers' graph compiled too, which takes a minute; others have no goal there."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -73,9 +81,15 @@ def in_openvino(model: nn.Module, images: Tensor, precision: str) -> Run:
     import openvino
 
     program = torch.export.export(model, (images,))
-    made = openvino.compile_model(openvino.convert_model(program), "CPU", {
-        "INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads()})
+    made = openvino.compile_model(
+        openvino.convert_model(program),
+        "CPU",
+        {
+            "INFERENCE_PRECISION_HINT": precision,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        },
+    )
     request: Any = made.create_infer_request()
     return lambda images: torch.from_numpy(request.infer([images.numpy()], share_inputs=True)[0].copy())
 
@@ -135,8 +149,9 @@ def engines(model: fp.PromptedViT, batch: int) -> Iterator[tuple[str, Run]]:
 
 
 @pytest.mark.parametrize(("method", "num_prompts", "batch"), CASES)
-def test_one_adapter(benchmark: BenchmarkFixture, backbone: fp.FrozenViT, tmp_path: Path, method: str, num_prompts: int,
-                     batch: int) -> None:
+def test_one_adapter(
+    benchmark: BenchmarkFixture, backbone: fp.FrozenViT, tmp_path: Path, method: str, num_prompts: int, batch: int
+) -> None:
     pytest.importorskip("openvino")
     torch._dynamo.reset()
     model, images = model_of(backbone, method, num_prompts), torch.randn(batch, 3, 224, 224)
@@ -161,9 +176,17 @@ def test_one_adapter(benchmark: BenchmarkFixture, backbone: fp.FrozenViT, tmp_pa
         del seconds["products"], rates[0]
         flops = count_flops(lambda: ways["Engine, bfloat16 eager"](images))
         benchmark.pedantic(ways["Engine, bfloat16 openvino"], args=(images,), rounds=1)
-    benchmark.extra_info |= {"job": "one adapter", "method": method, "num_prompts": num_prompts, "batch": batch,
-                             "flops": flops, "product_rates": rates,
-                             "seconds": seconds, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    benchmark.extra_info |= {
+        "job": "one adapter",
+        "method": method,
+        "num_prompts": num_prompts,
+        "batch": batch,
+        "flops": flops,
+        "product_rates": rates,
+        "seconds": seconds,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     print(f"\n{method}, {num_prompts} prompts, batch {batch}:")
     for name, times in seconds.items():
         print(f"  {name:<40} {1000 * statistics.median(times):8.1f} ms")
@@ -181,21 +204,30 @@ def test_many_adapters(benchmark: BenchmarkFixture, backbone: fp.FrozenViT, mixt
     for i in range(32):
         engine.add_adapter(f"adapter {i}", model_of(backbone, *kinds[i % len(kinds)], seed=i))
     names = [f"adapter {i}" for i in range(32)]
-    ways: dict[str, Run] = {"one adapter, its own engine": fp.Engine(model_of(backbone, *kinds[0]), (32,),
-                                                                    torch.bfloat16, "eager")}
-    ways |= {f"one adapter: {method}, {num_prompts} prompts": lambda x, i=i: engine(x, adapter_names=32 * [names[i]])
-             for i, (method, num_prompts) in enumerate(kinds)}
+    ways: dict[str, Run] = {
+        "one adapter, its own engine": fp.Engine(model_of(backbone, *kinds[0]), (32,), torch.bfloat16, "eager")
+    }
+    ways |= {
+        f"one adapter: {method}, {num_prompts} prompts": lambda x, i=i: engine(x, adapter_names=32 * [names[i]])
+        for i, (method, num_prompts) in enumerate(kinds)
+    }
     ways["32 adapters"] = lambda x: engine(x, adapter_names=names)
     found = ways["32 adapters"](images)
     for i, name in enumerate(names):
-        alone = engine(images[i:i + 1], adapter_names=[name])[0]
+        alone = engine(images[i : i + 1], adapter_names=[name])[0]
         assert (found[i] - alone).norm() < 5e-2 * alone.norm()
     for run in ways.values():
         run(images)
     seconds = interleaved(ways, images)
     benchmark.pedantic(ways["32 adapters"], args=(images,), rounds=1)
-    benchmark.extra_info |= {"job": "many adapters", "mixture": mixture, "seconds": seconds, "of": len(kinds),
-                             "threads": torch.get_num_threads(), "torch": torch.__version__}
+    benchmark.extra_info |= {
+        "job": "many adapters",
+        "mixture": mixture,
+        "seconds": seconds,
+        "of": len(kinds),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     for name, times in seconds.items():
         print(f"\n  {name:<40} {1000 * statistics.median(times):8.1f} ms", end="")
 
@@ -215,6 +247,10 @@ def test_memory_of_200_adapters(benchmark: BenchmarkFixture, backbone: fp.Frozen
     grown = resident() - before
     assert grown < 2**30
     benchmark.pedantic(engine, args=(torch.randn(1, 3, 224, 224),), rounds=1)
-    benchmark.extra_info |= {"job": "memory", "bytes": grown, "threads": torch.get_num_threads(),
-                             "torch": torch.__version__}
+    benchmark.extra_info |= {
+        "job": "memory",
+        "bytes": grown,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     print(f"\n200 adapters: {grown / 2**20:.0f} MiB")

@@ -35,8 +35,9 @@ def backbones() -> dict[torch.dtype, fp.FrozenViT]:
 
 @pytest.mark.parametrize("num_prompts", [10, 50, 100])
 @pytest.mark.parametrize("job", ["inference", "training"])
-def test_vpt_deep(benchmark: BenchmarkFixture, backbones: dict[torch.dtype, fp.FrozenViT], job: str,
-                  num_prompts: int) -> None:
+def test_vpt_deep(
+    benchmark: BenchmarkFixture, backbones: dict[torch.dtype, fp.FrozenViT], job: str, num_prompts: int
+) -> None:
     torch.manual_seed(0)
     plain = fp.PromptedViT(backbones[torch.float32], fp.VPTConfig(num_prompts=num_prompts), num_classes=10)
     half = fp.PromptedViT(backbones[torch.bfloat16], plain.config, head=copy.deepcopy(plain.head))
@@ -78,8 +79,14 @@ def test_vpt_deep(benchmark: BenchmarkFixture, backbones: dict[torch.dtype, fp.F
                 run(forward)
                 seconds[name].append(time.perf_counter() - began)
         benchmark.pedantic(run, args=(ways["rewritten, bfloat16 eager"],), rounds=1)
-    benchmark.extra_info |= {"job": job, "num_prompts": num_prompts, "batch": BATCH, "seconds": seconds,
-                             "threads": torch.get_num_threads(), "torch": torch.__version__}
+    benchmark.extra_info |= {
+        "job": job,
+        "num_prompts": num_prompts,
+        "batch": BATCH,
+        "seconds": seconds,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     base = statistics.median(seconds[BASELINE])
     print(f"\n{job}, {num_prompts} prompts: {BATCH / base:.1f} images/s as the authors run it; × that:")
     for name, times in seconds.items():

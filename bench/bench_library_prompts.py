@@ -33,6 +33,7 @@ def test_whole_sequence_with_pre_norm(benchmark: BenchmarkFixture, batch: int) -
     logits, library, patches = torch.randn(batch, 16, 256), torch.randn(256, 768), torch.randn(batch, 196, 768)
     prefix, position = torch.randn(1, 1, 768), torch.randn(1, 197, 768)
     norm = PreNorm(torch.ones(768), torch.zeros(768), 1e-5)
-    sequence = benchmark(lambda: library_prompts(logits, library, patches=patches, prefix=prefix, position=position,
-                                                 pre_norm=norm))
+    sequence = benchmark(
+        lambda: library_prompts(logits, library, patches=patches, prefix=prefix, position=position, pre_norm=norm)
+    )
     assert sequence.shape == (batch, 213, 768)

@@ -26,12 +26,16 @@ from fastprompt.kernels.prefix_attention import prefix_attention
 
 BATCH, HEADS, TOKENS, WIDTH = 8, 12, 197, 768
 ROUNDS = 15
-METHODS = {"VPT-deep 50": fp.VPTConfig(num_prompts=50), "VAPT 50": fp.VAPTConfig(num_prompts=50),
-           "PGN 16": fp.PGNConfig(num_prompts=16)}
+METHODS = {
+    "VPT-deep 50": fp.VPTConfig(num_prompts=50),
+    "VAPT 50": fp.VAPTConfig(num_prompts=50),
+    "PGN 16": fp.PGNConfig(num_prompts=16),
+}
 
 
 def attention(prompts: int) -> Callable[[torch.dtype], tuple[Any, ...]]:
     """Queries, keys and values as views of their packed product, and a prefix that all images share."""
+
     def inputs(dtype: torch.dtype) -> tuple[Any, ...]:
         packed = torch.randn(BATCH, TOKENS, 3, HEADS, WIDTH // HEADS, dtype=dtype).permute(2, 0, 3, 1, 4)
         return *packed.unbind(0), *torch.randn(2, 1, HEADS, prompts, WIDTH // HEADS, dtype=dtype).unbind(0)
@@ -60,7 +64,8 @@ def joined(*inputs: Any) -> Tensor:
 OPS: dict[str, tuple[Callable[..., Any], Callable[[torch.dtype], tuple[Any, ...]]]] = {
     **{f"prefix_attention, {p} prompts": (joined, attention(p)) for p in (10, 50, 100)},
     **{f"adaptive_prompts, {p} prompts": (adaptive_prompts, adaptive(p)) for p in (10, 50, 100)},
-    "add_norm": (add_norm, rows)}
+    "add_norm": (add_norm, rows),
+}
 
 
 def compare(benchmark: BenchmarkFixture, name: str, ways: dict[str, Callable[[], Any]]) -> None:
@@ -91,8 +96,9 @@ def test_op(benchmark: BenchmarkFixture, op: str, dtype: torch.dtype) -> None:
     assert native.obstacle() == ""
     call, inputs_of = OPS[op]
     inputs = inputs_of(dtype)
-    compare(benchmark, f"{op}, {dtype}", {"native": by("native", call, *inputs),
-                                          "PyTorch": by("reference", call, *inputs)})
+    compare(
+        benchmark, f"{op}, {dtype}", {"native": by("native", call, *inputs), "PyTorch": by("reference", call, *inputs)}
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 8])

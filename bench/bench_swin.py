@@ -53,8 +53,10 @@ def test_vpt_deep(benchmark: BenchmarkFixture, backbone: fp.FrozenViT, job: str,
     ratios = sorted(p / r for r, p in zip(seconds["rewritten"], seconds["published"], strict=True))
     benchmark.extra_info |= {"ratio": statistics.median(ratios), "ratio_low": ratios[1], "ratio_high": ratios[-2]}
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    print(f"\n{job}, 50 prompts, {dtype}: {statistics.median(ratios):.2f} x VPT's graph ({ratios[1]:.2f} to "
-          f"{ratios[-2]:.2f} over {ROUNDS} rounds), {8 / median['rewritten']:.1f} and {8 / median['published']:.1f} "
-          "images/s")
+    print(
+        f"\n{job}, 50 prompts, {dtype}: {statistics.median(ratios):.2f} x VPT's graph ({ratios[1]:.2f} to "
+        f"{ratios[-2]:.2f} over {ROUNDS} rounds), {8 / median['rewritten']:.1f} and {8 / median['published']:.1f} "
+        "images/s"
+    )
     benchmark.pedantic(run, args=(model,), rounds=1)
     model.set_backbone_dtype(torch.float32)

@@ -47,9 +47,20 @@ def _attention_backward_flops(grad: Any, q: Any, k: Any, *args: Any, **kwargs: A
     return 10 * q[0] * q[1] * q[2] * k[2] * q[3]
 
 
-def _convolution_backward_flops(grad: Any, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any,
-                                transposed: bool, output_padding: Any, groups: int, mask: list[bool],
-                                **kwargs: Any) -> int:
+def _convolution_backward_flops(
+    grad: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    mask: list[bool],
+    **kwargs: Any,
+) -> int:
     """As many as the forward has, for each of input and weight that wants a gradient."""
     positions, per_position = (x if transposed else grad)[2:], torch.Size(weight).numel()
     return 2 * x[0] * torch.Size(positions).numel() * per_position * (mask[0] + mask[1])
@@ -60,9 +71,11 @@ def _linear_flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * torch.Size(x).numel() * weight[0]
 
 
-FORMULAS = {aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-            aten.convolution_backward: _convolution_backward_flops}
+FORMULAS = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    aten.convolution_backward: _convolution_backward_flops,
+}
 if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
     FORMULAS[torch.ops.mkldnn._linear_pointwise] = _linear_flops
 
@@ -194,8 +207,9 @@ def rows(job: Job) -> list[str]:
     images = torch.randn(job.batch, 3, 224, 224)
     for graph in GRAPHS:
         measured = measure(model, images, graph)
-        formula = Measured(*(cost(model.backbone, job.config, "cls", graph, training, batch=job.batch)
-                             for training in (False, True)))
+        formula = Measured(
+            *(cost(model.backbone, job.config, "cls", graph, training, batch=job.batch) for training in (False, True))
+        )
         cells = [pair(f.flops / 1e9, m.flops / 1e9, ".2f") for f, m in zip(formula, measured, strict=True)]
         cells.append(pair(formula.training.saved_bytes / 2**20, measured.training.saved_bytes / 2**20, ".2f"))
         cells += [pair(f.dispatches, m.dispatches, ",") for f, m in zip(formula, measured, strict=True)]
@@ -213,8 +227,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/cost.md"))
     arguments = parser.parse_args()
     jobs = [Job(name, config, n, arguments.batch) for n in (10, 50) for name, config in methods(n).items()]
-    jobs += [Job("Linear probe", fp.LinearProbeConfig(), 0, arguments.batch),
-             Job("Pixel prompt", fp.PixelPromptConfig(), 0, arguments.batch)]
+    jobs += [
+        Job("Linear probe", fp.LinearProbeConfig(), 0, arguments.batch),
+        Job("Pixel prompt", fp.PixelPromptConfig(), 0, arguments.batch),
+    ]
     lines = []
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for found in pool.imap(rows, jobs):

@@ -19,8 +19,12 @@ from forward_table import cell, ratio
 from fastprompt.files import atomic_write
 
 BEGIN, END = "<!-- engine: written by `make bench-engine` -->\n", "<!-- /engine -->\n"
-FLOAT32, COMPILED, OPENVINO, RUNTIME = ("papers' graph, float32 eager", "papers' graph, bfloat16 compiled",
-                                        "papers' graph, bfloat16 OpenVINO", "papers' graph, float32 ONNX Runtime")
+FLOAT32, COMPILED, OPENVINO, RUNTIME = (
+    "papers' graph, float32 eager",
+    "papers' graph, bfloat16 compiled",
+    "papers' graph, bfloat16 OpenVINO",
+    "papers' graph, float32 ONNX Runtime",
+)
 GOALS = {  # of the engine against each baseline, by number of prompts, at batch 8
     ("VPT-deep", FLOAT32): {10: 5.6, 50: 5.5, 100: 7.2},
     ("VPT-deep", COMPILED): {10: 1.3, 50: 1.5, 100: 1.75},
@@ -36,8 +40,10 @@ CEILING = 0.88
 
 def fastest(seconds: Mapping[str, Sequence[float]], dtype: str) -> str:
     """The engine's backend with the lowest median in this number format."""
-    return min((name for name in seconds if name.startswith(f"Engine, {dtype}")),
-               key=lambda name: statistics.median(seconds[name]))
+    return min(
+        (name for name in seconds if name.startswith(f"Engine, {dtype}")),
+        key=lambda name: statistics.median(seconds[name]),
+    )
 
 
 def one_adapter(runs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -63,8 +69,10 @@ def one_adapter(runs: Sequence[Mapping[str, Any]]) -> list[str]:
         ceiling = [max(rates.values()) for rates in run["product_rates"]]
         parts = sorted(run["flops"] / (rate * s) for rate, s in zip(ceiling, ours, strict=True))
         goal = f" {'≥' if parts[-2] >= CEILING else '**<**'} {CEILING:.0%}" if batch == 8 else ""
-        cells.append(f"{statistics.median(parts):.0%} ({parts[1]:.0%}–{parts[-2]:.0%}) of "
-                     f"{statistics.median(ceiling) / 1e12:.2f} TFLOP/s{goal}")
+        cells.append(
+            f"{statistics.median(parts):.0%} ({parts[1]:.0%}–{parts[-2]:.0%}) of "
+            f"{statistics.median(ceiling) / 1e12:.2f} TFLOP/s{goal}"
+        )
     lines.append(f"| the engine in bfloat16, of the fastest product of a block's Linears | {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -83,8 +91,10 @@ def many_adapters(run: Mapping[str, Any]) -> list[str]:
 def medians(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """The README's lines: the engine's fastest backend against each baseline, and the mixed batch."""
     baselines = (FLOAT32, COMPILED, OPENVINO, RUNTIME)
-    lines = [f"| times as fast as the papers' graph in | {' | '.join(name.split(', ')[1] for name in baselines)} |",
-             "|---|" + "---:|" * len(baselines)]
+    lines = [
+        f"| times as fast as the papers' graph in | {' | '.join(name.split(', ')[1] for name in baselines)} |",
+        "|---|" + "---:|" * len(baselines),
+    ]
     for run in runs:
         if run["job"] == "one adapter":
             seconds, cells = run["seconds"], []
@@ -97,8 +107,11 @@ def medians(runs: Sequence[Mapping[str, Any]]) -> list[str]:
         if run["job"] == "many adapters" and run["mixture"] == "VPT-deep":
             seconds = run["seconds"]
             times = ratio(seconds["32 adapters"], seconds["one adapter, its own engine"])[0]
-            lines += ["", "32 images of 32 adapters in one batch, VPT-deep with 50 prompts each, take "
-                          f"{times:.2f} times as long as 32 images of one adapter in its own engine."]
+            lines += [
+                "",
+                "32 images of 32 adapters in one batch, VPT-deep with 50 prompts each, take "
+                f"{times:.2f} times as long as 32 images of one adapter in its own engine.",
+            ]
     return lines
 
 
@@ -125,7 +138,7 @@ def main(source: Path, out: Path, readme: Path) -> None:
         f"`make bench-engine` on {machine} ({units}), {runs[0]['threads']} threads, torch {runs[0]['torch']}, random "
         f"weights. Medians over {rounds} interleaved rounds; × is times as fast, in brackets the rounds but the lowest "
         "and the highest, behind it the goal (≥ where the interval's upper end reaches it) and the backend that was "
-        "the engine's fastest in that number format, which is the one `backend=\"auto\"` takes.",
+        'the engine\'s fastest in that number format, which is the one `backend="auto"` takes.',
         "",
     ]
     for method, batch in dict.fromkeys((run["method"], run["batch"]) for run in single):
@@ -134,8 +147,11 @@ def main(source: Path, out: Path, readme: Path) -> None:
         if run["job"] == "many adapters":
             lines += many_adapters(run)
         if run["job"] == "memory":
-            lines += [f"200 VPT-deep adapters of 50 prompts, in bfloat16: the process grew by "
-                      f"{run['bytes'] / 2**20:.0f} MiB (goal: less than 1024).", ""]
+            lines += [
+                f"200 VPT-deep adapters of 50 prompts, in bfloat16: the process grew by "
+                f"{run['bytes'] / 2**20:.0f} MiB (goal: less than 1024).",
+                "",
+            ]
     atomic_write(out, "\n".join(lines))
     atomic_write(readme, replace_part(readme.read_text(encoding="utf-8"), medians(runs)))
     print("\n".join(lines))

@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any
 
 BASELINE = "papers' graph, float32 eager"
-ROWS = ("rewritten, float32 eager", "papers' graph, bfloat16 eager", "papers' graph, bfloat16 compiled",
-        "rewritten, bfloat16 eager", "rewritten, bfloat16 compiled")
+ROWS = (
+    "rewritten, float32 eager",
+    "papers' graph, bfloat16 eager",
+    "papers' graph, bfloat16 compiled",
+    "rewritten, bfloat16 eager",
+    "rewritten, bfloat16 compiled",
+)
 GOALS = {  # at 10, 50 and 100 prompts
     ("inference", "float32"): (2.2, 2.5, 3.1),
     ("training", "float32"): (1.9, 2.3, 3.0),
@@ -40,8 +45,9 @@ def better(seconds: Mapping[str, Sequence[float]], graph: str) -> Sequence[float
 
 def table(benchmarks: Sequence[Mapping[str, Any]], job: str) -> list[str]:
     """The lines of one job's table."""
-    runs = sorted((b["extra_info"] for b in benchmarks if b["extra_info"]["job"] == job),
-                  key=lambda run: run["num_prompts"])
+    runs = sorted(
+        (b["extra_info"] for b in benchmarks if b["extra_info"]["job"] == job), key=lambda run: run["num_prompts"]
+    )
     columns = [str(run["num_prompts"]) for run in runs]
     lines = [f"| {job}, prompts | {' | '.join(columns)} |", "|---|" + "---:|" * len(runs)]
     base = [run["batch"] / statistics.median(run["seconds"][BASELINE]) for run in runs]
@@ -49,13 +55,17 @@ def table(benchmarks: Sequence[Mapping[str, Any]], job: str) -> list[str]:
     for row in ROWS:
         graph, dtype, _ = row.replace(",", "").rsplit(" ", 2)
         goals = GOALS[job, dtype] if graph == "rewritten" else (None,) * len(runs)
-        cells = [cell(ratio(run["seconds"][BASELINE], run["seconds"][row]), goal)
-                 for run, goal in zip(runs, goals, strict=True)]
+        cells = [
+            cell(ratio(run["seconds"][BASELINE], run["seconds"][row]), goal)
+            for run, goal in zip(runs, goals, strict=True)
+        ]
         lines.append(f"| {row}, × | {' | '.join(cells)} |")
     for way in ("eager", "compiled"):
         ours = f"rewritten, bfloat16 {way}"
-        cells = [cell(ratio(better(run["seconds"], "papers' graph"), run["seconds"][ours]), goal)
-                 for run, goal in zip(runs, EQUAL[job], strict=True)]
+        cells = [
+            cell(ratio(better(run["seconds"], "papers' graph"), run["seconds"][ours]), goal)
+            for run, goal in zip(runs, EQUAL[job], strict=True)
+        ]
         lines.append(f"| {ours}, × the better of the papers' two in bfloat16 | {' | '.join(cells)} |")
     if job == "training":
         eager, lean = (f"rewritten, bfloat16 eager{way}" for way in ("", ", blocks recomputed"))

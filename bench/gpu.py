@@ -92,8 +92,9 @@ def mismatches(bench: Bench, op: str, case: Case, module: ModuleType) -> dict[st
     return found
 
 
-def step_of(call: Callable[[Inputs], Sequence[Tensor]], inputs: Inputs, grads: tuple[str, ...],
-            cotangents: list[Tensor]) -> Callable[[], list[Tensor]]:
+def step_of(
+    call: Callable[[Inputs], Sequence[Tensor]], inputs: Inputs, grads: tuple[str, ...], cotangents: list[Tensor]
+) -> Callable[[], list[Tensor]]:
     """One forward with backward, for these gradients of the outputs; returns outputs and gradients."""
     leaves = [inputs[name] for name in grads]
 
@@ -135,8 +136,11 @@ def alone(bench: Bench, *options: str) -> list[str]:
 def warmed(bench: Bench, ops: Sequence[str]) -> None:
     """Compile all kernels into Triton's cache, a process for each op and dtype: one after the other takes minutes."""
     names = [str(dtype).split(".")[1] for dtype in bench.dtypes]
-    running = [subprocess.Popen(alone(bench, "--op", op, "--dtype", name), stderr=subprocess.PIPE, text=True)
-               for op in ops for name in names]
+    running = [
+        subprocess.Popen(alone(bench, "--op", op, "--dtype", name), stderr=subprocess.PIPE, text=True)
+        for op in ops
+        for name in names
+    ]
     problems = [process.communicate()[1] for process in running]
     for process, problem in zip(running, problems, strict=True):
         if process.returncode:
@@ -148,9 +152,16 @@ def sanitized(bench: Bench) -> str:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return "compute-sanitizer is not installed"
-    running = {checker: subprocess.Popen([tool, "--tool", checker, "--error-exitcode", "1", *alone(bench)], text=True,
-                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-               for checker in ("memcheck", "racecheck")}
+    running = {
+        checker: subprocess.Popen(
+            [tool, "--tool", checker, "--error-exitcode", "1", *alone(bench)],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        for checker in ("memcheck", "racecheck")
+    }
     said, ends = [], time.monotonic() + SANITIZER_SECONDS
     try:
         for checker, process in running.items():
@@ -170,8 +181,7 @@ def sanitized(bench: Bench) -> str:
 
 
 def launch(bench: Bench, ops: Sequence[str], dtype: str | None) -> None:
-    """Forward and backward of the kernels, nothing else: in float16 the small cases, or in `dtype` all of `mismatches`.
-    """
+    """Forward and backward of the kernels alone: the small cases in float16, or all of `mismatches` in `dtype`."""
     for op in ops:
         spec = load_spec(op)
         module = importlib.import_module(spec.MODULE)
@@ -247,9 +257,16 @@ def measure(bench: Bench, ops: Sequence[str], began: float, seconds: float) -> d
         began, seconds: when, by `time.monotonic`, the time began that all of it may take, and how much that is.
     """
     name = "Triton's interpreter" if bench.dry else torch.cuda.get_device_name()
-    report: dict[str, Any] = {"device": name, "dry_run": bench.dry, "torch": torch.__version__,
-                              "triton": triton.__version__, "cuda": torch.version.cuda, "rocm": torch.version.hip,
-                              "python": sys.version.split()[0], "ops": {op: {} for op in ops}}
+    report: dict[str, Any] = {
+        "device": name,
+        "dry_run": bench.dry,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
+        "python": sys.version.split()[0],
+        "ops": {op: {} for op in ops},
+    }
     if not bench.dry:
         warmed(bench, ops)
         print(f"compiled, {time.monotonic() - began:.0f} s", flush=True)
@@ -268,8 +285,12 @@ def measure(bench: Bench, ops: Sequence[str], began: float, seconds: float) -> d
         module, now = importlib.import_module(spec.MODULE), time.monotonic()
         deadline = now + (began + OPS_UNTIL * seconds - now) / (len(ops) - i)
         found["microseconds"] = {
-            str(batch): [speed(bench, case, module, COMPILED if i == 0 and batch > 1 else (), deadline)
-                         for i, case in enumerate(bench.sized(spec, batch))] for batch in (1, 32)}
+            str(batch): [
+                speed(bench, case, module, COMPILED if i == 0 and batch > 1 else (), deadline)
+                for i, case in enumerate(bench.sized(spec, batch))
+            ]
+            for batch in (1, 32)
+        }
         print(f"{op}: timed, {time.monotonic() - began:.0f} s", flush=True)
     if not bench.dry:
         report["graphs"] = gpu_graphs.measure(deadline=began + MODELS_UNTIL * seconds)
@@ -281,19 +302,25 @@ def main(*options: str) -> None:
     parser.add_argument("--dry-run", action="store_true", help="the same way in Triton's interpreter, at small sizes")
     parser.add_argument("--launch-only", action="store_true", help="only launch the kernels, for compute-sanitizer")
     parser.add_argument("--op", action="append", choices=OPS, help="only this op; default all")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
-                        help="with --launch-only: in this dtype, the papers' sizes too")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="with --launch-only: in this dtype, the papers' sizes too",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu.json")
     parser.add_argument("--seconds", type=float, help=f"that it may take; default {SECONDS}, dry without end")
-    parser.add_argument("--began", type=float, default=time.time(), help="when they began, as `date +%%s` prints it; "
-                                                                         "default now")
+    parser.add_argument(
+        "--began", type=float, default=time.time(), help="when they began, as `date +%%s` prints it; default now"
+    )
     arguments = parser.parse_args(options)
     if arguments.dry_run:
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise SystemExit("--dry-run runs in Triton's interpreter: set TRITON_INTERPRET=1")
     elif not torch.cuda.is_available():
-        raise SystemExit("make gpu needs a CUDA or ROCm device and torch sees none; without one, `make test` runs the "
-                         "kernels in Triton's interpreter and compiles them for five parts")
+        raise SystemExit(
+            "make gpu needs a CUDA or ROCm device and torch sees none; without one, `make test` runs the "
+            "kernels in Triton's interpreter and compiles them for five parts"
+        )
     elif os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 is set: the kernels would not run on the GPU")
     torch.backends.cuda.matmul.allow_tf32 = False

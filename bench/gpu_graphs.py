@@ -35,8 +35,12 @@ from fastprompt.engine.engine import TOLERANCE
 from fastprompt.generators import PromptConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-METHODS: dict[str, PromptConfig] = {"vpt-deep": fp.VPTConfig(num_prompts=10), "pgn": fp.PGNConfig(),
-                                    "v2apt": fp.V2APTConfig(), "vapt": fp.VAPTConfig()}
+METHODS: dict[str, PromptConfig] = {
+    "vpt-deep": fp.VPTConfig(num_prompts=10),
+    "pgn": fp.PGNConfig(),
+    "v2apt": fp.V2APTConfig(),
+    "vapt": fp.VAPTConfig(),
+}
 BATCHES = (1, 8, 32, 128)
 NUM_CLASSES = 100
 ROUNDS, CALLS = 9, 20
@@ -53,10 +57,15 @@ def vit_base(device: str = "cuda") -> fp.FrozenViT:
     return fp.FrozenViT(module).to(device=device, dtype=torch.bfloat16)
 
 
-def measure(backbone: fp.FrozenViT | None = None, methods: Sequence[str] = tuple(METHODS),
-            batches: tuple[int, ...] = BATCHES, capturer: Callable[[], Capturer] | None = None,
-            compiler: Callable[..., Any] = torch.compile,
-            keep: Callable[[dict[str, Any]], None] | None = None, deadline: float = math.inf) -> dict[str, Any]:
+def measure(
+    backbone: fp.FrozenViT | None = None,
+    methods: Sequence[str] = tuple(METHODS),
+    batches: tuple[int, ...] = BATCHES,
+    capturer: Callable[[], Capturer] | None = None,
+    compiler: Callable[..., Any] = torch.compile,
+    keep: Callable[[dict[str, Any]], None] | None = None,
+    deadline: float = math.inf,
+) -> dict[str, Any]:
     """The report: parity of all methods, then their times; `keep` gets it after the times of each.
 
     Args:
@@ -78,8 +87,10 @@ def measure(backbone: fp.FrozenViT | None = None, methods: Sequence[str] = tuple
             report["methods"][name] = {"parity": parity(name, models[name], images, batches, capturer)}
             print(f"graphs, {name}: replays are right", flush=True)
         for name, model in models.items():
-            jobs = {"inference": lambda x, y, until, model=model: inference(model, x, capturer, compiler, until),
-                    "training step": lambda x, y, until, model=model: training(model, x, y, capturer, compiler, until)}
+            jobs = {
+                "inference": lambda x, y, until, model=model: inference(model, x, capturer, compiler, until),
+                "training step": lambda x, y, until, model=model: training(model, x, y, capturer, compiler, until),
+            }
             for job, run in jobs.items():
                 report["methods"][name][job] = {}
                 for batch in batches:
@@ -94,8 +105,9 @@ def measure(backbone: fp.FrozenViT | None = None, methods: Sequence[str] = tuple
     return report
 
 
-def parity(name: str, model: fp.PromptedViT, images: Tensor, batches: tuple[int, ...],
-           capturer: Callable[[], Capturer]) -> list[dict[str, Any]]:
+def parity(
+    name: str, model: fp.PromptedViT, images: Tensor, batches: tuple[int, ...], capturer: Callable[[], Capturer]
+) -> list[dict[str, Any]]:
     """Error and budget of replays, and whether they have the bits of eager."""
     exact = fp.PromptedViT(copy.deepcopy(model.backbone).double(), model.config, NUM_CLASSES).eval()
     graphed, rows, largest = GraphedForward(model, batches, capturer=capturer()), [], max(batches)
@@ -113,37 +125,64 @@ def parity(name: str, model: fp.PromptedViT, images: Tensor, batches: tuple[int,
             budget = 2 * reference + torch.finfo(model.backbone.dtype).eps * float(truth.abs().max())
             if not error <= budget:
                 raise SystemExit(f"{name}, batch {count}, {round_}: the error of a replay, {error}, is above {budget}")
-            rows.append({"batch": count, "parameters": round_, "error": error, "budget": budget,
-                         "bits of eager": torch.equal(found, eager)})
+            rows.append(
+                {
+                    "batch": count,
+                    "parameters": round_,
+                    "error": error,
+                    "budget": budget,
+                    "bits of eager": torch.equal(found, eager),
+                }
+            )
     graphed.release()
     return rows
 
 
-def inference(model: fp.PromptedViT, images: Tensor, capturer: Callable[[], Capturer], compiler: Callable[..., Any],
-              until: float) -> Times:
+def inference(
+    model: fp.PromptedViT, images: Tensor, capturer: Callable[[], Capturer], compiler: Callable[..., Any], until: float
+) -> Times:
     """Times of a forward."""
     graphed = GraphedForward(model, (len(images),), capturer=capturer())
     torch._dynamo.reset()
     compiled = compiler(model, dynamic=False)
     with torch.no_grad():
-        found = timed({"eager": lambda: model(images), "compile": lambda: compiled(images),
-                       "graph": lambda: graphed(images), "graph, borrowed": lambda: graphed(images, borrow=True)},
-                      graphed.capturer, until)
+        found = timed(
+            {
+                "eager": lambda: model(images),
+                "compile": lambda: compiled(images),
+                "graph": lambda: graphed(images),
+                "graph, borrowed": lambda: graphed(images, borrow=True),
+            },
+            graphed.capturer,
+            until,
+        )
     graphed.release()
     return found
 
 
-def training(model: fp.PromptedViT, images: Tensor, labels: Tensor, capturer: Callable[[], Capturer],
-             compiler: Callable[..., Any], until: float) -> Times:
+def training(
+    model: fp.PromptedViT,
+    images: Tensor,
+    labels: Tensor,
+    capturer: Callable[[], Capturer],
+    compiler: Callable[..., Any],
+    until: float,
+) -> Times:
     """Times of a training step; each way trains a copy of generator and head."""
     torch._dynamo.reset()
     models = [fp.PromptedViT(model.backbone, model.config, NUM_CLASSES).train() for _ in range(3)]
     for other in models:
         other.load_adapter_state_dict(model.adapter_state_dict())
     graphed = GraphedTrainStep(models[2], adamw(models[2], capturable=True), capturer=capturer())
-    found = timed({"eager": plain_step(models[0], models[0], images, labels),
-                   "compile": plain_step(models[1], compiler(models[1], dynamic=False), images, labels),
-                   "graph": lambda: graphed(images, labels)}, graphed.capturer, until)
+    found = timed(
+        {
+            "eager": plain_step(models[0], models[0], images, labels),
+            "compile": plain_step(models[1], compiler(models[1], dynamic=False), images, labels),
+            "graph": lambda: graphed(images, labels),
+        },
+        graphed.capturer,
+        until,
+    )
     graphed.release()
     return found
 
@@ -165,30 +204,42 @@ def mixed(backbone: fp.FrozenViT, capturer: Callable[[], Capturer], until: float
         for name, model in zip(names, models, strict=True):
             engine.add_adapter(name, model)
         expected = torch.cat([model(x) for model, x in zip(models, single, strict=True)]).double()
-        served = {"mixed batch": torch.stack(list(engine(images, adapter_names=names))),
-                  "batch 1, graph": torch.cat([graph(x) for graph, x in zip(graphs, single, strict=True)])}
+        served = {
+            "mixed batch": torch.stack(list(engine(images, adapter_names=names))),
+            "batch 1, graph": torch.cat([graph(x) for graph, x in zip(graphs, single, strict=True)]),
+        }
         for way, outputs in served.items():
             error = float((outputs.double() - expected).norm() / expected.norm())
             if not error < TOLERANCE[backbone.dtype]:
                 raise SystemExit(f"{way}: the outputs are off by {error:.2g} of the adapters' own")
-        times = timed({"mixed batch": lambda: engine(images, adapter_names=names),
-                       "one adapter": lambda: engine(images, adapter_names=ADAPTERS * names[:1]),
-                       "batch 1, eager": lambda: [model(x) for model, x in zip(models, single, strict=True)],
-                       "batch 1, graph": lambda: [graph(x) for graph, x in zip(graphs, single, strict=True)]},
-                      graphs[0].capturer, until, calls=1)
+        times = timed(
+            {
+                "mixed batch": lambda: engine(images, adapter_names=names),
+                "one adapter": lambda: engine(images, adapter_names=ADAPTERS * names[:1]),
+                "batch 1, eager": lambda: [model(x) for model, x in zip(models, single, strict=True)],
+                "batch 1, graph": lambda: [graph(x) for graph, x in zip(graphs, single, strict=True)],
+            },
+            graphs[0].capturer,
+            until,
+            calls=1,
+        )
     for graph in graphs:
         graph.release()
     mixture = times["mixed batch"]["throughput"]["median"]
-    return {"adapters": ADAPTERS, "microseconds": times,
-            "times of a mixed batch": {way: of["throughput"]["median"] / mixture for way, of in times.items()}}
+    return {
+        "adapters": ADAPTERS,
+        "microseconds": times,
+        "times of a mixed batch": {way: of["throughput"]["median"] / mixture for way, of in times.items()},
+    }
 
 
 def adamw(model: fp.PromptedViT, capturable: bool = False) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for _, p in model.trainable_parameters()], lr=1e-4, capturable=capturable)
 
 
-def plain_step(model: fp.PromptedViT, forward: Callable[..., Any], images: Tensor, labels: Tensor
-               ) -> Callable[[], None]:
+def plain_step(
+    model: fp.PromptedViT, forward: Callable[..., Any], images: Tensor, labels: Tensor
+) -> Callable[[], None]:
     """The step that the graph holds, as a loop would write it."""
     optimizer, loss = adamw(model), cross_entropy(model)
 
@@ -221,8 +272,10 @@ def timed(ways: dict[str, Callable[[], Any]], device: Capturer, until: float, ca
                     ways[name]()
                 device.synchronize()
                 found[kind].append((time.perf_counter() - began) * 1e6 / repeats)
-    return {name: {kind: spread(values) for kind, values in samples[name].items()} if name in samples else None
-            for name in ways}
+    return {
+        name: {kind: spread(values) for kind, values in samples[name].items()} if name in samples else None
+        for name in ways
+    }
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -237,14 +290,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu_graphs.json")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("CUDA graphs need a CUDA or ROCm device and torch sees none; without one, `make test` holds "
-                         "their rules by a recording double")
+        raise SystemExit(
+            "CUDA graphs need a CUDA or ROCm device and torch sees none; without one, `make test` holds "
+            "their rules by a recording double"
+        )
 
     def keep(report: dict[str, Any]) -> None:
         arguments.out.write_text(json.dumps(about | report, indent=1) + "\n")
 
-    about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
-             "rocm": torch.version.hip}
+    about = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
+    }
     measure(methods=arguments.methods, batches=tuple(arguments.batches), keep=keep)
     print(f"wrote {arguments.out}")
 

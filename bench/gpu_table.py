@@ -33,16 +33,22 @@ def table(report: Mapping[str, Any]) -> str:
         "error of float64 in three dtypes, two runs give the same bits, and so does a replayed CUDA graph; "
         f"{report['sanitizer']}. Microseconds in bfloat16, medians and quartiles of interleaved rounds; eager and "
         "compiled is the PyTorch reference, for `prefix_attention` scaled_dot_product_attention on concatenated keys "
-        "and values.", "",
-        f"| Op, size | Batch | Job | {' | '.join(COLUMNS)} |", "|---|---:|---|" + "---:|" * len(COLUMNS)]
+        "and values.",
+        "",
+        f"| Op, size | Batch | Job | {' | '.join(COLUMNS)} |",
+        "|---|---:|---|" + "---:|" * len(COLUMNS),
+    ]
     notes = []
     for op, found in report["ops"].items():
         for batch, runs in found["microseconds"].items():
             for run, job in ((run, job) for run in runs for job in ("forward", "forward and backward")):
                 cells = " | ".join(cell(run[job], column) for column in COLUMNS)
                 lines.append(f"| `{op}`, {run['case']} | {batch} | {job} | {cells} |")
-                notes += [f"`{op}`, {run['case']}, batch {batch}, {job}: {name} takes {cell(run[job], name)} µs."
-                          for name in run[job] if name not in COLUMNS]
+                notes += [
+                    f"`{op}`, {run['case']}, batch {batch}, {job}: {name} takes {cell(run[job], name)} µs."
+                    for name in run[job]
+                    if name not in COLUMNS
+                ]
     return "\n".join([*lines, "", *notes, ""])
 
 

@@ -42,16 +42,22 @@ from fastprompt.serve.protocol import BASE, Ask, Work, classify_answer, embeddin
 from fastprompt.serve.tenants import HostSettings, answers, load
 
 ROOT = Path(__file__).resolve().parents[1]
-ADAPTERS = {"vpt-10": fp.VPTConfig(num_prompts=10), "vpt-50": fp.VPTConfig(num_prompts=50),
-            "vapt-10": fp.VAPTConfig(num_prompts=10), "pgn-16": fp.PGNConfig(num_prompts=16)}
+ADAPTERS = {
+    "vpt-10": fp.VPTConfig(num_prompts=10),
+    "vpt-50": fp.VPTConfig(num_prompts=50),
+    "vapt-10": fp.VAPTConfig(num_prompts=10),
+    "pgn-16": fp.PGNConfig(num_prompts=16),
+}
 PICTURES = 12
 BODY_TIMEOUT = 2.0
 MAX_BODY = 2**20
 CLASSES = 10
 SPREAD = 2.0
 """Standard deviation of a tenant's logits over the pictures, which makes its answers differ."""
-FLOOR = {"float32": {"features": 1e-4, "log-probabilities": 1e-2},
-         "bfloat16": {"features": 2**-8, "log-probabilities": 0.05}}
+FLOOR = {
+    "float32": {"features": 1e-4, "log-probabilities": 1e-2},
+    "bfloat16": {"features": 2**-8, "log-probabilities": 0.05},
+}
 """Least tolerance of an answer, of features relative to their norm; where batches are found to change a tenant's
 answers more, twice that. It also has to be nearest to its own among all pictures and tenants, four tolerances apart."""
 
@@ -141,9 +147,12 @@ class Check:
         expected = {key: answers(engine, [work])[0][0] for key, work in works.items()}
         order = list(works)
         np.random.default_rng(0).shuffle(order)
-        batched = [(order[start:start + size]) for size in (2, 3, 5, 8) for start in range(0, len(order), size)]
-        together = [(key, output) for keys in batched
-                    for key, [output] in zip(keys, answers(engine, [works[key] for key in keys]), strict=True)]
+        batched = [(order[start : start + size]) for size in (2, 3, 5, 8) for start in range(0, len(order), size)]
+        together = [
+            (key, output)
+            for keys in batched
+            for key, [output] in zip(keys, answers(engine, [works[key] for key in keys]), strict=True)
+        ]
         engine.release()
         gc.collect()
         self.features = np.stack([expected[BASE, i] for i in range(len(shown))])
@@ -162,9 +171,11 @@ class Check:
             self.apart[name] = min(self.apart[name], float(others.min()))
         for name, apart in self.apart.items():
             if not apart > 4 * self.tolerance[name]:
-                raise RuntimeError(f"{name}: the {self.kind(name)} expected of two pictures or tenants are {apart:.3g} "
-                                   f"apart, too close to tell answers apart with a tolerance of "
-                                   f"{self.tolerance[name]:.3g}")
+                raise RuntimeError(
+                    f"{name}: the {self.kind(name)} expected of two pictures or tenants are {apart:.3g} "
+                    f"apart, too close to tell answers apart with a tolerance of "
+                    f"{self.tolerance[name]:.3g}"
+                )
 
     @staticmethod
     def kind(name: str) -> str:
@@ -203,11 +214,36 @@ def host(flags: Flags, adapters: dict[str, Path], batch_size: int) -> Iterator[s
         port = taken.getsockname()[1]
     named = [word for name, path in adapters.items() for word in ("--adapter", f"{name}={path}")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastprompt", "serve", "--backbone", flags.backbone, "--image-size",
-         str(flags.image_size), *named, "--port", str(port), "--dtype", flags.dtype, "--threads", str(flags.threads),
-         "--batch-size", str(batch_size), "--batch-wait-ms", str(flags.batch_wait_ms if batch_size > 1 else 0),
-         "--body-timeout", str(BODY_TIMEOUT), "--max-body-mb", str(MAX_BODY / 2**20), "--max-waiting", "1000"],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(flags.threads)})
+        [
+            sys.executable,
+            "-m",
+            "fastprompt",
+            "serve",
+            "--backbone",
+            flags.backbone,
+            "--image-size",
+            str(flags.image_size),
+            *named,
+            "--port",
+            str(port),
+            "--dtype",
+            flags.dtype,
+            "--threads",
+            str(flags.threads),
+            "--batch-size",
+            str(batch_size),
+            "--batch-wait-ms",
+            str(flags.batch_wait_ms if batch_size > 1 else 0),
+            "--body-timeout",
+            str(BODY_TIMEOUT),
+            "--max-body-mb",
+            str(MAX_BODY / 2**20),
+            "--max-waiting",
+            "1000",
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": str(flags.threads)},
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         while True:
@@ -224,15 +260,17 @@ def host(flags: Flags, adapters: dict[str, Path], batch_size: int) -> Iterator[s
             raise RuntimeError(f"the host ended with {process.returncode} after SIGTERM")
 
 
-async def tenant(client: httpx.AsyncClient, number: int, files: list[bytes], check: Check, seen: Round, until: float
-                 ) -> None:
+async def tenant(
+    client: httpx.AsyncClient, number: int, files: list[bytes], check: Check, seen: Round, until: float
+) -> None:
     """Pictures one after the other as a form, each as another tenant than the one before."""
     names, i = check.names, number
     while time.perf_counter() < until:
         i, name = i + 1, names[i % len(names)]
         picture = i * 7 % len(files)
-        path, model = ("/v1/embeddings", {"encoding_format": "base64"}) if name == BASE else (
-            "/v1/classify", {"model": name})
+        path, model = (
+            ("/v1/embeddings", {"encoding_format": "base64"}) if name == BASE else ("/v1/classify", {"model": name})
+        )
         began = time.perf_counter()
         try:
             answer = await client.post(path, files={"file": ("p.png", files[picture], "image/png")}, data=model)
@@ -251,23 +289,27 @@ def huge() -> bytes:
     """A PNG that says it has 60,000 x 60,000 pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     data = b"IDAT" + zlib.compress(bytes(1000))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(
-        ">I", zlib.crc32(chunk)) for chunk in (header, data, b"IEND"))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for chunk in (header, data, b"IEND")
+    )
 
 
 async def attacker(client: httpx.AsyncClient, number: int, file: bytes, seen: Round, until: float) -> None:
     """One hostile request after the other; what became of each goes to `seen.refused`."""
+
     def chunks(total: int) -> Any:
         async def send() -> Any:
             for _ in range(total // 2**16):
                 yield b"x" * 2**16
+
         return send()
 
     def image(data: bytes) -> dict[str, Any]:
         return {"files": {"file": ("p.png", data, "image/png")}}
 
     kinds: dict[str, Any] = {
-        "truncated PNG": lambda: image(file[:len(file) // 2]),
+        "truncated PNG": lambda: image(file[: len(file) // 2]),
         "PNG of 60000 x 60000": lambda: image(huge()),
         "text instead of a picture": lambda: image(b"<html>" * 100),
         "input of a wrong type": lambda: {"json": {"input": {"a": 3}}},
@@ -308,12 +350,16 @@ async def slow(port: int, body: bool) -> str:
 async def load_round(url: str, flags: Flags, files: list[bytes], check: Check, clients: int, hostile: int) -> Round:
     seen = Round()
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits, headers={"Accept-Encoding": "identity"}
-                                 ) as client, httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as bad:
+    async with (
+        httpx.AsyncClient(base_url=url, timeout=60, limits=limits, headers={"Accept-Encoding": "identity"}) as client,
+        httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as bad,
+    ):
         began = time.perf_counter()
         until = began + flags.seconds
-        await asyncio.gather(*(tenant(client, i, files, check, seen, until) for i in range(clients)),
-                             *(attacker(bad, i * 3, files[0], seen, until) for i in range(hostile)))
+        await asyncio.gather(
+            *(tenant(client, i, files, check, seen, until) for i in range(clients)),
+            *(attacker(bad, i * 3, files[0], seen, until) for i in range(hostile)),
+        )
         seen.seconds = time.perf_counter() - began
     return seen
 
@@ -328,9 +374,11 @@ def row(title: str, rounds: list[Round]) -> str:
     together = [latency for r in rounds for latency in r.latencies]
     p50, p99 = (1000 * percentile(together, share) for share in (0.5, 0.99))
     p99s = [1000 * percentile(r.latencies, 0.99) for r in rounds]
-    return (f"| {title} | {statistics.median(rates):.1f} ({min(rates):.1f}–{max(rates):.1f}) | {p50:.0f} | {p99:.0f} "
-            f"({min(p99s):.0f}–{max(p99s):.0f}) | {len(together)} | {sum(r.wrong for r in rounds)} | "
-            f"{sum(len(r.failed) for r in rounds)} |")
+    return (
+        f"| {title} | {statistics.median(rates):.1f} ({min(rates):.1f}–{max(rates):.1f}) | {p50:.0f} | {p99:.0f} "
+        f"({min(p99s):.0f}–{max(p99s):.0f}) | {len(together)} | {sum(r.wrong for r in rounds)} | "
+        f"{sum(len(r.failed) for r in rounds)} |"
+    )
 
 
 def main() -> None:
@@ -344,8 +392,9 @@ def main() -> None:
         backbone = fp.load_backbone(flags.backbone, flags.image_size)
         adapters = make_adapters(Path(folder), backbone, shown)
         del backbone
-        settings = HostSettings(flags.backbone, flags.image_size, False, adapters, flags.dtype, flags.batch_size,
-                                flags.threads)
+        settings = HostSettings(
+            flags.backbone, flags.image_size, False, adapters, flags.dtype, flags.batch_size, flags.threads
+        )
         check = Check(settings, shown)
         batching, single = f"batches up to {flags.batch_size}", "batch size 1"
         with host(flags, adapters, flags.batch_size) as one, host(flags, adapters, 1) as two:
@@ -356,11 +405,15 @@ def main() -> None:
                         print(f"round {number}, {clients} clients, {title}: {seen.rate():.1f} images/s", flush=True)
                         if number:  # the first warms up
                             measured.setdefault((title, clients), []).append(seen)
-            attacked = [asyncio.run(load_round(one, flags, files, check, flags.clients, flags.hostile))
-                        for _ in range(flags.rounds)]
+            attacked = [
+                asyncio.run(load_round(one, flags, files, check, flags.clients, flags.hostile))
+                for _ in range(flags.rounds)
+            ]
     every = [*(r for rounds in measured.values() for r in rounds), *attacked]
-    ratios = sorted(a.rate() / b.rate() for a, b in zip(measured[batching, flags.clients],
-                                                        measured[single, flags.clients], strict=True))
+    ratios = sorted(
+        a.rate() / b.rate()
+        for a, b in zip(measured[batching, flags.clients], measured[single, flags.clients], strict=True)
+    )
     outcomes: dict[str, dict[str, int]] = {}
     for seen in attacked:
         for kind, found in seen.refused.items():
@@ -382,8 +435,10 @@ def main() -> None:
         "",
         "| host, clients | images/s | p50, ms | p99, ms | answers | wrong | failed |",
         "|---|---:|---:|---:|---:|---:|---:|",
-        *(row(f"{title}, {clients} client{'s' * (clients > 1)}", rounds) for (title, clients), rounds
-          in measured.items()),
+        *(
+            row(f"{title}, {clients} client{'s' * (clients > 1)}", rounds)
+            for (title, clients), rounds in measured.items()
+        ),
         row(f"{batching}, {flags.clients} clients and {flags.hostile} hostile ones", attacked),
         "",
         f"Dynamic batching at {flags.clients} clients: {statistics.median(ratios):.2f} × the images/s of batch size 1 "
@@ -395,22 +450,30 @@ def main() -> None:
         "",
         "| tenant | tolerance | worst answer | nearest other picture or tenant |",
         "|---|---:|---:|---:|",
-        *(f"| {name.strip('_')} | {check.tolerance[name]:.2g} | {check.worst[name]:.2g} | {check.apart[name]:.2g} |"
-          for name in check.names),
+        *(
+            f"| {name.strip('_')} | {check.tolerance[name]:.2g} | {check.worst[name]:.2g} | {check.apart[name]:.2g} |"
+            for name in check.names
+        ),
         "",
         f"What hostile clients got, beside the last line's others (body limit {MAX_BODY >> 20} MiB, timeout "
         f"{BODY_TIMEOUT:g} s):",
         "",
         "| request | outcomes |",
         "|---|---|",
-        *(f"| {kind} | {', '.join(f'{outcome}: {count}' for outcome, count in sorted(found.items()))} |"
-          for kind, found in outcomes.items()),
+        *(
+            f"| {kind} | {', '.join(f'{outcome}: {count}' for outcome, count in sorted(found.items()))} |"
+            for kind, found in outcomes.items()
+        ),
     ]
     text = "\n".join(lines) + "\n"
     print(text)
     atomic_write(flags.out, text)
-    bad = [f"{kind}: {outcome}" for kind, found in outcomes.items() for outcome in found
-           if not outcome.startswith(("4", "closed"))]
+    bad = [
+        f"{kind}: {outcome}"
+        for kind, found in outcomes.items()
+        for outcome in found
+        if not outcome.startswith(("4", "closed"))
+    ]
     failed = [text for r in every for text in r.failed]
     if bad or failed or any(r.wrong for r in every):
         sys.exit(f"{sum(r.wrong for r in every)} wrong answers, failed: {failed[:5]}, not refused: {bad}")

@@ -27,8 +27,9 @@ from fastprompt_client import Client
 def by_host(model: fp.PromptedViT, pictures: list[np.ndarray]) -> np.ndarray:
     """Predicted classes (n,) from uint8 pictures (H', W, 3)."""
     vit = model.backbone
-    features = [host_features(vit, vit.normalise(torch.from_numpy(p).permute(2, 0, 1)[None]), model.readout)
-                for p in pictures]
+    features = [
+        host_features(vit, vit.normalise(torch.from_numpy(p).permute(2, 0, 1)[None]), model.readout) for p in pictures
+    ]
     with torch.no_grad():
         return model.head(torch.stack(features)).argmax(-1).numpy()
 
@@ -67,7 +68,8 @@ def parity(run: Path, num_images: int) -> dict[str, Any]:
         golden = torch.from_numpy(client.folder.golden_embedding)
         mistakes = {f"{m['name']}: {m['detail']}": m["cosine"] for m in manifest["golden"]["mistakes"]}
         picture = fp.RGBPrompts(model).pictures(
-            torch.from_numpy(np.array(_opened(client.folder.golden_image))).permute(2, 0, 1)[None])
+            torch.from_numpy(np.array(_opened(client.folder.golden_image))).permute(2, 0, 1)[None]
+        )
         model.set_backbone_dtype(torch.bfloat16)
         in_bfloat16 = host_features(backbone, backbone.normalise(picture), model.readout)
         found["cosine of a host in bfloat16"] = round(cosine(golden, in_bfloat16), 6)

@@ -45,8 +45,14 @@ EPOCHS = 6
 
 def plan_of(data: str, out: Path, seeds: Sequence[int]) -> table.Plan:
     """The runs on one data set; those on Fashion-MNIST are shared with `make table`."""
-    base = RunSettings(method="pgn", data=data, backbone="clip-vit-b16", image_size=112,
-                       recipe={**table.RECIPE, "epochs": EPOCHS}, **DATA[data])
+    base = RunSettings(
+        method="pgn",
+        data=data,
+        backbone="clip-vit-b16",
+        image_size=112,
+        recipe={**table.RECIPE, "epochs": EPOCHS},
+        **DATA[data],
+    )
     return table.Plan(base, ROWS, tuple(seeds), None, out)
 
 
@@ -157,47 +163,70 @@ def rows_of(plan: table.Plan) -> list[dict[str, Any]]:
     return found["rows"]
 
 
-def summarised(seen: Mapping[int, Mapping[str, Any]], trained: Mapping[int, Mapping[str, Any]],
-               latent: Mapping[int, Mapping[str, Any]] | None, border: Mapping[int, Mapping[str, Any]] | None
-               ) -> dict[str, Any]:
+def summarised(
+    seen: Mapping[int, Mapping[str, Any]],
+    trained: Mapping[int, Mapping[str, Any]],
+    latent: Mapping[int, Mapping[str, Any]] | None,
+    border: Mapping[int, Mapping[str, Any]] | None,
+) -> dict[str, Any]:
     """Accuracy over seeds of predictions from pictures, and how they differ from those of the test as trained, from
     PGN on tokens and from the border.
     """
     import statistics
 
     accuracies = [statistics.fmean(table.correct(run)) for run in seen.values()]
-    changed = [sum(p != q for p, q in zip(seen[seed]["test"]["predictions"], trained[seed]["test"]["predictions"],
-                                          strict=True)) for seed in seen]
-    return {"accuracy": statistics.fmean(accuracies), "interval": table.seed_interval(accuracies), "changed": changed,
-            "to_latent": None if latent is None else table.difference_to(seen, latent),
-            "to_border": None if border is None else table.difference_to(seen, border)}
+    changed = [
+        sum(
+            p != q for p, q in zip(seen[seed]["test"]["predictions"], trained[seed]["test"]["predictions"], strict=True)
+        )
+        for seed in seen
+    ]
+    return {
+        "accuracy": statistics.fmean(accuracies),
+        "interval": table.seed_interval(accuracies),
+        "changed": changed,
+        "to_latent": None if latent is None else table.difference_to(seen, latent),
+        "to_border": None if border is None else table.difference_to(seen, border),
+    }
 
 
 def markdown(rows: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int]) -> str:
     """The tables of all data sets."""
-    lines = ["# Prompts as pixels: clip-vit-b16 at 112 px", "",
-             f"`make pixels`: {EPOCHS} epochs, batch 16, seeds {', '.join(map(str, seeds))}; the protocol is that of "
-             "table.md. \"As trained\" is the test that the run made itself, "
-             "\"floats\" the prompted images in floats before any rounding, \"PNG\" after writing them to "
-             "8-bit files and reading them again, by the backbone in bfloat16; a PGN of tokens is inverted for both "
-             "(its pixels reach some hundreds, of which bfloat16 keeps too little). The last two columns are "
-             "differences of the PNG's accuracy, in points, with 95 % intervals over test images and over seeds. "
-             "\"Changed\" counts the predictions that differ between PNG and test as trained, of the seeds that were "
-             "classified as pictures: those whose adapters were at hand.", ""]
+    lines = [
+        "# Prompts as pixels: clip-vit-b16 at 112 px",
+        "",
+        f"`make pixels`: {EPOCHS} epochs, batch 16, seeds {', '.join(map(str, seeds))}; the protocol is that of "
+        'table.md. "As trained" is the test that the run made itself, '
+        '"floats" the prompted images in floats before any rounding, "PNG" after writing them to '
+        "8-bit files and reading them again, by the backbone in bfloat16; a PGN of tokens is inverted for both "
+        "(its pixels reach some hundreds, of which bfloat16 keeps too little). The last two columns are "
+        "differences of the PNG's accuracy, in points, with 95 % intervals over test images and over seeds. "
+        '"Changed" counts the predictions that differ between PNG and test as trained, of the seeds that were '
+        "classified as pictures: those whose adapters were at hand.",
+        "",
+    ]
     for data, of_data in rows.items():
         settings = DATA[data]
-        lines += [f"## {data}: {settings['num_train']} training, {settings['num_val']} validation and "
-                  f"{settings['num_test']:,} test images", "",
-                  "| Row | Trained parameters | of these prompts | Learning rate | As trained | Floats | PNG | Changed "
-                  "| PNG − PGN on tokens | PNG − pixel border |", "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
+        lines += [
+            f"## {data}: {settings['num_train']} training, {settings['num_val']} validation and "
+            f"{settings['num_test']:,} test images",
+            "",
+            "| Row | Trained parameters | of these prompts | Learning rate | As trained | Floats | PNG | Changed "
+            "| PNG − PGN on tokens | PNG − pixel border |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        ]
         for row in sorted(of_data, key=lambda row: -row["test_accuracy"]):
             png, floats = row["pictures"].get("png"), row["pictures"].get("float")
-            cells = [row["title"], f"{row['trained_parameters']['total']:,}",
-                     f"{row['trained_parameters']['generator']:,}", "–" if row["lr"] is None else f"{row['lr']:g}",
-                     accuracy(row["test_accuracy"], row["test_interval_over_seeds"]),
-                     *("–" if each is None else accuracy(each["accuracy"], each["interval"]) for each in (floats, png)),
-                     "–" if png is None else f"{sum(png['changed'])} of {settings['num_test'] * len(png['changed']):,}",
-                     *("–" if png is None else points(png[key]) for key in ("to_latent", "to_border"))]
+            cells = [
+                row["title"],
+                f"{row['trained_parameters']['total']:,}",
+                f"{row['trained_parameters']['generator']:,}",
+                "–" if row["lr"] is None else f"{row['lr']:g}",
+                accuracy(row["test_accuracy"], row["test_interval_over_seeds"]),
+                *("–" if each is None else accuracy(each["accuracy"], each["interval"]) for each in (floats, png)),
+                "–" if png is None else f"{sum(png['changed'])} of {settings['num_test'] * len(png['changed']):,}",
+                *("–" if png is None else points(png[key]) for key in ("to_latent", "to_border")),
+            ]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)

@@ -59,8 +59,9 @@ def main() -> None:
         whole = [(backbone.normalise(images).float(), labels) for images, labels in found]
         small = [(squeezed(generator, images), labels) for images, labels in whole]
         classes = int(max(labels.max() for _, labels in found)) + 1
-        plain, shrunk = (accuracy(backbone, [TensorDataset(*part) for part in parts], classes)
-                         for parts in (whole, small))
+        plain, shrunk = (
+            accuracy(backbone, [TensorDataset(*part) for part in parts], classes) for parts in (whole, small)
+        )
         print(f"{args.data}, seed {seed}: whole {plain:.3f}, squeezed {shrunk:.3f}", flush=True)
 
 

@@ -121,9 +121,7 @@ class Job:
         if self.method == "pixel" and base.image_size is not None:
             # The published border is 30 pixels of 224.
             options.setdefault("border", max(1, round(30 * base.image_size / 224)))
-        return replace(
-            base, method=method, options=options, recipe=recipe, data_seed=self.seed, augment=augment
-        )
+        return replace(base, method=method, options=options, recipe=recipe, data_seed=self.seed, augment=augment)
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:
@@ -140,8 +138,10 @@ def validation_score(runs: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     """
     if any(results.get("diverged") for results in runs):
         return -1.0, -math.inf
-    return (statistics.fmean(results["validation"]["accuracy"] for results in runs),
-            -statistics.fmean(results["validation"]["loss"] for results in runs))
+    return (
+        statistics.fmean(results["validation"]["accuracy"] for results in runs),
+        -statistics.fmean(results["validation"]["loss"] for results in runs),
+    )
 
 
 def runs_at(plan: Plan, method: str, lr: float | None) -> list[dict[str, Any]] | None:

@@ -37,8 +37,9 @@ def write_adapter(directory: str | os.PathLike[str], config: Mapping[str, Any], 
     config = {"format": _FORMAT, "fastprompt_version": fastprompt.__version__, **config}
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     metadata = {"format": "pt", "sha256": _data_digest(tensors_to_bytes(tensors))}
-    atomic_write_many(directory, {WEIGHTS_FILE: tensors_to_bytes(tensors, metadata),
-                                  CONFIG_FILE: json.dumps(config, indent=2) + "\n"})
+    atomic_write_many(
+        directory, {WEIGHTS_FILE: tensors_to_bytes(tensors, metadata), CONFIG_FILE: json.dumps(config, indent=2) + "\n"}
+    )
 
 
 def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -59,8 +60,10 @@ def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
         raise ValueError(f"{directory / CONFIG_FILE} is not an adapter configuration of format {_FORMAT}")
     keys = {"format", "fastprompt_version", "method", "num_classes", "head", "readout", "class_names", "backbone"}
     if set(config) != keys:
-        raise ValueError(f"{directory / CONFIG_FILE}: missing keys {sorted(keys - set(config))}, "
-                         f"unknown keys {sorted(set(config) - keys)}")
+        raise ValueError(
+            f"{directory / CONFIG_FILE}: missing keys {sorted(keys - set(config))}, "
+            f"unknown keys {sorted(set(config) - keys)}"
+        )
     stored = config["backbone"]
     for key, kind in (("name", str), ("fingerprint", str), ("image_size", list)):
         if not isinstance(stored, dict) or not isinstance(stored.get(key), kind):
@@ -81,7 +84,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
 
 def _data_digest(content: bytes) -> str:
     """sha256 of the tensors' bytes in a safetensors file, which follow a header of the length its first 8 bytes say."""
-    return hashlib.sha256(memoryview(content)[8 + int.from_bytes(content[:8], "little"):]).hexdigest()
+    return hashlib.sha256(memoryview(content)[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
 def check_backbone(who: str, stored: Mapping[str, Any], backbone: FrozenViT) -> None:
@@ -91,7 +94,8 @@ def check_backbone(who: str, stored: Mapping[str, Any], backbone: FrozenViT) -> 
             f"{who} was trained on another backbone: {stored['name']} at "
             f"{'x'.join(map(str, stored['image_size']))} px, fingerprint {stored['fingerprint'][:12]}; this one is "
             f"{backbone.spec.name} at {'x'.join(map(str, backbone.image_size))} px, fingerprint "
-            f"{backbone.fingerprint[:12]}")
+            f"{backbone.fingerprint[:12]}"
+        )
     warn_of_other_pixels(who, stored, backbone)
 
 
@@ -100,8 +104,11 @@ def warn_of_other_pixels(who: str, trained: Mapping[str, Any], backbone: FrozenV
     ours = {"mean": list(backbone.mean), "std": list(backbone.std)}
     theirs = {key: None if trained.get(key) is None else list(trained[key]) for key in ours}
     if ours != theirs:
-        warnings.warn(f"{who} was trained on images normalised with {theirs}, this backbone normalises raw (uint8) "
-                      f"ones with {ours}", stacklevel=4)
+        warnings.warn(
+            f"{who} was trained on images normalised with {theirs}, this backbone normalises raw (uint8) "
+            f"ones with {ours}",
+            stacklevel=4,
+        )
 
 
 def head_from(info: Mapping[str, Any], backbone: FrozenViT, num_classes: int, state: Mapping[str, Tensor]) -> Head:
@@ -109,6 +116,8 @@ def head_from(info: Mapping[str, Any], backbone: FrozenViT, num_classes: int, st
     if info["kind"] == "text":
         return TextHead(state["head.class_embeddings"], backbone, info["logit_scale"])
     if info["kind"] == "prototypes":
-        return PrototypeHead(state["head.prototypes"], [(state[f"head.weight{i}"], state[f"head.bias{i}"])
-                                                        for i in range(info["num_layers"])])
+        return PrototypeHead(
+            state["head.prototypes"],
+            [(state[f"head.weight{i}"], state[f"head.bias{i}"]) for i in range(info["num_layers"])],
+        )
     return build_head(info["kind"], backbone, num_classes)

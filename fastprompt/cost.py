@@ -101,25 +101,38 @@ class Sizes:
             raise ValueError("the cost of a Swin transformer has no formula")
         block = vit.blocks[0]
         for name, present in (
-                ("q- and k-norm", block.q_norm is not None or block.k_norm is not None),
-                ("a norm behind attention", block.attn_norm is not None),
-                ("a norm within the MLP", block.mlp.norm is not None),
-                ("a norm behind each branch (res-post-norm)", block.post_norm),
-                ("a gated MLP", block.mlp.glu != "none"),
-                (f"the activation {block.mlp.act}", block.mlp.act not in ACTIVATIONS),
-                ("RMSNorm", block.norm1.kind != "layernorm" or block.norm2.kind != "layernorm"),
-                ("a norm in float32", block.norm1.upcast or block.norm2.upcast),
-                ("a norm of the patch embedding", vit.patch_norm is not None),
-                ("zero-padded images", vit.spec.dynamic_pad)):
+            ("q- and k-norm", block.q_norm is not None or block.k_norm is not None),
+            ("a norm behind attention", block.attn_norm is not None),
+            ("a norm within the MLP", block.mlp.norm is not None),
+            ("a norm behind each branch (res-post-norm)", block.post_norm),
+            ("a gated MLP", block.mlp.glu != "none"),
+            (f"the activation {block.mlp.act}", block.mlp.act not in ACTIVATIONS),
+            ("RMSNorm", block.norm1.kind != "layernorm" or block.norm2.kind != "layernorm"),
+            ("a norm in float32", block.norm1.upcast or block.norm2.upcast),
+            ("a norm of the patch embedding", vit.patch_norm is not None),
+            ("zero-padded images", vit.spec.dynamic_pad),
+        ):
             if present:
                 raise ValueError(f"the cost of a backbone with {name} has no formula ({vit.spec.name})")
         return cls(
-            width=vit.width, depth=vit.depth, heads=block.num_heads, hidden=block.mlp.fc1.weight.shape[0],
-            patches=vit.num_patches, prefix=vit.num_prefix, patch_size=vit.patch_size, image_size=vit.image_size,
-            grid=vit.grid, has_cls=vit.spec.has_cls, position=vit.pos_embed is not None,
-            norm_pre=vit.norm_pre is not None, norm=vit.norm is not None, fc_norm=vit.fc_norm is not None,
-            layer_scale=block.ls1 is not None, qkv_bias=block.qkv.bias is not None or block.norm1.bias is not None,
-            activation=block.mlp.act)
+            width=vit.width,
+            depth=vit.depth,
+            heads=block.num_heads,
+            hidden=block.mlp.fc1.weight.shape[0],
+            patches=vit.num_patches,
+            prefix=vit.num_prefix,
+            patch_size=vit.patch_size,
+            image_size=vit.image_size,
+            grid=vit.grid,
+            has_cls=vit.spec.has_cls,
+            position=vit.pos_embed is not None,
+            norm_pre=vit.norm_pre is not None,
+            norm=vit.norm is not None,
+            fc_norm=vit.fc_norm is not None,
+            layer_scale=block.ls1 is not None,
+            qkv_bias=block.qkv.bias is not None or block.norm1.bias is not None,
+            activation=block.mlp.act,
+        )
 
     @property
     def own(self) -> int:
@@ -193,9 +206,17 @@ class Prompts:
         return 1 if i < self.shared else batch
 
 
-def cost(backbone: FrozenViT | Sizes, config: PromptConfig, readout: str = "cls", graph: str = "rewritten",
-         training: bool = False, dtype: str = "bfloat16", batch: int = 1, num_classes: int = 10, threads: int = 1
-         ) -> Cost:
+def cost(
+    backbone: FrozenViT | Sizes,
+    config: PromptConfig,
+    readout: str = "cls",
+    graph: str = "rewritten",
+    training: bool = False,
+    dtype: str = "bfloat16",
+    batch: int = 1,
+    num_classes: int = 10,
+    threads: int = 1,
+) -> Cost:
     """What one call costs: a forward without graph, or, `training`, a forward and its backward.
 
     Args:
@@ -211,16 +232,20 @@ def cost(backbone: FrozenViT | Sizes, config: PromptConfig, readout: str = "cls"
     Raises:
         ValueError: an argument is none of these, or backbone or method have a part without formula; it is named.
     """
-    for name, value, takes in (("readout", readout, READOUTS), ("graph", graph, GRAPHS),
-                               ("dtype", dtype, tuple(BYTES))):
+    for name, value, takes in (
+        ("readout", readout, READOUTS),
+        ("graph", graph, GRAPHS),
+        ("dtype", dtype, tuple(BYTES)),
+    ):
         if value not in takes:
             raise ValueError(f"{name} must be one of {takes}, got {value!r}")
     for name, number in (("batch", batch), ("num_classes", num_classes), ("threads", threads)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
     sizes = backbone if isinstance(backbone, Sizes) else Sizes.of(backbone)
-    s = dataclasses.replace(sizes, batch=batch, element=BYTES[dtype], training=training, num_classes=num_classes,
-                            threads=threads)
+    s = dataclasses.replace(
+        sizes, batch=batch, element=BYTES[dtype], training=training, num_classes=num_classes, threads=threads
+    )
     if readout == "cls" and not s.has_cls:
         raise ValueError("readout 'cls' needs a class token; this backbone has none")
     if readout == "cls" and s.depth == 1:
@@ -354,8 +379,13 @@ def _rewritten(t: Tally, s: Sizes, prompts: Prompts | None, readout: str, pixels
         trains = trains or prompts is not None
         if recompute and trains:  # fc2 and the residual behind it keep nothing: they do not run again
             fc2 = 2 * b * rows * s.width * s.hidden
-            step = Tally(step.forward, step.forward - fc2 + step.backward, _tokens(s, b * entering), step.calls,
-                         step.calls - 2 + step.backward_calls)
+            step = Tally(
+                step.forward,
+                step.forward - fc2 + step.backward,
+                _tokens(s, b * entering),
+                step.calls,
+                step.calls - 2 + step.backward_calls,
+            )
         t.add(step)
     if s.norm:
         _norm(t, s, b * rows, trains)
@@ -438,8 +468,9 @@ def _block(t: Tally, s: Sizes, rows: int, leave: int, p: int, n: int, stay: bool
         t.backward = t.backward_calls = t.saved = 0
 
 
-def _attention_backward(t: Tally, s: Sizes, queries: int, tokens: int, p: int, shared: bool, wants_q: bool,
-                        wants_tokens: bool, packed: bool) -> None:
+def _attention_backward(
+    t: Tally, s: Sizes, queries: int, tokens: int, p: int, shared: bool, wants_q: bool, wants_tokens: bool, packed: bool
+) -> None:
     """`fastprompt.kernels.prefix_attention.recompute`: dispatches by chunk of the scores, FLOPs by product.
 
     `packed`: queries, keys and values have one gradient. Where nothing needs a gradient the caller drops all of it.
@@ -613,9 +644,15 @@ def _v2apt(t: Tally, s: Sizes, config: V2APTConfig, graph: str) -> Prompts:
 
 def _vapt(t: Tally, s: Sizes, config: VAPTConfig, plain: bool) -> Prompts:
     """Static prompts of the first blocks; from then on M · LN(X), the bottleneck and its residual, in float32."""
-    for name, plainest in (("conv", True), ("channelwise", True), ("feature_projector", True),
-                           ("share_projector", True), ("learnable_scale", False), ("project", None),
-                           ("activation", "relu")):
+    for name, plainest in (
+        ("conv", True),
+        ("channelwise", True),
+        ("feature_projector", True),
+        ("share_projector", True),
+        ("learnable_scale", False),
+        ("project", None),
+        ("activation", "relu"),
+    ):
         if getattr(config, name) != plainest:
             raise ValueError(f"the cost of VAPTConfig.{name} = {getattr(config, name)!r} has no formula")
     b, d, n, p, r = s.batch, s.width, s.patches, config.num_prompts, config.hidden

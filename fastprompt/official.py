@@ -31,8 +31,13 @@ from fastprompt.vit import FrozenViT
 State = dict[str, Tensor]
 
 
-def load_official(source: str | os.PathLike[str] | Mapping[str, Any], backbone: FrozenViT | None = None, *,
-                  readout: str | None = None, **overrides: Any) -> PromptGenerator | PromptedViT:
+def load_official(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    backbone: FrozenViT | None = None,
+    *,
+    readout: str | None = None,
+    **overrides: Any,
+) -> PromptGenerator | PromptedViT:
     """A published PGN, VPT or VAPT checkpoint as a generator, or with a backbone as a `PromptedViT`; eval mode.
 
     The method and its sizes are read from tensor names and shapes. What a state dict does not say takes the
@@ -65,12 +70,14 @@ def load_official(source: str | os.PathLike[str] | Mapping[str, Any], backbone: 
     for marker, reader in (("tl_vectors", _pgn), ("prompt_embeddings", _visual_prompts)):
         prefix = _prefix(state, marker)
         if prefix is not None:
-            inner = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+            inner = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
             generator = reader(inner, backbone, dict(overrides)).eval()
             break
     else:
-        raise ValueError("source is no published PGN, VPT or VAPT checkpoint: it has neither 'tl_vectors' nor "
-                         f"'prompt_embeddings'; its keys start with {sorted(state)[:3]}")
+        raise ValueError(
+            "source is no published PGN, VPT or VAPT checkpoint: it has neither 'tl_vectors' nor "
+            f"'prompt_embeddings'; its keys start with {sorted(state)[:3]}"
+        )
     if backbone is None:
         return generator
     _compare_backbone(inner, backbone)
@@ -78,14 +85,18 @@ def load_official(source: str | os.PathLike[str] | Mapping[str, Any], backbone: 
     weight, bias = state.get(outer + "last_layer.weight"), state.get(outer + "last_layer.bias")
     if weight is not None:
         if any(k.startswith(outer + "projection.") for k in state):
-            raise ValueError(f"source has a head of several layers ({outer}projection.*); only a linear one can be "
-                             "read. Without backbone its prompts can")
+            raise ValueError(
+                f"source has a head of several layers ({outer}projection.*); only a linear one can be "
+                "read. Without backbone its prompts can"
+            )
         if weight.ndim != 2 or weight.shape[1] != backbone.feature_width:
-            raise ValueError(f"source has a head of shape {tuple(weight.shape)}, "
-                             f"backbone takes (C, {backbone.feature_width})")
+            raise ValueError(
+                f"source has a head of shape {tuple(weight.shape)}, backbone takes (C, {backbone.feature_width})"
+            )
         if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(f"source has a head of shape {tuple(weight.shape)} with a bias of shape "
-                             f"{tuple(bias.shape)}")
+            raise ValueError(
+                f"source has a head of shape {tuple(weight.shape)} with a bias of shape {tuple(bias.shape)}"
+            )
     if readout is None and marker == "prompt_embeddings" and backbone.spec.pool == "patches":
         readout = "patches+prompts"
     model = PromptedViT(backbone, generator.config, None if weight is None else weight.shape[0], readout=readout)
@@ -129,7 +140,7 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> State:
 
 def _prefix(state: State, marker: str) -> str | None:
     """What stands before `marker` in the one key that ends with it; None if there is no such key."""
-    found = [k[:-len(marker)] for k in state if k == marker or k.endswith("." + marker)]
+    found = [k[: -len(marker)] for k in state if k == marker or k.endswith("." + marker)]
     if len(found) > 1:
         raise ValueError(f"source has more than one {marker!r}: {sorted(p + marker for p in found)}")
     return found[0] if found else None
@@ -169,8 +180,9 @@ def _load(generator: PromptGenerator, state: State) -> PromptGenerator:
     state = {**{k: v for k, v in own.items() if k.endswith("num_batches_tracked")}, **state}
     missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     if missing or unknown:
-        raise ValueError(f"source does not fit {type(generator).__name__}: missing {missing[:5]}, "
-                         f"unknown {unknown[:5]}")
+        raise ValueError(
+            f"source does not fit {type(generator).__name__}: missing {missing[:5]}, unknown {unknown[:5]}"
+        )
     for name, tensor in state.items():
         if own[name].shape != tensor.shape:
             raise ValueError(f"source: {name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
@@ -196,16 +208,21 @@ def _pgn(state: State, backbone: FrozenViT | None, overrides: dict[str, Any]) ->
         renamed, found = {}, {"trunk": "resnet18"}
         outputs = _take(state, "model.fc.weight", 2).shape[0]
     else:
-        raise ValueError("source has 'tl_vectors' but no known network: neither 'model.input_net.*' (ResNet10) nor "
-                         "'model.conv1.*' (ResNet-18)")
+        raise ValueError(
+            "source has 'tl_vectors' but no known network: neither 'model.input_net.*' (ResNet10) nor "
+            "'model.conv1.*' (ResNet-18)"
+        )
     for name, tensor in state.items():
         if name.startswith("model."):
-            name = name[len("model."):]
+            name = name[len("model.") :]
             for old, new in renamed.items():
                 if name.startswith(old):
-                    name = new + name[len(old):]
-            own["trunk." + name.replace(".net.", ".body.").replace(".downsample.", ".skip.")
-                if found["trunk"] == "resnet10" else "trunk." + name] = tensor
+                    name = new + name[len(old) :]
+            own[
+                "trunk." + name.replace(".net.", ".body.").replace(".downsample.", ".skip.")
+                if found["trunk"] == "resnet10"
+                else "trunk." + name
+            ] = tensor
     if not len(library) or outputs % len(library):
         raise ValueError(f"source: {outputs} outputs are no multiple of the library's {library.shape[0]} tokens")
     found |= {"library_size": library.shape[0], "num_prompts": outputs // library.shape[0]}
@@ -222,8 +239,10 @@ def _visual_prompts(state: State, backbone: FrozenViT | None, overrides: dict[st
     first = _take(state, "prompt_embeddings", 3)
     deep = state.get("deep_prompt_embeddings")
     if first.shape[0] != 1 or (deep is not None and (deep.ndim != 3 or deep.shape[1:] != first.shape[1:])):
-        raise ValueError(f"source: prompt_embeddings {tuple(first.shape)} and deep_prompt_embeddings "
-                         f"{None if deep is None else tuple(deep.shape)} do not fit (1, P, k) and (L - 1, P, k)")
+        raise ValueError(
+            f"source: prompt_embeddings {tuple(first.shape)} and deep_prompt_embeddings "
+            f"{None if deep is None else tuple(deep.shape)} do not fit (1, P, k) and (L - 1, P, k)"
+        )
     embeddings = first if deep is None else torch.cat([first, deep])
     own: State = {"static.embeddings": embeddings}
     width = first.shape[2]
@@ -257,8 +276,10 @@ def _swin_prompts(state: State, backbone: FrozenViT | None, overrides: dict[str,
     if leftover:
         raise ValueError(f"source has prompt tensors that this method does not have: {leftover[:5]}")
     if len(first) != 1 or stages[0].shape[1:] != first.shape[1:] or any(t.shape[1] != first.shape[1] for t in stages):
-        raise ValueError(f"source: prompt_embeddings {tuple(first.shape)} and deep_prompt_embeddings_0, ... "
-                         f"{[tuple(t.shape) for t in stages]} do not fit (1, P, D) and (blocks, P, width of the stage)")
+        raise ValueError(
+            f"source: prompt_embeddings {tuple(first.shape)} and deep_prompt_embeddings_0, ... "
+            f"{[tuple(t.shape) for t in stages]} do not fit (1, P, D) and (blocks, P, width of the stage)"
+        )
     stages[0] = torch.cat([first, stages[0]])
     sizes = tuple((t.shape[2], t.shape[0]) for t in stages)
     depth = sum(blocks for _, blocks in sizes)
@@ -269,17 +290,30 @@ def _swin_prompts(state: State, backbone: FrozenViT | None, overrides: dict[str,
     return _load(VPT(config, geometry), own if len(own) > 1 else {"static.embeddings": stages[0]})
 
 
-def _vapt(state: State, backbone: FrozenViT | None, overrides: dict[str, Any], own: State, found: dict[str, Any],
-          width: int, static_layers: int) -> tuple[PromptGenerator, set[str]]:
+def _vapt(
+    state: State,
+    backbone: FrozenViT | None,
+    overrides: dict[str, Any],
+    own: State,
+    found: dict[str, Any],
+    width: int,
+    static_layers: int,
+) -> tuple[PromptGenerator, set[str]]:
     named = {k: k.split(".")[1] for k in state if k.startswith("deep_prompt_downsample.")}
     strange = sorted(k for k, layer in named.items() if not layer.isdecimal())
     if strange:
         raise ValueError(f"source has prompt tensors that this method does not have: {strange[:5]}")
     layers = 1 + max(map(int, named.values()))
-    used, names = set(), {"deep_prompt_norm.{j}.weight": "norm.weight", "deep_prompt_norm.{j}.bias": "norm.bias",
-                          "deep_prompt_downsample.{j}.conv.kernel": "kernel",
-                          "deep_prompt_downsample.{j}.linear.weight": "projector.weight",
-                          "deep_prompt_downsample.{j}.linear.bias": "projector.bias"}
+    used, names = (
+        set(),
+        {
+            "deep_prompt_norm.{j}.weight": "norm.weight",
+            "deep_prompt_norm.{j}.bias": "norm.bias",
+            "deep_prompt_downsample.{j}.conv.kernel": "kernel",
+            "deep_prompt_downsample.{j}.linear.weight": "projector.weight",
+            "deep_prompt_downsample.{j}.linear.bias": "projector.bias",
+        },
+    )
     conv = "deep_prompt_downsample.0.conv.kernel" in state
     if not conv:
         del names["deep_prompt_downsample.{j}.conv.kernel"]
@@ -333,8 +367,10 @@ def _padding(positions: int, grow: int, grid: Any, conv: bool, given: Any) -> tu
         return given or 0, (side - 2 * (given or 0) - grow,) * 2
     if grid is None and side * side == positions:
         return 0, (side, side)
-    raise ValueError(f"source: the token projector reads {positions} positions, which no padding gives on a grid of "
-                     f"{' or '.join(map(str, grids))} patches; give grid=(rows, columns) and padding=")
+    raise ValueError(
+        f"source: the token projector reads {positions} positions, which no padding gives on a grid of "
+        f"{' or '.join(map(str, grids))} patches; give grid=(rows, columns) and padding="
+    )
 
 
 def _compare_backbone(state: State, backbone: FrozenViT) -> None:
@@ -344,5 +380,8 @@ def _compare_backbone(state: State, backbone: FrozenViT) -> None:
         return
     ours = backbone.patch_weight.detach().cpu()
     if theirs.shape != ours.shape or not torch.allclose(theirs.float(), ours.float(), rtol=1e-2, atol=1e-3):
-        warnings.warn("the checkpoint carries the weights of another backbone than the given one (its patch embedding "
-                      "differs); predictions will not be those of its authors", stacklevel=3)
+        warnings.warn(
+            "the checkpoint carries the weights of another backbone than the given one (its patch embedding "
+            "differs); predictions will not be those of its authors",
+            stacklevel=3,
+        )

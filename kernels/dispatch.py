@@ -86,8 +86,14 @@ def wanted() -> str:
     return _wanted.get()
 
 
-def choose(op: str, device: str, unsupported: str = "", recompute: bool = False, arguments: tuple[Any, ...] = (),
-           native: str = "") -> str:
+def choose(
+    op: str,
+    device: str,
+    unsupported: str = "",
+    recompute: bool = False,
+    arguments: tuple[Any, ...] = (),
+    native: str = "",
+) -> str:
     """The implementation of `op` on a device of type `device`: "reference", "recompute", "triton" or "native".
 
     Args:
@@ -101,8 +107,12 @@ def choose(op: str, device: str, unsupported: str = "", recompute: bool = False,
         RuntimeError: the backend asked for cannot run.
     """
     wanted = _wanted.get()
-    if device == "cpu" and not native and torch.is_grad_enabled() \
-            and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+    if (
+        device == "cpu"
+        and not native
+        and torch.is_grad_enabled()
+        and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+    ):
         native = "they have no backward, and gradients are recorded"
     choice = _decide(op, wanted, device, unsupported, recompute, native)
     if choice.backend in ("triton", "native") and wanted == "auto":
@@ -149,15 +159,22 @@ def _faster(op: str, kernels: str, arguments: tuple[Any, ...]) -> Choice:
         return untimed
     device, trains = tensors[0].device, torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     cpu = (library.level(), torch.get_num_threads()) if kernels == "native" else ()
-    key = (op, device, trains, torch.is_autocast_enabled(device.type), cpu,
-           *((x.dtype, x.shape, x.requires_grad) if isinstance(x, Tensor) else x for x in leaves))
+    key = (
+        op,
+        device,
+        trains,
+        torch.is_autocast_enabled(device.type),
+        cpu,
+        *((x.dtype, x.shape, x.requires_grad) if isinstance(x, Tensor) else x for x in leaves),
+    )
     if key not in measured:
         if compiling or in_graphs or not _can_be_timed(tensors):
             return untimed
         with torch.cuda.device_of(tensors[0]):
             timer = seconds_on_cpu if kernels == "native" else seconds
-            measured[key] = {backend: timer(_step(op, backend, arguments, trains))
-                             for backend in (kernels, "reference")}
+            measured[key] = {
+                backend: timer(_step(op, backend, arguments, trains)) for backend in (kernels, "reference")
+            }
     times = measured[key]
     said = f"{times[kernels] * 1e6:.1f} µs, PyTorch {times['reference'] * 1e6:.1f} µs at this shape"
     said += f", {library.level()}" if kernels == "native" else ""
@@ -198,8 +215,7 @@ def seconds_on_cpu(step: Callable[[], None]) -> float:
 
 
 def seconds(step: Callable[[], None]) -> float:
-    """Median time of a step on the current GPU, after two calls that compile and warm up; endless if memory runs out.
-    """
+    """Median time of a step on the current GPU after two warm-up calls; infinite if memory runs out."""
     try:
         for _ in range(2):
             step()
@@ -219,9 +235,13 @@ def seconds(step: Callable[[], None]) -> float:
 def trains_on_cpu(*inputs: Tensor | None) -> bool:
     """Whether tensors on a CPU are used for a backward, outside of compilers and `torch.func`."""
     tensors = [t for t in inputs if t is not None]
-    return (torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            and not torch._C._are_functorch_transforms_active()
-            and all(t.device.type == "cpu" for t in tensors) and any(t.requires_grad for t in tensors))
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and all(t.device.type == "cpu" for t in tensors)
+        and any(t.requires_grad for t in tensors)
+    )
 
 
 def _obstacle(op: str, device: str, unsupported: str) -> str:

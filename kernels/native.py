@@ -38,8 +38,10 @@ def set_level(name: str) -> str:
 def obstacle() -> str:
     """Why the library cannot be used; empty: it is loaded."""
     if not PATH.is_file():
-        return ("the C++ kernels were not built: install with a C++ compiler and torch at hand, "
-                "pip install --no-build-isolation")
+        return (
+            "the C++ kernels were not built: install with a C++ compiler and torch at hand, "
+            "pip install --no-build-isolation"
+        )
     wanted = os.environ.get(VARIABLE) or LEVELS[-1]
     if wanted not in LEVELS:
         return f"{VARIABLE} must be one of {LEVELS}, got {wanted!r}"

@@ -39,8 +39,9 @@ def pick(table: tuple[Tiles, ...], device: torch.device, **sizes: int) -> Tiles:
     """The first row of `table` for the part that `device` is and for `sizes`; the last row must fit everything."""
     part = family(device)
     for row in table:
-        if (not row.families or part.startswith(row.families)) and \
-                all(sizes[name] <= limit for name, limit in row.limits.items()):
+        if (not row.families or part.startswith(row.families)) and all(
+            sizes[name] <= limit for name, limit in row.limits.items()
+        ):
             return row
     raise LookupError(f"no row of the table is for {part} and {sizes}")
 

@@ -80,8 +80,15 @@ def tiny_swin() -> Callable[..., nn.Module]:
     """
 
     def build(version: int = 1, seed: int = 0, **options: Any) -> nn.Module:
-        sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 8, "depths": (2, 2, 1), "num_heads": (1, 2, 4),
-                 "window_size": 4, "num_classes": 0}
+        sizes = {
+            "img_size": 32,
+            "patch_size": 4,
+            "embed_dim": 8,
+            "depths": (2, 2, 1),
+            "num_heads": (1, 2, 4),
+            "window_size": 4,
+            "num_classes": 0,
+        }
         cls = SwinTransformer if version == 1 else SwinTransformerV2
         return randomise(cls(**{**sizes, **options}), seed).eval()
 

@@ -246,9 +246,7 @@ def test_info_shows_our_count_beside_the_papers(place: Path, capsys: pytest.Capt
     assert counts["generator"] > counts["paper formula"]
 
 
-def test_info_of_a_timm_name_needs_no_hub(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_info_of_a_timm_name_needs_no_hub(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def no_hub(*_: object, **__: object) -> None:
         raise AssertionError("info fetched weights")
 
@@ -277,8 +275,9 @@ def test_info_shows_the_cost_of_both_graphs(place: Path, capsys: pytest.CaptureF
     facts = json.loads(capsys.readouterr().out)["cost"]
     assert (facts["readout"], facts["dtype"], facts["batch size"]) == ("patches+prompts", "float32", 4)
     graphs = facts["methods"]["VPT-deep"]
-    formula = cost(Sizes(48, 2, 3, 192, 16, 1, 8, (32, 32), (4, 4)), VPTConfig(6), "patches+prompts", "papers", True,
-                   "float32", 4)
+    formula = cost(
+        Sizes(48, 2, 3, 192, 16, 1, 8, (32, 32), (4, 4)), VPTConfig(6), "patches+prompts", "papers", True, "float32", 4
+    )
     assert graphs["papers"]["training GFLOPs per image"] == round(formula.flops / 1e9, 4)
     assert graphs["papers"]["saved MiB per image"] == round(formula.saved_bytes / 2**20, 4)
     assert graphs["papers"]["training dispatches"] == formula.dispatches
@@ -661,8 +660,10 @@ def test_export_names_what_is_wrong(
     for command, message in (
         (export_command(place, pixel_adapter, tmp_path / "out"), "--client: is needed"),
         (export_command(place, pixel_adapter, tmp_path / "file", "--client"), "--out"),
-        (export_command(place, pixel_adapter, tmp_path / "out", "--client", "--golden", "none.png"),
-         "--golden: no such image file: none.png"),
+        (
+            export_command(place, pixel_adapter, tmp_path / "out", "--client", "--golden", "none.png"),
+            "--golden: no such image file: none.png",
+        ),
         (export_command(place, tmp_path / "none", tmp_path / "out", "--client", "--golden", "none.png"), "--golden"),
         (export_command(place, pixel_adapter, tmp_path / "out", "--client", "--invert"), "PGNConfig"),
         (export_command(place, tmp_path / "none", tmp_path / "out", "--client"), "adapter"),

@@ -53,8 +53,15 @@ def base(bench: ModuleType) -> fp.FrozenViT:
     return bench.random_backbone()
 
 
-def compare(bench: ModuleType, backbone: fp.FrozenViT, config: PromptConfig, readout: str = "cls", batch: int = 2,
-            dtype: str = "bfloat16", graphs: tuple[str, ...] = GRAPHS) -> None:
+def compare(
+    bench: ModuleType,
+    backbone: fp.FrozenViT,
+    config: PromptConfig,
+    readout: str = "cls",
+    batch: int = 2,
+    dtype: str = "bfloat16",
+    graphs: tuple[str, ...] = GRAPHS,
+) -> None:
     """FLOPs within 1 %, bytes within 5 % and dispatches exact, for a forward and a training step of every graph."""
     model = fp.PromptedViT(backbone, config, num_classes=10, readout=readout)
     images = torch.randn(batch, 3, *model.backbone.image_size)
@@ -68,26 +75,46 @@ def compare(bench: ModuleType, backbone: fp.FrozenViT, config: PromptConfig, rea
             assert formula.dispatches == found.dispatches, job
 
 
-@pytest.mark.parametrize(("method", "readout"), [
-    (method, readout) for method in METHODS for readout in ("cls", "patches", "patches+prompts")
-    if readout != "patches+prompts" or method not in ("pixel", "linear")
-] + [("vpt-deep", "prompts"), ("pgn", "prompts")])
+@pytest.mark.parametrize(
+    ("method", "readout"),
+    [
+        (method, readout)
+        for method in METHODS
+        for readout in ("cls", "patches", "patches+prompts")
+        if readout != "patches+prompts" or method not in ("pixel", "linear")
+    ]
+    + [("vpt-deep", "prompts"), ("pgn", "prompts")],
+)
 def test_formula_is_what_runs(bench: ModuleType, small: fp.FrozenViT, method: str, readout: str) -> None:
     compare(bench, small, METHODS[method], readout)
 
 
-@pytest.mark.parametrize(("config", "readout", "sizes"), [
-    (fp.VPTConfig(5), "cls", {"reg_tokens": 2, "init_values": 0.1}),
-    (fp.V2APTConfig(5, 5), "cls", {"pre_norm": True, "act_layer": "quick_gelu"}),
-    (fp.PGNConfig(3, 16, resolution=48, stem_pool=False, widths=(8, 16)), "cls", {"pre_norm": True}),
-    (fp.FreePromptsConfig(5), "patches+prompts", {"pre_norm": True, "act_layer": "quick_gelu"}),
-    (fp.VAPTConfig(5, kernel=3, padding=1, prompt_dropout=0.1, static_layers=2), "patches", {"global_pool": "avg"}),
-    (fp.VAPTConfig(5, channel_dropout=0.0, hidden_dropout=0.0, static_layers=0), "patches",
-     {"class_token": False, "global_pool": "avg", "qkv_bias": False}),
-], ids=["registers, LayerScale", "pre-norm, quick-GELU", "small trunk", "free, pre-norm",
-        "pooled norm", "no class token"])
-def test_formula_is_what_runs_on_other_backbones(bench: ModuleType, config: PromptConfig, readout: str,
-                                                 sizes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("config", "readout", "sizes"),
+    [
+        (fp.VPTConfig(5), "cls", {"reg_tokens": 2, "init_values": 0.1}),
+        (fp.V2APTConfig(5, 5), "cls", {"pre_norm": True, "act_layer": "quick_gelu"}),
+        (fp.PGNConfig(3, 16, resolution=48, stem_pool=False, widths=(8, 16)), "cls", {"pre_norm": True}),
+        (fp.FreePromptsConfig(5), "patches+prompts", {"pre_norm": True, "act_layer": "quick_gelu"}),
+        (fp.VAPTConfig(5, kernel=3, padding=1, prompt_dropout=0.1, static_layers=2), "patches", {"global_pool": "avg"}),
+        (
+            fp.VAPTConfig(5, channel_dropout=0.0, hidden_dropout=0.0, static_layers=0),
+            "patches",
+            {"class_token": False, "global_pool": "avg", "qkv_bias": False},
+        ),
+    ],
+    ids=[
+        "registers, LayerScale",
+        "pre-norm, quick-GELU",
+        "small trunk",
+        "free, pre-norm",
+        "pooled norm",
+        "no class token",
+    ],
+)
+def test_formula_is_what_runs_on_other_backbones(
+    bench: ModuleType, config: PromptConfig, readout: str, sizes: dict[str, Any]
+) -> None:
     compare(bench, bench.random_backbone(**SMALL, **sizes), config, readout, batch=3)
 
 
@@ -104,8 +131,9 @@ def test_formula_is_what_runs_where_attention_works_in_chunks(bench: ModuleType)
 
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="PyTorch without oneDNN")
 @pytest.mark.parametrize("readout", ["cls", "patches"])
-def test_flops_and_bytes_hold_where_onednn_multiplies(bench: ModuleType, readout: str,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flops_and_bytes_hold_where_onednn_multiplies(
+    bench: ModuleType, readout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fastprompt.vit.linear.onednn_is_faster", lambda: True)
     model = fp.PromptedViT(bench.random_backbone(**SMALL).float(), METHODS["vapt"], num_classes=10, readout=readout)
     measured = bench.measure(model, torch.randn(2, 3, 64, 64), "rewritten")
@@ -146,16 +174,21 @@ B16 = Sizes(768, 12, 12, 3072, 196, 1, 16, (224, 224), (14, 14))
 MIB = 2**20
 
 
-@pytest.mark.parametrize(("config", "graph", "limit"), [
-    (fp.VPTConfig(50), "rewritten", 34),
-    (fp.V2APTConfig(50, 25), "rewritten", 37),
-    (fp.VAPTConfig(50), "rewritten", 37),
-    (fp.VPTConfig(50), "recompute", 4.5),
-    (fp.V2APTConfig(50, 25), "recompute", 4.5),
-    (fp.VAPTConfig(50), "recompute", 4.5),
-], ids=["VPT-deep", "V2APT", "VAPT", "VPT-deep, recomputed", "V2APT, recomputed", "VAPT, recomputed"])
-def test_training_memory_of_vit_b16(bench: ModuleType, base: fp.FrozenViT, config: PromptConfig, graph: str,
-                                    limit: float) -> None:
+@pytest.mark.parametrize(
+    ("config", "graph", "limit"),
+    [
+        (fp.VPTConfig(50), "rewritten", 34),
+        (fp.V2APTConfig(50, 25), "rewritten", 37),
+        (fp.VAPTConfig(50), "rewritten", 37),
+        (fp.VPTConfig(50), "recompute", 4.5),
+        (fp.V2APTConfig(50, 25), "recompute", 4.5),
+        (fp.VAPTConfig(50), "recompute", 4.5),
+    ],
+    ids=["VPT-deep", "V2APT", "VAPT", "VPT-deep, recomputed", "V2APT, recomputed", "VAPT, recomputed"],
+)
+def test_training_memory_of_vit_b16(
+    bench: ModuleType, base: fp.FrozenViT, config: PromptConfig, graph: str, limit: float
+) -> None:
     """The goals, by formula and as measured, at batch 1, where nothing is shared by images."""
     model = fp.PromptedViT(base, config, num_classes=10)
     model.set_grad_checkpointing(graph == "recompute")
@@ -179,27 +212,38 @@ def test_the_rewritten_graph_costs_less() -> None:
     assert cost(B16, fp.VPTConfig(50), graph="papers").flops == pytest.approx(44.44e9, rel=1e-3)
 
 
-@pytest.mark.parametrize(("arguments", "named"), [
-    ({"readout": "map"}, "readout"), ({"graph": "plain"}, "graph"), ({"dtype": "float64"}, "dtype"),
-    ({"batch": 0}, "batch"), ({"backbone": dataclasses.replace(B16, has_cls=False)}, "class token"),
-    ({"backbone": dataclasses.replace(B16, depth=1)}, "one block"),
-    ({"config": fp.FullFineTuneConfig()}, "FullFineTuneConfig"), ({"config": fp.VPTConfig(project=8)}, "project"),
-    ({"config": fp.PGNConfig(trunk="resnet18")}, "resnet18"),
-    ({"config": fp.VAPTConfig(conv=False)}, "VAPTConfig.conv"),
-    ({"config": fp.LinearProbeConfig(), "readout": "prompts"}, "needs prompt tokens"),
-    ({"config": fp.V2APTConfig(inference_samples=3)}, "inference_samples"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"readout": "map"}, "readout"),
+        ({"graph": "plain"}, "graph"),
+        ({"dtype": "float64"}, "dtype"),
+        ({"batch": 0}, "batch"),
+        ({"backbone": dataclasses.replace(B16, has_cls=False)}, "class token"),
+        ({"backbone": dataclasses.replace(B16, depth=1)}, "one block"),
+        ({"config": fp.FullFineTuneConfig()}, "FullFineTuneConfig"),
+        ({"config": fp.VPTConfig(project=8)}, "project"),
+        ({"config": fp.PGNConfig(trunk="resnet18")}, "resnet18"),
+        ({"config": fp.VAPTConfig(conv=False)}, "VAPTConfig.conv"),
+        ({"config": fp.LinearProbeConfig(), "readout": "prompts"}, "needs prompt tokens"),
+        ({"config": fp.V2APTConfig(inference_samples=3)}, "inference_samples"),
+    ],
+)
 def test_what_has_no_formula_is_refused(arguments: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         cost(**{"backbone": B16, "config": fp.VPTConfig(), **arguments})
 
 
-@pytest.mark.parametrize(("sizes", "named"), [
-    ({"qk_norm": True}, "q- and k-norm"), ({"init_values": None, "dynamic_img_pad": True, "dynamic_img_size": True},
-                                           "zero-padded"),
-    ({"block_fn": timm.models.vision_transformer.ResPostBlock}, "res-post-norm"),
-    ({"mlp_layer": timm.layers.SwiGLU}, "gated MLP"), ({"act_layer": "mish"}, "mish"),
-])
+@pytest.mark.parametrize(
+    ("sizes", "named"),
+    [
+        ({"qk_norm": True}, "q- and k-norm"),
+        ({"init_values": None, "dynamic_img_pad": True, "dynamic_img_size": True}, "zero-padded"),
+        ({"block_fn": timm.models.vision_transformer.ResPostBlock}, "res-post-norm"),
+        ({"mlp_layer": timm.layers.SwiGLU}, "gated MLP"),
+        ({"act_layer": "mish"}, "mish"),
+    ],
+)
 def test_a_backbone_without_formula_is_refused(sizes: dict[str, Any], named: str) -> None:
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=1, **sizes)
     with pytest.raises(ValueError, match=named):
@@ -223,8 +267,7 @@ def test_grouped_convolutions_count_as_often_as_they_multiply(bench: ModuleType)
     x, weight = torch.randn(2, 8, 6, 6, requires_grad=True), torch.randn(8, 1, 3, 3, requires_grad=True)
     forward = 2 * 2 * 8 * 16 * 9
     assert bench.count_flops(lambda: torch.nn.functional.conv2d(x, weight, groups=8)) == forward
-    assert bench.count_flops(
-        lambda: torch.nn.functional.conv2d(x, weight, groups=8).sum().backward()) == 3 * forward
+    assert bench.count_flops(lambda: torch.nn.functional.conv2d(x, weight, groups=8).sum().backward()) == 3 * forward
 
 
 def test_the_readme_has_the_numbers_of_the_table(repository: Path) -> None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = '''
+SCRIPT = """
 import os
 import sys
 
@@ -51,7 +51,7 @@ del parallel
 dist.barrier()
 dist.destroy_process_group()
 os._exit(0)  # gloo's threads can abort an interpreter that ends at the same time
-'''
+"""
 
 
 def test_two_processes_have_the_gradients_of_the_joint_batch(tmp_path: Path) -> None:

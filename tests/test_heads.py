@@ -16,12 +16,8 @@ import fastprompt as fp
 from fastprompt.heads import CLIP_LOGIT_SCALE, build_head
 
 
-def backbone_with(
-    randomised: Callable[..., nn.Module], outputs: int
-) -> tuple[VisionTransformer, fp.FrozenViT]:
-    vit = VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=outputs
-    )
+def backbone_with(randomised: Callable[..., nn.Module], outputs: int) -> tuple[VisionTransformer, fp.FrozenViT]:
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=outputs)
     vit = randomised(vit).double().eval()
     return vit, fp.FrozenViT(vit)
 
@@ -44,9 +40,7 @@ def test_text_is_scaled_cosine_of_the_projected_features(
 ) -> None:
     vit, backbone = backbone_with(randomised, 7)
     texts, images = 5 * torch.randn(4, 7).double(), tiny_images.double()
-    model = fp.PromptedViT(
-        backbone, fp.LinearProbeConfig(), 4, "text", class_embeddings=texts, logit_scale=20.0
-    )
+    model = fp.PromptedViT(backbone, fp.LinearProbeConfig(), 4, "text", class_embeddings=texts, logit_scale=20.0)
     projected = vit(images)
     expected = 20 * torch.cosine_similarity(projected[:, None], texts[None], dim=-1)
     torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
@@ -68,9 +62,7 @@ def test_label_map_reads_the_first_outputs_of_the_classifier(
 ) -> None:
     vit, backbone = backbone_with(randomised, 7)
     model = fp.PromptedViT(backbone, fp.LinearProbeConfig(), 4, "label_map")
-    torch.testing.assert_close(
-        model(tiny_images.double()), vit(tiny_images.double())[:, :4], rtol=1e-9, atol=1e-9
-    )
+    torch.testing.assert_close(model(tiny_images.double()), vit(tiny_images.double())[:, :4], rtol=1e-9, atol=1e-9)
     assert list(model.trainable_parameters()) == []
     assert set(model.head.state_dict()) == {"classifier_weight", "classifier_bias"}
 
@@ -93,9 +85,7 @@ def test_an_adapter_brings_the_classifier_it_was_trained_with(
 
 def test_prototypes_are_cosines() -> None:
     rows, x = torch.randn(4, 6), torch.randn(3, 6)
-    torch.testing.assert_close(
-        fp.PrototypeHead(rows)(x), torch.cosine_similarity(x[:, None], rows[None], dim=-1)
-    )
+    torch.testing.assert_close(fp.PrototypeHead(rows)(x), torch.cosine_similarity(x[:, None], rows[None], dim=-1))
     assert list(fp.PrototypeHead(rows).parameters()) == []
 
 
@@ -171,9 +161,7 @@ def test_bad_dino_heads_are_named() -> None:
             "prototypes have width 6.*gives 5",
         ),
         (
-            lambda b: fp.PrototypeHead(
-                torch.ones(2, 6), [(torch.ones(5, 9), None), (torch.ones(6, 4), None)]
-            ),
+            lambda b: fp.PrototypeHead(torch.ones(2, 6), [(torch.ones(5, 9), None), (torch.ones(6, 4), None)]),
             r"layers\[1\] must be \(out, 5\) and \(out,\), got \(6, 4\)",
         ),
         (lambda b: build_head("cosine", b, 3), "head must be one of .* got 'cosine'"),
@@ -192,9 +180,7 @@ def test_prototypes_must_fit_the_features(tiny_vit: VisionTransformer, tiny_imag
     with pytest.raises(
         ValueError, match=r"head 'prototypes' reads features of width 47, those of the backbone have 48"
     ):
-        fp.PromptedViT(
-            fp.FrozenViT(tiny_vit), fp.LinearProbeConfig(), 3, "prototypes", prototypes=torch.ones(3, 47)
-        )
+        fp.PromptedViT(fp.FrozenViT(tiny_vit), fp.LinearProbeConfig(), 3, "prototypes", prototypes=torch.ones(3, 47))
     with pytest.raises(ValueError, match=r"head 'linear' reads features of width 47"):
         fp.PromptedViT(fp.FrozenViT(tiny_vit), fp.LinearProbeConfig(), head=fp.LinearHead(47, 3))
 
@@ -251,9 +237,7 @@ def test_class_texts_by_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
         SimpleNamespace(
             AutoTokenizer=SimpleNamespace(
                 from_pretrained=lambda name: (
-                    lambda texts, padding, return_tensors: {
-                        "input_ids": torch.tensor([[len(t), 3] for t in texts])
-                    }
+                    lambda texts, padding, return_tensors: {"input_ids": torch.tensor([[len(t), 3] for t in texts])}
                 )
             ),
             CLIPTextModelWithProjection=SimpleNamespace(from_pretrained=lambda name: Tower()),

@@ -96,9 +96,7 @@ def test_autocast(make: Make, tiny_images: Tensor, method: str) -> None:
 
 
 @pytest.mark.parametrize("raw", [False, True], ids=["float", "uint8"])
-def test_exported_with_a_dynamic_batch(
-    make: Make, tiny_images: Tensor, tmp_path: Path, method: str, raw: bool
-) -> None:
+def test_exported_with_a_dynamic_batch(make: Make, tiny_images: Tensor, tmp_path: Path, method: str, raw: bool) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     model, images = make(method, torch.float32).eval(), raw_images(4) if raw else tiny_images
     shapes = ({0: torch.export.Dim("batch", min=1)},)

@@ -19,9 +19,7 @@ from fastprompt import files
 
 METHODS: dict[str, Any] = {
     "pgn": fp.PGNConfig(num_prompts=3, library_size=5, widths=(4, 8)),
-    "pgn-sigmoid": fp.PGNConfig(
-        num_prompts=3, library_size=5, widths=(4,), activation="sigmoid", resolution=16
-    ),
+    "pgn-sigmoid": fp.PGNConfig(num_prompts=3, library_size=5, widths=(4,), activation="sigmoid", resolution=16),
     "v2apt": fp.V2APTConfig(num_prompts=4, num_instance=2, latent=3, hidden=5),
     "v2apt-per-layer": fp.V2APTConfig(
         num_prompts=3, num_instance=3, latent=3, hidden=5, share="per_layer", inference_samples=2
@@ -92,9 +90,7 @@ def fits(method: str, readout: str) -> bool:
 
 @pytest.mark.parametrize("readout", READOUTS)
 @pytest.mark.parametrize("method", METHODS)
-def test_forward_equals_the_reference(
-    backbone: fp.FrozenViT, tiny_images: Tensor, method: str, readout: str
-) -> None:
+def test_forward_equals_the_reference(backbone: fp.FrozenViT, tiny_images: Tensor, method: str, readout: str) -> None:
     if not fits(method, readout):
         with pytest.raises(ValueError, match=rf"readout '{readout.replace('+', '.')}' needs prompt tokens"):
             fp.PromptedViT(backbone, METHODS[method], readout=readout)
@@ -104,14 +100,10 @@ def test_forward_equals_the_reference(
         draws = model.train(mode).draw(4) or None
         logits = model(images, draws=draws)
         assert (logits.shape, logits.dtype) == ((4, 5), torch.float64)
-        torch.testing.assert_close(
-            model.reference_forward(images, draws=draws), logits, rtol=1e-10, atol=1e-10
-        )
+        torch.testing.assert_close(model.reference_forward(images, draws=draws), logits, rtol=1e-10, atol=1e-10)
     if model.config.to_dict().get("inference_samples", 0) == 0:
         expected = model.eval()(images)
-        torch.testing.assert_close(
-            model.head(model.forward_features(images)), expected, rtol=1e-12, atol=1e-12
-        )
+        torch.testing.assert_close(model.head(model.forward_features(images)), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -167,9 +159,7 @@ def test_linear_probe_reads_the_backbone_s_tokens(
     vit = randomised(vit).double().eval()
     model = fp.PromptedViT(fp.FrozenViT(vit), fp.LinearProbeConfig(), readout=readout)
     tokens = vit.forward_features(tiny_images.double())
-    expected = {"cls": tokens[:, 0], "patches": tokens[:, 2:].mean(1), "map": vit.attn_pool(tokens[:, 2:])}[
-        readout
-    ]
+    expected = {"cls": tokens[:, 0], "patches": tokens[:, 2:].mean(1), "map": vit.attn_pool(tokens[:, 2:])}[readout]
     torch.testing.assert_close(model(tiny_images.double()), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -199,9 +189,7 @@ def test_backbone_is_shared_between_adapters_but_copied_for_full_fine_tuning(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    ("method", "head"), [*((m, "linear") for m in METHODS), *(("vpt", h) for h in HEADS)]
-)
+@pytest.mark.parametrize(("method", "head"), [*((m, "linear") for m in METHODS), *(("vpt", h) for h in HEADS)])
 def test_save_and_load_bit_for_bit(
     backbone: fp.FrozenViT, tiny_images: Tensor, tmp_path: Path, method: str, head: str, dtype: torch.dtype
 ) -> None:
@@ -232,12 +220,8 @@ def test_save_and_load_bit_for_bit(
     assert [name for name, _ in loaded.trainable_parameters()] == trains
 
 
-def test_a_head_object_is_saved_as_what_it_is(
-    backbone: fp.FrozenViT, tiny_images: Tensor, tmp_path: Path
-) -> None:
-    head = fp.PrototypeHead(
-        torch.randn(4, 6), [(torch.randn(9, 48), None), (torch.randn(6, 9), torch.randn(6))]
-    )
+def test_a_head_object_is_saved_as_what_it_is(backbone: fp.FrozenViT, tiny_images: Tensor, tmp_path: Path) -> None:
+    head = fp.PrototypeHead(torch.randn(4, 6), [(torch.randn(9, 48), None), (torch.randn(6, 9), torch.randn(6))])
     model = build(backbone, "free", head=head).eval()
     assert model.num_classes == 4
     model.save_pretrained(tmp_path)
@@ -263,13 +247,9 @@ def test_adapter_loads_onto_a_cast_backbone(
     assert {p.dtype for _, p in loaded.trainable_parameters()} == {torch.float32}
 
 
-def test_another_backbone_is_refused(
-    backbone: fp.FrozenViT, tiny_vit: VisionTransformer, tmp_path: Path
-) -> None:
+def test_another_backbone_is_refused(backbone: fp.FrozenViT, tiny_vit: VisionTransformer, tmp_path: Path) -> None:
     build(backbone, "vpt", num_classes=5).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=rf"trained on another backbone: .*{backbone.fingerprint[:12]}.*32x32 px"
-    ):
+    with pytest.raises(ValueError, match=rf"trained on another backbone: .*{backbone.fingerprint[:12]}.*32x32 px"):
         fp.PromptedViT.from_pretrained(fp.FrozenViT(tiny_vit), tmp_path)
 
 
@@ -521,9 +501,7 @@ def test_a_batch_of_0_without_gradients(backbone: fp.FrozenViT, tiny_images: Ten
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_memory_layout_of_the_images_does_not_matter(
-    backbone: fp.FrozenViT, tiny_images: Tensor, method: str
-) -> None:
+def test_memory_layout_of_the_images_does_not_matter(backbone: fp.FrozenViT, tiny_images: Tensor, method: str) -> None:
     model, images = build(backbone.double(), method, num_classes=5).eval(), tiny_images.double()
     expected = model(images)
     strided = torch.stack([images, images], dim=-1).flatten(3)[..., ::2]
@@ -576,9 +554,7 @@ def test_counts(backbone: fp.FrozenViT, capsys: pytest.CaptureFixture[str]) -> N
     )
     assert fp.PromptedViT(backbone, fp.LinearProbeConfig(), 5).paper_parameter_count() is None
     full = fp.PromptedViT(backbone, fp.FullFineTuneConfig(), 5).num_trainable()
-    assert full["backbone"] == sum(
-        p.numel() for n, p in backbone.named_parameters() if not n.startswith("head.")
-    )
+    assert full["backbone"] == sum(p.numel() for n, p in backbone.named_parameters() if not n.startswith("head."))
 
 
 @pytest.mark.parametrize(
@@ -666,15 +642,11 @@ def test_bad_images_are_named(backbone: fp.FrozenViT, tiny_images: Tensor, metho
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_other_image_sizes_on_a_backbone_that_takes_them(
-    randomised: Callable[..., nn.Module], method: str
-) -> None:
+def test_other_image_sizes_on_a_backbone_that_takes_them(randomised: Callable[..., nn.Module], method: str) -> None:
     vit = VisionTransformer(
         img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0, dynamic_img_size=True
     )
-    model = build(
-        fp.FrozenViT(randomised(vit)).double(), method.replace("-ablated", ""), num_classes=5
-    ).eval()
+    model = build(fp.FrozenViT(randomised(vit)).double(), method.replace("-ablated", ""), num_classes=5).eval()
     images = torch.randn(2, 3, 40, 24).double()
     if method.startswith(("vapt", "pixel")):  # their tensors are made for one grid, or one frame
         with pytest.raises(ValueError, match=r"15 patch tokens.* 4 x 4 grid|x must be \(32, 32\) pixels"):
@@ -738,9 +710,7 @@ def test_readouts_that_swin_has_not_are_refused(
 
 
 @pytest.mark.parametrize("head", [name for name in HEADS if name != "prototypes"])
-def test_heads_on_swin_read_the_last_stage(
-    tiny_swin: Callable[..., nn.Module], tiny_images: Tensor, head: str
-) -> None:
+def test_heads_on_swin_read_the_last_stage(tiny_swin: Callable[..., nn.Module], tiny_images: Tensor, head: str) -> None:
     model = fp.PromptedViT(fp.FrozenViT(tiny_swin(num_classes=7)), fp.VPTConfig(num_prompts=3), **HEADS[head])
     assert model.forward_features(tiny_images).shape == (4, 32)
     assert model(tiny_images).shape == (4, 32 if head == "none" else 5)

@@ -205,13 +205,9 @@ def test_vapt(backbone: fp.FrozenViT, layout: dict[str, Any], options: dict[str,
         torch.testing.assert_close(vapt(tokens, layer=i), expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("grid", "given"), [((14, 14), {}), ((16, 16), {}), ((7, 7), {}), ((5, 9), {"grid": (5, 9)})]
-)
+@pytest.mark.parametrize(("grid", "given"), [((14, 14), {}), ((16, 16), {}), ((7, 7), {}), ((5, 9), {"grid": (5, 9)})])
 @pytest.mark.parametrize("padding", [0, 1])
-def test_vapt_without_backbone_infers_grid_and_padding(
-    grid: tuple[int, int], given: dict, padding: int
-) -> None:
+def test_vapt_without_backbone_infers_grid_and_padding(grid: tuple[int, int], given: dict, padding: int) -> None:
     if grid == (16, 16) or (grid == (7, 7) and padding):  # else taken for another padding of a 14 x 14 grid
         given = {"padding": padding}
     state = vapt_state(grid=grid, kernel=3, padding=padding, width=8, depth=2)
@@ -219,9 +215,7 @@ def test_vapt_without_backbone_infers_grid_and_padding(
     assert vapt.config.padding == padding
     assert vapt.geometry.grid == grid
     tokens = torch.randn(1, grid[0] * grid[1], 8)
-    torch.testing.assert_close(
-        vapt(tokens), adaptive_by_hand(state, 0, tokens, grid, padding), rtol=1e-4, atol=1e-3
-    )
+    torch.testing.assert_close(vapt(tokens), adaptive_by_hand(state, 0, tokens, grid, padding), rtol=1e-4, atol=1e-3)
 
 
 def test_activation_and_dropouts_are_arguments(backbone: fp.FrozenViT) -> None:
@@ -243,9 +237,7 @@ def test_full_model_brings_its_head(
     outer = prefix[: -len("enc.transformer.")]
     weight, bias = state[outer + "head.last_layer.weight"], state[outer + "head.last_layer.bias"]
     assert model.num_classes == 4
-    torch.testing.assert_close(
-        model(tiny_images), F.linear(model.forward_features(tiny_images), weight, bias)
-    )
+    torch.testing.assert_close(model(tiny_images), F.linear(model.forward_features(tiny_images), weight, bias))
     without = fp.load_official(
         {k: v for k, v in state.items() if not k.endswith("bias")}
         | {prefix + k: v for k, v in make().items() if k.endswith("bias")},
@@ -254,9 +246,7 @@ def test_full_model_brings_its_head(
     assert (without.head.bias == 0).all()
 
 
-def test_a_checkpoint_of_another_backbone_warns(
-    backbone: fp.FrozenViT, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_a_checkpoint_of_another_backbone_warns(backbone: fp.FrozenViT, recwarn: pytest.WarningsRecorder) -> None:
     state = full_model(vpt_state())
     key = "enc.transformer.embeddings.patch_embeddings.weight"
     fp.load_official({**state, key: backbone.patch_weight.detach()}, backbone)
@@ -351,9 +341,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch: py
     torch.save({**vpt_state(), "x": Malice()}, "a.pt")
     Path("b.pt").write_bytes(pickle.dumps({"x": Malice()}, protocol=2))
     for name in ("a.pt", "b.pt"):
-        with pytest.raises(
-            ValueError, match=rf"source {name} cannot be read as plain tensors \(weights_only=True\)"
-        ):
+        with pytest.raises(ValueError, match=rf"source {name} cannot be read as plain tensors \(weights_only=True\)"):
             fp.load_official(name)
     assert not Path("malice").exists()
 
@@ -539,9 +527,7 @@ BAD: dict[str, tuple[Callable[[], State], str]] = {
 
 
 @pytest.mark.parametrize(("make", "message"), BAD.values(), ids=BAD)
-def test_tensors_that_do_not_fit_are_named(
-    backbone: fp.FrozenViT, make: Callable[[], State], message: str
-) -> None:
+def test_tensors_that_do_not_fit_are_named(backbone: fp.FrozenViT, make: Callable[[], State], message: str) -> None:
     for b in (backbone, None):
         if b is None and "positions" in message:
             continue
@@ -590,14 +576,10 @@ def test_other_backbones_are_refused(make: Callable[[], State]) -> None:
     with pytest.raises(ValueError, match=r"source was trained for depth 3, backbone has 4"):
         fp.load_official(make(), vit(depth=4))
     if make is vapt_state:
-        with pytest.raises(
-            ValueError, match=r"reads 9 positions, which no padding gives on a grid of \(8, 8\)"
-        ):
+        with pytest.raises(ValueError, match=r"reads 9 positions, which no padding gives on a grid of \(8, 8\)"):
             fp.load_official(make(), vit(img_size=64))
     with pytest.raises(TypeError, match=r"backbone must be a FrozenViT or None, got VisionTransformer"):
-        fp.load_official(
-            make(), VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3)
-        )
+        fp.load_official(make(), VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3))
     with pytest.raises(ValueError, match=r"head of shape \(4, 40\), backbone takes \(C, 48\)"):
         fp.load_official({**full_model(make()), "head.last_layer.weight": torch.ones(4, 40)}, vit())
 
@@ -662,9 +644,7 @@ def test_a_checkpoint_of_another_mae_backbone_warns(backbone: fp.FrozenViT) -> N
         ),
     ],
 )
-def test_heads_that_do_not_fit_are_refused(
-    backbone: fp.FrozenViT, tensors: State, message: str
-) -> None:
+def test_heads_that_do_not_fit_are_refused(backbone: fp.FrozenViT, tensors: State, message: str) -> None:
     state = {"enc.transformer." + k: v for k, v in vpt_state().items()}
     state |= {"head." + k: v for k, v in tensors.items()}
     with pytest.raises(ValueError, match=message):

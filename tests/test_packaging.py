@@ -19,8 +19,17 @@ import pytest
 import fastprompt
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGED = ["fastprompt", "kernels", "csrc", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE",
-            "NOTICE"]
+PACKAGED = [
+    "fastprompt",
+    "kernels",
+    "csrc",
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "NOTICE",
+]
 IMPORT_NAMES = {"scikit-learn": "sklearn", "open-clip-torch": "open_clip", "pillow": "PIL", "pyyaml": "yaml"}
 
 
@@ -104,8 +113,13 @@ def test_sdist_holds_the_native_sources(sdist: Path) -> None:
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="there is no C++ compiler")
 def test_one_wheel_with_the_native_kernels_serves_every_python(tmp_path: Path) -> None:
-    wheel = build("wheel", copy_tree(tmp_path / "tree"), CC=os.environ.get("CC") or "gcc",
-                  CXX=os.environ.get("CXX") or "g++", FASTPROMPT_REQUIRE_NATIVE="1")
+    wheel = build(
+        "wheel",
+        copy_tree(tmp_path / "tree"),
+        CC=os.environ.get("CC") or "gcc",
+        CXX=os.environ.get("CXX") or "g++",
+        FASTPROMPT_REQUIRE_NATIVE="1",
+    )
     assert wheel.name.startswith(f"fastprompt-{fastprompt.__version__}-cp310-abi3-")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")

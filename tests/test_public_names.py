@@ -15,7 +15,8 @@ def names_seen_by_type_checkers() -> dict[str, str]:
     block = next(node for node in tree.body if isinstance(node, ast.If))
     return {
         alias.asname or alias.name: str(node.module)
-        for node in block.body if isinstance(node, ast.ImportFrom)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
 

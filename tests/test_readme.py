@@ -14,8 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_the_results_are_those_of_the_committed_table() -> None:
     table = json.loads((ROOT / "results" / "table.json").read_text(encoding="utf-8"))
     rows = {row["title"]: row for row in table["rows"]}
-    found = re.findall(r"^\| ([^|]+) \| ([\d,]+) \| (0\.\d+) (?:± (0\.\d+) )?\| ?(.*?) ?\| ?(.*?) ?\|$",
-                       (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    found = re.findall(
+        r"^\| ([^|]+) \| ([\d,]+) \| (0\.\d+) (?:± (0\.\d+) )?\| ?(.*?) ?\| ?(.*?) ?\|$",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
     assert {title for title, *_ in found} == set(rows)
     for title, parameters, accuracy, half, difference, over_seeds in found:
         row = rows[title]
@@ -34,11 +37,17 @@ def test_the_results_are_those_of_the_committed_table() -> None:
 def test_the_speeds_are_those_of_the_committed_table() -> None:
     """A README row holds the medians of both jobs' rows of results/forward.md, inference first."""
     medians: dict[str, list[str]] = {}
-    for name, *cells in (line.strip("| ").split(" | ") for line in
-                         (ROOT / "results" / "forward.md").read_text(encoding="utf-8").splitlines() if ", × |" in line):
+    for name, *cells in (
+        line.strip("| ").split(" | ")
+        for line in (ROOT / "results" / "forward.md").read_text(encoding="utf-8").splitlines()
+        if ", × |" in line
+    ):
         medians.setdefault(name.removesuffix(", ×"), []).extend(cell.split(" ")[0] for cell in cells)
-    found = re.findall(r"^\| ((?:papers' graph|rewritten), \w+ \w+) \| (.*) \|$",
-                       (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    found = re.findall(
+        r"^\| ((?:papers' graph|rewritten), \w+ \w+) \| (.*) \|$",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
     assert {name for name, _ in found} == set(medians)
     for name, cells in found:
         assert cells.split(" | ") == medians[name]
@@ -57,9 +66,11 @@ def test_the_engines_speeds_are_those_of_the_committed_table() -> None:
             for row, cell in zip(rows, cells, strict=True):
                 expected.setdefault(row, []).append(cell.split(" ")[0])
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = text[text.index("<!-- engine:"):text.index("<!-- /engine -->")]
-    found = {name: [cell for cell in cells.split(" | ") if cell.strip()]
-             for name, cells in re.findall(r"^\| ((?:VPT-deep|VAPT|PGN), .*?) \| (.*) \|$", table, re.MULTILINE)}
+    table = text[text.index("<!-- engine:") : text.index("<!-- /engine -->")]
+    found = {
+        name: [cell for cell in cells.split(" | ") if cell.strip()]
+        for name, cells in re.findall(r"^\| ((?:VPT-deep|VAPT|PGN), .*?) \| (.*) \|$", table, re.MULTILINE)
+    }
     assert found == expected
     assert len(found) == 8
 
@@ -72,9 +83,11 @@ def test_the_pixel_prompts_accuracies_are_those_of_the_committed_table() -> None
     for i, of_data in enumerate(rows.values()):
         for row in of_data:
             png = row["pictures"].get("png")
-            expected[row["title"]][2 * i:2 * i + 2] = [f"{row['test_accuracy']:.3f}",
-                                                       "" if png is None else f"{png['accuracy']:.3f}"]
+            expected[row["title"]][2 * i : 2 * i + 2] = [
+                f"{row['test_accuracy']:.3f}",
+                "" if png is None else f"{png['accuracy']:.3f}",
+            ]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = text[text.index("| Test accuracy |"):].split("\n\n")[0].splitlines()[2:]
+    lines = text[text.index("| Test accuracy |") :].split("\n\n")[0].splitlines()[2:]
     found = {title: cells for title, *cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)}
     assert found == expected

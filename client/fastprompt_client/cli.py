@@ -18,9 +18,11 @@ KEY = "FASTPROMPT_API_KEY"
 def parser() -> argparse.ArgumentParser:
     """What the command takes."""
     made = argparse.ArgumentParser(
-        prog="fastprompt-client", description="Classify images with a frozen vision transformer that a host runs.",
+        prog="fastprompt-client",
+        description="Classify images with a frozen vision transformer that a host runs.",
         epilog=f"Exit codes: 0 done, 1 the host failed or was refused, 2 wrong input. The host's key, if it wants one, "
-               f"is read from the environment variable {KEY}.")
+        f"is read from the environment variable {KEY}.",
+    )
     made.add_argument("folder", type=Path, help="what `fastprompt export --client` wrote")
     made.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="image files; none: the host is verified")
     made.add_argument("--url", help="the host; it is verified before anything else is sent to it")
@@ -47,8 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(client.verify(given.url).message)
         for image in given.images:
             found = client.predict(given.url, image)
-            print(json.dumps({"file": str(image), "class": found.name, "probability": round(found.probability, 6)},
-                             ensure_ascii=False))
+            print(
+                json.dumps(
+                    {"file": str(image), "class": found.name, "probability": round(found.probability, 6)},
+                    ensure_ascii=False,
+                )
+            )
         return 0
     except (HostError, ValueError, TypeError, OSError) as error:
         print(f"fastprompt-client: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -68,8 +68,16 @@ class Client:
         FolderError: a file is damaged or does not fit the others.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, model: str | None = None, api_key: str | None = None,
-                 timeout: float = 30.0, threads: int = 1, max_pixels: int = pictures.MAX_PIXELS) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        model: str | None = None,
+        api_key: str | None = None,
+        timeout: float = 30.0,
+        threads: int = 1,
+        max_pixels: int = pictures.MAX_PIXELS,
+    ) -> None:
         if model is not None and (not isinstance(model, str) or not model):
             raise TypeError(f"model must be a name, or None, got {model!r}")
         check_key(api_key)
@@ -86,8 +94,9 @@ class Client:
         height = self.folder.size[0]
         self._shrink = None
         if self.folder.placement == "replace":
-            self._shrink = pictures.Shrink(height, height - self.folder.rows * self.folder.patch,
-                                           pictures.TIE if self.folder.round_pixels else 0.0)
+            self._shrink = pictures.Shrink(
+                height, height - self.folder.rows * self.folder.patch, pictures.TIE if self.folder.round_pixels else 0.0
+            )
         self._verified: dict[str, str | None] = {}
 
     def picture(self, image: pictures.ImageLike) -> np.ndarray:
@@ -148,8 +157,9 @@ class Client:
         parts = [host.embed(part, model) for part in _calls(sent)]
         found = np.concatenate(parts) if len({part.shape[1] for part in parts}) == 1 else parts[0]
         if found.shape != (len(sent), self.folder.width):
-            raise HostError(f"{host.base} returned embeddings of width {found.shape[1]}, {self.folder.name} has "
-                            f"{self.folder.width}")
+            raise HostError(
+                f"{host.base} returned embeddings of width {found.shape[1]}, {self.folder.name} has {self.folder.width}"
+            )
         return found
 
     def classify(self, features: np.ndarray) -> list[Prediction]:
@@ -214,8 +224,10 @@ class Client:
             return found
         listed = sorted({str(entry["fingerprint"])[:12] for entry in models if entry.get("fingerprint")})
         if listed and self.folder.fingerprint[:12] not in listed:
-            message = (f"{found.message} It lists backbones with the fingerprints {', '.join(listed)}, the model was "
-                       f"trained on {self.folder.fingerprint[:12]}.")
+            message = (
+                f"{found.message} It lists backbones with the fingerprints {', '.join(listed)}, the model was "
+                f"trained on {self.folder.fingerprint[:12]}."
+            )
             return found._replace(likely=found.likely or "another model", message=message)
         return found
 
@@ -223,9 +235,13 @@ class Client:
         """What a host's embedding (D,) of the golden picture says about it."""
         folder, name = self.folder, self.folder.name
         if embedding.shape != (folder.width,):
-            return Verification(False, float("nan"), "another model",
-                                f"{who} is refused: its embeddings have {embedding.shape[-1]} numbers, those of {name} "
-                                f"have {folder.width}. Likely: another model, or a projection behind it.")
+            return Verification(
+                False,
+                float("nan"),
+                "another model",
+                f"{who} is refused: its embeddings have {embedding.shape[-1]} numbers, those of {name} "
+                f"have {folder.width}. Likely: another model, or a projection behind it.",
+            )
         right, got = _unit(folder.golden_embedding), _unit(embedding)
         cosine = float(right @ got)
         length = float(np.linalg.norm(embedding) / np.linalg.norm(folder.golden_embedding))
@@ -236,22 +252,38 @@ class Client:
         measured = f"the cosine of its embedding of the golden picture and {name}'s is {cosine:.6f}"
         if part <= SURE or (cosine < folder.threshold and part <= LIKELY):
             likely, detail = folder.mistake_names[nearest], folder.mistake_details[nearest]
-            return Verification(False, cosine, likely, f"{who} is refused: {measured}; that of a mistake is "
-                                f"nearer. Likely: {likely} (nearest: {detail}).")
+            return Verification(
+                False,
+                cosine,
+                likely,
+                f"{who} is refused: {measured}; that of a mistake is nearer. Likely: {likely} (nearest: {detail}).",
+            )
         if cosine < folder.threshold and known:
-            return Verification(False, cosine, None,
-                                f"{who} is refused: {measured}, {folder.threshold} is the least. Likely: unknown; none "
-                                "of the mistakes that were tried is clearly nearer. The nearest is "
-                                f"{folder.mistake_names[nearest]} ({folder.mistake_details[nearest]}).")
+            return Verification(
+                False,
+                cosine,
+                None,
+                f"{who} is refused: {measured}, {folder.threshold} is the least. Likely: unknown; none "
+                "of the mistakes that were tried is clearly nearer. The nearest is "
+                f"{folder.mistake_names[nearest]} ({folder.mistake_details[nearest]}).",
+            )
         if cosine < folder.threshold:
-            return Verification(False, cosine, "another model",
-                                f"{who} is refused: {measured}, {folder.threshold} is the least. No resizing, "
-                                "cropping, compression or normalisation that was tried explains it. Likely: another "
-                                f"model, other weights, or another layer than {name}'s {folder.readout!r}.")
+            return Verification(
+                False,
+                cosine,
+                "another model",
+                f"{who} is refused: {measured}, {folder.threshold} is the least. No resizing, "
+                "cropping, compression or normalisation that was tried explains it. Likely: another "
+                f"model, other weights, or another layer than {name}'s {folder.readout!r}.",
+            )
         if abs(length - 1) > LENGTH and not (folder.head is not None and folder.head.ignores_length):
-            return Verification(False, cosine, "scaled embeddings",
-                                f"{who} is refused: {measured}, but its length is {length:.3g} times the right one. "
-                                "Likely: the host normalises or scales its embeddings.")
+            return Verification(
+                False,
+                cosine,
+                "scaled embeddings",
+                f"{who} is refused: {measured}, but its length is {length:.3g} times the right one. "
+                "Likely: the host normalises or scales its embeddings.",
+            )
         return Verification(True, cosine, None, f"{who} is right: {measured}.")
 
     def _check_own_picture(self) -> None:
@@ -259,9 +291,11 @@ class Client:
         golden = np.asarray(pictures.open_image(self.folder.golden_picture)).astype(int)
         own = self.prompt(np.asarray(pictures.open_image(self.folder.golden_image))).astype(int)
         if own.shape != golden.shape or np.abs(own - golden).max() > 1:
-            raise FolderError("golden_picture.png is not the picture that this machine makes of golden_image.png: the "
-                              f"folder's files do not belong together, or onnxruntime {onnxruntime.__version__} "
-                              "computes something else")
+            raise FolderError(
+                "golden_picture.png is not the picture that this machine makes of golden_image.png: the "
+                f"folder's files do not belong together, or onnxruntime {onnxruntime.__version__} "
+                "computes something else"
+            )
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -291,8 +325,9 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 def _asked_for(models: list[dict[str, Any]], fingerprint: str) -> str | None:
     """The id of the host's backbone with that fingerprint, else of its only one."""
-    backbones = [entry for entry in models
-                 if entry.get("object", "model") == "model" and isinstance(entry.get("id"), str)]
+    backbones = [
+        entry for entry in models if entry.get("object", "model") == "model" and isinstance(entry.get("id"), str)
+    ]
     for entry in backbones:
         if entry.get("fingerprint") == fingerprint:
             return entry["id"]
@@ -309,8 +344,10 @@ def _session(folder: Folder, threads: int) -> onnxruntime.InferenceSession:
     except Exception as error:  # onnxruntime's errors have no common class
         raise FolderError(f"generator.onnx cannot be run by onnxruntime {onnxruntime.__version__}: {error}") from error
     patches = folder.rows * folder.size[1] // folder.patch
-    wanted = [("image", "tensor(uint8)", (1, *folder.size, 3)),
-              ("weights", "tensor(float)", (patches, len(folder.library)))]
+    wanted = [
+        ("image", "tensor(uint8)", (1, *folder.size, 3)),
+        ("weights", "tensor(float)", (patches, len(folder.library))),
+    ]
     found = [(value.name, value.type, tuple(value.shape)) for value in (*session.get_inputs(), *session.get_outputs())]
     if found != wanted:
         raise FolderError(f"generator.onnx must go from {wanted[0]} to {wanted[1]}, it has {found}")

@@ -121,8 +121,10 @@ def read_folder(folder: str | os.PathLike[str]) -> Folder:
     manifest = _read_manifest(path)
     fields = _Fields(manifest, path / MANIFEST)
     if type(fields.get("format")) is not int or manifest["format"] != FORMAT:
-        raise FolderError(f"{path / MANIFEST}: format must be {FORMAT}, got {manifest.get('format')!r}; "
-                          "install the fastprompt-client of the version that wrote it")
+        raise FolderError(
+            f"{path / MANIFEST}: format must be {FORMAT}, got {manifest.get('format')!r}; "
+            "install the fastprompt-client of the version that wrote it"
+        )
     height, width = fields.sides("backbone.image_size")
     picture_size = fields.sides("picture_size")
     features, patch = fields.whole("backbone.width"), fields.whole("backbone.patch_size")
@@ -131,8 +133,10 @@ def read_folder(folder: str | os.PathLike[str]) -> Folder:
     rows = fields.whole("prompts.rows") if kind == "patches" else 0
     expected = (height + rows * patch if placement == "extend" else height, width)
     if picture_size != expected:
-        raise FolderError(f"{path / MANIFEST}: picture_size must be {list(expected)} with placement {placement!r}, "
-                          f"got {list(picture_size)}")
+        raise FolderError(
+            f"{path / MANIFEST}: picture_size must be {list(expected)} with placement {placement!r}, "
+            f"got {list(picture_size)}"
+        )
     if placement == "replace" and rows * patch >= height:
         raise FolderError(f"{path / MANIFEST}: prompts.rows leave nothing of the image: {rows}")
 
@@ -144,8 +148,9 @@ def read_folder(folder: str | os.PathLike[str]) -> Folder:
     if kind == "patches":
         count, entries = fields.whole("prompts.num_prompts"), fields.whole("prompts.library_size")
         if count * patch != rows * width:
-            raise FolderError(f"{path / MANIFEST}: prompts.num_prompts must fill {rows} rows of {width // patch} "
-                              f"patches, got {count}")
+            raise FolderError(
+                f"{path / MANIFEST}: prompts.num_prompts must fill {rows} rows of {width // patch} patches, got {count}"
+            )
         graph = _content(path, "generator.onnx", manifest)
         library = array("library.npy", (entries, 3 * patch**2), "uint8", "float32").astype(np.float32)
         rounds = fields.get("prompts.round_pixels", bool) if "round_pixels" in fields.get("prompts") else True
@@ -167,17 +172,33 @@ def read_folder(folder: str | os.PathLike[str]) -> Folder:
         if not isinstance(mistake, dict) or not all(isinstance(mistake.get(k), str) for k in ("name", "detail")):
             raise FolderError(f"{path / MANIFEST}: golden.mistakes[{i}] must have a name and a detail")
     return Folder(
-        name=fields.get("backbone.name", str), fingerprint=fields.get("backbone.fingerprint", str),
-        readout=fields.get("backbone.readout", str), width=features, size=(height, width), picture_size=picture_size,
-        patch=patch, resize=fields.choice("preprocessing.resize", ("crop", "squash")), kind=kind, placement=placement,
-        rows=rows, round_pixels=rounds, graph=graph, library=library, offset=offset, added=added, head=head,
+        name=fields.get("backbone.name", str),
+        fingerprint=fields.get("backbone.fingerprint", str),
+        readout=fields.get("backbone.readout", str),
+        width=features,
+        size=(height, width),
+        picture_size=picture_size,
+        patch=patch,
+        resize=fields.choice("preprocessing.resize", ("crop", "squash")),
+        kind=kind,
+        placement=placement,
+        rows=rows,
+        round_pixels=rounds,
+        graph=graph,
+        library=library,
+        offset=offset,
+        added=added,
+        head=head,
         class_names=names,
         golden_image=_png(path, "golden_image.png", manifest, (height, width)),
         golden_picture=_png(path, "golden_picture.png", manifest, picture_size),
-        golden_embedding=array("golden_embedding.npy", (features,)), threshold=least,
+        golden_embedding=array("golden_embedding.npy", (features,)),
+        threshold=least,
         mistakes=array("mistakes.npy", (len(mistakes), features)),
         mistake_names=tuple(mistake["name"] for mistake in mistakes),
-        mistake_details=tuple(mistake["detail"] for mistake in mistakes), manifest=manifest)
+        mistake_details=tuple(mistake["detail"] for mistake in mistakes),
+        manifest=manifest,
+    )
 
 
 class _Fields:

@@ -100,14 +100,17 @@ class Host:
         answer = self._call("/v1/embeddings", body)
         data = answer.get("data")
         if not isinstance(data, list) or len(data) != len(pictures):
-            raise HostError(f"{self.base} must return {len(pictures)} embeddings, got "
-                            f"{len(data) if isinstance(data, list) else type(data).__name__}")
+            raise HostError(
+                f"{self.base} must return {len(pictures)} embeddings, got "
+                f"{len(data) if isinstance(data, list) else type(data).__name__}"
+            )
         vectors: list[np.ndarray | None] = [None] * len(pictures)
         for place, entry in enumerate(data):
             index = entry.get("index", place) if isinstance(entry, dict) else None
             if type(index) is not int or not 0 <= index < len(vectors) or vectors[index] is not None:
-                raise HostError(f"{self.base} returned entry {place} without an index of its own from 0 to "
-                                f"{len(vectors) - 1}")
+                raise HostError(
+                    f"{self.base} returned entry {place} without an index of its own from 0 to {len(vectors) - 1}"
+                )
             vectors[index] = self._vector(entry.get("embedding"), index)
         found = [vector for vector in vectors if vector is not None]
         if len({len(vector) for vector in found}) > 1:
@@ -170,8 +173,9 @@ def check_timeout(timeout: float) -> None:
 
 def check_key(api_key: str | None) -> None:
     """ValueError, which does not show the key, unless it is None or can be sent."""
-    if api_key is not None and not (isinstance(api_key, str) and api_key and api_key.isascii()
-                                    and api_key.isprintable()):
+    if api_key is not None and not (
+        isinstance(api_key, str) and api_key and api_key.isascii() and api_key.isprintable()
+    ):
         raise ValueError("api_key must be printable ASCII, or None for no key")
 
 
@@ -197,8 +201,9 @@ def _printable(text: str) -> str:
 def _reason(error: urllib.error.HTTPError, deadline: float) -> str:
     """The message of an OpenAI-style error, or what else the answer says."""
     if 300 <= error.code < 400:
-        return _printable(f"it redirects to {error.headers.get('Location')}, which is not followed; give that address "
-                          "as url")
+        return _printable(
+            f"it redirects to {error.headers.get('Location')}, which is not followed; give that address as url"
+        )
     try:
         content = _body(error.fp, LARGEST_ERROR, deadline)  # type: ignore[arg-type]
     except (OSError, http.client.HTTPException):

@@ -15,9 +15,15 @@ LARGEST_COVER = 1 << 25
 """Pixels that an image may have after it was scaled to be cropped: a line of pixels would need gigabytes."""
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What Pillow is let read: some of its other formats start programs, EPS Ghostscript."""
-UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-           8: Image.Transpose.ROTATE_90}
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 """By the EXIF orientation."""
 TIE = 1e-3
 """Levels taken off a shrunk pixel before it is rounded, where training rounds: half way between two goes down."""
@@ -111,14 +117,16 @@ def resized(image: Image.Image, size: tuple[int, int], resize: str) -> np.ndarra
         scale = max(height / image.height, width / image.width)
         covering = max(height, round(image.height * scale)), max(width, round(image.width * scale))
         if covering[0] * covering[1] > LARGEST_COVER:
-            raise ValueError(f"image has {image.width} x {image.height} pixels, an aspect ratio that is too extreme to "
-                             f"crop: covering {width} x {height} pixels it would have {covering[0] * covering[1]:,}, "
-                             f"at most {LARGEST_COVER:,} are taken")
+            raise ValueError(
+                f"image has {image.width} x {image.height} pixels, an aspect ratio that is too extreme to "
+                f"crop: covering {width} x {height} pixels it would have {covering[0] * covering[1]:,}, "
+                f"at most {LARGEST_COVER:,} are taken"
+            )
     for sides in ((covering[1], image.height), (covering[1], covering[0])):  # first the columns, in every Pillow
         if image.size != sides:
             image = image.resize(sides, Image.Resampling.BICUBIC)
     top, left = round((covering[0] - height) / 2), round((covering[1] - width) / 2)
-    return np.asarray(image)[top:top + height, left:left + width]
+    return np.asarray(image)[top : top + height, left : left + width]
 
 
 class Shrink:

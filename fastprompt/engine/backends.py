@@ -90,8 +90,11 @@ def _openvino(model: PromptedViT, images: Tensor) -> Run:
 
     threads, precision = torch.get_num_threads(), PRECISIONS[model.backbone.dtype]
     program = torch.export.export(in_float32(model), (images,))
-    compiled = openvino.compile_model(openvino.convert_model(program), "CPU", {
-        "INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads})
+    compiled = openvino.compile_model(
+        openvino.convert_model(program),
+        "CPU",
+        {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads},
+    )
     request: Any = compiled.create_infer_request()
 
     def run(images: Tensor) -> Tensor:

@@ -152,8 +152,10 @@ class Signature(NamedTuple):
 
     def __str__(self) -> str:
         dtype, height, width, backend, *_ = self.form
-        return (f"batch {self.batch} of {height} x {width} images in {dtype}, backbone in {self.backbone}, "
-                f"kernels {backend!r}, {self.method}")
+        return (
+            f"batch {self.batch} of {height} x {width} images in {dtype}, backbone in {self.backbone}, "
+            f"kernels {backend!r}, {self.method}"
+        )
 
 
 def method_shape(model: PromptedViT) -> Hashable:
@@ -198,13 +200,18 @@ class _Graphs:
             if self._released:
                 raise RuntimeError(f"this {type(self).__name__} was released; make a new one")
             if self.model.backbone.device != self.device:
-                raise ValueError(f"model was moved from {self.device} to {self.model.backbone.device}; make a new "
-                                 f"{type(self).__name__}")
+                raise ValueError(
+                    f"model was moved from {self.device} to {self.model.backbone.device}; make a new "
+                    f"{type(self).__name__}"
+                )
             if self._mark is not None:
                 self.capturer.follow(self._mark)
             try:
-                with torch.inference_mode(False), torch.set_grad_enabled(grad), \
-                        torch.autocast(self.device.type, enabled=False, cache_enabled=False):
+                with (
+                    torch.inference_mode(False),
+                    torch.set_grad_enabled(grad),
+                    torch.autocast(self.device.type, enabled=False, cache_enabled=False),
+                ):
                     yield
             finally:
                 self._mark = self.capturer.mark()
@@ -228,10 +235,16 @@ class _Graphs:
                 unread = {module for block in model.backbone.blocks for module in block.modules()}
                 modules = [module for module in modules if module not in unread]
                 modules += [module for part in (*folded.blocks, folded.pixels) for module in part.modules()]
-            self._slots = [(slots, name) for module in modules for slots in (module._parameters, module._buffers)
-                           for name in slots]
-        return (*parts, None if generator is None else generator.config, model.readout, model.backbone_dtype,
-                self.capturer.addresses(self._tensors()))
+            self._slots = [
+                (slots, name) for module in modules for slots in (module._parameters, module._buffers) for name in slots
+            ]
+        return (
+            *parts,
+            None if generator is None else generator.config,
+            model.readout,
+            model.backbone_dtype,
+            self.capturer.addresses(self._tensors()),
+        )
 
     def _tensors(self) -> list[Tensor]:
         """What stands in the places of parameters and buffers; fewer or more, where one went or came."""
@@ -244,9 +257,12 @@ class _Graphs:
         self._drop()
         self._drops += 1
         if self._drops == MANY_DROPS:
-            warnings.warn(f"the graphs of this {type(self).__name__} had to be captured again {MANY_DROPS} times, as "
-                          "parameters were rebound or options changed; that takes far longer than a call. Change "
-                          "parameters in place", stacklevel=4)
+            warnings.warn(
+                f"the graphs of this {type(self).__name__} had to be captured again {MANY_DROPS} times, as "
+                "parameters were rebound or options changed; that takes far longer than a call. Change "
+                "parameters in place",
+                stacklevel=4,
+            )
 
     def _drop(self) -> None:
         self.capturer.synchronize()
@@ -314,8 +330,14 @@ class GraphedForward(_Graphs):
         TypeError, ValueError: an argument does not fit; it is named.
     """
 
-    def __init__(self, model: PromptedViT, batch_sizes: Iterable[int] = (1, 8, 32), *, seed: int | None = None,
-                 capturer: Capturer | None = None) -> None:
+    def __init__(
+        self,
+        model: PromptedViT,
+        batch_sizes: Iterable[int] = (1, 8, 32),
+        *,
+        seed: int | None = None,
+        capturer: Capturer | None = None,
+    ) -> None:
         super().__init__(model, capturer)
         try:
             sizes = sorted(set(batch_sizes), reverse=True)
@@ -324,8 +346,10 @@ class GraphedForward(_Graphs):
         if not sizes or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
             raise ValueError(f"batch_sizes must be positive integers, at least one, got {batch_sizes!r}")
         if seed is not None and not getattr(model.config, "inference_samples", 0):
-            raise ValueError("seed is for a V2APT with inference_samples of at least 1; this model draws no noise at "
-                             f"inference: {model.config}")
+            raise ValueError(
+                "seed is for a V2APT with inference_samples of at least 1; this model draws no noise at "
+                f"inference: {model.config}"
+            )
         self.batch_sizes: tuple[int, ...] = tuple(sizes)
         self._forms: dict[tuple[Any, ...], _Form | None] = {}
         self._samples: Sequence[Draws] = ()
@@ -354,15 +378,17 @@ class GraphedForward(_Graphs):
             if self.model.training:
                 raise RuntimeError("the model is in training mode, its graphs are of inference; call model.eval()")
             if self._borrower not in (None, threading.get_ident()):
-                raise RuntimeError("another thread holds the output that it borrowed, which this call would overwrite; "
-                                   "threads that share a GraphedForward must not use borrow=True")
+                raise RuntimeError(
+                    "another thread holds the output that it borrowed, which this call would overwrite; "
+                    "threads that share a GraphedForward must not use borrow=True"
+                )
             self._borrower = None
             self._settle()
             count, largest = len(images), self.batch_sizes[0]
             if count == 0:
                 return self._forward(images)
             if count > largest:
-                return torch.cat([self._replay(images[i:i + largest])[0].clone() for i in range(0, count, largest)])
+                return torch.cat([self._replay(images[i : i + largest])[0].clone() for i in range(0, count, largest)])
             output, static = self._replay(images)
             if static and borrow:
                 self._borrower = threading.get_ident()
@@ -390,13 +416,16 @@ class GraphedForward(_Graphs):
         """
         if isinstance(adapter, PromptedViT):
             if adapter.backbone.fingerprint != self.model.backbone.fingerprint:
-                raise ValueError("adapter is of another backbone: fingerprint "
-                                 f"{adapter.backbone.fingerprint[:12]}, the graphs have "
-                                 f"{self.model.backbone.fingerprint[:12]}")
+                raise ValueError(
+                    "adapter is of another backbone: fingerprint "
+                    f"{adapter.backbone.fingerprint[:12]}, the graphs have "
+                    f"{self.model.backbone.fingerprint[:12]}"
+                )
             ours, theirs = method_shape(self.model), method_shape(adapter)
             if ours != theirs:
-                raise ValueError(f"adapter has another method shape than the model that was captured: {theirs}, "
-                                 f"not {ours}")
+                raise ValueError(
+                    f"adapter has another method shape than the model that was captured: {theirs}, not {ours}"
+                )
             adapter = adapter.adapter_state_dict()
         with self._turn():
             self.model.load_adapter_state_dict(adapter)
@@ -474,7 +503,7 @@ class GraphedForward(_Graphs):
             self._noise.copy_(noise)
 
     def _capture_batch(self, signature: Signature, form: _Form) -> Graph | None:
-        images, output = form.images[:signature.batch], form.output[:signature.batch]
+        images, output = form.images[: signature.batch], form.output[: signature.batch]
 
         def function() -> None:
             output.copy_(self._forward(images))
@@ -532,8 +561,14 @@ class GraphedTrainStep(_Graphs):
         TypeError, ValueError: an argument does not fit, it is named; the optimizer's step cannot be captured.
     """
 
-    def __init__(self, model: PromptedViT, optimizer: torch.optim.Optimizer, loss: Loss | None = None, *,
-                 capturer: Capturer | None = None) -> None:
+    def __init__(
+        self,
+        model: PromptedViT,
+        optimizer: torch.optim.Optimizer,
+        loss: Loss | None = None,
+        *,
+        capturer: Capturer | None = None,
+    ) -> None:
         super().__init__(model, capturer)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
@@ -563,16 +598,29 @@ class GraphedTrainStep(_Graphs):
             if not isinstance(labels, Tensor):
                 raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
             if not len(images) or labels.shape[:1] != images.shape[:1] or labels.device != images.device:
-                raise ValueError(f"labels must be ({len(images) or 'at least 1'}, ...) on {images.device} as the "
-                                 f"images, got {tuple(labels.shape)} on {labels.device}")
+                raise ValueError(
+                    f"labels must be ({len(images) or 'at least 1'}, ...) on {images.device} as the "
+                    f"images, got {tuple(labels.shape)} on {labels.device}"
+                )
             self._settle_rates()
             self._drop_if_rebound()
-            key = (len(images), images.dtype, *images.shape[2:], dispatch.wanted(), labels.dtype, labels.shape[1:],
-                   self.model.training)
+            key = (
+                len(images),
+                images.dtype,
+                *images.shape[2:],
+                dispatch.wanted(),
+                labels.dtype,
+                labels.shape[1:],
+                self.model.training,
+            )
             if key not in self._steps:
                 dtype = torch.promote_types(self.model.backbone.dtype, torch.float32)
-                self._steps[key] = _Step(self._signature(key[0], key[1:]), torch.empty_like(images),
-                                         torch.empty_like(labels), torch.zeros((), device=self.device, dtype=dtype))
+                self._steps[key] = _Step(
+                    self._signature(key[0], key[1:]),
+                    torch.empty_like(images),
+                    torch.empty_like(labels),
+                    torch.zeros((), device=self.device, dtype=dtype),
+                )
             step = self._steps[key]
             with torch.no_grad():
                 step.images.copy_(images)
@@ -649,8 +697,9 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> None:
             group["fused"], group["foreach"] = True, False
         return
     if not all("capturable" in group for group in groups):
-        raise ValueError(f"optimizer {name} has no step that a CUDA graph can hold; SGD has, and "
-                         "AdamW(..., capturable=True)")
+        raise ValueError(
+            f"optimizer {name} has no step that a CUDA graph can hold; SGD has, and AdamW(..., capturable=True)"
+        )
     if not all(group["capturable"] for group in groups):
         raise ValueError(f"optimizer {name} must be made with capturable=True for its step to be captured")
 

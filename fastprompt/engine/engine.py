@@ -78,8 +78,13 @@ class Engine:
         RuntimeError: `backend` cannot run here.
     """
 
-    def __init__(self, model: PromptedViT | FrozenViT, batch_sizes: Sequence[int] = (1, 8, 32),
-                 dtype: torch.dtype | None = None, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        model: PromptedViT | FrozenViT,
+        batch_sizes: Sequence[int] = (1, 8, 32),
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ) -> None:
         if not isinstance(model, (PromptedViT, FrozenViT)):
             raise TypeError(f"model must be a PromptedViT or a FrozenViT, got {type(model).__name__}")
         sizes = tuple(batch_sizes) if isinstance(batch_sizes, (tuple, list)) else ()
@@ -129,7 +134,7 @@ class Engine:
                 return self._mixed(images, adapter_names)
             outputs, start = [], 0
             for size in self._sizes(images):
-                outputs.append(self._run(images[start:start + size], size))
+                outputs.append(self._run(images[start : start + size], size))
                 start += size
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -160,9 +165,11 @@ class Engine:
         if model.full:
             raise ValueError("model was fully fine-tuned and has a backbone of its own: give it an engine of its own")
         if model.backbone.fingerprint != backbone.fingerprint:
-            raise ValueError(f"model is on another backbone, {model.backbone.spec.name} with fingerprint "
-                             f"{model.backbone.fingerprint[:12]}; this engine's is {backbone.spec.name} with "
-                             f"{backbone.fingerprint[:12]}")
+            raise ValueError(
+                f"model is on another backbone, {model.backbone.spec.name} with fingerprint "
+                f"{model.backbone.fingerprint[:12]}; this engine's is {backbone.spec.name} with "
+                f"{backbone.fingerprint[:12]}"
+            )
         warn_of_other_pixels(f"adapter {name!r}", {"mean": model.backbone.mean, "std": model.backbone.std}, backbone)
         adapter = _copy_adapter(model, backbone)
         with self._lock:
@@ -206,8 +213,9 @@ class Engine:
         with self.alone():
             self._follow()
             for size in self.batch_sizes:
-                images = torch.zeros(size, 3, *self._backbone.image_size, dtype=image_dtype,
-                                     device=self._backbone.device)
+                images = torch.zeros(
+                    size, 3, *self._backbone.image_size, dtype=image_dtype, device=self._backbone.device
+                )
                 self(images)
 
     def refresh(self) -> None:
@@ -226,8 +234,9 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.release()
 
     def describe(self) -> str:
@@ -235,9 +244,11 @@ class Engine:
         with self._lock:
             self._check_open()
             added = len(self._adapters) - 1 - (self._source is not None)
-            return (f"{self.backend} engine in {str(self.dtype).removeprefix('torch.')} on {self._backbone.device} "
-                    f"with {torch.get_num_threads()} threads, batches of {', '.join(map(str, self.batch_sizes))}, "
-                    f"{added} added adapters")
+            return (
+                f"{self.backend} engine in {str(self.dtype).removeprefix('torch.')} on {self._backbone.device} "
+                f"with {torch.get_num_threads()} threads, batches of {', '.join(map(str, self.batch_sizes))}, "
+                f"{added} added adapters"
+            )
 
     @property
     def model(self) -> PromptedViT:
@@ -260,8 +271,11 @@ class Engine:
         """Within this context no other thread's call runs, and neither gradients nor autocast are on."""
         with self._lock:
             self._check_open()
-            with torch.inference_mode(False), torch.no_grad(), \
-                    torch.autocast(self._backbone.device.type, enabled=False):
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+                torch.autocast(self._backbone.device.type, enabled=False),
+            ):
                 yield
 
     def _follow(self, always: bool = False) -> None:
@@ -298,18 +312,20 @@ class Engine:
         if padding and not backend.any_batch:
             images = torch.cat([images, images.new_zeros(padding, *images.shape[1:])])
         try:
-            return self._function(measured.chosen, signature)(images)[:size - padding]
+            return self._function(measured.chosen, signature)(images)[: size - padding]
         except Exception as error:
             if measured.chosen == "eager":
                 raise
             if self.backend != "auto":
                 raise RuntimeError(f"backend {self.backend!r} failed: {error}") from error
             measured.reasons[measured.chosen] = f"it failed: {_first_line(error)}"
-            warnings.warn(f"{measured.chosen} failed on a batch of {size}, eager runs from now on: "
-                          f"{_first_line(error)}", stacklevel=5)
+            warnings.warn(
+                f"{measured.chosen} failed on a batch of {size}, eager runs from now on: {_first_line(error)}",
+                stacklevel=5,
+            )
             self._runs.pop((measured.chosen, signature), None)
             measured.chosen = "eager"
-            return self.model(images)[:size - padding]
+            return self.model(images)[: size - padding]
 
     def _function(self, name: str, signature: Signature) -> Run:
         """A backend's function, made where there is none."""
@@ -360,11 +376,13 @@ class Engine:
             raise ValueError(f"adapter_names must be a list of {len(images)} names, one per image, got {names!r}")
         for i, name in enumerate(names):
             if name not in self._adapters:
-                raise ValueError(f"adapter_names[{i}] is {name!r}, which is no adapter of this engine; it has "
-                                 f"{list(self._adapters)[:20]}")
+                raise ValueError(
+                    f"adapter_names[{i}] is {name!r}, which is no adapter of this engine; it has "
+                    f"{list(self._adapters)[:20]}"
+                )
         models, largest, found = [self._adapters[name] for name in names], self.batch_sizes[-1], []
         for start in range(0, len(images), largest):
-            found += mixed.outputs(images[start:start + largest], models[start:start + largest])
+            found += mixed.outputs(images[start : start + largest], models[start : start + largest])
         return found
 
 
@@ -426,8 +444,11 @@ def _copy_adapter(model: PromptedViT, backbone: FrozenViT) -> PromptedViT:
         if part is not None:
             part.to(backbone.device)
     generator = copied.generator
-    if generator is not None and generator.known_at == "static" \
-            and not any(isinstance(module, nn.Linear) for module in generator.modules()):
+    if (
+        generator is not None
+        and generator.known_at == "static"
+        and not any(isinstance(module, nn.Linear) for module in generator.modules())
+    ):
         generator.to(backbone.dtype)
     with torch.no_grad():
         copied.kept_prefixes()

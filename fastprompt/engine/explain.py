@@ -30,11 +30,13 @@ class Explanation:
     def __str__(self) -> str:
         lines = [self.engine] if self.engine else []
         lines += [_line(signature, measured) for signature, measured in self.batches.items()]
-        lines += dict.fromkeys(f"not {name}: {reason}" for measured in self.batches.values()
-                               for name, reason in measured.reasons.items())
+        lines += dict.fromkeys(
+            f"not {name}: {reason}" for measured in self.batches.values() for name, reason in measured.reasons.items()
+        )
         width = max(map(len, self.ops), default=0)
-        lines += [f"{op:{width}}  {backend}" + (f": {reason}" if reason else "")
-                  for op, (backend, reason) in self.ops.items()]
+        lines += [
+            f"{op:{width}}  {backend}" + (f": {reason}" if reason else "") for op, (backend, reason) in self.ops.items()
+        ]
         return "\n".join(lines) or "no op of fastprompt.kernels runs in this model"
 
 
@@ -42,8 +44,9 @@ def _line(signature: Signature, measured: Measured) -> str:
     size, (height, width), dtype = signature
     times = sorted(measured.seconds.items(), key=lambda item: item[1])
     text = ", ".join(f"{name} {1000 * seconds:.3g} ms" for name, seconds in times)
-    return (f"batch of {size}, {height} x {width} px, {str(dtype).removeprefix('torch.')}: {measured.chosen}"
-            + (f" ({text})" if text else ""))
+    return f"batch of {size}, {height} x {width} px, {str(dtype).removeprefix('torch.')}: {measured.chosen}" + (
+        f" ({text})" if text else ""
+    )
 
 
 def explain(model: PromptedViT | Engine) -> Explanation:

@@ -53,20 +53,32 @@ class _Generators:
 
     def prompts(self, layer: int, context: Any, tokens: Tensor, draws: Draws | None = None) -> Tensor:
         """(B, P, D) of the group's images, from the patch tokens (B, N, D) that enter the block."""
-        parts = [generator.prompts(layer, member.context, _take(tokens, member.positions), member.draws)
-                 for generator, member in zip(self.generators, self.members, strict=True)]
+        parts = [
+            generator.prompts(layer, member.context, _take(tokens, member.positions), member.draws)
+            for generator, member in zip(self.generators, self.members, strict=True)
+        ]
         return _in_order([part.to(tokens.dtype) for part in parts], self.members)
 
     def first_prompts(self, context: Any, tokens: Tensor, draws: Draws | None, norm: Norm | None) -> Tensor:
         """Block 0's prompts of the group's images, behind the pre-norm."""
-        return _in_order([generator.first_prompts(member.context, _take(tokens, member.positions), member.draws, norm)
-                          for generator, member in zip(self.generators, self.members, strict=True)], self.members)
+        return _in_order(
+            [
+                generator.first_prompts(member.context, _take(tokens, member.positions), member.draws, norm)
+                for generator, member in zip(self.generators, self.members, strict=True)
+            ],
+            self.members,
+        )
 
     def prefixes(self) -> dict[int, Prefix]:
         """Block → (B, heads, P, d) keys and values of prompts that depend on parameters only."""
         known = [member.model.kept_prefixes() or {} for member in self.members]
-        return {layer: (_in_order([prefixes[layer][0] for prefixes in known], self.members),
-                        _in_order([prefixes[layer][1] for prefixes in known], self.members)) for layer in known[0]}
+        return {
+            layer: (
+                _in_order([prefixes[layer][0] for prefixes in known], self.members),
+                _in_order([prefixes[layer][1] for prefixes in known], self.members),
+            )
+            for layer in known[0]
+        }
 
 
 def outputs(images: Tensor, models: Sequence[PromptedViT]) -> list[Tensor]:
@@ -77,8 +89,11 @@ def outputs(images: Tensor, models: Sequence[PromptedViT]) -> list[Tensor]:
         models: B models in eval mode on one backbone, which no gradient is asked of.
     """
     backbone = models[0].backbone
-    rows = [_Row(image, model, sample, draws) for image, model in enumerate(models)
-            for sample, draws in enumerate([{}] if model.generator is None else model.generator.inference_draws())]
+    rows = [
+        _Row(image, model, sample, draws)
+        for image, model in enumerate(models)
+        for sample, draws in enumerate([{}] if model.generator is None else model.generator.inference_draws())
+    ]
     shared = [] if isinstance(backbone, FrozenSwin) else [i for i, row in enumerate(rows) if _keeps_size(row.model)]
     alone = [i for i in range(len(rows)) if i not in set(shared)]
     samples: list[list[Tensor]] = [[] for _ in models]
@@ -108,7 +123,7 @@ def _together(images: Tensor, rows: list[_Row]) -> list[Tensor]:
             tokens[of_model] = reference.embed(backbone, prompted.to(backbone.dtype)).tokens
     order, groups, members = [], [], []
     for of_group in _by(range(len(rows)), lambda i: _alike(rows[i].model)):
-        patches = _take(tokens, of_group)[:, embedded.num_prefix:]
+        patches = _take(tokens, of_group)[:, embedded.num_prefix :]
         group = []
         for of_member in _by(of_group, lambda i: (id(rows[i].model), rows[i].sample)):
             row, positions = rows[of_member[0]], [of_group.index(i) for i in of_member]
@@ -152,8 +167,13 @@ def _alike(model: PromptedViT) -> tuple[Any, ...]:
     generator = model.generator
     if generator is None or generator.num_prompts == 0:
         return (model.readout,)
-    return (model.readout, generator.layers, generator.num_prompts, generator.before_pre_norm,
-            generator.known_at == "static")
+    return (
+        model.readout,
+        generator.layers,
+        generator.num_prompts,
+        generator.before_pre_norm,
+        generator.known_at == "static",
+    )
 
 
 def _by(items: Sequence[int], key: Any) -> list[list[int]]:

@@ -44,8 +44,15 @@ __all__ = [
 ]
 
 _GENERATORS: dict[type[PromptConfig], type[PromptGenerator] | None] = {
-    PGNConfig: PGN, RGBPGNConfig: RGBPGN, V2APTConfig: V2APT, VAPTConfig: VAPT, VPTConfig: VPT,
-    FreePromptsConfig: FreePrompts, PixelPromptConfig: PixelPrompt, LinearProbeConfig: None, FullFineTuneConfig: None,
+    PGNConfig: PGN,
+    RGBPGNConfig: RGBPGN,
+    V2APTConfig: V2APT,
+    VAPTConfig: VAPT,
+    VPTConfig: VPT,
+    FreePromptsConfig: FreePrompts,
+    PixelPromptConfig: PixelPrompt,
+    LinearProbeConfig: None,
+    FullFineTuneConfig: None,
 }
 CONFIGS: dict[str, type[PromptConfig]] = {config.kind: config for config in _GENERATORS}
 
@@ -53,8 +60,9 @@ CONFIGS: dict[str, type[PromptConfig]] = {config.kind: config for config in _GEN
 def build_generator(config: PromptConfig, geometry: Geometry | FrozenViT) -> PromptGenerator | None:
     """The generator of `config` for a backbone or its geometry; None for the probes and full fine-tuning."""
     if type(config) not in _GENERATORS:
-        raise TypeError(f"config must be one of {', '.join(c.__name__ for c in _GENERATORS)}, "
-                        f"got {type(config).__name__}")
+        raise TypeError(
+            f"config must be one of {', '.join(c.__name__ for c in _GENERATORS)}, got {type(config).__name__}"
+        )
     generator = _GENERATORS[type(config)]
     return None if generator is None else generator(config, geometry)
 

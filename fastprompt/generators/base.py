@@ -38,8 +38,9 @@ class PromptConfig:
             raise ValueError(f"{cls.__name__} has no option {unknown[0]!r}; it takes {sorted(fields)}")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
-    def require(self, name: str, kind: type | tuple[type, ...], low: float | None = None,
-                high: float | None = None) -> None:
+    def require(
+        self, name: str, kind: type | tuple[type, ...], low: float | None = None, high: float | None = None
+    ) -> None:
         """Raise TypeError or ValueError unless option `name` is of `kind` and within [low, high]."""
         value = getattr(self, name)
         label = f"{type(self).__name__}.{name}"
@@ -87,13 +88,17 @@ class Geometry:
                 object.__setattr__(self, field.name, tuple(value))
         if self.stages is None:
             return
-        if not isinstance(self.stages, (tuple, list)) or not self.stages \
-                or not all(_is_size(stage, True) for stage in self.stages):
+        if (
+            not isinstance(self.stages, (tuple, list))
+            or not self.stages
+            or not all(_is_size(stage, True) for stage in self.stages)
+        ):
             raise ValueError(f"stages must be (width, blocks) for each stage or None, got {self.stages!r}")
         stages = tuple((width, blocks) for width, blocks in self.stages)
         if stages[0][0] != self.width or sum(blocks for _, blocks in stages) != self.depth:
-            raise ValueError(f"stages must start with width {self.width} and have {self.depth} blocks in all, "
-                             f"got {stages}")
+            raise ValueError(
+                f"stages must start with width {self.width} and have {self.depth} blocks in all, got {stages}"
+            )
         object.__setattr__(self, "stages", stages)
 
     @property
@@ -107,8 +112,14 @@ class Geometry:
 
         if isinstance(backbone, FrozenSwin):
             stages = tuple(zip(backbone.width, backbone.depth, strict=True))
-            return cls(backbone.width[0], sum(backbone.depth), backbone.grid[0], backbone.patch_size,
-                       backbone.image_size, stages)
+            return cls(
+                backbone.width[0],
+                sum(backbone.depth),
+                backbone.grid[0],
+                backbone.patch_size,
+                backbone.image_size,
+                stages,
+            )
         return cls(backbone.width, backbone.depth, backbone.grid, backbone.patch_size, backbone.image_size)
 
 
@@ -150,8 +161,9 @@ class PromptGenerator(nn.Module, abc.ABC):
     num_prompts: int
     layers: tuple[int, ...]
 
-    def __init__(self, config: PromptConfig | None = None, geometry: Geometry | FrozenViT | None = None,
-                 **options: Any) -> None:
+    def __init__(
+        self, config: PromptConfig | None = None, geometry: Geometry | FrozenViT | None = None, **options: Any
+    ) -> None:
         """
         Args:
             config: the options; None: defaults.
@@ -177,9 +189,11 @@ class PromptGenerator(nn.Module, abc.ABC):
         self.config = dataclasses.replace(config or self.config_class(), **options)
         self.geometry = dataclasses.replace(geometry, **sizes)
         if self.geometry.stages is not None and not self.takes_stages:
-            raise ValueError(f"{self.config_class.__name__} is not defined on a Swin transformer, whose token width "
-                             "changes between stages; VPTConfig, V2APTConfig, FreePromptsConfig, PixelPromptConfig, "
-                             "LinearProbeConfig and FullFineTuneConfig work there")
+            raise ValueError(
+                f"{self.config_class.__name__} is not defined on a Swin transformer, whose token width "
+                "changes between stages; VPTConfig, V2APTConfig, FreePromptsConfig, PixelPromptConfig, "
+                "LinearProbeConfig and FullFineTuneConfig work there"
+            )
 
     def draw(self, batch: int) -> Draws:
         """The random tensors of one training step for `batch` images, in a fixed order; {} in eval mode.
@@ -216,8 +230,9 @@ class PromptGenerator(nn.Module, abc.ABC):
         first = self.prompts(0, context, tokens, draws).to(tokens.dtype)
         return first if norm is None else norm(first)
 
-    def plain_prompts(self, layer: int, context: Any, tokens: Tensor | None = None,
-                      draws: Draws | None = None) -> Tensor:
+    def plain_prompts(
+        self, layer: int, context: Any, tokens: Tensor | None = None, draws: Draws | None = None
+    ) -> Tensor:
         """`prompts` by the paper's own graph; the same numbers, where a generator computes them another way."""
         return self.prompts(layer, context, tokens, draws)
 
@@ -242,8 +257,11 @@ class PromptGenerator(nn.Module, abc.ABC):
 
     def check_input(self, x: Tensor | None) -> None:
         """Raise TypeError or ValueError unless `x` is what `known_at` names."""
-        what = {"image": "normalised images (B, 3, H, W)", "embeddings": f"(B, N, {self.geometry.width})",
-                "layer": f"(B, N, {self.geometry.width})"}[self.known_at]
+        what = {
+            "image": "normalised images (B, 3, H, W)",
+            "embeddings": f"(B, N, {self.geometry.width})",
+            "layer": f"(B, N, {self.geometry.width})",
+        }[self.known_at]
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"x must be a floating-point tensor, {what}, got {getattr(x, 'dtype', type(x).__name__)}")
         if self.known_at == "image":

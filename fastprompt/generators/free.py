@@ -37,14 +37,16 @@ class FreePrompts(PromptGenerator):
     takes_stages = True
     config: FreePromptsConfig
 
-    def __init__(self, config: FreePromptsConfig | None = None, geometry: Geometry | None = None,
-                 **options: Any) -> None:
+    def __init__(
+        self, config: FreePromptsConfig | None = None, geometry: Geometry | None = None, **options: Any
+    ) -> None:
         super().__init__(config, geometry, **options)
         self.num_prompts, self.layers = self.config.num_prompts, (0,)
         self.tokens = nn.Parameter(torch.randn(1, self.num_prompts, self.geometry.width) * 0.02)
 
-    def prompts(self, layer: int, context: Any = None, tokens: Tensor | None = None,
-                draws: Draws | None = None) -> Tensor:
+    def prompts(
+        self, layer: int, context: Any = None, tokens: Tensor | None = None, draws: Draws | None = None
+    ) -> Tensor:
         return self.tokens
 
     def paper_num_parameters(self) -> int:

@@ -63,8 +63,12 @@ class BasicBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs))
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
         self.skip = nn.Identity() if stride == 1 and inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,8 +128,11 @@ class PGN(PromptGenerator):
         cfg = self.config
         self.num_prompts, self.layers = cfg.num_prompts, (0,)
         outputs = cfg.num_prompts * cfg.library_size
-        self.trunk = (ResNet10(cfg.widths, outputs, cfg.stem_pool) if cfg.trunk == "resnet10"
-                      else _resnet18(outputs, cfg.pretrained_trunk))
+        self.trunk = (
+            ResNet10(cfg.widths, outputs, cfg.stem_pool)
+            if cfg.trunk == "resnet10"
+            else _resnet18(outputs, cfg.pretrained_trunk)
+        )
         self.library = nn.Parameter(torch.randn(cfg.library_size, self.geometry.width) * 0.02)
 
     def logits(self, images: Tensor) -> Tensor:
@@ -138,9 +145,11 @@ class PGN(PromptGenerator):
         try:
             logits = self.trunk(images)
         except ValueError as error:
-            raise ValueError(f"x has {images.shape[0]} image of {images.shape[2]} x {images.shape[3]} pixels, of which "
-                             "the trunk's batch norm has one value per channel; train PGN on batches of at least 2 "
-                             f"images ({error})") from error
+            raise ValueError(
+                f"x has {images.shape[0]} image of {images.shape[2]} x {images.shape[3]} pixels, of which "
+                "the trunk's batch norm has one value per channel; train PGN on batches of at least 2 "
+                f"images ({error})"
+            ) from error
         return logits.view(images.shape[0], self.config.num_prompts, self.config.library_size)
 
     def mixture(self, images: Tensor) -> Tensor:

@@ -36,8 +36,9 @@ class PixelPrompt(PromptGenerator):
     takes_stages, changes_images = True, True
     config: PixelPromptConfig
 
-    def __init__(self, config: PixelPromptConfig | None = None, geometry: Geometry | None = None,
-                 **options: Any) -> None:
+    def __init__(
+        self, config: PixelPromptConfig | None = None, geometry: Geometry | None = None, **options: Any
+    ) -> None:
         super().__init__(config, geometry, **options)
         self.num_prompts, self.layers = 0, ()
         b, (h, w) = self.config.border, self.geometry.image_size
@@ -56,8 +57,9 @@ class PixelPrompt(PromptGenerator):
         """Normalised images (B, 3, H, W) with the frame added, in the wider of the two dtypes."""
         self.check_input(images)
         if tuple(images.shape[2:]) != tuple(self.geometry.image_size):
-            raise ValueError(f"x must be {self.geometry.image_size} pixels, as the frame, "
-                             f"got {tuple(images.shape[2:])}")
+            raise ValueError(
+                f"x must be {self.geometry.image_size} pixels, as the frame, got {tuple(images.shape[2:])}"
+            )
         return images + self.frame()
 
     def forward(self, x: Tensor | None = None, layer: int | None = None) -> Tensor:

@@ -65,8 +65,10 @@ class RGBPGNConfig(PGNConfig):
         for name in ("bounded", "round_pixels", "offset", "compensate"):
             self.require(name, bool)
         if self.bounded and self.activation != "softmax":
-            raise ValueError("RGBPGNConfig.activation must be 'softmax' with bounded: only convex mixtures of pictures "
-                             f"are pictures, got {self.activation!r}")
+            raise ValueError(
+                "RGBPGNConfig.activation must be 'softmax' with bounded: only convex mixtures of pictures "
+                f"are pictures, got {self.activation!r}"
+            )
         if self.compensate and self.placement != "extend":
             raise ValueError(f"RGBPGNConfig.compensate is for placement 'extend', placement is {self.placement!r}")
 
@@ -86,13 +88,16 @@ class RGBPGN(PGN):
     config_class = RGBPGNConfig
     config: RGBPGNConfig
 
-    def __init__(self, config: RGBPGNConfig | None = None, geometry: Geometry | FrozenViT | None = None,
-                 **options: Any) -> None:
+    def __init__(
+        self, config: RGBPGNConfig | None = None, geometry: Geometry | FrozenViT | None = None, **options: Any
+    ) -> None:
         from fastprompt.vit import FrozenSwin, FrozenViT
 
         if not isinstance(geometry, FrozenViT):
-            raise TypeError("geometry must be the FrozenViT that reads the pixels, got "
-                            f"{type(geometry).__name__}: RGBPGN(config, backbone)")
+            raise TypeError(
+                "geometry must be the FrozenViT that reads the pixels, got "
+                f"{type(geometry).__name__}: RGBPGN(config, backbone)"
+            )
         if isinstance(geometry, FrozenSwin):
             raise ValueError(f"RGBPGNConfig is not defined on {SWIN}")
         super().__init__(config, geometry, **options)  # type: ignore[arg-type]
@@ -136,8 +141,9 @@ class RGBPGN(PGN):
         if not self.changes_images:
             raise ValueError("prompt_images needs placement 'extend' or 'replace', it is 'latent'")
         if tuple(images.shape[2:]) != tuple(self.geometry.image_size):
-            raise ValueError(f"x must be {self.geometry.image_size} pixels, as the backbone's images, "
-                             f"got {tuple(images.shape[2:])}")
+            raise ValueError(
+                f"x must be {self.geometry.image_size} pixels, as the backbone's images, got {tuple(images.shape[2:])}"
+            )
         columns, p = self.geometry.grid[1], self.geometry.patch_size
         rows = self.patches(images).unflatten(1, (self.prompt_rows, columns))  # (B, rows, columns, 3, p, p)
         rows = rows.permute(0, 3, 1, 4, 2, 5).reshape(images.shape[0], 3, self.prompt_rows * p, columns * p)
@@ -216,12 +222,16 @@ def placement_obstacle(backbone: FrozenViT, placement: str, num_prompts: int) ->
     (rows, columns), p = backbone.grid, backbone.patch_size
     if num_prompts % columns or (num_prompts >= rows * columns and placement == "replace"):
         room = f" and leave one of {rows} to the image" if placement == "replace" else ""
-        return (f"num_prompts must fill whole rows of {columns} patches{room} with placement {placement!r}, "
-                f"got {num_prompts}")
+        return (
+            f"num_prompts must fill whole rows of {columns} patches{room} with placement {placement!r}, "
+            f"got {num_prompts}"
+        )
     if (rows * p, columns * p) != tuple(backbone.image_size):
         height, width = backbone.image_size
-        return (f"placement {placement!r} needs images of whole patches, this backbone takes {height} x {width} pixels "
-                f"in patches of {p}; FrozenViT(module, image_size=({rows * p}, {columns * p})) has the same patches")
+        return (
+            f"placement {placement!r} needs images of whole patches, this backbone takes {height} x {width} pixels "
+            f"in patches of {p}; FrozenViT(module, image_size=({rows * p}, {columns * p})) has the same patches"
+        )
     return ""
 
 

@@ -44,8 +44,9 @@ class V2APTConfig(PromptConfig):
         for name in ("num_prompts", "num_instance", "latent", "hidden"):
             self.require(name, int, 1)
         if self.num_instance > self.num_prompts:
-            raise ValueError(f"V2APTConfig.num_instance must be at most num_prompts ({self.num_prompts}), "
-                             f"got {self.num_instance}")
+            raise ValueError(
+                f"V2APTConfig.num_instance must be at most num_prompts ({self.num_prompts}), got {self.num_instance}"
+            )
         self.require("beta", (float, int), 0, 1e6)
         self.require_choice("share", ("all", "per_layer"))
         self.require("inference_samples", int, 0)
@@ -135,7 +136,7 @@ class V2APT(PromptGenerator):
             decoder: Any = self.decoders[0]
             return [decoder.tensors(stage) if isinstance(decoder, StagedDecoder) else decoder.tensors()]
         first = sum(blocks for _, blocks in self.domain.stages[:stage])
-        own: Any = self.decoders[first:first + self.domain.stages[stage][1]]
+        own: Any = self.decoders[first : first + self.domain.stages[stage][1]]
         return [decoder.tensors() for decoder in own]
 
     def stats(self, embeddings: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ class V2APT(PromptGenerator):
         return self.to_stats(F.gelu(self.encoder(x)))
 
     def draw(self, batch: int) -> Draws:
-        """"noise": (2,) int64, seed and offset of the latent's noise; {} in eval mode, where z is the mean."""
+        """ "noise": (2,) int64, seed and offset of the latent's noise; {} in eval mode, where z is the mean."""
         if not self.training:
             return {}
         noise = torch.randint(2**62, (2,), device=self.norm.weight.device)
@@ -181,13 +182,12 @@ class V2APT(PromptGenerator):
             kl = kl if "epsilon" in draws else drawn_kl
         return Latent(prompts, kl, kl_units.detach())
 
-    def prompts(self, layer: int, context: Latent, tokens: Tensor | None = None,
-                draws: Draws | None = None) -> Tensor:
+    def prompts(self, layer: int, context: Latent, tokens: Tensor | None = None, draws: Draws | None = None) -> Tensor:
         stage, index = self.domain.place(layer)
         return context.prompts[stage][index]
 
     def aux(self, context: Latent) -> dict[str, Tensor]:
-        """"kl": (B,) nats; "kl_units": (B, Z), to see posterior collapse."""
+        """ "kl": (B,) nats; "kl_units": (B, Z), to see posterior collapse."""
         return {"kl": context.kl, "kl_units": context.kl_units}
 
 

@@ -114,16 +114,20 @@ class VAPT(PromptGenerator):
         grow = 2 * cfg.padding - cfg.kernel + 1 if cfg.conv else 0
         self.conv_grid = (g.grid[0] + grow, g.grid[1] + grow)
         if min(self.conv_grid) < 1:
-            raise ValueError(f"VAPTConfig.kernel {cfg.kernel} with padding {cfg.padding} does not fit the "
-                             f"{g.grid[0]} x {g.grid[1]} patch grid")
+            raise ValueError(
+                f"VAPTConfig.kernel {cfg.kernel} with padding {cfg.padding} does not fit the "
+                f"{g.grid[0]} x {g.grid[1]} patch grid"
+            )
         self.num_prompts, self.layers = cfg.num_prompts, tuple(range(g.depth))
         adaptive = g.depth - cfg.static_layers
         self.static = StaticPrompts(cfg.static_layers, cfg.num_prompts, g, cfg.project) if cfg.static_layers else None
-        self.adaptive = nn.ModuleList(AdaptiveLayer(cfg, g, self.conv_grid[0] * self.conv_grid[1])
-                                      for _ in range(adaptive))
+        self.adaptive = nn.ModuleList(
+            AdaptiveLayer(cfg, g, self.conv_grid[0] * self.conv_grid[1]) for _ in range(adaptive)
+        )
         projectors = 0 if not cfg.feature_projector or not adaptive else 1 if cfg.share_projector else adaptive
-        self.feature_projectors = nn.ModuleList(FeatureProjector(g.width, cfg.hidden, cfg.learnable_scale)
-                                                for _ in range(projectors))
+        self.feature_projectors = nn.ModuleList(
+            FeatureProjector(g.width, cfg.hidden, cfg.learnable_scale) for _ in range(projectors)
+        )
 
     def draw(self, batch: int) -> Draws:
         """Dropout masks: "prompts" (static, B, P, D), "channels" (adaptive, B, D), "hidden" (adaptive, B, P, r)."""
@@ -132,10 +136,14 @@ class VAPT(PromptGenerator):
         if not self.training:
             return draws
         width, adaptive = self.geometry.width, len(self.adaptive)
-        shapes = {"prompts": (cfg.prompt_dropout, (cfg.static_layers, batch, self.num_prompts, width)),
-                  "channels": (cfg.channel_dropout if cfg.conv else 0.0, (adaptive, batch, width)),
-                  "hidden": (cfg.hidden_dropout if self.feature_projectors else 0.0,
-                             (adaptive, batch, self.num_prompts, cfg.hidden))}
+        shapes = {
+            "prompts": (cfg.prompt_dropout, (cfg.static_layers, batch, self.num_prompts, width)),
+            "channels": (cfg.channel_dropout if cfg.conv else 0.0, (adaptive, batch, width)),
+            "hidden": (
+                cfg.hidden_dropout if self.feature_projectors else 0.0,
+                (adaptive, batch, self.num_prompts, cfg.hidden),
+            ),
+        }
         for name, (p, shape) in shapes.items():
             if p > 0 and shape[0]:
                 draws[name] = dropout_mask(shape, p, like)
@@ -149,12 +157,14 @@ class VAPT(PromptGenerator):
             return self.prompts(layer, None, None, self.draw(1 if x is None else x.shape[0]))
         return super().forward(x, layer)
 
-    def prompts(self, layer: int, context: Any = None, tokens: Tensor | None = None,
-                draws: Draws | None = None) -> Tensor:
+    def prompts(
+        self, layer: int, context: Any = None, tokens: Tensor | None = None, draws: Draws | None = None
+    ) -> Tensor:
         return self._prompts(layer, tokens, draws, plain=not self.config.channelwise)
 
-    def plain_prompts(self, layer: int, context: Any = None, tokens: Tensor | None = None,
-                      draws: Draws | None = None) -> Tensor:
+    def plain_prompts(
+        self, layer: int, context: Any = None, tokens: Tensor | None = None, draws: Draws | None = None
+    ) -> Tensor:
         """`prompts` as released: depthwise convolution, channel dropout, Linear over positions, bottleneck."""
         return self._prompts(layer, tokens, draws, plain=True)
 
@@ -165,8 +175,10 @@ class VAPT(PromptGenerator):
         self.check_input(tokens)
         assert tokens is not None
         if tokens.shape[1] != self.geometry.grid[0] * self.geometry.grid[1]:
-            raise ValueError(f"x has {tokens.shape[1]} patch tokens, this generator was built for a "
-                             f"{self.geometry.grid[0]} x {self.geometry.grid[1]} grid")
+            raise ValueError(
+                f"x has {tokens.shape[1]} patch tokens, this generator was built for a "
+                f"{self.geometry.grid[0]} x {self.geometry.grid[1]} grid"
+            )
         j = layer - cfg.static_layers
         parts: AdaptiveLayer = self.adaptive[j]  # type: ignore[assignment]
         channels = draws["channels"][j] if "channels" in draws else None
@@ -180,13 +192,26 @@ class VAPT(PromptGenerator):
             if parts.kernel is not None:
                 mix = position_matrix(parts.kernel, weight, self.geometry.grid, cfg.padding)
             w1, w2, scale = (None, None, 1.0) if g is None else (g.w1, g.w2, g.scale)
-            return adaptive_prompts(tokens, norm.weight, norm.bias, mix, bias, w1, w2, scale, eps=norm.eps,
-                                    activation=cfg.activation, channel_mask=channels, hidden_mask=hidden)
+            return adaptive_prompts(
+                tokens,
+                norm.weight,
+                norm.bias,
+                mix,
+                bias,
+                w1,
+                w2,
+                scale,
+                eps=norm.eps,
+                activation=cfg.activation,
+                channel_mask=channels,
+                hidden_mask=hidden,
+            )
         x = norm(tokens.to(norm.weight.dtype)).transpose(1, 2)  # (B, D, N)
         b, d, _ = x.shape
         if parts.kernel is not None:
-            x = F.conv2d(x.reshape(b, d, *self.geometry.grid), parts.kernel.expand(d, -1, -1, -1), padding=cfg.padding,
-                         groups=d).flatten(2)
+            x = F.conv2d(
+                x.reshape(b, d, *self.geometry.grid), parts.kernel.expand(d, -1, -1, -1), padding=cfg.padding, groups=d
+            ).flatten(2)
             if channels is not None:
                 x = x * channels[:, :, None]
         x = F.linear(x, weight, bias).transpose(1, 2)  # (B, P, D)

@@ -58,8 +58,10 @@ class StaticPrompts(nn.Module):
         widths = geometry.widths[:layers]
         self.stages = [(width, len(list(blocks))) for width, blocks in itertools.groupby(widths)]
         if len(self.stages) > 1 and project is not None:
-            raise ValueError(f"project must be None where prompts have several widths "
-                             f"{tuple(width for width, _ in self.stages)}, got {project}")
+            raise ValueError(
+                f"project must be None where prompts have several widths "
+                f"{tuple(width for width, _ in self.stages)}, got {project}"
+            )
         embeddings = []
         for width, blocks in self.stages:
             dim = project or width
@@ -85,7 +87,7 @@ class StaticPrompts(nn.Module):
     def forward(self, layer: int, mask: Tensor | None) -> Tensor:
         """(1, P, D), or (B, P, D) with a dropout mask of that shape."""
         stage, index = self.place(layer)
-        prompts = self.of_stage(stage)[index:index + 1]
+        prompts = self.of_stage(stage)[index : index + 1]
         if self.projection is not None:
             prompts = self.projection(prompts)
         return prompts if mask is None else prompts * mask
@@ -113,16 +115,20 @@ class VPT(PromptGenerator):
         self.static = StaticPrompts(len(self.layers), self.num_prompts, self.geometry, self.config.project)
 
     def draw(self, batch: int) -> Draws:
-        """"prompts": (layers, B, P, D) dropout masks; "prompts.s" for each stage s where there are several."""
+        """ "prompts": (layers, B, P, D) dropout masks; "prompts.s" for each stage s where there are several."""
         rate, static = self.config.prompt_dropout, self.static
         if not self.training or rate == 0:
             return {}
-        return {_mask_name(static, stage): dropout_mask((blocks, batch, self.num_prompts, width), rate,
-                                                        static.of_stage(stage))
-                for stage, (width, blocks) in enumerate(static.stages)}
+        return {
+            _mask_name(static, stage): dropout_mask(
+                (blocks, batch, self.num_prompts, width), rate, static.of_stage(stage)
+            )
+            for stage, (width, blocks) in enumerate(static.stages)
+        }
 
-    def prompts(self, layer: int, context: Any = None, tokens: Tensor | None = None,
-                draws: Draws | None = None) -> Tensor:
+    def prompts(
+        self, layer: int, context: Any = None, tokens: Tensor | None = None, draws: Draws | None = None
+    ) -> Tensor:
         if not draws:
             return self.static(layer, None)
         stage, index = self.static.place(layer)
@@ -130,7 +136,7 @@ class VPT(PromptGenerator):
 
     def paper_num_parameters(self) -> int:
         """L · P · D for deep, P · D for shallow; the sum over blocks where their width D differs."""
-        return self.num_prompts * sum(self.geometry.widths[:len(self.layers)])
+        return self.num_prompts * sum(self.geometry.widths[: len(self.layers)])
 
 
 def _mask_name(static: StaticPrompts, stage: int) -> str:

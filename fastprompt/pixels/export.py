@@ -60,8 +60,9 @@ class Mistake(NamedTuple):
 RESIZES = ("crop", "squash")
 
 
-def export_client(model: PromptedViT, out_dir: str | os.PathLike[str], golden: Tensor | None = None,
-                  resize: str = "crop") -> dict[str, Any]:
+def export_client(
+    model: PromptedViT, out_dir: str | os.PathLike[str], golden: Tensor | None = None, resize: str = "crop"
+) -> dict[str, Any]:
     """Write what `fastprompt-client` needs into `out_dir`, all files or none; returns the manifest.
 
     The client makes the pictures of `RGBPrompts(model).pictures` and applies the model's head to what a host returns
@@ -102,8 +103,11 @@ def export_client(model: PromptedViT, out_dir: str | os.PathLike[str], golden: T
     class_names = _class_names(model)
     backbone, generator = model.backbone, model.generator
     golden = golden_image(*backbone.image_size) if golden is None else golden
-    if not isinstance(golden, Tensor) or golden.dtype != torch.uint8 \
-            or tuple(golden.shape) != (3, *backbone.image_size):
+    if (
+        not isinstance(golden, Tensor)
+        or golden.dtype != torch.uint8
+        or tuple(golden.shape) != (3, *backbone.image_size)
+    ):
         got = f"{golden.dtype} {tuple(golden.shape)}" if isinstance(golden, Tensor) else type(golden).__name__
         raise ValueError(f"golden must be a uint8 tensor {(3, *backbone.image_size)}, got {got}")
     picture = client.pictures(golden[None].to(backbone.device))[0]  # (3, H', W)
@@ -114,32 +118,57 @@ def export_client(model: PromptedViT, out_dir: str | os.PathLike[str], golden: T
     cosines = [round(cosine(mistake.features, embedding), 6) for mistake in mistakes]
     rounded = cosine(_other_format(backbone, picture, model.readout), embedding)
     head, arrays = _head_files(model.head)
-    files: dict[str, bytes] = {"golden_image.png": _png(golden), "golden_picture.png": _png(picture),
-                               "golden_embedding.npy": _npy(embedding),
-                               "mistakes.npy": _npy(torch.stack([mistake.features for mistake in mistakes]))}
+    files: dict[str, bytes] = {
+        "golden_image.png": _png(golden),
+        "golden_picture.png": _png(picture),
+        "golden_embedding.npy": _npy(embedding),
+        "mistakes.npy": _npy(torch.stack([mistake.features for mistake in mistakes])),
+    }
     assert isinstance(generator, (RGBPGN, PixelPrompt))
-    prompts = _pixel_prompt(generator, backbone, files) if isinstance(generator, PixelPrompt) \
+    prompts = (
+        _pixel_prompt(generator, backbone, files)
+        if isinstance(generator, PixelPrompt)
         else _patches(generator, backbone, files)
+    )
     files |= {name: _npy(array) for name, array in arrays.items()}
     manifest = {
         "format": FORMAT,
         "fastprompt_version": fastprompt.__version__,
         "method": model.config.to_dict(),
-        "backbone": {"name": backbone.spec.name, "fingerprint": backbone.fingerprint,
-                     "width": backbone.feature_width, "readout": model.readout,
-                     "image_size": list(backbone.image_size), "patch_size": backbone.patch_size,
-                     "grid": list(backbone.grid), "mean": list(backbone.mean), "std": list(backbone.std)},
-        "preprocessing": {"size": list(backbone.image_size), "resize": resize, "filter": "bicubic, antialiased",
-                          "upright": "EXIF", "transparency": "over white"},
+        "backbone": {
+            "name": backbone.spec.name,
+            "fingerprint": backbone.fingerprint,
+            "width": backbone.feature_width,
+            "readout": model.readout,
+            "image_size": list(backbone.image_size),
+            "patch_size": backbone.patch_size,
+            "grid": list(backbone.grid),
+            "mean": list(backbone.mean),
+            "std": list(backbone.std),
+        },
+        "preprocessing": {
+            "size": list(backbone.image_size),
+            "resize": resize,
+            "filter": "bicubic, antialiased",
+            "upright": "EXIF",
+            "transparency": "over white",
+        },
         "prompts": prompts,
         "picture_size": list(picture.shape[1:]),
         "head": head,
         "class_names": class_names,
-        "golden": {"threshold": threshold(rounded, cosines), "bfloat16_cosine": round(rounded, 6),
-                   "mistakes": [{"name": mistake.name, "detail": mistake.detail, "cosine": found}
-                                for mistake, found in zip(mistakes, cosines, strict=True)]},
-        "files": {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-                  for name, content in files.items()},
+        "golden": {
+            "threshold": threshold(rounded, cosines),
+            "bfloat16_cosine": round(rounded, 6),
+            "mistakes": [
+                {"name": mistake.name, "detail": mistake.detail, "cosine": found}
+                for mistake, found in zip(mistakes, cosines, strict=True)
+            ],
+        },
+        "files": {
+            name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in files.items()
+        },
     }
     text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
     written: dict[str, Content] = {**files, MANIFEST: text}
@@ -153,8 +182,11 @@ def unnoticed(manifest: dict[str, Any]) -> list[str]:
     A host that does exactly this to the picture is refused all the same, unless it changes nothing.
     """
     golden = manifest["golden"]
-    return [f"{mistake['name']}, {mistake['detail']} (cosine {mistake['cosine']})" for mistake in golden["mistakes"]
-            if mistake["cosine"] >= golden["threshold"]]
+    return [
+        f"{mistake['name']}, {mistake['detail']} (cosine {mistake['cosine']})"
+        for mistake in golden["mistakes"]
+        if mistake["cosine"] >= golden["threshold"]
+    ]
 
 
 def threshold(rounded: float, mistakes: Sequence[float]) -> float:
@@ -182,12 +214,17 @@ def golden_image(height: int, width: int) -> Tensor:
     """uint8 (3, height, width): a gradient per channel, squares of random colours, and noise in every pixel."""
     random = np.random.default_rng(0)
     across, down = np.linspace(0, 1, width)[None, :], np.linspace(0, 1, height)[:, None]
-    image = np.stack([np.broadcast_to(across, (height, width)), np.broadcast_to(1 - down, (height, width)),
-                      0.8 * across * down], axis=-1) * 255  # (H, W, 3)
+    image = (
+        np.stack(
+            [np.broadcast_to(across, (height, width)), np.broadcast_to(1 - down, (height, width)), 0.8 * across * down],
+            axis=-1,
+        )
+        * 255
+    )  # (H, W, 3)
     for _ in range(24):
         side = int(random.integers(2, max(3, min(height, width) // 4)))
         top, left = int(random.integers(0, height - side + 1)), int(random.integers(0, width - side + 1))
-        image[top:top + side, left:left + side] = random.integers(0, 256, 3)
+        image[top : top + side, left : left + side] = random.integers(0, 256, 3)
     noise = random.integers(-64, 65, (height, width, 3))
     pixels = np.clip(np.rint(image) + noise, 0, 255).astype(np.uint8)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
@@ -233,18 +270,22 @@ def _changed(picture: Image.Image, size: tuple[int, int]) -> Iterator[tuple[str,
         top = (picture.height - height) // 2
         yield "cropping", f"the middle {height} x {width}", picture.crop((0, top, width, top + height))
         yield "cropping", f"the upper {height} x {width}", picture.crop((0, 0, width, height))
-        yield "cropping", f"the lower {height} x {width}", picture.crop((0, picture.height - height, width,
-                                                                         picture.height))
+        yield (
+            "cropping",
+            f"the lower {height} x {width}",
+            picture.crop((0, picture.height - height, width, picture.height)),
+        )
     for side in (0.5, 0.75):
-        small = picture.resize((max(1, round(picture.width * side)), max(1, round(picture.height * side))),
-                               Image.Resampling.BILINEAR)
+        small = picture.resize(
+            (max(1, round(picture.width * side)), max(1, round(picture.height * side))), Image.Resampling.BILINEAR
+        )
         yield "resizing", f"to {side:.0%} of the sides and back", small.resize(picture.size, Image.Resampling.BILINEAR)
     for part in (0.8, 0.875, 0.9, 0.95):  # of timm's evaluation transforms; 224 of 256 pixels is torchvision's
-        large = picture.resize((round(width / part), round(picture.height * width / part / picture.width)),
-                               Image.Resampling.BICUBIC)
+        large = picture.resize(
+            (round(width / part), round(picture.height * width / part / picture.width)), Image.Resampling.BICUBIC
+        )
         left, top = (large.width - width) // 2, (large.height - height) // 2
-        yield ("resizing and cropping", f"the middle {part:.1%}",
-               large.crop((left, top, left + width, top + height)))
+        yield ("resizing and cropping", f"the middle {part:.1%}", large.crop((left, top, left + width, top + height)))
     red, green, blue = picture.split()
     yield "blue and red swapped (BGR)", "OpenCV's order", Image.merge("RGB", (blue, green, red))
     yield "mirroring", "left and right", picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -288,9 +329,17 @@ def _patches(generator: RGBPGN, backbone: FrozenViT, files: dict[str, bytes]) ->
         files["offset.npy"] = _npy(generator.offset.detach().double().cpu() * 255)
     if config.compensate:
         files["added.npy"] = _npy((generator.compensation.detach().double().cpu() * 255).permute(1, 2, 0))
-    return {"kind": "patches", "placement": config.placement, "rows": generator.prompt_rows,
-            "num_prompts": config.num_prompts, "library_size": config.library_size, "offset": config.offset,
-            "added": config.compensate, "rest": config.bounded, "round_pixels": config.round_pixels}
+    return {
+        "kind": "patches",
+        "placement": config.placement,
+        "rows": generator.prompt_rows,
+        "num_prompts": config.num_prompts,
+        "library_size": config.library_size,
+        "offset": config.offset,
+        "added": config.compensate,
+        "rest": config.bounded,
+        "round_pixels": config.round_pixels,
+    }
 
 
 def _head_files(head: Head | None) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
@@ -302,8 +351,9 @@ def _head_files(head: Head | None) -> tuple[dict[str, Any] | None, dict[str, Ten
     if head is None:
         return None, {}
     if isinstance(head, (LinearHead, LabelMapHead)):
-        weight, bias = (head.weight, head.bias) if isinstance(head, LinearHead) \
-            else (head.classifier_weight, head.classifier_bias)
+        weight, bias = (
+            (head.weight, head.bias) if isinstance(head, LinearHead) else (head.classifier_weight, head.classifier_bias)
+        )
         bias = weight.new_zeros(len(weight)) if bias is None else bias
         return {"kind": "linear"}, {"head_weight.npy": weight, "head_bias.npy": bias}
     if isinstance(head, TextHead):

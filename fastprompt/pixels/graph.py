@@ -48,8 +48,15 @@ class Graph:
             weight = weight * scale[:, None, None, None]
             bias = (bias - norm.running_mean.double()) * scale + norm.bias.detach().double()
         (top, left), strides = (int(side) for side in conv.padding), [int(side) for side in conv.stride]
-        return self.node("Conv", x, self.constant(weight), self.constant(bias), strides=strides,
-                         pads=[top, left, top, left], kernel_shape=list(weight.shape[2:]))
+        return self.node(
+            "Conv",
+            x,
+            self.constant(weight),
+            self.constant(bias),
+            strides=strides,
+            pads=[top, left, top, left],
+            kernel_shape=list(weight.shape[2:]),
+        )
 
     def relu(self, x: str) -> str:
         return self.node("Relu", x)
@@ -87,11 +94,15 @@ def selection_graph(generator: PGN, backbone: FrozenViT) -> bytes:
     else:
         graph.node("Sigmoid", x, output="weights")
     image = helper.make_tensor_value_info("image", onnx.TensorProto.UINT8, [1, height, width, 3])
-    weights = helper.make_tensor_value_info("weights", onnx.TensorProto.FLOAT,
-                                            [config.num_prompts, config.library_size])
-    made = helper.make_model(helper.make_graph(graph.nodes, "selection", [image], [weights], graph.constants),
-                             opset_imports=[helper.make_opsetid("", OPSET)], producer_name="fastprompt",
-                             ir_version=IR_VERSION)
+    weights = helper.make_tensor_value_info(
+        "weights", onnx.TensorProto.FLOAT, [config.num_prompts, config.library_size]
+    )
+    made = helper.make_model(
+        helper.make_graph(graph.nodes, "selection", [image], [weights], graph.constants),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        producer_name="fastprompt",
+        ir_version=IR_VERSION,
+    )
     onnx.checker.check_model(made)
     return made.SerializeToString()
 

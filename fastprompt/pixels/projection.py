@@ -55,10 +55,15 @@ class Projection:
         if not before_norm and is_normed(backbone):
             raise ValueError(f"backbone {backbone.spec.name} norms its patch embedding, which has no linear inverse")
         kernel = backbone.patch_weight.detach().double().cpu()  # (D, 3, p, p)
-        mean, std = (torch.tensor(values, dtype=torch.float64).repeat_interleave(kernel[0, 0].numel())
-                     for values in (backbone.mean, backbone.std))  # (3p²,)
-        bias = torch.zeros(len(kernel), dtype=torch.float64) if backbone.patch_bias is None \
+        mean, std = (
+            torch.tensor(values, dtype=torch.float64).repeat_interleave(kernel[0, 0].numel())
+            for values in (backbone.mean, backbone.std)
+        )  # (3p²,)
+        bias = (
+            torch.zeros(len(kernel), dtype=torch.float64)
+            if backbone.patch_bias is None
             else backbone.patch_bias.detach().double().cpu()
+        )
         weight = kernel.flatten(1) / std
         bias = bias - weight @ mean
         left, singular, right = torch.linalg.svd(weight, full_matrices=False)
@@ -129,8 +134,11 @@ class Projection:
             (m, of_entries), (k, of_slots) = ((len(part), part.sum(dim=0)) for part in (entries, slots))
             squares = k * entries.square().sum() + m * slots.square().sum() + 2 * of_entries @ of_slots
             value, of_library, of_offset = _outside(library, offset)
-            return (0.5 * float(squares) + penalty * value, (k * entries + of_slots) @ weight + penalty * of_library,
-                    (m * slots + of_entries) @ weight + penalty * of_offset)
+            return (
+                0.5 * float(squares) + penalty * value,
+                (k * entries + of_slots) @ weight + penalty * of_library,
+                (m * slots + of_entries) @ weight + penalty * of_offset,
+            )
 
         exact = [part.float() for part in self.pixels(tokens, places)]
         grey = [torch.full_like(exact[0], 0.5), torch.zeros_like(exact[1])]
@@ -171,8 +179,9 @@ def _outside(library: Tensor, offset: Tensor) -> tuple[float, Tensor, Tensor]:
     return value, of_library, of_offset
 
 
-def _minimise(objective: Callable[[Tensor, Tensor], tuple[float, Tensor, Tensor]], library: Tensor, offset: Tensor
-              ) -> tuple[Tensor, Tensor]:
+def _minimise(
+    objective: Callable[[Tensor, Tensor], tuple[float, Tensor, Tensor]], library: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor]:
     """Where a convex function with its gradients is least, float64; it is computed in the dtype of the start."""
     sizes, dtype = (library.numel(), offset.numel()), library.dtype
 
@@ -211,8 +220,8 @@ def slot_positions(backbone: FrozenViT, placement: str, rows: int) -> tuple[Tens
         return zeros.new_zeros(rows * width, backbone.width), zeros
     own = backbone.pos_embed[0, prefix:].detach().double().cpu()
     if placement == "replace":
-        return own[(height - rows) * width:], torch.zeros_like(own)
+        return own[(height - rows) * width :], torch.zeros_like(own)
     resampled = position_embedding(backbone, (height + rows, width))
     assert resampled is not None
     resampled = resampled[0, prefix:].detach().double().cpu()
-    return resampled[height * width:], resampled[:height * width] - own
+    return resampled[height * width :], resampled[: height * width] - own

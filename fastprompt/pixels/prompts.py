@@ -78,15 +78,23 @@ class Report:
         return bool(self.invertible) and all(found.float_error < EXACT for found in self.invertible)
 
     def __str__(self) -> str:
-        lines = [f"{self.name}: a patch of {self.pixels} numbers becomes a token of {self.width}; the patch embedding "
-                 f"has rank {self.rank} and condition number {self.condition:.3g}."]
-        rows = [f"{found.placement:<10}{found.low:>12.2f}{found.high:>10.2f}{found.float_error:>14.1e}"
-                f"{found.picture_error:>22.1%}{found.shift:>16.1%}{found.shift_left:>8.0%}{found.shrink:>14.0%}"
-                for found in self.placements if not math.isnan(found.low)]
+        lines = [
+            f"{self.name}: a patch of {self.pixels} numbers becomes a token of {self.width}; the patch embedding "
+            f"has rank {self.rank} and condition number {self.condition:.3g}."
+        ]
+        rows = [
+            f"{found.placement:<10}{found.low:>12.2f}{found.high:>10.2f}{found.float_error:>14.1e}"
+            f"{found.picture_error:>22.1%}{found.shift:>16.1%}{found.shift_left:>8.0%}{found.shrink:>14.0%}"
+            for found in self.placements
+            if not math.isnan(found.low)
+        ]
         if rows:
-            lines += [f"{self.prompts} prompts as pixels, tokens like PGN's at the start or those given:",
-                      f"{'placement':<10}{'pixels from':>12}{'to':>10}{'error, float':>14}{'error, 8-bit picture':>22}"
-                      f"{'position shift':>16}{'left':>8}{'image height':>14}", *rows]
+            lines += [
+                f"{self.prompts} prompts as pixels, tokens like PGN's at the start or those given:",
+                f"{'placement':<10}{'pixels from':>12}{'to':>10}{'error, float':>14}{'error, 8-bit picture':>22}"
+                f"{'position shift':>16}{'left':>8}{'image height':>14}",
+                *rows,
+            ]
         return "\n".join([*lines, *self.verdict()])
 
     def verdict(self) -> list[str]:
@@ -96,24 +104,36 @@ class Report:
             where = _listed([found.placement for found in self.invertible])
             worst = max(found.picture_error for found in self.invertible)
             if self.rank < self.width:
-                lines = [f"Inversion loses part of every token ({self.rank} of {self.width} dimensions can be "
-                         "reached): a PGN that was trained on tokens does not survive as pixels."]
+                lines = [
+                    f"Inversion loses part of every token ({self.rank} of {self.width} dimensions can be "
+                    "reached): a PGN that was trained on tokens does not survive as pixels."
+                ]
             elif not self.exact:
                 lines = ["Inversion is so ill-conditioned here that float32 pixels do not keep the tokens."]
             elif worst > 0.01:
-                lines = [f"Inversion is exact for a host that takes float images of any range, with {where}.",
-                         f"As 8-bit pictures the tokens are off by up to {worst:.0%}: measure accuracy first."]
+                lines = [
+                    f"Inversion is exact for a host that takes float images of any range, with {where}.",
+                    f"As 8-bit pictures the tokens are off by up to {worst:.0%}: measure accuracy first.",
+                ]
             else:
-                lines = [f"Inversion is exact in float, and 8-bit pictures keep the tokens to {worst:.2%}, with "
-                         f"{where}."]
-        lines += [f"A PGN of tokens cannot be inverted: {reason}." if all(f.inversion for f in self.placements)
-                  else f"A PGN of tokens cannot be inverted with '{found.placement}': {reason}."
-                  for found in self.placements for reason in [found.inversion] if reason and not found.obstacle]
+                lines = [
+                    f"Inversion is exact in float, and 8-bit pictures keep the tokens to {worst:.2%}, with {where}."
+                ]
+        lines += [
+            f"A PGN of tokens cannot be inverted: {reason}."
+            if all(f.inversion for f in self.placements)
+            else f"A PGN of tokens cannot be inverted with '{found.placement}': {reason}."
+            for found in self.placements
+            for reason in [found.inversion]
+            if reason and not found.obstacle
+        ]
         lines += [f"Not with '{found.placement}': {found.obstacle}." for found in self.placements if found.obstacle]
         placeable = [found.placement for found in self.placements if not found.obstacle]
         if placeable:
-            lines.append("Prompts that are trained as pixels (RGBPGNConfig) work on this backbone with "
-                         f"{_listed(placeable)}: training sees what the host sees.")
+            lines.append(
+                "Prompts that are trained as pixels (RGBPGNConfig) work on this backbone with "
+                f"{_listed(placeable)}: training sees what the host sees."
+            )
         return list(dict.fromkeys(lines))
 
 
@@ -136,8 +156,10 @@ class RGBPrompts(nn.Module):
         if not isinstance(model, PromptedViT):
             raise TypeError(f"model must be a PromptedViT, got {type(model).__name__}")
         if model.generator is None or not model.generator.changes_images:
-            raise ValueError("model must make other images (RGBPGNConfig with placement 'extend' or 'replace', or "
-                             f"PixelPromptConfig), its method is {model.config}; RGBPrompts.invert makes one of a PGN")
+            raise ValueError(
+                "model must make other images (RGBPGNConfig with placement 'extend' or 'replace', or "
+                f"PixelPromptConfig), its method is {model.config}; RGBPrompts.invert makes one of a PGN"
+            )
         self.generator, self.head = copy.deepcopy((model.generator, model.head), {id(model.backbone): model.backbone})
         self._backbone = (model.backbone,)
         self.eval()
@@ -163,13 +185,16 @@ class RGBPrompts(nn.Module):
             raise TypeError(f"features must be a torch.Tensor, got {type(features).__name__}")
         width = self._backbone[0].feature_width
         if features.ndim != 2 or features.shape[1] != width or not features.is_floating_point():
-            raise ValueError(f"features must be floats (B, {width}), as the host returns them, got {features.dtype} "
-                             f"{tuple(features.shape)}")
+            raise ValueError(
+                f"features must be floats (B, {width}), as the host returns them, got {features.dtype} "
+                f"{tuple(features.shape)}"
+            )
         return features if self.head is None else self.head(features)
 
     @staticmethod
-    def report(backbone: FrozenViT, num_prompts: int | None = None, library: Tensor | None = None,
-               seed: int = 0) -> Report:
+    def report(
+        backbone: FrozenViT, num_prompts: int | None = None, library: Tensor | None = None, seed: int = 0
+    ) -> Report:
         """What prompts as pixels would cost on this backbone, before anything is trained.
 
         Args:
@@ -188,8 +213,9 @@ class RGBPrompts(nn.Module):
             raise ValueError(f"num_prompts must be a positive whole number, got {num_prompts!r}")
         tokens = _tokens(library, d, seed)
         found = tuple(_feasibility(backbone, projection, placement, num_prompts, tokens) for placement in PLACEMENTS)
-        return Report(backbone.spec.name, d, projection.weight.shape[1], projection.rank, projection.condition,
-                      num_prompts, found)
+        return Report(
+            backbone.spec.name, d, projection.weight.shape[1], projection.rank, projection.condition, num_prompts, found
+        )
 
     @staticmethod
     def invert(model: PromptedViT, placement: str = "extend", picture: bool = False) -> PromptedViT:
@@ -216,20 +242,30 @@ class RGBPrompts(nn.Module):
         if not isinstance(generator, PGN) or isinstance(generator, RGBPGN):
             raise ValueError(f"model must have token prompts of PGNConfig, its method is {model.config}")
         if placement not in ("latent", "extend"):
-            raise ValueError(f"placement must be 'latent' or 'extend', got {placement!r}: a model for 'replace' is "
-                             "trained with the shrunk image (RGBPGNConfig)")
+            raise ValueError(
+                f"placement must be 'latent' or 'extend', got {placement!r}: a model for 'replace' is "
+                "trained with the shrunk image (RGBPGNConfig)"
+            )
         if picture and generator.config.activation != "softmax":
             raise ValueError("picture needs activation 'softmax': only convex mixtures of pictures are pictures")
         reason = _inversion_obstacle(backbone, placement, model.readout)
         if reason:
             raise ValueError(f"model cannot be inverted with placement {placement!r}: {reason}")
         projection = Projection.of(backbone)
-        options = {**generator.config.to_dict(), "placement": placement, "bounded": False, "round_pixels": picture,
-                   "offset": True, "compensate": placement == "extend", "pretrained_trunk": False}
+        options = {
+            **generator.config.to_dict(),
+            "placement": placement,
+            "bounded": False,
+            "round_pixels": picture,
+            "offset": True,
+            "compensate": placement == "extend",
+            "pretrained_trunk": False,
+        }
         options.pop("kind")
         head = "linear" if model.head is None else copy.deepcopy(model.head)
-        inverted = PromptedViT(backbone, RGBPGNConfig(**options), head=head, readout=model.readout,
-                               class_names=model.class_names)
+        inverted = PromptedViT(
+            backbone, RGBPGNConfig(**options), head=head, readout=model.readout, class_names=model.class_names
+        )
         target = inverted.generator
         assert isinstance(target, RGBPGN)
         target.trunk.load_state_dict(generator.trunk.state_dict())
@@ -270,31 +306,37 @@ class RGBPrompts(nn.Module):
         tokens, generator, backbone = model.generator, inverted.generator, model.backbone
         if not isinstance(tokens, PGN) or isinstance(tokens, RGBPGN):
             raise ValueError(f"model must have token prompts of PGNConfig, its method is {model.config}")
-        if not isinstance(generator, RGBPGN) or not generator.config.offset \
-                or backbone.fingerprint != inverted.backbone.fingerprint \
-                or any(getattr(tokens.config, name) != getattr(generator.config, name)
-                       for name in ("num_prompts", "library_size", "activation")):
+        if (
+            not isinstance(generator, RGBPGN)
+            or not generator.config.offset
+            or backbone.fingerprint != inverted.backbone.fingerprint
+            or any(
+                getattr(tokens.config, name) != getattr(generator.config, name)
+                for name in ("num_prompts", "library_size", "activation")
+            )
+        ):
             raise ValueError(f"inverted must be what RGBPrompts.invert made of model, its method is {inverted.config}")
         projection, places = Projection.of(backbone), torch.zeros(1, backbone.width, dtype=torch.float64)
         if generator.config.placement == "extend":
             places, change = slot_positions(backbone, "extend", generator.prompt_rows)
-        wanted, library, offset = (part.detach().double().cpu() for part in
-                                   (tokens.library, generator.pixel_library(), generator.offset))
-        error = _worst(projection, wanted, places, library, offset[:len(places)],
-                       generator.config.round_pixels)
+        wanted, library, offset = (
+            part.detach().double().cpu() for part in (tokens.library, generator.pixel_library(), generator.offset)
+        )
+        error = _worst(projection, wanted, places, library, offset[: len(places)], generator.config.round_pixels)
         if images is None or generator.config.placement == "latent":
             return error
         backbone.check_images(images)
         images, p = backbone.normalise(images), backbone.patch_size
         own = slot_positions(backbone, "replace", backbone.grid[0])[0]
-        prompted = generator.prompt_images(images)[:, :, :images.shape[2]]
+        prompted = generator.prompt_images(images)[:, :, : images.shape[2]]
         patches = (F.unfold(each.double().cpu(), p, stride=p).mT for each in (images, prompted))  # (B, N, 3p²)
         wanted, found = (projection.tokens(each * projection.std + projection.mean) for each in patches)
         return max(error, _relative(found + change - wanted, wanted + own))
 
 
-def _feasibility(backbone: FrozenViT, projection: Projection, placement: str, num_prompts: int, tokens: Tensor
-                 ) -> Feasibility:
+def _feasibility(
+    backbone: FrozenViT, projection: Projection, placement: str, num_prompts: int, tokens: Tensor
+) -> Feasibility:
     """One placement's part of the report; `tokens` (M, D)."""
     obstacle = placement_obstacle(backbone, placement, num_prompts)
     if obstacle:
@@ -313,10 +355,16 @@ def _feasibility(backbone: FrozenViT, projection: Projection, placement: str, nu
     library, offset = projection.pixels(tokens, places)
     ends = [(float((library + added).min()), float((library + added).max())) for added in offset]
     return Feasibility(
-        placement, min(low for low, _ in ends), max(high for _, high in ends),
+        placement,
+        min(low for low, _ in ends),
+        max(high for _, high in ends),
         _worst(projection, tokens, places, library, offset, in_float32=True),
         _worst(projection, tokens, places, *projection.picture(tokens, places), rounded=True),
-        shift, shift_left, 1 - rows / height if placement == "replace" else 1.0, inversion=inversion)
+        shift,
+        shift_left,
+        1 - rows / height if placement == "replace" else 1.0,
+        inversion=inversion,
+    )
 
 
 def _inversion_obstacle(backbone: FrozenViT, placement: str, readout: str) -> str:
@@ -326,8 +374,10 @@ def _inversion_obstacle(backbone: FrozenViT, placement: str, readout: str) -> st
     if placement == "replace":
         return "it has not seen the shrunk image"
     if placement == "extend" and readout != "cls":
-        return (f"readout {readout!r} would pool the prompts with the image's patches, which it does not with tokens; "
-                "'latent' keeps them apart")
+        return (
+            f"readout {readout!r} would pool the prompts with the image's patches, which it does not with tokens; "
+            "'latent' keeps them apart"
+        )
     return ""
 
 
@@ -337,8 +387,13 @@ def _tokens(library: Tensor | None, width: int, seed: int) -> Tensor:
         if not isinstance(seed, int):
             raise TypeError(f"seed must be a whole number, got {seed!r}")
         return torch.randn(16, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.02
-    if not isinstance(library, Tensor) or not library.is_floating_point() or library.ndim != 2 \
-            or library.shape[1] != width or not len(library):
+    if (
+        not isinstance(library, Tensor)
+        or not library.is_floating_point()
+        or library.ndim != 2
+        or library.shape[1] != width
+        or not len(library)
+    ):
         got = f"{library.dtype} {tuple(library.shape)}" if isinstance(library, Tensor) else type(library).__name__
         raise ValueError(f"library must be a tensor of floats (M, {width}), got {got}")
     tokens = library.detach().double().cpu()
@@ -347,8 +402,15 @@ def _tokens(library: Tensor | None, width: int, seed: int) -> Tensor:
     return tokens
 
 
-def _worst(projection: Projection, wanted: Tensor, places: Tensor, library: Tensor, offset: Tensor,
-           rounded: bool = False, in_float32: bool = False) -> float:
+def _worst(
+    projection: Projection,
+    wanted: Tensor,
+    places: Tensor,
+    library: Tensor,
+    offset: Tensor,
+    rounded: bool = False,
+    in_float32: bool = False,
+) -> float:
     """The relative error of the tokens (M, D) that library[m] + offset[k] give, at the worst place k."""
     errors = []
     for place, added in zip(places, offset, strict=True):

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from fastprompt.runs.settings import RunSettings
 
 if TYPE_CHECKING:
-
     pass
 
 

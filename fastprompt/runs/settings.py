@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from fastprompt.runs.methods import METHODS
 
 if TYPE_CHECKING:
-
     pass
 
 

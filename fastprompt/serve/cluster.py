@@ -59,8 +59,13 @@ class Tenants:
         return answer
 
 
-def application(settings: HostSettings, limits: Limits | None = None, keys: Sequence[str] | None = None,
-                replicas: int = 1, batch_wait: float = 0.005) -> serve.Application:
+def application(
+    settings: HostSettings,
+    limits: Limits | None = None,
+    keys: Sequence[str] | None = None,
+    replicas: int = 1,
+    batch_wait: float = 0.005,
+) -> serve.Application:
     """What `ray.serve.run` deploys. The adapters are checked by each replica as it starts, which fails otherwise.
 
     Args:
@@ -76,10 +81,15 @@ def application(settings: HostSettings, limits: Limits | None = None, keys: Sequ
     """
     limits, keys = limits or Limits(), read_keys(None) if keys is None else list(keys)
     scheme, _, folder = (settings.backbone or "").partition(":")
-    settings = replace(settings, adapters={name: Path(path).absolute() for name, path in settings.adapters.items()},
-                       backbone=f"{scheme}:{Path(folder).absolute()}" if scheme == "local-dir" else settings.backbone)
+    settings = replace(
+        settings,
+        adapters={name: Path(path).absolute() for name, path in settings.adapters.items()},
+        backbone=f"{scheme}:{Path(folder).absolute()}" if scheme == "local-dir" else settings.backbone,
+    )
     deployment = serve.deployment(
-        num_replicas=replicas, max_queued_requests=limits.waiting,
+        num_replicas=replicas,
+        max_queued_requests=limits.waiting,
         max_ongoing_requests=2 * limits.waiting,  # half of them are there to be refused
-        ray_actor_options={"num_gpus": 1} if settings.device.startswith("cuda") else {})(Tenants)
+        ray_actor_options={"num_gpus": 1} if settings.device.startswith("cuda") else {},
+    )(Tenants)
     return deployment.bind(settings, limits, keys, batch_wait)

@@ -199,8 +199,11 @@ class ImpatientProtocol(H11Protocol):
         """Answer without a request, and close."""
         answer = refusal(error)
         headers = [*answer.raw_headers, CLOSE]
-        for event in (h11.Response(status_code=error.status, headers=headers, reason=HTTPStatus(error.status).phrase),
-                      h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+        for event in (
+            h11.Response(status_code=error.status, headers=headers, reason=HTTPStatus(error.status).phrase),
+            h11.Data(data=bytes(answer.body)),
+            h11.EndOfMessage(),
+        ):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
@@ -209,6 +212,7 @@ class ImpatientProtocol(H11Protocol):
 
         Where that is too much or takes too long, the connection is closed behind the answer.
         """
+
         async def drain() -> None:
             left = self.limits.body_bytes
             while left >= 0 and self.conn.their_state is h11.SEND_BODY:
@@ -230,8 +234,15 @@ class ImpatientProtocol(H11Protocol):
         await app(scope, receive, answer)
 
 
-def run(settings: HostSettings, limits: Limits | None = None, keys: Sequence[str] = (), host: str = "127.0.0.1",
-        port: int = 8000, batch_wait: float = 0.005, origins: Sequence[str] = ()) -> None:
+def run(
+    settings: HostSettings,
+    limits: Limits | None = None,
+    keys: Sequence[str] = (),
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    batch_wait: float = 0.005,
+    origins: Sequence[str] = (),
+) -> None:
     """Serve until SIGTERM or Ctrl+C: then nothing new is accepted, running requests are finished, and it returns.
 
     Backbone and adapters are loaded and checked before anything starts, and released again: the worker has them.
@@ -255,11 +266,16 @@ def run(settings: HostSettings, limits: Limits | None = None, keys: Sequence[str
     engine.release()
     del engine
     gc.collect()
-    server = litserve.LitServer(Worker(settings, batch_wait, Endpoints(catalogue, limits, keys)),
-                                accelerator="cuda" if settings.device.startswith("cuda") else "cpu", devices=1,
-                                timeout=limits.answer_seconds, disable_openapi_url=True, middlewares=[(
-                                    CORSMiddleware, {"allow_origins": list(origins), "allow_methods": ["GET", "POST"],
-                                                     "allow_headers": ["*"]})])
+    server = litserve.LitServer(
+        Worker(settings, batch_wait, Endpoints(catalogue, limits, keys)),
+        accelerator="cuda" if settings.device.startswith("cuda") else "cpu",
+        devices=1,
+        timeout=limits.answer_seconds,
+        disable_openapi_url=True,
+        middlewares=[
+            (CORSMiddleware, {"allow_origins": list(origins), "allow_methods": ["GET", "POST"], "allow_headers": ["*"]})
+        ],
+    )
     server.app.add_exception_handler(HTTPException, refuse)
     server.app.router.routes[:] = [route for route in server.app.routes if getattr(route, "path", "") in ADDRESSES]
     for route in server.app.routes:
@@ -278,15 +294,28 @@ def run(settings: HostSettings, limits: Limits | None = None, keys: Sequence[str
                 item.event.set()
 
     protocol = type("Protocol", (ImpatientProtocol,), {"limits": limits})
-    web = uvicorn.Server(uvicorn.Config(server.app, http=protocol, ws="none", log_level="warning",
-                                        access_log=False, server_header=False, timeout_graceful_shutdown=GRACE,
-                                        callback_notify=watch, timeout_notify=1))
+    web = uvicorn.Server(
+        uvicorn.Config(
+            server.app,
+            http=protocol,
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=GRACE,
+            callback_notify=watch,
+            timeout_notify=1,
+        )
+    )
     before = signal.signal(signal.SIGTERM, _leave)
     try:
         with wrap_litserve_start(server), socket.create_server((host, port), family=family) as listener:
             named = f"[{host}]" if ":" in host else host
-            print(f"{catalogue.name} ({catalogue.dtype}) and {len(catalogue.adapters)} adapters on "
-                  f"http://{named}:{listener.getsockname()[1]}; /health tells when they are ready", flush=True)
+            print(
+                f"{catalogue.name} ({catalogue.dtype}) and {len(catalogue.adapters)} adapters on "
+                f"http://{named}:{listener.getsockname()[1]}; /health tells when they are ready",
+                flush=True,
+            )
             web.run([listener])
     except (KeyboardInterrupt, _Terminated):
         pass

@@ -51,8 +51,9 @@ class Refused(Exception):
 
     def body(self) -> dict[str, Any]:
         kind = {401: "authentication_error"}.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind if self.status < 500 else "server_error",
-                          "code": self.code}}
+        return {
+            "error": {"message": self.message, "type": kind if self.status < 500 else "server_error", "code": self.code}
+        }
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,28 @@ class Catalogue:
         """The answer of `GET /v1/models`."""
         spec, owned = self.spec, {"created": self.created, "owned_by": "fastprompt"}
         backbone = {
-            "id": self.name, "object": "model", **owned, "fingerprint": self.fingerprint, "width": self.width,
-            "image_size": list(spec.image_size), "patch_size": spec.patch_size, "any_size": spec.dynamic_size,
-            "mean": list(spec.mean), "std": list(spec.std), "dtype": self.dtype}
-        adapters = [{"id": name, "object": "adapter", **owned, "class_names": list(names),
-                     "any_size": spec.dynamic_size and name not in self.fixed}
-                    for name, names in self.adapters.items()]
+            "id": self.name,
+            "object": "model",
+            **owned,
+            "fingerprint": self.fingerprint,
+            "width": self.width,
+            "image_size": list(spec.image_size),
+            "patch_size": spec.patch_size,
+            "any_size": spec.dynamic_size,
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+            "dtype": self.dtype,
+        }
+        adapters = [
+            {
+                "id": name,
+                "object": "adapter",
+                **owned,
+                "class_names": list(names),
+                "any_size": spec.dynamic_size and name not in self.fixed,
+            }
+            for name, names in self.adapters.items()
+        ]
         return {"object": "list", "data": [backbone, *adapters]}
 
     def sizes(self) -> str:
@@ -157,19 +174,32 @@ def read_json(body: bytes, limits: Limits) -> Ask:
         Refused: it is no such JSON, or an input is no data URL in base64.
     """
     if body.count(b",") > COMMAS + 2 * limits.images:  # a value costs a hundred times its bytes, an error more
-        raise Refused(422, "invalid_request", "body: has too many values; 'input' takes at most "
-                                              f"{limits.images} data URLs")
+        raise Refused(
+            422, "invalid_request", f"body: has too many values; 'input' takes at most {limits.images} data URLs"
+        )
     try:
         asked = _Body.model_validate_json(body)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_input=False, include_context=False)
         problems = {f"{'.'.join(map(str, e['loc']))[:50] or 'body'}: {e['msg']}": None for e in errors}
         malformed = errors[0]["type"] == "json_invalid"
-        raise Refused(400 if malformed else 422, "invalid_json" if malformed else "invalid_request",
-                      "; ".join(list(problems)[:5])) from error
+        raise Refused(
+            400 if malformed else 422, "invalid_json" if malformed else "invalid_request", "; ".join(list(problems)[:5])
+        ) from error
     inputs = [asked.input] if isinstance(asked.input, str) else asked.input
     check_count(len(inputs), limits)
     return Ask([_from_data_url(url, i) for i, url in enumerate(inputs)], asked.model, asked.encoding_format or "float")
+
+
+_PART_EVENTS = (
+    "on_part_begin",
+    "on_header_field",
+    "on_header_value",
+    "on_header_end",
+    "on_part_data",
+    "on_part_end",
+    "on_end",
+)
 
 
 class _Parts:
@@ -205,8 +235,12 @@ class _Parts:
         options = parse_options_header(self._disposition)[1]
         if b"name" not in options:
             raise ValueError("a part without a name")
-        self.fields.append((options[b"name"].decode(errors="replace"),
-                            bytes(self._data) if b"filename" in options else self._data.decode()))
+        self.fields.append(
+            (
+                options[b"name"].decode(errors="replace"),
+                bytes(self._data) if b"filename" in options else self._data.decode(),
+            )
+        )
 
     def on_end(self) -> None:
         self.complete = True
@@ -225,11 +259,9 @@ def form_fields(body: bytes, content_type: str) -> list[tuple[str, str | bytes]]
         raise Refused(422, "invalid_request", f"the form has more than {PARTS} parts")
     parts = _Parts()
     try:
-        parser = MultipartParser(boundary, {name: getattr(parts, name) for name in (
-            "on_part_begin", "on_header_field", "on_header_value", "on_header_end", "on_part_data", "on_part_end",
-            "on_end")})  # type: ignore[arg-type]
+        parser = MultipartParser(boundary, {name: getattr(parts, name) for name in _PART_EVENTS})  # type: ignore[arg-type]
         for start in range(0, len(body), 2**16):
-            parser.write(body[start:start + 2**16])
+            parser.write(body[start : start + 2**16])
     except ValueError as error:  # the parser's own are such
         raise Refused(400, "invalid_form", "the body is no valid multipart/form-data in UTF-8") from error
     if not parts.complete:
@@ -249,18 +281,26 @@ def read_form(fields: Sequence[tuple[str, str | bytes]], limits: Limits) -> Ask:
         if name == "file" and isinstance(value, bytes):
             files.append(value)
         elif name == "file":
-            raise Refused(422, "invalid_request", "a part 'file' must have a file name, as filename=\"owl.png\" in its "
-                                                  "Content-Disposition")
+            raise Refused(
+                422,
+                "invalid_request",
+                "a part 'file' must have a file name, as filename=\"owl.png\" in its Content-Disposition",
+            )
         elif name in ("model", "encoding_format", "user") and isinstance(value, str) and name not in texts:
             texts[name] = value
         else:
-            raise Refused(422, "invalid_request", f"part {name[:50]!r} is not taken: a form has a part 'file' for each "
-                                                  "picture, and once at most 'model', 'encoding_format' and 'user', "
-                                                  "without file names")
+            raise Refused(
+                422,
+                "invalid_request",
+                f"part {name[:50]!r} is not taken: a form has a part 'file' for each "
+                "picture, and once at most 'model', 'encoding_format' and 'user', "
+                "without file names",
+            )
     encoding_format = texts.get("encoding_format", "float")
     if encoding_format not in ("float", "base64"):
-        raise Refused(422, "invalid_request", f"encoding_format must be 'float' or 'base64', got "
-                                              f"{encoding_format[:20]!r}")
+        raise Refused(
+            422, "invalid_request", f"encoding_format must be 'float' or 'base64', got {encoding_format[:20]!r}"
+        )
     check_count(len(files), limits)
     return Ask(files, texts.get("model"), encoding_format)
 
@@ -276,8 +316,11 @@ def check_count(images: int, limits: Limits) -> None:
 def _from_data_url(url: str, index: int) -> bytes:
     header, comma, data = url.partition(",")
     if not comma or header[:5].lower() != "data:" or not header.lower().endswith(";base64"):
-        raise Refused(422, "invalid_url", f"input {index} must be a data URL, data:image/png;base64,...; "
-                                          "the host fetches nothing from elsewhere")
+        raise Refused(
+            422,
+            "invalid_url",
+            f"input {index} must be a data URL, data:image/png;base64,...; the host fetches nothing from elsewhere",
+        )
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -320,27 +363,33 @@ def _check_bytes(data: bytes, pixels: int, index: int) -> None:
     """Refuse what costs more to decode than a picture of so many pixels."""
     most = PIXEL_BYTES * pixels + METADATA
     if len(data) > most:
-        raise Refused(413, "image_too_large", f"image {index} has {len(data)} bytes, at most {most} are taken for its "
-                                              "size")
+        raise Refused(
+            413, "image_too_large", f"image {index} has {len(data)} bytes, at most {most} are taken for its size"
+        )
     if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > SCANS:
         raise Refused(422, "too_many_scans", f"image {index} is a JPEG of more than {SCANS} scans")
 
 
 def _check_size(height: int, width: int, index: int, catalogue: Catalogue, limits: Limits) -> None:
     if catalogue.spec.obstacle(height, width):
-        raise Refused(422, "wrong_size", f"image {index} is {height} x {width} pixels; this host resizes nothing and "
-                                         f"takes {catalogue.sizes()}")
+        raise Refused(
+            422,
+            "wrong_size",
+            f"image {index} is {height} x {width} pixels; this host resizes nothing and takes {catalogue.sizes()}",
+        )
     most = _most_pixels(catalogue, limits)
     if height * width > most:
-        raise Refused(413, "too_many_pixels", f"image {index} is {height} x {width} pixels, at most {most} in all "
-                                              "are taken")
+        raise Refused(
+            413, "too_many_pixels", f"image {index} is {height} x {width} pixels, at most {most} in all are taken"
+        )
 
 
 def embeddings_work(ask: Ask, catalogue: Catalogue, limits: Limits) -> Work:
     """Features of the backbone itself. Raises Refused where another model is asked for, and as `decode`."""
     if ask.model not in (None, catalogue.name):
-        raise Refused(404, "model_not_found", f"model {str(ask.model)[:100]!r} gives no embeddings here; "
-                                              f"{catalogue.name!r} does")
+        raise Refused(
+            404, "model_not_found", f"model {str(ask.model)[:100]!r} gives no embeddings here; {catalogue.name!r} does"
+        )
     return Work(decode(ask, catalogue, limits), BASE)
 
 
@@ -357,9 +406,16 @@ def classify_work(ask: Ask, catalogue: Catalogue, limits: Limits) -> Work:
 
 def embeddings_answer(ask: Ask, catalogue: Catalogue, outputs: Sequence[np.ndarray]) -> dict[str, Any]:
     """OpenAI's list of embeddings, from features (D,) of each picture."""
-    data = [{"object": "embedding", "index": i,
-             "embedding": base64.b64encode(features.astype("<f4").tobytes()).decode() if ask.encoding_format == "base64"
-             else features.tolist()} for i, features in enumerate(outputs)]
+    data = [
+        {
+            "object": "embedding",
+            "index": i,
+            "embedding": base64.b64encode(features.astype("<f4").tobytes()).decode()
+            if ask.encoding_format == "base64"
+            else features.tolist(),
+        }
+        for i, features in enumerate(outputs)
+    ]
     return {"object": "list", "model": catalogue.name, "data": data, "usage": {"prompt_tokens": 0, "total_tokens": 0}}
 
 
@@ -370,6 +426,14 @@ def classify_answer(ask: Ask, catalogue: Catalogue, outputs: Sequence[np.ndarray
         likely = np.exp(logits.astype(np.float64) - logits.max())
         likely /= likely.sum()
         best = [int(label) for label in np.argsort(-likely, kind="stable")[:TOP]]
-        data.append({"index": i, "label": best[0], "class": names[best[0]], "probabilities": [
-            {"label": label, "class": names[label], "probability": float(likely[label])} for label in best]})
+        data.append(
+            {
+                "index": i,
+                "label": best[0],
+                "class": names[best[0]],
+                "probabilities": [
+                    {"label": label, "class": names[label], "probability": float(likely[label])} for label in best
+                ],
+            }
+        )
     return {"object": "list", "model": ask.model, "data": data}

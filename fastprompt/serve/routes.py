@@ -67,8 +67,9 @@ class Routes:
         self.catalogue, self.limits, self.compute = catalogue, limits, compute
         own = catalogue.spec.image_size[0] * catalogue.spec.image_size[1]
         if limits.pixels is not None and limits.pixels < own:
-            raise ValueError(f"Limits.pixels must be at least {own}, as many as the backbone's images have, got "
-                             f"{limits.pixels}")
+            raise ValueError(
+                f"Limits.pixels must be at least {own}, as many as the backbone's images have, got {limits.pixels}"
+            )
         self._decoders, self._waiting = ThreadPoolExecutor(DECODERS, "decode"), 0
         self._keys = [form for key in keys for form in _forms(key)]
 
@@ -90,8 +91,12 @@ class Routes:
 
     async def __call__(self, request: Request) -> Response:
         """Any of the endpoints, by address and method, for a server that has no router of its own."""
-        endpoints = {"/v1/models": ("GET", self.models), "/v1/embeddings": ("POST", self.embeddings),
-                     "/v1/classify": ("POST", self.classify), "/health": ("GET", _healthy)}
+        endpoints = {
+            "/v1/models": ("GET", self.models),
+            "/v1/embeddings": ("POST", self.embeddings),
+            "/v1/classify": ("POST", self.classify),
+            "/health": ("GET", _healthy),
+        }
         method, endpoint = endpoints.get(request.url.path, ("", _healthy))
         if request.url.path.startswith("/v1/models/"):
             method, endpoint = "GET", self.model
@@ -114,15 +119,22 @@ class Routes:
                 return entry
         raise Refused(404, "model_not_found", f"there is no model {asked[:100]!r}; GET /v1/models lists them")
 
-    async def _pictures(self, request: Request, to_work: Callable[[Ask, Catalogue, Limits], Work],
-                        to_answer: Callable[[Ask, Catalogue, Sequence[np.ndarray]], dict[str, Any]]) -> dict[str, Any]:
+    async def _pictures(
+        self,
+        request: Request,
+        to_work: Callable[[Ask, Catalogue, Limits], Work],
+        to_answer: Callable[[Ask, Catalogue, Sequence[np.ndarray]], dict[str, Any]],
+    ) -> dict[str, Any]:
         self._admit(request)
         is_form = _is_form(request)
         body = await self._bounded(request).body()
 
         def read() -> tuple[Ask, Work]:
-            ask = (protocol.read_form(protocol.form_fields(body, request.headers["content-type"]), self.limits)
-                   if is_form else protocol.read_json(body, self.limits))
+            ask = (
+                protocol.read_form(protocol.form_fields(body, request.headers["content-type"]), self.limits)
+                if is_form
+                else protocol.read_json(body, self.limits)
+            )
             return ask, to_work(ask, self.catalogue, self.limits)
 
         async def answer() -> dict[str, Any]:
@@ -160,8 +172,9 @@ class Routes:
             given = request.headers.get("x-api-key", "")
         given = given.strip()
         if not sum(hmac.compare_digest(key, given.encode("latin-1")) for key in self._keys):  # with every key
-            raise Refused(401, "invalid_api_key", "this host needs an API key: 'Authorization: Bearer KEY', or "
-                                                 "'X-API-Key: KEY'")
+            raise Refused(
+                401, "invalid_api_key", "this host needs an API key: 'Authorization: Bearer KEY', or 'X-API-Key: KEY'"
+            )
 
     def _bounded(self, request: Request) -> Request:
         """The same request, refused when its body is too large or takes too long.
@@ -179,8 +192,9 @@ class Routes:
             try:
                 message = await asyncio.wait_for(request.receive(), deadline - clock())
             except asyncio.TimeoutError as error:
-                raise Refused(408, "too_slow", f"the request's body did not come within {self.limits.body_seconds:g} "
-                                               "seconds") from error
+                raise Refused(
+                    408, "too_slow", f"the request's body did not come within {self.limits.body_seconds:g} seconds"
+                ) from error
             got += len(message.get("body", b""))
             return message
 
@@ -208,15 +222,20 @@ def _is_form(request: Request) -> bool:
     kind, options = parse_options_header(request.headers.get("content-type"))
     kind = kind.lower()
     if kind not in (b"application/json", b"multipart/form-data"):
-        raise Refused(415, "unsupported_media_type", "a request is application/json or multipart/form-data, got "
-                                                     f"{kind.decode('latin-1')[:100]!r}")
+        raise Refused(
+            415,
+            "unsupported_media_type",
+            f"a request is application/json or multipart/form-data, got {kind.decode('latin-1')[:100]!r}",
+        )
     if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
-        raise Refused(415, "unsupported_media_type", "charset must be utf-8, got "
-                                                     f"{options[b'charset'].decode('latin-1')[:100]!r}")
+        raise Refused(
+            415, "unsupported_media_type", f"charset must be utf-8, got {options[b'charset'].decode('latin-1')[:100]!r}"
+        )
     packed = request.headers.get("content-encoding", "identity")
     if packed.strip().lower() not in ("", "identity"):
-        raise Refused(415, "unsupported_media_type", "a body must not be packed, got Content-Encoding "
-                                                     f"{packed[:100]!r}")
+        raise Refused(
+            415, "unsupported_media_type", f"a body must not be packed, got Content-Encoding {packed[:100]!r}"
+        )
     return kind == b"multipart/form-data"
 
 
@@ -226,8 +245,12 @@ async def _healthy(request: Request) -> Response:
 
 def refusal(error: Refused) -> Response:
     """An error as JSON. The connection of a client who may still be sending is closed."""
-    headers = {408: {"Connection": "close"}, 413: {"Connection": "close"}, 503: {"Retry-After": "1"},
-               401: {"WWW-Authenticate": "Bearer"}}
+    headers = {
+        408: {"Connection": "close"},
+        413: {"Connection": "close"},
+        503: {"Retry-After": "1"},
+        401: {"WWW-Authenticate": "Bearer"},
+    }
     return JSONResponse(error.body(), error.status, headers.get(error.status))
 
 

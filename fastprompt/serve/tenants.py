@@ -97,8 +97,16 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
         class_names[name] = list(model.class_names or map(str, range(int(model.num_classes or 0))))
     fixed = [name for name in directories if backbone.spec.dynamic_size and not _takes_other_sizes(engine, name)]
     width = backbone.width if isinstance(backbone.width, int) else backbone.width[-1]
-    return engine, Catalogue(backbone_name, backbone.fingerprint, width, str(engine.dtype).removeprefix("torch."),
-                             backbone.spec, class_names, fixed, int(time.time()))
+    return engine, Catalogue(
+        backbone_name,
+        backbone.fingerprint,
+        width,
+        str(engine.dtype).removeprefix("torch."),
+        backbone.spec,
+        class_names,
+        fixed,
+        int(time.time()),
+    )
 
 
 def _takes_other_sizes(engine: Engine, name: str) -> bool:
@@ -106,8 +114,10 @@ def _takes_other_sizes(engine: Engine, name: str) -> bool:
     backbone = engine.model.backbone
     height, width = backbone.image_size
     try:
-        engine(torch.zeros(1, 3, height + backbone.spec.patch_size, width, dtype=torch.uint8, device=backbone.device),
-               adapter_names=[name])
+        engine(
+            torch.zeros(1, 3, height + backbone.spec.patch_size, width, dtype=torch.uint8, device=backbone.device),
+            adapter_names=[name],
+        )
     except ValueError:
         return False
     return True
@@ -140,8 +150,9 @@ def answers(engine: Engine, works: Sequence[Work]) -> list[list[np.ndarray] | Re
     return given
 
 
-def _outputs(engine: Engine, works: Sequence[Work], places: Sequence[tuple[int, int]]
-             ) -> dict[tuple[int, int], np.ndarray | Refused]:
+def _outputs(
+    engine: Engine, works: Sequence[Work], places: Sequence[tuple[int, int]]
+) -> dict[tuple[int, int], np.ndarray | Refused]:
     """Of pictures of one size, by request and picture. What an exception says is for the operator alone."""
     try:
         pictures = np.stack([works[i].pictures[j] for i, j in places])  # (B, 3, H, W)

@@ -64,8 +64,7 @@ def check_images(images: Tensor, where: str, ndim: int) -> None:
         raise ValueError(f"{where} must have images of shape {shape}, got {tuple(images.shape)}")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise TypeError(
-            f"{where} must have uint8 images (raw pixels) or floating-point ones (normalised), "
-            f"got {images.dtype}"
+            f"{where} must have uint8 images (raw pixels) or floating-point ones (normalised), got {images.dtype}"
         )
     if images.is_floating_point() and not torch.isfinite(images).all():
         raise ValueError(f"{where} has NaN or infinite pixels")
@@ -75,8 +74,7 @@ def check_labels(labels: Tensor, where: str, num_classes: int) -> None:
     """Raises when ``labels`` are no class indices below ``num_classes``."""
     if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(
-            f"{where} must have integer labels of shape (N,), got {labels.dtype} of shape "
-            f"{tuple(labels.shape)}"
+            f"{where} must have integer labels of shape (N,), got {labels.dtype} of shape {tuple(labels.shape)}"
         )
     if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
         wrong = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
@@ -140,8 +138,7 @@ def check_data(data: Any, name: str, num_classes: int) -> Tensor:
             raise TypeError(f"{where} must have an integer label, got {type(label).__name__} {label!r}")
         if not 0 <= int(label) < num_classes:
             raise ValueError(
-                f"{where} has label {int(label)}, the model takes 0 to {num_classes - 1} "
-                f"(num_classes={num_classes})"
+                f"{where} has label {int(label)}, the model takes 0 to {num_classes - 1} (num_classes={num_classes})"
             )
         found.append(int(label))
     return torch.tensor(found)
@@ -209,11 +206,7 @@ class Batches:
                 continue
             if labels.device.type == "cpu":
                 check_labels(labels, f"a batch of {self.name}", self.num_classes)
-            if (
-                not is_tensor_pair(self.data)
-                and images.is_floating_point()
-                and not torch.isfinite(images).all()
-            ):
+            if not is_tensor_pair(self.data) and images.is_floating_point() and not torch.isfinite(images).all():
                 raise ValueError(f"a batch of {self.name} has NaN or infinite pixels")
             yield (
                 images.to(self.device, non_blocking=True),

@@ -57,9 +57,7 @@ def set_rng_state(tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]
     random.setstate((version, tuple(words), gauss_next))
 
 
-def save_state(
-    path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]
-) -> None:
+def save_state(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
     """Writes tensors and JSON values into one safetensors file, atomically (the JSON is in its header).
 
     Raises:

@@ -170,9 +170,7 @@ def evaluate(
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
             raise ValueError(f"num_samples must be a positive integer or None, got {num_samples!r}")
         if model.config.kind != "v2apt":
-            raise ValueError(
-                f"num_samples is for V²APT's latent, this model's method is {model.config.kind!r}"
-            )
+            raise ValueError(f"num_samples is for V²APT's latent, this model's method is {model.config.kind!r}")
     num_classes = model.num_classes
     batches = Batches(
         dataset,

@@ -199,9 +199,7 @@ class _Run:
         self.best: dict[str, Tensor] = self._weights()
         self.feature_seconds = 0.0
         self.cached = (
-            getattr(model.config, "kind", None) == "linear"
-            and _same_every_epoch(train)
-            and _same_every_epoch(val)
+            getattr(model.config, "kind", None) == "linear" and _same_every_epoch(train) and _same_every_epoch(val)
         )
 
     def signature(self, train_labels: Tensor, val_labels: Tensor) -> dict[str, Any]:
@@ -225,8 +223,7 @@ class _Run:
         tensors, values = load_state(self.directory / STATE_FILE)
         found = values["signature"]
         differences = {
-            f"recipe.{name}": pair
-            for name, pair in self.recipe.differences(Recipe.from_dict(found["recipe"])).items()
+            f"recipe.{name}": pair for name, pair in self.recipe.differences(Recipe.from_dict(found["recipe"])).items()
         }
         mine = json.loads(json.dumps(signature))
         differences |= {
@@ -256,12 +253,8 @@ class _Run:
             from fastprompt.train.probe import extract_features
 
             began = time.perf_counter()
-            train = extract_features(
-                self.model, train, self.recipe.batch_size, num_workers=self.recipe.num_workers
-            )
-            val = extract_features(
-                self.model, val, self.recipe.batch_size, num_workers=self.recipe.num_workers
-            )
+            train = extract_features(self.model, train, self.recipe.batch_size, num_workers=self.recipe.num_workers)
+            val = extract_features(self.model, val, self.recipe.batch_size, num_workers=self.recipe.num_workers)
             self.feature_seconds = time.perf_counter() - began
         self.train = Batches(
             train,
@@ -309,9 +302,7 @@ class _Run:
             from fastprompt.train.probe import extract_features, fit_linear_probe
 
             pairs = [
-                extract_features(
-                    self.model, data, self.recipe.batch_size, num_workers=self.recipe.num_workers
-                )
+                extract_features(self.model, data, self.recipe.batch_size, num_workers=self.recipe.num_workers)
                 for data in (self.train_source, self.val_source)
             ]
             fit_linear_probe(self.model, pairs[0], pairs[1])
@@ -437,9 +428,7 @@ class _Run:
                 "seconds": seconds,
             }
         )
-        bar.set_postfix_str(
-            bar.postfix.rsplit(" val ", 1)[0] + f" val {val_accuracy:.3f}" if bar.postfix else ""
-        )
+        bar.set_postfix_str(bar.postfix.rsplit(" val ", 1)[0] + f" val {val_accuracy:.3f}" if bar.postfix else "")
         if self.directory is not None:
             self._save_state()
             self._write_log()
@@ -525,9 +514,7 @@ class _Run:
                 seen += len(labels)
         loss = total / seen
         if not np.isfinite(loss):
-            raise TrainingDiverged(
-                f"validation loss is {loss}", epoch, 0, self.optimizer.param_groups[0]["lr"]
-            )
+            raise TrainingDiverged(f"validation loss is {loss}", epoch, 0, self.optimizer.param_groups[0]["lr"])
         return loss, correct / seen
 
     def _weights(self) -> dict[str, Tensor]:
@@ -557,9 +544,7 @@ class _Run:
 
     def _write_log(self) -> None:
         if self.directory is not None:
-            atomic_write(
-                self.directory / LOG_FILE, "".join(json.dumps(event) + "\n" for event in self.progress.events)
-            )
+            atomic_write(self.directory / LOG_FILE, "".join(json.dumps(event) + "\n" for event in self.progress.events))
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -124,9 +124,7 @@ def _one_run(
             "peak_memory_mib": 0.0,
             "seconds": 0.0,
         }
-    result = RunResult(
-        lr=recipe.lr, seed=recipe.seed, trained_parameters=trained, directory=directory, **values
-    )
+    result = RunResult(lr=recipe.lr, seed=recipe.seed, trained_parameters=trained, directory=directory, **values)
     record = {**dataclasses.asdict(result), "directory": directory.name, "recipe": recipe.to_dict()}
     if result.diverged:
         record["best_val_loss"] = None
@@ -145,14 +143,10 @@ def _read_result(directory: Path, recipe: Recipe) -> RunResult | None:
             record["best_val_loss"] = math.inf
         result = RunResult(**{**record, "directory": directory})
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not a run's result ({error}); delete {directory} to run it again"
-        ) from error
+        raise ValueError(f"{path} is not a run's result ({error}); delete {directory} to run it again") from error
     if differences:
         text = ", ".join(f"{name} is {new!r}, there {old!r}" for name, (new, old) in differences.items())
-        raise ValueError(
-            f"{directory} holds a finished run with another recipe ({text}); choose another out_dir"
-        )
+        raise ValueError(f"{directory} holds a finished run with another recipe ({text}); choose another out_dir")
     return result
 
 
@@ -243,9 +237,7 @@ def paired_difference(correct_a: Any, correct_b: Any, level: float = 0.95) -> Pa
     a, b = (np.atleast_2d(np.asarray(each, dtype=np.float64)) for each in (correct_a, correct_b))
     for name, values in (("correct_a", a), ("correct_b", b)):
         if values.ndim != 2 or values.shape[1] < 2:
-            raise ValueError(
-                f"{name} must have shape (N,) or (seeds, N) with at least 2 images, got {values.shape}"
-            )
+            raise ValueError(f"{name} must have shape (N,) or (seeds, N) with at least 2 images, got {values.shape}")
         if not np.isin(values, (0, 1)).all():
             raise ValueError(f"{name} must hold booleans")
     if a.shape[1] != b.shape[1] or (a.shape[0] != b.shape[0] and 1 not in (a.shape[0], b.shape[0])):

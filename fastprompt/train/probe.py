@@ -84,9 +84,7 @@ def extract_features(
     forward = getattr(model, "forward_features", model)
     features, labels = [], []
     prompted: Any = model
-    precision = (
-        backbone_precision(prompted, dtype) if hasattr(model, "backbone") else contextlib.nullcontext()
-    )
+    precision = backbone_precision(prompted, dtype) if hasattr(model, "backbone") else contextlib.nullcontext()
     with precision, evaluation_mode(model):
         for images, targets in batches.epoch(epoch):
             of_batch = forward(images)
@@ -129,9 +127,7 @@ def fit_linear_probe(
     head = model.head
     if not isinstance(head, LinearHead):
         kind = None if head is None else head.kind
-        raise ValueError(
-            f"model must have a linear head, got {kind!r}: build it with num_classes= and head='linear'"
-        )
+        raise ValueError(f"model must have a linear head, got {kind!r}: build it with num_classes= and head='linear'")
     num_classes, width = head.weight.shape
     grid = tuple(float(c) for c in (C_GRID if C_grid is None else C_grid))
     if not grid or not all(np.isfinite(c) and c > 0 for c in grid):
@@ -164,9 +160,7 @@ def fit_linear_probe(
         scale[scale < 1e-12 * max(1.0, scale.max())] = 1.0
     rows: list[dict[str, Any]] = []
     best: tuple[tuple[float, float], np.ndarray, np.ndarray] | None = None
-    for c, weight, bias, converged in _regularisation_path(
-        (x - mean) / scale, y, sorted(grid), num_classes, max_iter
-    ):
+    for c, weight, bias, converged in _regularisation_path((x - mean) / scale, y, sorted(grid), num_classes, max_iter):
         weight = weight / scale
         bias = bias - weight @ mean
         accuracy, loss = _score(x_val @ weight.T + bias, y_val)

@@ -92,14 +92,10 @@ class Recipe:
         self._check_number("label_smoothing", low=0, high=1, open_high=True)
         self._check_number("kl_warmup_epochs", low=0)
         if self.warmup_epochs > self.epochs:
-            raise ValueError(
-                f"warmup_epochs must be at most epochs ({self.epochs}), got {self.warmup_epochs}"
-            )
+            raise ValueError(f"warmup_epochs must be at most epochs ({self.epochs}), got {self.warmup_epochs}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}"
-                )
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
 
     def _check_number(
         self,
@@ -116,15 +112,12 @@ class Recipe:
             return
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(
-                f"{name} must be a number{' or None' if optional else ''}, "
-                f"got {type(value).__name__} {value!r}"
+                f"{name} must be a number{' or None' if optional else ''}, got {type(value).__name__} {value!r}"
             )
         above = value > low if open_low else value >= low
         below = value < high if open_high else value <= high
         if not (math.isfinite(value) and above and below):
-            interval = (
-                f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high or high == math.inf else ']'}"
-            )
+            interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high or high == math.inf else ']'}"
             raise ValueError(f"{name} must be in {interval}, got {value!r}")
 
     def replace(self, **changes: Any) -> Recipe:

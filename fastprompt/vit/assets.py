@@ -140,9 +140,7 @@ def _clip_tensors(graph: Any) -> dict[str, torch.Tensor]:
         theirs, path, ours = f"{vision}.encoder.layers.{i}", f"/{vision}/encoder/layers.{i}", f"blocks.{i}"
         qkv = [f"self_attn/{x}_proj" for x in "qkv"]
         tensors[f"{ours}.attn.qkv.weight"] = torch.cat([matrix(f"{path}/{x}/MatMul_output_0") for x in qkv])
-        tensors[f"{ours}.attn.qkv.bias"] = torch.cat(
-            [stored[f"{theirs}.{x.replace('/', '.')}.bias"] for x in qkv]
-        )
+        tensors[f"{ours}.attn.qkv.bias"] = torch.cat([stored[f"{theirs}.{x.replace('/', '.')}.bias"] for x in qkv])
         for old, new in (("self_attn/out_proj", "attn.proj"), ("mlp/fc1", "mlp.fc1"), ("mlp/fc2", "mlp.fc2")):
             tensors[f"{ours}.{new}.weight"] = matrix(f"{path}/{old}/MatMul_output_0")
             tensors[f"{ours}.{new}.bias"] = stored[f"{theirs}.{old.replace('/', '.')}.bias"]
@@ -173,9 +171,7 @@ def _vit_s14_tensors(graph: Any) -> dict[str, torch.Tensor]:
         theirs, path, ours = f"backbone.encoder.layer.{i}", f"/backbone/encoder/layer.{i}", f"blocks.{i}"
         qkv = [f"attention/attention/{x}" for x in ("query", "key", "value")]
         tensors[f"{ours}.attn.qkv.weight"] = torch.cat([matrix(f"{path}/{x}") for x in qkv])
-        tensors[f"{ours}.attn.qkv.bias"] = torch.cat(
-            [stored[f"{theirs}.{x.replace('/', '.')}.bias"] for x in qkv]
-        )
+        tensors[f"{ours}.attn.qkv.bias"] = torch.cat([stored[f"{theirs}.{x.replace('/', '.')}.bias"] for x in qkv])
         for old, new in (
             ("attention/output/dense", "attn.proj"),
             ("mlp/fc1", "mlp.fc1"),
@@ -194,9 +190,7 @@ def _vit_s14_tensors(graph: Any) -> dict[str, torch.Tensor]:
 def _initializers(graph: Any) -> dict[str, torch.Tensor]:
     from onnx import numpy_helper
 
-    return {
-        tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer
-    }
+    return {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
 
 
 ASSETS: Mapping[str, _Asset] = {
@@ -348,8 +342,7 @@ def _check_timm_name(name: str) -> None:
         close = difflib.get_close_matches(name, [*ASSETS, *timm.list_models()], n=3, cutoff=0.5)
         hint = f"; close: {', '.join(close)}" if close else ""
         raise ValueError(
-            f"name: no backbone is called {name!r}; known are {', '.join(ASSETS)} and timm's model names"
-            f"{hint}"
+            f"name: no backbone is called {name!r}; known are {', '.join(ASSETS)} and timm's model names{hint}"
         )
 
 

@@ -31,8 +31,10 @@ def fold_backbone(vit: FrozenViT) -> Folded:
     """Everything of a backbone that folds; None of it shares memory that a later change of the backbone writes to,
     but for the tensors that folding leaves as they are.
     """
-    return Folded(tuple(fold(block) for block in vit.blocks),
-                  fold_pixels(Dense(vit.patch_weight, vit.patch_bias), vit.mean, vit.std))
+    return Folded(
+        tuple(fold(block) for block in vit.blocks),
+        fold_pixels(Dense(vit.patch_weight, vit.patch_bias), vit.mean, vit.std),
+    )
 
 
 def fold(block: Block) -> Block:
@@ -58,19 +60,29 @@ def fold(block: Block) -> Block:
     else:
         q_norm = _scaled(q_norm, block.scale, block.qkv.weight)
     if block.k_norm is None:
-        qkv.bias[inner:2 * inner] = 0
+        qkv.bias[inner : 2 * inner] = 0
     if attn_norm is None:
-        proj.bias = proj.bias + proj.weight @ qkv.bias[2 * inner:]
-        qkv.bias[2 * inner:] = 0
+        proj.bias = proj.bias + proj.weight @ qkv.bias[2 * inner :]
+        qkv.bias[2 * inner :] = 0
     else:
         proj.absorb_norm(attn_norm)
         attn_norm = without_affine(attn_norm)
     if block.ls1 is not None and not block.post_norm:
         proj.scale_rows(slice(None), block.ls1)
     norm2 = block.norm2 if block.post_norm else without_affine(block.norm2)
-    folded = Block(norm1=norm1, qkv=qkv.dense(), proj=proj.dense(), norm2=norm2, mlp=_fold_mlp(block),
-                   num_heads=block.num_heads, q_norm=q_norm, k_norm=block.k_norm, attn_norm=attn_norm,
-                   post_norm=block.post_norm, scale=1.0)
+    folded = Block(
+        norm1=norm1,
+        qkv=qkv.dense(),
+        proj=proj.dense(),
+        norm2=norm2,
+        mlp=_fold_mlp(block),
+        num_heads=block.num_heads,
+        q_norm=q_norm,
+        k_norm=block.k_norm,
+        attn_norm=attn_norm,
+        post_norm=block.post_norm,
+        scale=1.0,
+    )
     return folded.eval()
 
 
@@ -134,8 +146,9 @@ def without_affine(norm: Norm) -> Norm:
 def _scaled(norm: Norm, factor: float, like: Tensor) -> Norm:
     """factor · (x̂ γ + β)."""
     weight = like.new_ones(norm.size) if norm.weight is None else norm.weight
-    return Norm(norm.kind, norm.size, norm.eps, weight * factor, None if norm.bias is None else norm.bias * factor,
-                norm.upcast)
+    return Norm(
+        norm.kind, norm.size, norm.eps, weight * factor, None if norm.bias is None else norm.bias * factor, norm.upcast
+    )
 
 
 def fold_pixels(patches: Dense, mean: tuple[float, ...], std: tuple[float, ...]) -> Dense:

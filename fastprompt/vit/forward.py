@@ -103,8 +103,7 @@ class Reads(NamedTuple):
     prompts: Tensor | None = None
 
 
-def features(vit: FrozenViT, embedded: TokenSequence, groups: Sequence[Group], recompute: bool = False
-             ) -> list[Tensor]:
+def features(vit: FrozenViT, embedded: TokenSequence, groups: Sequence[Group], recompute: bool = False) -> list[Tensor]:
     """What the head sees, (B, D) of each group.
 
     Args:
@@ -117,8 +116,10 @@ def features(vit: FrozenViT, embedded: TokenSequence, groups: Sequence[Group], r
     x = embedded.tokens
     own, last = x.shape[1], vit.depth - 1  # the rows that are no prompts come first
     sizes = [x.shape[0] if group.size is None else group.size for group in groups]
-    firsts = [_first_prompts(vit, group, patches)
-              for group, patches in zip(groups, _split(embedded.patches, sizes), strict=True)]
+    firsts = [
+        _first_prompts(vit, group, patches)
+        for group, patches in zip(groups, _split(embedded.patches, sizes), strict=True)
+    ]
     x = x if vit.norm_pre is None else vit.norm_pre(x)
 
     def reads(i: int, group: Group, first: Tensor | None, x: Tensor) -> Reads:
@@ -135,7 +136,7 @@ def features(vit: FrozenViT, embedded: TokenSequence, groups: Sequence[Group], r
                 return Reads(rows, prefix=group.prefixes[i])
             prompts = first
             if i > 0 or prompts is None:
-                patches = x[:, vit.num_prefix:own]
+                patches = x[:, vit.num_prefix : own]
                 prompts = generator.prompts(i, group.context, patches, group.draws).to(x.dtype)
             if prompts_stay(generator, i, last, group.readout):
                 return Reads(rows, joining=prompts)
@@ -150,13 +151,22 @@ def features(vit: FrozenViT, embedded: TokenSequence, groups: Sequence[Group], r
     rows = Rows(x) if len(groups) == 1 else Rows(x.flatten(0, 1), tuple((size, own) for size in sizes))
     for i in range(vit.depth):
         if recompute and torch.is_grad_enabled():
-            rows = Rows(checkpoint(lambda i, data: step(i, Rows(data)).data, i, rows.data, use_reentrant=False,
-                                   preserve_rng_state=False))
+            rows = Rows(
+                checkpoint(
+                    lambda i, data: step(i, Rows(data)).data,
+                    i,
+                    rows.data,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            )
         else:
             rows = step(i, rows, None if i == last else blocks[i + 1])
     rows = rows if vit.norm is None else rows._replace(data=vit.norm(rows.data))
-    return [reference.read_out(vit, rows_left(vit, group.readout, x, own), group.readout)
-            for group, x in zip(groups, rows.parts(), strict=True)]
+    return [
+        reference.read_out(vit, rows_left(vit, group.readout, x, own), group.readout)
+        for group, x in zip(groups, rows.parts(), strict=True)
+    ]
 
 
 def _split(x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
@@ -183,9 +193,13 @@ def static_prefixes(vit: FrozenViT, generator: PromptGenerator, readout: str) ->
     """Block → keys and values of prompts that depend on parameters only, for all blocks that only read theirs."""
     folded = vit.folded()
     blocks, last = vit.blocks if folded is None else folded.blocks, vit.depth - 1
-    return {i: prompt_keys(blocks[i], generator.prompts(i, None).to(vit.dtype)) for i in generator.layers
-            if not prompts_stay(generator, i, last, readout) and not (i == 0 and generator.before_pre_norm)
-            and not (i == last and one_query(blocks[i], rows_read(vit, readout, 0)))}
+    return {
+        i: prompt_keys(blocks[i], generator.prompts(i, None).to(vit.dtype))
+        for i in generator.layers
+        if not prompts_stay(generator, i, last, readout)
+        and not (i == 0 and generator.before_pre_norm)
+        and not (i == last and one_query(blocks[i], rows_read(vit, readout, 0)))
+    }
 
 
 def prompts_stay(generator: PromptGenerator, i: int, last: int, readout: str) -> bool:
@@ -301,7 +315,7 @@ def one_query_attention(block: Block, q: Tensor, rows: Tensor, prompts: Tensor |
         read = read + weights[:, :, t:] @ prompts
     out = read.transpose(0, 1) @ w_v.view(block.num_heads, -1, d).transpose(1, 2)  # (heads, B, d)
     out = out.transpose(0, 1).reshape(b, 1, inner)
-    return out if block.qkv.bias is None else out + block.qkv.bias[2 * inner:]
+    return out if block.qkv.bias is None else out + block.qkv.bias[2 * inner :]
 
 
 def add_branches(block: Block, x: Tensor, h: Tensor, following: Block | None = None) -> tuple[Tensor, Tensor | None]:

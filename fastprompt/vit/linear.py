@@ -43,7 +43,10 @@ class PackedLinear(FrozenLinear):
 
 
 FUSED: dict[str, tuple[str, list[Any], str]] = {
-    "identity": ("none", [], ""), "gelu": ("gelu", [], "none"), "gelu_tanh": ("gelu", [], "tanh")}
+    "identity": ("none", [], ""),
+    "gelu": ("gelu", [], "none"),
+    "gelu_tanh": ("gelu", [], "tanh"),
+}
 """How oneDNN calls an activation."""
 
 
@@ -69,9 +72,17 @@ def pack(block: Block) -> None:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b for x (..., in), weight (out, in) and bias (out,) that need no gradient."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or weight.dtype != torch.float32 or weight.requires_grad \
-            or x.numel() == 0 or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() \
-            or torch.is_autocast_enabled("cpu") or not onednn_is_faster():
+    if (
+        x.dtype != torch.float32
+        or x.device.type != "cpu"
+        or weight.dtype != torch.float32
+        or weight.requires_grad
+        or x.numel() == 0
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.is_autocast_enabled("cpu")
+        or not onednn_is_faster()
+    ):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and x.requires_grad:
         return _OneDNNLinear.apply(x, weight, bias)
@@ -120,5 +131,5 @@ class _OneDNNLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, = ctx.saved_tensors
+        (weight,) = ctx.saved_tensors
         return linear(grad, weight.t(), None), None, None

@@ -32,19 +32,19 @@ class Sequence:
 
     @property
     def prefix(self) -> Tensor:
-        return self.tokens[:, :self.num_prefix]
+        return self.tokens[:, : self.num_prefix]
 
     @property
     def prompts(self) -> Tensor:
         if self.prompts_last:
-            return self.tokens[:, self.tokens.shape[1] - self.num_prompts:]
-        return self.tokens[:, self.num_prefix:self.num_prefix + self.num_prompts]
+            return self.tokens[:, self.tokens.shape[1] - self.num_prompts :]
+        return self.tokens[:, self.num_prefix : self.num_prefix + self.num_prompts]
 
     @property
     def patches(self) -> Tensor:
         if self.prompts_last:
-            return self.tokens[:, self.num_prefix:self.tokens.shape[1] - self.num_prompts]
-        return self.tokens[:, self.num_prefix + self.num_prompts:]
+            return self.tokens[:, self.num_prefix : self.tokens.shape[1] - self.num_prompts]
+        return self.tokens[:, self.num_prefix + self.num_prompts :]
 
     def without_prompts(self) -> Sequence:
         """Prefix and patches alone."""
@@ -91,9 +91,13 @@ def position_embedding(vit: FrozenViT, grid: tuple[int, int]) -> Tensor | None:
         return vit.pos_embed
     from timm.layers import resample_abs_pos_embed
 
-    return resample_abs_pos_embed(vit.pos_embed, new_size=list(grid), old_size=list(vit.grid),
-                                  num_prefix_tokens=vit.num_prefix if vit.spec.pos_on_prefix else 0,
-                                  antialias=vit.spec.antialias)
+    return resample_abs_pos_embed(
+        vit.pos_embed,
+        new_size=list(grid),
+        old_size=list(vit.grid),
+        num_prefix_tokens=vit.num_prefix if vit.spec.pos_on_prefix else 0,
+        antialias=vit.spec.antialias,
+    )
 
 
 def attention(block: Block, x: Tensor) -> Tensor:
@@ -149,8 +153,14 @@ def map_pool(pool: MapPool, x: Tensor) -> Tensor:
     return x[:, 0]
 
 
-def encode(vit: FrozenViT, images: Tensor, generator: PromptGenerator | None = None, context: Any = None,
-           draws: dict[str, Tensor] | None = None, embedded: Sequence | None = None) -> Sequence:
+def encode(
+    vit: FrozenViT,
+    images: Tensor,
+    generator: PromptGenerator | None = None,
+    context: Any = None,
+    draws: dict[str, Tensor] | None = None,
+    embedded: Sequence | None = None,
+) -> Sequence:
     """Normalised images (B, 3, H, W) → the last block's output, final norm applied, prompts among the tokens.
 
     Args:

@@ -56,9 +56,22 @@ class SwinBlock(nn.Module):
 
     constant_bias: Tensor
 
-    def __init__(self, *, norm1: Norm, qkv: Dense, proj: Dense, norm2: Norm, mlp: Mlp, num_heads: int, grid: Pair,
-                 window: Pair, shift: Pair, bias_table: Tensor, logit_scale: Tensor | None = None,
-                 post_norm: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        norm1: Norm,
+        qkv: Dense,
+        proj: Dense,
+        norm2: Norm,
+        mlp: Mlp,
+        num_heads: int,
+        grid: Pair,
+        window: Pair,
+        shift: Pair,
+        bias_table: Tensor,
+        logit_scale: Tensor | None = None,
+        post_norm: bool = False,
+    ) -> None:
         super().__init__()
         self.norm1, self.qkv, self.proj, self.norm2, self.mlp = norm1, qkv, proj, norm2, mlp
         self.num_heads, self.post_norm = num_heads, post_norm
@@ -128,8 +141,10 @@ class FrozenSwin(FrozenViT):
 
     def _take(self, parts: dict[str, Any]) -> None:
         if "merges" not in parts:
-            raise ValueError(f"module must be a Swin transformer for FrozenSwin, got {self.spec.name}; "
-                             "FrozenViT(module) takes either kind")
+            raise ValueError(
+                f"module must be a Swin transformer for FrozenSwin, got {self.spec.name}; "
+                "FrozenViT(module) takes either kind"
+            )
         super()._take(parts)
         self.merges = cast("Sequence[Merge | None]", nn.ModuleList(parts.pop("merges")))
         self._set_layouts()
@@ -235,8 +250,9 @@ def shift_mask(grid: Pair, window: Pair, shift: Pair) -> Tensor:
     return torch.where(region[:, :, None] == region[:, None], 0.0, -100.0)
 
 
-def compute_layouts(blocks: Sequence[SwinBlock], merges: Sequence[Merge | None], grid: Pair, device: torch.device
-                    ) -> list[Layout]:
+def compute_layouts(
+    blocks: Sequence[SwinBlock], merges: Sequence[Merge | None], grid: Pair, device: torch.device
+) -> list[Layout]:
     """The layout of each block for images of `grid` patches."""
     result = []
     order = torch.arange(grid[0] * grid[1], device="cpu")  # the image's patch on each place of the order before
@@ -253,9 +269,15 @@ def compute_layouts(blocks: Sequence[SwinBlock], merges: Sequence[Merge | None],
         rows = position[order].flatten()
         exact = len(rows) == len(rows.unique()) and (merge is None or bool((rows < size).all()))
         same = merge is None and torch.equal(rows, torch.arange(len(rows), device="cpu"))
-        result.append(Layout(grid, None if same else rows.to(device), rows.argsort().to(device) if exact else None,
-                             None if whole else places.to(device),
-                             None if whole else places.argsort()[:len(order)].to(device)))
+        result.append(
+            Layout(
+                grid,
+                None if same else rows.to(device),
+                rows.argsort().to(device) if exact else None,
+                None if whole else places.to(device),
+                None if whole else places.argsort()[: len(order)].to(device),
+            )
+        )
     return result
 
 

@@ -29,8 +29,15 @@ if TYPE_CHECKING:
     from fastprompt.generators.base import Draws, PromptGenerator
 
 
-def features(vit: FrozenSwin, embedded: FeatureMap, generator: PromptGenerator | None, context: Any,
-             draws: Draws | None, readout: str, recompute: bool = False) -> Tensor:
+def features(
+    vit: FrozenSwin,
+    embedded: FeatureMap,
+    generator: PromptGenerator | None,
+    context: Any,
+    draws: Draws | None,
+    readout: str,
+    recompute: bool = False,
+) -> Tensor:
     """(B, D): what the head sees. Arguments as for `forward.features`; without prompts the plain graph runs."""
     if generator is None:
         return swin_reference.read_out(vit, swin_reference.encode(vit, embedded.tokens, embedded=embedded), readout)
@@ -45,8 +52,9 @@ def features(vit: FrozenSwin, embedded: FeatureMap, generator: PromptGenerator |
             prompts = generator.prompts(i, context, None, draws).to(x.dtype)
         read = "prompts" in readout if i == last else i + 1 not in generator.layers
         if recompute and torch.is_grad_enabled():
-            x, prompts = checkpoint(run_block, block, layout, x, prompts, read, use_reentrant=False,
-                                    preserve_rng_state=False)
+            x, prompts = checkpoint(
+                run_block, block, layout, x, prompts, read, use_reentrant=False, preserve_rng_state=False
+            )
         else:
             x, prompts = run_block(block, layout, x, prompts, read)
     if vit.norm is not None:
@@ -58,8 +66,9 @@ def features(vit: FrozenSwin, embedded: FeatureMap, generator: PromptGenerator |
     return (x.sum(dim=1) + prompts.sum(dim=1)) / (x.shape[1] + prompts.shape[1])
 
 
-def run_block(block: SwinBlock, layout: Layout, x: Tensor, prompts: Tensor | None, read: bool
-              ) -> tuple[Tensor, Tensor | None]:
+def run_block(
+    block: SwinBlock, layout: Layout, x: Tensor, prompts: Tensor | None, read: bool
+) -> tuple[Tensor, Tensor | None]:
     """Patches x (B, T, C) and prompts (1 or B, P, C) through one block; prompts come out only where they are `read`."""
     if block.post_norm:
         h, p = attention(block, layout, x, prompts, read)
@@ -78,8 +87,9 @@ def run_block(block: SwinBlock, layout: Layout, x: Tensor, prompts: Tensor | Non
     return x, prompts + mlp(block.mlp, block.norm2(prompts))
 
 
-def attention(block: SwinBlock, layout: Layout, x: Tensor, prompts: Tensor | None, read: bool
-              ) -> tuple[Tensor, Tensor | None]:
+def attention(
+    block: SwinBlock, layout: Layout, x: Tensor, prompts: Tensor | None, read: bool
+) -> tuple[Tensor, Tensor | None]:
     """Window attention of patches x (B, T, C) and of the prompts where they are `read`, heads joined and projected."""
     heads, inner = block.num_heads, block.num_heads * block.head_dim
     weight, bias = block.qkv.weight, block.qkv.bias
@@ -94,7 +104,7 @@ def attention(block: SwinBlock, layout: Layout, x: Tensor, prompts: Tensor | Non
     start = 0 if read else inner
     rows = F.linear(prompts, weight[start:], None if bias is None else bias[start:])
     parts = rows.unflatten(-1, (-1, heads, block.head_dim)).permute(2, 0, 3, 1, 4)  # (3 or 2, 1 or B, heads, P, d)
-    scale = block.head_dim ** -0.5
+    scale = block.head_dim**-0.5
     if block.logit_scale is not None:
         scale, qkv, parts = 1.0, cosine(qkv, block.logit_scale), cosine(parts, block.logit_scale)
     windows_bias = block.attention_bias(layout.grid).transpose(0, 1)  # (heads, windows or 1, N, N)

@@ -58,8 +58,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None) -
 
     In 16 bits on a CPU, plain matrix products are faster than the fused kernel while a window has few scores.
     """
-    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) \
-            and q.shape[2] * k.shape[2] <= SMALL_SCORES:
+    if (
+        q.device.type == "cpu"
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[2] * k.shape[2] <= SMALL_SCORES
+    ):
         scores = (q if scale == 1 else q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias
         return torch.softmax(scores, dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
@@ -87,7 +90,7 @@ def attention(block: SwinBlock, x: Tensor, num_prompts: int, grid: Pair) -> Tens
     else:
         x = attend(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias.flatten(0, 1), scale)
     x = block.proj(x.view(shape).transpose(2, 3).flatten(3))  # (B, windows, P + N, C)
-    patches = reverse(x[:, :, num_prompts:], block.window, whole)[:, :grid[0], :grid[1]]
+    patches = reverse(x[:, :, num_prompts:], block.window, whole)[:, : grid[0], : grid[1]]
     if any(block.shift):
         patches = torch.roll(patches, block.shift, (1, 2))
     patches = patches.flatten(1, 2)
@@ -125,8 +128,14 @@ def merge_patches(merge: Merge, x: FeatureMap) -> FeatureMap:
     return FeatureMap(merge(patches), 0, x.num_prompts, grid=grid)
 
 
-def encode(vit: FrozenSwin, images: Tensor, generator: PromptGenerator | None = None, context: Any = None,
-           draws: Draws | None = None, embedded: FeatureMap | None = None) -> FeatureMap:
+def encode(
+    vit: FrozenSwin,
+    images: Tensor,
+    generator: PromptGenerator | None = None,
+    context: Any = None,
+    draws: Draws | None = None,
+    embedded: FeatureMap | None = None,
+) -> FeatureMap:
     """Normalised images (B, 3, H, W) → the last block's output, final norm applied, prompts among the tokens.
 
     Arguments as for `reference.encode`.

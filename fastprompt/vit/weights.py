@@ -58,8 +58,9 @@ class Norm(nn.Module):
     `upcast` computes in float32 whatever the input's dtype (timm's `*Fp32` norms).
     """
 
-    def __init__(self, kind: str, size: int, eps: float, weight: Tensor | None, bias: Tensor | None,
-                 upcast: bool = False) -> None:
+    def __init__(
+        self, kind: str, size: int, eps: float, weight: Tensor | None, bias: Tensor | None, upcast: bool = False
+    ) -> None:
         super().__init__()
         if kind not in ("layernorm", "rmsnorm"):
             raise ValueError(f"kind must be 'layernorm' or 'rmsnorm', got {kind!r}")
@@ -114,10 +115,23 @@ class Block(nn.Module):
     the attention scores; None: 1/√d.
     """
 
-    def __init__(self, *, norm1: Norm, qkv: Dense, proj: Dense, norm2: Norm, mlp: Mlp, num_heads: int,
-                 q_norm: Norm | None = None, k_norm: Norm | None = None, attn_norm: Norm | None = None,
-                 ls1: Tensor | None = None, ls2: Tensor | None = None, post_norm: bool = False,
-                 scale: float | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        norm1: Norm,
+        qkv: Dense,
+        proj: Dense,
+        norm2: Norm,
+        mlp: Mlp,
+        num_heads: int,
+        q_norm: Norm | None = None,
+        k_norm: Norm | None = None,
+        attn_norm: Norm | None = None,
+        ls1: Tensor | None = None,
+        ls2: Tensor | None = None,
+        post_norm: bool = False,
+        scale: float | None = None,
+    ) -> None:
         super().__init__()
         self.norm1, self.qkv, self.proj, self.norm2, self.mlp = norm1, qkv, proj, norm2, mlp
         self.q_norm, self.k_norm, self.attn_norm = q_norm, k_norm, attn_norm
@@ -130,8 +144,19 @@ class Block(nn.Module):
 class MapPool(nn.Module):
     """Attention pooling with one learned query (timm's AttentionPoolLatent, SigLIP's head)."""
 
-    def __init__(self, *, latent: Tensor, q: Dense | None, kv: Dense, proj: Dense, norm: Norm | None, mlp: Mlp,
-                 num_heads: int, q_norm: Norm | None = None, k_norm: Norm | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        latent: Tensor,
+        q: Dense | None,
+        kv: Dense,
+        proj: Dense,
+        norm: Norm | None,
+        mlp: Mlp,
+        num_heads: int,
+        q_norm: Norm | None = None,
+        k_norm: Norm | None = None,
+    ) -> None:
         super().__init__()
         self.latent = frozen(latent)
         self.q, self.kv, self.proj, self.norm, self.mlp = q, kv, proj, norm, mlp
@@ -174,8 +199,10 @@ class ViTSpec:
         p = self.patch_size
         if not self.dynamic_size:
             if (height, width) != self.image_size:
-                return (f"images must be {self.image_size[0]} x {self.image_size[1]} pixels for this backbone, got "
-                        f"{height} x {width}; resize them, or build the backbone with image_size=")
+                return (
+                    f"images must be {self.image_size[0]} x {self.image_size[1]} pixels for this backbone, got "
+                    f"{height} x {width}; resize them, or build the backbone with image_size="
+                )
         elif not self.dynamic_pad and (height % p or width % p or not height or not width):
             return f"images must have sides that are multiples of the patch size {p}, got {height} x {width}"
         return ""
@@ -217,8 +244,14 @@ class FrozenViT(nn.Module):
                 return super().__new__(FrozenSwin)
         return super().__new__(cls)
 
-    def __init__(self, module: nn.Module, *, image_size: int | tuple[int, int] | None = None,
-                 mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        image_size: int | tuple[int, int] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
         super().__init__()
         from fastprompt.vit.readers import read
 
@@ -253,8 +286,9 @@ class FrozenViT(nn.Module):
         self.head: Dense | None = parts.pop("head", None)
 
     @classmethod
-    def from_timm(cls, name: str, pretrained: bool = False, image_size: int | tuple[int, int] | None = None,
-                  **kwargs: Any) -> FrozenViT:
+    def from_timm(
+        cls, name: str, pretrained: bool = False, image_size: int | tuple[int, int] | None = None, **kwargs: Any
+    ) -> FrozenViT:
         """Build a timm model by name and freeze it.
 
         Args:
@@ -272,8 +306,9 @@ class FrozenViT(nn.Module):
         from fastprompt.vit.readers import image_sides
 
         if not isinstance(name, str):
-            raise TypeError(f"name must be a timm model name, got {type(name).__name__}; "
-                            "a timm module goes to FrozenViT(module)")
+            raise TypeError(
+                f"name must be a timm model name, got {type(name).__name__}; a timm module goes to FrozenViT(module)"
+            )
         if ":" not in name and not timm.is_model(name.partition(".")[0]):
             raise ValueError(f"name must be a timm model name, got {name!r}; timm.list_models() lists them")
         if image_sides(image_size) is not None:
@@ -285,9 +320,16 @@ class FrozenViT(nn.Module):
         return cls(model)
 
     @classmethod
-    def from_torchvision(cls, name: str, pretrained: bool | str = False,
-                         image_size: int | tuple[int, int] | None = None, *, mean: Sequence[float] | None = None,
-                         std: Sequence[float] | None = None, **kwargs: Any) -> FrozenViT:
+    def from_torchvision(
+        cls,
+        name: str,
+        pretrained: bool | str = False,
+        image_size: int | tuple[int, int] | None = None,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> FrozenViT:
         """Build a torchvision model by name and freeze it.
 
         Args:
@@ -307,9 +349,16 @@ class FrozenViT(nn.Module):
         return cls(module, image_size=image_size, mean=mean, std=std)._named(name)
 
     @classmethod
-    def from_open_clip(cls, model: str | nn.Module, pretrained: str | None = None,
-                       image_size: int | tuple[int, int] | None = None, *, mean: Sequence[float] | None = None,
-                       std: Sequence[float] | None = None, **kwargs: Any) -> FrozenViT:
+    def from_open_clip(
+        cls,
+        model: str | nn.Module,
+        pretrained: str | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> FrozenViT:
         """Build an open_clip model by name and freeze its image tower; its projection is `head`.
 
         Args:
@@ -337,9 +386,16 @@ class FrozenViT(nn.Module):
         return cls(module, image_size=image_size, mean=mean, std=std)._named(model)
 
     @classmethod
-    def from_transformers(cls, model: Any, pretrained: bool = True, image_size: int | tuple[int, int] | None = None, *,
-                          mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
-                          **kwargs: Any) -> FrozenViT:
+    def from_transformers(
+        cls,
+        model: Any,
+        pretrained: bool = True,
+        image_size: int | tuple[int, int] | None = None,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> FrozenViT:
         """Freeze the vision model of a transformers checkpoint: ViT, CLIP, SigLIP or DINOv2.
 
         Args:
@@ -365,8 +421,12 @@ class FrozenViT(nn.Module):
         from fastprompt.vit.readers import transformers
 
         module, known = transformers.build(model, pretrained, **kwargs)
-        return cls(module, image_size=image_size, mean=known.get("mean") if mean is None else mean,
-                   std=known.get("std") if std is None else std)
+        return cls(
+            module,
+            image_size=image_size,
+            mean=known.get("mean") if mean is None else mean,
+            std=known.get("std") if std is None else std,
+        )
 
     def _named(self, name: str) -> FrozenViT:
         self.spec = dataclasses.replace(self.spec, name=name)
@@ -460,8 +520,11 @@ class FrozenViT(nn.Module):
         if torch.compiler.is_compiling():
             return None if self._folded is None else self._folded.folded
         known = self._folded
-        if known is None or known.version != sum(p._version for p in known.tensors) \
-                or any(p.requires_grad for p in known.tensors):
+        if (
+            known is None
+            or known.version != sum(p._version for p in known.tensors)
+            or any(p.requires_grad for p in known.tensors)
+        ):
             self._folded = known = self._fold()
         return None if known is None else known.folded
 
@@ -487,8 +550,9 @@ class FrozenViT(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if not any(p.requires_grad for p in self.parameters()):  # a fine-tuned copy stays that of its original
             given = ((tensor, state_dict.get(prefix + name)) for name, tensor in self.state_dict().items())
-            if self.device.type == "meta" or any(isinstance(new, Tensor) and not torch.equal(new.to(old), old)
-                                                 for old, new in given):
+            if self.device.type == "meta" or any(
+                isinstance(new, Tensor) and not torch.equal(new.to(old), old) for old, new in given
+            ):
                 self._fingerprint = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -517,9 +581,13 @@ class FrozenViT(nn.Module):
         reason = self.spec.obstacle(images.shape[2], images.shape[3])
         if reason:
             raise ValueError(reason)
-        if (images.device.type == "cpu" and images.is_floating_point() and not torch.compiler.is_compiling()
-                and not math.isfinite(images.detach().sum().item())  # one pass; a sum of finite numbers can overflow
-                and not torch.isfinite(images).all()):
+        if (
+            images.device.type == "cpu"
+            and images.is_floating_point()
+            and not torch.compiler.is_compiling()
+            and not math.isfinite(images.detach().sum().item())  # one pass; a sum of finite numbers can overflow
+            and not torch.isfinite(images).all()
+        ):
             raise ValueError("images contain NaN or infinite values")
 
     def any_size(self) -> FrozenViT:
@@ -555,8 +623,10 @@ class FrozenViT(nn.Module):
         return reference.read_out(self, sequence, self.spec.pool)
 
     def extra_repr(self) -> str:
-        return (f"{self.spec.name}, width={self.width}, depth={self.depth}, heads={self.num_heads}, "
-                f"patch={self.patch_size}, grid={self.grid}")
+        return (
+            f"{self.spec.name}, width={self.width}, depth={self.depth}, heads={self.num_heads}, "
+            f"patch={self.patch_size}, grid={self.grid}"
+        )
 
 
 def _fold_again(vit: FrozenViT, keys: Any) -> None:

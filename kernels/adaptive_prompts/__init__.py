@@ -14,10 +14,22 @@ MAX_WIDTH = 1024  # without `stats`: a block of whole rows stays in registers wh
 MAX_HIDDEN = 64
 
 
-def adaptive_prompts(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix: Tensor, bias: Tensor,
-                     w1: Tensor | None = None, w2: Tensor | None = None, scale: Tensor | float = 1.0, *,
-                     activation: str = "relu", eps: float = 1e-5, channel_mask: Tensor | None = None,
-                     hidden_mask: Tensor | None = None, stats: Tensor | None = None) -> Tensor:
+def adaptive_prompts(
+    tokens: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    mix: Tensor,
+    bias: Tensor,
+    w1: Tensor | None = None,
+    w2: Tensor | None = None,
+    scale: Tensor | float = 1.0,
+    *,
+    activation: str = "relu",
+    eps: float = 1e-5,
+    channel_mask: Tensor | None = None,
+    hidden_mask: Tensor | None = None,
+    stats: Tensor | None = None,
+) -> Tensor:
     """g(mask ∘ (M · LN(X)) + b) with g(p) = scale · W₂ σ(W₁ p) + p (VAPT §4; the residual is the released code's).
 
     M (P, N) is the shared spatial kernel and the token projector in one: both act on positions and are blind to
@@ -53,21 +65,45 @@ def adaptive_prompts(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix
         raise ValueError(f"mix must have shape (P, {n}) for tokens {tuple(tokens.shape)}, got {tuple(mix.shape)}")
     p = mix.shape[0]
     r = 0 if w1 is None else w1.shape[0]
-    for name, tensor, shape in (("norm_weight", norm_weight, (d,)), ("norm_bias", norm_bias, (d,)),
-                                ("bias", bias, (p,)), ("w1", w1, (r, d)), ("w2", w2, (d, r)),
-                                ("channel_mask", channel_mask, (b, d)), ("hidden_mask", hidden_mask, (b, p, r)),
-                                ("stats", stats, (b, n, 2))):
+    for name, tensor, shape in (
+        ("norm_weight", norm_weight, (d,)),
+        ("norm_bias", norm_bias, (d,)),
+        ("bias", bias, (p,)),
+        ("w1", w1, (r, d)),
+        ("w2", w2, (d, r)),
+        ("channel_mask", channel_mask, (b, d)),
+        ("hidden_mask", hidden_mask, (b, p, r)),
+        ("stats", stats, (b, n, 2)),
+    ):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     if (w1 is None) != (w2 is None):
         raise ValueError("w1 and w2 must be given together")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    arguments = (tokens, norm_weight, norm_bias, mix, bias, w1, w2, scale, activation, eps, channel_mask, hidden_mask,
-                 stats)
-    backend = dispatch.choose("adaptive_prompts", tokens.device.type, _unsupported(tokens, mix, stats, d, r),
-                              dispatch.trains_on_cpu(tokens, norm_weight, norm_bias, mix), arguments,
-                              _unsupported_natively(*arguments))
+    arguments = (
+        tokens,
+        norm_weight,
+        norm_bias,
+        mix,
+        bias,
+        w1,
+        w2,
+        scale,
+        activation,
+        eps,
+        channel_mask,
+        hidden_mask,
+        stats,
+    )
+    backend = dispatch.choose(
+        "adaptive_prompts",
+        tokens.device.type,
+        _unsupported(tokens, mix, stats, d, r),
+        dispatch.trains_on_cpu(tokens, norm_weight, norm_bias, mix),
+        arguments,
+        _unsupported_natively(*arguments),
+    )
     if backend == "triton":
         from fastprompt.kernels.adaptive_prompts import triton
 
@@ -91,15 +127,32 @@ def _unsupported(tokens: Tensor, mix: Tensor, stats: Tensor | None, d: int, r: i
     return f"the kernels take at most {MAX_HIDDEN} hidden units, not {r}" if r > MAX_HIDDEN else ""
 
 
-def _unsupported_natively(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix: Tensor, bias: Tensor,
-                          w1: Tensor | None, w2: Tensor | None, scale: Tensor | float, activation: str, eps: float,
-                          channel_mask: Tensor | None, hidden_mask: Tensor | None, stats: Tensor | None) -> str:
+def _unsupported_natively(
+    tokens: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    mix: Tensor,
+    bias: Tensor,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    scale: Tensor | float,
+    activation: str,
+    eps: float,
+    channel_mask: Tensor | None,
+    hidden_mask: Tensor | None,
+    stats: Tensor | None,
+) -> str:
     """Why the native kernels cannot take this call; empty: they can."""
     parameters = [x for x in (norm_weight, norm_bias, mix, bias, w1, w2) if x is not None]
-    if tokens.dtype not in (torch.float32, torch.bfloat16) or any(x.dtype != torch.float32 for x in parameters) \
-            or torch.is_autocast_enabled("cpu"):
-        return ("the native kernels take tokens in float32 and bfloat16 and parameters in float32, without autocast, "
-                f"not {tokens.dtype} and {mix.dtype}")
+    if (
+        tokens.dtype not in (torch.float32, torch.bfloat16)
+        or any(x.dtype != torch.float32 for x in parameters)
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return (
+            "the native kernels take tokens in float32 and bfloat16 and parameters in float32, without autocast, "
+            f"not {tokens.dtype} and {mix.dtype}"
+        )
     if channel_mask is not None or hidden_mask is not None:
         return "the native kernels take no masks"
     if tokens.stride(2) != 1:

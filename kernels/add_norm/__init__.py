@@ -30,8 +30,9 @@ def add_norm(x: Tensor, branch: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if not x.ndim:
         raise ValueError("x must have at least one dimension, got a scalar")
     if branch.shape != x.shape or branch.dtype != x.dtype:
-        raise ValueError(f"branch must be as x, {tuple(x.shape)} in {x.dtype}, got {tuple(branch.shape)} in "
-                         f"{branch.dtype}")
+        raise ValueError(
+            f"branch must be as x, {tuple(x.shape)} in {x.dtype}, got {tuple(branch.shape)} in {branch.dtype}"
+        )
     arguments = (x, branch, eps)
     backend = dispatch.choose("add_norm", x.device.type, arguments=arguments, native=_unsupported_natively(x, branch))
     if backend == "native":

@@ -14,9 +14,18 @@ __all__ = ["ACTIVATIONS", "PreNorm", "library_prompts"]
 ACTIVATIONS = ("softmax", "sigmoid")
 
 
-def library_prompts(logits: Tensor, library: Tensor, activation: str = "softmax", *, out: Tensor | None = None,
-                    slot: int = 0, patches: Tensor | None = None, prefix: Tensor | None = None,
-                    position: Tensor | None = None, pre_norm: PreNorm | None = None) -> Tensor:
+def library_prompts(
+    logits: Tensor,
+    library: Tensor,
+    activation: str = "softmax",
+    *,
+    out: Tensor | None = None,
+    slot: int = 0,
+    patches: Tensor | None = None,
+    prefix: Tensor | None = None,
+    position: Tensor | None = None,
+    pre_norm: PreNorm | None = None,
+) -> Tensor:
     """Prompts = activation(logits) · library (PGN §3, the token library), alone, in a sequence, or with all of one.
 
     Args:
@@ -46,26 +55,37 @@ def library_prompts(logits: Tensor, library: Tensor, activation: str = "softmax"
     if pre_norm is not None:
         constants |= {"pre_norm.weight": pre_norm[0], "pre_norm.bias": pre_norm[1]}
     for name, tensor in {"logits": logits, "library": library, "out": out, **constants}.items():
-        if (tensor is not None or name in ("logits", "library")) \
-                and not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+        if (tensor is not None or name in ("logits", "library")) and not (
+            isinstance(tensor, Tensor) and tensor.is_floating_point()
+        ):
             raise TypeError(f"{name} must be a floating-point tensor, got {getattr(tensor, 'dtype', type(tensor))}")
     if logits.ndim != 3:
         raise ValueError(f"logits must have shape (B, K, M), got {tuple(logits.shape)}")
     if library.ndim != 2 or library.shape[0] != logits.shape[2]:
-        raise ValueError(f"library must have shape (M, D) with M = {logits.shape[2]} as in logits, "
-                         f"got {tuple(library.shape)}")
+        raise ValueError(
+            f"library must have shape (M, D) with M = {logits.shape[2]} as in logits, got {tuple(library.shape)}"
+        )
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     if out is not None:
         _check_out(out, logits, library, slot)
     _check_sequence(logits, library, out, patches, prefix, position)
     if pre_norm is not None and (pre_norm[0].shape != library.shape[1:] or pre_norm[1].shape != library.shape[1:]):
-        raise ValueError(f"pre_norm must hold weight and bias of shape ({library.shape[1]},), "
-                         f"got {tuple(pre_norm[0].shape)} and {tuple(pre_norm[1].shape)}")
+        raise ValueError(
+            f"pre_norm must hold weight and bias of shape ({library.shape[1]},), "
+            f"got {tuple(pre_norm[0].shape)} and {tuple(pre_norm[1].shape)}"
+        )
     others = (patches, prefix, position, pre_norm)
     obstacle = _unsupported((logits, library, out), [x for x in constants.values() if x is not None])
-    if dispatch.choose("library_prompts", logits.device.type, obstacle, arguments=(
-            logits, library, activation, None if out is None else out.detach(), slot, *others)) == "triton":
+    if (
+        dispatch.choose(
+            "library_prompts",
+            logits.device.type,
+            obstacle,
+            arguments=(logits, library, activation, None if out is None else out.detach(), slot, *others),
+        )
+        == "triton"
+    ):
         from fastprompt.kernels.library_prompts import triton
 
         return triton.library_prompts(logits, library, activation, out, slot, *others)
@@ -92,8 +112,14 @@ def _check_out(out: Tensor, logits: Tensor, library: Tensor, slot: int) -> None:
         raise ValueError(f"slot must leave room for {k} prompts in {out.shape[1]} rows, got {slot}")
 
 
-def _check_sequence(logits: Tensor, library: Tensor, out: Tensor | None, patches: Tensor | None, prefix: Tensor | None,
-                    position: Tensor | None) -> None:
+def _check_sequence(
+    logits: Tensor,
+    library: Tensor,
+    out: Tensor | None,
+    patches: Tensor | None,
+    prefix: Tensor | None,
+    position: Tensor | None,
+) -> None:
     if patches is None:
         for name, tensor in (("prefix", prefix), ("position", position)):
             if tensor is not None:

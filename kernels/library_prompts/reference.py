@@ -23,9 +23,17 @@ def mixture(logits: Tensor, activation: str) -> Tensor:
     return torch.softmax(logits, dim=-1) if activation == "softmax" else torch.sigmoid(logits)
 
 
-def library_prompts(logits: Tensor, library: Tensor, activation: str, out: Tensor | None = None, slot: int = 0,
-                    patches: Tensor | None = None, prefix: Tensor | None = None, position: Tensor | None = None,
-                    pre_norm: PreNorm | None = None) -> Tensor:
+def library_prompts(
+    logits: Tensor,
+    library: Tensor,
+    activation: str,
+    out: Tensor | None = None,
+    slot: int = 0,
+    patches: Tensor | None = None,
+    prefix: Tensor | None = None,
+    position: Tensor | None = None,
+    pre_norm: PreNorm | None = None,
+) -> Tensor:
     """(B, K, M), (M, D) → (B, K, D), or `out` (B, T, D) with its rows from `slot` on replaced by them, or
     [prefix, patches + position, prompts]."""
     weights = mixture(logits, activation)
@@ -36,13 +44,12 @@ def library_prompts(logits: Tensor, library: Tensor, activation: str, out: Tenso
     prompts = normed(prompts.to(library.dtype if out is None else out.dtype), pre_norm)
     if out is None:
         return prompts
-    out[:, slot:slot + prompts.shape[1]] = prompts
+    out[:, slot : slot + prompts.shape[1]] = prompts
     return out
 
 
 def embedded(patches: Tensor, prefix: Tensor | None, position: Tensor | None) -> list[Tensor]:
-    """The prefix (B, R, D), if there is one, and the patches (B, N, D), each with its rows of the position embedding.
-    """
+    """The prefix (B, R, D), if any, and the patches (B, N, D), each plus its rows of the position embedding."""
     dtype, front = patches.dtype, 0
     if position is not None:
         front = position.shape[1] - patches.shape[1]  # rows of it that are the prefix's

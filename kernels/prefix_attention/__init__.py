@@ -13,9 +13,16 @@ MAX_HEAD_DIM = 128
 MAX_KEYS = 8192  # natively: a head's keys, values and the scores of a block of queries are kept
 
 
-def prefix_attention(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, prefix_k: Tensor | None = None,
-                     prefix_v: Tensor | None = None, *, bias: Tensor | None = None, scale: float | None = None
-                     ) -> Tensor:
+def prefix_attention(
+    q: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    prefix_k: Tensor | None = None,
+    prefix_v: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """softmax(scale · q [prefix_k, k]ᵀ + [0, bias]) [prefix_v, v].
 
     Args:
@@ -40,26 +47,35 @@ def prefix_attention(q: Tensor, k: Tensor | None = None, v: Tensor | None = None
     if v is None:
         name, parts, packed = ("q", 3, q) if k is None else ("k", 2, k)
         if packed.ndim != 5 or packed.shape[2] != parts:
-            raise ValueError(f"{name} must be packed, (B, T, {parts}, H, d), where v is None, "
-                             f"got {tuple(packed.shape)}")
+            raise ValueError(
+                f"{name} must be packed, (B, T, {parts}, H, d), where v is None, got {tuple(packed.shape)}"
+            )
     elif k is None:
         raise ValueError("v needs k")
     q, k, v = reference.unpacked(q, k, v)
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q must be (B, H, R, d) and k, v (B, H, T, d), got {tuple(q.shape)}, {tuple(k.shape)}, "
-                         f"{tuple(v.shape)}")
+        raise ValueError(
+            f"q must be (B, H, R, d) and k, v (B, H, T, d), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
     if (prefix_k is None) != (prefix_v is None):
         raise ValueError("prefix_k and prefix_v must be given together")
     for name, prefix in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
         if prefix is None:
             continue
-        if prefix.ndim != 4 or prefix.shape[1] != k.shape[1] or prefix.shape[3] != k.shape[3] or (
-                prefix.shape[0] != k.shape[0] and (prefix.shape[0] < 1 or k.shape[0] % prefix.shape[0])):
-            raise ValueError(f"{name} must be (n, {k.shape[1]}, P, {k.shape[3]}) with n dividing {k.shape[0]}, "
-                             f"got {tuple(prefix.shape)}")
+        if (
+            prefix.ndim != 4
+            or prefix.shape[1] != k.shape[1]
+            or prefix.shape[3] != k.shape[3]
+            or (prefix.shape[0] != k.shape[0] and (prefix.shape[0] < 1 or k.shape[0] % prefix.shape[0]))
+        ):
+            raise ValueError(
+                f"{name} must be (n, {k.shape[1]}, P, {k.shape[3]}) with n dividing {k.shape[0]}, "
+                f"got {tuple(prefix.shape)}"
+            )
         if prefix_k is not None and prefix.shape != prefix_k.shape:
-            raise ValueError(f"prefix_v must have the shape of prefix_k, {tuple(prefix_k.shape)}, "
-                             f"got {tuple(prefix.shape)}")
+            raise ValueError(
+                f"prefix_v must have the shape of prefix_k, {tuple(prefix_k.shape)}, got {tuple(prefix.shape)}"
+            )
     for name, x in (("q", q), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
         if x is not None and x.dtype != k.dtype and not torch.is_autocast_enabled(k.device.type):
             raise ValueError(f"{name} must have the dtype of k, {k.dtype}, got {x.dtype}")
@@ -70,11 +86,20 @@ def prefix_attention(q: Tensor, k: Tensor | None = None, v: Tensor | None = None
         if bias.requires_grad:
             raise ValueError("bias gets no gradient, it must not require one")
     scale = d**-0.5 if scale is None else scale
-    lean = bias is None and (prefix_k is None or prefix_k.shape[0] in (1, b)) \
+    lean = (
+        bias is None
+        and (prefix_k is None or prefix_k.shape[0] in (1, b))
         and dispatch.trains_on_cpu(*given, prefix_k, prefix_v)
+    )
     arguments = (*given, prefix_k, prefix_v, bias, scale)
-    backend = dispatch.choose("prefix_attention", q.device.type, _unsupported(q), lean, arguments,
-                              _unsupported_natively(q, k, v, prefix_k, prefix_v, bias, scale))
+    backend = dispatch.choose(
+        "prefix_attention",
+        q.device.type,
+        _unsupported(q),
+        lean,
+        arguments,
+        _unsupported_natively(q, k, v, prefix_k, prefix_v, bias, scale),
+    )
     if backend == "triton":
         from fastprompt.kernels.prefix_attention import triton
 
@@ -95,8 +120,9 @@ def _unsupported(q: Tensor) -> str:
     return "" if q.shape[3] <= MAX_HEAD_DIM else f"the kernels take heads of at most {MAX_HEAD_DIM}, not {q.shape[3]}"
 
 
-def _unsupported_natively(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
-                          bias: Tensor | None, scale: float) -> str:
+def _unsupported_natively(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, bias: Tensor | None, scale: float
+) -> str:
     """Why the native kernels cannot take this call; empty: they can."""
     if q.dtype not in (torch.float32, torch.bfloat16) or torch.is_autocast_enabled("cpu"):
         return f"the native kernels take float32 and bfloat16 without autocast, not {q.dtype}"

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from fastprompt.kernels.prefix_attention.reference import unpacked
 
-torch.library.define("fastprompt::prefix_attention_native",
-                     "(Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, float scale) -> Tensor")
+torch.library.define(
+    "fastprompt::prefix_attention_native",
+    "(Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, float scale) -> Tensor",
+)
 OPERATOR = torch.ops.fastprompt.prefix_attention_native.default
 
 
@@ -23,9 +25,15 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Te
     return q.new_empty(b, r, h, d)
 
 
-def prefix_attention(q: Tensor, k: Tensor | None, v: Tensor | None, prefix_k: Tensor | None, prefix_v: Tensor | None,
-                     bias: Tensor | None, scale: float) -> Tensor:
+def prefix_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+) -> Tensor:
     """See `fastprompt.kernels.prefix_attention.prefix_attention`; without bias."""
     q, k, v = unpacked(q, k, v)
     return OPERATOR(q, k, v, prefix_k, prefix_v, scale).transpose(1, 2)
-

@@ -20,8 +20,9 @@ BUFFER_SCORES = 5 * 2**18
 """Scores for each thread that the backward holds at a time, in two buffers: they stay in a core's cache."""
 
 
-def prefix_attention(q: Tensor, k: Tensor | None, v: Tensor | None, prefix_k: Tensor | None, prefix_v: Tensor | None,
-                     scale: float) -> Tensor:
+def prefix_attention(
+    q: Tensor, k: Tensor | None, v: Tensor | None, prefix_k: Tensor | None, prefix_v: Tensor | None, scale: float
+) -> Tensor:
     """See `fastprompt.kernels.prefix_attention.prefix_attention`."""
     return _PrefixAttention.apply(q, k, v, prefix_k, prefix_v, scale)
 
@@ -33,8 +34,15 @@ class _PrefixAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor | None, v: Tensor | None, prefix_k: Tensor | None,
-                prefix_v: Tensor | None, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        prefix_k: Tensor | None,
+        prefix_v: Tensor | None,
+        scale: float,
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v)
         ctx.scale = scale
         q, k, v = unpacked(q, k, v)
@@ -48,7 +56,7 @@ class _PrefixAttention(torch.autograd.Function):
         q, k, v = unpacked(q, k, v)
         (b, h, r, d), t = q.shape, k.shape[2]
         p = 0 if prefix_k is None else prefix_k.shape[2]
-        wants_q, wants_tokens = ctx.needs_input_grad[0], any(ctx.needs_input_grad[0 if packed == 3 else 1:3])
+        wants_q, wants_tokens = ctx.needs_input_grad[0], any(ctx.needs_input_grad[0 if packed == 3 else 1 : 3])
         wants_prefix = p > 0 and (ctx.needs_input_grad[3] or ctx.needs_input_grad[4])
         read = slice(0 if wants_prefix else p, p + t if wants_tokens else p)  # the keys that need a gradient
         # the heads of a row lie side by side, as the products need them which take these gradients
@@ -61,15 +69,20 @@ class _PrefixAttention(torch.autograd.Function):
 
         room, head = BUFFER_SCORES * torch.get_num_threads(), max(1, r * (p + t))
         images, group = max(1, min(b, room // (h * head))), max(1, min(h, room // head))
-        buffers = [q.new_empty(images * group * size) for size in (r * d, r * d, (p + t) * d, (p + t) * d,
-                                                                   r * (p + t), r * (p + t), max(r, p + t) * d)]
+        buffers = [
+            q.new_empty(images * group * size)
+            for size in (r * d, r * d, (p + t) * d, (p + t) * d, r * (p + t), r * (p + t), max(r, p + t) * d)
+        ]
         for i in range(0, b, images):
             for j in range(0, h, group):
                 at = (slice(i, i + images), slice(j, j + group))
                 shape = q[at].shape[:2]
                 queries, out, keys, values, weights, scores = (
-                    buffer[:shape.numel() * rows * columns].view(*shape, rows, columns) for buffer, rows, columns in
-                    zip(buffers, (r, r, p + t, p + t, r, r), (d, d, d, d, p + t, p + t), strict=False))
+                    buffer[: shape.numel() * rows * columns].view(*shape, rows, columns)
+                    for buffer, rows, columns in zip(
+                        buffers, (r, r, p + t, p + t, r, r), (d, d, d, d, p + t, p + t), strict=False
+                    )
+                )
                 torch.mul(q[at], ctx.scale, out=queries)
                 out.copy_(grad[at])
                 for joined, prefix, own in ((keys, prefix_k, k), (values, prefix_v, v)):
@@ -89,7 +102,7 @@ class _PrefixAttention(torch.autograd.Function):
                         into = prefix_grads[n][(slice(0, 1), at[1]) if shared else at]
                         into += moved[:, :, :p].sum(0, keepdim=True, dtype=wide) if shared else moved[:, :, :p]
                     if tokens is not None:
-                        tokens[at] = moved[:, :, p - (read.start or 0):]
+                        tokens[at] = moved[:, :, p - (read.start or 0) :]
         grad_prefix_k, grad_prefix_v = (g.to(q.dtype) for g in prefix_grads) if wants_prefix else (None, None)
         grads = {3: (whole, None, None), 2: (grad_q, whole, None), 1: (grad_q, grad_k, grad_v)}[packed]
         return *grads, grad_prefix_k, grad_prefix_v, None
@@ -98,6 +111,6 @@ class _PrefixAttention(torch.autograd.Function):
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """a @ b of (n, h, i, j) and (n, h, j, k) into the memory of `out`."""
     n, h, i, k = *a.shape[:3], b.shape[3]
-    out = out.view(-1)[:n * h * i * k].view(n * h, i, k)
+    out = out.view(-1)[: n * h * i * k].view(n * h, i, k)
     torch.bmm(a.reshape(n * h, i, a.shape[3]), b.reshape(n * h, a.shape[3], k), out=out)
     return out.view(n, h, i, k)

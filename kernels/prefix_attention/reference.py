@@ -16,15 +16,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: f
     while a head has few scores (`pytest bench/bench_prefix_attention.py --benchmark-only`).
     """
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if trains and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) \
-            and q.shape[2] * k.shape[2] <= SMALL_SCORES:
+    if (
+        trains
+        and q.device.type == "cpu"
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[2] * k.shape[2] <= SMALL_SCORES
+    ):
         scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
         return torch.softmax(scores if bias is None else scores + bias, dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
-def prefix_attention(q: Tensor, k: Tensor | None, v: Tensor | None, prefix_k: Tensor | None, prefix_v: Tensor | None,
-                     bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+def prefix_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """See `fastprompt.kernels.prefix_attention.prefix_attention`."""
     q, k, v = unpacked(q, k, v)
     b, p = k.shape[0], 0 if prefix_k is None else prefix_k.shape[2]

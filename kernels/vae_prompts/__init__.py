@@ -12,8 +12,9 @@ from fastprompt.kernels.vae_prompts.reference import LOGVAR_RANGE, Decoder
 __all__ = ["LOGVAR_RANGE", "Decoder", "vae_prompts"]
 
 
-def vae_prompts(stats: Tensor, decoders: list[Decoder], domain: Tensor, seed: Tensor | None = None
-                ) -> tuple[Tensor, Tensor]:
+def vae_prompts(
+    stats: Tensor, decoders: list[Decoder], domain: Tensor, seed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """[domain, instance] prompts of every layer, with instance = decoder(z), and KL(N(μ, σ²) ‖ N(0, I)).
 
     (μ, log σ²) = stats, log σ² clamped to `LOGVAR_RANGE`; z = μ + σ ε with ε from Philox noise when `seed` is
@@ -46,12 +47,21 @@ def vae_prompts(stats: Tensor, decoders: list[Decoder], domain: Tensor, seed: Te
     latent, width = stats.shape[1] // 2, domain.shape[2]
     for i, decoder in enumerate(decoders):
         if decoder.w1.shape[1] != latent or decoder.w2.shape[0] % width:
-            raise ValueError(f"decoders[{i}] must map {latent} to a multiple of {width}, "
-                             f"got {decoder.w1.shape[1]} to {decoder.w2.shape[0]}")
+            raise ValueError(
+                f"decoders[{i}] must map {latent} to a multiple of {width}, "
+                f"got {decoder.w1.shape[1]} to {decoder.w2.shape[0]}"
+            )
     if seed is not None and (str(seed.dtype) != "torch.int64" or tuple(seed.shape) != (2,)):
         raise TypeError(f"seed must be an int64 tensor of shape (2,), got {seed.dtype} {tuple(seed.shape)}")
-    if dispatch.choose("vae_prompts", stats.device.type, _unsupported(stats, decoders, domain, seed),
-                       arguments=(stats, decoders, domain, seed)) == "triton":
+    if (
+        dispatch.choose(
+            "vae_prompts",
+            stats.device.type,
+            _unsupported(stats, decoders, domain, seed),
+            arguments=(stats, decoders, domain, seed),
+        )
+        == "triton"
+    ):
         from fastprompt.kernels.vae_prompts import triton
 
         return triton.vae_prompts(stats, decoders, domain, seed)

@@ -83,8 +83,7 @@ def decode(decoder: Decoder, z: Tensor, width: int) -> Tensor:
     return F.linear(h, decoder.w2, decoder.b2).unflatten(-1, (-1, width))
 
 
-def vae_prompts(stats: Tensor, decoders: list[Decoder], domain: Tensor, seed: Tensor | None
-                ) -> tuple[Tensor, Tensor]:
+def vae_prompts(stats: Tensor, decoders: list[Decoder], domain: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `fastprompt.kernels.vae_prompts.vae_prompts`."""
     mu, logvar = gaussian(stats)
     z = mu
@@ -92,6 +91,7 @@ def vae_prompts(stats: Tensor, decoders: list[Decoder], domain: Tensor, seed: Te
         z = mu + torch.exp(0.5 * logvar) * philox_normal(seed, mu.numel(), mu.dtype).view_as(mu)
     instance = torch.stack([decode(d, z, domain.shape[2]) for d in decoders])  # (1 or L, B, m, D)
     layers, batch = domain.shape[0], stats.shape[0]
-    prompts = torch.cat([domain[:, None].expand(-1, batch, -1, -1),
-                         instance.to(domain.dtype).expand(layers, -1, -1, -1)], dim=2)
+    prompts = torch.cat(
+        [domain[:, None].expand(-1, batch, -1, -1), instance.to(domain.dtype).expand(layers, -1, -1, -1)], dim=2
+    )
     return prompts, kl_per_unit(mu, logvar).sum(dim=-1)

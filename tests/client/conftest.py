@@ -24,8 +24,9 @@ from fastprompt.pixels.export import export_client, host_features
 
 def make_backbone(width: int = 48, seed: int = 0) -> fp.FrozenViT:
     torch.manual_seed(seed)
-    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=width, depth=2, num_heads=3, num_classes=0,
-                            dynamic_img_size=True)
+    vit = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=width, depth=2, num_heads=3, num_classes=0, dynamic_img_size=True
+    )
     with torch.no_grad():
         for name, p in vit.named_parameters():
             if p.ndim > 1:
@@ -127,9 +128,16 @@ class FrozenHost(ThreadingHTTPServer):
         if self.models is not None:
             return {"object": "list", "data": self.models}
         vit = self.backbone
-        entry = {"id": "tiny", "object": "model", "fingerprint": vit.fingerprint, "width": vit.width,
-                 "image_size": list(vit.image_size), "patch_size": vit.patch_size, "mean": list(vit.mean),
-                 "std": list(vit.std)}
+        entry = {
+            "id": "tiny",
+            "object": "model",
+            "fingerprint": vit.fingerprint,
+            "width": vit.width,
+            "image_size": list(vit.image_size),
+            "patch_size": vit.patch_size,
+            "mean": list(vit.mean),
+            "std": list(vit.std),
+        }
         return {"object": "list", "data": [entry, {"id": "birds", "object": "adapter", "fingerprint": "f"}]}
 
     def embeddings(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -141,8 +149,13 @@ class FrozenHost(ThreadingHTTPServer):
             pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
             vector = self.finish(host_features(self.backbone, self.normalise(pixels), self.readout).numpy())
             coded = base64.b64encode(vector.astype("<f4").tobytes()).decode()
-            data.append({"object": "embedding", "index": i,
-                         "embedding": coded if body.get("encoding_format") == "base64" else vector.tolist()})
+            data.append(
+                {
+                    "object": "embedding",
+                    "index": i,
+                    "embedding": coded if body.get("encoding_format") == "base64" else vector.tolist(),
+                }
+            )
         return {"object": "list", "model": "tiny", "data": data, "usage": {"prompt_tokens": 0, "total_tokens": 0}}
 
 
@@ -155,8 +168,11 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)),
-                            **(headers or {})}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(content)),
+            **(headers or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)

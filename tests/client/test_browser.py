@@ -27,31 +27,45 @@ pytestmark = pytest.mark.skipif(not PAGE or not MODULES, reason="needs a browser
 @pytest.fixture
 def serve(host: Any) -> Callable[[Path], None]:
     """`serve(folder)`: the host has the page and, under /model, the folder."""
+
     def put(folder: Path) -> None:
         for root, prefix in ((Path(str(PAGE)), "/"), (folder, "/model/")):
             for path in root.rglob("*"):
                 if path.is_file() and "model" not in path.relative_to(root).parts:
                     kind = {".mjs": "text/javascript", ".js": "text/javascript", ".wasm": "application/wasm"}.get(
-                        path.suffix, mimetypes.guess_type(path.name)[0] or "application/octet-stream")
+                        path.suffix, mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+                    )
                     host.files[prefix + path.relative_to(root).as_posix()] = (kind, path.read_bytes())
+
     return put
 
 
 @pytest.fixture
 def browse(host: Any, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     """`browse(files)`: what the page shows for each."""
+
     def run(files: list[Path], query: str = "") -> list[dict[str, Any]]:
         chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
         assert chromium, "no chromium: apt-get install chromium, or set CHROMIUM"
-        job = {"page": host.url + "/index.html" + query, "files": [str(file) for file in files],
-               "modules": str(Path(str(MODULES)).resolve()), "chromium": chromium, "profile": str(tmp_path / "profile"),
-               "screenshot": os.environ.get("FASTPROMPT_SCREENSHOT")}
+        job = {
+            "page": host.url + "/index.html" + query,
+            "files": [str(file) for file in files],
+            "modules": str(Path(str(MODULES)).resolve()),
+            "chromium": chromium,
+            "profile": str(tmp_path / "profile"),
+            "screenshot": os.environ.get("FASTPROMPT_SCREENSHOT"),
+        }
         (tmp_path / "job.json").write_text(json.dumps(job))
-        ran = subprocess.run(["node", str(Path(__file__).with_name("browser.mjs")), str(tmp_path / "job.json")],
-                             capture_output=True, text=True, timeout=120)
+        ran = subprocess.run(
+            ["node", str(Path(__file__).with_name("browser.mjs")), str(tmp_path / "job.json")],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert ran.returncode == 0, ran.stderr
         assert not ran.stderr.strip(), ran.stderr
         return [json.loads(line) for line in ran.stdout.splitlines()]
+
     return run
 
 
@@ -70,8 +84,9 @@ def images(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def test_the_page_is_the_python_client(model: fp.PromptedViT, host: Any, tmp_path: Path, serve: Any,
-                                       browse: Any) -> None:
+def test_the_page_is_the_python_client(
+    model: fp.PromptedViT, host: Any, tmp_path: Path, serve: Any, browse: Any
+) -> None:
     export_client(model, tmp_path / "model")
     serve(tmp_path / "model")
     client, files = Client(tmp_path / "model"), images(tmp_path / "images")
@@ -89,14 +104,16 @@ def test_the_page_is_the_python_client(model: fp.PromptedViT, host: Any, tmp_pat
         prediction = client.predict(host.url, file)
         assert shown["class"] == prediction.name
         assert {name: float(p) for name, p in shown["rows"]} == pytest.approx(
-            dict(zip("abc", prediction.probabilities, strict=True)), abs=5e-3)
+            dict(zip("abc", prediction.probabilities, strict=True)), abs=5e-3
+        )
     assert different <= 1e-3 * total
     print(f"{different} of {total} levels differ")
 
 
 @pytest.mark.parametrize("kind", ["text", "prototypes", "inverted"])
-def test_the_page_has_every_head_and_placement(backbone: fp.FrozenViT, make: Any, host: Any, tmp_path: Path, serve: Any,
-                                               browse: Any, kind: str) -> None:
+def test_the_page_has_every_head_and_placement(
+    backbone: fp.FrozenViT, make: Any, host: Any, tmp_path: Path, serve: Any, browse: Any, kind: str
+) -> None:
     config = fp.RGBPGNConfig(num_prompts=4, library_size=6, widths=(4, 8))
     if kind == "inverted":
         pgn = make(backbone, fp.PGNConfig(num_prompts=4, library_size=6, widths=(4, 8)))
@@ -106,8 +123,9 @@ def test_the_page_has_every_head_and_placement(backbone: fp.FrozenViT, make: Any
         model = fp.PromptedViT(backbone, config, 3, "text", class_embeddings=texts, class_names=list("abc"))
     else:
         layers = [(torch.randn(20, 48), torch.randn(20)), (torch.randn(10, 20), None)]
-        model = fp.PromptedViT(backbone, config, head=fp.PrototypeHead(torch.randn(3, 10), layers),
-                               class_names=list("abc"))
+        model = fp.PromptedViT(
+            backbone, config, head=fp.PrototypeHead(torch.randn(3, 10), layers), class_names=list("abc")
+        )
     export_client(model, tmp_path / "model")
     serve(tmp_path / "model")
     [file, *_] = images(tmp_path / "images")
@@ -115,7 +133,8 @@ def test_the_page_has_every_head_and_placement(backbone: fp.FrozenViT, make: Any
     assert shown["state"] == "Done.", shown["state"]
     prediction = Client(tmp_path / "model").predict(host.url, file)
     assert {name: float(p) for name, p in shown["rows"]} == pytest.approx(
-        dict(zip("abc", prediction.probabilities, strict=True)), abs=5e-3)
+        dict(zip("abc", prediction.probabilities, strict=True)), abs=5e-3
+    )
 
 
 def test_a_broken_host_gets_no_picture(folder: Path, host: Any, tmp_path: Path, serve: Any, browse: Any) -> None:

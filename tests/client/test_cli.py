@@ -23,8 +23,9 @@ def test_images_are_classified(folder: Path, host: Any, image: Path, capsys: pyt
     assert main([str(folder), str(image), str(image), "--url", host.url]) == 0
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     expected = Client(folder).predict(host.url, image)
-    assert first == second == {"file": str(image), "class": expected.name,
-                               "probability": round(expected.probability, 6)}
+    assert (
+        first == second == {"file": str(image), "class": expected.name, "probability": round(expected.probability, 6)}
+    )
 
 
 def test_without_an_image_the_host_is_verified(folder: Path, host: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,17 +55,21 @@ def test_an_empty_key_is_none(folder: Path, host: Any, monkeypatch: pytest.Monke
     assert not any("Authorization" in headers for _, headers, _ in host.requests)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["FOLDER"], "--url or --png: one of them is needed"),
-    (["FOLDER", "--png", "x.png"], "--png: takes one image, got 0"),
-    (["FOLDER", "none.jpg", "--png", "x.png"], "image none.jpg is no file"),
-    (["FOLDER", "--url", "localhost"], "url must be http://HOST"),
-    (["FOLDER", "--url", "http://localhost:99999"], "url must have a port from 1 to 65535"),
-    (["FOLDER", "--url", "http://localhost", "--timeout", "0"], "timeout must be over 0"),
-    (["/no/such", "--url", "http://localhost"], "is no folder"),
-])
-def test_wrong_input_is_one_line(folder: Path, arguments: list[str], message: str,
-                                 capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["FOLDER"], "--url or --png: one of them is needed"),
+        (["FOLDER", "--png", "x.png"], "--png: takes one image, got 0"),
+        (["FOLDER", "none.jpg", "--png", "x.png"], "image none.jpg is no file"),
+        (["FOLDER", "--url", "localhost"], "url must be http://HOST"),
+        (["FOLDER", "--url", "http://localhost:99999"], "url must have a port from 1 to 65535"),
+        (["FOLDER", "--url", "http://localhost", "--timeout", "0"], "timeout must be over 0"),
+        (["/no/such", "--url", "http://localhost"], "is no folder"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(folder) if a == "FOLDER" else a for a in arguments]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert message in line

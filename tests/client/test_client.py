@@ -21,6 +21,7 @@ def jpeg(quality: int, **options: Any) -> Callable[[Image.Image], Image.Image]:
         stream = io.BytesIO()
         picture.save(stream, "JPEG", quality=quality, **options)
         return Image.open(stream).convert("RGB")
+
     return change
 
 
@@ -66,8 +67,9 @@ def test_what_is_deployed_is_what_training_saw(extend: fp.PromptedViT, host: Any
     assert [client.predict(host.url, image).name for image in images] == ["abc"[i] for i in expected]
 
 
-def test_an_image_is_squashed_where_training_squashed_it(extend: fp.PromptedViT, tmp_path: Path,
-                                                         photo: np.ndarray) -> None:
+def test_an_image_is_squashed_where_training_squashed_it(
+    extend: fp.PromptedViT, tmp_path: Path, photo: np.ndarray
+) -> None:
     from fastprompt.data.images import to_tensor
 
     for resize in ("crop", "squash"):
@@ -102,10 +104,14 @@ BROKEN = {
     "squeezed, bilinear": ({"change": lambda p: p.resize((32, 32), Image.Resampling.BILINEAR)}, "resizing"),
     "half and back": ({"change": lambda p: p.resize((16, 20)).resize(p.size)}, "resizing"),
     "middle": ({"change": lambda p: p.crop((0, 4, 32, 36))}, "cropping"),
-    "resized and cropped": ({"change": lambda p: p.resize((37, 46), Image.Resampling.BICUBIC).crop((2, 7, 34, 39))},
-                            "resizing and cropping"),
-    "a fifth cut off": ({"change": lambda p: p.resize((40, 50), Image.Resampling.BICUBIC).crop((4, 9, 36, 41))},
-                        "resizing and cropping"),
+    "resized and cropped": (
+        {"change": lambda p: p.resize((37, 46), Image.Resampling.BICUBIC).crop((2, 7, 34, 39))},
+        "resizing and cropping",
+    ),
+    "a fifth cut off": (
+        {"change": lambda p: p.resize((40, 50), Image.Resampling.BICUBIC).crop((4, 9, 36, 41))},
+        "resizing and cropping",
+    ),
     "lowest rows": ({"change": lambda p: p.crop((0, 8, 32, 40))}, "cropping"),
     "bgr": ({"change": swapped}, "blue and red swapped (BGR)"),
     "mirrored": ({"change": ImageOps.mirror}, "mirroring"),
@@ -157,8 +163,9 @@ def test_a_mistake_that_none_resembles_is_not_named(folder: Path, host: Any, kin
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_a_host_in_another_format_is_right(model: fp.PromptedViT, host: Any, tmp_path: Path,
-                                           dtype: torch.dtype) -> None:
+def test_a_host_in_another_format_is_right(
+    model: fp.PromptedViT, host: Any, tmp_path: Path, dtype: torch.dtype
+) -> None:
     manifest = export_client(model, tmp_path)
     host.backbone = copy.deepcopy(model.backbone).to(dtype)
     host.normalise = host.backbone.normalise
@@ -166,16 +173,18 @@ def test_a_host_in_another_format_is_right(model: fp.PromptedViT, host: Any, tmp
     assert 1 - found.cosine <= (1 - manifest["golden"]["threshold"]) / 3 + 1e-6
 
 
-def test_a_model_exported_in_bfloat16_knows_a_host_in_float32(extend: fp.PromptedViT, host: Any,
-                                                              tmp_path: Path) -> None:
+def test_a_model_exported_in_bfloat16_knows_a_host_in_float32(
+    extend: fp.PromptedViT, host: Any, tmp_path: Path
+) -> None:
     model = copy.deepcopy(extend)
     model.set_backbone_dtype(torch.bfloat16)
     export_client(model, tmp_path)
     assert Client(tmp_path).verify(host.url).ok
 
 
-def test_another_model_is_refused_and_its_fingerprint_is_shown(folder: Path, host: Any,
-                                                               other_backbone: Callable[..., Any]) -> None:
+def test_another_model_is_refused_and_its_fingerprint_is_shown(
+    folder: Path, host: Any, other_backbone: Callable[..., Any]
+) -> None:
     host.backbone = other_backbone(seed=5)
     host.normalise = host.backbone.normalise
     found = Client(folder).check(host.url)
@@ -210,10 +219,13 @@ def test_the_model_with_the_fingerprint_is_asked_for(folder: Path, host: Any) ->
 
 
 def test_the_only_model_is_asked_for(folder: Path, host: Any) -> None:
-    for models, expected in (([{"id": "one", "object": "model"}], "one"), ([{"id": "one"}, {"id": 3}], "one"),
-                             ([{"id": "one", "object": "model"}, {"id": "birds", "object": "adapter"}], "one"),
-                             ([{"id": "one", "object": "model"}, {"id": "two", "object": "model"}], None),
-                             ([{"id": "birds", "object": "adapter"}], None)):
+    for models, expected in (
+        ([{"id": "one", "object": "model"}], "one"),
+        ([{"id": "one"}, {"id": 3}], "one"),
+        ([{"id": "one", "object": "model"}, {"id": "birds", "object": "adapter"}], "one"),
+        ([{"id": "one", "object": "model"}, {"id": "two", "object": "model"}], None),
+        ([{"id": "birds", "object": "adapter"}], None),
+    ):
         host.models = models
         Client(folder).verify(host.url)
         assert host.requests[-1][2].get("model") == expected
@@ -250,11 +262,12 @@ def heads(backbone: fp.FrozenViT) -> dict[str, Any]:
     texts, layers = torch.randn(3, 10), [(torch.randn(20, 48), torch.randn(20)), (torch.randn(10, 20), None)]
     projection = torch.nn.Linear(48, 10)
     with_projection = fp.FrozenViT(backbone_with(projection))
-    return {"linear": (backbone, {"num_classes": 3}),
-            "text": (with_projection, {"num_classes": 3, "head": "text", "class_embeddings": texts,
-                                       "logit_scale": 7.0}),
-            "label_map": (with_projection, {"num_classes": 3, "head": "label_map"}),
-            "prototypes": (backbone, {"head": fp.PrototypeHead(texts, layers)})}
+    return {
+        "linear": (backbone, {"num_classes": 3}),
+        "text": (with_projection, {"num_classes": 3, "head": "text", "class_embeddings": texts, "logit_scale": 7.0}),
+        "label_map": (with_projection, {"num_classes": 3, "head": "label_map"}),
+        "prototypes": (backbone, {"head": fp.PrototypeHead(texts, layers)}),
+    }
 
 
 def backbone_with(head: torch.nn.Linear) -> Any:
@@ -289,8 +302,9 @@ def test_classify_refuses_what_does_not_fit(folder: Path, backbone: fp.FrozenViT
         Client(tmp_path).classify(np.zeros((1, 48)))
 
 
-def test_an_inverted_pgn_is_deployed(backbone: fp.FrozenViT, make: Callable[..., Any], host: Any,
-                                     tmp_path: Path) -> None:
+def test_an_inverted_pgn_is_deployed(
+    backbone: fp.FrozenViT, make: Callable[..., Any], host: Any, tmp_path: Path
+) -> None:
     model = make(backbone, fp.PGNConfig(num_prompts=4, library_size=5, widths=(4, 8)))
     inverted = fp.RGBPrompts.invert(model, "extend", picture=True)
     export_client(inverted, tmp_path)
@@ -305,29 +319,39 @@ def test_an_inverted_pgn_is_deployed(backbone: fp.FrozenViT, make: Callable[...,
     assert client.verify(host.url).ok
 
 
-@pytest.mark.parametrize(("options", "error", "message"), [
-    ({"timeout": 0}, ValueError, "timeout must be over 0"), ({"timeout": -1}, ValueError, "timeout must be over 0"),
-    ({"timeout": float("nan")}, ValueError, "timeout must be over 0"),
-    ({"timeout": float("inf")}, ValueError, "timeout must be over 0 and at most 86,400 seconds, got inf"),
-    ({"timeout": 1e12}, ValueError, "timeout must be over 0"),
-    ({"timeout": "3"}, TypeError, "timeout must be a number of seconds, got '3'"),
-    ({"timeout": None}, TypeError, "timeout must be a number"), ({"timeout": True}, TypeError, "timeout must be"),
-    ({"threads": 0}, ValueError, "threads must be from 1, got 0"),
-    ({"threads": "2"}, TypeError, "threads must be a whole number, got '2'"),
-    ({"max_pixels": 0}, ValueError, "max_pixels must be from 1"),
-    ({"max_pixels": 1e6}, TypeError, "max_pixels must be a whole number"),
-    ({"model": 3}, TypeError, "model must be a name"), ({"model": ""}, TypeError, "model must be a name"),
-    ({"api_key": 3}, ValueError, "api_key must be"), ({"api_key": ""}, ValueError, "api_key must be"),
-    ({"api_key": "secret\n"}, ValueError, "api_key must be printable ASCII, or None for no key$"),
-], ids=str)
-def test_arguments_are_checked_at_once(folder: Path, options: dict[str, Any], error: type[Exception],
-                                       message: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"timeout": 0}, ValueError, "timeout must be over 0"),
+        ({"timeout": -1}, ValueError, "timeout must be over 0"),
+        ({"timeout": float("nan")}, ValueError, "timeout must be over 0"),
+        ({"timeout": float("inf")}, ValueError, "timeout must be over 0 and at most 86,400 seconds, got inf"),
+        ({"timeout": 1e12}, ValueError, "timeout must be over 0"),
+        ({"timeout": "3"}, TypeError, "timeout must be a number of seconds, got '3'"),
+        ({"timeout": None}, TypeError, "timeout must be a number"),
+        ({"timeout": True}, TypeError, "timeout must be"),
+        ({"threads": 0}, ValueError, "threads must be from 1, got 0"),
+        ({"threads": "2"}, TypeError, "threads must be a whole number, got '2'"),
+        ({"max_pixels": 0}, ValueError, "max_pixels must be from 1"),
+        ({"max_pixels": 1e6}, TypeError, "max_pixels must be a whole number"),
+        ({"model": 3}, TypeError, "model must be a name"),
+        ({"model": ""}, TypeError, "model must be a name"),
+        ({"api_key": 3}, ValueError, "api_key must be"),
+        ({"api_key": ""}, ValueError, "api_key must be"),
+        ({"api_key": "secret\n"}, ValueError, "api_key must be printable ASCII, or None for no key$"),
+    ],
+    ids=str,
+)
+def test_arguments_are_checked_at_once(
+    folder: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         Client(folder, **options)
 
 
-def test_what_is_wrong_here_is_found_before_the_host_is_asked(folder: Path, backbone: fp.FrozenViT, host: Any,
-                                                              photo: np.ndarray, tmp_path: Path) -> None:
+def test_what_is_wrong_here_is_found_before_the_host_is_asked(
+    folder: Path, backbone: fp.FrozenViT, host: Any, photo: np.ndarray, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"image none\.jpg is no file"):
         Client(folder).predict(host.url, "none.jpg")
     with pytest.raises(TypeError, match="image must be a path, bytes, a PIL image or a uint8 array, got list"):

@@ -67,43 +67,47 @@ def test_a_folder_is_read(folder: Path) -> None:
     assert found.class_names == ("a", "b", "c")
 
 
-@pytest.mark.parametrize(("name", "value", "message"), [
-    ("format", 2, "format must be 1, got 2"),
-    ("format", ..., "format is missing"),
-    ("format", 1.0, "format must be 1, got 1.0"),
-    ("format", True, "format must be 1, got True"),
-    ("backbone", 3, "backbone.image_size is missing"),
-    ("backbone.image_size", [32], r"backbone.image_size must be \[height, width\]"),
-    ("backbone.image_size", [32, 10**9], r"backbone.image_size must be \[height, width\]"),
-    ("backbone.image_size", [True, 32], r"backbone.image_size must be \[height, width\]"),
-    ("backbone.width", -1, "backbone.width must be a whole number"),
-    ("backbone.width", 47, r"must be \(any, 47\)"),
-    ("backbone.patch_size", 4, "picture_size must be"),
-    ("backbone.name", None, "backbone.name must be of kind str"),
-    ("picture_size", [32, 32], r"picture_size must be \[40, 32\]"),
-    ("prompts.kind", "latent", "prompts.kind must be one of"),
-    ("prompts.placement", "border", "prompts.placement must be one of"),
-    ("prompts.num_prompts", 8, "prompts.num_prompts must fill 1 rows of 4"),
-    ("prompts.library_size", 13, "library.npy must be"),
-    ("prompts.rest", 1, "prompts.rest must be of kind bool"),
-    ("prompts.round_pixels", 1, "prompts.round_pixels must be of kind bool"),
-    ("prompts.offset", True, "files lacks offset.npy"),
-    ("preprocessing.resize", "stretch", "preprocessing.resize must be one of"),
-    ("head.kind", "svm", "head.kind must be one of"),
-    ("head", None, "class_names must be one for each class"),
-    ("class_names", ["a"], "class_names must be one for each class"),
-    ("class_names", ["a", "b", 3], "class_names must be a list of texts"),
-    ("golden.threshold", "0.999", "golden.threshold must be a number"),
-    ("golden.threshold", float("nan"), "golden.threshold must be a number"),
-    ("golden.threshold", 10**400, "golden.threshold must be a number"),
-    ("golden.threshold", -5, "golden.threshold must be over 0 and at most 1, got -5"),
-    ("golden.threshold", 0, "golden.threshold must be over 0 and at most 1, got 0"),
-    ("golden.threshold", 1.001, "golden.threshold must be over 0 and at most 1, got 1.001"),
-    ("golden.mistakes", [{}], r"golden.mistakes\[0\] must have a name"),
-    ("golden.mistakes", [], "mistakes.npy must be"),
-    ("files", [], "is no manifest"),
-    ("files", {}, "files lacks"),
-], ids=lambda value: repr(value)[:40])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("format", 2, "format must be 1, got 2"),
+        ("format", ..., "format is missing"),
+        ("format", 1.0, "format must be 1, got 1.0"),
+        ("format", True, "format must be 1, got True"),
+        ("backbone", 3, "backbone.image_size is missing"),
+        ("backbone.image_size", [32], r"backbone.image_size must be \[height, width\]"),
+        ("backbone.image_size", [32, 10**9], r"backbone.image_size must be \[height, width\]"),
+        ("backbone.image_size", [True, 32], r"backbone.image_size must be \[height, width\]"),
+        ("backbone.width", -1, "backbone.width must be a whole number"),
+        ("backbone.width", 47, r"must be \(any, 47\)"),
+        ("backbone.patch_size", 4, "picture_size must be"),
+        ("backbone.name", None, "backbone.name must be of kind str"),
+        ("picture_size", [32, 32], r"picture_size must be \[40, 32\]"),
+        ("prompts.kind", "latent", "prompts.kind must be one of"),
+        ("prompts.placement", "border", "prompts.placement must be one of"),
+        ("prompts.num_prompts", 8, "prompts.num_prompts must fill 1 rows of 4"),
+        ("prompts.library_size", 13, "library.npy must be"),
+        ("prompts.rest", 1, "prompts.rest must be of kind bool"),
+        ("prompts.round_pixels", 1, "prompts.round_pixels must be of kind bool"),
+        ("prompts.offset", True, "files lacks offset.npy"),
+        ("preprocessing.resize", "stretch", "preprocessing.resize must be one of"),
+        ("head.kind", "svm", "head.kind must be one of"),
+        ("head", None, "class_names must be one for each class"),
+        ("class_names", ["a"], "class_names must be one for each class"),
+        ("class_names", ["a", "b", 3], "class_names must be a list of texts"),
+        ("golden.threshold", "0.999", "golden.threshold must be a number"),
+        ("golden.threshold", float("nan"), "golden.threshold must be a number"),
+        ("golden.threshold", 10**400, "golden.threshold must be a number"),
+        ("golden.threshold", -5, "golden.threshold must be over 0 and at most 1, got -5"),
+        ("golden.threshold", 0, "golden.threshold must be over 0 and at most 1, got 0"),
+        ("golden.threshold", 1.001, "golden.threshold must be over 0 and at most 1, got 1.001"),
+        ("golden.mistakes", [{}], r"golden.mistakes\[0\] must have a name"),
+        ("golden.mistakes", [], "mistakes.npy must be"),
+        ("files", [], "is no manifest"),
+        ("files", {}, "files lacks"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
 def test_a_damaged_manifest_is_named(copy: Path, name: str, value: Any, message: str) -> None:
     change(copy, name, value)
     with pytest.raises(FolderError, match=message):
@@ -124,8 +128,18 @@ def test_a_manifest_that_is_none(copy: Path, content: bytes) -> None:
         Client(copy)
 
 
-@pytest.mark.parametrize("name", ["generator.onnx", "library.npy", "library_rest.npy", "head_weight.npy",
-                                  "mistakes.npy", "golden_picture.png", "golden_embedding.npy"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "generator.onnx",
+        "library.npy",
+        "library_rest.npy",
+        "head_weight.npy",
+        "mistakes.npy",
+        "golden_picture.png",
+        "golden_embedding.npy",
+    ],
+)
 def test_a_missing_or_damaged_file_is_named(copy: Path, name: str) -> None:
     content = (copy / name).read_bytes()
     (copy / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -139,31 +153,51 @@ def test_a_missing_or_damaged_file_is_named(copy: Path, name: str) -> None:
         Client(copy)
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("library.npy", npy(np.zeros((12, 191), np.uint8)), r"library.npy must be \(12, 192\) of uint8 or float32"),
-    ("library.npy", npy(np.zeros((12, 192), np.int64)), "library.npy must be .* of uint8 or float32, got .* of int64"),
-    ("library.npy", npy(np.array([{}], object)), "library.npy is damaged"),
-    ("library.npy", b"no array", "library.npy is damaged"),
-    ("library.npy", b"", "library.npy is damaged"),
-    ("library.npy", npz(), "library.npy is damaged"),
-    ("library.npy", npz()[:50], "library.npy is damaged"),
-    ("library.npy", npy(np.zeros((12, 192), np.uint8))[:-1], "library.npy is damaged"),
-    ("library.npy", b"\x93NUMPY\x01\x00\x10\x00{'a':(((((((((((\n", "library.npy is damaged"),
-    ("library.npy", b"\x93NUMPY\x01\x00\x48\x00" + b"{'descr': '|u1', 'fortran_order': False, 'shape': (12, 1e9)}"
-     .replace(b"1e9", b"1" + b"0" * 9).ljust(71) + b"\n", "library.npy is damaged"),
-    ("library.npy", b"\x93NUMPY\x01\x00\x96\x00" + b"{'descr': '|u1', 'fortran_order': False, 'shape': (12, 1e9)}"
-     .replace(b"1e9", b"1" + b"0" * 40).ljust(149) + b"\n", "library.npy is damaged"),
-    ("library.npy", b"\x93NUMPY\x09\x00\x40\x00{'descr'", "library.npy is damaged"),
-    ("golden_picture.png", b"xx", "golden_picture.png is damaged: image cannot be read"),
-    ("golden_image.png", b"xx", "golden_image.png is damaged: image cannot be read"),
-    ("golden_image.png", png(40, 32), "golden_image.png is damaged: image has 32 x 40 pixels"),
-    ("golden_image.png", png(32, 31), "golden_image.png must be a PNG file of 32 x 32 pixels"),
-    ("golden_picture.png", png(32, 40), "golden_picture.png must be a PNG file of 40 x 32 pixels"),
-    ("golden_picture.png", png(40, 32, "JPEG"), "golden_picture.png must be a PNG file of 40 x 32 pixels"),
-    ("head_bias.npy", npy(np.full(3, np.nan, np.float32)), "head_bias.npy contains NaN"),
-    ("head_weight.npy", npy(np.zeros((3, 48, 1), np.float32)), r"head_weight.npy must be \(any, 48\)"),
-    ("generator.onnx", b"no graph", "generator.onnx cannot be run by onnxruntime"),
-], ids=lambda value: repr(value)[:40])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("library.npy", npy(np.zeros((12, 191), np.uint8)), r"library.npy must be \(12, 192\) of uint8 or float32"),
+        (
+            "library.npy",
+            npy(np.zeros((12, 192), np.int64)),
+            "library.npy must be .* of uint8 or float32, got .* of int64",
+        ),
+        ("library.npy", npy(np.array([{}], object)), "library.npy is damaged"),
+        ("library.npy", b"no array", "library.npy is damaged"),
+        ("library.npy", b"", "library.npy is damaged"),
+        ("library.npy", npz(), "library.npy is damaged"),
+        ("library.npy", npz()[:50], "library.npy is damaged"),
+        ("library.npy", npy(np.zeros((12, 192), np.uint8))[:-1], "library.npy is damaged"),
+        ("library.npy", b"\x93NUMPY\x01\x00\x10\x00{'a':(((((((((((\n", "library.npy is damaged"),
+        (
+            "library.npy",
+            b"\x93NUMPY\x01\x00\x48\x00"
+            + b"{'descr': '|u1', 'fortran_order': False, 'shape': (12, 1e9)}".replace(b"1e9", b"1" + b"0" * 9).ljust(71)
+            + b"\n",
+            "library.npy is damaged",
+        ),
+        (
+            "library.npy",
+            b"\x93NUMPY\x01\x00\x96\x00"
+            + b"{'descr': '|u1', 'fortran_order': False, 'shape': (12, 1e9)}".replace(b"1e9", b"1" + b"0" * 40).ljust(
+                149
+            )
+            + b"\n",
+            "library.npy is damaged",
+        ),
+        ("library.npy", b"\x93NUMPY\x09\x00\x40\x00{'descr'", "library.npy is damaged"),
+        ("golden_picture.png", b"xx", "golden_picture.png is damaged: image cannot be read"),
+        ("golden_image.png", b"xx", "golden_image.png is damaged: image cannot be read"),
+        ("golden_image.png", png(40, 32), "golden_image.png is damaged: image has 32 x 40 pixels"),
+        ("golden_image.png", png(32, 31), "golden_image.png must be a PNG file of 32 x 32 pixels"),
+        ("golden_picture.png", png(32, 40), "golden_picture.png must be a PNG file of 40 x 32 pixels"),
+        ("golden_picture.png", png(40, 32, "JPEG"), "golden_picture.png must be a PNG file of 40 x 32 pixels"),
+        ("head_bias.npy", npy(np.full(3, np.nan, np.float32)), "head_bias.npy contains NaN"),
+        ("head_weight.npy", npy(np.zeros((3, 48, 1), np.float32)), r"head_weight.npy must be \(any, 48\)"),
+        ("generator.onnx", b"no graph", "generator.onnx cannot be run by onnxruntime"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
 def test_a_file_that_does_not_fit_is_named(copy: Path, name: str, content: bytes, message: str) -> None:
     replace(copy, name, content)
     with pytest.raises(FolderError, match=message):
@@ -174,10 +208,15 @@ def test_another_graph_is_refused(copy: Path, folder: Path) -> None:
     from onnx import TensorProto, helper
 
     node = helper.make_node("Cast", ["x"], ["weights"], to=TensorProto.FLOAT)
-    values = [helper.make_tensor_value_info(*of) for of in (("x", TensorProto.UINT8, [2]),
-                                                            ("weights", TensorProto.FLOAT, [2]))]
-    made = helper.make_model(helper.make_graph([node], "other", [values[0]], [values[1]]),
-                             opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    values = [
+        helper.make_tensor_value_info(*of)
+        for of in (("x", TensorProto.UINT8, [2]), ("weights", TensorProto.FLOAT, [2]))
+    ]
+    made = helper.make_model(
+        helper.make_graph([node], "other", [values[0]], [values[1]]),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
     replace(copy, "generator.onnx", made.SerializeToString())
     with pytest.raises(FolderError, match=r"generator.onnx must go from \('image', .*\(1, 32, 32, 3\)\)"):
         Client(copy)

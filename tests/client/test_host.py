@@ -19,28 +19,32 @@ def vector(value: Any, **more: Any) -> bytes:
     return json.dumps({"data": [{"index": 0, "embedding": value, **more}]}).encode()
 
 
-@pytest.mark.parametrize(("status", "body", "message"), [
-    (200, b"{", "answered no JSON"),
-    (200, b"[" * 100_000, "answered no JSON"),
-    (200, b"[]", "answered list, a JSON object is needed"),
-    (200, b"{}", "must return 1 embeddings, got NoneType"),
-    (200, b'{"data": []}', "must return 1 embeddings, got 0"),
-    (200, b'{"data": [3]}', "returned entry 0 without an index"),
-    (200, vector([1.0], index=7), "returned entry 0 without an index of its own"),
-    (200, vector([1.0], index=True), "returned entry 0 without an index of its own"),
-    (200, vector([1.0, "x"]), "neither a list of numbers nor base64"),
-    (200, vector(None), "neither a list of numbers nor base64"),
-    (200, vector([]), "empty or not finite"),
-    (200, vector([1e39]), "empty or not finite"),
-    (200, vector([float("nan")]), "empty or not finite"),
-    (200, vector("%%%"), "returned no embedding for picture 0"),
-    (200, vector(base64.b64encode(b"abc").decode()), "returned no embedding for picture 0"),
-    (500, b"broken", "answered 500: broken"),
-    (413, b'{"error": {"message": "too large", "code": 413}}', "answered 413: too large"),
-    (400, b'{"error": 3}', 'answered 400: {"error": 3}'),
-    (500, b"\x1b[31mred\x1b[0m\r\x07", "answered 500:  [31mred [0m"),
-    (400, json.dumps({"error": {"message": "a\x1b]0;b\u202ec\nd"}}).encode(), "answered 400: a ]0;b c d"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (200, b"{", "answered no JSON"),
+        (200, b"[" * 100_000, "answered no JSON"),
+        (200, b"[]", "answered list, a JSON object is needed"),
+        (200, b"{}", "must return 1 embeddings, got NoneType"),
+        (200, b'{"data": []}', "must return 1 embeddings, got 0"),
+        (200, b'{"data": [3]}', "returned entry 0 without an index"),
+        (200, vector([1.0], index=7), "returned entry 0 without an index of its own"),
+        (200, vector([1.0], index=True), "returned entry 0 without an index of its own"),
+        (200, vector([1.0, "x"]), "neither a list of numbers nor base64"),
+        (200, vector(None), "neither a list of numbers nor base64"),
+        (200, vector([]), "empty or not finite"),
+        (200, vector([1e39]), "empty or not finite"),
+        (200, vector([float("nan")]), "empty or not finite"),
+        (200, vector("%%%"), "returned no embedding for picture 0"),
+        (200, vector(base64.b64encode(b"abc").decode()), "returned no embedding for picture 0"),
+        (500, b"broken", "answered 500: broken"),
+        (413, b'{"error": {"message": "too large", "code": 413}}', "answered 413: too large"),
+        (400, b'{"error": 3}', 'answered 400: {"error": 3}'),
+        (500, b"\x1b[31mred\x1b[0m\r\x07", "answered 500:  [31mred [0m"),
+        (400, json.dumps({"error": {"message": "a\x1b]0;b\u202ec\nd"}}).encode(), "answered 400: a ]0;b c d"),
+    ],
+    ids=str,
+)
 def test_bad_answers_are_named(host: Any, status: int, body: bytes, message: str) -> None:
     host.respond = lambda path: (status, {}, body)
     with pytest.raises(HostError) as caught:
@@ -120,7 +124,7 @@ def test_an_answer_in_pieces_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
             receive(connection)
             connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n")
             for start in range(0, len(answer), 9000):
-                part = answer[start:start + 9000]
+                part = answer[start : start + 9000]
                 connection.sendall(b"%x\r\n%s\r\n" % (len(part), part))
             connection.sendall(b"0\r\n\r\n")
 
@@ -148,12 +152,19 @@ def test_other_addresses_are_refused(url: str) -> None:
         Host(None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("url", "message"), [
-    ("http://host:0", "a port from 1 to 65535"), ("http://host:99999", "a port from 1 to 65535"),
-    ("http://host:-1", "a port from 1 to 65535"), ("http://host:abc", "a port from 1 to 65535"),
-    ("http://host/?x=1", "must not have a query"), ("http://host/v1/embeddings?key=secret", "must not have a query"),
-    ("http://host/a b", "a path of printable ASCII"), ("http://host/ä", "a path of printable ASCII"),
-])
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://host:0", "a port from 1 to 65535"),
+        ("http://host:99999", "a port from 1 to 65535"),
+        ("http://host:-1", "a port from 1 to 65535"),
+        ("http://host:abc", "a port from 1 to 65535"),
+        ("http://host/?x=1", "must not have a query"),
+        ("http://host/v1/embeddings?key=secret", "must not have a query"),
+        ("http://host/a b", "a path of printable ASCII"),
+        ("http://host/ä", "a path of printable ASCII"),
+    ],
+)
 def test_addresses_that_no_request_can_have_are_refused(url: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"url must (have )?{message}|url {message}") as caught:
         Host(url)

@@ -41,8 +41,13 @@ def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
 def test_it_imports_nothing_else(repository: Path) -> None:
     for path in (repository / "client").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
-                [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             for module in modules:
                 root = module.split(".")[0]
                 assert root in NEEDED | {"fastprompt_client"} | sys.stdlib_module_names, f"{path} imports {module}"
@@ -51,12 +56,19 @@ def test_it_imports_nothing_else(repository: Path) -> None:
 def test_the_wheel_runs_without_torch(wheel: Path, folder: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    code = ("import sys\n"
-            "for name in ('torch', 'timm', 'fastprompt', 'scipy', 'onnx'): sys.modules[name] = None\n"
-            "import fastprompt_client, numpy\n"
-            "client = fastprompt_client.Client(sys.argv[1])\n"
-            "print(fastprompt_client.__file__, len(client.png(numpy.zeros((50, 60, 3), numpy.uint8))))\n")
-    ran = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=tmp_path, capture_output=True, text=True,
-                         env={"PYTHONPATH": str(tmp_path / "site")})
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'timm', 'fastprompt', 'scipy', 'onnx'): sys.modules[name] = None\n"
+        "import fastprompt_client, numpy\n"
+        "client = fastprompt_client.Client(sys.argv[1])\n"
+        "print(fastprompt_client.__file__, len(client.png(numpy.zeros((50, 60, 3), numpy.uint8))))\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(tmp_path / "site")},
+    )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith(str(tmp_path / "site"))

@@ -50,17 +50,25 @@ def job(folder: Path, tmp_path: Path) -> Path:
     [weights] = client._session.run(None, {"image": image[None]})
     head = client.folder.head
     assert head is not None
-    (tmp_path / "job.json").write_text(json.dumps({
-        "web": web.as_uri(), "folder": str(folder), "golden": client.folder.golden_embedding.tolist(),
-        "rows": (head.rows * 10).tolist(), "images": {base64.b64encode(file).decode(): raw(file) for file in files},
-        "weights": {"dims": list(weights.shape), "data": weights.ravel().tolist()},
-    }))
+    (tmp_path / "job.json").write_text(
+        json.dumps(
+            {
+                "web": web.as_uri(),
+                "folder": str(folder),
+                "golden": client.folder.golden_embedding.tolist(),
+                "rows": (head.rows * 10).tolist(),
+                "images": {base64.b64encode(file).decode(): raw(file) for file in files},
+                "weights": {"dims": list(weights.shape), "data": weights.ravel().tolist()},
+            }
+        )
+    )
     return tmp_path / "job.json"
 
 
 def test_every_case_is_run(job: Path) -> None:
-    ran = subprocess.run([str(NODE), str(PAGE), "list", str(job)], capture_output=True, text=True, timeout=60,
-                         check=True)
+    ran = subprocess.run(
+        [str(NODE), str(PAGE), "list", str(job)], capture_output=True, text=True, timeout=60, check=True
+    )
     assert json.loads(ran.stdout) == CASES
 
 

@@ -44,12 +44,14 @@ def test_the_picture_is_that_of_training(model: fp.PromptedViT, tmp_path: Path) 
     assert different <= 1e-3 * pixels
 
 
-@pytest.mark.parametrize(("height", "patch", "rows"), [(224, 16, 1), (224, 16, 2), (112, 16, 1), (518, 14, 1),
-                                                       (224, 32, 2), (96, 8, 5)])
+@pytest.mark.parametrize(
+    ("height", "patch", "rows"), [(224, 16, 1), (224, 16, 2), (112, 16, 1), (518, 14, 1), (224, 32, 2), (96, 8, 5)]
+)
 def test_shrinking_is_that_of_training(height: int, patch: int, rows: int) -> None:
     """Many shrunk pixels are half way between two levels: they go down on both sides."""
-    vit = VisionTransformer(img_size=(height, 3 * patch), patch_size=patch, embed_dim=12, depth=1, num_heads=2,
-                            num_classes=0)
+    vit = VisionTransformer(
+        img_size=(height, 3 * patch), patch_size=patch, embed_dim=12, depth=1, num_heads=2, num_classes=0
+    )
     backbone = fp.FrozenViT(vit, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
     config = fp.RGBPGNConfig(num_prompts=3 * rows, library_size=2, widths=(2,), placement="replace")
     generator = fp.RGBPGN(config, backbone)
@@ -77,16 +79,30 @@ def test_shrinking_without_rounding_is_that_of_training(tmp_path: Path) -> None:
 
 def test_without_the_tie_rule_shrinking_would_differ() -> None:
     image = random_image(112, 112)
-    small = torch.nn.functional.interpolate(torch.from_numpy(image).permute(2, 0, 1)[None].double() / 255,
-                                            size=(96, 112), mode="bilinear", antialias=True) * 255
+    small = (
+        torch.nn.functional.interpolate(
+            torch.from_numpy(image).permute(2, 0, 1)[None].double() / 255,
+            size=(96, 112),
+            mode="bilinear",
+            antialias=True,
+        )
+        * 255
+    )
     near_half = ((small - small.floor() - 0.5).abs() < 1e-6).double().mean()
     assert near_half > 0.01
 
 
-@pytest.mark.parametrize(("source", "target", "resize"), [
-    ((300, 400), (224, 224), "crop"), ((400, 300), (224, 224), "crop"), ((300, 400), (224, 224), "squash"),
-    ((64, 64), (112, 112), "crop"), ((225, 224), (224, 224), "crop"), ((500, 333), (96, 128), "crop"),
-])
+@pytest.mark.parametrize(
+    ("source", "target", "resize"),
+    [
+        ((300, 400), (224, 224), "crop"),
+        ((400, 300), (224, 224), "crop"),
+        ((300, 400), (224, 224), "squash"),
+        ((64, 64), (112, 112), "crop"),
+        ((225, 224), (224, 224), "crop"),
+        ((500, 333), (96, 128), "crop"),
+    ],
+)
 def test_resizing_is_that_of_training_to_a_level(source: tuple[int, int], target: tuple[int, int], resize: str) -> None:
     image = random_image(*source)
     found = pictures.resized(Image.fromarray(image), target, resize).astype(int)
@@ -136,8 +152,12 @@ def saved(image: Image.Image, **options: Any) -> bytes:
 def sloppy_exif(tag: int) -> bytes:
     """Orientation 6, and a text in a tag that holds numbers: a reader that writes all tags anew fails."""
     entries = sorted([(0x0112, 3, 1, b"\0\6\0\0"), (tag, 2, 4, b"abc\0")])
-    return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(entries)) \
-        + b"".join(struct.pack(">HHI", *entry[:3]) + entry[3] for entry in entries) + struct.pack(">I", 0)
+    return (
+        b"Exif\0\0MM\0*"
+        + struct.pack(">IH", 8, len(entries))
+        + b"".join(struct.pack(">HHI", *entry[:3]) + entry[3] for entry in entries)
+        + struct.pack(">I", 0)
+    )
 
 
 def kinds() -> dict[str, bytes]:
@@ -147,15 +167,20 @@ def kinds() -> dict[str, bytes]:
     exif = Image.Exif()
     exif[0x0112] = 6
     deep = Image.fromarray(np.linspace(0, 65535, 600).reshape(20, 30).astype(np.uint16))
-    return {"rgb": saved(colours, format="PNG"), "alpha": saved(alpha, format="PNG"),
-            "grey": saved(colours.convert("L"), format="PNG"), "palette": saved(colours.convert("P"), format="PNG"),
-            "1 bit": saved(colours.convert("1"), format="PNG"), "cmyk": saved(colours.convert("CMYK"), format="JPEG"),
-            "16 bits": saved(deep, format="PNG"),
-            "16 bits, dark": saved(Image.fromarray(np.full((20, 30), 200, np.uint16)), format="PNG"),
-            "turned": saved(colours, format="JPEG", exif=exif),
-            "turned tiff": saved(colours, format="TIFF", exif=exif),
-            "turned, bad rational": saved(colours, format="JPEG", exif=sloppy_exif(0x011F)),
-            "turned, bad number": saved(colours, format="WEBP", exif=sloppy_exif(0x0100))}
+    return {
+        "rgb": saved(colours, format="PNG"),
+        "alpha": saved(alpha, format="PNG"),
+        "grey": saved(colours.convert("L"), format="PNG"),
+        "palette": saved(colours.convert("P"), format="PNG"),
+        "1 bit": saved(colours.convert("1"), format="PNG"),
+        "cmyk": saved(colours.convert("CMYK"), format="JPEG"),
+        "16 bits": saved(deep, format="PNG"),
+        "16 bits, dark": saved(Image.fromarray(np.full((20, 30), 200, np.uint16)), format="PNG"),
+        "turned": saved(colours, format="JPEG", exif=exif),
+        "turned tiff": saved(colours, format="TIFF", exif=exif),
+        "turned, bad rational": saved(colours, format="JPEG", exif=sloppy_exif(0x011F)),
+        "turned, bad number": saved(colours, format="WEBP", exif=sloppy_exif(0x0100)),
+    }
 
 
 @pytest.mark.parametrize("kind", list(kinds()))
@@ -207,8 +232,9 @@ def test_formats_that_start_programs_are_not_opened(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("error", [TypeError, struct.error, RuntimeError, NotImplementedError, ZeroDivisionError])
-def test_whatever_a_reader_raises_names_the_file(error: type[Exception], tmp_path: Path,
-                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_a_reader_raises_names_the_file(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Which of its errors a damaged file gets differs between Pillow's versions."""
     from fastprompt.data.images import check_image, open_image
 
@@ -230,19 +256,23 @@ def test_the_png_is_the_picture(folder: Path, photo: np.ndarray) -> None:
     assert client.picture(Image.fromarray(photo)).shape == (40, 32, 3)
 
 
-@pytest.mark.parametrize(("image", "error", "message"), [
-    (np.zeros((3, 3)), TypeError, r"image must be a uint8 array \(H, W, 3\), got float64"),
-    (np.zeros((3, 3, 4), np.uint8), TypeError, "image must be a uint8 array"),
-    (np.zeros((0, 3, 3), np.uint8), ValueError, "image has 3 x 0 pixels"),
-    (np.zeros((200, 60, 3), np.uint8), ValueError, "image has 60 x 200 pixels, from 1 to 10,000"),
-    (3, TypeError, "image must be a path, bytes, a PIL image or a uint8 array, got int"),
-    (b"", ValueError, "image cannot be read"),
-    (b"\x89PNG\r\n\x1a\nxx", ValueError, "image cannot be read"),
-    (saved(Image.fromarray(random_image(40, 40)), format="PNG")[:600], ValueError, "image cannot be read"),
-    (saved(Image.new("1", (300, 300)), format="PNG"), ValueError, "image has 300 x 300 pixels"),
-    (saved(Image.new("1", (20_000, 20_000)), format="PNG"), ValueError, "image has"),
-    ("no/such/file.png", ValueError, "image no/such/file.png is no file"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (np.zeros((3, 3)), TypeError, r"image must be a uint8 array \(H, W, 3\), got float64"),
+        (np.zeros((3, 3, 4), np.uint8), TypeError, "image must be a uint8 array"),
+        (np.zeros((0, 3, 3), np.uint8), ValueError, "image has 3 x 0 pixels"),
+        (np.zeros((200, 60, 3), np.uint8), ValueError, "image has 60 x 200 pixels, from 1 to 10,000"),
+        (3, TypeError, "image must be a path, bytes, a PIL image or a uint8 array, got int"),
+        (b"", ValueError, "image cannot be read"),
+        (b"\x89PNG\r\n\x1a\nxx", ValueError, "image cannot be read"),
+        (saved(Image.fromarray(random_image(40, 40)), format="PNG")[:600], ValueError, "image cannot be read"),
+        (saved(Image.new("1", (300, 300)), format="PNG"), ValueError, "image has 300 x 300 pixels"),
+        (saved(Image.new("1", (20_000, 20_000)), format="PNG"), ValueError, "image has"),
+        ("no/such/file.png", ValueError, "image no/such/file.png is no file"),
+    ],
+    ids=str,
+)
 def test_bad_images_are_named(folder: Path, image: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Client(folder, max_pixels=10_000).picture(image)

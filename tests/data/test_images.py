@@ -71,9 +71,7 @@ def test_read_images_names_the_broken_file(tmp_path):
 
 def test_files_and_folders_come_back_in_order(tmp_path):
     (tmp_path / "folder" / "deep").mkdir(parents=True)
-    for seed, name in enumerate(
-        ["folder/b.png", "folder/a.jpg", "folder/deep/c.PNG", "first.png", "odd.name"]
-    ):
+    for seed, name in enumerate(["folder/b.png", "folder/a.jpg", "folder/deep/c.PNG", "first.png", "odd.name"]):
         photo(seed=seed).save(tmp_path / name, "PNG")
     (tmp_path / "folder" / "notes.txt").write_text("not an image")
     (tmp_path / "folder" / "._a.jpg").write_bytes(b"macOS leaves these")

@@ -237,9 +237,7 @@ def test_split_argument_and_broken_image(monkeypatch):
     assert source.class_names == ["0", "1", "2"]
     assert source.train.read(0).getpixel((0, 0)) == 10
     assert source.test.read(0).getpixel((0, 0)) == 20
-    with pytest.raises(
-        ValueError, match="cannot read image 14 of SVHN's train split: image file is truncated"
-    ):
+    with pytest.raises(ValueError, match="cannot read image 14 of SVHN's train split: image file is truncated"):
         source.train.read(14)
 
 
@@ -248,9 +246,7 @@ def test_set_that_cannot_be_downloaded_names_what_works(tmp_path, monkeypatch):
         raise OSError("Name or service not known") if download else RuntimeError("Dataset not found")
 
     monkeypatch.setattr(datasets, "SVHN", absent)
-    with pytest.raises(
-        FetchError, match=r"SVHN is not in .*Name or service not known.*root=.*mnist5k, fashion-mnist"
-    ):
+    with pytest.raises(FetchError, match=r"SVHN is not in .*Name or service not known.*root=.*mnist5k, fashion-mnist"):
         find_source("svhn", tmp_path, "error")
 
 
@@ -291,9 +287,7 @@ def test_real_fashion_mnist():
     assert Counter(data.train.labels) == dict.fromkeys(range(10), 5)
     # Trousers are two legs: narrower than a pullover, so darker.
     sums = {
-        name: np.mean(
-            [source.train.read(i).float().mean() for i in range(600) if source.train.labels[i] == label]
-        )
+        name: np.mean([source.train.read(i).float().mean() for i in range(600) if source.train.labels[i] == label])
         for name, label in (("Trouser", 1), ("Pullover", 2))
     }
     assert sums["Trouser"] < sums["Pullover"]
@@ -348,9 +342,7 @@ def test_fashion_mnist_through_apt(small_fashion, monkeypatch, capsys):
 
 
 def test_fashion_mnist_that_cannot_be_had_names_all_that_was_tried(small_fashion):
-    with pytest.raises(
-        FetchError, match=r"apt-get is not on this machine.*Name or service not known.*mnist5k"
-    ):
+    with pytest.raises(FetchError, match=r"apt-get is not on this machine.*Name or service not known.*mnist5k"):
         fashion_mnist()
 
 
@@ -363,9 +355,7 @@ def test_fashion_mnist_with_a_wrong_file(small_fashion, monkeypatch, tmp_path, c
     monkeypatch.setattr(sources, "_FASHION_FOLDER", small_fashion)
     with pytest.raises(FetchError, match=message):
         fashion_mnist()
-    assert not (
-        tmp_path / "cache" / "torchvision" / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte"
-    ).exists()
+    assert not (tmp_path / "cache" / "torchvision" / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte").exists()
 
 
 def test_damaged_mnist5k_in_the_cache_is_replaced(tmp_path, monkeypatch):

@@ -18,9 +18,7 @@ def read(counts, i):
 
 
 def pool(labels, part="train", counts=None):
-    return Pool(
-        labels, [f"{part}/{i}" for i in range(len(labels))], partial(read, {} if counts is None else counts)
-    )
+    return Pool(labels, [f"{part}/{i}" for i in range(len(labels))], partial(read, {} if counts is None else counts))
 
 
 def make(source, **options):

@@ -23,8 +23,10 @@ METHODS: dict[str, Any] = {
     "free": fp.FreePromptsConfig(num_prompts=2),
     "pixel": fp.PixelPromptConfig(border=4),
     "linear": fp.LinearProbeConfig(),
-    **{f"rgb-{placement}": fp.RGBPGNConfig(num_prompts=4, library_size=5, widths=(4, 8), placement=placement)
-       for placement in ("latent", "extend", "replace")},
+    **{
+        f"rgb-{placement}": fp.RGBPGNConfig(num_prompts=4, library_size=5, widths=(4, 8), placement=placement)
+        for placement in ("latent", "extend", "replace")
+    },
 }
 Build = Callable[..., fp.PromptedViT]
 
@@ -38,8 +40,17 @@ def methods() -> dict[str, Any]:
 @pytest.fixture
 def backbone(randomised: Callable[..., nn.Module]) -> fp.FrozenViT:
     """32 px, class token, one register, attention pooling, pre-norm, a 7-way classifier."""
-    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=7, reg_tokens=1,
-                            global_pool="map", pre_norm=True)
+    vit = VisionTransformer(
+        img_size=32,
+        patch_size=8,
+        embed_dim=48,
+        depth=3,
+        num_heads=3,
+        num_classes=7,
+        reg_tokens=1,
+        global_pool="map",
+        pre_norm=True,
+    )
     return fp.FrozenViT(randomised(vit))
 
 
@@ -47,8 +58,9 @@ def backbone(randomised: Callable[..., nn.Module]) -> fp.FrozenViT:
 def build(backbone: fp.FrozenViT) -> Build:
     """`build(method, seed=0, num_classes=5, readout="cls", ...)`: a model in eval mode."""
 
-    def model_of(method: str, seed: int = 0, num_classes: int | None = 5, readout: str = "cls", **options: Any
-                 ) -> fp.PromptedViT:
+    def model_of(
+        method: str, seed: int = 0, num_classes: int | None = 5, readout: str = "cls", **options: Any
+    ) -> fp.PromptedViT:
         vit = options.pop("backbone", backbone)
         model = fp.PromptedViT(vit, METHODS[method], num_classes, readout=readout, **options)
         random = torch.Generator().manual_seed(seed)

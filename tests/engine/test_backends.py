@@ -23,10 +23,13 @@ def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert (found - expected).norm() <= (2e-2 if dtype == torch.bfloat16 else 1e-4) * expected.norm()
 
 
-@pytest.mark.parametrize(("backend", "method"), [
-    ("compile", "vpt"), *(("openvino", method) for method in ("vpt", "vpt-shallow", "pgn", "v2apt", "vapt", "pixel"))])
-def test_computes_what_eager_does(build: Build, images: Tensor, backend: str, method: str,
-                                  monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("backend", "method"),
+    [("compile", "vpt"), *(("openvino", method) for method in ("vpt", "vpt-shallow", "pgn", "v2apt", "vapt", "pixel"))],
+)
+def test_computes_what_eager_does(
+    build: Build, images: Tensor, backend: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     times = itertools.count()
     monkeypatch.setattr(dispatch, "measured", {})
     monkeypatch.setattr(dispatch, "seconds_on_cpu", lambda step: next(times))  # what is timed first wins: the kernels
@@ -49,8 +52,9 @@ def test_constants_are_made_again_and_raw_pixels_taken(build: Build) -> None:
     assert (other(raw) - before).norm() > 1e-2 * before.norm()
 
 
-def test_a_missing_package_is_an_import_error_that_names_the_extra(build: Build, monkeypatch: pytest.MonkeyPatch
-                                                                   ) -> None:
+def test_a_missing_package_is_an_import_error_that_names_the_extra(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
     with pytest.raises(ImportError, match=r"'openvino' cannot run: .*pip install 'fastprompt\[openvino\]'"):
         fp.Engine(build("vpt"), backend="openvino")

@@ -34,8 +34,16 @@ from fastprompt.generators import PromptConfig
 from fastprompt.train.evaluate import latent_samples
 
 aten = torch.ops.aten
-HOST = {aten._local_scalar_dense, aten.lift_fresh, aten.equal, aten.is_nonzero, aten.nonzero, aten.masked_select,
-        aten._unique2, aten.repeat_interleave}  # read a tensor on the host, or copy one from there
+HOST = {
+    aten._local_scalar_dense,
+    aten.lift_fresh,
+    aten.equal,
+    aten.is_nonzero,
+    aten.nonzero,
+    aten.masked_select,
+    aten._unique2,
+    aten.repeat_interleave,
+}  # read a tensor on the host, or copy one from there
 METHODS: dict[str, PromptConfig] = {
     "vpt-deep": fp.VPTConfig(num_prompts=3),
     "vpt-project": fp.VPTConfig(num_prompts=3, project=5),
@@ -177,8 +185,13 @@ def written_by(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
         return tensors_of(args[3:5])
     names = [argument.name for argument in func._schema.arguments]
     given = dict(zip(names, args, strict=False)) | kwargs
-    return tensors_of([given.get(argument.name) for argument in func._schema.arguments
-                       if argument.alias_info is not None and argument.alias_info.is_write])
+    return tensors_of(
+        [
+            given.get(argument.name)
+            for argument in func._schema.arguments
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+    )
 
 
 def happens_on_cpus_alone() -> bool:
@@ -189,8 +202,9 @@ def happens_on_cpus_alone() -> bool:
     return frame is not None
 
 
-def graphed_of(model: fp.PromptedViT, batch_sizes: tuple[int, ...] = (1, 2, 4), **options: Any
-               ) -> tuple[GraphedForward, RecordingCapturer]:
+def graphed_of(
+    model: fp.PromptedViT, batch_sizes: tuple[int, ...] = (1, 2, 4), **options: Any
+) -> tuple[GraphedForward, RecordingCapturer]:
     capturer = RecordingCapturer(**{k: options.pop(k) for k in ("failures", "pause") if k in options})
     return GraphedForward(model, batch_sizes, capturer=capturer, **options), capturer
 
@@ -270,9 +284,16 @@ class TestTheDouble:
         assert x.eq(2).all()
         assert x._version == before
 
-    @pytest.mark.parametrize("function", [lambda x: x.sum().item(), lambda x: torch.tensor([1.0]) + x,
-                                          lambda x: x[x > 0], lambda x: bool((x > 0).all()),
-                                          lambda x: torch.equal(x, x)])
+    @pytest.mark.parametrize(
+        "function",
+        [
+            lambda x: x.sum().item(),
+            lambda x: torch.tensor([1.0]) + x,
+            lambda x: x[x > 0],
+            lambda x: bool((x > 0).all()),
+            lambda x: torch.equal(x, x),
+        ],
+    )
     def test_the_host_is_not_read(self, function: Callable[[Tensor], Any]) -> None:
         capturer, x = RecordingCapturer(), torch.ones(3)
         with pytest.raises(RuntimeError, match="not permitted while a stream is capturing"):
@@ -281,8 +302,9 @@ class TestTheDouble:
 
 class TestForward:
     @pytest.mark.parametrize("method", METHODS)
-    def test_equals_eager_at_every_batch_size(self, build: Callable[..., fp.PromptedViT], images: Tensor,
-                                              method: str) -> None:
+    def test_equals_eager_at_every_batch_size(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, method: str
+    ) -> None:
         model = build(METHODS[method])
         graphed, capturer = graphed_of(model)
         for count in (3, 4, 1, 2, 0, 5, 11, 4):
@@ -290,8 +312,9 @@ class TestForward:
         assert not graphed.eager
         assert len(capturer.graphs) == graphed.captures == 3
 
-    def test_a_batch_size_that_was_captured_gives_the_same_bits(self, build: Callable[..., fp.PromptedViT],
-                                                                images: Tensor) -> None:
+    def test_a_batch_size_that_was_captured_gives_the_same_bits(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor
+    ) -> None:
         model = build(METHODS["vpt-deep"])
         graphed, _ = graphed_of(model)
         assert torch.equal(graphed(images[:4]), eager(model, images[:4]))
@@ -305,8 +328,9 @@ class TestForward:
         assert not graphed.eager
 
     @pytest.mark.parametrize("method", ["vpt-deep", "v2apt"])
-    def test_swin(self, tiny_swin: Callable[..., nn.Module], images: Tensor, randomised: Callable[..., nn.Module],
-                  method: str) -> None:
+    def test_swin(
+        self, tiny_swin: Callable[..., nn.Module], images: Tensor, randomised: Callable[..., nn.Module], method: str
+    ) -> None:
         model = fp.PromptedViT(fp.FrozenViT(tiny_swin()), METHODS[method], num_classes=3).double().eval()
         randomised(model.generator)
         graphed, _ = graphed_of(model)
@@ -316,8 +340,9 @@ class TestForward:
         assert not graphed.eager
         assert graphed.captures == 3
 
-    def test_without_head_and_with_a_readout_of_prompts(self, build: Callable[..., fp.PromptedViT],
-                                                        images: Tensor) -> None:
+    def test_without_head_and_with_a_readout_of_prompts(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor
+    ) -> None:
         for options in ({"num_classes": None}, {"readout": "patches+prompts"}):
             model = build(METHODS["vpt-deep"], **options)
             graphed, _ = graphed_of(model)
@@ -345,8 +370,9 @@ class TestForward:
         graphed(1e6 * images[4:8])
         assert torch.equal(graphed(images[:2]), expected)
 
-    def test_an_output_is_a_copy_unless_it_is_borrowed(self, build: Callable[..., fp.PromptedViT],
-                                                       images: Tensor) -> None:
+    def test_an_output_is_a_copy_unless_it_is_borrowed(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor
+    ) -> None:
         graphed, _ = graphed_of(build(METHODS["vpt-deep"]))
         own = graphed(images[:2])
         kept = own.clone()
@@ -358,8 +384,9 @@ class TestForward:
         assert not torch.equal(borrowed, kept)
         close(graphed(images[:6], borrow=True), graphed(images[:6]))
 
-    def test_inputs_are_left_alone_and_may_be_strided(self, build: Callable[..., fp.PromptedViT],
-                                                      images: Tensor) -> None:
+    def test_inputs_are_left_alone_and_may_be_strided(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor
+    ) -> None:
         model = build(METHODS["vpt-deep"])
         graphed, _ = graphed_of(model)
         strided = images[:4].to(memory_format=torch.channels_last)[::2]
@@ -380,8 +407,9 @@ class TestForward:
             assert not output.requires_grad
             assert not output.is_inference()
 
-    def test_kinds_of_images_and_kernel_backends_have_graphs_of_their_own(self, build: Callable[..., fp.PromptedViT],
-                                                                          images: Tensor) -> None:
+    def test_kinds_of_images_and_kernel_backends_have_graphs_of_their_own(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor
+    ) -> None:
         model = build(METHODS["pgn"])
         graphed, capturer = graphed_of(model, (2,))
         graphed(images[:2])
@@ -394,12 +422,13 @@ class TestForward:
         assert len(capturer.pools) == 1
 
     def test_only_so_many_kinds_of_images(self, images: Tensor) -> None:
-        vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0,
-                                dynamic_img_size=True).eval()
+        vit = VisionTransformer(
+            img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0, dynamic_img_size=True
+        ).eval()
         model = fp.PromptedViT(fp.FrozenViT(vit).double(), METHODS["vpt-deep"], num_classes=3).eval()
         graphed, _ = graphed_of(model, (2,))
         for i in range(MAX_FORMS):
-            graphed(images[:2, :, :8 * (i + 1)])
+            graphed(images[:2, :, : 8 * (i + 1)])
         last = images[:2, :, :, :8]
         with pytest.warns(UserWarning, match="batch 2 of 32 x 8 images in torch.float64.*4 kinds of images"):
             close(graphed(last), eager(model, last))
@@ -420,8 +449,12 @@ class TestForward:
 
 
 def largest_batch(graph: RecordedGraph) -> int:
-    return max(tensor.shape[0] for _, _, _, outputs in graph.calls for tensor in tensors_of(outputs)
-               if tensor.ndim == 4 and tensor.shape[1] == 3)
+    return max(
+        tensor.shape[0]
+        for _, _, _, outputs in graph.calls
+        for tensor in tensors_of(outputs)
+        if tensor.ndim == 4 and tensor.shape[1] == 3
+    )
 
 
 class TestParameters:
@@ -436,8 +469,9 @@ class TestParameters:
         close(found, eager(model, images[:3]))
         assert graphed.captures == 3
 
-    def test_an_optimizer_and_a_loaded_adapter_change_in_place(self, build: Callable[..., fp.PromptedViT],
-                                                               images: Tensor) -> None:
+    def test_an_optimizer_and_a_loaded_adapter_change_in_place(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor
+    ) -> None:
         model, other = build(METHODS["vpt-deep"]), build(METHODS["vpt-deep"], seed=5)
         graphed, _ = graphed_of(model)
         graphed(images[:2])
@@ -449,9 +483,9 @@ class TestParameters:
         close(graphed(images[:2]), eager(other, images[:2]))
         assert graphed.captures == 3
 
-    def test_prompts_get_keys_and_values_once_for_an_adapter(self, build: Callable[..., fp.PromptedViT],
-                                                              images: Tensor,
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_prompts_get_keys_and_values_once_for_an_adapter(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         model, plain, calls = build(METHODS["vpt-deep"]), fp.PromptedViT.static_prefixes, []
         monkeypatch.setattr(fp.PromptedViT, "static_prefixes", lambda self: calls.append(self) or plain(self))
         graphed, _ = graphed_of(model)
@@ -478,8 +512,10 @@ class TestParameters:
         graphed, capturer = graphed_of(model)
         graphed(images[:2])
         old = list(capturer.graphs)
-        state = {name: 1.5 * tensor + 0.1 if tensor.is_floating_point() else tensor.clone()
-                 for name, tensor in model.adapter_state_dict().items()}
+        state = {
+            name: 1.5 * tensor + 0.1 if tensor.is_floating_point() else tensor.clone()
+            for name, tensor in model.adapter_state_dict().items()
+        }
         if how == "data":
             for name, parameter in model.trainable_parameters():
                 parameter.data = state[name]
@@ -498,8 +534,9 @@ class TestParameters:
         graphed(images[:2])
         assert graphed.captures == 6
 
-    def test_statistics_of_a_batch_norm_are_read_like_parameters(self, build: Callable[..., fp.PromptedViT],
-                                                                 images: Tensor) -> None:
+    def test_statistics_of_a_batch_norm_are_read_like_parameters(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor
+    ) -> None:
         model = build(METHODS["pgn"])
         graphed, _ = graphed_of(model)
         graphed(images[:2])
@@ -521,8 +558,9 @@ class TestParameters:
         close(graphed(images[:2]), eager(model, images[:2]))
 
     @pytest.mark.parametrize("assign", [False, True])
-    def test_a_backbone_that_is_loaded_is_folded_and_captured_again(self, build: Callable[..., fp.PromptedViT],
-                                                                    images: Tensor, assign: bool) -> None:
+    def test_a_backbone_that_is_loaded_is_folded_and_captured_again(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, assign: bool
+    ) -> None:
         model = build(METHODS["vpt-deep"])
         graphed, _ = graphed_of(model)
         before = graphed(images[:2])
@@ -533,8 +571,9 @@ class TestParameters:
         with torch.no_grad():
             close(found, model.reference_forward(images[:2]))
 
-    def test_another_head_and_another_number_of_samples(self, build: Callable[..., fp.PromptedViT],
-                                                                      images: Tensor) -> None:
+    def test_another_head_and_another_number_of_samples(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor
+    ) -> None:
         model = build(V2APT)
         graphed, _ = graphed_of(model, (2,))
         graphed(images[:2])
@@ -557,8 +596,9 @@ class TestParameters:
             close(graphed(images[:2].float()), eager(model, images[:2].float()))
         assert graphed.captures == 3
 
-    def test_a_model_whose_parameters_keep_moving_is_told_once(self, build: Callable[..., fp.PromptedViT],
-                                                               images: Tensor) -> None:
+    def test_a_model_whose_parameters_keep_moving_is_told_once(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor
+    ) -> None:
         model = build(METHODS["linear"])
         graphed, _ = graphed_of(model, (2,))
         with warnings.catch_warnings(record=True) as caught:
@@ -587,11 +627,19 @@ class TestAdapters:
         assert method_shape(build(METHODS["vapt"])) == method_shape(build(same))
         assert hash(method_shape(build(same)))
 
-    @pytest.mark.parametrize(("config", "options"), [
-        (fp.VPTConfig(num_prompts=4), {}), (fp.VPTConfig(num_prompts=3, deep=False), {}), (METHODS["vapt"], {}),
-        (METHODS["vpt-deep"], {"num_classes": 4}), (METHODS["vpt-deep"], {"readout": "patches"})])
-    def test_another_method_shape_is_refused(self, build: Callable[..., fp.PromptedViT], images: Tensor,
-                                             config: PromptConfig, options: dict[str, Any]) -> None:
+    @pytest.mark.parametrize(
+        ("config", "options"),
+        [
+            (fp.VPTConfig(num_prompts=4), {}),
+            (fp.VPTConfig(num_prompts=3, deep=False), {}),
+            (METHODS["vapt"], {}),
+            (METHODS["vpt-deep"], {"num_classes": 4}),
+            (METHODS["vpt-deep"], {"readout": "patches"}),
+        ],
+    )
+    def test_another_method_shape_is_refused(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, config: PromptConfig, options: dict[str, Any]
+    ) -> None:
         model = build(METHODS["vpt-deep"])
         graphed, _ = graphed_of(model)
         before = graphed(images[:2])
@@ -607,8 +655,10 @@ class TestAdapters:
 
     def test_constants_of_a_head_are_part_of_the_shape(self, build: Callable[..., fp.PromptedViT]) -> None:
         texts = torch.randn(3, 48)
-        model, other = (build(METHODS["vpt-deep"], head="text", class_embeddings=texts, logit_scale=scale)
-                        for scale in (100.0, 50.0))
+        model, other = (
+            build(METHODS["vpt-deep"], head="text", class_embeddings=texts, logit_scale=scale)
+            for scale in (100.0, 50.0)
+        )
         graphed, _ = graphed_of(model)
         with pytest.raises(ValueError, match="adapter has another method shape"):
             graphed.load_adapter(other)
@@ -625,8 +675,9 @@ class TestAdapters:
 
 
 class TestNoise:
-    def test_every_replay_draws_anew_and_a_seed_repeats_it(self, build: Callable[..., fp.PromptedViT],
-                                                           images: Tensor) -> None:
+    def test_every_replay_draws_anew_and_a_seed_repeats_it(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor
+    ) -> None:
         graphed, _ = graphed_of(build(V2APT), seed=3)
         first = [graphed(images[:2]) for _ in range(4)]
         assert all(not torch.allclose(a, b) for a, b in itertools.combinations(first, 2))
@@ -641,12 +692,14 @@ class TestNoise:
         model = build(V2APT)
         graphed, _ = graphed_of(model, seed=11)
         for call in range(3):
-            samples = [eager(model, images[:3], {"noise": torch.tensor([11, 2 * call + k])}).softmax(-1)
-                       for k in range(2)]
+            samples = [
+                eager(model, images[:3], {"noise": torch.tensor([11, 2 * call + k])}).softmax(-1) for k in range(2)
+            ]
             close(graphed(images[:3]), torch.stack(samples).mean(0).log())
 
-    def test_neither_padding_nor_capturing_disturbs_it(self, build: Callable[..., fp.PromptedViT],
-                                                       images: Tensor) -> None:
+    def test_neither_padding_nor_capturing_disturbs_it(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor
+    ) -> None:
         model = build(V2APT)
         graphed, _ = graphed_of(model, (4,), seed=3)
         exact, _ = graphed_of(model, (2,), seed=3)
@@ -667,8 +720,9 @@ class TestNoise:
         graphed(images[:2])
         close(fallen(images[:2]), graphed(images[:2]))
 
-    def test_without_a_seed_a_call_repeats_the_model(self, build: Callable[..., fp.PromptedViT],
-                                                     images: Tensor) -> None:
+    def test_without_a_seed_a_call_repeats_the_model(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor
+    ) -> None:
         model = build(V2APT)
         graphed, _ = graphed_of(model)
         assert torch.equal(graphed(images[:2]), graphed(images[:2]))
@@ -688,8 +742,9 @@ class TestNoise:
 
 
 class TestFallback:
-    def test_one_signature_runs_eagerly_with_one_warning(self, build: Callable[..., fp.PromptedViT],
-                                                         images: Tensor) -> None:
+    def test_one_signature_runs_eagerly_with_one_warning(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor
+    ) -> None:
         model = build(METHODS["vpt-deep"])
         graphed, capturer = graphed_of(model, failures={1: RuntimeError("operation not permitted")})
         with pytest.warns(UserWarning, match="no CUDA graph") as caught:
@@ -702,19 +757,21 @@ class TestFallback:
         for output, count in zip(found, (2, 4, 1, 2), strict=True):
             close(output, eager(model, images[:count]))
         assert [graph.replays for graph in capturer.graphs] == [1, 1]
-        (signature, reason), = graphed.eager.items()
+        ((signature, reason),) = graphed.eager.items()
         assert signature.batch == 2
         assert reason == "RuntimeError: operation not permitted"
 
-    def test_a_pool_that_a_failure_may_have_spoilt_is_left(self, build: Callable[..., fp.PromptedViT],
-                                                           images: Tensor) -> None:
+    def test_a_pool_that_a_failure_may_have_spoilt_is_left(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor
+    ) -> None:
         graphed, capturer = graphed_of(build(METHODS["vpt-deep"]), failures={1: RuntimeError("no")})
         with pytest.warns(UserWarning, match="no CUDA graph"):
             graphed(images[:2])
         assert [len(pool) for pool in capturer.pools] == [1, 1]
 
-    def test_it_is_remembered_when_the_others_are_captured_again(self, build: Callable[..., fp.PromptedViT],
-                                                                 images: Tensor) -> None:
+    def test_it_is_remembered_when_the_others_are_captured_again(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor
+    ) -> None:
         model = build(METHODS["vpt-deep"])
         graphed, capturer = graphed_of(model, failures={0: RuntimeError("no")})
         with pytest.warns(UserWarning, match="no CUDA graph"):
@@ -726,8 +783,9 @@ class TestFallback:
                 close(graphed(images[:count]), eager(model, images[:count]))
         assert capturer.attempts == 5
 
-    def test_a_model_that_reads_the_host(self, build: Callable[..., fp.PromptedViT], images: Tensor,
-                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_model_that_reads_the_host(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         model = build(METHODS["linear"])
         head = type(model.head)
         plain = head.forward
@@ -740,8 +798,9 @@ class TestFallback:
         with pytest.warns(UserWarning, match="_local_scalar_dense.* is not permitted while a stream is capturing"):
             close(graphed(images[:2]), eager(model, images[:2]))
 
-    def test_a_warm_up_without_memory(self, build: Callable[..., fp.PromptedViT], images: Tensor,
-                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_warm_up_without_memory(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         model = build(METHODS["vpt-deep"])
         plain = fp.PromptedViT.predict
 
@@ -756,8 +815,9 @@ class TestFallback:
             close(graphed(images[:3]), eager(model, images[:3]))
         assert graphed.captures == 2
 
-    def test_wrong_images_are_an_error_and_no_fallback(self, build: Callable[..., fp.PromptedViT],
-                                                       images: Tensor) -> None:
+    def test_wrong_images_are_an_error_and_no_fallback(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor
+    ) -> None:
         graphed, capturer = graphed_of(build(METHODS["vpt-deep"]))
         with pytest.raises(ValueError, match="images must have shape"):
             graphed(images[0])
@@ -807,15 +867,21 @@ class TestRelease:
         model = build(V2APT)
         graphed, _ = graphed_of(model, seed=1)
         graphed.release()
-        for call in (lambda: graphed(images[:1]), lambda: graphed.prepare(images), lambda: graphed.load_adapter(model),
-                     graphed.refresh, lambda: graphed.manual_seed(1)):
+        for call in (
+            lambda: graphed(images[:1]),
+            lambda: graphed.prepare(images),
+            lambda: graphed.load_adapter(model),
+            graphed.refresh,
+            lambda: graphed.manual_seed(1),
+        ):
             with pytest.raises(RuntimeError, match="this GraphedForward was released; make a new one"):
                 call()
 
 
 class TestThreads:
-    def test_results_are_right_while_threads_and_adapters_mix(self, build: Callable[..., fp.PromptedViT],
-                                                              images: Tensor) -> None:
+    def test_results_are_right_while_threads_and_adapters_mix(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor
+    ) -> None:
         models = [build(METHODS["vpt-deep"], seed=seed) for seed in (1, 2)]
         expected = [eager(model, images) for model in models]
         graphed, _ = graphed_of(build(METHODS["vpt-deep"], seed=1), pause=lambda: time.sleep(0))
@@ -830,25 +896,27 @@ class TestThreads:
                 if me == 0:
                     graphed.load_adapter(models[turn % 2])
                 start, count = (me + turn) % 6, (me * turn) % 6
-                found = graphed(images[start:start + count])
-                if not any(torch.allclose(found, e[start:start + count], rtol=1e-9, atol=1e-9) for e in expected):
+                found = graphed(images[start : start + count])
+                if not any(torch.allclose(found, e[start : start + count], rtol=1e-9, atol=1e-9) for e in expected):
                     wrong.append(f"thread {me}, turn {turn}, images {start} to {start + count}")
 
         run_threads(hammer, 8)
         assert not wrong
 
-    def test_a_call_waits_for_the_one_before_on_another_stream(self, build: Callable[..., fp.PromptedViT],
-                                                               images: Tensor) -> None:
+    def test_a_call_waits_for_the_one_before_on_another_stream(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor
+    ) -> None:
         graphed, capturer = graphed_of(build(METHODS["vpt-deep"]))
         graphed(images[:1])
         graphed(images[:1])
         assert not capturer.followed
         run_threads(lambda _: graphed(images[:1]), 1)
-        (after, before), = capturer.followed
+        ((after, before),) = capturer.followed
         assert before == threading.get_ident() != after
 
-    def test_a_borrowed_output_is_safe_from_other_threads(self, build: Callable[..., fp.PromptedViT],
-                                                          images: Tensor) -> None:
+    def test_a_borrowed_output_is_safe_from_other_threads(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor
+    ) -> None:
         graphed, _ = graphed_of(build(METHODS["vpt-deep"]))
         borrowed = graphed(images[:2], borrow=True)
         kept = borrowed.clone()
@@ -899,8 +967,12 @@ def adamw(model: fp.PromptedViT, **options: Any) -> torch.optim.Optimizer:
 def capturable_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch keeps the capturable step from CPUs; it runs there all the same."""
     for module in ("torch.optim.adam", "torch.optim.adamw"):
-        monkeypatch.setattr(importlib.import_module(module), "_get_capturable_supported_devices",
-                            lambda *args, **kwargs: ["cpu", "cuda"], raising=False)
+        monkeypatch.setattr(
+            importlib.import_module(module),
+            "_get_capturable_supported_devices",
+            lambda *args, **kwargs: ["cpu", "cuda"],
+            raising=False,
+        )
 
 
 def plain_step(model: fp.PromptedViT, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> Tensor:
@@ -922,8 +994,9 @@ def labels() -> Tensor:
 
 class TestTrainStep:
     @pytest.mark.parametrize("method", METHODS)
-    def test_trains_as_eager_does(self, build: Callable[..., fp.PromptedViT], images: Tensor, labels: Tensor,
-                                  method: str) -> None:
+    def test_trains_as_eager_does(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, labels: Tensor, method: str
+    ) -> None:
         config = {"vpt-deep": fp.VPTConfig(num_prompts=3, prompt_dropout=0.2)}.get(method, METHODS[method])
         model = build(config).train()
         plain = copy.deepcopy(model)
@@ -932,7 +1005,7 @@ class TestTrainStep:
         losses: list[list[Tensor]] = []
         for run in (step, lambda x, y: plain_step(plain, optimizer, x, y)):
             torch.manual_seed(5)
-            losses.append([run(images[i:i + 4], labels[i:i + 4]) for i in range(WARM_UPS + 4)])
+            losses.append([run(images[i : i + 4], labels[i : i + 4]) for i in range(WARM_UPS + 4)])
         for found, wanted in zip(*losses, strict=True):
             close(found, wanted)
         for (name, found), wanted in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
@@ -940,33 +1013,48 @@ class TestTrainStep:
         assert step.captures == 1
         assert not step.eager
 
-    @pytest.mark.parametrize("options", [{}, {"momentum": 0.5, "dampening": 0.25}, {"momentum": 0.5, "nesterov": True},
-                                         {"momentum": 0.5, "maximize": True, "foreach": True}])
-    def test_sgd(self, build: Callable[..., fp.PromptedViT], images: Tensor, labels: Tensor,
-                 options: dict[str, Any]) -> None:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"momentum": 0.5, "dampening": 0.25},
+            {"momentum": 0.5, "nesterov": True},
+            {"momentum": 0.5, "maximize": True, "foreach": True},
+        ],
+    )
+    def test_sgd(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, labels: Tensor, options: dict[str, Any]
+    ) -> None:
         self.compare(build, images, labels, lambda model: sgd(model, **options))
 
     @pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"amsgrad": True}])
     @pytest.mark.usefixtures("capturable_on_cpu")
-    def test_adamw(self, build: Callable[..., fp.PromptedViT], images: Tensor, labels: Tensor,
-                   options: dict[str, Any]) -> None:
+    def test_adamw(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, labels: Tensor, options: dict[str, Any]
+    ) -> None:
         self.compare(build, images, labels, lambda model: adamw(model, **options))
 
-    def compare(self, build: Callable[..., fp.PromptedViT], images: Tensor, labels: Tensor,
-                make: Callable[[fp.PromptedViT], torch.optim.Optimizer]) -> None:
+    def compare(
+        self,
+        build: Callable[..., fp.PromptedViT],
+        images: Tensor,
+        labels: Tensor,
+        make: Callable[[fp.PromptedViT], torch.optim.Optimizer],
+    ) -> None:
         model = build(METHODS["vpt-deep"]).train()
         plain = copy.deepcopy(model)
         optimizer = make(plain)
         step = GraphedTrainStep(model, make(model), capturer=RecordingCapturer())
         for i in range(WARM_UPS + 3):
-            x, y = images[i:i + 4], labels[i:i + 4]
+            x, y = images[i : i + 4], labels[i : i + 4]
             close(step(x, y), plain_step(plain, optimizer, x, y))
         for found, wanted in zip(model.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
         assert step.captures == 1
 
-    def test_the_first_steps_are_eager_and_each_batch_size_has_its_graph(self, build: Callable[..., fp.PromptedViT],
-                                                                         images: Tensor, labels: Tensor) -> None:
+    def test_the_first_steps_are_eager_and_each_batch_size_has_its_graph(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, labels: Tensor
+    ) -> None:
         model = build(METHODS["vpt-deep"]).train()
         capturer = RecordingCapturer()
         step = GraphedTrainStep(model, sgd(model, momentum=0.5), capturer=capturer)
@@ -978,8 +1066,9 @@ class TestTrainStep:
         assert len(capturer.pools) == 1
         assert [graph.replays for graph in capturer.graphs] == [3, 1]
 
-    def test_gradients_stay_in_place(self, build: Callable[..., fp.PromptedViT], images: Tensor,
-                                     labels: Tensor) -> None:
+    def test_gradients_stay_in_place(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, labels: Tensor
+    ) -> None:
         model = build(METHODS["vpt-deep"]).train()
         step = GraphedTrainStep(model, sgd(model), capturer=RecordingCapturer())
         step(images[:4], labels[:4])
@@ -988,15 +1077,16 @@ class TestTrainStep:
             before = copy.deepcopy(model)
             for parameter in model.parameters():
                 parameter.grad = None  # what a loop's own zero_grad() does
-            step(images[i:i + 4], labels[i:i + 4])
+            step(images[i : i + 4], labels[i : i + 4])
             assert [p.grad.data_ptr() for _, p in model.trainable_parameters()] == places
-            F.cross_entropy(before(images[i:i + 4]), labels[i:i + 4]).backward()
+            F.cross_entropy(before(images[i : i + 4]), labels[i : i + 4]).backward()
         for (_, found), (_, wanted) in zip(model.trainable_parameters(), before.trainable_parameters(), strict=True):
             close(found.grad, wanted.grad)
         assert step.captures == 1
 
-    def test_gradients_outside_of_the_optimizer_stay_too(self, build: Callable[..., fp.PromptedViT], images: Tensor,
-                                                         labels: Tensor) -> None:
+    def test_gradients_outside_of_the_optimizer_stay_too(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, labels: Tensor
+    ) -> None:
         model = build(METHODS["vpt-deep"]).train()
         optimizer = torch.optim.SGD(model.generator.parameters(), lr=0.1)
         step = GraphedTrainStep(model, optimizer, capturer=RecordingCapturer())
@@ -1007,8 +1097,9 @@ class TestTrainStep:
             step(images[:4], labels[:4])
             assert model.head.weight.grad.data_ptr() == place
 
-    def test_the_loss_is_a_copy_and_its_function_the_caller_s(self, build: Callable[..., fp.PromptedViT],
-                                                              images: Tensor) -> None:
+    def test_the_loss_is_a_copy_and_its_function_the_caller_s(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor
+    ) -> None:
         model = build(METHODS["linear"]).train()
         targets = torch.randn(4, 3, dtype=torch.float64)
 
@@ -1020,8 +1111,9 @@ class TestTrainStep:
         assert len(set(map(float, losses))) == 8
         assert all(b < a for a, b in itertools.pairwise(losses))
 
-    def test_learning_rates_are_read_at_replay(self, build: Callable[..., fp.PromptedViT], images: Tensor,
-                                               labels: Tensor) -> None:
+    def test_learning_rates_are_read_at_replay(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, labels: Tensor
+    ) -> None:
         model = build(METHODS["vpt-deep"]).train()
         plain = copy.deepcopy(model)
         optimizers = [sgd(m, momentum=0.5) for m in (model, plain)]
@@ -1040,8 +1132,9 @@ class TestTrainStep:
         assert step.captures == 1
 
     @pytest.mark.parametrize("what", ["weight decay", "state", "data", "frozen"])
-    def test_what_was_captured_and_changes_is_captured_again(self, build: Callable[..., fp.PromptedViT],
-                                                             images: Tensor, labels: Tensor, what: str) -> None:
+    def test_what_was_captured_and_changes_is_captured_again(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, labels: Tensor, what: str
+    ) -> None:
         model = build(METHODS["vpt-deep"]).train()
         plain = copy.deepcopy(model)
         models, optimizers = (model, plain), (sgd(model, momentum=0.5), sgd(plain, momentum=0.5))
@@ -1068,8 +1161,9 @@ class TestTrainStep:
             torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
         assert step.captures == 2
 
-    def test_what_was_made_of_parameters_notices_a_replay(self, build: Callable[..., fp.PromptedViT], images: Tensor,
-                                                          labels: Tensor) -> None:
+    def test_what_was_made_of_parameters_notices_a_replay(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, labels: Tensor
+    ) -> None:
         model = build(METHODS["vpt-deep"])  # in eval mode, so that nothing else drops what the model keeps
         graphed, _ = graphed_of(model)
         step = GraphedTrainStep(model, sgd(model), capturer=RecordingCapturer())
@@ -1082,8 +1176,9 @@ class TestTrainStep:
         assert step.captures == 1
         assert graphed.captures == 3
 
-    def test_a_step_that_cannot_be_captured_goes_on_eagerly(self, build: Callable[..., fp.PromptedViT],
-                                                            images: Tensor, labels: Tensor) -> None:
+    def test_a_step_that_cannot_be_captured_goes_on_eagerly(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, labels: Tensor
+    ) -> None:
         model = build(METHODS["vpt-deep"]).train()
         plain = copy.deepcopy(model)
         optimizer = sgd(plain)
@@ -1096,8 +1191,9 @@ class TestTrainStep:
         assert "batch 4 of 32 x 32 images" in str(caught[0].message)
         assert "RuntimeError: no" in str(caught[0].message)
 
-    def test_a_loss_that_reads_the_host_is_named(self, build: Callable[..., fp.PromptedViT], images: Tensor,
-                                                 labels: Tensor) -> None:
+    def test_a_loss_that_reads_the_host_is_named(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, labels: Tensor
+    ) -> None:
         model = build(METHODS["linear"]).train()
 
         def loss(logits: Tensor, labels: Tensor, aux: dict[str, Tensor]) -> Tensor:
@@ -1113,10 +1209,11 @@ class TestTrainStep:
         model = build(METHODS["linear"]).train()
         parameters = [p for _, p in model.trainable_parameters()]
         for optimizer, message in (
-                (torch.optim.AdamW(parameters), "optimizer AdamW must be made with capturable=True"),
-                (torch.optim.LBFGS(parameters), "optimizer LBFGS has no step that a CUDA graph can hold"),
-                (torch.optim.SGD(parameters, lr=0.1, differentiable=True), "optimizer must not be differentiable"),
-                (torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=0.1), "optimizer must be over parameters")):
+            (torch.optim.AdamW(parameters), "optimizer AdamW must be made with capturable=True"),
+            (torch.optim.LBFGS(parameters), "optimizer LBFGS has no step that a CUDA graph can hold"),
+            (torch.optim.SGD(parameters, lr=0.1, differentiable=True), "optimizer must not be differentiable"),
+            (torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=0.1), "optimizer must be over parameters"),
+        ):
             with pytest.raises(ValueError, match=message):
                 GraphedTrainStep(model, optimizer, capturer=RecordingCapturer())
         with pytest.raises(TypeError, match="optimizer must be a torch optimizer"):
@@ -1136,8 +1233,9 @@ class TestTrainStep:
         with pytest.raises(ValueError, match="images must have shape"):
             step(images[0], labels[:1])
 
-    def test_another_parameter_group_is_an_error(self, build: Callable[..., fp.PromptedViT], images: Tensor,
-                                                 labels: Tensor) -> None:
+    def test_another_parameter_group_is_an_error(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, labels: Tensor
+    ) -> None:
         model = build(METHODS["vpt-deep"]).train()
         optimizer = torch.optim.SGD(model.generator.parameters(), lr=0.1)
         step = GraphedTrainStep(model, optimizer, capturer=RecordingCapturer())
@@ -1182,8 +1280,9 @@ class TestOnTheDevice:
         assert all(torch.equal(graphed(x), expected) for expected in first)
         assert not torch.equal(first[0], first[1])
 
-    def test_a_failed_capture_leaves_the_device_usable(self, build: Callable[..., fp.PromptedViT], images: Tensor,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_failed_capture_leaves_the_device_usable(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         model, x = build(METHODS["vpt-deep"]).float().cuda().eval(), images.float().cuda()
         plain, calls = fp.PromptedViT.predict, []
 
@@ -1218,8 +1317,8 @@ class TestOnTheDevice:
                     torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
                     for turn in range(50):
                         start, count = (me + turn) % 6, (me * turn) % 6
-                        found = graphed(x[start:start + count])
-                        torch.testing.assert_close(found, expected[start:start + count], rtol=1e-4, atol=1e-4)
+                        found = graphed(x[start : start + count])
+                        torch.testing.assert_close(found, expected[start : start + count], rtol=1e-4, atol=1e-4)
 
             run_threads(hammer, 8)
             graphed.release()
@@ -1231,13 +1330,15 @@ class TestOnTheDevice:
 
     @pytest.mark.parametrize("method", ["vpt-deep", "pgn", "v2apt", "vapt"])
     @pytest.mark.parametrize("name", ["sgd", "adamw"])
-    def test_train_step(self, build: Callable[..., fp.PromptedViT], images: Tensor, labels: Tensor, method: str,
-                        name: str) -> None:
+    def test_train_step(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, labels: Tensor, method: str, name: str
+    ) -> None:
         model = build(METHODS[method]).float().cuda().train()
         plain = copy.deepcopy(model)
-        make = {"sgd": lambda m: sgd(m, lr=0.01, momentum=0.9),
-                "adamw": lambda m: torch.optim.AdamW([p for _, p in m.trainable_parameters()], lr=1e-3,
-                                                     capturable=True)}[name]
+        make = {
+            "sgd": lambda m: sgd(m, lr=0.01, momentum=0.9),
+            "adamw": lambda m: torch.optim.AdamW([p for _, p in m.trainable_parameters()], lr=1e-3, capturable=True),
+        }[name]
         optimizer, step = make(plain), GraphedTrainStep(model, make(model))
         x, y = images[:8].float().cuda(), labels[:8].cuda()
         losses: list[list[Tensor]] = []
@@ -1268,8 +1369,9 @@ class TestTheEngine:
         return made
 
     @pytest.mark.parametrize("method", METHODS)
-    def test_replays_a_graph_of_each_size(self, build: Callable[..., fp.PromptedViT], images: Tensor, method: str,
-                                          capturers: list[RecordingCapturer]) -> None:
+    def test_replays_a_graph_of_each_size(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, method: str, capturers: list[RecordingCapturer]
+    ) -> None:
         model = build(METHODS[method])
         engine = fp.Engine(model, (2, 4), torch.float64, "cuda_graph")
         for count in (4, 1, 3, 7, 2):
@@ -1277,8 +1379,9 @@ class TestTheEngine:
         replays = [[graph.replays for graph in capturer.graphs] for capturer in capturers]
         assert replays == [[1 + 1 + 1 + 2], [1 + 2]]  # the first readies the graph; 7 images are two batches of 4
 
-    def test_sees_what_changes_without_a_new_capture(self, build: Callable[..., fp.PromptedViT], images: Tensor,
-                                                     capturers: list[RecordingCapturer]) -> None:
+    def test_sees_what_changes_without_a_new_capture(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, capturers: list[RecordingCapturer]
+    ) -> None:
         model = build(METHODS["vpt-deep"])
         engine = fp.Engine(model, (2,), torch.float64, "cuda_graph")
         before = engine(images[:2])
@@ -1290,8 +1393,9 @@ class TestTheEngine:
         change(model)
         close(engine(images[:2]), eager(model, images[:2]))
 
-    def test_auto_measures_it(self, build: Callable[..., fp.PromptedViT], images: Tensor,
-                              monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_auto_measures_it(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         durations = {"GraphedForward": 1.0, "PromptedViT": 2.0}
         monkeypatch.setattr(engine_module, "_seconds", lambda run, device: durations[type(run.func).__name__])
         engine = fp.Engine(build(METHODS["pgn"]), (2,), torch.float64)
@@ -1301,8 +1405,9 @@ class TestTheEngine:
         assert measured.seconds == {"eager": 2.0, "cuda_graph": 1.0}
         assert "float64: cuda_graph (cuda_graph 1e+03 ms, eager 2e+03 ms)" in str(fp.explain(engine))
 
-    def test_what_cannot_be_captured_is_said_and_not_run(self, build: Callable[..., fp.PromptedViT], images: Tensor
-                                                         ) -> None:
+    def test_what_cannot_be_captured_is_said_and_not_run(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor
+    ) -> None:
         self.failures[0] = RuntimeError("operation not permitted")
         model = build(METHODS["vpt-deep"])
         engine = fp.Engine(model, (2,), torch.float64)
@@ -1315,8 +1420,9 @@ class TestTheEngine:
             with pytest.raises(RuntimeError, match=r"backend 'cuda_graph' failed: .*operation not permitted"):
                 fp.Engine(model, (2,), torch.float64, "cuda_graph")(images[:2])
 
-    def test_a_released_engine_keeps_no_graph(self, build: Callable[..., fp.PromptedViT], images: Tensor,
-                                              capturers: list[RecordingCapturer]) -> None:
+    def test_a_released_engine_keeps_no_graph(
+        self, build: Callable[..., fp.PromptedViT], images: Tensor, capturers: list[RecordingCapturer]
+    ) -> None:
         engine = fp.Engine(build(METHODS["vpt-deep"]), (2,), torch.float64, "cuda_graph")
         engine(images[:2])
         (run,) = engine._runs.values()
@@ -1353,20 +1459,28 @@ def bench() -> ModuleType:
 class TestTheReport:
     """`bench/gpu_graphs.py` runs on a device alone; here its control flow does, by the double."""
 
-    def test_has_parity_and_times_of_every_method_and_batch(self, bench: ModuleType, tiny_vit: VisionTransformer,
-                                                            capturable_on_cpu: None,
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_has_parity_and_times_of_every_method_and_batch(
+        self, bench: ModuleType, tiny_vit: VisionTransformer, capturable_on_cpu: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(bench, "ROUNDS", 2)
         monkeypatch.setattr(bench, "CALLS", 1)
         monkeypatch.setattr(bench, "ADAPTERS", 3)
         kept: list[int] = []
-        report = bench.measure(fp.FrozenViT(tiny_vit), batches=(2, 4), capturer=RecordingCapturer,
-                               compiler=lambda model, dynamic: model,
-                               keep=lambda report: kept.append(len(report["methods"])))
+        report = bench.measure(
+            fp.FrozenViT(tiny_vit),
+            batches=(2, 4),
+            capturer=RecordingCapturer,
+            compiler=lambda model, dynamic: model,
+            keep=lambda report: kept.append(len(report["methods"])),
+        )
         json.dumps(report)
         assert kept == [4, 4, 4, 4, 4]
-        assert set(report["mixed batch"]["microseconds"]) == {"mixed batch", "one adapter", "batch 1, eager",
-                                                              "batch 1, graph"}
+        assert set(report["mixed batch"]["microseconds"]) == {
+            "mixed batch",
+            "one adapter",
+            "batch 1, eager",
+            "batch 1, graph",
+        }
         assert report["mixed batch"]["times of a mixed batch"]["mixed batch"] == 1
         assert set(report["methods"]) == {"vpt-deep", "pgn", "v2apt", "vapt"}
         for found in report["methods"].values():
@@ -1379,10 +1493,12 @@ class TestTheReport:
                     assert times["latency"]["median"] > 0
                     assert times["throughput"]["low"] <= times["throughput"]["high"]
 
-    def test_a_deadline_cuts_times_short_and_no_parity(self, bench: ModuleType, tiny_vit: VisionTransformer,
-                                                       capturable_on_cpu: None) -> None:
-        found = bench.measure(fp.FrozenViT(tiny_vit), ["pgn"], (2,), RecordingCapturer, lambda model, dynamic: model,
-                              deadline=0.0)["methods"]["pgn"]
+    def test_a_deadline_cuts_times_short_and_no_parity(
+        self, bench: ModuleType, tiny_vit: VisionTransformer, capturable_on_cpu: None
+    ) -> None:
+        found = bench.measure(
+            fp.FrozenViT(tiny_vit), ["pgn"], (2,), RecordingCapturer, lambda model, dynamic: model, deadline=0.0
+        )["methods"]["pgn"]
         assert len(found["parity"]) == 4
         for times in (found["inference"]["2"], found["training step"]["2"]):
             assert times.pop("compile") is None
@@ -1390,12 +1506,22 @@ class TestTheReport:
                 assert way["throughput"]["low"] == way["throughput"]["high"]  # one round
 
     @pytest.mark.parametrize(("broken", "error"), [("replay", SystemExit), ("capture", UserWarning)])
-    def test_a_wrong_replay_and_a_failed_capture_end_it(self, bench: ModuleType, tiny_vit: VisionTransformer,
-                                                        broken: str, error: type[BaseException],
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_wrong_replay_and_a_failed_capture_end_it(
+        self,
+        bench: ModuleType,
+        tiny_vit: VisionTransformer,
+        broken: str,
+        error: type[BaseException],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
         if broken == "replay":
             monkeypatch.setattr(RecordedGraph, "replay", lambda self: None)
         failures = {0: RuntimeError("no")} if broken == "capture" else {}
         with pytest.raises(error, match=r"error of a replay|no CUDA graph"):
-            bench.measure(fp.FrozenViT(tiny_vit), ["vpt-deep"], (1, 2), lambda: RecordingCapturer(failures),
-                          lambda model, dynamic: model)
+            bench.measure(
+                fp.FrozenViT(tiny_vit),
+                ["vpt-deep"],
+                (1, 2),
+                lambda: RecordingCapturer(failures),
+                lambda model, dynamic: model,
+            )

@@ -30,8 +30,9 @@ def eager(model: Any, **options: Any) -> fp.Engine:
     return fp.Engine(model, **{"backend": "eager", "dtype": torch.float64, **options})
 
 
-@pytest.mark.parametrize("method", ["vpt", "vpt-shallow", "pgn", "v2apt", "v2apt-samples", "vapt", "free", "pixel",
-                                    "linear"])
+@pytest.mark.parametrize(
+    "method", ["vpt", "vpt-shallow", "pgn", "v2apt", "v2apt-samples", "vapt", "free", "pixel", "linear"]
+)
 def test_answers_are_those_of_the_model(build: Build, images: Tensor, method: str) -> None:
     model = build(method).double()
     engine = eager(model, batch_sizes=(1, 4))
@@ -88,9 +89,19 @@ def test_a_bare_backbone_gives_features(backbone: fp.FrozenViT, build: Build, im
     assert found[1].shape == (5,)
 
 
-@pytest.mark.parametrize(("batch", "sizes", "expected"), [
-    (8, (1, 8, 32), [8]), (9, (1, 8, 32), [8, 1]), (7, (1, 8, 32), [8]), (20, (1, 8, 32), [8, 8, 8]),
-    (31, (1, 8, 32), [32]), (64, (1, 8, 32), [32, 32]), (3, (4,), [4]), (9, (4,), [4, 4, 4])])
+@pytest.mark.parametrize(
+    ("batch", "sizes", "expected"),
+    [
+        (8, (1, 8, 32), [8]),
+        (9, (1, 8, 32), [8, 1]),
+        (7, (1, 8, 32), [8]),
+        (20, (1, 8, 32), [8, 8, 8]),
+        (31, (1, 8, 32), [32]),
+        (64, (1, 8, 32), [32, 32]),
+        (3, (4,), [4]),
+        (9, (4,), [4, 4, 4]),
+    ],
+)
 def test_batches_are_covered_with_little_padding(batch: int, sizes: tuple[int, ...], expected: list[int]) -> None:
     assert cover(batch, sizes) == expected
 
@@ -131,8 +142,9 @@ def test_batches_are_padded_and_split(build: Build, images: Tensor, monkeypatch:
 
 @pytest.mark.parametrize("method", ["vpt", "pgn", "vapt", "v2apt"])
 @pytest.mark.parametrize("bakes", [True, False])
-def test_changes_of_the_model_are_seen(build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch, method: str,
-                                       bakes: bool) -> None:
+def test_changes_of_the_model_are_seen(
+    build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch, method: str, bakes: bool
+) -> None:
     recorder, model = Recorder(monkeypatch, bakes=bakes), build(method).double()
     engine = eager(model, backend="recorded", batch_sizes=(2,))
     x = images[:2]
@@ -150,8 +162,12 @@ def test_changes_of_the_model_are_seen(build: Build, images: Tensor, monkeypatch
     model(x.double()).square().sum().backward()
     optimizer.step()
     expect()
-    model.load_adapter_state_dict({name: 1.1 * value if value.is_floating_point() else value
-                                   for name, value in model.adapter_state_dict().items()})
+    model.load_adapter_state_dict(
+        {
+            name: 1.1 * value if value.is_floating_point() else value
+            for name, value in model.adapter_state_dict().items()
+        }
+    )
     expect()
     expect(changed=False)
     assert recorder.built == (3 if bakes else 1)
@@ -181,8 +197,9 @@ def test_a_fully_fine_tuned_model_is_served_and_followed(backbone: fp.FrozenViT,
         eager(backbone).add_adapter("full", model)
 
 
-def test_adapters_are_added_replaced_and_deleted(backbone: fp.FrozenViT, build: Build, images: Tensor, tmp_path: Path
-                                                 ) -> None:
+def test_adapters_are_added_replaced_and_deleted(
+    backbone: fp.FrozenViT, build: Build, images: Tensor, tmp_path: Path
+) -> None:
     models = {"a": build("vpt", 1, 3), "b": build("pgn", 2, 4), "c": build("vapt", 3, None)}
     engine = eager(build("linear"))
     for name, model in models.items():
@@ -195,7 +212,7 @@ def test_adapters_are_added_replaced_and_deleted(backbone: fp.FrozenViT, build: 
     assert [tuple(output.shape) for output in found] == [(3,), (4,), (48,), (3,), (48,)]
     backbone.double()
     for i, name in enumerate(names[:4]):
-        expected = models[name].double()(images[i:i + 1].double()).detach()[0]
+        expected = models[name].double()(images[i : i + 1].double()).detach()[0]
         torch.testing.assert_close(found[i].double(), expected, rtol=1e-6, atol=1e-6)
     with torch.no_grad():
         next(models["a"].generator.parameters()).normal_()
@@ -217,7 +234,9 @@ def test_a_mixed_batch_above_the_largest_size_is_split(build: Build, images: Ten
     engine.add_adapter("b", build("vpt-5", 1, 3).double())
     names = [("default", "b")[i % 2] for i in range(11)]
     for i, output in enumerate(engine(images, adapter_names=names)):
-        torch.testing.assert_close(output, engine(images[i:i + 1], adapter_names=[names[i]])[0], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            output, engine(images[i : i + 1], adapter_names=[names[i]])[0], rtol=1e-10, atol=1e-10
+        )
     assert engine(images[:0], adapter_names=[]) == []
 
 
@@ -231,8 +250,9 @@ def test_other_adapters_change_no_bit(build: Build, images: Tensor, method: str)
     assert torch.equal(first[1], second[1])
 
 
-def test_an_adapter_of_another_backbone_is_refused(build: Build, randomised: Callable[..., nn.Module], tmp_path: Path
-                                                   ) -> None:
+def test_an_adapter_of_another_backbone_is_refused(
+    build: Build, randomised: Callable[..., nn.Module], tmp_path: Path
+) -> None:
     other = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=0)
     stranger = fp.PromptedViT(fp.FrozenViT(randomised(other, 5)), fp.VPTConfig(num_prompts=3), 5)
     stranger.save_pretrained(tmp_path)
@@ -243,10 +263,20 @@ def test_an_adapter_of_another_backbone_is_refused(build: Build, randomised: Cal
     assert "x" not in engine.adapter_names
 
 
-def test_another_normalisation_of_pixels_warns(backbone: fp.FrozenViT, build: Build,
-                                               randomised: Callable[..., nn.Module]) -> None:
-    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=7, reg_tokens=1,
-                            global_pool="map", pre_norm=True)
+def test_another_normalisation_of_pixels_warns(
+    backbone: fp.FrozenViT, build: Build, randomised: Callable[..., nn.Module]
+) -> None:
+    vit = VisionTransformer(
+        img_size=32,
+        patch_size=8,
+        embed_dim=48,
+        depth=3,
+        num_heads=3,
+        num_classes=7,
+        reg_tokens=1,
+        global_pool="map",
+        pre_norm=True,
+    )
     other = fp.FrozenViT(randomised(vit), mean=(0.5, 0.5, 0.5))
     with pytest.warns(UserWarning, match=r"adapter 'x' was trained on images normalised with .*0\.5"):
         eager(backbone).add_adapter("x", build("vpt", backbone=other))
@@ -260,13 +290,16 @@ def test_a_cast_backbone_is_still_the_same(build: Build, images: Tensor) -> None
     assert engine(images[:1], adapter_names=["half"])[0].isfinite().all()
 
 
-@pytest.mark.parametrize(("options", "error", "message"), [
-    ({"batch_sizes": ()}, ValueError, r"batch_sizes must be positive integers, got \(\)"),
-    ({"batch_sizes": (0, 1)}, ValueError, "batch_sizes must be positive integers"),
-    ({"batch_sizes": 8}, ValueError, "batch_sizes must be positive integers, got 8"),
-    ({"dtype": torch.int8}, ValueError, "dtype must be one of"),
-    ({"backend": "tensorrt"}, ValueError, "backend must be 'auto' or one of .*'cuda_graph'.* got 'tensorrt'"),
-])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"batch_sizes": ()}, ValueError, r"batch_sizes must be positive integers, got \(\)"),
+        ({"batch_sizes": (0, 1)}, ValueError, "batch_sizes must be positive integers"),
+        ({"batch_sizes": 8}, ValueError, "batch_sizes must be positive integers, got 8"),
+        ({"dtype": torch.int8}, ValueError, "dtype must be one of"),
+        ({"backend": "tensorrt"}, ValueError, "backend must be 'auto' or one of .*'cuda_graph'.* got 'tensorrt'"),
+    ],
+)
 def test_bad_arguments_are_named(backbone: fp.FrozenViT, options: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fp.Engine(backbone, **options)
@@ -304,19 +337,32 @@ def test_released_engines_say_so_and_hold_nothing(build: Build, images: Tensor) 
     gc.collect()
     assert kept() is None
     engine.release()
-    for call in (lambda: engine(images), lambda: engine.add_adapter("a", build("vpt")), engine.warm_up, engine.refresh,
-                 lambda: engine.delete_adapter("a"), lambda: fp.explain(engine)):
+    for call in (
+        lambda: engine(images),
+        lambda: engine.add_adapter("a", build("vpt")),
+        engine.warm_up,
+        engine.refresh,
+        lambda: engine.delete_adapter("a"),
+        lambda: fp.explain(engine),
+    ):
         with pytest.raises(RuntimeError, match="this engine was released; make a new one"):
             call()
 
 
-def test_auto_takes_the_fastest_and_measures_once(build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch
-                                                  ) -> None:
+def test_auto_takes_the_fastest_and_measures_once(
+    build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("cuda_graph", "compile", "openvino"):
         monkeypatch.delitem(BACKENDS, name)
     recorder, durations = Recorder(monkeypatch), {"recorded": 1.0, "eager": 2.0}
-    monkeypatch.setattr(module, "_seconds", lambda run, device: run() is None or durations[
-        "eager" if getattr(run.func, "__class__", None) is fp.PromptedViT else "recorded"])
+    monkeypatch.setattr(
+        module,
+        "_seconds",
+        lambda run, device: (
+            run() is None
+            or durations["eager" if getattr(run.func, "__class__", None) is fp.PromptedViT else "recorded"]
+        ),
+    )
     engine = eager(build("vpt"), backend="auto", batch_sizes=(1, 2))
     engine(images[:2])
     signature = (2, (32, 32), torch.float64)
@@ -330,8 +376,9 @@ def test_auto_takes_the_fastest_and_measures_once(build: Build, images: Tensor, 
     assert recorder.built == 2
 
 
-def test_auto_leaves_out_what_is_wrong_broken_or_missing(build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch
-                                                         ) -> None:
+def test_auto_leaves_out_what_is_wrong_broken_or_missing(
+    build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("cuda_graph", "compile", "openvino"):
         monkeypatch.delitem(BACKENDS, name)
     Recorder(monkeypatch, "wrong").alter = lambda output: output + 1
@@ -353,13 +400,17 @@ def test_auto_leaves_out_what_is_wrong_broken_or_missing(build: Build, images: T
             eager(build("vpt"), backend=name)(images)
 
 
-def test_a_failure_in_a_call_falls_back_once_or_is_reported(build: Build, images: Tensor,
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_a_call_falls_back_once_or_is_reported(
+    build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("cuda_graph", "compile", "openvino"):
         monkeypatch.delitem(BACKENDS, name)
     recorder, model = Recorder(monkeypatch), build("vpt").double()
-    monkeypatch.setattr(module, "_seconds", lambda run, device: run() is None or float(
-        getattr(run.func, "__class__", None) is fp.PromptedViT))
+    monkeypatch.setattr(
+        module,
+        "_seconds",
+        lambda run, device: run() is None or float(getattr(run.func, "__class__", None) is fp.PromptedViT),
+    )
     automatic, asked = (eager(model, backend=name, batch_sizes=(2,)) for name in ("auto", "recorded"))
     for engine in (automatic, asked):
         engine(images[:2])
@@ -379,8 +430,9 @@ def test_a_failure_in_a_call_falls_back_once_or_is_reported(build: Build, images
         asked(images[:2])
 
 
-def test_adapters_of_static_prompts_take_the_bytes_of_keys_values_and_prompts(build: Build, backbone: fp.FrozenViT
-                                                                              ) -> None:
+def test_adapters_of_static_prompts_take_the_bytes_of_keys_values_and_prompts(
+    build: Build, backbone: fp.FrozenViT
+) -> None:
     """The formula that a ViT-B/16 with 200 adapters of 50 prompts is held to, here on a small backbone."""
     engine, storages = fp.Engine(backbone, dtype=torch.bfloat16, backend="eager"), {}
     for i in range(20):
@@ -443,7 +495,7 @@ def test_hammered_by_eight_threads(build: Build, images: Tensor, monkeypatch: py
                     failing.set()
                 elif kind < 5:
                     start = draw(0, 4)
-                    if not close(engine(images[start:start + batch]), expected["default"][start:start + batch]):
+                    if not close(engine(images[start : start + batch]), expected["default"][start : start + batch]):
                         problems.append("a wrong answer")
                 else:
                     names = [("default", "steady", "swapped")[draw(0, 3)] for _ in range(batch)]

@@ -33,8 +33,9 @@ def test_respects_use_backend(tiny_vit: VisionTransformer) -> None:
         assert fp.explain(model).ops["library_prompts"].reason == "asked for by use_backend"
 
 
-def test_leaves_the_model_and_the_record_alone(tiny_vit: VisionTransformer, tiny_images: Tensor,
-                                               randomised: Callable[..., nn.Module]) -> None:
+def test_leaves_the_model_and_the_record_alone(
+    tiny_vit: VisionTransformer, tiny_images: Tensor, randomised: Callable[..., nn.Module]
+) -> None:
     model = model_of(tiny_vit, fp.PGNConfig(num_prompts=2, library_size=8, widths=(4, 8))).train()
     randomised(model.generator)
     model.generator.trunk.pool.eval()
@@ -52,12 +53,14 @@ def test_refuses_what_is_no_prompted_vit(tiny_vit: VisionTransformer) -> None:
         fp.explain(tiny_vit)
 
 
-def test_tells_what_an_engine_runs(tiny_vit: VisionTransformer, tiny_images: Tensor, monkeypatch: pytest.MonkeyPatch
-                                   ) -> None:
+def test_tells_what_an_engine_runs(
+    tiny_vit: VisionTransformer, tiny_images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(backends.shutil, "which", lambda name: None)
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name, *rest: None)
-    engine = fp.Engine(model_of(tiny_vit, fp.PGNConfig(num_prompts=2, library_size=8, widths=(4, 8))), (1, 4),
-                       torch.float32)
+    engine = fp.Engine(
+        model_of(tiny_vit, fp.PGNConfig(num_prompts=2, library_size=8, widths=(4, 8))), (1, 4), torch.float32
+    )
     engine.add_adapter("a", model_of(tiny_vit, fp.VPTConfig(num_prompts=2)))
     assert "batch of" not in str(fp.explain(engine))
     engine(tiny_images)
@@ -70,8 +73,9 @@ def test_tells_what_an_engine_runs(tiny_vit: VisionTransformer, tiny_images: Ten
     assert "library_prompts   reference" in text
 
 
-def test_tells_the_times_that_an_engine_measured(tiny_vit: VisionTransformer, tiny_images: Tensor,
-                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tells_the_times_that_an_engine_measured(
+    tiny_vit: VisionTransformer, tiny_images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("cuda_graph", "compile", "openvino"):
         monkeypatch.delitem(backends.BACKENDS, name)
     monkeypatch.setitem(backends.BACKENDS, "other", backends.Backend(lambda model, images: model))

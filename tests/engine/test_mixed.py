@@ -22,8 +22,9 @@ def exact(backbone: fp.FrozenViT) -> fp.FrozenViT:
 
 
 @pytest.mark.parametrize("raw", [False, True], ids=["float", "uint8"])
-def test_every_method_head_and_readout_in_one_batch(exact: fp.FrozenViT, build: Build, methods: dict[str, Any],
-                                                    images: Tensor, raw: bool) -> None:
+def test_every_method_head_and_readout_in_one_batch(
+    exact: fp.FrozenViT, build: Build, methods: dict[str, Any], images: Tensor, raw: bool
+) -> None:
     readouts = ["cls", "patches", "map", "patches+prompts", "prompts"]
     models = []
     for i, method in enumerate(methods):
@@ -39,15 +40,16 @@ def test_every_method_head_and_readout_in_one_batch(exact: fp.FrozenViT, build: 
         found = mixed.outputs(images, models)
         assert len(found) == len(models)
         for i, model in enumerate(models):
-            expected = model(images[i:i + 1])[0]
+            expected = model(images[i : i + 1])[0]
             assert found[i].shape == expected.shape
             torch.testing.assert_close(found[i], expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["vpt", "vpt-shallow", "free", "vapt", "v2apt", "pgn"])
-def test_other_adapters_in_the_batch_change_no_bit(backbone: fp.FrozenViT, build: Build, images: Tensor, method: str,
-                                                   dtype: torch.dtype) -> None:
+def test_other_adapters_in_the_batch_change_no_bit(
+    backbone: fp.FrozenViT, build: Build, images: Tensor, method: str, dtype: torch.dtype
+) -> None:
     """Same batch size, row and path of keys and values; generators see the same number of images."""
     models = [build(method, seed) for seed in range(4)]
     backbone.to(dtype)
@@ -59,11 +61,13 @@ def test_other_adapters_in_the_batch_change_no_bit(backbone: fp.FrozenViT, build
             assert torch.equal(mixed.outputs(images[:4], others)[i], together[i])
 
 
-def test_products_with_frozen_weights_run_once_for_all(exact: fp.FrozenViT, build: Build, images: Tensor,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_with_frozen_weights_run_once_for_all(
+    exact: fp.FrozenViT, build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows, original = [], forward.reference.mlp
-    monkeypatch.setattr(forward.reference, "mlp",
-                        lambda module, x: rows.append(x[..., 0].numel()) or original(module, x))
+    monkeypatch.setattr(
+        forward.reference, "mlp", lambda module, x: rows.append(x[..., 0].numel()) or original(module, x)
+    )
     models = [build("vpt"), build("vpt-5"), build("pgn"), build("vpt", 1), build("linear", readout="patches")]
     with torch.no_grad():
         mixed.outputs(images[:5].double(), models)
@@ -71,19 +75,22 @@ def test_products_with_frozen_weights_run_once_for_all(exact: fp.FrozenViT, buil
     assert rows == [5 * own + 3, 5 * own + 3, 4 + patches]
 
 
-def test_adapters_that_prompt_alike_share_their_attention(exact: fp.FrozenViT, build: Build, images: Tensor,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_that_prompt_alike_share_their_attention(
+    exact: fp.FrozenViT, build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batches, original = [], forward.prefix_attention
-    monkeypatch.setattr(forward, "prefix_attention",
-                        lambda q, *rest, **options: batches.append(len(q)) or original(q, *rest, **options))
+    monkeypatch.setattr(
+        forward, "prefix_attention", lambda q, *rest, **options: batches.append(len(q)) or original(q, *rest, **options)
+    )
     models = [build("vpt", seed) for seed in range(4)] + [build("vpt-5"), build("vpt-5", 1)]
     with torch.no_grad():
         mixed.outputs(images[:6].double(), models)
     assert batches == [4, 2, 4, 2]  # the last block has one query and no keys
 
 
-def test_keys_and_values_of_static_prompts_are_not_computed_in_a_call(exact: fp.FrozenViT, build: Build, images: Tensor,
-                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_and_values_of_static_prompts_are_not_computed_in_a_call(
+    exact: fp.FrozenViT, build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     models = [build("vpt", seed, readout="patches") for seed in range(3)]
     with torch.no_grad():
         expected = mixed.outputs(images[:3].double(), models)
@@ -92,12 +99,13 @@ def test_keys_and_values_of_static_prompts_are_not_computed_in_a_call(exact: fp.
             assert torch.equal(found, expected[i])
 
 
-def test_windows_of_a_swin_transformer_run_adapter_by_adapter(tiny_swin: Callable[..., nn.Module], images: Tensor,
-                                                              build: Build) -> None:
+def test_windows_of_a_swin_transformer_run_adapter_by_adapter(
+    tiny_swin: Callable[..., nn.Module], images: Tensor, build: Build
+) -> None:
     swin = fp.FrozenViT(tiny_swin()).double()
     models = [build("vpt", seed, 3 + seed, "patches", backbone=swin) for seed in range(2)]
     models += [build("v2apt-samples", 3, readout="patches+prompts", backbone=swin)]
     with torch.no_grad():
         batch = [models[i] for i in (0, 1, 0, 2)]
         for i, found in enumerate(mixed.outputs(images[:4].double(), batch)):
-            torch.testing.assert_close(found, batch[i](images[i:i + 1].double())[0], rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(found, batch[i](images[i : i + 1].double())[0], rtol=1e-10, atol=1e-10)

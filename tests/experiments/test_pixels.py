@@ -38,8 +38,9 @@ def spread(model: fp.PromptedViT, data: TensorDataset) -> fp.PromptedViT:
 
 
 @pytest.mark.parametrize("placement", ["extend", "replace"])
-def test_the_png_of_rgb_prompts_gives_what_the_model_predicts(backbone: fp.FrozenViT, data: TensorDataset,
-                                                              placement: str) -> None:
+def test_the_png_of_rgb_prompts_gives_what_the_model_predicts(
+    backbone: fp.FrozenViT, data: TensorDataset, placement: str
+) -> None:
     config = fp.RGBPGNConfig(num_prompts=4, library_size=6, widths=(4, 8), placement=placement)
     model = spread(fp.PromptedViT(backbone, config, num_classes=5), data)
     found = pixels.classify_pictures(model, data)

@@ -42,9 +42,7 @@ def check_golden() -> Callable[..., None]:
         expected = expected.double()
         return float((out.detach().double().view(expected.shape) - expected).norm() / expected.norm())
 
-    def check(
-        model: fp.PromptedViT, data: dict[str, Tensor], names: dict[str, tuple[str, slice | None]]
-    ) -> None:
+    def check(model: fp.PromptedViT, data: dict[str, Tensor], names: dict[str, tuple[str, slice | None]]) -> None:
         from fastprompt.vit import reference
 
         assert model.generator is not None

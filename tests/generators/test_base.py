@@ -70,9 +70,7 @@ def test_build_generator(kind: str) -> None:
     generator = build_generator(CHANGED[kind], geometry)
     assert generator is not None
     assert (generator.config, generator.geometry) == (CHANGED[kind], geometry)
-    with pytest.raises(
-        TypeError, match=rf"config must be {type(CHANGED[kind]).__name__}, got FullFineTuneConfig"
-    ):
+    with pytest.raises(TypeError, match=rf"config must be {type(CHANGED[kind]).__name__}, got FullFineTuneConfig"):
         type(generator)(fp.FullFineTuneConfig())
 
 
@@ -184,9 +182,7 @@ def test_geometry_of_a_swin_transformer(tiny_swin: Callable[..., nn.Module]) -> 
 
 
 @pytest.mark.parametrize("kind", ["pgn", "vapt"])
-def test_methods_without_a_meaning_on_swin_say_what_works_there(
-    tiny_swin: Callable[..., nn.Module], kind: str
-) -> None:
+def test_methods_without_a_meaning_on_swin_say_what_works_there(tiny_swin: Callable[..., nn.Module], kind: str) -> None:
     message = rf"{type(CHANGED[kind]).__name__} is not defined on a Swin transformer.*VPTConfig, V2APTConfig"
     with pytest.raises(ValueError, match=message):
         fp.PromptedViT(fp.FrozenViT(tiny_swin()), CHANGED[kind])

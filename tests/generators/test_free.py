@@ -24,9 +24,7 @@ def test_alone() -> None:
 def test_prompts_join_last_before_the_pre_norm_and_flow_on(
     randomised: Callable[..., nn.Module], tiny_images: Tensor
 ) -> None:
-    vit = VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=0, pre_norm=True
-    )
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=0, pre_norm=True)
     vit, images = randomised(vit).double().eval(), tiny_images.double()
     model = fp.PromptedViT(fp.FrozenViT(vit), fp.FreePromptsConfig(num_prompts=4), readout="prompts")
     x = torch.cat([vit._pos_embed(vit.patch_embed(images)), model.generator.tokens.expand(4, -1, -1)], dim=1)

@@ -48,9 +48,7 @@ def test_golden_tiny(golden: Callable[[str], dict[str, Tensor]], dtype: torch.dt
     out = pgn.train()(images)
     assert (out.double() - data["train.prompts"].double()).norm() <= bound * data["train.prompts"].norm()
     (out * data["loss_weights"].to(dtype)).sum().backward()
-    assert {theirs(name) for name, _ in pgn.named_parameters()} == {
-        k[5:] for k in data if k.startswith("grad.")
-    }
+    assert {theirs(name) for name, _ in pgn.named_parameters()} == {k[5:] for k in data if k.startswith("grad.")}
     for name, p in pgn.named_parameters():
         expected = data["grad." + theirs(name)].double()
         assert (p.grad.double() - expected).norm() <= bound * expected.norm(), name
@@ -144,9 +142,7 @@ def test_network_by_hand() -> None:
     def norm(x: Tensor, m: nn.BatchNorm2d) -> Tensor:
         return F.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, eps=1e-5)
 
-    x = F.max_pool2d(
-        F.relu(norm(F.conv2d(x, trunk.stem[0].weight, stride=2, padding=1), trunk.stem[1])), 3, 2, 1
-    )
+    x = F.max_pool2d(F.relu(norm(F.conv2d(x, trunk.stem[0].weight, stride=2, padding=1), trunk.stem[1])), 3, 2, 1)
     for i, block in enumerate(trunk.blocks):
         y = F.relu(norm(F.conv2d(x, block.body[0].weight, stride=1 + i, padding=1), block.body[1]))
         y = norm(F.conv2d(y, block.body[3].weight, padding=1), block.body[4])
@@ -250,9 +246,7 @@ def test_generator_sees_the_normalised_image(tiny_vit: VisionTransformer) -> Non
 
 def test_wrong_images_are_named() -> None:
     pgn = tiny()
-    with pytest.raises(
-        TypeError, match=r"x must be a floating-point tensor, normalised images .* got torch.uint8"
-    ):
+    with pytest.raises(TypeError, match=r"x must be a floating-point tensor, normalised images .* got torch.uint8"):
         pgn(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(TypeError, match=r"got NoneType"):
         pgn()

@@ -13,12 +13,7 @@ def test_frame_is_zero_inside_and_learned_outside() -> None:
     frame = pixel.frame()
     assert frame.shape == (1, 3, 16, 20)
     assert (frame[:, :, 3:-3, 3:-3] == 0).all()
-    assert (
-        (frame != 0).sum()
-        == pixel.num_parameters()
-        == pixel.paper_num_parameters()
-        == 3 * (16 * 20 - 10 * 14)
-    )
+    assert (frame != 0).sum() == pixel.num_parameters() == pixel.paper_num_parameters() == 3 * (16 * 20 - 10 * 14)
     assert torch.equal(frame[:, :, :3], pixel.top)
     assert torch.equal(frame[:, :, -3:], pixel.bottom)
     assert torch.equal(frame[:, :, 3:-3, :3], pixel.left)
@@ -46,9 +41,7 @@ def test_alone_adds_the_frame() -> None:
 def test_model_runs_the_backbone_on_prompted_images(tiny_vit: VisionTransformer, tiny_images: Tensor) -> None:
     backbone = fp.FrozenViT(tiny_vit).double()
     model, images = fp.PromptedViT(backbone, fp.PixelPromptConfig(border=4)), tiny_images.double()
-    torch.testing.assert_close(
-        model(images), backbone(images + model.generator.frame()), rtol=1e-10, atol=1e-10
-    )
+    torch.testing.assert_close(model(images), backbone(images + model.generator.frame()), rtol=1e-10, atol=1e-10)
     model(images).sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in model.generator.parameters())
 

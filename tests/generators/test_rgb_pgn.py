@@ -42,7 +42,7 @@ def test_the_prompted_image_is_an_8_bit_picture(backbone: fp.FrozenViT, placemen
     assert prompted.max() <= 255 + 1e-9
     patches = model.generator.patches(images)  # (B, 4, 3, 8, 8)
     for i in range(4):
-        torch.testing.assert_close(prompted[:, :, -8:, 8 * i:8 * i + 8], patches[:, i] * 255, rtol=0, atol=1e-9)
+        torch.testing.assert_close(prompted[:, :, -8:, 8 * i : 8 * i + 8], patches[:, i] * 255, rtol=0, atol=1e-9)
     if placement == "extend":
         torch.testing.assert_close(prompted[:, :, :32].round().to(torch.uint8), pixels)
     else:
@@ -125,13 +125,16 @@ def test_a_copy_and_a_move_keep_reading_the_models_own_backbone(backbone: fp.Fro
     assert twin.float().generator(torch.randn(2, 3, 32, 32)).dtype == torch.float32
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"placement": "below"}, "placement must be one of"),
-    ({"placement": "extend", "num_prompts": 5}, "must fill whole rows of 4 patches with placement 'extend', got 5"),
-    ({"placement": "replace", "num_prompts": 16}, "leave one of 4 to the image with placement 'replace', got 16"),
-    ({"placement": "extend", "activation": "sigmoid"}, "only convex mixtures of pictures"),
-    ({"placement": "latent", "bounded": False, "compensate": True}, "compensate is for placement 'extend'"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"placement": "below"}, "placement must be one of"),
+        ({"placement": "extend", "num_prompts": 5}, "must fill whole rows of 4 patches with placement 'extend', got 5"),
+        ({"placement": "replace", "num_prompts": 16}, "leave one of 4 to the image with placement 'replace', got 16"),
+        ({"placement": "extend", "activation": "sigmoid"}, "only convex mixtures of pictures"),
+        ({"placement": "latent", "bounded": False, "compensate": True}, "compensate is for placement 'extend'"),
+    ],
+)
 def test_bad_options_are_named(backbone: fp.FrozenViT, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(backbone, **options)

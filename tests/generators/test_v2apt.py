@@ -26,9 +26,7 @@ def trained(target: fp.V2APT) -> fp.V2APT:
 
 
 def prompted(tiny_vit: VisionTransformer, **options: Any) -> fp.PromptedViT:
-    model = fp.PromptedViT(
-        fp.FrozenViT(tiny_vit).double(), fp.V2APTConfig(**{**SIZES, **options}), num_classes=4
-    )
+    model = fp.PromptedViT(fp.FrozenViT(tiny_vit).double(), fp.V2APTConfig(**{**SIZES, **options}), num_classes=4)
     with torch.no_grad():
         model.head.weight.normal_()
     trained(model.generator)
@@ -132,9 +130,7 @@ def test_encoder_reads_the_patches_that_enter_block_0(
     torch.testing.assert_close(model(images), vit.norm(x)[:, 0], rtol=1e-10, atol=1e-10)
 
 
-def test_inference_is_deterministic_training_samples(
-    tiny_vit: VisionTransformer, tiny_images: Tensor
-) -> None:
+def test_inference_is_deterministic_training_samples(tiny_vit: VisionTransformer, tiny_images: Tensor) -> None:
     model, images = prompted(tiny_vit), tiny_images.double()
     assert torch.equal(model(images), model(images))
     mean = model(images)
@@ -176,17 +172,13 @@ def test_inference_samples_average_probabilities(tiny_vit: VisionTransformer, ti
     torch.testing.assert_close(model(images[2:3]), model(images)[2:3], rtol=1e-10, atol=1e-10)
 
 
-def test_samples_follow_the_latent_s_standard_deviation(
-    small: Geometry, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_samples_follow_the_latent_s_standard_deviation(small: Geometry, monkeypatch: pytest.MonkeyPatch) -> None:
     v2apt = fp.V2APT(geometry=small, num_prompts=1, num_instance=1, latent=1, hidden=1).double().train()
     with torch.no_grad():
         v2apt.to_stats.weight.zero_()
         v2apt.to_stats.bias.copy_(torch.tensor([0.5, -2.0]))
     z, original = [], vae_reference.decode
-    monkeypatch.setattr(
-        vae_reference, "decode", lambda d, latent, w: z.append(latent) or original(d, latent, w)
-    )
+    monkeypatch.setattr(vae_reference, "decode", lambda d, latent, w: z.append(latent) or original(d, latent, w))
     v2apt(torch.randn(4000, 1, 24).double())
     assert abs(z[0].mean() - 0.5) < 0.03
     assert abs(z[0].std() - torch.tensor(-1.0).exp()) < 0.02

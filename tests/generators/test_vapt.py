@@ -32,13 +32,9 @@ def trained(geometry: Geometry, **options: Any) -> fp.VAPT:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_golden(
-    golden: Callable, golden_backbone: Callable, check_golden: Callable, dtype: torch.dtype
-) -> None:
+def test_golden(golden: Callable, golden_backbone: Callable, check_golden: Callable, dtype: torch.dtype) -> None:
     data = golden("vapt")
-    model = fp.PromptedViT(
-        golden_backbone(data, dtype), fp.VAPTConfig(num_prompts=10, hidden=8, kernel=2)
-    ).eval()
+    model = fp.PromptedViT(golden_backbone(data, dtype), fp.VAPTConfig(num_prompts=10, hidden=8, kernel=2)).eval()
     names = {
         "first": ("static.embeddings", None),
         "feature_projector.w1": ("feature_projectors.0.w1", None),
@@ -133,9 +129,7 @@ def test_default_graph_by_hand(small: Geometry) -> None:
     vapt = trained(small)
     tokens = torch.randn(2, 12, 24).double()
     for j in range(2):
-        torch.testing.assert_close(
-            vapt(tokens, layer=j + 1), adaptive_by_hand(vapt, tokens, j), rtol=1e-11, atol=1e-11
-        )
+        torch.testing.assert_close(vapt(tokens, layer=j + 1), adaptive_by_hand(vapt, tokens, j), rtol=1e-11, atol=1e-11)
 
 
 def test_convolution_switches(small: Geometry) -> None:
@@ -173,9 +167,7 @@ def test_projector_switches(small: Geometry) -> None:
 def test_feature_projector_off_leaves_the_mix(small: Geometry) -> None:
     vapt, tokens = trained(small), torch.randn(1, 12, 24).double()
     bare = fp.VAPT(geometry=small, num_prompts=5, feature_projector=False).double().eval()
-    bare.load_state_dict(
-        {k: v for k, v in vapt.state_dict().items() if not k.startswith("feature_projectors")}
-    )
+    bare.load_state_dict({k: v for k, v in vapt.state_dict().items() if not k.startswith("feature_projectors")})
     with torch.no_grad():
         vapt.feature_projectors[0].w2.zero_()
     torch.testing.assert_close(vapt(tokens), bare(tokens), rtol=1e-12, atol=1e-12)
@@ -225,9 +217,7 @@ def test_any_patch_grid(grid: tuple[int, int]) -> None:
 
 
 def test_dropout_draws(small: Geometry) -> None:
-    vapt = fp.VAPT(
-        geometry=small, num_prompts=5, prompt_dropout=0.5, channel_dropout=0.2, hidden_dropout=0.25
-    )
+    vapt = fp.VAPT(geometry=small, num_prompts=5, prompt_dropout=0.5, channel_dropout=0.2, hidden_dropout=0.25)
     torch.manual_seed(3)
     draws = vapt.draw(40)
     assert {k: tuple(v.shape) for k, v in draws.items()} == {
@@ -271,9 +261,7 @@ def test_wrong_input_and_geometry_are_named(small: Geometry) -> None:
         vapt(torch.zeros(1, 12, 23))
     with pytest.raises(ValueError, match=r"VAPTConfig.static_layers must be at most the 3 blocks, got 4"):
         fp.VAPT(geometry=small, static_layers=4)
-    with pytest.raises(
-        ValueError, match=r"VAPTConfig.kernel 5 with padding 0 does not fit the 3 x 4 patch grid"
-    ):
+    with pytest.raises(ValueError, match=r"VAPTConfig.kernel 5 with padding 0 does not fit the 3 x 4 patch grid"):
         fp.VAPT(geometry=small, kernel=5)
 
 

@@ -13,14 +13,10 @@ from fastprompt.generators import Geometry
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_golden_deep(
-    golden: Callable, golden_backbone: Callable, check_golden: Callable, dtype: torch.dtype
-) -> None:
+def test_golden_deep(golden: Callable, golden_backbone: Callable, check_golden: Callable, dtype: torch.dtype) -> None:
     data = golden("vpt_deep")
     model = fp.PromptedViT(golden_backbone(data, dtype), fp.VPTConfig(num_prompts=10))
-    check_golden(
-        model, data, {"first": ("static.embeddings", slice(0, 1)), "deep": ("static.embeddings", slice(1, 4))}
-    )
+    check_golden(model, data, {"first": ("static.embeddings", slice(0, 1)), "deep": ("static.embeddings", slice(1, 4))})
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -103,9 +99,7 @@ def test_prompts_stand_behind_prefix_and_registers_and_the_pre_norm(
         reg_tokens=2,
     )
     vit = randomised(vit).double().eval()
-    model = fp.PromptedViT(
-        fp.FrozenViT(vit), fp.VPTConfig(num_prompts=4, deep=deep), readout="patches+prompts"
-    )
+    model = fp.PromptedViT(fp.FrozenViT(vit), fp.VPTConfig(num_prompts=4, deep=deep), readout="patches+prompts")
     images = tiny_images.double()
     x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
     prompts = model.generator.static.embeddings

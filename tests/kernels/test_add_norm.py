@@ -31,13 +31,16 @@ def test_the_norm_is_of_the_rounded_sum(dtype: torch.dtype) -> None:
     assert add_norm(x[:0], branch[:0], 1e-6)[1].shape == (0, 16)
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), [
-    (([1.0], torch.zeros(1), 1e-6), TypeError, "x must be a floating-point tensor, got <class 'list'>"),
-    ((torch.zeros(2, dtype=torch.int64), torch.zeros(2), 1e-6), TypeError, r"x must be .* got torch\.int64"),
-    ((torch.zeros(()), torch.zeros(()), 1e-6), ValueError, "x must have at least one dimension"),
-    ((torch.zeros(2, 3), torch.zeros(3), 1e-6), ValueError, r"branch must be as x, \(2, 3\) in .* got \(3,"),
-    ((torch.zeros(2, 3), torch.zeros(2, 3).double(), 1e-6), ValueError, r"branch must be as x, .* torch\.float64"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([1.0], torch.zeros(1), 1e-6), TypeError, "x must be a floating-point tensor, got <class 'list'>"),
+        ((torch.zeros(2, dtype=torch.int64), torch.zeros(2), 1e-6), TypeError, r"x must be .* got torch\.int64"),
+        ((torch.zeros(()), torch.zeros(()), 1e-6), ValueError, "x must have at least one dimension"),
+        ((torch.zeros(2, 3), torch.zeros(3), 1e-6), ValueError, r"branch must be as x, \(2, 3\) in .* got \(3,"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3).double(), 1e-6), ValueError, r"branch must be as x, .* torch\.float64"),
+    ],
+)
 def test_bad_input_is_named(arguments: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         add_norm(*arguments)

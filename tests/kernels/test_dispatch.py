@@ -53,7 +53,9 @@ def test_the_faster_implementation_runs_and_says_so(monkeypatch: pytest.MonkeyPa
     timer = Timer(monkeypatch, slow="triton")
     assert dispatch.choose("library_prompts", "cuda", arguments=inputs) == "reference"
     assert dispatch.choices["library_prompts"] == (
-        "reference", "the Triton kernels are slower: they took 20.0 µs, PyTorch 10.0 µs at this shape")
+        "reference",
+        "the Triton kernels are slower: they took 20.0 µs, PyTorch 10.0 µs at this shape",
+    )
     assert sorted(timer.calls) == ["reference", "triton"]
     timer = Timer(monkeypatch, slow="reference")
     assert dispatch.choose("library_prompts", "cuda", arguments=inputs) == "reference"
@@ -66,8 +68,13 @@ def test_the_faster_implementation_runs_and_says_so(monkeypatch: pytest.MonkeyPa
 def test_each_shape_dtype_and_mode_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     timer = Timer(monkeypatch, slow="triton")
     logits, library = torch.randn(2, 3, 4), torch.randn(4, 5)
-    cases = [(logits, library, "softmax"), (logits, library, "sigmoid"), (logits[:1], library, "softmax"),
-             (logits, library.bfloat16(), "softmax"), (logits, library.clone().requires_grad_(), "softmax")]
+    cases = [
+        (logits, library, "softmax"),
+        (logits, library, "sigmoid"),
+        (logits[:1], library, "softmax"),
+        (logits, library.bfloat16(), "softmax"),
+        (logits, library.clone().requires_grad_(), "softmax"),
+    ]
     for _ in range(2):
         for inputs in cases:
             dispatch.choose("library_prompts", "cuda", arguments=inputs)
@@ -97,8 +104,9 @@ def test_every_op_says_what_the_implementations_take(monkeypatch: pytest.MonkeyP
         "library_prompts": lambda: library_prompts(x[0], x[1], out=2 * x[2], slot=1, pre_norm=norm),
         "prefix_attention": lambda: prefix_attention(x[3], x[3], x[3], x[3][:1], x[3][:1]),
         "adaptive_prompts": lambda: adaptive_prompts(x[2], norm.weight, norm.bias, torch.ones(3, 7), torch.ones(3)),
-        "vae_prompts": lambda: vae_prompts(torch.ones(2, 8), [Decoder(x[4], torch.ones(3), x[5], torch.ones(10))],
-                                           torch.zeros(2, 1, 5))[0],
+        "vae_prompts": lambda: vae_prompts(
+            torch.ones(2, 8), [Decoder(x[4], torch.ones(3), x[5], torch.ones(10))], torch.zeros(2, 1, 5)
+        )[0],
     }
     for op, call in calls.items():
         timer.calls.clear()

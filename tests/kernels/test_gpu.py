@@ -33,8 +33,9 @@ with tempfile.TemporaryDirectory() as folder:
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     settings = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env={**os.environ, **settings}, capture_output=True,
-                          text=True)
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +91,14 @@ def test_the_readme_gets_the_table_of_a_real_run_alone(report_of: tuple[Path, di
     assert text.endswith(after)
 
 
-@pytest.mark.parametrize(("old", "new"), [
-    ("stride_or, acc * scale, D", "stride_or, acc, D"),
-    ("acc / total[:, None]", "acc / total[:, None] + 1e-3"),
-], ids=["gradient", "output"])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("stride_or, acc * scale, D", "stride_or, acc, D"),
+        ("acc / total[:, None]", "acc / total[:, None] + 1e-3"),
+    ],
+    ids=["gradient", "output"],
+)
 def test_a_wrong_kernel_ends_the_run_with_an_error(old: str, new: str, tmp_path: Path) -> None:
     ran = run("-c", BROKEN.format(old=old, new=new), str(tmp_path / "gpu.json"))
     assert ran.returncode != 0
@@ -103,7 +108,7 @@ def test_a_wrong_kernel_ends_the_run_with_an_error(old: str, new: str, tmp_path:
 
 def test_what_the_sanitizer_finds_ends_the_run_with_an_error(tmp_path: Path) -> None:
     tool = tmp_path / "compute-sanitizer"
-    tool.write_text("#!/bin/sh\necho \"$@\" >&2\necho Race reported >&2\nexit 1\n")
+    tool.write_text('#!/bin/sh\necho "$@" >&2\necho Race reported >&2\nexit 1\n')
     tool.chmod(0o755)
     code = "import sys; sys.path.insert(0, 'bench'); import gpu; gpu.sanitized(gpu.DRY)"
     ran = run("-c", code, PATH=f"{tmp_path}:{os.environ['PATH']}")
@@ -112,8 +117,11 @@ def test_what_the_sanitizer_finds_ends_the_run_with_an_error(tmp_path: Path) -> 
     assert "Race reported" in ran.stderr
     assert "--launch-only --dry-run" in ran.stderr
     tool.write_text("#!/bin/sh\nexit 0\n")
-    ran = run("-c", code.replace("gpu.sanitized(gpu.DRY)", "print(gpu.sanitized(gpu.DRY))"),
-              PATH=f"{tmp_path}:{os.environ['PATH']}")
+    ran = run(
+        "-c",
+        code.replace("gpu.sanitized(gpu.DRY)", "print(gpu.sanitized(gpu.DRY))"),
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+    )
     assert ran.stdout == "compute-sanitizer: memcheck found nothing, racecheck found nothing\n"
 
 
@@ -124,8 +132,10 @@ def test_the_time_is_bounded(tmp_path: Path) -> None:
     assert ran.returncode != 0
     assert "Timeout" in ran.stderr
     assert not path.exists()
-    code = ("import sys; sys.path.insert(0, 'bench'); import gpu; gpu.OPS_UNTIL = 0\n"
-            "gpu.main('--dry-run', '--op', 'library_prompts', '--seconds', '3000', '--out', sys.argv[1])")
+    code = (
+        "import sys; sys.path.insert(0, 'bench'); import gpu; gpu.OPS_UNTIL = 0\n"
+        "gpu.main('--dry-run', '--op', 'library_prompts', '--seconds', '3000', '--out', sys.argv[1])"
+    )
     ran = run("-c", code, str(path))
     assert ran.returncode == 0, ran.stderr[-4000:]
     found = json.loads(path.read_text())["ops"]["library_prompts"]
@@ -146,8 +156,10 @@ def test_kernels_are_launched_in_processes_of_their_own() -> None:
     assert "invalid choice: 'no_op'" in ran.stderr
 
 
-@pytest.mark.parametrize(("options", "interpret", "message"), [
-    ((), "0", "make gpu needs a CUDA or ROCm device"), (("--dry-run",), "0", "set TRITON_INTERPRET=1")])
+@pytest.mark.parametrize(
+    ("options", "interpret", "message"),
+    [((), "0", "make gpu needs a CUDA or ROCm device"), (("--dry-run",), "0", "set TRITON_INTERPRET=1")],
+)
 def test_what_is_missing_is_said(options: tuple[str, ...], interpret: str, message: str) -> None:
     ran = run("bench/gpu.py", *options, TRITON_INTERPRET=interpret, CUDA_VISIBLE_DEVICES="")
     assert ran.returncode != 0

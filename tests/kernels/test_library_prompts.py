@@ -43,9 +43,7 @@ def test_matches_the_formula(shape: tuple[int, int, int, int], activation: str) 
 
 def test_softmax_is_the_default_and_its_weights_sum_to_one() -> None:
     logits, library = torch.randn(2, 3, 6).double(), torch.ones(6, 4).double()
-    torch.testing.assert_close(
-        library_prompts(logits, library), torch.ones(2, 3, 4).double(), rtol=1e-14, atol=0
-    )
+    torch.testing.assert_close(library_prompts(logits, library), torch.ones(2, 3, 4).double(), rtol=1e-14, atol=0)
     assert library_prompts(logits, library, "sigmoid").std() > 0.01
 
 
@@ -66,9 +64,7 @@ def test_certain_selection_returns_the_library_row(dtype: torch.dtype) -> None:
 def test_order_of_library_and_prompts() -> None:
     logits, library = torch.randn(2, 3, 6).double(), torch.randn(6, 4).double()
     prompts, order = library_prompts(logits, library), torch.randperm(6)
-    torch.testing.assert_close(
-        library_prompts(logits[:, :, order], library[order]), prompts, rtol=1e-13, atol=1e-15
-    )
+    torch.testing.assert_close(library_prompts(logits[:, :, order], library[order]), prompts, rtol=1e-13, atol=1e-15)
     assert torch.equal(library_prompts(logits.flip(1), library), prompts.flip(1))
     assert torch.equal(library_prompts(logits.flip(0), library), prompts.flip(0))
 
@@ -131,12 +127,13 @@ def test_the_sequence_is_that_of_clip(activation: str, normed: bool, front: int)
             expected[b, t] = prefix[0, t] + (position[0, t] if front else 0)
         for t in range(7):
             expected[b, 2 + t] = patches[b, t] + position[0, front + t]
-        expected[b, 9:] = by_hand(logits[b:b + 1], library, activation)[0]
+        expected[b, 9:] = by_hand(logits[b : b + 1], library, activation)[0]
     if norm is not None:
         mean, var = expected.mean(-1, keepdim=True), expected.var(-1, unbiased=False, keepdim=True)
         expected = (expected - mean) / (var + norm.eps).sqrt() * norm.weight + norm.bias
-    found = library_prompts(logits, library, activation, patches=patches, prefix=prefix, position=position,
-                            pre_norm=norm)
+    found = library_prompts(
+        logits, library, activation, patches=patches, prefix=prefix, position=position, pre_norm=norm
+    )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 
 
@@ -173,19 +170,24 @@ def test_a_sequence_has_the_dtype_of_its_patches_or_slots() -> None:
 
 
 def test_gradients_of_everything_that_is_assembled() -> None:
-    leaves = [torch.randn(size, dtype=torch.float64, requires_grad=True)
-              for size in ((2, 3, 5), (5, 4), (2, 2, 4), (1, 1, 4), (1, 3, 4), (4,), (4,))]
+    leaves = [
+        torch.randn(size, dtype=torch.float64, requires_grad=True)
+        for size in ((2, 3, 5), (5, 4), (2, 2, 4), (1, 1, 4), (1, 3, 4), (4,), (4,))
+    ]
 
-    def call(logits: Tensor, library: Tensor, patches: Tensor, prefix: Tensor, position: Tensor, weight: Tensor,
-             bias: Tensor) -> Tensor:
-        return library_prompts(logits, library, patches=patches, prefix=prefix, position=position,
-                               pre_norm=PreNorm(weight, bias, 1e-3))
+    def call(
+        logits: Tensor, library: Tensor, patches: Tensor, prefix: Tensor, position: Tensor, weight: Tensor, bias: Tensor
+    ) -> Tensor:
+        return library_prompts(
+            logits, library, patches=patches, prefix=prefix, position=position, pre_norm=PreNorm(weight, bias, 1e-3)
+        )
 
     assert torch.autograd.gradcheck(call, leaves)
     sequence = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
         lambda a, b, c: library_prompts(a, b, out=c.clone(), slot=1, pre_norm=PreNorm(*leaves[5:], 1e-3)),
-        (*leaves[:2], sequence))
+        (*leaves[:2], sequence),
+    )
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
@@ -218,12 +220,21 @@ def test_gradients(activation: str) -> None:
         ({"patches": torch.zeros(2, 9, 4), "out": torch.zeros(2, 5, 4)}, ValueError, "out must be None where patches"),
         ({"prefix": torch.zeros(1, 1, 4)}, ValueError, "prefix needs patches"),
         ({"position": torch.zeros(1, 9, 4)}, ValueError, "position needs patches"),
-        ({"patches": torch.zeros(2, 9, 4), "prefix": torch.zeros(2, 1, 4)}, ValueError,
-         r"prefix must have shape \(1, R, 4\), got \(2, 1, 4\)"),
-        ({"patches": torch.zeros(2, 9, 4), "prefix": torch.zeros(1, 2, 4), "position": torch.zeros(1, 10, 4)},
-         ValueError, r"position must have shape \(1, 9, 4\) or \(1, 11, 4\), got \(1, 10, 4\)"),
-        ({"pre_norm": PreNorm(torch.ones(3), torch.zeros(4), 1e-5)}, ValueError,
-         r"pre_norm must hold weight and bias of shape \(4,\), got \(3,\) and \(4,\)"),
+        (
+            {"patches": torch.zeros(2, 9, 4), "prefix": torch.zeros(2, 1, 4)},
+            ValueError,
+            r"prefix must have shape \(1, R, 4\), got \(2, 1, 4\)",
+        ),
+        (
+            {"patches": torch.zeros(2, 9, 4), "prefix": torch.zeros(1, 2, 4), "position": torch.zeros(1, 10, 4)},
+            ValueError,
+            r"position must have shape \(1, 9, 4\) or \(1, 11, 4\), got \(1, 10, 4\)",
+        ),
+        (
+            {"pre_norm": PreNorm(torch.ones(3), torch.zeros(4), 1e-5)},
+            ValueError,
+            r"pre_norm must hold weight and bias of shape \(4,\), got \(3,\) and \(4,\)",
+        ),
         ({"pre_norm": PreNorm(torch.ones(4).int(), torch.zeros(4), 1e-5)}, TypeError, "pre_norm.weight must be a fl"),
     ],
 )

@@ -63,18 +63,33 @@ def test_the_library_is_built_and_loaded() -> None:
 @needs_library
 class TestPrefixAttention:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("sizes", [
-        (2, 3, 197, 197, 50, 64, 1), (2, 2, 33, 31, 7, 64, 2), (4, 1, 5, 70, 3, 48, 2), (1, 12, 1, 16, 1, 64, 1),
-        (3, 2, 64, 64, 0, 32, 1), (2, 3, 20, 17, 0, 64, 0), (2, 1, 7, 1, 0, 8, 0), (1, 2, 40, 130, 10, 80, 1),
-        (2, 2, 3, 5, 4, 13, 1), (1, 1, 2, 1500, 0, 8, 0), (0, 3, 5, 5, 2, 16, 1), (2, 0, 5, 5, 2, 16, 1)], ids=str)
+    @pytest.mark.parametrize(
+        "sizes",
+        [
+            (2, 3, 197, 197, 50, 64, 1),
+            (2, 2, 33, 31, 7, 64, 2),
+            (4, 1, 5, 70, 3, 48, 2),
+            (1, 12, 1, 16, 1, 64, 1),
+            (3, 2, 64, 64, 0, 32, 1),
+            (2, 3, 20, 17, 0, 64, 0),
+            (2, 1, 7, 1, 0, 8, 0),
+            (1, 2, 40, 130, 10, 80, 1),
+            (2, 2, 3, 5, 4, 13, 1),
+            (1, 1, 2, 1500, 0, 8, 0),
+            (0, 3, 5, 5, 2, 16, 1),
+            (2, 0, 5, 5, 2, 16, 1),
+        ],
+        ids=str,
+    )
     def test_matches_float64(self, level: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
         inputs = attention_inputs(*sizes, dtype)
         with fp.use_backend("native"):
             found = prefix_attention(*inputs)
         assert dispatch.choices["prefix_attention"].backend == "native"
         plain = attention_reference.prefix_attention(*inputs, scale=sizes[5] ** -0.5)
-        exact = attention_reference.prefix_attention(*(x if x is None else x.double() for x in inputs),
-                                                     scale=sizes[5] ** -0.5)
+        exact = attention_reference.prefix_attention(
+            *(x if x is None else x.double() for x in inputs), scale=sizes[5] ** -0.5
+        )
         within_tolerance(found, plain, exact)
         assert found.numel() == 0 or found.transpose(1, 2).flatten(2).data_ptr() == found.data_ptr()
 
@@ -146,7 +161,8 @@ class TestPrefixAttention:
             "positive scale": lambda: prefix_attention(q, q, q, scale=-1.0),
             "take 1 to 8192 keys, not 0": lambda: prefix_attention(q, q[:, :, :0], q[:, :, :0]),
             "rows of adjacent numbers": lambda: prefix_attention(*3 * [q.mT]),
-            "no backward": lambda: prefix_attention(q.clone().requires_grad_(), q, q)}
+            "no backward": lambda: prefix_attention(q.clone().requires_grad_(), q, q),
+        }
         for message, call in wrong.items():
             with fp.use_backend("native"), pytest.raises(RuntimeError, match=f"cannot run, .*{message}"):
                 call()
@@ -156,8 +172,12 @@ class TestPrefixAttention:
 def adaptive_inputs(b: int, n: int, p: int, d: int, r: int, dtype: torch.dtype) -> dict[str, Tensor | None]:
     """Patch rows of a sequence, of a mean and spread of their own each."""
     sequence = torch.randn(b, n + 1, d) * (0.1 + torch.rand(b, n + 1, 1)) + torch.randn(b, n + 1, 1)
-    made = {"norm_weight": torch.randn(d), "norm_bias": torch.randn(d), "mix": torch.randn(p, n),
-            "bias": torch.randn(p)}
+    made = {
+        "norm_weight": torch.randn(d),
+        "norm_bias": torch.randn(d),
+        "mix": torch.randn(p, n),
+        "bias": torch.randn(p),
+    }
     hidden = {"w1": torch.randn(r, d) / d**0.5, "w2": torch.randn(d, r)} if r else {"w1": None, "w2": None}
     return {"tokens": sequence.to(dtype)[:, 1:], **made, **hidden}
 
@@ -165,9 +185,20 @@ def adaptive_inputs(b: int, n: int, p: int, d: int, r: int, dtype: torch.dtype) 
 @needs_library
 class TestAdaptivePrompts:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("sizes", [
-        (2, 196, 50, 768, 8), (2, 17, 33, 48, 5), (1, 4, 1, 16, 1), (3, 49, 5, 100, 0), (1, 1, 2, 7, 3),
-        (2, 64, 32, 32, 64), (0, 9, 2, 16, 4), (2, 9, 0, 16, 4)], ids=str)
+    @pytest.mark.parametrize(
+        "sizes",
+        [
+            (2, 196, 50, 768, 8),
+            (2, 17, 33, 48, 5),
+            (1, 4, 1, 16, 1),
+            (3, 49, 5, 100, 0),
+            (1, 1, 2, 7, 3),
+            (2, 64, 32, 32, 64),
+            (0, 9, 2, 16, 4),
+            (2, 9, 0, 16, 4),
+        ],
+        ids=str,
+    )
     def test_matches_float64(self, level: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
         inputs = adaptive_inputs(*sizes, dtype)
         with fp.use_backend("native"):
@@ -185,8 +216,12 @@ class TestAdaptivePrompts:
             found = adaptive_prompts(**inputs, activation=activation, scale=scale, eps=1e-2)
         with fp.use_backend("reference"):
             plain = adaptive_prompts(**inputs, activation=activation, scale=scale, eps=1e-2)
-            exact = adaptive_prompts(**{name: x.double() for name, x in inputs.items()}, activation=activation,
-                                     scale=scale.double(), eps=1e-2)
+            exact = adaptive_prompts(
+                **{name: x.double() for name, x in inputs.items()},
+                activation=activation,
+                scale=scale.double(),
+                eps=1e-2,
+            )
         within_tolerance(found, plain, exact)
 
     def test_threads_share_the_work_and_change_no_bit(self, level: str) -> None:
@@ -219,7 +254,8 @@ class TestAdaptivePrompts:
             "parameters in float32": {name: x.double() for name, x in inputs.items()},
             "no masks": {**inputs, "channel_mask": torch.ones(2, 16)},
             "rows of adjacent numbers": {**inputs, "tokens": torch.randn(2, 16, 9).mT},
-            "at most 64 hidden units": {**inputs, "w1": torch.randn(65, 16), "w2": torch.randn(16, 65)}}
+            "at most 64 hidden units": {**inputs, "w1": torch.randn(65, 16), "w2": torch.randn(16, 65)},
+        }
         for message, arguments in wrong.items():
             with fp.use_backend("native"), pytest.raises(RuntimeError, match=f"cannot run, .*{message}"):
                 adaptive_prompts(**arguments)
@@ -229,8 +265,9 @@ class TestAdaptivePrompts:
 @needs_library
 class TestAddNorm:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("shape", [(8, 197, 768), (3, 100), (5, 1), (2, 7, 13), (0, 4, 16), (2, 0, 16), (16,)],
-                             ids=str)
+    @pytest.mark.parametrize(
+        "shape", [(8, 197, 768), (3, 100), (5, 1), (2, 7, 13), (0, 4, 16), (2, 0, 16), (16,)], ids=str
+    )
     def test_matches_float64(self, level: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         x, branch = (torch.randn(2, *shape) + torch.randn(2, *shape[:-1], 1)).to(dtype).unbind(0)
         with fp.use_backend("native"):
@@ -290,14 +327,17 @@ class TestAuto:
         for _ in range(2):
             prefix_attention(*inputs)
             assert dispatch.choices["prefix_attention"] == (
-                "native", f"the kernels took 1.0 µs, PyTorch 2.0 µs at this shape, {native.level()}")
+                "native",
+                f"the kernels took 1.0 µs, PyTorch 2.0 µs at this shape, {native.level()}",
+            )
         assert timer == ["native", "reference"]
         monkeypatch.setattr(dispatch, "measured", {})
         self.plain = 1e-7
         prefix_attention(*inputs)
         assert dispatch.choices["prefix_attention"] == (
-            "reference", f"the native kernels are slower: they took 1.0 µs, PyTorch 0.1 µs at this shape, "
-            f"{native.level()}")
+            "reference",
+            f"the native kernels are slower: they took 1.0 µs, PyTorch 0.1 µs at this shape, {native.level()}",
+        )
 
     def test_training_compilers_and_observers_get_pytorch(self, timer: list[str]) -> None:
         q, k, v, p, _ = attention_inputs(1, 2, 4, 5, 3, 16, 1, torch.float32)
@@ -307,7 +347,9 @@ class TestAuto:
         with torch.no_grad(), FlopCounterMode(display=False):
             prefix_attention(q, k, v, p, p)
             assert dispatch.choices["prefix_attention"] == (
-                "reference", "a dispatch mode or a tracer reads PyTorch's operators")
+                "reference",
+                "a dispatch mode or a tracer reads PyTorch's operators",
+            )
         with torch.no_grad():
             exported = torch.export.export(Attention(), (q.detach(), k, v))
         assert "fastprompt" not in str(exported.graph)
@@ -316,8 +358,9 @@ class TestAuto:
             prefix_attention(q, k, v, p, p)
         assert dispatch.choices["prefix_attention"].backend == "native"
 
-    def test_a_graph_calls_it_where_that_is_allowed_and_it_was_the_faster(self, timer: list[str],
-                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_graph_calls_it_where_that_is_allowed_and_it_was_the_faster(
+        self, timer: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         inputs = attention_inputs(2, 2, 4, 5, 0, 16, 0, torch.float32)[:3]
 
         def exported() -> torch.export.ExportedProgram:
@@ -341,8 +384,9 @@ class TestAuto:
             prefix_attention(*inputs)
             assert "native" not in str(exported().graph)
 
-    def test_the_compile_backend_of_an_engine_calls_it(self, timer: list[str], monkeypatch: pytest.MonkeyPatch,
-                                                       tiny_vit: VisionTransformer, tiny_images: Tensor) -> None:
+    def test_the_compile_backend_of_an_engine_calls_it(
+        self, timer: list[str], monkeypatch: pytest.MonkeyPatch, tiny_vit: VisionTransformer, tiny_images: Tensor
+    ) -> None:
         model = fp.PromptedViT(fp.FrozenViT(tiny_vit), fp.VPTConfig(num_prompts=3), num_classes=5).eval()
         given: list[torch.fx.GraphModule] = []
         monkeypatch.setattr(torch, "compile", lambda program, dynamic: given.append(program) or program)
@@ -392,8 +436,9 @@ class TestWithoutTheLibrary:
         with fp.use_backend("native"), pytest.raises(RuntimeError, match="prefix_attention cannot run, "):
             prefix_attention(q, q, q)
 
-    def test_it_was_not_built(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_vit: VisionTransformer
-                              ) -> None:
+    def test_it_was_not_built(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_vit: VisionTransformer
+    ) -> None:
         monkeypatch.setattr(native, "PATH", tmp_path / "_native.abi3.so")
         self.check("the C++ kernels were not built: install with a C++ compiler and torch at hand")
         model = fp.PromptedViT(fp.FrozenViT(tiny_vit), fp.VPTConfig(num_prompts=2), num_classes=3)

@@ -26,9 +26,7 @@ def tensors(shared: bool = False, rows: int = R, tokens: int = T) -> dict[str, T
     return {name: torch.randn(shape).double() for name, shape in shapes.items()}
 
 
-def by_hand(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None = None, prefix_v: Tensor | None = None
-) -> Tensor:
+def by_hand(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None = None, prefix_v: Tensor | None = None) -> Tensor:
     """One query at a time: exponentials of the scores over prefix and tokens, normalised by their common sum."""
     out = torch.zeros_like(q)
     for b in range(q.shape[0]):

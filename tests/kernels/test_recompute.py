@@ -51,8 +51,12 @@ def test_packed_inputs_get_packed_gradients(size: str) -> None:
         for a, b in zip(ours, torch.autograd.grad((plain * weights).sum(), active), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
     for first in (True, False):  # tokens that need no gradient
-        x = [whole if first else whole.requires_grad_(), None, None,
-             *(t if t is None else t.detach().requires_grad_(first) for t in prefix)]
+        x = [
+            whole if first else whole.requires_grad_(),
+            None,
+            None,
+            *(t if t is None else t.detach().requires_grad_(first) for t in prefix),
+        ]
         if any(t is not None and t.requires_grad for t in x):
             prefix_attention(*x, scale=0.3).sum().backward()
             assert (whole.grad is None) == first
@@ -130,7 +134,7 @@ def test_tokens_without_gradient_get_none() -> None:
 
 def test_a_second_derivative_is_refused() -> None:
     x = [t.requires_grad_() for t in inputs("shared prefix")]  # type: ignore[union-attr]
-    first, = torch.autograd.grad(prefix_attention(*x).square().sum(), x[0], create_graph=True)
+    (first,) = torch.autograd.grad(prefix_attention(*x).square().sum(), x[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
 

@@ -108,8 +108,12 @@ def test_enough_programs_at_batch_32(op: str, gate: Gate) -> None:
 def test_no_library_product_stands_in_for_a_kernel(op: str) -> None:
     tree = ast.parse((ROOT / "kernels" / op / "triton.py").read_text())
     host = [node for node in tree.body if not (isinstance(node, ast.FunctionDef) and node.decorator_list)]
-    used = {node.attr for part in host for node in ast.walk(part)
-            if isinstance(node, ast.Attribute) and ast.unparse(node.value) != "ctx"}
+    used = {
+        node.attr
+        for part in host
+        for node in ast.walk(part)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) != "ctx"
+    }
     banned = {"matmul", "mm", "bmm", "baddbmm", "einsum", "linear", "softmax", "layer_norm", "cat", "contiguous"}
     assert used & banned == set()
     assert not any(isinstance(node, ast.MatMult) for part in host for node in ast.walk(part))

@@ -91,9 +91,7 @@ def test_float32_and_float64_normals_are_one_stream() -> None:
 
 
 def test_seed_and_offset_choose_the_stream() -> None:
-    streams = [
-        philox_normal(torch.tensor(s), 64, torch.float64) for s in ([1, 0], [1, 1], [2, 0], [1 + 2**32, 0])
-    ]
+    streams = [philox_normal(torch.tensor(s), 64, torch.float64) for s in ([1, 0], [1, 1], [2, 0], [1 + 2**32, 0])]
     for i, a in enumerate(streams):
         assert torch.equal(a, streams[i])
         for b in streams[:i]:

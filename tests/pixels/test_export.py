@@ -52,10 +52,19 @@ def disturb(model: fp.PromptedViT) -> None:
                 module.running_var.uniform_(0.5, 1.5)
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"stem_pool": False}, {"resolution": 16}, {"resolution": 32}, {"trunk": "resnet18"},
-    {"activation": "sigmoid", "bounded": False}, {"widths": (4, 4, 8, 8)},
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stem_pool": False},
+        {"resolution": 16},
+        {"resolution": 32},
+        {"trunk": "resnet18"},
+        {"activation": "sigmoid", "bounded": False},
+        {"widths": (4, 4, 8, 8)},
+    ],
+    ids=str,
+)
 def test_the_graph_is_the_mixture_of_raw_pixels(backbone: fp.FrozenViT, options: dict[str, Any]) -> None:
     model = make(backbone, **options)
     disturb(model)
@@ -73,8 +82,21 @@ def test_the_graph_has_standard_operators_and_no_batch_norm(backbone: fp.FrozenV
     made = onnx.load_from_string(selection_graph(make(backbone, resolution=16).generator, backbone))
     assert {node.domain for node in made.graph.node} == {""}
     assert {node.op_type for node in made.graph.node} == {
-        "Cast", "Transpose", "Div", "Sub", "MatMul", "Conv", "Relu", "MaxPool", "Add", "GlobalAveragePool", "Flatten",
-        "Gemm", "Reshape", "Softmax"}
+        "Cast",
+        "Transpose",
+        "Div",
+        "Sub",
+        "MatMul",
+        "Conv",
+        "Relu",
+        "MaxPool",
+        "Add",
+        "GlobalAveragePool",
+        "Flatten",
+        "Gemm",
+        "Reshape",
+        "Softmax",
+    }
 
 
 def test_resampling_is_interpolates() -> None:
@@ -123,8 +145,18 @@ def test_the_golden_embedding_is_what_the_model_sees(backbone: fp.FrozenViT, tmp
 def test_every_likely_mistake_is_noticed(backbone: fp.FrozenViT, tmp_path: Path) -> None:
     manifest = export_client(make(backbone), tmp_path)
     names = {mistake["name"] for mistake in manifest["golden"]["mistakes"]}
-    assert names == {"JPEG compression", "resizing", "cropping", "resizing and cropping", "blue and red swapped (BGR)",
-                     "other mean and standard deviation", "another readout", "mirroring", "no colours", "few colours"}
+    assert names == {
+        "JPEG compression",
+        "resizing",
+        "cropping",
+        "resizing and cropping",
+        "blue and red swapped (BGR)",
+        "other mean and standard deviation",
+        "another readout",
+        "mirroring",
+        "no colours",
+        "few colours",
+    }
     assert all("4:4:4" in mistake for mistake in unnoticed(manifest))  # JPEG that is all but lossless
     assert 0.999 <= manifest["golden"]["threshold"] < manifest["golden"]["bfloat16_cosine"] < 1
     embeddings = torch.from_numpy(np.load(tmp_path / "mistakes.npy"))
@@ -133,18 +165,22 @@ def test_every_likely_mistake_is_noticed(backbone: fp.FrozenViT, tmp_path: Path)
         assert cosine(row, golden) == pytest.approx(mistake["cosine"], abs=1e-6)
 
 
-@pytest.mark.parametrize(("rounded", "mistakes", "least"), [
-    (0.9999, [], 0.999),
-    (0.9999, [0.5, 0.985], 0.999),  # far below what would pass
-    (0.9999, [0.9987], 0.9992),  # half way from there to 0.9997
-    (0.9999, [0.9995, 0.985], 0.9996),
-    (0.9999, [0.9995, 0.99975], 0.9996),  # the second is as near as a host in bfloat16 may be
-    (0.9995, [0.9992], 0.999),
-    (1.0, [0.9999], 0.999935),  # no host computes like ours to the last bit
-    (0.0, [0.99], 0.999),
-])
-def test_the_threshold_is_between_the_nearest_mistake_and_bfloat16(rounded: float, mistakes: list[float],
-                                                                   least: float) -> None:
+@pytest.mark.parametrize(
+    ("rounded", "mistakes", "least"),
+    [
+        (0.9999, [], 0.999),
+        (0.9999, [0.5, 0.985], 0.999),  # far below what would pass
+        (0.9999, [0.9987], 0.9992),  # half way from there to 0.9997
+        (0.9999, [0.9995, 0.985], 0.9996),
+        (0.9999, [0.9995, 0.99975], 0.9996),  # the second is as near as a host in bfloat16 may be
+        (0.9995, [0.9992], 0.999),
+        (1.0, [0.9999], 0.999935),  # no host computes like ours to the last bit
+        (0.0, [0.99], 0.999),
+    ],
+)
+def test_the_threshold_is_between_the_nearest_mistake_and_bfloat16(
+    rounded: float, mistakes: list[float], least: float
+) -> None:
     assert threshold(rounded, mistakes) == pytest.approx(least, abs=1e-9)
 
 
@@ -180,13 +216,17 @@ def test_an_inverted_pgn_keeps_its_offsets(backbone: fp.FrozenViT, tmp_path: Pat
     model = fp.PromptedViT(backbone, fp.PGNConfig(num_prompts=4, library_size=5, widths=(4, 8)), num_classes=3)
     inverted = fp.RGBPrompts.invert(model, "extend", picture=True)
     manifest = export_client(inverted, tmp_path)
-    assert (manifest["prompts"]["rest"], manifest["prompts"]["offset"], manifest["prompts"]["added"]) \
-        == (False, True, True)
+    assert (manifest["prompts"]["rest"], manifest["prompts"]["offset"], manifest["prompts"]["added"]) == (
+        False,
+        True,
+        True,
+    )
     assert np.load(tmp_path / "library.npy").dtype == np.float32
     generator = inverted.generator
     np.testing.assert_allclose(np.load(tmp_path / "offset.npy"), generator.offset.detach().numpy() * 255, rtol=1e-6)
-    np.testing.assert_allclose(np.load(tmp_path / "added.npy"),
-                               generator.compensation.detach().permute(1, 2, 0).numpy() * 255, rtol=1e-6)
+    np.testing.assert_allclose(
+        np.load(tmp_path / "added.npy"), generator.compensation.detach().permute(1, 2, 0).numpy() * 255, rtol=1e-6
+    )
 
 
 def test_a_second_export_replaces_the_first_and_a_failed_one_changes_nothing(
@@ -204,8 +244,9 @@ def test_a_second_export_replaces_the_first_and_a_failed_one_changes_nothing(
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == stated["sha256"]
 
 
-@pytest.mark.parametrize("name", ["generator.library", "generator.trunk.fc.weight", "head.weight",
-                                  "generator.trunk.stem.1.running_var"])
+@pytest.mark.parametrize(
+    "name", ["generator.library", "generator.trunk.fc.weight", "head.weight", "generator.trunk.stem.1.running_var"]
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_model_that_is_not_finite_is_refused(backbone: fp.FrozenViT, tmp_path: Path, name: str, value: float) -> None:
     model = make(backbone)
@@ -216,35 +257,61 @@ def test_a_model_that_is_not_finite_is_refused(backbone: fp.FrozenViT, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_backbone_that_is_not_finite_is_refused(backbone: fp.FrozenViT, tmp_path: Path,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backbone_that_is_not_finite_is_refused(
+    backbone: fp.FrozenViT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fastprompt.pixels.export.host_features", lambda *_: torch.full((48,), float("nan")))
     with pytest.raises(ValueError, match="features of the golden picture must be finite"):
         export_client(make(backbone), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("call", "error", "message"), [
-    (lambda b, out: export_client(fp.PromptedViT(b, fp.VPTConfig(num_prompts=2), 3), out), ValueError,
-     "model must make other images"),
-    (lambda b, out: export_client(make(b, placement="latent"), out), ValueError, "model must make other images"),
-    (lambda b, out: export_client(b, out), TypeError, "model must be a PromptedViT"),
-    (lambda b, out: export_client(make(b), out, torch.zeros(3, 32, 32)), ValueError, "golden must be a uint8 tensor"),
-    (lambda b, out: export_client(make(b), out, torch.zeros(3, 16, 16, dtype=torch.uint8)), ValueError,
-     r"golden must be a uint8 tensor \(3, 32, 32\)"),
-    (lambda b, out: export_client(make(b), out, "golden.png"), ValueError, "golden must be a uint8 tensor"),
-    (lambda b, out: export_client(make(b), out, resize="stretch"), ValueError,
-     r"resize must be one of \('crop', 'squash'\), got 'stretch'"),
-    (lambda b, out: export_client(make(b), out, resize=None), ValueError, "resize must be one of"),
-    (lambda b, out: export_client(make(b), None), TypeError, "out_dir must be a folder's path, got None"),
-    (lambda b, out: export_client(make(b), 3), TypeError, "out_dir must be a folder's path, got 3"),
-    (lambda b, out: export_client(make(b), ""), TypeError, "out_dir must be a folder's path, got ''"),
-    (lambda b, out: export_client(make(b), __file__), NotADirectoryError, "out_dir must be a folder, .* is a file"),
-    (lambda b, out: export_client(named(b, "a\udcff"), out), ValueError, "model.class_names must be text that can be"),
-])
-def test_bad_input_is_named_and_writes_nothing(backbone: fp.FrozenViT, tmp_path: Path, call: Any,
-                                               error: type[Exception], message: str,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda b, out: export_client(fp.PromptedViT(b, fp.VPTConfig(num_prompts=2), 3), out),
+            ValueError,
+            "model must make other images",
+        ),
+        (lambda b, out: export_client(make(b, placement="latent"), out), ValueError, "model must make other images"),
+        (lambda b, out: export_client(b, out), TypeError, "model must be a PromptedViT"),
+        (
+            lambda b, out: export_client(make(b), out, torch.zeros(3, 32, 32)),
+            ValueError,
+            "golden must be a uint8 tensor",
+        ),
+        (
+            lambda b, out: export_client(make(b), out, torch.zeros(3, 16, 16, dtype=torch.uint8)),
+            ValueError,
+            r"golden must be a uint8 tensor \(3, 32, 32\)",
+        ),
+        (lambda b, out: export_client(make(b), out, "golden.png"), ValueError, "golden must be a uint8 tensor"),
+        (
+            lambda b, out: export_client(make(b), out, resize="stretch"),
+            ValueError,
+            r"resize must be one of \('crop', 'squash'\), got 'stretch'",
+        ),
+        (lambda b, out: export_client(make(b), out, resize=None), ValueError, "resize must be one of"),
+        (lambda b, out: export_client(make(b), None), TypeError, "out_dir must be a folder's path, got None"),
+        (lambda b, out: export_client(make(b), 3), TypeError, "out_dir must be a folder's path, got 3"),
+        (lambda b, out: export_client(make(b), ""), TypeError, "out_dir must be a folder's path, got ''"),
+        (lambda b, out: export_client(make(b), __file__), NotADirectoryError, "out_dir must be a folder, .* is a file"),
+        (
+            lambda b, out: export_client(named(b, "a\udcff"), out),
+            ValueError,
+            "model.class_names must be text that can be",
+        ),
+    ],
+)
+def test_bad_input_is_named_and_writes_nothing(
+    backbone: fp.FrozenViT,
+    tmp_path: Path,
+    call: Any,
+    error: type[Exception],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def work(*_: Any) -> None:
         raise AssertionError("the backbone was run")
 

@@ -13,8 +13,9 @@ from fastprompt.pixels.projection import Projection, slot_positions
 
 
 def make(width: int, patch: int, **options: Any) -> fp.FrozenViT:
-    vit = VisionTransformer(img_size=4 * patch, patch_size=patch, embed_dim=width, depth=1, num_heads=2, num_classes=0,
-                            **options)
+    vit = VisionTransformer(
+        img_size=4 * patch, patch_size=patch, embed_dim=width, depth=1, num_heads=2, num_classes=0, **options
+    )
     with torch.no_grad():
         vit.pos_embed.normal_(std=0.3)
         vit.patch_embed.proj.weight.normal_(std=0.05)
@@ -62,8 +63,9 @@ def test_pixels_give_the_tokens_and_use_the_null_space_to_stay_pictures(wide: fp
     assert projection.rank == 48
     tokens = projection.tokens(0.2 + 0.6 * torch.rand(6, 192, dtype=torch.float64))
     pixels = sums(*projection.pixels(tokens, added))
-    torch.testing.assert_close(projection.tokens(pixels) + added[:, None], tokens.expand(4, -1, -1), rtol=1e-9,
-                               atol=1e-9)
+    torch.testing.assert_close(
+        projection.tokens(pixels) + added[:, None], tokens.expand(4, -1, -1), rtol=1e-9, atol=1e-9
+    )
     assert pixels.min() > -1e-4
     assert pixels.max() < 1 + 1e-4
     least = sums((tokens - projection.bias) @ projection.inverse.T, -added @ projection.inverse.T)
@@ -74,10 +76,13 @@ def test_pixels_far_outside_stay_exact_and_are_nearer_to_the_box_than_least_squa
     projection, added = Projection.of(wide), places(5.0)
     tokens = 20 * torch.randn(6, 48, dtype=torch.float64)
     library, offset = projection.pixels(tokens, added)
-    pixels, least = sums(library, offset), sums((tokens - projection.bias) @ projection.inverse.T,
-                                                -added @ projection.inverse.T)
-    torch.testing.assert_close(projection.tokens(pixels) + added[:, None], tokens.expand(4, -1, -1), rtol=1e-9,
-                               atol=1e-9)
+    pixels, least = (
+        sums(library, offset),
+        sums((tokens - projection.bias) @ projection.inverse.T, -added @ projection.inverse.T),
+    )
+    torch.testing.assert_close(
+        projection.tokens(pixels) + added[:, None], tokens.expand(4, -1, -1), rtol=1e-9, atol=1e-9
+    )
 
     beyond = pixels - pixels.clamp(0, 1)
     assert beyond.norm() < (least - least.clamp(0, 1)).norm()
@@ -101,9 +106,14 @@ def test_a_picture_is_better_than_cutting_off(wide: fp.FrozenViT) -> None:
 def test_a_picture_of_an_ill_conditioned_embedding_is_better_than_grey() -> None:
     projection, added = Projection.of(make_ill_conditioned()), 0.02 * torch.randn(4, 12, dtype=torch.float64)
     tokens = projection.tokens(torch.rand(6, 12, dtype=torch.float64)) + 0.05 * torch.randn(6, 12, dtype=torch.float64)
-    errors = [float((projection.tokens(pixels.clamp(0, 1)) + added[:, None] - tokens).norm())
-              for pixels in (sums(*projection.picture(tokens, added)), torch.full((4, 6, 12), 0.5, dtype=torch.float64),
-                             sums(*projection.pixels(tokens, added)))]
+    errors = [
+        float((projection.tokens(pixels.clamp(0, 1)) + added[:, None] - tokens).norm())
+        for pixels in (
+            sums(*projection.picture(tokens, added)),
+            torch.full((4, 6, 12), 0.5, dtype=torch.float64),
+            sums(*projection.pixels(tokens, added)),
+        )
+    ]
     assert errors[0] < 0.8 * min(errors[1:])
 
 
@@ -131,7 +141,7 @@ def test_without_full_rank_the_nearest_token_is_taken() -> None:
 
 
 def test_slot_positions_are_what_the_host_adds(wide: fp.FrozenViT) -> None:
-    own = wide.pos_embed[0, wide.num_prefix if wide.spec.pos_on_prefix else 0:]
+    own = wide.pos_embed[0, wide.num_prefix if wide.spec.pos_on_prefix else 0 :]
     slots, change = slot_positions(wide, "replace", 1)
     assert torch.equal(slots, own[12:])
     assert torch.equal(change, torch.zeros_like(own))

@@ -13,8 +13,17 @@ RGBPrompts = fp.RGBPrompts
 
 
 def make(width: int = 48, patch: int = 8, depth: int = 2, **options: Any) -> fp.FrozenViT:
-    vit = VisionTransformer(**{"img_size": 4 * patch, "patch_size": patch, "embed_dim": width, "depth": depth,
-                               "num_heads": 2, "num_classes": 0, **options})
+    vit = VisionTransformer(
+        **{
+            "img_size": 4 * patch,
+            "patch_size": patch,
+            "embed_dim": width,
+            "depth": depth,
+            "num_heads": 2,
+            "num_classes": 0,
+            **options,
+        }
+    )
     with torch.no_grad():
         vit.pos_embed.normal_(std=0.3)
         vit.patch_embed.proj.weight.normal_(std=0.05)
@@ -40,8 +49,11 @@ def logits_of_host(backbone: fp.FrozenViT, images: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("placement", ["latent", "extend"])
-@pytest.mark.parametrize("options", [{}, {"pre_norm": True}, {"reg_tokens": 2}, {"no_embed_class": True}],
-                         ids=["plain", "pre-norm", "registers", "no position on the class token"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"pre_norm": True}, {"reg_tokens": 2}, {"no_embed_class": True}],
+    ids=["plain", "pre-norm", "registers", "no position on the class token"],
+)
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_inverted_prompts_give_the_same_logits(placement: str, options: dict[str, Any], activation: str) -> None:
     backbone = make(**options).double()
@@ -190,9 +202,17 @@ def test_the_client_is_a_copy_in_eval_mode() -> None:
 
 def test_the_hosts_position_embedding_is_its_librarys() -> None:
     transformers = pytest.importorskip("transformers")
-    host = transformers.ViTModel(transformers.ViTConfig(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8),
-        add_pooling_layer=False).eval()
+    host = transformers.ViTModel(
+        transformers.ViTConfig(
+            hidden_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            image_size=32,
+            patch_size=8,
+        ),
+        add_pooling_layer=False,
+    ).eval()
     with torch.no_grad():
         host.embeddings.position_embeddings.normal_(std=0.3)
         host.embeddings.patch_embeddings.projection.weight.normal_(std=0.05)
@@ -240,17 +260,26 @@ def test_the_report_says_what_inversion_does() -> None:
     assert "RGBPGNConfig) work on this backbone with 'latent', 'extend' and 'replace'" in str(report)
 
 
-@pytest.mark.parametrize(("options", "num_prompts", "obstacles", "inversions"), [
-    ({}, 5, ("", "must fill whole rows of 4 patches", "must fill whole rows of 4 patches"), ("", "", "")),
-    ({}, 16, ("", "", "leave one of 4 to the image"), ("", "", "")),
-    ({"img_size": (8, 32)}, None, ("", "", "leave one of 1 to the image"), ("", "", "")),
-    ({"img_size": 34}, None, ("", "image_size=(32, 32)", "image_size=(32, 32)"), ("", "", "")),
-    ({"global_pool": "avg"}, None, ("", "", ""), ("", "readout 'patches' would pool", "shrunk image")),
-    ({"global_pool": "map", "class_token": False}, None, ("", "", ""),
-     ("", "readout 'map' would pool", "shrunk image")),
-], ids=["5 prompts", "16 prompts", "one row", "34 pixels", "mean of patches", "attention pooling"])
-def test_the_report_says_why_a_placement_is_impossible(options: dict[str, Any], num_prompts: int | None,
-                                                       obstacles: tuple[str, ...], inversions: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("options", "num_prompts", "obstacles", "inversions"),
+    [
+        ({}, 5, ("", "must fill whole rows of 4 patches", "must fill whole rows of 4 patches"), ("", "", "")),
+        ({}, 16, ("", "", "leave one of 4 to the image"), ("", "", "")),
+        ({"img_size": (8, 32)}, None, ("", "", "leave one of 1 to the image"), ("", "", "")),
+        ({"img_size": 34}, None, ("", "image_size=(32, 32)", "image_size=(32, 32)"), ("", "", "")),
+        ({"global_pool": "avg"}, None, ("", "", ""), ("", "readout 'patches' would pool", "shrunk image")),
+        (
+            {"global_pool": "map", "class_token": False},
+            None,
+            ("", "", ""),
+            ("", "readout 'map' would pool", "shrunk image"),
+        ),
+    ],
+    ids=["5 prompts", "16 prompts", "one row", "34 pixels", "mean of patches", "attention pooling"],
+)
+def test_the_report_says_why_a_placement_is_impossible(
+    options: dict[str, Any], num_prompts: int | None, obstacles: tuple[str, ...], inversions: tuple[str, ...]
+) -> None:
     backbone = make(**options)
     report = RGBPrompts.report(backbone, num_prompts)
     for found, obstacle, inversion in zip(report.placements, obstacles, inversions, strict=True):
@@ -310,36 +339,60 @@ def test_an_ill_conditioned_patch_embedding_is_reported() -> None:
     assert "ill-conditioned" in str(report)
 
 
-@pytest.mark.parametrize(("call", "error", "message"), [
-    (lambda b, m: RGBPrompts.report(b, 0), ValueError, "num_prompts must be a positive whole number"),
-    (lambda b, m: RGBPrompts.report(b, "4"), ValueError, "num_prompts must be a positive whole number"),
-    (lambda b, m: RGBPrompts.report(b, library=torch.zeros(2, 3)), ValueError,
-     r"library must be a tensor of floats \(M, 48\)"),
-    (lambda b, m: RGBPrompts.report(b, library=torch.zeros(0, 48)), ValueError, "library must be a tensor of floats"),
-    (lambda b, m: RGBPrompts.report(b, library=torch.zeros(2, 48)), ValueError, "not all 0"),
-    (lambda b, m: RGBPrompts.report(b, library=torch.full((2, 48), torch.nan)), ValueError, "must be finite"),
-    (lambda b, m: RGBPrompts.report(b, library=torch.ones(2, 48, dtype=torch.complex64)), ValueError, "of floats"),
-    (lambda b, m: RGBPrompts.report(b, seed="a"), TypeError, "seed must be a whole number"),
-    (lambda b, m: RGBPrompts.report(3), TypeError, "backbone must be a FrozenViT"),
-    (lambda b, m: RGBPrompts.invert(m, "replace"), ValueError, "placement must be 'latent' or 'extend'"),
-    (lambda b, m: RGBPrompts.invert(fp.PromptedViT(b, fp.VPTConfig()), "latent"), ValueError, "PGNConfig"),
-    (lambda b, m: RGBPrompts.invert(b), TypeError, "model must be a PromptedViT"),
-    (lambda b, m: RGBPrompts(m), ValueError, "model must make other images"),
-    (lambda b, m: RGBPrompts(b), TypeError, "model must be a PromptedViT"),
-    (lambda b, m: RGBPrompts.invert(trained(b, activation="sigmoid"), picture=True), ValueError, "softmax"),
-    (lambda b, m: RGBPrompts.inversion_error(m, m), ValueError, "inverted must be what"),
-    (lambda b, m: RGBPrompts.inversion_error(m, None), TypeError, "inverted must be a PromptedViT"),
-    (lambda b, m: RGBPrompts.inversion_error(b, m), TypeError, "model must be a PromptedViT"),
-    (lambda b, m: RGBPrompts.inversion_error(m, fp.PromptedViT(b, fp.RGBPGNConfig(num_prompts=8, library_size=12))),
-     ValueError, "inverted must be what"),
-    (lambda b, m: RGBPrompts.inversion_error(m, RGBPrompts.invert(trained(make(48, 4)), "latent")), ValueError,
-     "inverted must be what"),
-    (lambda b, m: RGBPrompts(RGBPrompts.invert(m)).classify([1.0]), TypeError, "features must be a torch.Tensor"),
-    (lambda b, m: RGBPrompts(RGBPrompts.invert(m)).classify(torch.zeros(2, 3)), ValueError,
-     r"features must be floats \(B, 48\)"),
-    (lambda b, m: RGBPrompts.invert(fp.PromptedViT(b, fp.PGNConfig(num_prompts=3)), "extend"), ValueError,
-     "num_prompts must fill whole rows"),
-])
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda b, m: RGBPrompts.report(b, 0), ValueError, "num_prompts must be a positive whole number"),
+        (lambda b, m: RGBPrompts.report(b, "4"), ValueError, "num_prompts must be a positive whole number"),
+        (
+            lambda b, m: RGBPrompts.report(b, library=torch.zeros(2, 3)),
+            ValueError,
+            r"library must be a tensor of floats \(M, 48\)",
+        ),
+        (
+            lambda b, m: RGBPrompts.report(b, library=torch.zeros(0, 48)),
+            ValueError,
+            "library must be a tensor of floats",
+        ),
+        (lambda b, m: RGBPrompts.report(b, library=torch.zeros(2, 48)), ValueError, "not all 0"),
+        (lambda b, m: RGBPrompts.report(b, library=torch.full((2, 48), torch.nan)), ValueError, "must be finite"),
+        (lambda b, m: RGBPrompts.report(b, library=torch.ones(2, 48, dtype=torch.complex64)), ValueError, "of floats"),
+        (lambda b, m: RGBPrompts.report(b, seed="a"), TypeError, "seed must be a whole number"),
+        (lambda b, m: RGBPrompts.report(3), TypeError, "backbone must be a FrozenViT"),
+        (lambda b, m: RGBPrompts.invert(m, "replace"), ValueError, "placement must be 'latent' or 'extend'"),
+        (lambda b, m: RGBPrompts.invert(fp.PromptedViT(b, fp.VPTConfig()), "latent"), ValueError, "PGNConfig"),
+        (lambda b, m: RGBPrompts.invert(b), TypeError, "model must be a PromptedViT"),
+        (lambda b, m: RGBPrompts(m), ValueError, "model must make other images"),
+        (lambda b, m: RGBPrompts(b), TypeError, "model must be a PromptedViT"),
+        (lambda b, m: RGBPrompts.invert(trained(b, activation="sigmoid"), picture=True), ValueError, "softmax"),
+        (lambda b, m: RGBPrompts.inversion_error(m, m), ValueError, "inverted must be what"),
+        (lambda b, m: RGBPrompts.inversion_error(m, None), TypeError, "inverted must be a PromptedViT"),
+        (lambda b, m: RGBPrompts.inversion_error(b, m), TypeError, "model must be a PromptedViT"),
+        (
+            lambda b, m: RGBPrompts.inversion_error(
+                m, fp.PromptedViT(b, fp.RGBPGNConfig(num_prompts=8, library_size=12))
+            ),
+            ValueError,
+            "inverted must be what",
+        ),
+        (
+            lambda b, m: RGBPrompts.inversion_error(m, RGBPrompts.invert(trained(make(48, 4)), "latent")),
+            ValueError,
+            "inverted must be what",
+        ),
+        (lambda b, m: RGBPrompts(RGBPrompts.invert(m)).classify([1.0]), TypeError, "features must be a torch.Tensor"),
+        (
+            lambda b, m: RGBPrompts(RGBPrompts.invert(m)).classify(torch.zeros(2, 3)),
+            ValueError,
+            r"features must be floats \(B, 48\)",
+        ),
+        (
+            lambda b, m: RGBPrompts.invert(fp.PromptedViT(b, fp.PGNConfig(num_prompts=3)), "extend"),
+            ValueError,
+            "num_prompts must fill whole rows",
+        ),
+    ],
+)
 def test_bad_input_is_named(call: Any, error: type[Exception], message: str) -> None:
     backbone = make()
     with pytest.raises(error, match=message):

@@ -30,6 +30,4 @@ def tiny_run(tmp_path: Path) -> list[str]:
         folder.mkdir(parents=True)
         for i in range(15):
             Image.fromarray(random.integers(low, low + 127, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    return [
-        "--backbone", f"local-dir:{tmp_path / 'vit'}", "--image-size", "32", "--data", str(tmp_path / "images")
-    ]
+    return ["--backbone", f"local-dir:{tmp_path / 'vit'}", "--image-size", "32", "--data", str(tmp_path / "images")]

@@ -24,9 +24,7 @@ from fastprompt.train import probe as probe_module
 
 
 def test_options_are_literals_or_words() -> None:
-    found = parse_options(
-        ["num-prompts=8", "widths=(4, 8)", "trunk=resnet18", "stem_pool=false", "x=None"], "--set"
-    )
+    found = parse_options(["num-prompts=8", "widths=(4, 8)", "trunk=resnet18", "stem_pool=false", "x=None"], "--set")
     assert found == {"num_prompts": 8, "widths": (4, 8), "trunk": "resnet18", "stem_pool": False, "x": None}
 
 

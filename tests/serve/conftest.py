@@ -31,15 +31,26 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pretrained = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.25] * 3, "num_classes": 0}
     (root / "vit").mkdir()
     save_file(module.state_dict(), root / "vit" / "model.safetensors")
-    (root / "vit" / "config.json").write_text(json.dumps({
-        "architecture": "vit_tiny_patch16_224", "model_args": SIZES, "pretrained_cfg": pretrained, "num_classes": 0}))
+    (root / "vit" / "config.json").write_text(
+        json.dumps(
+            {
+                "architecture": "vit_tiny_patch16_224",
+                "model_args": SIZES,
+                "pretrained_cfg": pretrained,
+                "num_classes": 0,
+            }
+        )
+    )
     backbone = fp.load_backbone(f"local-dir:{root / 'vit'}")
     other = fp.FrozenViT(timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, **SIZES))
     rgb = fp.RGBPGNConfig(num_prompts=4, library_size=5, widths=(4, 8), placement="extend")
     for name, vit, config, classes in [
-            ("birds", backbone, fp.VPTConfig(num_prompts=3), 3), ("cars", backbone, fp.VAPTConfig(num_prompts=2), 7),
-            ("rgb", backbone, rgb, 4), ("headless", backbone, fp.VPTConfig(num_prompts=3), None),
-            ("stranger", other, fp.VPTConfig(num_prompts=3), 3)]:
+        ("birds", backbone, fp.VPTConfig(num_prompts=3), 3),
+        ("cars", backbone, fp.VAPTConfig(num_prompts=2), 7),
+        ("rgb", backbone, rgb, 4),
+        ("headless", backbone, fp.VPTConfig(num_prompts=3), None),
+        ("stranger", other, fp.VPTConfig(num_prompts=3), 3),
+    ]:
         names = [f"{name}-{i}" for i in range(classes)] if name == "birds" else None
         model = fp.PromptedViT(vit, config, classes, class_names=names)
         with torch.no_grad():
@@ -53,8 +64,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def picture() -> Callable[..., bytes]:
     """`picture(seed=0, height=32, width=32, format="PNG", mode="RGB")`: a file with a random picture."""
 
-    def encode(seed: int = 0, height: int = 32, width: int = 32, format: str = "PNG", mode: str = "RGB",
-               **options: Any) -> bytes:
+    def encode(
+        seed: int = 0, height: int = 32, width: int = 32, format: str = "PNG", mode: str = "RGB", **options: Any
+    ) -> bytes:
         pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
         stream = io.BytesIO()
         Image.fromarray(pixels).convert(mode).save(stream, format, **options)

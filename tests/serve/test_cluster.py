@@ -104,8 +104,12 @@ def test_a_replica_answers_in_time_or_says_that_it_cannot(settings: HostSettings
     async def everybody(key: str) -> list[int]:
         body = {"input": f"data:image/png;base64,{base64.b64encode(picture()).decode()}"}
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ray", timeout=60) as client:
-            return [answer.status_code for answer in await asyncio.gather(*(
-                client.post("/v1/embeddings", json=body, headers={"X-API-Key": key}) for _ in range(6)))]
+            return [
+                answer.status_code
+                for answer in await asyncio.gather(
+                    *(client.post("/v1/embeddings", json=body, headers={"X-API-Key": key}) for _ in range(6))
+                )
+            ]
 
     assert asyncio.run(everybody("other")) == [401] * 6
     assert sorted(asyncio.run(everybody("key"))) == [503] * 4 + [504] * 2
@@ -144,11 +148,20 @@ def test_hostile_requests_are_refused(url: str, picture: Picture) -> None:
         return answer.json()["error"]["code"]
 
     assert post("/v1/embeddings", 401, headers={}) == "invalid_api_key"
-    assert post("/v1/embeddings", 413, content=b" " * 300_000,
-                headers={"Authorization": "Bearer key", "Content-Type": "application/json"}) == "body_too_large"
+    assert (
+        post(
+            "/v1/embeddings",
+            413,
+            content=b" " * 300_000,
+            headers={"Authorization": "Bearer key", "Content-Type": "application/json"},
+        )
+        == "body_too_large"
+    )
     assert post("/v1/embeddings", 422, files={"file": ("a.png", picture()[:300], "image/png")}) == "damaged_image"
-    assert post("/v1/classify", 404, files={"file": ("a.png", picture(), "image/png")},
-                data={"model": "dogs"}) == "model_not_found"
+    assert (
+        post("/v1/classify", 404, files={"file": ("a.png", picture(), "image/png")}, data={"model": "dogs"})
+        == "model_not_found"
+    )
     assert post("/v1/nothing", 404) == "not_found"
     assert post("/health", 405) == "method_not_allowed"
     assert httpx.get(url + "/health", timeout=60).status_code == 200

@@ -41,8 +41,11 @@ def serving(limits: Limits) -> Iterator[tuple[int, uvicorn.Server, threading.Thr
 
     protocol = type("Protocol", (host.ImpatientProtocol,), {"limits": limits})
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        web = uvicorn.Server(uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_level="error",
-                                            timeout_graceful_shutdown=20))
+        web = uvicorn.Server(
+            uvicorn.Config(
+                app, http=protocol, ws="none", lifespan="off", log_level="error", timeout_graceful_shutdown=20
+            )
+        )
         thread = threading.Thread(target=lambda: asyncio.run(web.serve([listener])))
         thread.start()
         try:
@@ -78,11 +81,19 @@ def error_of(answer: bytes) -> tuple[int, dict[str, str], dict[str, Any]]:
     return int(status.split()[1]), headers, json.loads(body)["error"]
 
 
-@pytest.mark.parametrize(("request_line", "more", "status"), [
-    (b"POST /v1/embeddings", b"", 401), (b"POST /v1/embeddings", KEY, 415), (b"POST /nothing", b"", 404),
-    (b"GET /v1/embeddings", KEY, 405), (b"GET /health", b"", 200)])
-def test_a_body_that_nobody_reads_does_not_hold_a_connection(port: int, request_line: bytes, more: bytes, status: int
-                                                             ) -> None:
+@pytest.mark.parametrize(
+    ("request_line", "more", "status"),
+    [
+        (b"POST /v1/embeddings", b"", 401),
+        (b"POST /v1/embeddings", KEY, 415),
+        (b"POST /nothing", b"", 404),
+        (b"GET /v1/embeddings", KEY, 405),
+        (b"GET /health", b"", 200),
+    ],
+)
+def test_a_body_that_nobody_reads_does_not_hold_a_connection(
+    port: int, request_line: bytes, more: bytes, status: int
+) -> None:
     with connect(port) as connection:
         connection.sendall(request_line + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 900000000\r\n" + more + b"\r\n")
         began, closed = time.monotonic(), False
@@ -160,12 +171,19 @@ def test_too_many_connections_are_answered_so(monkeypatch: pytest.MonkeyPatch) -
         assert rest(last).startswith(b"HTTP/1.1 200")
 
 
-@pytest.mark.parametrize("request_", [
-    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b"GET /health HTTP/1.1\r\n\r\n", b"GET / HTTP/9\r\n\r\n",
-    b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
-    b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 100_000,
-    b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + KEY
-    + b"Transfer-Encoding: chunked\r\n\r\nno chunk\r\n"])
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/9\r\n\r\n",
+        b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 100_000,
+        b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        + KEY
+        + b"Transfer-Encoding: chunked\r\n\r\nno chunk\r\n",
+    ],
+)
 def test_what_is_no_http_is_answered_as_any_error(port: int, request_: bytes) -> None:
     with connect(port) as connection:
         connection.sendall(request_)

@@ -40,8 +40,14 @@ def free_port() -> int:
 class Server:
     """`fastprompt serve` in a process of its own."""
 
-    def __init__(self, place: Path, *flags: str, adapters: tuple[str, ...] = ("birds", "cars"), keys: str = "",
-                 port: int | None = None) -> None:
+    def __init__(
+        self,
+        place: Path,
+        *flags: str,
+        adapters: tuple[str, ...] = ("birds", "cars"),
+        keys: str = "",
+        port: int | None = None,
+    ) -> None:
         self.port = free_port() if port is None else port
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = place / f"log-{self.port}"
@@ -51,9 +57,27 @@ class Server:
             del environment["FASTPROMPT_API_KEYS"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "fastprompt", "serve", "--backbone", f"local-dir:{place / 'vit'}", *named,
-                 "--port", str(self.port), "--dtype", "float32", "--threads", "1", *flags],
-                cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+                [
+                    sys.executable,
+                    "-m",
+                    "fastprompt",
+                    "serve",
+                    "--backbone",
+                    f"local-dir:{place / 'vit'}",
+                    *named,
+                    "--port",
+                    str(self.port),
+                    "--dtype",
+                    "float32",
+                    "--threads",
+                    "1",
+                    *flags,
+                ],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
     def wait(self) -> Server:
         """Until it is healthy, at most five minutes; before that it says 503, or does not listen yet."""
@@ -75,9 +99,22 @@ class Server:
 @pytest.fixture(scope="module")
 def servers(place: Path) -> Iterator[list[Server]]:
     """Two that start side by side: one with two adapters, keys and small limits, and one to be broken."""
-    running = [Server(place, "--max-body-mb", "0.25", "--max-images", "5", "--body-timeout", "5", "--any-size",
-                      "--allow-origin", "https://page.example", keys=",".join(KEYS)),
-               Server(place, "--batch-wait-ms", "5000", adapters=(), port=0)]
+    running = [
+        Server(
+            place,
+            "--max-body-mb",
+            "0.25",
+            "--max-images",
+            "5",
+            "--body-timeout",
+            "5",
+            "--any-size",
+            "--allow-origin",
+            "https://page.example",
+            keys=",".join(KEYS),
+        ),
+        Server(place, "--batch-wait-ms", "5000", adapters=(), port=0),
+    ]
     yield running
     for server in running:
         server.process.terminate()
@@ -191,18 +228,19 @@ def test_batches_across_tenants_are_what_each_gets_alone(server: Server, engine:
 def test_wrong_requests_are_refused_in_one_form(client: httpx.Client, picture: Picture) -> None:
     good = url(picture())
     for path, body, status, code in [
-            ("/v1/embeddings", {"input": url(picture(height=33))}, 422, "wrong_size"),
-            ("/v1/embeddings", {"input": url(picture(height=512, mode="1"))}, 413, "too_many_pixels"),
-            ("/v1/embeddings", {"input": url(picture()[:300])}, 422, "damaged_image"),
-            ("/v1/embeddings", {"input": url(picture(format="GIF"))}, 422, "not_an_image"),
-            ("/v1/embeddings", {"input": "data:image/png;base64,####"}, 422, "invalid_base64"),
-            ("/v1/embeddings", {"input": [good] * 6}, 422, "too_many_images"),
-            ("/v1/embeddings", {"input": 3}, 422, "invalid_request"),
-            ("/v1/embeddings", {"input": good, "model": "birds"}, 404, "model_not_found"),
-            ("/v1/classify", {"input": good}, 422, "invalid_request"),
-            ("/v1/classify", {"input": good, "model": "dogs"}, 404, "model_not_found"),
-            ("/v1/classify", {"input": url(picture(height=40)), "model": "cars"}, 422, "wrong_size"),
-            ("/v1/nothing", {}, 404, "not_found")]:
+        ("/v1/embeddings", {"input": url(picture(height=33))}, 422, "wrong_size"),
+        ("/v1/embeddings", {"input": url(picture(height=512, mode="1"))}, 413, "too_many_pixels"),
+        ("/v1/embeddings", {"input": url(picture()[:300])}, 422, "damaged_image"),
+        ("/v1/embeddings", {"input": url(picture(format="GIF"))}, 422, "not_an_image"),
+        ("/v1/embeddings", {"input": "data:image/png;base64,####"}, 422, "invalid_base64"),
+        ("/v1/embeddings", {"input": [good] * 6}, 422, "too_many_images"),
+        ("/v1/embeddings", {"input": 3}, 422, "invalid_request"),
+        ("/v1/embeddings", {"input": good, "model": "birds"}, 404, "model_not_found"),
+        ("/v1/classify", {"input": good}, 422, "invalid_request"),
+        ("/v1/classify", {"input": good, "model": "dogs"}, 404, "model_not_found"),
+        ("/v1/classify", {"input": url(picture(height=40)), "model": "cars"}, 422, "wrong_size"),
+        ("/v1/nothing", {}, 404, "not_found"),
+    ]:
         assert error_of(client.post(path, json=body), status)["code"] == code
     assert error_of(client.get("/v1/embeddings"), 405)["code"] == "method_not_allowed"
     assert error_of(client.post("/v1/embeddings", content=b"x"), 415)["code"] == "unsupported_media_type"
@@ -237,16 +275,20 @@ def test_large_bodies_are_refused_with_and_without_a_length(server: Server, clie
     for size in (300_000, 1_900_000):
         files = [("file", ("a.png", b" " * size, "image/png"))]
         error_of(client.post("/v1/embeddings", files=files), 413)
-    head = (f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n"
-            "Content-Type: application/json\r\nContent-Length: 99999999\r\nExpect: 100-continue\r\n\r\n").encode()
+    head = (
+        f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n"
+        "Content-Type: application/json\r\nContent-Length: 99999999\r\nExpect: 100-continue\r\n\r\n"
+    ).encode()
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
         connection.sendall(head)
         assert connection.recv(4096).startswith(b"HTTP/1.1 413")
 
 
 def test_slow_clients_are_sent_away_and_hold_nobody(server: Server, client: httpx.Client, picture: Picture) -> None:
-    head = (f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n"
-            "Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n").encode()
+    head = (
+        f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n"
+        "Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+    ).encode()
     slow = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(20)]
     for i, connection in enumerate(slow):
         connection.sendall(head + b"{" if i % 2 else head[:60])
@@ -279,8 +321,10 @@ def test_keys(server: Server, picture: Picture) -> None:
 
 
 def test_pages_of_allowed_origins_may_ask(server: Server, client: httpx.Client) -> None:
-    asked = {"Access-Control-Request-Method": "POST",
-             "Access-Control-Request-Headers": "authorization,content-type,x-api-key"}
+    asked = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,x-api-key",
+    }
     for origin, allowed in (("https://page.example", "https://page.example"), ("https://other.example", None)):
         before = httpx.options(server.url + "/v1/embeddings", headers={"Origin": origin, **asked})
         answer = client.get("/v1/models", headers={"Origin": origin})
@@ -294,8 +338,9 @@ def test_a_dead_worker_ends_the_host(servers: list[Server], picture: Picture) ->
     server = servers[1].wait()
     answers: list[httpx.Response] = []
     body = {"input": url(picture())}
-    waiting = threading.Thread(target=lambda: answers.append(httpx.post(f"{server.url}/v1/embeddings", json=body,
-                                                                        timeout=60)))
+    waiting = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60))
+    )
     children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
     if not children.exists():
         pytest.skip("needs /proc")
@@ -316,21 +361,26 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
-def test_wrong_commands_end_before_a_server_starts(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                   capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_commands_end_before_a_server_starts(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["serve", "--backbone", f"local-dir:{place / 'vit'}"]
     for flags, message in [
-            (["--adapter", "birds"], "--adapter: takes NAME=DIR, got 'birds'"),
-            (["--adapter", "a=b", "--adapter", "a=c"], "--adapter: 'a' is given twice"),
-            (["--adapter", f"x={place / 'stranger'}"], "adapter 'x': the adapter in .* on another backbone"),
-            (["--adapter", f"x={place / 'headless'}"], "has no head"),
-            (["--adapter", f"x={tmp_path}"], "adapter_config.json"),
-            (["--max-images", "0"], "Limits.images must be positive"),
-            (["--max-pixels", "1023"], "Limits.pixels must be at least 1024"),
-            (["--batch-wait-ms", "-1"], "batch_wait must be seconds"),
-            *(([flag, value], f"{flag}: takes a finite number, got {value}") for value in ("nan", "inf")
-              for flag in ("--max-body-mb", "--body-timeout", "--timeout", "--batch-wait-ms")),
-            (["--api-keys-file", str(tmp_path / "none")], "No such file")]:
+        (["--adapter", "birds"], "--adapter: takes NAME=DIR, got 'birds'"),
+        (["--adapter", "a=b", "--adapter", "a=c"], "--adapter: 'a' is given twice"),
+        (["--adapter", f"x={place / 'stranger'}"], "adapter 'x': the adapter in .* on another backbone"),
+        (["--adapter", f"x={place / 'headless'}"], "has no head"),
+        (["--adapter", f"x={tmp_path}"], "adapter_config.json"),
+        (["--max-images", "0"], "Limits.images must be positive"),
+        (["--max-pixels", "1023"], "Limits.pixels must be at least 1024"),
+        (["--batch-wait-ms", "-1"], "batch_wait must be seconds"),
+        *(
+            ([flag, value], f"{flag}: takes a finite number, got {value}")
+            for value in ("nan", "inf")
+            for flag in ("--max-body-mb", "--body-timeout", "--timeout", "--batch-wait-ms")
+        ),
+        (["--api-keys-file", str(tmp_path / "none")], "No such file"),
+    ]:
         assert main([*command, "--port", str(free_port()), *flags]) == 2
         line = error_line(capsys)
         assert line.startswith("fastprompt serve: error: ")
@@ -349,8 +399,10 @@ def test_wrong_commands_end_before_a_server_starts(place: Path, tmp_path: Path, 
 def test_shutdown_finishes_what_runs_and_takes_nothing_new(server: Server, picture: Picture) -> None:
     """The last test of the file: it ends the server that the others share."""
     body = json.dumps({"input": url(picture())}).encode()
-    head = (f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n").encode()
+    head = (
+        f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode()
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         connection.sendall(head + body[:100])
         time.sleep(0.5)

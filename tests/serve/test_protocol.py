@@ -40,6 +40,7 @@ def decode(*files: bytes, catalogue: Catalogue = CATALOGUE, **limits: Any) -> li
 
 def bomb(width: int, height: int) -> bytes:
     """A PNG of a few bytes that says it has width x height pixels."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -48,8 +49,10 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + data
 
 
-@pytest.mark.parametrize(("format", "mode"), [("PNG", "RGB"), ("PNG", "L"), ("PNG", "RGBA"), ("PNG", "P"),
-                                              ("JPEG", "RGB"), ("JPEG", "CMYK"), ("WEBP", "RGB")])
+@pytest.mark.parametrize(
+    ("format", "mode"),
+    [("PNG", "RGB"), ("PNG", "L"), ("PNG", "RGBA"), ("PNG", "P"), ("JPEG", "RGB"), ("JPEG", "CMYK"), ("WEBP", "RGB")],
+)
 def test_pictures_are_decoded_to_their_pixels(picture: Picture, format: str, mode: str) -> None:
     data = picture(format=format, mode=mode)
     [found] = decode(data)
@@ -82,12 +85,21 @@ def test_a_picture_turned_by_its_exif_has_to_fit_upright(picture: Picture) -> No
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("pad", [False, True])
-def test_what_is_refused_is_what_the_backbone_refuses(randomised: Callable[..., nn.Module], dynamic: bool, pad: bool
-                                                      ) -> None:
+def test_what_is_refused_is_what_the_backbone_refuses(
+    randomised: Callable[..., nn.Module], dynamic: bool, pad: bool
+) -> None:
     from timm.models.vision_transformer import VisionTransformer
 
-    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, num_classes=0,
-                            dynamic_img_size=dynamic, dynamic_img_pad=pad)
+    vit = VisionTransformer(
+        img_size=32,
+        patch_size=8,
+        embed_dim=48,
+        depth=1,
+        num_heads=3,
+        num_classes=0,
+        dynamic_img_size=dynamic,
+        dynamic_img_pad=pad,
+    )
     backbone = fp.FrozenViT(randomised(vit))
     for size in ((32, 32), (40, 32), (32, 33), (8, 8), (36, 32)):
         refused = bool(backbone.spec.obstacle(*size))
@@ -98,16 +110,19 @@ def test_what_is_refused_is_what_the_backbone_refuses(randomised: Callable[..., 
             backbone(torch.zeros(1, 3, *size))
 
 
-@pytest.mark.parametrize(("data", "status", "code"), [
-    (b"", 422, "not_an_image"),
-    (b"hello", 422, "not_an_image"),
-    (b"\x89PNG\r\n\x1a\n" + b"x" * 40, 422, "damaged_image"),
-    (bomb(60000, 60000), 413, "too_many_pixels"),
-    (bomb(12000, 12000), 422, "wrong_size"),
-    (bomb(32, 32), 422, "damaged_image"),
-    (b"<svg xmlns='http://www.w3.org/2000/svg' width='32' height='32'/>", 422, "not_an_image"),
-    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n", 422, "not_an_image"),
-])
+@pytest.mark.parametrize(
+    ("data", "status", "code"),
+    [
+        (b"", 422, "not_an_image"),
+        (b"hello", 422, "not_an_image"),
+        (b"\x89PNG\r\n\x1a\n" + b"x" * 40, 422, "damaged_image"),
+        (bomb(60000, 60000), 413, "too_many_pixels"),
+        (bomb(12000, 12000), 422, "wrong_size"),
+        (bomb(32, 32), 422, "damaged_image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg' width='32' height='32'/>", 422, "not_an_image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n", 422, "not_an_image"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_hostile_pictures_are_refused(data: bytes, status: int, code: str) -> None:
     with pytest.raises(Refused) as caught:
@@ -118,12 +133,14 @@ def test_hostile_pictures_are_refused(data: bytes, status: int, code: str) -> No
 def test_pictures_that_cost_more_than_their_pixels_are_refused(picture: Picture) -> None:
     progressive = picture(format="JPEG", progressive=True, quality=95)
     assert decode(progressive)[0].shape == (3, 32, 32)
-    scan = progressive[progressive.rindex(b"\xff\xda"):-2]
+    scan = progressive[progressive.rindex(b"\xff\xda") : -2]
     png, chunk = picture(), struct.pack(">I4sI", 0, b"prVt", zlib.crc32(b"prVt"))
-    for data, status, code in [(progressive[:-2] + scan * 40_000, 413, "image_too_large"),
-                               (progressive[:-2] + scan * 200 + progressive[-2:], 422, "too_many_scans"),
-                               (png[:33] + chunk * 30_000 + png[33:], 413, "image_too_large"),
-                               (png[:33] + chunk * 600_000 + png[33:], 413, "image_too_large")]:
+    for data, status, code in [
+        (progressive[:-2] + scan * 40_000, 413, "image_too_large"),
+        (progressive[:-2] + scan * 200 + progressive[-2:], 422, "too_many_scans"),
+        (png[:33] + chunk * 30_000 + png[33:], 413, "image_too_large"),
+        (png[:33] + chunk * 600_000 + png[33:], 413, "image_too_large"),
+    ]:
         began = time.process_time()
         with pytest.raises(Refused) as caught:
             decode(data)
@@ -144,7 +161,7 @@ def test_other_kinds_of_pictures_are_refused_whatever_they_are_called(picture: P
 def test_torn_and_flipped_pictures_are_refused_or_decoded_but_never_fail(picture: Picture, format: str) -> None:
     whole = picture(format=format)
     with pytest.raises(Refused):
-        decode(whole[:len(whole) // 2])
+        decode(whole[: len(whole) // 2])
     random, refused = np.random.default_rng(0), []
     for _ in range(60):
         damaged = np.frombuffer(whole, np.uint8).copy()
@@ -165,27 +182,30 @@ def test_json_requests(picture: Picture) -> None:
     assert protocol.read_json(json.dumps(body).encode(), Limits()) == Ask([one, two], "m", "base64")
 
 
-@pytest.mark.parametrize(("body", "status", "message"), [
-    (b"", 400, "EOF"),
-    (b"{", 400, "EOF"),
-    (b"\xff\xfe", 400, ""),
-    (b"[" * 100_000, 400, "recursion"),
-    (b"[]", 422, "body: "),
-    (b"{}", 422, "input: Field required"),
-    (b'{"input": 3}', 422, "input"),
-    (b'{"input": [1, 2]}', 422, "input"),
-    (b'{"input": []}', 422, "no picture"),
-    (b'{"input": "", "dimensions": 3}', 422, "dimensions: Extra"),
-    (b'{"input": "", "encoding_format": "int8"}', 422, "encoding_format"),
-    (b'{"input": "", "model": 7}', 422, "model"),
-    (b'{"input": "cat.png"}', 422, "input 0 must be a data URL"),
-    (b'{"input": "http://169.254.169.254/latest"}', 422, "fetches nothing"),
-    (b'{"input": "file:///etc/passwd"}', 422, "fetches nothing"),
-    (b'{"input": "data:image/png,abc"}', 422, "input 0 must be a data URL"),
-    (b'{"input": ["data:image/png;base64,@@@@"]}', 422, "input 0 is no valid base64"),
-    (b'{"input": ["data:image/png;base64,abc"]}', 422, "input 0 is no valid base64"),
-    (json.dumps({"input": ["data:,"] * 33}).encode(), 422, "has 33 pictures, at most 32"),
-])
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"", 400, "EOF"),
+        (b"{", 400, "EOF"),
+        (b"\xff\xfe", 400, ""),
+        (b"[" * 100_000, 400, "recursion"),
+        (b"[]", 422, "body: "),
+        (b"{}", 422, "input: Field required"),
+        (b'{"input": 3}', 422, "input"),
+        (b'{"input": [1, 2]}', 422, "input"),
+        (b'{"input": []}', 422, "no picture"),
+        (b'{"input": "", "dimensions": 3}', 422, "dimensions: Extra"),
+        (b'{"input": "", "encoding_format": "int8"}', 422, "encoding_format"),
+        (b'{"input": "", "model": 7}', 422, "model"),
+        (b'{"input": "cat.png"}', 422, "input 0 must be a data URL"),
+        (b'{"input": "http://169.254.169.254/latest"}', 422, "fetches nothing"),
+        (b'{"input": "file:///etc/passwd"}', 422, "fetches nothing"),
+        (b'{"input": "data:image/png,abc"}', 422, "input 0 must be a data URL"),
+        (b'{"input": ["data:image/png;base64,@@@@"]}', 422, "input 0 is no valid base64"),
+        (b'{"input": ["data:image/png;base64,abc"]}', 422, "input 0 is no valid base64"),
+        (json.dumps({"input": ["data:,"] * 33}).encode(), 422, "has 33 pictures, at most 32"),
+    ],
+)
 def test_wrong_json_is_refused(body: bytes, status: int, message: str) -> None:
     with pytest.raises(Refused) as caught:
         protocol.read_json(body, Limits())
@@ -194,9 +214,15 @@ def test_wrong_json_is_refused(body: bytes, status: int, message: str) -> None:
     assert len(caught.value.message) < 500
 
 
-@pytest.mark.parametrize("body", [b'{"input":[' + b"0," * 500_000 + b"0]}", b'{"input":[' + b"[]," * 2_000_000 + b"0]}",
-                                  b"{" + b",".join(b'"%d":0' % i for i in range(100_000)) + b"}",
-                                  b'{"' + b"k" * 4_000_000 + b'":0}'])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"input":[' + b"0," * 500_000 + b"0]}",
+        b'{"input":[' + b"[]," * 2_000_000 + b"0]}",
+        b"{" + b",".join(b'"%d":0' % i for i in range(100_000)) + b"}",
+        b'{"' + b"k" * 4_000_000 + b'":0}',
+    ],
+)
 def test_bodies_of_many_values_cost_little(body: bytes) -> None:
     began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(Refused) as caught:
@@ -208,17 +234,25 @@ def test_bodies_of_many_values_cost_little(body: bytes) -> None:
 
 
 def test_nulls_and_schemes_of_json_are_taken_as_the_standards_have_them(picture: Picture) -> None:
-    body = {"input": url(picture()).replace("data:", "DATA:").replace(";base64", ";BASE64"), "encoding_format": None,
-            "user": None, "model": None}
+    body = {
+        "input": url(picture()).replace("data:", "DATA:").replace(";base64", ";BASE64"),
+        "encoding_format": None,
+        "user": None,
+        "model": None,
+    }
     assert protocol.read_json(json.dumps(body).encode(), Limits()) == Ask([picture()], None, "float")
 
 
 def test_forms() -> None:
     fields: list[tuple[str, str | bytes]] = [("file", b"1"), ("model", "m"), ("file", b"2")]
     assert protocol.read_form(fields, Limits()) == Ask([b"1", b"2"], "m", "float")
-    for extra, message in [(("file", "text"), "'file' must have a file name"), (("model", "again"), "part 'model'"),
-                           (("input", b"3"), "part 'input'"), (("model", b"3"), "part 'model'"),
-                           (("encoding_format", "hex"), "encoding_format must be")]:
+    for extra, message in [
+        (("file", "text"), "'file' must have a file name"),
+        (("model", "again"), "part 'model'"),
+        (("input", b"3"), "part 'input'"),
+        (("model", b"3"), "part 'model'"),
+        (("encoding_format", "hex"), "encoding_format must be"),
+    ]:
         with pytest.raises(Refused) as caught:
             protocol.read_form([*fields, extra], Limits())
         assert message in caught.value.message
@@ -262,11 +296,26 @@ def test_answers() -> None:
 def test_models_say_what_clients_need() -> None:
     backbone, adapter = CATALOGUE.models()["data"]
     owned = {"created": 0, "owned_by": "fastprompt"}
-    assert backbone == {"id": "vit", "object": "model", **owned, "fingerprint": "f" * 64, "width": 48,
-                        "image_size": [32, 32], "patch_size": 8, "any_size": False, "mean": [0.5] * 3,
-                        "std": [0.229, 0.224, 0.225], "dtype": "float32"}
-    assert adapter == {"id": "birds", "object": "adapter", **owned, "class_names": ["owl", "tit", "jay"],
-                       "any_size": False}
+    assert backbone == {
+        "id": "vit",
+        "object": "model",
+        **owned,
+        "fingerprint": "f" * 64,
+        "width": 48,
+        "image_size": [32, 32],
+        "patch_size": 8,
+        "any_size": False,
+        "mean": [0.5] * 3,
+        "std": [0.229, 0.224, 0.225],
+        "dtype": "float32",
+    }
+    assert adapter == {
+        "id": "birds",
+        "object": "adapter",
+        **owned,
+        "class_names": ["owl", "tit", "jay"],
+        "any_size": False,
+    }
 
 
 def test_limits_are_checked_and_errors_travel() -> None:

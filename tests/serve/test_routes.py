@@ -29,9 +29,14 @@ async def compute(work: Work) -> list[np.ndarray]:
     return [np.full(3, picture.mean(), np.float32) for picture in work.pictures]
 
 
-def ask(*requests: tuple[str, str, dict[str, Any]], limits: Limits | None = None, keys: tuple[str, ...] = (),
-        compute: Callable[[Work], Awaitable[list[np.ndarray]]] = compute) -> list[httpx.Response]:
+def ask(
+    *requests: tuple[str, str, dict[str, Any]],
+    limits: Limits | None = None,
+    keys: tuple[str, ...] = (),
+    compute: Callable[[Work], Awaitable[list[np.ndarray]]] = compute,
+) -> list[httpx.Response]:
     """The answers to requests (method, address, options of httpx) that are sent at once."""
+
     async def everything() -> list[httpx.Response]:
         routes = Routes(CATALOGUE, limits or Limits(), keys, compute)
 
@@ -79,12 +84,24 @@ def test_torn_forms_are_refused_wherever_they_are_torn(picture: Picture) -> None
     assert len(post(content=whole[:-2], headers=FORM)["data"]) == 2
 
 
-@pytest.mark.parametrize(("kind", "status"), [
-    ("multipart/form-data", 400), ("multipart/form-data; boundary=", 400),
-    ("multipart/form-data; boundary=" + "a" * 5000, 400), (b"multipart/form-data; boundary=\xff\xfe", 400),
-    *((f"{kind}; boundary=x; charset={name}", 415) for kind in ("multipart/form-data", "application/json")
-      for name in ("undefined", "idna", "punycode", "utf-16", "latin-1", "hex", "rot13", "nonsense", '"\\"')),
-    ("image/png", 415), ("application/x-www-form-urlencoded", 415), ("", 415), (";;;=", 415)])
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        ("multipart/form-data", 400),
+        ("multipart/form-data; boundary=", 400),
+        ("multipart/form-data; boundary=" + "a" * 5000, 400),
+        (b"multipart/form-data; boundary=\xff\xfe", 400),
+        *(
+            (f"{kind}; boundary=x; charset={name}", 415)
+            for kind in ("multipart/form-data", "application/json")
+            for name in ("undefined", "idna", "punycode", "utf-16", "latin-1", "hex", "rot13", "nonsense", '"\\"')
+        ),
+        ("image/png", 415),
+        ("application/x-www-form-urlencoded", 415),
+        ("", 415),
+        (";;;=", 415),
+    ],
+)
 def test_other_kinds_of_bodies_are_refused(picture: Picture, kind: str | bytes, status: int) -> None:
     body = part(b"m\\ud800" + b"-" * 70, name="model", filename=None) + part(picture()) + b"--x--\r\n"
     post(status=status, content=body, headers={"Content-Type": kind})
@@ -92,13 +109,18 @@ def test_other_kinds_of_bodies_are_refused(picture: Picture, kind: str | bytes, 
     assert "Content-Encoding" in post(status=415, content=body, headers=packed)["message"]
 
 
-@pytest.mark.parametrize("body", [
-    b"--x\r\nContent-Disposition: form-data; filename=a\r\n\r\nb\r\n--x--\r\n",
-    b"--x\r\nX: y\r\n\r\nb\r\n--x--\r\n",
-    b"--x\r\nX: " + b"y" * 2_000_000 + b"\r\n\r\nb\r\n--x--\r\n",
-    b"--x\r\n" + b"X: y\r\n" * 300_000 + b"\r\nb\r\n--x--\r\n",
-    b"--x\r\nContent-Disposition: form-data; name=model\r\n\r\n\xff\xfe\r\n--x--\r\n",
-    b"--x\n\n", b"\0" * 1000])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"--x\r\nContent-Disposition: form-data; filename=a\r\n\r\nb\r\n--x--\r\n",
+        b"--x\r\nX: y\r\n\r\nb\r\n--x--\r\n",
+        b"--x\r\nX: " + b"y" * 2_000_000 + b"\r\n\r\nb\r\n--x--\r\n",
+        b"--x\r\n" + b"X: y\r\n" * 300_000 + b"\r\nb\r\n--x--\r\n",
+        b"--x\r\nContent-Disposition: form-data; name=model\r\n\r\n\xff\xfe\r\n--x--\r\n",
+        b"--x\n\n",
+        b"\0" * 1000,
+    ],
+)
 def test_damaged_forms_are_refused(body: bytes) -> None:
     assert post(status=400, content=body, headers=FORM)["code"] == "invalid_form"
 
@@ -200,9 +222,13 @@ def test_models_are_told_together_and_alone() -> None:
 
 
 def test_other_methods_are_refused_with_those_that_are_not() -> None:
-    for method, path, allowed in [("GET", "/v1/embeddings", "POST"), ("HEAD", "/v1/classify", "POST"),
-                                  ("POST", "/v1/models", "GET, HEAD"), ("DELETE", "/v1/models/vit", "GET, HEAD"),
-                                  ("POST", "/health", "GET, HEAD")]:
+    for method, path, allowed in [
+        ("GET", "/v1/embeddings", "POST"),
+        ("HEAD", "/v1/classify", "POST"),
+        ("POST", "/v1/models", "GET, HEAD"),
+        ("DELETE", "/v1/models/vit", "GET, HEAD"),
+        ("POST", "/health", "GET, HEAD"),
+    ]:
         [answer] = ask((method, path, {}))
         assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
     answers = ask(*(("HEAD", path, {}) for path in ("/health", "/v1/models", "/v1/models/vit")))

@@ -17,8 +17,11 @@ from fastprompt.serve.tenants import HostSettings, answers, load
 
 
 def settings(place: Path, *adapters: str, **options: Any) -> HostSettings:
-    return HostSettings(f"local-dir:{place / 'vit'}", adapters={name: place / name for name in adapters},
-                        **{"dtype": "float32", "batch_size": 4, "threads": 1, **options})
+    return HostSettings(
+        f"local-dir:{place / 'vit'}",
+        adapters={name: place / name for name in adapters},
+        **{"dtype": "float32", "batch_size": 4, "threads": 1, **options},
+    )
 
 
 def pictures(count: int, height: int = 32, seed: int = 0) -> list[np.ndarray]:
@@ -45,7 +48,8 @@ def test_any_size_leaves_adapters_their_backbone(place: Path) -> None:
 
 
 def test_adapters_of_one_size_are_known_and_their_pictures_refused_before_they_wait(
-        place: Path, picture: Callable[..., bytes]) -> None:
+    place: Path, picture: Callable[..., bytes]
+) -> None:
     _, catalogue = load(settings(place, "birds", "cars", "rgb", any_size=True))
     assert list(catalogue.fixed) == ["cars", "rgb"]
     assert [entry["any_size"] for entry in catalogue.models()["data"]] == [True, True, False, False]
@@ -76,14 +80,16 @@ def test_pictures_of_a_client_that_extends_them_give_its_models_answer(place: Pa
     torch.testing.assert_close(torch.from_numpy(np.stack(logits)), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("adapters", "error", "message"), [
-    (("birds", "nowhere"), FileNotFoundError, "nowhere"),
-    (("birds", "stranger"), ValueError, "adapter 'stranger': .* another backbone"),
-    (("headless",), ValueError, "adapter 'headless': .* has no head"),
-    (("birds", "torn"), ValueError, "torn"),
-])
-def test_bad_adapters_are_refused(place: Path, adapters: tuple[str, ...], error: type[Exception], message: str
-                                  ) -> None:
+@pytest.mark.parametrize(
+    ("adapters", "error", "message"),
+    [
+        (("birds", "nowhere"), FileNotFoundError, "nowhere"),
+        (("birds", "stranger"), ValueError, "adapter 'stranger': .* another backbone"),
+        (("headless",), ValueError, "adapter 'headless': .* has no head"),
+        (("birds", "torn"), ValueError, "torn"),
+    ],
+)
+def test_bad_adapters_are_refused(place: Path, adapters: tuple[str, ...], error: type[Exception], message: str) -> None:
     if "torn" in adapters and not (place / "torn").exists():
         (place / "torn").mkdir()
         for file in (place / "birds").iterdir():
@@ -105,9 +111,13 @@ def test_bad_names_and_settings_are_refused(place: Path) -> None:
 
 def test_a_batch_of_everybody_is_what_each_would_get_alone(place: Path) -> None:
     engine, _ = load(settings(place, "birds", "cars", any_size=True))
-    works = [Work(pictures(2, seed=1), "birds"), Work(pictures(1, 40, 2), "__base__"),
-             Work(pictures(1, seed=3), "cars"), Work([*pictures(1, 48, 4), *pictures(1, seed=4)], "birds"),
-             Work(pictures(3, seed=5), "__base__")]
+    works = [
+        Work(pictures(2, seed=1), "birds"),
+        Work(pictures(1, 40, 2), "__base__"),
+        Work(pictures(1, seed=3), "cars"),
+        Work([*pictures(1, 48, 4), *pictures(1, seed=4)], "birds"),
+        Work(pictures(3, seed=5), "__base__"),
+    ]
     calls = []
 
     def recorded(images: torch.Tensor, adapter_names: list[str]) -> Any:
@@ -116,8 +126,11 @@ def test_a_batch_of_everybody_is_what_each_would_get_alone(place: Path) -> None:
 
     spy: Any = type("Spy", (), {"__call__": lambda self, *a, **k: recorded(*a, **k), "model": engine.model})()
     together = answers(spy, works)
-    assert calls == [((32, 32), ["birds", "birds", "cars", "birds", "__base__", "__base__", "__base__"]),
-                     ((40, 32), ["__base__"]), ((48, 32), ["birds"])]
+    assert calls == [
+        ((32, 32), ["birds", "birds", "cars", "birds", "__base__", "__base__", "__base__"]),
+        ((40, 32), ["__base__"]),
+        ((48, 32), ["birds"]),
+    ]
     for work, found in zip(works, together, strict=True):
         [alone] = answers(engine, [work])
         assert len(found) == len(work.pictures)
@@ -161,8 +174,9 @@ def test_a_request_that_fails_takes_no_other_with_it(place: Path, caplog: pytest
     assert "secret" in caplog.text
 
 
-def test_backbone_and_size_come_from_the_first_adapter(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-                                                       ) -> None:
+def test_backbone_and_size_come_from_the_first_adapter(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fastprompt.runs.directory import write_json
     from fastprompt.runs.settings import RunSettings
     from fastprompt.serve import tenants

@@ -35,8 +35,6 @@ def make_model() -> Callable[..., Any]:
         torch.manual_seed(0)
         vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
         torch.manual_seed(seed)
-        return fp.PromptedViT(
-            fp.FrozenViT(vit), config or fp.VPTConfig(num_prompts=2), num_classes=num_classes
-        )
+        return fp.PromptedViT(fp.FrozenViT(vit), config or fp.VPTConfig(num_prompts=2), num_classes=num_classes)
 
     return make

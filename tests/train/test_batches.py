@@ -45,9 +45,7 @@ def test_pair_and_dataset_give_the_same_batches(colours: Callable[..., Any]) -> 
 
 def test_workers_load_the_same_batches(colours: Callable[..., Any]) -> None:
     data = TensorDataset(*colours(8))
-    here, there = (
-        labels_of(Batches(data, 4, name="train", num_classes=4, seed=0, num_workers=n)) for n in (0, 1)
-    )
+    here, there = (labels_of(Batches(data, 4, name="train", num_classes=4, seed=0, num_workers=n)) for n in (0, 1))
     assert here == there
 
 
@@ -61,13 +59,9 @@ def test_a_last_single_image_is_merged_only_where_asked() -> None:
 def test_a_loader_keeps_its_batches_but_one_of_a_single_image(colours: Callable[..., Any]) -> None:
     loader: Any = DataLoader(TensorDataset(*colours(9)), 4)
     assert [len(b) for b in labels_of(Batches(loader, 1, name="train", num_classes=4))] == [4, 4, 1]
-    assert [
-        len(b) for b in labels_of(Batches(loader, 1, name="train", num_classes=4, merge_single=True))
-    ] == [4, 4]
+    assert [len(b) for b in labels_of(Batches(loader, 1, name="train", num_classes=4, merge_single=True))] == [4, 4]
     singles: Any = DataLoader(TensorDataset(*colours(3)), 1)
-    assert [
-        len(b) for b in labels_of(Batches(singles, 1, name="train", num_classes=4, merge_single=True))
-    ] == [1, 1, 1]
+    assert [len(b) for b in labels_of(Batches(singles, 1, name="train", num_classes=4, merge_single=True))] == [1, 1, 1]
 
 
 def test_a_loader_with_a_generator_of_its_own_repeats_epochs(colours: Callable[..., Any]) -> None:

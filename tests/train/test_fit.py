@@ -52,9 +52,7 @@ def read_log(directory: Path) -> list[dict[str, Any]]:
 
 
 def every_file(directory: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.kind)
@@ -138,12 +136,8 @@ def test_the_best_epoch_is_chosen_by_accuracy_or_by_loss(
     assert (result.best_epoch, result.best_val_loss, result.best_val_accuracy) == (epoch, *validation[epoch])
 
 
-def test_equal_accuracies_are_decided_by_the_loss(
-    make_model: Callable[..., Any], colours: Callable[..., Any]
-) -> None:
-    result = fit(
-        make_model(), colours(64), colours(20, seed=1), RECIPE.replace(epochs=6, lr=2e-2), progress=False
-    )
+def test_equal_accuracies_are_decided_by_the_loss(make_model: Callable[..., Any], colours: Callable[..., Any]) -> None:
+    result = fit(make_model(), colours(64), colours(20, seed=1), RECIPE.replace(epochs=6, lr=2e-2), progress=False)
     tied = [record for record in result.history if record["val_accuracy"] == result.best_val_accuracy]
     assert len(tied) > 1
     assert result.best_val_loss == min(record["val_loss"] for record in tied)
@@ -372,9 +366,7 @@ def test_divergence_stops_with_the_last_good_checkpoint(
 
     monkeypatch.setattr(fp.PromptedViT, "forward", poisoned)
     model = make_model()
-    with pytest.raises(
-        TrainingDiverged, match=r"loss is nan at epoch 2, step 2.*lower learning rate"
-    ) as raised:
+    with pytest.raises(TrainingDiverged, match=r"loss is nan at epoch 2, step 2.*lower learning rate") as raised:
         fit(model, colours(40), colours(20, seed=1), RECIPE, out_dir=tmp_path, progress=False)
     lr = RECIPE.lr * RECIPE.lr_factor(4, 3)
     assert (raised.value.epoch, raised.value.step, raised.value.lr) == (2, 2, lr)
@@ -387,9 +379,7 @@ def test_divergence_stops_with_the_last_good_checkpoint(
     assert model.backbone.dtype == torch.float32
 
 
-def test_a_learning_rate_that_is_too_high_diverges(
-    make_model: Callable[..., Any], colours: Callable[..., Any]
-) -> None:
+def test_a_learning_rate_that_is_too_high_diverges(make_model: Callable[..., Any], colours: Callable[..., Any]) -> None:
     recipe = Recipe(epochs=3, batch_size=8, lr=1e38, optimizer="sgd", warmup_epochs=0, dtype="float32")
     with pytest.raises(TrainingDiverged):
         fit(make_model(fp.LinearProbeConfig()), colours(32), colours(8, seed=1), recipe, progress=False)
@@ -422,9 +412,7 @@ def test_nothing_is_half_written_when_saving_fails(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", failing)
-    with pytest.raises(
-        type(error), match=f"could not write .*{name}" if isinstance(error, OSError) else None
-    ):
+    with pytest.raises(type(error), match=f"could not write .*{name}" if isinstance(error, OSError) else None):
         fit(make_model(), train, val, recipe, out_dir=tmp_path, progress=False)
     monkeypatch.setattr(os, "fsync", fsync)
     assert not [file for file in every_file(tmp_path) if file.endswith(".tmp")]
@@ -585,9 +573,7 @@ def test_a_single_last_image_joins_the_batch_before(
         return draw(batch)
 
     model.draw = record
-    result = fit(
-        model, colours(33), colours(8, seed=1), RECIPE.replace(epochs=1, dtype="float32"), progress=False
-    )
+    result = fit(model, colours(33), colours(8, seed=1), RECIPE.replace(epochs=1, dtype="float32"), progress=False)
     assert 17 in sizes
     assert math.isfinite(result.history[0]["train_loss"])
 

@@ -24,17 +24,13 @@ def blobs(count: int, num_classes: int = 4, seed: int = 0, spread: float = 1.0) 
     return features * torch.logspace(-2, 2, 48) + torch.linspace(-50, 50, 48), labels
 
 
-def test_features_are_what_the_head_reads(
-    make_model: Callable[..., Any], colours: Callable[..., Any]
-) -> None:
+def test_features_are_what_the_head_reads(make_model: Callable[..., Any], colours: Callable[..., Any]) -> None:
     images, labels = colours(9)
     model = make_model().train()
     features, found = extract_features(model, TensorDataset(images, labels), batch_size=4)
     with torch.no_grad():
         assert torch.allclose(features, model.eval().forward_features(images), atol=1e-5)
-        assert torch.allclose(
-            extract_features(model.backbone, (images, labels))[0], model.backbone(images), atol=1e-5
-        )
+        assert torch.allclose(extract_features(model.backbone, (images, labels))[0], model.backbone(images), atol=1e-5)
     assert torch.equal(found, labels)
     low = extract_features(model, (images, labels), dtype=torch.bfloat16)[0]
     assert low.dtype == torch.float32

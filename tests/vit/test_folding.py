@@ -58,15 +58,19 @@ def affines(block: nn.Module) -> set[str]:
 
 def test_nothing_that_can_move_is_left_behind(randomised: Callable[..., nn.Module]) -> None:
     inner = 48
-    for name, left in (("layer scale", set()), ("inner norms", set()), ("q/k norm", {"q_norm", "k_norm"}),
-                       ("post-norm", {"norm1", "norm2"})):
+    for name, left in (
+        ("layer scale", set()),
+        ("inner norms", set()),
+        ("q/k norm", {"q_norm", "k_norm"}),
+        ("post-norm", {"norm1", "norm2"}),
+    ):
         folded = fold(frozen(randomised, **BLOCKS[name]).blocks[0])
         assert affines(folded) == left, name
         assert folded.ls1 is None
         assert folded.ls2 is None
         assert folded.scale == 1
         assert folded.qkv.bias is not None
-        key_bias, value_bias = folded.qkv.bias[inner:2 * inner], folded.qkv.bias[2 * inner:]
+        key_bias, value_bias = folded.qkv.bias[inner : 2 * inner], folded.qkv.bias[2 * inner :]
         assert bool(key_bias.any()) == (name == "q/k norm")
         assert bool(value_bias.any()) == (name == "inner norms")  # a norm between values and projection
     assert fold(frozen(randomised, **BLOCKS["quick gelu"]).blocks[0]).mlp.act == "silu"
@@ -115,8 +119,9 @@ def test_weights_that_train_are_not_folded(randomised: Callable[..., nn.Module])
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_raw_pixels_go_through_one_folded_embedding(randomised: Callable[..., nn.Module], bias: bool,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_raw_pixels_go_through_one_folded_embedding(
+    randomised: Callable[..., nn.Module], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     vit = frozen(randomised, embed_layer=partial(tl.PatchEmbed, bias=bias))
     raw = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     plain = reference.embed(vit, vit.normalise(raw).double())
@@ -145,8 +150,9 @@ def test_bfloat16_is_as_close_as_the_plain_graph(randomised: Callable[..., nn.Mo
     assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max() + eps * exact.abs().max()
 
 
-def test_inductor_freezes_the_folded_weights(randomised: Callable[..., nn.Module],
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductor_freezes_the_folded_weights(
+    randomised: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torch._inductor import config, freezing
 
     left, original = [], freezing.freeze

@@ -32,12 +32,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "pool prefix": {"global_pool": "avg", "pool_include_prefix": True},
     "one block": {"depth": 1},
 }
-CASES = [
-    (name, readout)
-    for name in BACKBONES
-    for readout in reference.READOUTS
-    if readout != "map" or name == "map"
-]
+CASES = [(name, readout) for name in BACKBONES for readout in reference.READOUTS if readout != "map" or name == "map"]
 METHODS = {
     "vpt": fp.VPTConfig(num_prompts=3, prompt_dropout=0.2),
     "vpt shallow": fp.VPTConfig(num_prompts=3, deep=False),
@@ -48,9 +43,7 @@ METHODS = {
 }
 
 
-def model_of(
-    randomised: Callable[..., nn.Module], method: Any, backbone: str, readout: str
-) -> fp.PromptedViT:
+def model_of(randomised: Callable[..., nn.Module], method: Any, backbone: str, readout: str) -> fp.PromptedViT:
     config = METHODS[method] if isinstance(method, str) else method
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
     vit = randomised(VisionTransformer(**{**sizes, **BACKBONES[backbone]}))
@@ -102,8 +95,11 @@ def test_equals_the_reference_at_inference(
                 torch.testing.assert_close(model(images), plain, rtol=1e-10, atol=1e-10)
         kept = model._static[2] if model._static else {}
         deep = method == "vpt"
-        assert len(kept) == (model.backbone.depth - ((readout != "patches" and backbone != "all norms")
-                                                     or readout == "patches+prompts") if deep else 0)
+        assert len(kept) == (
+            model.backbone.depth - ((readout != "patches" and backbone != "all norms") or readout == "patches+prompts")
+            if deep
+            else 0
+        )
 
 
 @pytest.mark.parametrize("backbone", ["plain", "registers", "pre-norm", "all norms", "post-norm", "map", "one block"])
@@ -228,8 +224,9 @@ def test_the_first_block_needs_no_gradient_of_its_tokens(
     monkeypatch.setattr(
         forward,
         "prefix_attention",
-        lambda q, k, v, *rest, **options: needed.append((q if k is None else k).requires_grad)
-        or original(q, k, v, *rest, **options),
+        lambda q, k, v, *rest, **options: (
+            needed.append((q if k is None else k).requires_grad) or original(q, k, v, *rest, **options)
+        ),
     )
     model(tiny_images[:2].double())
     assert needed == [False]  # the last block has one query and no keys

@@ -86,8 +86,9 @@ def test_packed_products_and_activations(act: str, bias: bool) -> None:
 
 
 @needs_bfloat16
-def test_a_packed_block_computes_the_same_and_exports_its_plain_weights(tiny_vit: torch.nn.Module,
-                                                                        tiny_images: torch.Tensor) -> None:
+def test_a_packed_block_computes_the_same_and_exports_its_plain_weights(
+    tiny_vit: torch.nn.Module, tiny_images: torch.Tensor
+) -> None:
     model = fp.PromptedViT(fp.FrozenViT(tiny_vit).bfloat16(), fp.VPTConfig(num_prompts=2)).eval()
     with torch.no_grad():
         expected = model(tiny_images).float()
@@ -100,8 +101,9 @@ def test_a_packed_block_computes_the_same_and_exports_its_plain_weights(tiny_vit
         assert (exported(tiny_images) - expected).norm() <= 2e-2 * expected.norm()
 
 
-def test_float32_is_packed_only_where_onednn_is_faster(tiny_vit: torch.nn.Module,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_is_packed_only_where_onednn_is_faster(
+    tiny_vit: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for faster in (False, True):
         monkeypatch.setattr(module, "onednn_is_faster", lambda faster=faster: faster)
         block = fp.FrozenViT(tiny_vit).folded().blocks[0]

@@ -77,9 +77,7 @@ def test_equals_the_reference(
 
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("method", ["vpt", "vpt shallow", "v2apt"])
-def test_equals_the_reference_with_50_prompts(
-    tiny_swin: Callable[..., nn.Module], method: str, version: int
-) -> None:
+def test_equals_the_reference_with_50_prompts(tiny_swin: Callable[..., nn.Module], method: str, version: int) -> None:
     model = model_of(tiny_swin(version, depths=(2, 1), num_heads=(1, 2)), METHODS[method](50)).train()
     assert_equal(model, images_for(model))
 
@@ -131,8 +129,11 @@ def test_small_batches_and_strided_images(tiny_swin: Callable[..., nn.Module], m
 
 def rows_seen(model: fp.PromptedViT, images: Tensor, monkeypatch: pytest.MonkeyPatch, forward: Any) -> dict[str, int]:
     """Rows of all images together that go through each kind of matrix, in all blocks."""
-    kinds = {id(m): kind for b in model.backbone.blocks for kind, m in
-             (("qkv", b.qkv), ("proj", b.proj), ("fc1", b.mlp.fc1), ("fc2", b.mlp.fc2))}
+    kinds = {
+        id(m): kind
+        for b in model.backbone.blocks
+        for kind, m in (("qkv", b.qkv), ("proj", b.proj), ("fc1", b.mlp.fc1), ("fc2", b.mlp.fc2))
+    }
     kinds |= {id(b.qkv.weight): "qkv" for b in model.backbone.blocks}
     kinds |= {id(m.reduction): "merge" for m in model.backbone.merges if m is not None}
     rows = dict.fromkeys(("qkv", "kv", "proj", "fc1", "fc2", "merge"), 0)
@@ -208,9 +209,7 @@ def test_patches_are_reordered_once_between_blocks(
     assert seen == [64, 64, 64, 16]
 
 
-def test_constants_are_not_computed_again(
-    tiny_swin: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_constants_are_not_computed_again(tiny_swin: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(tiny_swin(), METHODS["vpt"](3))
 
     def never(*_: Any) -> None:
@@ -255,5 +254,3 @@ def test_16_bits_stay_close(tiny_swin: Callable[..., nn.Module], dtype: torch.dt
         ours, theirs = (f(images.to(dtype)).double() for f in (model, model.reference_forward))
         bound = 2 * (theirs - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
         assert (ours - exact).abs().max() <= bound
-
-

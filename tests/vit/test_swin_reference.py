@@ -117,9 +117,7 @@ def by_hand(swin: nn.Module, image: Tensor, prompts: dict[int, Tensor], num_prom
                 out[r : r + h, c : c + w] = y[num_prompts:].view(h, w, -1)
                 seen.append(y[:num_prompts])
             change = (out[:height, :width].roll((sh, sw), (0, 1)), torch.stack(seen).mean(0))
-            x, flowing = (
-                t + (block.norm1(d) if second else d) for t, d in zip((x, flowing), change, strict=True)
-            )
+            x, flowing = (t + (block.norm1(d) if second else d) for t, d in zip((x, flowing), change, strict=True))
             x, flowing = (
                 t + (block.norm2(block.mlp(t)) if second else block.mlp(block.norm2(t))) for t in (x, flowing)
             )

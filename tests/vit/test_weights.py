@@ -68,9 +68,7 @@ def test_fingerprint_survives_casts(tiny_vit: VisionTransformer) -> None:
     assert fp.FrozenViT(copy.deepcopy(tiny_vit).double()).fingerprint == fingerprint
 
 
-def test_fingerprint_follows_loaded_tensors(
-    tiny_vit: VisionTransformer, randomised: Callable[..., nn.Module]
-) -> None:
+def test_fingerprint_follows_loaded_tensors(tiny_vit: VisionTransformer, randomised: Callable[..., nn.Module]) -> None:
     backbone = fp.FrozenViT(tiny_vit)
     fingerprint, state = backbone.fingerprint, copy.deepcopy(backbone.state_dict())
     nn.Sequential(backbone).load_state_dict({"0." + k: v for k, v in state.items()})
@@ -175,9 +173,7 @@ def test_bad_images_are_refused(
 
 
 def test_dynamic_size_takes_whole_patches_only() -> None:
-    vit = VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, dynamic_img_size=True
-    )
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, dynamic_img_size=True)
     backbone = fp.FrozenViT(vit)
     assert backbone(torch.zeros(1, 3, 16, 24)).shape == (1, 1000)
     for size in ((30, 32), (32, 0)):
@@ -234,8 +230,9 @@ def test_any_size_takes_taller_images_on_the_same_tensors(tiny_vit: VisionTransf
         fixed.forward_features(images)
     with pytest.raises(ValueError, match="multiples of the patch size"):
         other.forward_features(torch.randn(2, 3, 41, 32))
-    dynamic = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=0,
-                                dynamic_img_size=True).eval()
+    dynamic = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=0, dynamic_img_size=True
+    ).eval()
     dynamic.load_state_dict(tiny_vit.state_dict())
     torch.testing.assert_close(other.forward_features(images), dynamic(images))
     assert other.fingerprint == fixed.fingerprint

@@ -42,8 +42,10 @@ def read(module: nn.Module, image_size: int | tuple[int, int] | None = None) -> 
             break
     else:
         library = type(module).__module__.partition(".")[0]
-        raise ValueError(f"module of class {type(module).__name__} (library {library!r}) is not supported; vision "
-                         f"transformers of {', '.join(LIBRARIES)} are")
+        raise ValueError(
+            f"module of class {type(module).__name__} (library {library!r}) is not supported; vision "
+            f"transformers of {', '.join(LIBRARIES)} are"
+        )
     rule = parts.pop("resampling", {"antialias": True, "align_corners": False})
     if sides is not None and sides != parts["spec"].image_size:
         _resize(parts, sides, rule)
@@ -70,8 +72,10 @@ def _resize(parts: dict[str, Any], sides: tuple[int, int], rule: dict[str, bool]
     """Resample the position embedding of `parts` for images of `sides` pixels: bicubic, at least in float32."""
     spec = parts["spec"]
     if sides[0] % spec.patch_size or sides[1] % spec.patch_size:
-        raise ValueError(f"image_size must have sides that are multiples of the patch size {spec.patch_size}, "
-                         f"got {sides[0]} x {sides[1]}")
+        raise ValueError(
+            f"image_size must have sides that are multiples of the patch size {spec.patch_size}, "
+            f"got {sides[0]} x {sides[1]}"
+        )
     grid = (sides[0] // spec.patch_size, sides[1] // spec.patch_size)
     if parts["pos_embed"] is not None and grid != spec.grid:
         prefix = int(spec.has_cls) + spec.num_registers if spec.pos_on_prefix else 0

@@ -68,8 +68,11 @@ def read(model: Any) -> dict[str, Any]:
     elif type(model) is oc.VisionTransformer:
         parts = _vision_transformer(model)
     else:
-        refuse("image tower", f"{type(model).__name__} of {type(model).__module__}",
-               "open_clip's VisionTransformer, or timm's in a TimmModel")
+        refuse(
+            "image tower",
+            f"{type(model).__name__} of {type(model).__module__}",
+            "open_clip's VisionTransformer, or timm's in a TimmModel",
+        )
     preprocess = getattr(model, "preprocess_cfg", None) or {}
     for key in ("mean", "std"):
         if preprocess.get(key):
@@ -91,13 +94,25 @@ def _vision_transformer(model: Any) -> dict[str, Any]:
     after_pool = model.final_ln_after_pool and model.pool_type == "avg"
     return {
         "spec": ViTSpec(
-            name=type(model).__name__, image_size=(height, width), grid=(height // patch, width // patch),
-            patch_size=patch, num_heads=blocks[0].num_heads, has_cls=True, num_registers=0,
-            pool="cls" if model.pool_type == "tok" else "patches", **CLIP),
-        "patch_weight": model.conv1.weight, "patch_bias": model.conv1.bias,
-        "cls_token": model.class_embedding.view(1, 1, -1), "registers": None,
-        "pos_embed": model.positional_embedding.unsqueeze(0), "norm_pre": _norm(model.ln_pre), "blocks": blocks,
-        "norm": None if after_pool else norm, "fc_norm": norm if after_pool else None,
+            name=type(model).__name__,
+            image_size=(height, width),
+            grid=(height // patch, width // patch),
+            patch_size=patch,
+            num_heads=blocks[0].num_heads,
+            has_cls=True,
+            num_registers=0,
+            pool="cls" if model.pool_type == "tok" else "patches",
+            **CLIP,
+        ),
+        "patch_weight": model.conv1.weight,
+        "patch_bias": model.conv1.bias,
+        "cls_token": model.class_embedding.view(1, 1, -1),
+        "registers": None,
+        "pos_embed": model.positional_embedding.unsqueeze(0),
+        "norm_pre": _norm(model.ln_pre),
+        "blocks": blocks,
+        "norm": None if after_pool else norm,
+        "fc_norm": norm if after_pool else None,
         "head": None if model.proj is None else Dense(model.proj.t().contiguous(), None),
     }
 
@@ -143,8 +158,9 @@ def _block(block: Any) -> Block:
         attn = attention(block.attn)
     elif type(block) is oc.CustomResidualAttentionBlock:
         if not isinstance(block.ln_attn, nn.Identity):
-            refuse("block", "a CustomResidualAttentionBlock with a norm behind the attention (scale_attn)",
-                   "none there")
+            refuse(
+                "block", "a CustomResidualAttentionBlock with a norm behind the attention (scale_attn)", "none there"
+            )
         attn = _attention(block.attn)
     else:
         refuse("block", type(block).__name__, "ResidualAttentionBlock, CustomResidualAttentionBlock")
@@ -153,8 +169,14 @@ def _block(block: Any) -> Block:
         refuse("mlp layer", ", ".join(layers), "c_fc, gelu, ln, c_proj")
     act = "quick_gelu" if type(layers["gelu"]) is oc.QuickGELU else activation(layers["gelu"])
     mlp = Mlp(dense(layers["c_fc"]), dense(layers["c_proj"]), act, _norm(layers.get("ln", nn.Identity())))
-    return Block(norm1=_block_norm(block.ln_1), norm2=_block_norm(block.ln_2), mlp=mlp, ls1=_scale(block.ls_1),
-                 ls2=_scale(block.ls_2), **attn)
+    return Block(
+        norm1=_block_norm(block.ln_1),
+        norm2=_block_norm(block.ln_2),
+        mlp=mlp,
+        ls1=_scale(block.ls_1),
+        ls2=_scale(block.ls_2),
+        **attn,
+    )
 
 
 def _attention(attn: Any) -> dict[str, Any]:
@@ -168,5 +190,11 @@ def _attention(attn: Any) -> dict[str, Any]:
         factor = torch.ones_like(weight[:, 0]).view(3, attn.num_heads, -1)
         factor[2] *= attn.head_scale.view(-1, 1)
         weight, bias = weight * factor.view(-1, 1), None if bias is None else bias * factor.view(-1)
-    return {"qkv": Dense(weight, bias), "proj": dense(attn.out_proj), "num_heads": attn.num_heads,
-            "q_norm": _norm(attn.ln_q), "k_norm": _norm(attn.ln_k), "attn_norm": _norm(attn.ln_inner)}
+    return {
+        "qkv": Dense(weight, bias),
+        "proj": dense(attn.out_proj),
+        "num_heads": attn.num_heads,
+        "q_norm": _norm(attn.ln_q),
+        "k_norm": _norm(attn.ln_k),
+        "attn_norm": _norm(attn.ln_inner),
+    }

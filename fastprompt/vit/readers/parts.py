@@ -15,9 +15,19 @@ CLIP: dict[str, Any] = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.2
 HALF: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
-    nn.SiLU: "silu", nn.ReLU: "relu", nn.ReLU6: "relu6", nn.LeakyReLU: "leaky_relu", nn.ELU: "elu", nn.CELU: "celu",
-    nn.SELU: "selu", nn.Mish: "mish", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid",
-    nn.Hardswish: "hard_swish", nn.Identity: "identity",
+    nn.SiLU: "silu",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.LeakyReLU: "leaky_relu",
+    nn.ELU: "elu",
+    nn.CELU: "celu",
+    nn.SELU: "selu",
+    nn.Mish: "mish",
+    nn.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid",
+    nn.Hardsigmoid: "hard_sigmoid",
+    nn.Hardswish: "hard_swish",
+    nn.Identity: "identity",
 }
 
 
@@ -33,8 +43,13 @@ def patch_size(conv: Any) -> int:
     if conv.in_channels != 3:
         refuse("patch embedding", f"for {conv.in_channels} channels", "3")
     size = tuple(conv.kernel_size)
-    if size[0] != size[1] or tuple(conv.stride) != size or conv.padding not in ((0, 0), "valid") \
-            or tuple(conv.dilation) != (1, 1) or conv.groups != 1:
+    if (
+        size[0] != size[1]
+        or tuple(conv.stride) != size
+        or conv.padding not in ((0, 0), "valid")
+        or tuple(conv.dilation) != (1, 1)
+        or conv.groups != 1
+    ):
         refuse("patch embedding", f"{conv}", "square patches that do not overlap")
     return int(size[0])
 
@@ -82,8 +97,11 @@ def activation(module: Any) -> str:
     if type(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
     name = _ACTIVATIONS.get(type(module))
-    if name is None or (name == "leaky_relu" and module.negative_slope != 0.01) or (
-            name in ("elu", "celu") and module.alpha != 1.0):
+    if (
+        name is None
+        or (name == "leaky_relu" and module.negative_slope != 0.01)
+        or (name in ("elu", "celu") and module.alpha != 1.0)
+    ):
         refuse("activation", repr(module), ", ".join(sorted({"gelu", "gelu_tanh", *_ACTIVATIONS.values()})))
     return name
 
@@ -94,5 +112,8 @@ def attention(module: Any) -> dict[str, Any]:
         refuse("attention layer", type(module).__name__, "MultiheadAttention")
     if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
         refuse("attention layer", "MultiheadAttention with other keys and values", "self-attention without extra keys")
-    return {"qkv": Dense(module.in_proj_weight, module.in_proj_bias), "num_heads": module.num_heads,
-            "proj": Dense(module.out_proj.weight, module.out_proj.bias)}
+    return {
+        "qkv": Dense(module.in_proj_weight, module.in_proj_bias),
+        "num_heads": module.num_heads,
+        "proj": Dense(module.out_proj.weight, module.out_proj.bias),
+    }

@@ -41,8 +41,10 @@ def read(model: Any, image_size: tuple[int, int] | None = None) -> dict[str, Any
         refuse("patch_size", str(patch), "square patches")
     if image_size is not None and tuple(embed.img_size) != image_size:
         if any(side % patch[0] for side in image_size):
-            raise ValueError(f"image_size must have sides that are multiples of the patch size {patch[0]}, "
-                             f"got {image_size[0]} x {image_size[1]}")
+            raise ValueError(
+                f"image_size must have sides that are multiples of the patch size {patch[0]}, "
+                f"got {image_size[0]} x {image_size[1]}"
+            )
         model = copy.deepcopy(model)
         model.set_input_size(img_size=image_size)
         embed = model.patch_embed
@@ -65,15 +67,32 @@ def read(model: Any, image_size: tuple[int, int] | None = None) -> dict[str, Any
         blocks += [_block(block) for block in stage.blocks]
     cfg = getattr(model, "pretrained_cfg", None) or {}
     spec = ViTSpec(
-        name=cfg.get("architecture") or type(model).__name__, image_size=tuple(embed.img_size),
-        grid=tuple(embed.grid_size), patch_size=patch[0], num_heads=blocks[0].num_heads, has_cls=False,
-        num_registers=0, pool="patches", dynamic_size=not embed.strict_img_size,
-        mean=tuple(cfg.get("mean") or IMAGENET_DEFAULT_MEAN), std=tuple(cfg.get("std") or IMAGENET_DEFAULT_STD))
+        name=cfg.get("architecture") or type(model).__name__,
+        image_size=tuple(embed.img_size),
+        grid=tuple(embed.grid_size),
+        patch_size=patch[0],
+        num_heads=blocks[0].num_heads,
+        has_cls=False,
+        num_registers=0,
+        pool="patches",
+        dynamic_size=not embed.strict_img_size,
+        mean=tuple(cfg.get("mean") or IMAGENET_DEFAULT_MEAN),
+        std=tuple(cfg.get("std") or IMAGENET_DEFAULT_STD),
+    )
     head = model.head.fc
-    return {"spec": spec, "patch_weight": embed.proj.weight, "patch_bias": embed.proj.bias,
-            "patch_norm": norm(embed.norm), "cls_token": None, "registers": None, "pos_embed": None,
-            "blocks": blocks, "merges": merges, "norm": norm(model.norm),
-            "head": None if isinstance(head, nn.Identity) else dense(head)}
+    return {
+        "spec": spec,
+        "patch_weight": embed.proj.weight,
+        "patch_bias": embed.proj.bias,
+        "patch_norm": norm(embed.norm),
+        "cls_token": None,
+        "registers": None,
+        "pos_embed": None,
+        "blocks": blocks,
+        "merges": merges,
+        "norm": norm(model.norm),
+        "head": None if isinstance(head, nn.Identity) else dense(head),
+    }
 
 
 def _merge(module: Any) -> Merge | None:
@@ -96,11 +115,19 @@ def _block(block: Any) -> SwinBlock:
         bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
     dense(attn.qkv)
     return SwinBlock(
-        norm1=block_norm(block.norm1), qkv=Dense(attn.qkv.weight, bias), proj=dense(attn.proj),
-        norm2=block_norm(block.norm2), mlp=mlp(block.mlp), num_heads=attn.num_heads,
-        grid=_pair(block.input_resolution), window=_pair(block.window_size), shift=_pair(block.shift_size),
+        norm1=block_norm(block.norm1),
+        qkv=Dense(attn.qkv.weight, bias),
+        proj=dense(attn.proj),
+        norm2=block_norm(block.norm2),
+        mlp=mlp(block.mlp),
+        num_heads=attn.num_heads,
+        grid=_pair(block.input_resolution),
+        window=_pair(block.window_size),
+        shift=_pair(block.shift_size),
         bias_table=_continuous_bias(attn) if second else attn.relative_position_bias_table,
-        logit_scale=attn.logit_scale.exp().clamp(max=_MAX_LOGIT_SCALE) if second else None, post_norm=second)
+        logit_scale=attn.logit_scale.exp().clamp(max=_MAX_LOGIT_SCALE) if second else None,
+        post_norm=second,
+    )
 
 
 @torch.no_grad()

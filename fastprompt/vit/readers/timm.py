@@ -13,10 +13,23 @@ from timm.models import vision_transformer as vt
 from fastprompt.vit.weights import Block, Dense, MapPool, Mlp, Norm, ViTSpec
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
-    tl.GELU: "gelu", tl.GELUTanh: "gelu_tanh", tl.QuickGELU: "quick_gelu",
-    nn.SiLU: "silu", nn.ReLU: "relu", nn.ReLU6: "relu6", nn.LeakyReLU: "leaky_relu", nn.ELU: "elu",
-    nn.CELU: "celu", nn.SELU: "selu", nn.Mish: "mish", nn.Tanh: "tanh", tl.Tanh: "tanh",
-    nn.Sigmoid: "sigmoid", tl.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid", nn.Hardswish: "hard_swish",
+    tl.GELU: "gelu",
+    tl.GELUTanh: "gelu_tanh",
+    tl.QuickGELU: "quick_gelu",
+    nn.SiLU: "silu",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.LeakyReLU: "leaky_relu",
+    nn.ELU: "elu",
+    nn.CELU: "celu",
+    nn.SELU: "selu",
+    nn.Mish: "mish",
+    nn.Tanh: "tanh",
+    tl.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid",
+    tl.Sigmoid: "sigmoid",
+    nn.Hardsigmoid: "hard_sigmoid",
+    nn.Hardswish: "hard_swish",
     nn.Identity: "identity",
 }
 _POOLS = {"token": "cls", "avg": "patches", "map": "map"}
@@ -30,8 +43,11 @@ def read(model: nn.Module) -> dict[str, Any]:
             hybrid patch embeddings, pooling other than CLS, average or map, ...), named.
     """
     if type(model) is not vt.VisionTransformer:
-        _refuse("model", f"{type(model).__name__} of {type(model).__module__}",
-                "timm's VisionTransformer, SwinTransformer, SwinTransformerV2")
+        _refuse(
+            "model",
+            f"{type(model).__name__} of {type(model).__module__}",
+            "timm's VisionTransformer, SwinTransformer, SwinTransformerV2",
+        )
     if model.global_pool not in _POOLS:
         _refuse("global_pool", repr(model.global_pool), "'token', 'avg' or 'map'")
     embed = model.patch_embed
@@ -55,18 +71,33 @@ def read(model: nn.Module) -> dict[str, Any]:
     blocks = [_block(block) for block in model.blocks]
     spec = ViTSpec(
         name=cfg.get("architecture") or type(model).__name__,
-        image_size=tuple(embed.img_size), grid=tuple(embed.grid_size), patch_size=patch[0],
-        num_heads=blocks[0].num_heads, has_cls=model.cls_token is not None, num_registers=model.num_reg_tokens,
-        pool=_POOLS[model.global_pool], pos_on_prefix=not model.no_embed_class,
-        pool_prefix=bool(model.pool_include_prefix), dynamic_size=bool(model.dynamic_img_size),
+        image_size=tuple(embed.img_size),
+        grid=tuple(embed.grid_size),
+        patch_size=patch[0],
+        num_heads=blocks[0].num_heads,
+        has_cls=model.cls_token is not None,
+        num_registers=model.num_reg_tokens,
+        pool=_POOLS[model.global_pool],
+        pos_on_prefix=not model.no_embed_class,
+        pool_prefix=bool(model.pool_include_prefix),
+        dynamic_size=bool(model.dynamic_img_size),
         dynamic_pad=bool(embed.dynamic_img_pad),
-        mean=tuple(cfg.get("mean") or IMAGENET_DEFAULT_MEAN), std=tuple(cfg.get("std") or IMAGENET_DEFAULT_STD))
+        mean=tuple(cfg.get("mean") or IMAGENET_DEFAULT_MEAN),
+        std=tuple(cfg.get("std") or IMAGENET_DEFAULT_STD),
+    )
     return {
         "spec": spec,
-        "patch_weight": embed.proj.weight, "patch_bias": embed.proj.bias, "patch_norm": norm(embed.norm),
-        "cls_token": model.cls_token, "registers": model.reg_token, "pos_embed": model.pos_embed,
-        "norm_pre": norm(model.norm_pre), "blocks": blocks, "norm": norm(model.norm),
-        "map_pool": _map_pool(model.attn_pool), "fc_norm": norm(model.fc_norm),
+        "patch_weight": embed.proj.weight,
+        "patch_bias": embed.proj.bias,
+        "patch_norm": norm(embed.norm),
+        "cls_token": model.cls_token,
+        "registers": model.reg_token,
+        "pos_embed": model.pos_embed,
+        "norm_pre": norm(model.norm_pre),
+        "blocks": blocks,
+        "norm": norm(model.norm),
+        "map_pool": _map_pool(model.attn_pool),
+        "fc_norm": norm(model.fc_norm),
         "head": None if isinstance(model.head, nn.Identity) else dense(model.head),
     }
 
@@ -87,8 +118,9 @@ def norm(module: Any) -> Norm | None:
     else:
         _refuse("norm layer", type(module).__name__, "LayerNorm, RmsNorm")
     eps = module.eps if module.eps is not None else torch.finfo(torch.float32).eps
-    return Norm(kind, module.normalized_shape[0], eps, weight, bias,
-                upcast=type(module) in (tl.LayerNormFp32, tl.RmsNormFp32))
+    return Norm(
+        kind, module.normalized_shape[0], eps, weight, bias, upcast=type(module) in (tl.LayerNormFp32, tl.RmsNormFp32)
+    )
 
 
 def block_norm(module: nn.Module) -> Norm:
@@ -110,8 +142,11 @@ def _act(module: nn.Module) -> str:
     if type(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
     name = _ACTIVATIONS.get(type(module))
-    if name is None or (name == "leaky_relu" and module.negative_slope != 0.01) or (
-            name in ("elu", "celu") and module.alpha != 1.0):
+    if (
+        name is None
+        or (name == "leaky_relu" and module.negative_slope != 0.01)
+        or (name in ("elu", "celu") and module.alpha != 1.0)
+    ):
         _refuse("activation", repr(module), ", ".join(sorted(set(_ACTIVATIONS.values()))))
     return name
 
@@ -143,10 +178,19 @@ def _block(module: Any) -> Block:
     post_norm = type(module) is vt.ResPostBlock
     ls1, ls2 = (None, None) if post_norm else (_layer_scale(module.ls1), _layer_scale(module.ls2))
     return Block(
-        norm1=block_norm(module.norm1), qkv=dense(attn.qkv), proj=dense(attn.proj), norm2=block_norm(module.norm2),
-        mlp=mlp(module.mlp), num_heads=attn.num_heads, q_norm=norm(attn.q_norm), k_norm=norm(attn.k_norm),
-        attn_norm=norm(attn.norm), ls1=ls1, ls2=ls2,
-        post_norm=post_norm)
+        norm1=block_norm(module.norm1),
+        qkv=dense(attn.qkv),
+        proj=dense(attn.proj),
+        norm2=block_norm(module.norm2),
+        mlp=mlp(module.mlp),
+        num_heads=attn.num_heads,
+        q_norm=norm(attn.q_norm),
+        k_norm=norm(attn.k_norm),
+        attn_norm=norm(attn.norm),
+        ls1=ls1,
+        ls2=ls2,
+        post_norm=post_norm,
+    )
 
 
 def _layer_scale(module: Any) -> torch.Tensor | None:
@@ -156,9 +200,21 @@ def _layer_scale(module: Any) -> torch.Tensor | None:
 def _map_pool(module: Any) -> MapPool | None:
     if module is None:
         return None
-    if type(module) is not tl.AttentionPoolLatent or module.pos_embed is not None or module.latent_len != 1 \
-            or module.mlp is None:
+    if (
+        type(module) is not tl.AttentionPoolLatent
+        or module.pos_embed is not None
+        or module.latent_len != 1
+        or module.mlp is None
+    ):
         _refuse("attention pool", type(module).__name__, "AttentionPoolLatent with one latent")
-    return MapPool(latent=module.latent, q=None if isinstance(module.q, nn.Identity) else dense(module.q),
-                   kv=dense(module.kv), proj=dense(module.proj), norm=norm(module.norm), mlp=mlp(module.mlp),
-                   num_heads=module.num_heads, q_norm=norm(module.q_norm), k_norm=norm(module.k_norm))
+    return MapPool(
+        latent=module.latent,
+        q=None if isinstance(module.q, nn.Identity) else dense(module.q),
+        kv=dense(module.kv),
+        proj=dense(module.proj),
+        norm=norm(module.norm),
+        mlp=mlp(module.mlp),
+        num_heads=module.num_heads,
+        q_norm=norm(module.q_norm),
+        k_norm=norm(module.k_norm),
+    )

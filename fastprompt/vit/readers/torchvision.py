@@ -32,8 +32,10 @@ def build(name: str, pretrained: bool | str = False, **kwargs: Any) -> nn.Module
         TypeError, ValueError: `name` or `pretrained` is none of torchvision's.
     """
     if not isinstance(name, str):
-        raise TypeError(f"name must be a torchvision model name, got {type(name).__name__}; "
-                        "a torchvision module goes to FrozenViT(module)")
+        raise TypeError(
+            f"name must be a torchvision model name, got {type(name).__name__}; "
+            "a torchvision module goes to FrozenViT(module)"
+        )
     if name not in models.list_models():
         known = [n for n in models.list_models() if n.startswith("vit_")]
         raise ValueError(f"name must be a torchvision model name ({', '.join(known)}), got {name!r}")
@@ -62,14 +64,28 @@ def read(model: Any) -> dict[str, Any]:
     patch = patch_size(model.conv_proj)
     blocks = [_block(block) for block in model.encoder.layers]
     side = model.image_size
-    spec = ViTSpec(name=type(model).__name__, image_size=(side, side), grid=(side // patch, side // patch),
-                   patch_size=patch, num_heads=blocks[0].num_heads, has_cls=True, num_registers=0, pool="cls",
-                   **IMAGENET)
+    spec = ViTSpec(
+        name=type(model).__name__,
+        image_size=(side, side),
+        grid=(side // patch, side // patch),
+        patch_size=patch,
+        num_heads=blocks[0].num_heads,
+        has_cls=True,
+        num_registers=0,
+        pool="cls",
+        **IMAGENET,
+    )
     return {
-        "spec": spec, "resampling": {"antialias": False, "align_corners": True},
-        "patch_weight": model.conv_proj.weight, "patch_bias": model.conv_proj.bias,
-        "cls_token": model.class_token, "registers": None, "pos_embed": model.encoder.pos_embedding,
-        "blocks": blocks, "norm": torch_norm(model.encoder.ln), "head": _head(model.heads),
+        "spec": spec,
+        "resampling": {"antialias": False, "align_corners": True},
+        "patch_weight": model.conv_proj.weight,
+        "patch_bias": model.conv_proj.bias,
+        "cls_token": model.class_token,
+        "registers": None,
+        "pos_embed": model.encoder.pos_embedding,
+        "blocks": blocks,
+        "norm": torch_norm(model.encoder.ln),
+        "head": _head(model.heads),
     }
 
 
@@ -80,8 +96,7 @@ def _block(block: Any) -> Block:
     if len(layers) != 3:
         refuse("mlp layer", f"{len(layers)} layers", "Linear, activation, Linear")
     mlp = Mlp(dense(layers[0]), dense(layers[2]), activation(layers[1]))
-    return Block(norm1=torch_norm(block.ln_1), norm2=torch_norm(block.ln_2), mlp=mlp,
-                 **attention(block.self_attention))
+    return Block(norm1=torch_norm(block.ln_1), norm2=torch_norm(block.ln_2), mlp=mlp, **attention(block.self_attention))
 
 
 def _head(heads: Any) -> Dense | None:

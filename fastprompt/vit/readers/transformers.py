@@ -29,15 +29,24 @@ from fastprompt.vit.readers.parts import (
 from fastprompt.vit.weights import Block, Dense, MapPool, Mlp, ViTSpec
 
 _ACTIVATIONS = {
-    "GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "NewGELUActivation": "gelu_tanh",
-    "AccurateGELUActivation": "gelu_tanh", "QuickGELUActivation": "quick_gelu", "SiLUActivation": "silu",
-    "MishActivation": "mish", "LinearActivation": "identity",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "AccurateGELUActivation": "gelu_tanh",
+    "QuickGELUActivation": "quick_gelu",
+    "SiLUActivation": "silu",
+    "MishActivation": "mish",
+    "LinearActivation": "identity",
 }
 # Of a model with text: its image tower. Of a checkpoint: the class whose output is its head's.
 _TOWERS = {"CLIPModel": "CLIPVisionModelWithProjection", "SiglipModel": "SiglipVisionModel"}
 _OF_TYPE = {
-    "vit": "ViTModel", "clip": "CLIPVisionModelWithProjection", "clip_vision_model": "CLIPVisionModelWithProjection",
-    "siglip": "SiglipVisionModel", "siglip_vision_model": "SiglipVisionModel", "dinov2": "Dinov2Model",
+    "vit": "ViTModel",
+    "clip": "CLIPVisionModelWithProjection",
+    "clip_vision_model": "CLIPVisionModelWithProjection",
+    "siglip": "SiglipVisionModel",
+    "siglip_vision_model": "SiglipVisionModel",
+    "dinov2": "Dinov2Model",
     "dinov2_with_registers": "Dinov2WithRegistersModel",
 }
 
@@ -65,8 +74,9 @@ def build(model: Any, pretrained: bool = True, **kwargs: Any) -> tuple[nn.Module
         name = os.fspath(model)
         config = transformers.AutoConfig.from_pretrained(name, **kwargs)
     else:
-        raise TypeError("model must be a transformers model, its config, a hub name or a folder, "
-                        f"got {type(model).__name__}")
+        raise TypeError(
+            f"model must be a transformers model, its config, a hub name or a folder, got {type(model).__name__}"
+        )
     if config.model_type not in _OF_TYPE:
         raise ValueError(f"model must be of type {', '.join(_OF_TYPE)}, got {config.model_type!r}")
     architecture = (getattr(config, "architectures", None) or [_OF_TYPE[config.model_type]])[0]
@@ -121,19 +131,25 @@ def read(model: Any) -> dict[str, Any]:
     """
     name = type(model).__name__
     if not type(model).__module__.startswith("transformers.models.") or name not in _READERS:
-        hint = "; its classifier reads the class token and the patches' average: give its Dinov2Model" \
-            if name.startswith("Dinov2") and name.endswith("ForImageClassification") else ""
+        hint = (
+            "; its classifier reads the class token and the patches' average: give its Dinov2Model"
+            if name.startswith("Dinov2") and name.endswith("ForImageClassification")
+            else ""
+        )
         refuse("model", f"{name} of {type(model).__module__}", ", ".join(_READERS) + hint)
     try:
         parts = _READERS[name](model)
     except AttributeError as error:
         import transformers
 
-        raise ValueError(f"this model cannot be frozen: {name} of transformers {transformers.__version__} is laid out "
-                         f"in another way than the reader knows, that of 5.23 ({error})") from error
+        raise ValueError(
+            f"this model cannot be frozen: {name} of transformers {transformers.__version__} is laid out "
+            f"in another way than the reader knows, that of 5.23 ({error})"
+        ) from error
     path = getattr(model.config, "name_or_path", "") or name
-    parts["spec"] = ViTSpec(name=Path(path).name if os.path.isdir(path) else path,
-                            num_heads=parts["blocks"][0].num_heads, **parts["spec"])
+    parts["spec"] = ViTSpec(
+        name=Path(path).name if os.path.isdir(path) else path, num_heads=parts["blocks"][0].num_heads, **parts["spec"]
+    )
     return parts
 
 
@@ -151,10 +167,21 @@ def _embeddings(embeddings: Any, conv: Any, statistics: dict[str, Any]) -> dict[
     if hasattr(embeddings, "class_embedding"):
         cls_token = embeddings.class_embedding.view(1, 1, -1)
     return {
-        "spec": {"image_size": (height, width), "grid": (height // patch, width // patch), "patch_size": patch,
-                 "has_cls": cls_token is not None, "num_registers": 0, "pool": "cls", **statistics},
-        "patch_weight": conv.weight, "patch_bias": conv.bias, "cls_token": cls_token, "registers": None,
-        "pos_embed": pos, "resampling": {"antialias": False, "align_corners": False},
+        "spec": {
+            "image_size": (height, width),
+            "grid": (height // patch, width // patch),
+            "patch_size": patch,
+            "has_cls": cls_token is not None,
+            "num_registers": 0,
+            "pool": "cls",
+            **statistics,
+        },
+        "patch_weight": conv.weight,
+        "patch_bias": conv.bias,
+        "cls_token": cls_token,
+        "registers": None,
+        "pos_embed": pos,
+        "resampling": {"antialias": False, "align_corners": False},
     }
 
 
@@ -183,32 +210,52 @@ def _mlp(module: Any) -> Mlp:
 def _qkv(attn: Any) -> dict[str, Any]:
     _check(attn, "ViTAttention", "CLIPAttention", "SiglipAttention", "Dinov2Attention", "Dinov2WithRegistersAttention")
     clip = hasattr(attn, "out_proj")
-    return {"qkv": stacked(attn.q_proj, attn.k_proj, attn.v_proj),
-            "proj": dense(attn.out_proj if clip else attn.o_proj),
-            "num_heads": attn.num_heads if clip else attn.num_attention_heads}
+    return {
+        "qkv": stacked(attn.q_proj, attn.k_proj, attn.v_proj),
+        "proj": dense(attn.out_proj if clip else attn.o_proj),
+        "num_heads": attn.num_heads if clip else attn.num_attention_heads,
+    }
 
 
 def _block(layer: Any) -> Block:
     _check(layer, "ViTLayer", "CLIPEncoderLayer", "SiglipEncoderLayer", "Dinov2Layer", "Dinov2WithRegistersLayer")
     mlp = _mlp(layer.mlp)
     if hasattr(layer, "layernorm_before"):
-        return Block(norm1=torch_norm(layer.layernorm_before), norm2=torch_norm(layer.layernorm_after), mlp=mlp,
-                     **_qkv(layer.attention))
+        return Block(
+            norm1=torch_norm(layer.layernorm_before),
+            norm2=torch_norm(layer.layernorm_after),
+            mlp=mlp,
+            **_qkv(layer.attention),
+        )
     if hasattr(layer, "layer_scale1"):
         _check(layer.layer_scale1, "Dinov2LayerScale", "Dinov2WithRegistersLayerScale")
         _check(layer.layer_scale2, "Dinov2LayerScale", "Dinov2WithRegistersLayerScale")
-        return Block(norm1=torch_norm(layer.norm1), norm2=torch_norm(layer.norm2), mlp=mlp,
-                     ls1=layer.layer_scale1.lambda1, ls2=layer.layer_scale2.lambda1, **_qkv(layer.attention))
-    return Block(norm1=torch_norm(layer.layer_norm1), norm2=torch_norm(layer.layer_norm2), mlp=mlp,
-                 **_qkv(layer.self_attn))
+        return Block(
+            norm1=torch_norm(layer.norm1),
+            norm2=torch_norm(layer.norm2),
+            mlp=mlp,
+            ls1=layer.layer_scale1.lambda1,
+            ls2=layer.layer_scale2.lambda1,
+            **_qkv(layer.attention),
+        )
+    return Block(
+        norm1=torch_norm(layer.layer_norm1), norm2=torch_norm(layer.layer_norm2), mlp=mlp, **_qkv(layer.self_attn)
+    )
 
 
 def _map_pool(head: Any) -> MapPool:
     _check(head, "SiglipMultiheadAttentionPoolingHead")
     parts = attention(head.attention)
     q, kv = _split(parts["qkv"], head.probe.shape[-1])
-    return MapPool(latent=head.probe, q=q, kv=kv, proj=parts["proj"], norm=torch_norm(head.layernorm),
-                   mlp=_mlp(head.mlp), num_heads=parts["num_heads"])
+    return MapPool(
+        latent=head.probe,
+        q=q,
+        kv=kv,
+        proj=parts["proj"],
+        norm=torch_norm(head.layernorm),
+        mlp=_mlp(head.mlp),
+        num_heads=parts["num_heads"],
+    )
 
 
 def _split(qkv: Dense, width: int) -> tuple[Dense, Dense]:
@@ -220,7 +267,9 @@ def _vit(model: Any) -> dict[str, Any]:
     tower = model.vit if hasattr(model, "vit") else model
     return {
         **_embeddings(tower.embeddings, tower.embeddings.patch_embeddings.projection, HALF),
-        "blocks": [_block(layer) for layer in tower.layers], "norm": torch_norm(tower.layernorm), "head": _head(model),
+        "blocks": [_block(layer) for layer in tower.layers],
+        "norm": torch_norm(tower.layernorm),
+        "head": _head(model),
     }
 
 
@@ -269,9 +318,15 @@ def _siglip(model: Any) -> dict[str, Any]:
 
 
 _READERS = {
-    "ViTModel": _vit, "ViTForImageClassification": _vit,
-    "CLIPModel": _clip, "CLIPVisionModel": _clip, "CLIPVisionModelWithProjection": _clip,
+    "ViTModel": _vit,
+    "ViTForImageClassification": _vit,
+    "CLIPModel": _clip,
+    "CLIPVisionModel": _clip,
+    "CLIPVisionModelWithProjection": _clip,
     "CLIPForImageClassification": _clip,
-    "SiglipModel": _siglip, "SiglipVisionModel": _siglip, "SiglipForImageClassification": _siglip,
-    "Dinov2Model": _dinov2, "Dinov2WithRegistersModel": _dinov2,
+    "SiglipModel": _siglip,
+    "SiglipVisionModel": _siglip,
+    "SiglipForImageClassification": _siglip,
+    "Dinov2Model": _dinov2,
+    "Dinov2WithRegistersModel": _dinov2,
 }

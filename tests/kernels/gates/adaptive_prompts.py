@@ -18,21 +18,40 @@ MODULE = "fastprompt.kernels.adaptive_prompts.triton"
 EPS = 1e-5
 
 
-def case(name: str, b: int, n: int, p: int, d: int, hidden: int, activation: str = "relu", masks: bool = True,
-         given: bool = False, scale: float | None = None, permuted: bool = False, trained: tuple[str, ...] = (),
-         shares: int = 1, **options: object) -> Case:
+def case(
+    name: str,
+    b: int,
+    n: int,
+    p: int,
+    d: int,
+    hidden: int,
+    activation: str = "relu",
+    masks: bool = True,
+    given: bool = False,
+    scale: float | None = None,
+    permuted: bool = False,
+    trained: tuple[str, ...] = (),
+    shares: int = 1,
+    **options: object,
+) -> Case:
     """A case of the given sizes; the tokens are a slice of a sequence.
 
     hidden: of the bottleneck, 0: none. given: row statistics are an input. scale: None: a learned one.
     permuted: other strides of every matrix. trained: inputs with gradients, default all.
     shares: of the prompts in the sums of the weights' gradients, for the byte formulas.
     """
+
     def inputs(draw: Draw) -> Inputs:
         def matrix(*shape: int) -> Tensor:
             return draw(*shape[::-1]).permute(*reversed(range(len(shape)))) if permuted else draw(*shape)
 
-        x: Inputs = {"sequence": matrix(b, n + 3, d), "norm_weight": draw(2 * d)[::2] if permuted else draw(d),
-                     "norm_bias": draw(2 * d)[::2] if permuted else draw(d), "mix": matrix(p, n), "bias": draw(p)}
+        x: Inputs = {
+            "sequence": matrix(b, n + 3, d),
+            "norm_weight": draw(2 * d)[::2] if permuted else draw(d),
+            "norm_bias": draw(2 * d)[::2] if permuted else draw(d),
+            "mix": matrix(p, n),
+            "bias": draw(p),
+        }
         if hidden:
             x |= {"w1": matrix(hidden, d) * d**-0.5, "w2": matrix(d, hidden)}
             x |= {"scale": draw(1)[0]} if scale is None else {}
@@ -42,11 +61,11 @@ def case(name: str, b: int, n: int, p: int, d: int, hidden: int, activation: str
     def arguments(x: Inputs) -> tuple[object, ...]:
         factor = x.get("scale", 1.0 if scale is None else scale)
         parameters = (x["norm_weight"], x["norm_bias"], x["mix"], x["bias"], x.get("w1"), x.get("w2"), factor)
-        return x["sequence"][:, 2:2 + n], *parameters, activation, EPS, x.get("channel_mask"), x.get("hidden_mask")
+        return x["sequence"][:, 2 : 2 + n], *parameters, activation, EPS, x.get("channel_mask"), x.get("hidden_mask")
 
     def statistics(x: Inputs) -> Tensor | None:
         if given and "stats" not in x:  # once per set of inputs, of the numbers as they were rounded
-            tokens = x["sequence"].detach()[:, 2:2 + n].double()
+            tokens = x["sequence"].detach()[:, 2 : 2 + n].double()
             x["stats"] = torch.stack([tokens.mean(dim=-1), tokens.var(dim=-1, unbiased=False)], dim=-1).float()
         return x.get("stats")
 
@@ -56,10 +75,23 @@ def case(name: str, b: int, n: int, p: int, d: int, hidden: int, activation: str
     def expected(x: Inputs) -> tuple[Tensor]:
         return (reference.adaptive_prompts(*arguments(x)),)  # type: ignore[arg-type]
 
-    names = ("sequence", "norm_weight", "norm_bias", "mix", "bias") + (("w1", "w2") if hidden else ()) \
+    names = (
+        ("sequence", "norm_weight", "norm_bias", "mix", "bias")
+        + (("w1", "w2") if hidden else ())
         + (("scale",) if hidden and scale is None else ())
-    sizes = {"B": b, "N": n, "P": p, "D": d, "H": hidden, "given": int(given), "channels": int(masks),
-             "hidden": int(masks and hidden > 0), "wanted": int(not trained), "shares": shares}
+    )
+    sizes = {
+        "B": b,
+        "N": n,
+        "P": p,
+        "D": d,
+        "H": hidden,
+        "given": int(given),
+        "channels": int(masks),
+        "hidden": int(masks and hidden > 0),
+        "wanted": int(not trained),
+        "shares": shares,
+    }
     return Case(name, inputs, kernel, expected, trained or names, sizes, **options)  # type: ignore[arg-type]
 
 
@@ -77,20 +109,36 @@ CASES = [
 ]
 TRAFFIC = [
     case("bytes", 4, 32, 10, 64, 8, scale=1.0, dtypes=("float16",)),
-    case("bytes, statistics given", 4, 32, 48, 64, 16, masks=False, given=True, scale=1.0, shares=3,
-         dtypes=("float16",)),
+    case(
+        "bytes, statistics given", 4, 32, 48, 64, 16, masks=False, given=True, scale=1.0, shares=3, dtypes=("float16",)
+    ),
 ]
 LOADED_ONCE = {"_adaptive_prompts_mix": ("tokens",)}
-FEW_PROGRAMS = {"_adaptive_prompts_mix": {
-    "VAPT": "The statistics of a token take its whole row, and its row is read once: a program has an image's tokens. "
-            "Parts of them would each add P rows of float32, for 132 programs as many bytes as the tokens."}}
+FEW_PROGRAMS = {
+    "_adaptive_prompts_mix": {
+        "VAPT": "The statistics of a token need its whole row, which is read once: a program has an image's tokens. "
+        "Parts of them would each add P rows of float32, for 132 programs as many bytes as the tokens."
+    }
+}
 
 
 def at_size(batch: int) -> list[Case]:
     """VAPT in ViT-B at 224 px: the paper's widths, and what is wider."""
-    return [case("VAPT", batch, 196, 10, 768, 8, shares={1: 1, 32: 5, 128: 4}[batch]),
-            case("VAPT, statistics given", batch, 196, 50, 768, 64, masks=False, given=True, scale=1.0,
-                 shares={1: 2, 32: 4, 128: 4}[batch])]
+    return [
+        case("VAPT", batch, 196, 10, 768, 8, shares={1: 1, 32: 5, 128: 4}[batch]),
+        case(
+            "VAPT, statistics given",
+            batch,
+            196,
+            50,
+            768,
+            64,
+            masks=False,
+            given=True,
+            scale=1.0,
+            shares={1: 2, 32: 4, 128: 4}[batch],
+        ),
+    ]
 
 
 def arguments_of(*sizes: int, **options: object) -> list[object]:
@@ -196,38 +244,63 @@ def check_mixed_dtypes_under_autocast(module: ModuleType) -> None:
         assert (a - b).norm() <= 2e-2 * b.norm()
 
 
-CHECKS = [check_channel_mask_comes_before_the_bias, check_large_mean_is_not_cancelled,
-          check_two_calls_give_the_same_bits, check_shares_of_unequal_size,
-          check_prompts_of_half_precision_tokens_have_the_dtype_of_mix, check_offsets_beyond_int32,
-          check_registration, check_compiles_in_one_graph, check_mixed_dtypes_under_autocast]
+CHECKS = [
+    check_channel_mask_comes_before_the_bias,
+    check_large_mean_is_not_cancelled,
+    check_two_calls_give_the_same_bits,
+    check_shares_of_unequal_size,
+    check_prompts_of_half_precision_tokens_have_the_dtype_of_mix,
+    check_offsets_beyond_int32,
+    check_registration,
+    check_compiles_in_one_graph,
+    check_mixed_dtypes_under_autocast,
+]
 MUTATIONS = [
     ("mean of the padded row", "tl.sum(x.to(tl.float32), axis=1) / D", "tl.sum(x.to(tl.float32), axis=1) / BLOCK_D"),
-    ("padding counted in the variance", "tl.where(d[None, :] < D, x.to(tl.float32) - mean[:, None], 0.0)",
-     "x.to(tl.float32) - mean[:, None]"),
+    (
+        "padding counted in the variance",
+        "tl.where(d[None, :] < D, x.to(tl.float32) - mean[:, None], 0.0)",
+        "x.to(tl.float32) - mean[:, None]",
+    ),
     ("one row sum per block", "total += tl.sum(m.to(tl.float32), axis=1)", "total = tl.sum(m.to(tl.float32), axis=1)"),
     ("eps forgotten", "tl.rsqrt(variance + eps)", "tl.rsqrt(variance)"),
     ("mean and variance swapped", "variance = tl.load(row + stride_ss, mask", "variance = tl.load(row, mask"),
-    ("strides of mix swapped", "_tile(mix, p, n, P, N, stride_mp, stride_mn)  # (P, N)\n        row",
-     "_tile(mix, p, n, P, N, stride_mn, stride_mp)  # (P, N)\n        row"),
+    (
+        "strides of mix swapped",
+        "_tile(mix, p, n, P, N, stride_mp, stride_mn)  # (P, N)\n        row",
+        "_tile(mix, p, n, P, N, stride_mn, stride_mp)  # (P, N)\n        row",
+    ),
     ("tokens of the first image", "_tile(tokens + b * stride_xb, n, d", "_tile(tokens, n, d"),
     ("channel mask of the wrong image", "channel_mask + (r // P)[:, None]", "channel_mask + (r % P)[:, None]"),
     ("norm bias not weighted", "x += tl.load(sums + p)[:, None] * _row(norm_bias", "x += _row(norm_bias"),
-    ("channel mask of the bias too", "return x + tl.load(bias + p * stride_p).to(tl.float32)[:, None]",
-     "return _channels(x + tl.load(bias + p * stride_p).to(tl.float32)[:, None], channel_mask, r, d, R, P, D,\n"
-     "                     stride_cb, stride_cd, HAS_CHANNELS)"),
+    (
+        "channel mask of the bias too",
+        "return x + tl.load(bias + p * stride_p).to(tl.float32)[:, None]",
+        "return _channels(x + tl.load(bias + p * stride_p).to(tl.float32)[:, None], channel_mask, r, d, R, P, D,\n"
+        "                     stride_cb, stride_cd, HAS_CHANNELS)",
+    ),
     ("gelu is silu", "below = 0.5 + 0.5 * tl.erf(a * 0.7071067811865476)", "below = tl.sigmoid(a)"),
     ("slope of relu", "tl.where(a > 0.0, 1.0, 0.0)", "tl.where(a > 0.0, 1.0, 0.1)"),
     ("slope of tanh", "4.0 * e / ((1.0 + e) * (1.0 + e))", "4.0 * e / (1.0 + e)"),
     ("no residual", "u += factor * tl.dot(", "u = factor * tl.dot("),
-    ("learned scale ignored", "            factor = tl.load(scale).to(tl.float32)\n    first",
-     "            factor = factor\n    first"),
-    ("hidden mask of the wrong prompt", "hidden_mask + (r // P).to(tl.int64)[:, None] * stride_hb + (r % P)",
-     "hidden_mask + (r // P).to(tl.int64)[:, None] * stride_hb + (r // P)"),
+    (
+        "learned scale ignored",
+        "            factor = tl.load(scale).to(tl.float32)\n    first",
+        "            factor = factor\n    first",
+    ),
+    (
+        "hidden mask of the wrong prompt",
+        "hidden_mask + (r // P).to(tl.int64)[:, None] * stride_hb + (r % P)",
+        "hidden_mask + (r // P).to(tl.int64)[:, None] * stride_hb + (r // P)",
+    ),
     ("gradient past the hidden mask", "da = factor * t * mask * slope", "da = factor * t * slope"),
     ("gradient without the scale", "da = factor * t * mask * slope", "da = t * mask * slope"),
     ("dbias of the last channels only", "dbias += tl.sum(g.to", "dbias = tl.sum(g.to"),
-    ("dbias past the bottleneck", "dbias += tl.sum(da.to(dtype).to(tl.float32) * total[None, :], axis=1)",
-     "dbias += 0.0"),
+    (
+        "dbias past the bottleneck",
+        "dbias += tl.sum(da.to(dtype).to(tl.float32) * total[None, :], axis=1)",
+        "dbias += 0.0",
+    ),
     ("the first share alone", "first = tl.program_id(1) * share", "first = 0"),
     ("dv past the channel mask", "du = _channels(du, channel_mask", "_channels(du, channel_mask"),
     ("mean of the gradient dropped", "(dx - mean_g[:, None] - normed", "(dx - normed"),

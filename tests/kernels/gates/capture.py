@@ -16,8 +16,15 @@ from triton.runtime.jit import JITFunction
 
 from fastprompt.kernels.tiles import as_family
 
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
-            torch.int32: "*i32", torch.bool: "*i1", torch.uint8: "*u8"}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
+    torch.uint8: "*u8",
+}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 INT32_MAX = 2**31 - 1
 
@@ -51,8 +58,9 @@ class Captured:
         return self.kernel, self.signature, self.constexprs, self.aligned, self.options
 
 
-def describe(function: JITFunction, tables: dict[str, Any], grid: Any, args: tuple[Any, ...],
-             kwargs: dict[str, Any]) -> Captured:
+def describe(
+    function: JITFunction, tables: dict[str, Any], grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Captured:
     """Specialise a launch as Triton's own launcher does: types, constants, arguments divisible by 16."""
     options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
     bound = function.signature.bind(*args, **kwargs)
@@ -77,8 +85,9 @@ def describe(function: JITFunction, tables: dict[str, Any], grid: Any, args: tup
             signature.append((parameter.name, "fp32"))
     grid = grid(bound.arguments) if callable(grid) else grid
     row = row_of(tables[function.__name__], {**bound.arguments, **options})
-    return Captured(function, row, tuple(grid), tuple(signature), tuple(constexprs), tuple(aligned),
-                    tuple(options.items()))
+    return Captured(
+        function, row, tuple(grid), tuple(signature), tuple(constexprs), tuple(aligned), tuple(options.items())
+    )
 
 
 @contextmanager

@@ -31,9 +31,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 # shared memory that one program may use, registers and shared memory of one multiprocessor, its warps' width and number
-PARTS = {"sm_80": (166912, 65536, 167936, 32, 64), "sm_90": (232448, 65536, 233472, 32, 64),
-         "sm_100": (232448, 65536, 233472, 32, 64), "sm_120": (101376, 65536, 102400, 32, 48),
-         "gfx942": (65536, 131072, 65536, 64, 32)}
+PARTS = {
+    "sm_80": (166912, 65536, 167936, 32, 64),
+    "sm_90": (232448, 65536, 233472, 32, 64),
+    "sm_100": (232448, 65536, 233472, 32, 64),
+    "sm_120": (101376, 65536, 102400, 32, 48),
+    "gfx942": (65536, 131072, 65536, 64, 32),
+}
 JOBS: list[tuple[str, str, Captured]] = []  # (part, dtype, launch); the workers are forks and find it filled
 CACHE = ROOT / ".pytest_cache" / "kernels"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -62,8 +66,13 @@ def inspect_cuda(binary: bytes) -> dict[str, Any]:
     wide = sum(n for op, n in opcodes.items() if re.match(r"(LDG|LDGSTS|STG)\b.*\.128", op) or op.startswith("UTMA"))
     narrow = sum(n for op, n in opcodes.items() if re.match(r"(LDG|LDGSTS|STG)\b", op)) - wide
     narrow += sum(n for op, n in opcodes.items() if op.startswith("UTMA"))
-    return {"registers": fields["REG"], "spilled": fields["STACK"] + fields["LOCAL"], "opcodes": opcodes,
-            "wide": wide, "narrow": narrow}
+    return {
+        "registers": fields["REG"],
+        "spilled": fields["STACK"] + fields["LOCAL"],
+        "opcodes": opcodes,
+        "wide": wide,
+        "narrow": narrow,
+    }
 
 
 def inspect_hip(code: str) -> dict[str, Any]:
@@ -74,8 +83,13 @@ def inspect_hip(code: str) -> dict[str, Any]:
     wide = sum(n for op, n in memory.items() if "dwordx4" in op)
     # scalar registers spill into lanes of vector registers, not into memory
     spilled = 4 * fields.get("vgpr_spill_count", 0) + fields.get("private_segment_fixed_size", 0)
-    return {"registers": fields["vgpr_count"], "spilled": spilled, "opcodes": opcodes, "wide": wide,
-            "narrow": sum(memory.values()) - wide}
+    return {
+        "registers": fields["vgpr_count"],
+        "spilled": spilled,
+        "opcodes": opcodes,
+        "wide": wide,
+        "narrow": sum(memory.values()) - wide,
+    }
 
 
 def occupancy(part: str, registers: int, shared: int, warps: int) -> float:
@@ -95,10 +109,19 @@ def build(index: int) -> dict[str, Any]:
     kept = CACHE / f"{hashlib.sha256(named.encode()).hexdigest()}.json"
     if kept.exists():
         return {**json.loads(kept.read_text()), "row": launch.row}
-    source = ASTSource(launch.function, dict(launch.signature), dict(launch.constexprs),
-                       {(i,): [["tt.divisibility", 16]] for i in launch.aligned})
-    row: dict[str, Any] = {"kernel": launch.kernel, "row": launch.row, "part": part, "dtype": dtype,
-                           "constants": {name: value for name, value in launch.constexprs if value is not None}}
+    source = ASTSource(
+        launch.function,
+        dict(launch.signature),
+        dict(launch.constexprs),
+        {(i,): [["tt.divisibility", 16]] for i in launch.aligned},
+    )
+    row: dict[str, Any] = {
+        "kernel": launch.kernel,
+        "row": launch.row,
+        "part": part,
+        "dtype": dtype,
+        "constants": {name: value for name, value in launch.constexprs if value is not None},
+    }
     try:
         built = triton.compile(source, target=target_of(part), options=options)
     except Exception as problem:
@@ -106,11 +129,17 @@ def build(index: int) -> dict[str, Any]:
     found = inspect_cuda(built.asm["cubin"]) if part.startswith("sm_") else inspect_hip(built.asm["amdgcn"])
     opcodes = found.pop("opcodes")
     text = " ".join(opcodes) + (built.asm["ptx"] if part.startswith("sm_") else "")
-    row |= {**found, "shared": built.metadata.shared, "shared_limit": PARTS[part][0], "warps": options["num_warps"],
-            "dots": built.asm["ttir"].count("tt.dot"), "reduced": sorted(set(REDUCED.findall(text))),
-            "matrix": sum(n for op, n in opcodes.items() if MATRIX.match(op)),
-            "mix": dict(Counter({op.split(".")[0]: 0 for op in opcodes}) | mix(opcodes)),
-            "occupancy": occupancy(part, found["registers"], built.metadata.shared, options["num_warps"])}
+    row |= {
+        **found,
+        "shared": built.metadata.shared,
+        "shared_limit": PARTS[part][0],
+        "warps": options["num_warps"],
+        "dots": built.asm["ttir"].count("tt.dot"),
+        "reduced": sorted(set(REDUCED.findall(text))),
+        "matrix": sum(n for op, n in opcodes.items() if MATRIX.match(op)),
+        "mix": dict(Counter({op.split(".")[0]: 0 for op in opcodes}) | mix(opcodes)),
+        "occupancy": occupancy(part, found["registers"], built.metadata.shared, options["num_warps"]),
+    }
     CACHE.mkdir(parents=True, exist_ok=True)
     temporary = kept.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(row))
@@ -145,8 +174,10 @@ def reachable(table: tuple[Any, ...], i: int, part: str, dtype: str) -> bool:
         return (not row.families or part.startswith(row.families)) and bits <= row.limits.get("bits", bits)
 
     return takes(table[i]) and not any(
-        takes(above) and all(name == "bits" or table[i].limits.get(name, limit + 1) <= limit
-                             for name, limit in above.limits.items()) for above in table[:i])
+        takes(above)
+        and all(name == "bits" or table[i].limits.get(name, limit + 1) <= limit for name, limit in above.limits.items())
+        for above in table[:i]
+    )
 
 
 def main(op: str, *parts: str) -> None:
@@ -156,15 +187,31 @@ def main(op: str, *parts: str) -> None:
     JOBS.extend(jobs_of(spec, module, parts or tuple(PARTS)))
     with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
         rows = list(pool.map(build, range(len(JOBS))))
-    needed = [[kernel, i, part, dtype] for kernel, table in module.TABLES.items() for i in range(len(table))
-              for part in (parts or tuple(PARTS)) for dtype in ("float32", "float16", "bfloat16")
-              if reachable(table, i, part, dtype)]
-    grids = {(case.name, launch.kernel, batch, part): {
-                 "case": case.name, "kernel": launch.kernel, "row": launch.row, "batch": batch, "grid": launch.grid,
-                 "programs": launch.programs, "part": part, "bytes": spec.formula(launch.kernel, 2, case.sizes),
-                 "few": spec.FEW_PROGRAMS.get(launch.kernel, {}).get(case.name, "")}
-             for batch in (1, 32, 128) for case in spec.at_size(batch) for part in (parts or tuple(PARTS))
-             for launch in capture(case, module, torch.bfloat16, part)}
+    needed = [
+        [kernel, i, part, dtype]
+        for kernel, table in module.TABLES.items()
+        for i in range(len(table))
+        for part in (parts or tuple(PARTS))
+        for dtype in ("float32", "float16", "bfloat16")
+        if reachable(table, i, part, dtype)
+    ]
+    grids = {
+        (case.name, launch.kernel, batch, part): {
+            "case": case.name,
+            "kernel": launch.kernel,
+            "row": launch.row,
+            "batch": batch,
+            "grid": launch.grid,
+            "programs": launch.programs,
+            "part": part,
+            "bytes": spec.formula(launch.kernel, 2, case.sizes),
+            "few": spec.FEW_PROGRAMS.get(launch.kernel, {}).get(case.name, ""),
+        }
+        for batch in (1, 32, 128)
+        for case in spec.at_size(batch)
+        for part in (parts or tuple(PARTS))
+        for launch in capture(case, module, torch.bfloat16, part)
+    }
     json.dump({"builds": rows, "needed": needed, "grids": list(grids.values())}, sys.stdout, indent=1)
 
 

@@ -1,5 +1,4 @@
-"""Run an op's cases and checks in Triton's interpreter: `python tests/kernels/gates/interpret.py <op> [case ...]`.
-"""
+"""Run an op's cases and checks in Triton's interpreter: `python tests/kernels/gates/interpret.py <op> [case ...]`."""
 
 from __future__ import annotations
 
@@ -31,9 +30,18 @@ def watched(case: Case, watch: Watch) -> Iterator[None]:
 
 def launches_of(watch: Watch, tables: dict[str, Any], case: Case, dtype: str) -> list[dict[str, Any]]:
     """Which kernel and which row of its table ran, and its traffic."""
-    return [{"case": case.name, "dtype": dtype, "kernel": launch.kernel, "grid": launch.grid,
-             "row": row_of(tables[launch.kernel], launch.arguments), "distinct": launch.distinct,
-             "loaded": launch.loaded} for launch in watch.launches]
+    return [
+        {
+            "case": case.name,
+            "dtype": dtype,
+            "kernel": launch.kernel,
+            "grid": launch.grid,
+            "row": row_of(tables[launch.kernel], launch.arguments),
+            "distinct": launch.distinct,
+            "loaded": launch.loaded,
+        }
+        for launch in watch.launches
+    ]
 
 
 def traffic(case: Case, dtype: torch.dtype, module: ModuleType, spec: ModuleType) -> list[dict[str, Any]]:
@@ -44,12 +52,24 @@ def traffic(case: Case, dtype: torch.dtype, module: ModuleType, spec: ModuleType
     used = set()
     for launch in watch.launches:
         used |= {region.start for region in launch.regions}
-        twice = [region.names for region in launch.regions
-                 for name in spec.LOADED_ONCE.get(launch.kernel, ())
-                 if name in region.names and region.loaded > region.distinct]
-        rows.append({"case": case.name, "dtype": str(dtype).split(".")[1], "kernel": launch.kernel,
-                     "distinct": launch.distinct, "loaded": launch.loaded, "programs": len_grid(launch.grid),
-                     "formula": spec.formula(launch.kernel, dtype.itemsize, case.sizes), "loaded_twice": twice})
+        twice = [
+            region.names
+            for region in launch.regions
+            for name in spec.LOADED_ONCE.get(launch.kernel, ())
+            if name in region.names and region.loaded > region.distinct
+        ]
+        rows.append(
+            {
+                "case": case.name,
+                "dtype": str(dtype).split(".")[1],
+                "kernel": launch.kernel,
+                "distinct": launch.distinct,
+                "loaded": launch.loaded,
+                "programs": len_grid(launch.grid),
+                "formula": spec.formula(launch.kernel, dtype.itemsize, case.sizes),
+                "loaded_twice": twice,
+            }
+        )
     idle = sum(size for address, size in watch.allocated.items() if address not in used)
     return rows + [{"case": case.name, "dtype": str(dtype).split(".")[1], "kernel": "", "idle": idle}]
 

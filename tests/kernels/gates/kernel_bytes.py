@@ -80,8 +80,9 @@ def _adaptive_fwd(e: int, B: int, N: int, P: int, D: int, H: int, channels: int,
     return e * 2 * B * P * D + _adaptive_parameters(e, B, P, D, H, channels, hidden)
 
 
-def _adaptive_bwd_prompts(e: int, B: int, N: int, P: int, D: int, H: int, channels: int, hidden: int, **rest: int
-                          ) -> int:
+def _adaptive_bwd_prompts(
+    e: int, B: int, N: int, P: int, D: int, H: int, channels: int, hidden: int, **rest: int
+) -> int:
     return e * 3 * B * P * D + _adaptive_parameters(e, B, P, D, H, channels, hidden) + 4 * B * P * (2 * H + 2)
 
 

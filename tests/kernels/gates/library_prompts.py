@@ -20,20 +20,35 @@ MODULE = "fastprompt.kernels.library_prompts.triton"
 EPS = 1e-5
 
 
-def case(name: str, b: int, k: int, m: int, d: int, activation: str = "softmax", slot: int | None = None,
-         permuted: bool = False, norm: bool = False, patches: int | None = None, prefix: int = 0, position: int = 0,
-         **options: object) -> Case:
+def case(
+    name: str,
+    b: int,
+    k: int,
+    m: int,
+    d: int,
+    activation: str = "softmax",
+    slot: int | None = None,
+    permuted: bool = False,
+    norm: bool = False,
+    patches: int | None = None,
+    prefix: int = 0,
+    position: int = 0,
+    **options: object,
+) -> Case:
     """A case of the given sizes.
 
     slot: written into a sequence there. permuted: strides of all matrices swapped. norm: with a pre-norm.
     patches: into a fresh sequence behind so many, behind `prefix` rows; `position`: rows of the position embedding.
     """
+
     def inputs(draw: Draw) -> Inputs:
         def rows(n: int, count: int) -> Tensor:
             return draw(d, count, n).permute(2, 1, 0) if permuted else draw(n, count, d)
 
-        found = {"logits": 2 * draw(m, k, b).permute(2, 1, 0) if permuted else 2 * draw(b, k, m),
-                 "library": draw(d, m).t() if permuted else draw(m, d)}
+        found = {
+            "logits": 2 * draw(m, k, b).permute(2, 1, 0) if permuted else 2 * draw(b, k, m),
+            "library": draw(d, m).t() if permuted else draw(m, d),
+        }
         found |= {"sequence": draw(b, slot + k + 3, d)} if slot is not None else {}
         found |= {"patches": rows(b, patches)} if patches is not None else {}
         found |= {"prefix": rows(1, prefix)} if prefix else {}
@@ -52,11 +67,20 @@ def case(name: str, b: int, k: int, m: int, d: int, activation: str = "softmax",
         prompts = reference.library_prompts(x["logits"], x["library"], activation, **arguments(x))  # type: ignore[arg-type]
         if slot is None:
             return (prompts,)
-        return (torch.cat([x["sequence"][:, :slot], prompts, x["sequence"][:, slot + k:]], dim=1),)
+        return (torch.cat([x["sequence"][:, :slot], prompts, x["sequence"][:, slot + k :]], dim=1),)
 
     grads = ("logits", "library") if slot is None else ("logits", "library", "sequence")
-    sizes = {"B": b, "K": k, "M": m, "D": d, "softmax": int(activation == "softmax"), "norm": int(norm),
-             "N": patches or 0, "F": prefix, "P": position}
+    sizes = {
+        "B": b,
+        "K": k,
+        "M": m,
+        "D": d,
+        "softmax": int(activation == "softmax"),
+        "norm": int(norm),
+        "N": patches or 0,
+        "F": prefix,
+        "P": position,
+    }
     return Case(name, inputs, kernel, expected, grads, sizes, **options)  # type: ignore[arg-type]
 
 
@@ -81,26 +105,40 @@ CASES = [
     case("seventy prompts, gfx942", 1, 70, 70, 33, family="gfx942"),
     case("large library", 1, 2, 530, 70),
 ]
-TRAFFIC = [case(f"bytes, {activation}", 4, 16, 64, 128, activation, dtypes=("float16",))
-           for activation in ("softmax", "sigmoid")]
+TRAFFIC = [
+    case(f"bytes, {activation}", 4, 16, 64, 128, activation, dtypes=("float16",))
+    for activation in ("softmax", "sigmoid")
+]
 TRAFFIC += [case("bytes, sequence", 4, 16, 64, 128, patches=33, prefix=2, position=35, norm=True, dtypes=("float16",))]
 LOADED_ONCE = {"_library_prompts_fwd": ("patches",), "_library_prompts_bwd_norm": ("grad", "mixed")}
 ROWS = "A norm takes whole rows, and a matrix instruction takes 16 of them, so there are {} blocks at most."
-FEW_PROGRAMS = {"_library_prompts_fwd": {"64 prompts with pre-norm": ROWS.format(128),
-                                         "PGN with pre-norm": ROWS.format(32)}}
+FEW_PROGRAMS = {
+    "_library_prompts_fwd": {"64 prompts with pre-norm": ROWS.format(128), "PGN with pre-norm": ROWS.format(32)}
+}
 
 
 def at_size(batch: int) -> list[Case]:
-    """PGN's sizes, with the whole sequence of CLIP's ViT-B and alone, and those that other rows of the tables are for.
-    """
-    return [case("PGN on CLIP", batch, 16, 256, 768, patches=196, prefix=1, position=197, norm=True),
-            case("PGN", batch, 16, 256, 768), case("64 prompts", batch, 64, 1024, 768),
-            case("256 prompts", batch, 256, 4096, 768),
-            case("sigmoid", batch, 16, 256, 768, "sigmoid", compiled=("float16",)),
-            case("PGN with pre-norm", batch, 16, 256, 768, norm=True, compiled=("float16",)),
-            case("64 prompts with pre-norm", batch, 64, 1024, 768, norm=True, compiled=("float32", "bfloat16")),
-            case("256 prompts in a sequence", batch, 256, 4096, 1024, patches=256, prefix=1, norm=True,
-                 compiled=("float32", "float16"))]
+    """PGN's sizes, alone and with the whole sequence of CLIP's ViT-B, and those of the tables' other rows."""
+    return [
+        case("PGN on CLIP", batch, 16, 256, 768, patches=196, prefix=1, position=197, norm=True),
+        case("PGN", batch, 16, 256, 768),
+        case("64 prompts", batch, 64, 1024, 768),
+        case("256 prompts", batch, 256, 4096, 768),
+        case("sigmoid", batch, 16, 256, 768, "sigmoid", compiled=("float16",)),
+        case("PGN with pre-norm", batch, 16, 256, 768, norm=True, compiled=("float16",)),
+        case("64 prompts with pre-norm", batch, 64, 1024, 768, norm=True, compiled=("float32", "bfloat16")),
+        case(
+            "256 prompts in a sequence",
+            batch,
+            256,
+            4096,
+            1024,
+            patches=256,
+            prefix=1,
+            norm=True,
+            compiled=("float32", "float16"),
+        ),
+    ]
 
 
 def check_weights_sum_to_one(module: ModuleType) -> None:
@@ -128,8 +166,9 @@ def check_certain_selection_with_a_pre_norm_returns_the_normed_row(module: Modul
     logits = torch.where(torch.nn.functional.one_hot(chosen, 70) == 1, 0.0, float("-inf"))
     norm = PreNorm(torch.randn(33), torch.randn(33), EPS)
     prompts = module.library_prompts(logits, library, "softmax", pre_norm=norm)
-    torch.testing.assert_close(prompts, torch.nn.functional.layer_norm(library[chosen], (33,), *norm), rtol=1e-5,
-                               atol=1e-5)
+    torch.testing.assert_close(
+        prompts, torch.nn.functional.layer_norm(library[chosen], (33,), *norm), rtol=1e-5, atol=1e-5
+    )
     sequence = module.library_prompts(logits, library, "softmax", patches=library[chosen], pre_norm=norm)
     assert torch.equal(sequence[:, :2], sequence[:, 2:])
     assert torch.equal(sequence[:, 2:], prompts)
@@ -182,7 +221,7 @@ def check_far_rows_need_64_bit_offsets(module: ModuleType) -> None:
     sequence = torch.empty(4 * stride + 8 * d, dtype=torch.float16).as_strided((5, 8, d), (stride, d, 1))
     logits, library = torch.randn(5, k, 6).half(), torch.randn(6, d).half()
     module.library_prompts(logits, library, "softmax", sequence, 3)
-    assert torch.equal(sequence[:, 3:3 + k], module.library_prompts(logits, library, "softmax"))
+    assert torch.equal(sequence[:, 3 : 3 + k], module.library_prompts(logits, library, "softmax"))
     norm, patches = PreNorm(*torch.randn(2, d).half(), EPS), sequence[:, :2].copy_(torch.randn(5, 2, d))
     far = module.library_prompts(logits, library, "softmax", patches=patches, pre_norm=norm)
     assert torch.equal(far, module.library_prompts(logits, library, "softmax", patches=patches.clone(), pre_norm=norm))
@@ -263,13 +302,23 @@ def check_compiles_in_one_graph(module: ModuleType) -> None:
     assert dispatch.choices["library_prompts"].backend == "triton"
 
 
-CHECKS = [check_weights_sum_to_one, check_shift_of_the_logits_changes_nothing, check_certain_selection_returns_the_row,
-          check_certain_selection_with_a_pre_norm_returns_the_normed_row,
-          check_patches_without_a_norm_are_copied_bit_for_bit, check_inference_keeps_nothing_for_a_backward,
-          check_the_patches_are_constants, check_order_of_the_library_changes_nothing, check_extreme_logits,
-          check_far_rows_need_64_bit_offsets, check_mixed_dtypes_under_autocast,
-          check_a_sequence_in_sixteen_bits_of_a_library_in_float32, check_frozen_inputs_cost_no_launch,
-          check_registration, check_compiles_in_one_graph]
+CHECKS = [
+    check_weights_sum_to_one,
+    check_shift_of_the_logits_changes_nothing,
+    check_certain_selection_returns_the_row,
+    check_certain_selection_with_a_pre_norm_returns_the_normed_row,
+    check_patches_without_a_norm_are_copied_bit_for_bit,
+    check_inference_keeps_nothing_for_a_backward,
+    check_the_patches_are_constants,
+    check_order_of_the_library_changes_nothing,
+    check_extreme_logits,
+    check_far_rows_need_64_bit_offsets,
+    check_mixed_dtypes_under_autocast,
+    check_a_sequence_in_sixteen_bits_of_a_library_in_float32,
+    check_frozen_inputs_cost_no_launch,
+    check_registration,
+    check_compiles_in_one_graph,
+]
 MUTATIONS = [
     ("lowest instead of highest", "tl.maximum(top, tl.max(a, axis=1))", "tl.minimum(top, tl.max(a, axis=1))"),
     ("no shift", "w = tl.exp(a - shift[:, None])", "w = tl.exp(a)"),
@@ -279,29 +328,60 @@ MUTATIONS = [
     ("maximum not carried", "            top = higher\n", ""),
     ("not divided by the sum", "acc = acc / total[:, None]", "acc = acc * 1.0"),
     ("library tokens beyond M", "(m[:, None] < M) & (d[None, :] < D), other=0.0)", "(d[None, :] < D), other=0.0)"),
-    ("logits beyond M",
-     "(m[None, :] < M),\n                    other", "(m[None, :] >= 0),\n                    other"),
-    ("logits beyond M count as 0", """other=float("-inf")).to(tl.float32)  # (R, M)
-        tokens""", """other=0.0).to(tl.float32)  # (R, M)
-        tokens"""),
-    ("stores beyond D", "acc.to(mixed.dtype.element_ty), mask=(r[:, None] < R) & (d[None, :] < D))",
-     "acc.to(mixed.dtype.element_ty), mask=(r[:, None] < R))"),
-    ("swapped strides of the library", "tokens = tl.load(library + m[:, None] * stride_lm + d[None, :] * stride_ld",
-     "tokens = tl.load(library + m[:, None] * stride_ld + d[None, :] * stride_lm"),
-    ("wrong stride of the prompts", "tl.store(mixed + b[:, None] * stride_mb + k[:, None] * stride_mk",
-     "tl.store(mixed + b[:, None] * stride_mb + k[:, None] * stride_ak"),
-    ("32-bit offsets", "b, k = (r // K).to(tl.int64), (r % K).to(tl.int64)\n        tile",
-     "b, k = r // K, r % K\n        tile"),
-    ("sigmoid without minus", "            w = tl.sigmoid(a)\n        acc = tl.dot(w.to(tokens",
-     "            w = tl.sigmoid(-a)\n        acc = tl.dot(w.to(tokens"),
-    ("one slot further", "sequence[:, slot:slot + logits.shape[1]], rows",
-     "sequence[:, slot + 1:slot + 1 + logits.shape[1]], rows"),
+    (
+        "logits beyond M",
+        "(m[None, :] < M),\n                    other",
+        "(m[None, :] >= 0),\n                    other",
+    ),
+    (
+        "logits beyond M count as 0",
+        """other=float("-inf")).to(tl.float32)  # (R, M)
+        tokens""",
+        """other=0.0).to(tl.float32)  # (R, M)
+        tokens""",
+    ),
+    (
+        "stores beyond D",
+        "acc.to(mixed.dtype.element_ty), mask=(r[:, None] < R) & (d[None, :] < D))",
+        "acc.to(mixed.dtype.element_ty), mask=(r[:, None] < R))",
+    ),
+    (
+        "swapped strides of the library",
+        "tokens = tl.load(library + m[:, None] * stride_lm + d[None, :] * stride_ld",
+        "tokens = tl.load(library + m[:, None] * stride_ld + d[None, :] * stride_lm",
+    ),
+    (
+        "wrong stride of the prompts",
+        "tl.store(mixed + b[:, None] * stride_mb + k[:, None] * stride_mk",
+        "tl.store(mixed + b[:, None] * stride_mb + k[:, None] * stride_ak",
+    ),
+    (
+        "32-bit offsets",
+        "b, k = (r // K).to(tl.int64), (r % K).to(tl.int64)\n        tile",
+        "b, k = r // K, r % K\n        tile",
+    ),
+    (
+        "sigmoid without minus",
+        "            w = tl.sigmoid(a)\n        acc = tl.dot(w.to(tokens",
+        "            w = tl.sigmoid(-a)\n        acc = tl.dot(w.to(tokens",
+    ),
+    (
+        "one slot further",
+        "sequence[:, slot:slot + logits.shape[1]], rows",
+        "sequence[:, slot + 1:slot + 1 + logits.shape[1]], rows",
+    ),
     ("norm of the first channels alone", "for _ in range(tiles if NORM else 1)", "for _ in range(1)"),
-    ("statistics of the last tile's rows", "mask=(r < R) & (tile == 0))\n                tl.store(rows + 2 * r + 1",
-     "mask=(r < R) & (tile == 1))\n                tl.store(rows + 2 * r + 1"),
+    (
+        "statistics of the last tile's rows",
+        "mask=(r < R) & (tile == 0))\n                tl.store(rows + 2 * r + 1",
+        "mask=(r < R) & (tile == 1))\n                tl.store(rows + 2 * r + 1",
+    ),
     ("mean not taken off", "x - mean[:, None], 0.0)", "x, 0.0)"),
-    ("channels beyond D count", "centred = tl.where(d[None, :] < D, x - mean[:, None], 0.0)",
-     "centred = x - mean[:, None]"),
+    (
+        "channels beyond D count",
+        "centred = tl.where(d[None, :] < D, x - mean[:, None], 0.0)",
+        "centred = x - mean[:, None]",
+    ),
     ("epsilon forgotten", "/ D + eps)", "/ D)"),
     ("standard deviation of the sum", "tl.sum(centred * centred, axis=1) / D", "tl.sum(centred * centred, axis=1)"),
     ("norm without its weight", "x *= tl.load(weight + d", "x += 0.0 * tl.load(weight + d"),
@@ -314,41 +394,75 @@ MUTATIONS = [
     ("position of the prefix on the patches", "f + n - position.shape[1]", "0"),
     ("patches of the first image", "patches + ((i - programs) // blocks).to(tl.int64) * stride_xb", "patches"),
     ("patches addressed in 32 bits", "tl.arange(0, ROWS)).to(tl.int64)[:, None]", "tl.arange(0, ROWS))[:, None]"),
-    ("images addressed in 32 bits", "patches + ((i - programs) // blocks).to(tl.int64)",
-     "patches + ((i - programs) // blocks)"),
+    (
+        "images addressed in 32 bits",
+        "patches + ((i - programs) // blocks).to(tl.int64)",
+        "patches + ((i - programs) // blocks)",
+    ),
     ("patches not normed", "y = _normed(y, weight, bias, columns, D, eps)", "y += 0.0"),
-    ("prompts before the patches", "sequence[:, sequence.shape[1] - logits.shape[1]:]",
-     "sequence[:, :logits.shape[1]]"),
+    (
+        "prompts before the patches",
+        "sequence[:, sequence.shape[1] - logits.shape[1]:]",
+        "sequence[:, :logits.shape[1]]",
+    ),
     ("backward: norm is the identity", "grad = _op_grad_norm(grad, prompts, weight, ctx.eps)", "grad = grad"),
     ("backward: mean of the gradient", "dx = g - tl.sum(g, axis=1)[:, None] / D - x", "dx = g - x"),
     ("backward: sign of the projection", "/ D - x * (tl.sum", "/ D + x * (tl.sum"),
     ("backward: not scaled", "(dx * scale[:, None])", "(dx)"),
     ("backward: norm's weight forgotten", "g *= tl.load(weight + d", "g += 0.0 * tl.load(weight + d"),
-    ("backward: norm's gradient of the first image", "grad + b * stride_gb + k * stride_gk + d[None, :] * stride_gd,",
-     "grad + k * stride_gk + d[None, :] * stride_gd,"),
+    (
+        "backward: norm's gradient of the first image",
+        "grad + b * stride_gb + k * stride_gk + d[None, :] * stride_gd,",
+        "grad + k * stride_gk + d[None, :] * stride_gd,",
+    ),
     ("backward: prompts after the norm", "written if weight is None else mixed", "written"),
     ("backward: sign of delta", "da = w * (dw - delta[:, None])", "da = w * (dw + delta[:, None])"),
     ("backward: no delta", "da = w * (dw - delta[:, None])", "da = w * dw"),
     ("backward: delta of the last columns", "delta += tl.sum(g", "delta = tl.sum(g"),
     ("backward: derivative of the sigmoid", "da = w * (1.0 - w) * dw", "da = w * dw"),
-    ("backward: sum of the row forgotten", "w = tl.exp(a - highest[:, None]) / total[:, None]\n        da",
-     "w = tl.exp(a - highest[:, None])\n        da"),
-    ("backward: library's weights not normalised", "w = tl.exp(a - highest[:, None]) / total[:, None]\n        else",
-     "w = tl.exp(a - highest[:, None])\n        else"),
-    ("backward: rows beyond R", """mask=(r[:, None] < R) & (d[None, :] < D), other=0.0)  # (R, D)
+    (
+        "backward: sum of the row forgotten",
+        "w = tl.exp(a - highest[:, None]) / total[:, None]\n        da",
+        "w = tl.exp(a - highest[:, None])\n        da",
+    ),
+    (
+        "backward: library's weights not normalised",
+        "w = tl.exp(a - highest[:, None]) / total[:, None]\n        else",
+        "w = tl.exp(a - highest[:, None])\n        else",
+    ),
+    (
+        "backward: rows beyond R",
+        """mask=(r[:, None] < R) & (d[None, :] < D), other=0.0)  # (R, D)
         if SOFTMAX:
-            highest""", """mask=(d[None, :] < D), other=0.0)  # (R, D)
+            highest""",
+        """mask=(d[None, :] < D), other=0.0)  # (R, D)
         if SOFTMAX:
-            highest"""),
-    ("backward: only the last rows", "g.to(grad_library.dtype.element_ty), acc,",
-     "g.to(grad_library.dtype.element_ty),"),
-    ("backward: library's gradient in the sequence's dtype", "tl.trans(w.to(grad_library.dtype.element_ty))",
-     "tl.trans(w.to(g.dtype).to(grad_library.dtype.element_ty))"),
-    ("backward: stored transposed", "grad_library + m.to(tl.int64)[:, None] * D + d[None, :]",
-     "grad_library + m.to(tl.int64)[:, None] + d[None, :] * M"),
+            highest""",
+    ),
+    (
+        "backward: only the last rows",
+        "g.to(grad_library.dtype.element_ty), acc,",
+        "g.to(grad_library.dtype.element_ty),",
+    ),
+    (
+        "backward: library's gradient in the sequence's dtype",
+        "tl.trans(w.to(grad_library.dtype.element_ty))",
+        "tl.trans(w.to(g.dtype).to(grad_library.dtype.element_ty))",
+    ),
+    (
+        "backward: stored transposed",
+        "grad_library + m.to(tl.int64)[:, None] * D + d[None, :]",
+        "grad_library + m.to(tl.int64)[:, None] + d[None, :] * M",
+    ),
     ("backward: slots keep their gradient", "saved_tensors[0].shape[1]] = 0", "saved_tensors[0].shape[1]] *= 1"),
-    ("backward: gradient of the first rows", "grad = grad[:, ctx.slot:ctx.slot + logits.shape[1]]",
-     "grad = grad[:, :logits.shape[1]]"),
-    ("backward: prompts of the first rows", "prompts = prompts[:, ctx.slot:ctx.slot + logits.shape[1]]",
-     "prompts = prompts[:, :logits.shape[1]]"),
+    (
+        "backward: gradient of the first rows",
+        "grad = grad[:, ctx.slot:ctx.slot + logits.shape[1]]",
+        "grad = grad[:, :logits.shape[1]]",
+    ),
+    (
+        "backward: prompts of the first rows",
+        "prompts = prompts[:, ctx.slot:ctx.slot + logits.shape[1]]",
+        "prompts = prompts[:, :logits.shape[1]]",
+    ),
 ]

@@ -25,12 +25,14 @@ def drawn(case: Case, device: str = "cpu") -> Inputs:
 def cotangents_of(outputs: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of outputs, the same for all outputs of these shapes."""
     generator = torch.Generator(outputs[0].device).manual_seed(1)
-    return [torch.randn(o.shape, generator=generator, dtype=torch.float64, device=o.device).to(o.dtype)
-            for o in outputs]
+    return [
+        torch.randn(o.shape, generator=generator, dtype=torch.float64, device=o.device).to(o.dtype) for o in outputs
+    ]
 
 
-def evaluate(call: Callable[[Inputs], Sequence[Tensor]], inputs: Inputs, grads: tuple[str, ...],
-             cotangents: list[Tensor]) -> dict[str, Tensor]:
+def evaluate(
+    call: Callable[[Inputs], Sequence[Tensor]], inputs: Inputs, grads: tuple[str, ...], cotangents: list[Tensor]
+) -> dict[str, Tensor]:
     """Outputs and gradients by name; `cotangents` are the gradients of the outputs, filled on first use."""
     outputs = tuple(call(inputs))
     if not cotangents:
@@ -38,8 +40,9 @@ def evaluate(call: Callable[[Inputs], Sequence[Tensor]], inputs: Inputs, grads: 
     found = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
     if grads:
         scaled = [(o, c.to(o.dtype)) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-        gradients = torch.autograd.grad([o for o, _ in scaled], [inputs[name] for name in grads],
-                                        [c for _, c in scaled])
+        gradients = torch.autograd.grad(
+            [o for o, _ in scaled], [inputs[name] for name in grads], [c for _, c in scaled]
+        )
         found |= {f"d {name}": gradient for name, gradient in zip(grads, gradients, strict=True)}
     return found
 
@@ -64,8 +67,14 @@ def same(found: Tensor | None, expected: Tensor | None, tolerance: float) -> Non
     assert worst <= tolerance * scale, f"differs by {worst}, largest value {scale}"
 
 
-def compare(case: Case, dtype: torch.dtype, module: ModuleType, device: str = "cpu", runs: int = 1,
-            within: AbstractContextManager[Any] | None = None) -> list[dict[str, Any]]:
+def compare(
+    case: Case,
+    dtype: torch.dtype,
+    module: ModuleType,
+    device: str = "cpu",
+    runs: int = 1,
+    within: AbstractContextManager[Any] | None = None,
+) -> list[dict[str, Any]]:
     """One row per output and gradient of the kernels: error, budget, PyTorch's error, and whether all is well.
 
     Args:
@@ -76,8 +85,12 @@ def compare(case: Case, dtype: torch.dtype, module: ModuleType, device: str = "c
     peer = evaluate(case.reference, cast(rounded, dtype, case.kept, case.grads), case.grads, cotangents)
     exact = evaluate(case.reference, cast(rounded, torch.float64, (), case.grads), case.grads, cotangents)
     with within or nullcontext():
-        found, *again = [evaluate(lambda x: case.kernel(module, x), cast(rounded, dtype, case.kept, case.grads),
-                                  case.grads, cotangents) for _ in range(runs)]
+        found, *again = [
+            evaluate(
+                lambda x: case.kernel(module, x), cast(rounded, dtype, case.kept, case.grads), case.grads, cotangents
+            )
+            for _ in range(runs)
+        ]
     rows = []
     for name, value in found.items():
         scale = float(exact[name].nan_to_num(0, 0, 0).abs().max()) if exact[name].numel() else 0.0
@@ -87,6 +100,16 @@ def compare(case: Case, dtype: torch.dtype, module: ModuleType, device: str = "c
         ok = error(value, exact[name]) <= budget and value.dtype == peer[name].dtype and repeated
         if case.exact and name.startswith("output"):
             ok = ok and torch.equal(value, peer[name])
-        rows.append({"case": case.name, "dtype": str(dtype).split(".")[1], "tensor": name, "ok": ok,
-                     "error": error(value, exact[name]), "budget": budget, "peer": reference, "repeated": repeated})
+        rows.append(
+            {
+                "case": case.name,
+                "dtype": str(dtype).split(".")[1],
+                "tensor": name,
+                "ok": ok,
+                "error": error(value, exact[name]),
+                "budget": budget,
+                "peer": reference,
+                "repeated": repeated,
+            }
+        )
     return rows

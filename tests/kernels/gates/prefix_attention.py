@@ -21,14 +21,28 @@ MODULE = "fastprompt.kernels.prefix_attention.triton"
 ALL = ("q", "k", "v", "prefix_k", "prefix_v")
 
 
-def case(name: str, b: int, h: int, r: int, t: int, p: int, d: int, n: int = 1, windows: int = 0, packed: bool = False,
-         grads: tuple[str, ...] | None = None, runs: int = 1, **options: object) -> Case:
+def case(
+    name: str,
+    b: int,
+    h: int,
+    r: int,
+    t: int,
+    p: int,
+    d: int,
+    n: int = 1,
+    windows: int = 0,
+    packed: bool = False,
+    grads: tuple[str, ...] | None = None,
+    runs: int = 1,
+    **options: object,
+) -> Case:
     """A case of the given sizes.
 
     n: prefixes. windows: biases, 0: none. packed: q, k, v are (b, t, 3, h, d) or, with fewer queries than tokens, k and
     v are (b, t, 2, h, d); the prefix is views of (n, p, 2, h, d). runs: into how many the sum over the images of a
     prefix is cut, for the byte formulas.
     """
+
     def inputs(draw: Draw) -> Inputs:
         x: Inputs = {"q": draw(b, t, 3, h, d)} if packed and r == t else {"q": draw(b, r, h, d).transpose(1, 2)}
         if packed and r < t:
@@ -57,16 +71,22 @@ def case(name: str, b: int, h: int, r: int, t: int, p: int, d: int, n: int = 1, 
         *tokens, prefix_k, prefix_v, bias = (y if y is None else y.detach() for y in arguments(x))
         q, k, v = reference.unpacked(*tokens)
         k, v = reference.with_prefix(prefix_k, k), reference.with_prefix(prefix_v, v)
-        return {} if bias is not None else {"scaled_dot_product_attention on keys and values concatenated before":
-                                            lambda: F.scaled_dot_product_attention(q, k, v)}
+        return (
+            {}
+            if bias is not None
+            else {
+                "scaled_dot_product_attention on keys and values concatenated before": lambda: (
+                    F.scaled_dot_product_attention(q, k, v)
+                )
+            }
+        )
 
     if grads is None and packed:
         grads = (*(("q",) if r == t else ("q", "k")), *(("prefix",) if p else ()))
     elif grads is None:
-        grads = ALL[:5 if p else 3]
+        grads = ALL[: 5 if p else 3]
     sizes = {"B": b, "H": h, "R": r, "T": t, "P": p, "D": d, "n": n, "W": windows, "runs": runs}
-    return Case(name, inputs, kernel, expected, grads, sizes, rivals=attention_alone,
-                **options)  # type: ignore[arg-type]
+    return Case(name, inputs, kernel, expected, grads, sizes, rivals=attention_alone, **options)  # type: ignore[arg-type]
 
 
 CASES = [
@@ -159,7 +179,7 @@ def check_a_packed_gradient_is_written_once(module: ModuleType) -> None:
         out = module.prefix_attention(*leaves, *[None] * (5 - len(leaves)), None, 0.2)
         with Watch() as watch:
             grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
-        assert sorted(watch.allocated.values())[-len(leaves):] == sorted(x.nbytes for x in grads)
+        assert sorted(watch.allocated.values())[-len(leaves) :] == sorted(x.nbytes for x in grads)
         assert {x.data_ptr() for x in grads} <= set(watch.allocated)
         assert grads[-1].is_contiguous()
 
@@ -196,12 +216,14 @@ def check_offsets_beyond_int32(module: ModuleType) -> None:
     memory = torch.empty(4 * far, dtype=torch.float16)
     q, k, v = (memory.as_strided((2, 1, 3, 32), (96, 32, far, 1), start) for start in (0, 192, 384))
     near = [x.copy_(torch.randn(x.shape)).clone() for x in (q, k, v)]
-    assert torch.equal(module.prefix_attention(q, k, v, None, None, None, 1.0),
-                       module.prefix_attention(*near, None, None, None, 1.0))
+    assert torch.equal(
+        module.prefix_attention(q, k, v, None, None, None, 1.0), module.prefix_attention(*near, None, None, None, 1.0)
+    )
     q, k, v = (memory.as_strided((3, 1, 2, 32), (far, 32, 32, 1), start) for start in (0, 192, 384))
     near = [x.copy_(torch.randn(x.shape)).clone() for x in (q, k, v)]
-    assert torch.equal(module.prefix_attention(q, k, v, k, v, None, 1.0),
-                       module.prefix_attention(*near, *near[1:], None, 1.0))
+    assert torch.equal(
+        module.prefix_attention(q, k, v, k, v, None, 1.0), module.prefix_attention(*near, *near[1:], None, 1.0)
+    )
 
 
 def check_mixed_dtypes_under_autocast(module: ModuleType) -> None:
@@ -233,8 +255,10 @@ def check_registration(module: ModuleType) -> None:
         out, lse = ops.prefix_attention(q, k, v, *prefix, bias, 0.2)
         torch.library.opcheck(ops.prefix_attention.default, (q, k, v, *prefix, bias, 0.2))
         for packed, wanted in ((True, False), (False, True), (False, False)):
-            torch.library.opcheck(ops.prefix_attention_backward_tokens.default,
-                                  (grad, q, k, v, *prefix, bias, out, lse, 0.2, packed, wanted))
+            torch.library.opcheck(
+                ops.prefix_attention_backward_tokens.default,
+                (grad, q, k, v, *prefix, bias, out, lse, 0.2, packed, wanted),
+            )
     out, lse = ops.prefix_attention(q, k, v, pk, pv, None, 0.2)
     torch.library.opcheck(ops.prefix_attention_backward_prefix.default, (grad, q, pk, pv, out, lse, 0.2))
 
@@ -256,14 +280,22 @@ def check_compiles_in_one_graph(module: ModuleType) -> None:
     assert dispatch.choices["prefix_attention"].backend == "triton"
 
 
-CHECKS = [check_empty_prefix_is_attention, check_shared_prefix_is_the_expanded_one, check_runs_of_unequal_length,
-          check_two_calls_give_the_same_bits,
-          check_the_heads_of_a_row_lie_side_by_side, check_a_packed_gradient_is_written_once,
-          check_tokens_without_gradient_cost_no_launch, check_a_masked_block_of_tokens_is_not_seen,
-          check_extreme_scores,
-          check_offsets_beyond_int32,
-          check_mixed_dtypes_under_autocast, check_the_first_block_costs_one_launch,
-          check_registration, check_compiles_in_one_graph]
+CHECKS = [
+    check_empty_prefix_is_attention,
+    check_shared_prefix_is_the_expanded_one,
+    check_runs_of_unequal_length,
+    check_two_calls_give_the_same_bits,
+    check_the_heads_of_a_row_lie_side_by_side,
+    check_a_packed_gradient_is_written_once,
+    check_tokens_without_gradient_cost_no_launch,
+    check_a_masked_block_of_tokens_is_not_seen,
+    check_extreme_scores,
+    check_offsets_beyond_int32,
+    check_mixed_dtypes_under_autocast,
+    check_the_first_block_costs_one_launch,
+    check_registration,
+    check_compiles_in_one_graph,
+]
 MUTATIONS = [
     ("lowest instead of highest", "tl.maximum(top, tl.max(s, axis=1))", "tl.minimum(top, tl.min(s, axis=1))"),
     ("output not rescaled", "v, acc * rescale[:, None], input", "v, acc, input"),
@@ -273,18 +305,27 @@ MUTATIONS = [
     ("bias not in base 2", "s += LOG2E * tl.load(bias", "s += tl.load(bias"),
     ("scale dropped", "* (scale * LOG2E)", "* LOG2E"),
     ("-inf as the first maximum", "(BLOCK_R,), FINITE_MIN", '(BLOCK_R,), float("-inf")'),
-    ("the prefix's keys twice", "value = _rows(prefix_v, start, P, stride_pvp, stride_pvd",
-     "value = _rows(prefix_k, start, P, stride_pkp, stride_pkd"),
+    (
+        "the prefix's keys twice",
+        "value = _rows(prefix_v, start, P, stride_pvp, stride_pvd",
+        "value = _rows(prefix_k, start, P, stride_pkp, stride_pkd",
+    ),
     ("stride of k for v", "_rows(v, start, T, stride_vt, stride_vd", "_rows(v, start, T, stride_kt, stride_kd"),
     ("the image's own prefix", "prefix_k + b // group * stride_pkb", "prefix_k + b * stride_pkb"),
     ("the bias of the wrong window", "bias + b % windows * stride_bw", "bias + b // windows * stride_bw"),
-    ("heads before rows in the output", "out + (b * R * H + h) * D, first, R, H * D, acc",
-     "out + (b * H + h) * R * D, first, R, D, acc"),
-    ("output rows not masked", "mask=(row[:, None] < count) & (column[None, :] < D))\n\n\n@triton.jit\ndef _scores",
-     "mask=column[None, :] < D)\n\n\n@triton.jit\ndef _scores"),
+    (
+        "heads before rows in the output",
+        "out + (b * R * H + h) * D, first, R, H * D, acc",
+        "out + (b * H + h) * R * D, first, R, D, acc",
+    ),
+    (
+        "output rows not masked",
+        "mask=(row[:, None] < count) & (column[None, :] < D))\n\n\n@triton.jit\ndef _scores",
+        "mask=column[None, :] < D)\n\n\n@triton.jit\ndef _scores",
+    ),
     ("log-sum-exp without the sum", "top + tl.log2(total)", "top"),
-    ("delta left out of dq", "input_precision=\"ieee\") - delta[:, None])", "input_precision=\"ieee\"))"),
-    ("delta added in dk", "input_precision=\"ieee\") - delta[None, :])", "input_precision=\"ieee\") + delta[None, :])"),
+    ("delta left out of dq", 'input_precision="ieee") - delta[:, None])', 'input_precision="ieee"))'),
+    ("delta added in dk", 'input_precision="ieee") - delta[None, :])', 'input_precision="ieee") + delta[None, :])'),
     ("dq not scaled", "acc * scale, D, BLOCK_R", "acc, D, BLOCK_R"),
     ("dk of the tokens not scaled", "acc_k * scale, D, BLOCK_T", "acc_k, D, BLOCK_T"),
     ("dk of the prefix not scaled", "acc_k * scale, D, BLOCK_P", "acc_k, D, BLOCK_P"),
@@ -292,8 +333,7 @@ MUTATIONS = [
     ("packed keys written as if alone", "*tokens.stride()[:2], **constants", "t * h * d, h * d, **constants"),
     ("dk in place of dq", "(dq[:, :, 0], dq[:, :, 1:]) if packed", "(dq[:, :, 1], dq[:, :, 1:]) if packed"),
     ("dv in place of dk", "tokens[:, :, 0], tokens[:, :, 1], h", "tokens[:, :, 1], tokens[:, :, 0], h"),
-    ("dq skips the prefix", "acc = _query_step(s, row_lse, row_delta, key, value, do, acc)",
-     "acc += 0"),
+    ("dq skips the prefix", "acc = _query_step(s, row_lse, row_delta, key, value, do, acc)", "acc += 0"),
     ("dv of the unnormalised weights", "p = tl.exp2(s - lse[None, :])", "p = tl.exp2(s)"),
     ("dv overwritten by every block of queries", "do, dv, input_precision", "do, input_precision"),
     ("an image short in each run", "tl.minimum(run, group - begin) *", "tl.minimum(run, group - begin - 1) *"),

@@ -60,8 +60,12 @@ class Counter(TorchDispatchMode):
 def gate(script: str, op: str) -> dict[str, Any]:
     """The output of one of the gates."""
     environment = {**os.environ, "TRITON_INTERPRET": "0" if script == "compile" else "1"}
-    ran = subprocess.run([sys.executable, str(Path(__file__).parent / f"{script}.py"), op], env=environment,
-                         capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / f"{script}.py"), op],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     if ran.returncode:
         raise SystemExit(ran.stderr)
     return json.loads(ran.stdout)
@@ -74,14 +78,42 @@ def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def builds(rows: list[dict[str, Any]]) -> str:
-    header = ("kernel", "row", "part", "dtype", "constants", "registers", "spilled B", "shared KiB", "warps",
-              "occupancy", *MIX)
-    return table(header, ((
-        f"`{row['kernel']}`", row["row"], row["part"], row["dtype"],
-        ", ".join(f"{name}={value}" for name, value in row["constants"].items()
-                  if not name.startswith(("stride", "BLOCK"))),
-        row["registers"], row["spilled"], f"{row['shared'] / 1024:.1f}", row["warps"], f"{row['occupancy']:.0%}",
-        *(row[name] for name in MIX)) for row in rows))
+    header = (
+        "kernel",
+        "row",
+        "part",
+        "dtype",
+        "constants",
+        "registers",
+        "spilled B",
+        "shared KiB",
+        "warps",
+        "occupancy",
+        *MIX,
+    )
+    return table(
+        header,
+        (
+            (
+                f"`{row['kernel']}`",
+                row["row"],
+                row["part"],
+                row["dtype"],
+                ", ".join(
+                    f"{name}={value}"
+                    for name, value in row["constants"].items()
+                    if not name.startswith(("stride", "BLOCK"))
+                ),
+                row["registers"],
+                row["spilled"],
+                f"{row['shared'] / 1024:.1f}",
+                row["warps"],
+                f"{row['occupancy']:.0%}",
+                *(row[name] for name in MIX),
+            )
+            for row in rows
+        ),
+    )
 
 
 def grids(launched: list[dict[str, Any]]) -> str:
@@ -89,23 +121,43 @@ def grids(launched: list[dict[str, Any]]) -> str:
     for row in launched:
         if row["part"] == "sm_90":
             found.setdefault((row["case"], row["kernel"]), {})[row["batch"]] = row
-    header = ("case", "kernel", *(f"programs, B = {batch}" for batch in (1, 32, 128)), "MB, B = 32",
-              *(f"bound on {part}, B = 32, µs (computed)" for part in BANDWIDTH))
+    header = (
+        "case",
+        "kernel",
+        *(f"programs, B = {batch}" for batch in (1, 32, 128)),
+        "MB, B = 32",
+        *(f"bound on {part}, B = 32, µs (computed)" for part in BANDWIDTH),
+    )
     rows = []
     for (case, kernel), by in found.items():
         programs = [by[batch]["programs"] if batch in by else "not launched" for batch in (1, 32, 128)]
         moved = by[32]["bytes"] if 32 in by else None
         bounds = ["" if moved is None else f"{moved / rate * 1e6:.2f}" for rate in BANDWIDTH.values()]
         rows.append((case, f"`{kernel}`", *programs, "" if moved is None else f"{moved / 1e6:.2f}", *bounds))
-    few = [f"{case}, `{kernel}`, B = 32: {by[32]['few']}" for (case, kernel), by in found.items()
-           if 32 in by and by[32]["programs"] < 132]
+    few = [
+        f"{case}, `{kernel}`, B = 32: {by[32]['few']}"
+        for (case, kernel), by in found.items()
+        if 32 in by and by[32]["programs"] < 132
+    ]
     return table(header, rows) + "".join(f"\n{line}\n" for line in few)
 
 
 def traffic(rows: list[dict[str, Any]]) -> str:
-    return table(("kernel", "case", "distinct bytes", "formula", "ratio", "re-reads"), ((
-        f"`{row['kernel']}`", row["case"], row["distinct"], row["formula"], f"{row['distinct'] / row['formula']:.3f}",
-        f"{row['loaded'] / row['distinct']:.2f}") for row in rows if row["kernel"]))
+    return table(
+        ("kernel", "case", "distinct bytes", "formula", "ratio", "re-reads"),
+        (
+            (
+                f"`{row['kernel']}`",
+                row["case"],
+                row["distinct"],
+                row["formula"],
+                f"{row['distinct'] / row['formula']:.3f}",
+                f"{row['loaded'] / row['distinct']:.2f}",
+            )
+            for row in rows
+            if row["kernel"]
+        ),
+    )
 
 
 def launches(case: Case, module: ModuleType) -> tuple[int, int, int, int]:
@@ -124,8 +176,11 @@ def of_a_method(model: fp.PromptedViT, modules: list[ModuleType]) -> tuple[int, 
     """A forward of one image: kernels launched and operators of PyTorch beside them; operators of the papers' graph."""
     images = torch.zeros(1, 3, *model.backbone.image_size, dtype=model.backbone.dtype)
     tables = {kernel: rows for module in modules for kernel, rows in module.TABLES.items()}
-    with torch.no_grad(), fp.use_backend("triton"), \
-            mock.patch.object(dispatch, "_obstacle", lambda op, device, unsupported: unsupported):
+    with (
+        torch.no_grad(),
+        fp.use_backend("triton"),
+        mock.patch.object(dispatch, "_obstacle", lambda op, device, unsupported: unsupported),
+    ):
         with capturing(tables):
             model(images)  # constants are folded once
         with capturing(tables) as launched, Counter() as ours:
@@ -147,8 +202,13 @@ def main() -> None:
     for op in ops:
         spec, compiled, counted = load_spec(op), gate("compile", op), gate("interpret", op)
         module = importlib.import_module(spec.MODULE)
-        header = ("case", "launches forward", "operators of the reference", "launches backward",
-                  "operators of the reference")
+        header = (
+            "case",
+            "launches forward",
+            "operators of the reference",
+            "launches backward",
+            "operators of the reference",
+        )
         text += f"\n## `{op}`\n\n"
         text += table(header, ((case.name, *launches(case, module)) for case in spec.at_size(1))) + "\n"
         text += grids(compiled["grids"]) + "\n" + traffic(counted["traffic"]) + "\n" + builds(compiled["builds"])

@@ -27,33 +27,68 @@ def decoders_of(x: Inputs) -> list[Decoder]:
     return [Decoder(*(x[f"{name}_{i}"] for name in Decoder._fields)) for i in range(x["count"])]
 
 
-def case(name: str, layers: int, batch: int, static: int, instance: int, width: int, latent: int, hidden: int,
-         decoders: int = 1, noise: bool = True, permuted: bool = False, shares: int = 1, **options: object) -> Case:
+def case(
+    name: str,
+    layers: int,
+    batch: int,
+    static: int,
+    instance: int,
+    width: int,
+    latent: int,
+    hidden: int,
+    decoders: int = 1,
+    noise: bool = True,
+    permuted: bool = False,
+    shares: int = 1,
+    **options: object,
+) -> Case:
     """A case of the given sizes.
 
     permuted: statistics, domain prompts and decoder with swapped strides. shares: of a decoder's columns, for the byte
     formulas.
     """
+
     def inputs(draw: Draw) -> Inputs:
         def matrix(rows: int, columns: int) -> Tensor:
             return (draw(columns, rows).t() if permuted else draw(rows, columns)) * columns**-0.5
 
-        found: Inputs = {"stats": draw(2 * latent, batch).t() if permuted else draw(batch, 2 * latent),
-                         "domain": draw(width, static, layers).permute(2, 1, 0) if permuted
-                         else draw(layers, static, width),
-                         "seed": torch.tensor(SEED) if noise else None, "count": decoders}
+        found: Inputs = {
+            "stats": draw(2 * latent, batch).t() if permuted else draw(batch, 2 * latent),
+            "domain": draw(width, static, layers).permute(2, 1, 0) if permuted else draw(layers, static, width),
+            "seed": torch.tensor(SEED) if noise else None,
+            "count": decoders,
+        }
         for i in range(decoders):
-            found |= {f"w1_{i}": matrix(hidden, latent), f"b1_{i}": draw(hidden),
-                      f"w2_{i}": matrix(instance * width, hidden), f"b2_{i}": draw(instance * width)}
+            found |= {
+                f"w1_{i}": matrix(hidden, latent),
+                f"b1_{i}": draw(hidden),
+                f"w2_{i}": matrix(instance * width, hidden),
+                f"b2_{i}": draw(instance * width),
+            }
         return found
 
     grads = ("stats", "domain", *(f"{field}_{i}" for i in range(decoders) for field in Decoder._fields))
-    sizes = {"L": layers // decoders, "B": batch, "S": static, "M": instance, "D": width, "Z": latent, "H": hidden,
-             "noise": int(noise), "n": decoders, "shares": shares}
-    return Case(name, inputs,
-                lambda module, x: module.vae_prompts(x["stats"], decoders_of(x), x["domain"], x["seed"]),
-                lambda x: reference.vae_prompts(x["stats"], decoders_of(x), x["domain"], x["seed"]),
-                grads, sizes, **options)  # type: ignore[arg-type]
+    sizes = {
+        "L": layers // decoders,
+        "B": batch,
+        "S": static,
+        "M": instance,
+        "D": width,
+        "Z": latent,
+        "H": hidden,
+        "noise": int(noise),
+        "n": decoders,
+        "shares": shares,
+    }
+    return Case(
+        name,
+        inputs,
+        lambda module, x: module.vae_prompts(x["stats"], decoders_of(x), x["domain"], x["seed"]),
+        lambda x: reference.vae_prompts(x["stats"], decoders_of(x), x["domain"], x["seed"]),
+        grads,
+        sizes,
+        **options,
+    )  # type: ignore[arg-type]
 
 
 CASES = [
@@ -69,8 +104,10 @@ CASES = [
     case("many images", 2, 37, 1, 1, 10, 5, 6),
     case("many images, gfx942", 2, 37, 1, 1, 70, 5, 6, family="gfx942"),
 ]
-TRAFFIC = [case("bytes", 4, 32, 2, 2, 128, 32, 64, shares=4, dtypes=("float16",)),
-           case("bytes, a decoder for each layer", 2, 32, 2, 2, 128, 32, 64, 2, shares=4, dtypes=("float16",))]
+TRAFFIC = [
+    case("bytes", 4, 32, 2, 2, 128, 32, 64, shares=4, dtypes=("float16",)),
+    case("bytes, a decoder for each layer", 2, 32, 2, 2, 128, 32, 64, 2, shares=4, dtypes=("float16",)),
+]
 LOADED_ONCE = {"_vae_prompts_bwd_decoder": ("grad",)}
 FEW_PROGRAMS: dict[str, dict[str, str]] = {}
 
@@ -78,8 +115,10 @@ FEW_PROGRAMS: dict[str, dict[str, str]] = {}
 def at_size(batch: int) -> list[Case]:
     """V²APT on a ViT-B, with one decoder and with one for each layer."""
     shares = {1: 60, 32: 20, 128: 5}[batch]
-    return [case("V2APT", 12, batch, 5, 5, 768, 64, 64, shares=shares),
-            case("a decoder for each layer", 12, batch, 5, 5, 768, 64, 64, 12, shares=shares, compiled=("float16",))]
+    return [
+        case("V2APT", 12, batch, 5, 5, 768, 64, 64, shares=shares),
+        case("a decoder for each layer", 12, batch, 5, 5, 768, 64, 64, 12, shares=shares, compiled=("float16",)),
+    ]
 
 
 def check_noise_is_the_reference_stream_bit_for_bit(module: ModuleType) -> None:
@@ -158,8 +197,9 @@ def check_registration(module: ModuleType) -> None:
     for seed in (None, torch.tensor(SEED)):
         ops = torch.ops.fastprompt
         torch.library.opcheck(ops.vae_prompts.default, (stats, weights, domain, seed))
-        torch.library.opcheck(ops.vae_prompts_backward.default,
-                              (torch.randn(2, 3, 3, 5), torch.randn(3), stats, weights, domain, seed))
+        torch.library.opcheck(
+            ops.vae_prompts_backward.default, (torch.randn(2, 3, 3, 5), torch.randn(3), stats, weights, domain, seed)
+        )
 
 
 def check_compiles_in_one_graph(module: ModuleType) -> None:
@@ -194,10 +234,17 @@ def _normals(normal: tl.constexpr, seed, out, BLOCK: tl.constexpr):
     tl.store(out + i, normal(seed, i.to(tl.int64)))
 
 
-CHECKS = [check_noise_is_the_reference_stream_bit_for_bit, check_normals_are_within_four_ulp,
-          check_kl_of_a_standard_normal_is_zero, check_log_variance_is_clamped, check_shares_of_unequal_size,
-          check_empty_batch,
-          check_mixed_dtypes_under_autocast, check_registration, check_compiles_in_one_graph]
+CHECKS = [
+    check_noise_is_the_reference_stream_bit_for_bit,
+    check_normals_are_within_four_ulp,
+    check_kl_of_a_standard_normal_is_zero,
+    check_log_variance_is_clamped,
+    check_shares_of_unequal_size,
+    check_empty_batch,
+    check_mixed_dtypes_under_autocast,
+    check_registration,
+    check_compiles_in_one_graph,
+]
 MUTATIONS = [
     ("other block of words", "block = tl.load(seed + 1), i // 4", "block = tl.load(seed + 1), i // 2"),
     ("offset left out", "offset.to(tl.uint32),", "(offset * 0).to(tl.uint32),"),
@@ -206,20 +253,33 @@ MUTATIONS = [
     ("second pair is the first", "tl.where(second, w3, w1)", "tl.where(second, w1, w1)"),
     ("sine and cosine swapped", "((i + 1) % 2).to", "(i % 2).to"),
     ("sine without its sign", "tl.where((quarter & 2) == 0, value, -value)", "value"),
-    ("angle reduced in one part", "angle - turns * 1.5703125) - turns * 4.837512969970703125e-4)",
-     "angle - turns * 1.5703125) - turns * 4.8375e-4)"),
+    (
+        "angle reduced in one part",
+        "angle - turns * 1.5703125) - turns * 4.837512969970703125e-4)",
+        "angle - turns * 1.5703125) - turns * 4.8375e-4)",
+    ),
     ("standard deviation for half of it", "mu += tl.exp(0.5 * logvar)", "mu += tl.exp(logvar)"),
-    ("same noise for every image", "_normal(seed, b.to(tl.int64)[:, None] * Z + j[None, :])",
-     "_normal(seed, b.to(tl.int64)[:, None] * 0 + j[None, :])"),
-    ("log variance not clamped from above", """_HIGH,
-                        propagate""", """1e9,
-                        propagate"""),
+    (
+        "same noise for every image",
+        "_normal(seed, b.to(tl.int64)[:, None] * Z + j[None, :])",
+        "_normal(seed, b.to(tl.int64)[:, None] * 0 + j[None, :])",
+    ),
+    (
+        "log variance not clamped from above",
+        """_HIGH,
+                        propagate""",
+        """1e9,
+                        propagate""",
+    ),
     ("log variance not clamped from below", "tl.maximum(raw, _LOW", "tl.maximum(raw, -1e9"),
     ("means for log variances", "raw = tl.load(at + Z * stride_sz", "raw = tl.load(at + 0 * stride_sz"),
     ("first bias forgotten", "return acc + bias[None, :]", "return acc"),
     ("second bias forgotten", "acc += tl.load(b2 + c, mask=d < D, other=0.0).to(tl.float32)[None, :]", "acc += 0.0"),
-    ("hidden units beyond H", "mask=(d[:, None] < D) & (h[None, :] < H), other=0.0)  # (D, h)\n            acc",
-     "mask=(d[:, None] < D), other=0.0)  # (D, h)\n            acc"),
+    (
+        "hidden units beyond H",
+        "mask=(d[:, None] < D) & (h[None, :] < H), other=0.0)  # (D, h)\n            acc",
+        "mask=(d[:, None] < D), other=0.0)  # (D, h)\n            acc",
+    ),
     ("tanh's GELU", "0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))", "x * tl.sigmoid(1.702 * x)"),
     ("instance prompts one row early", "layer * B * size + (S + row) * D", "layer * B * size + (S + row - 1) * D"),
     ("only the first layer", "in range(L):\n            tl.store(out", "in range(1):\n            tl.store(out"),
@@ -230,13 +290,19 @@ MUTATIONS = [
     ("backward: rows of the domain", "(S + row) * stride_gp", "row * stride_gp"),
     ("backward: images not summed", "            total += tl.sum(g, axis=0)", "            total = tl.sum(g, axis=0)"),
     ("backward: second weight of the last images", "a.to(w2.dtype.element_ty), acc,", "a.to(w2.dtype.element_ty),"),
-    ("backward: domain of the last images", "total += tl.sum(g.to(tl.float32), axis=0)",
-     "total = tl.sum(g.to(tl.float32), axis=0)"),
+    (
+        "backward: domain of the last images",
+        "total += tl.sum(g.to(tl.float32), axis=0)",
+        "total = tl.sum(g.to(tl.float32), axis=0)",
+    ),
     ("backward: GELU's slope", "return da * _gelu_slope(x)", "return da * _gelu(x)"),
     ("backward: sign in the slope", "+ x * _NORMAL_DENSITY", "- x * _NORMAL_DENSITY"),
     ("backward: last tile of the prompts", "da = tl.dot(g.to(w.dtype), w, da,", "da = tl.dot(g.to(w.dtype), w,"),
-    ("backward: the first share of the columns", "first = tl.cdiv(D, BLOCK_D), tl.program_id(2) * share",
-     "first = tl.cdiv(D, BLOCK_D), 0"),
+    (
+        "backward: the first share of the columns",
+        "first = tl.cdiv(D, BLOCK_D), tl.program_id(2) * share",
+        "first = tl.cdiv(D, BLOCK_D), 0",
+    ),
     ("backward: the last shares alone", "da += tl.sum(tl.load(shares", "da = tl.sum(tl.load(shares"),
     ("backward: shares beyond the last", "mask=(share < S) & inside[None, :]", "mask=inside[None, :]"),
     ("backward: last hidden units", "dz += tl.sum(of_image", "dz = tl.sum(of_image"),

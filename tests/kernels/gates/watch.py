@@ -111,8 +111,15 @@ class Watch:
         patch(mock.patch.object(builder, "create_dot", rounded_dot))
         # the copy back of CPU tensors to themselves would touch all of a huge buffer
         patch(mock.patch.object(interpreter.GridExecutor, "_restore_args_dev", return_value=None))
-        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"),
-                            (torch, "zeros"), (torch, "zeros_like"), (Tensor, "new_zeros")):
+        for owner, name in (
+            (torch, "empty"),
+            (torch, "empty_like"),
+            (torch, "empty_strided"),
+            (Tensor, "new_empty"),
+            (torch, "zeros"),
+            (torch, "zeros_like"),
+            (Tensor, "new_zeros"),
+        ):
             patch(mock.patch.object(owner, name, self._allocating(getattr(owner, name), "empty" in name)))
         return self
 
@@ -164,8 +171,10 @@ class Watch:
             inside = addresses[where == i]
             if region is None or int(inside.max()) + region.itemsize > region.end:
                 name = self.launches[-1].kernel
-                raise OutOfBounds(f"{name} {'stores' if stored else 'loads'} outside its tensors, "
-                                  f"{f'behind {region.names}' if region else 'before all of them'}")
+                raise OutOfBounds(
+                    f"{name} {'stores' if stored else 'loads'} outside its tensors, "
+                    f"{f'behind {region.names}' if region else 'before all of them'}"
+                )
             region.touched[(inside - np.uint64(region.start)) // np.uint64(region.itemsize)] = True
             if stored:
                 region.stored += inside.size * region.itemsize

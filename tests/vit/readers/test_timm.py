@@ -73,9 +73,7 @@ def assert_same_forward(model: nn.Module, images: Tensor) -> fp.FrozenViT:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_match_timm(name: str) -> None:
     patch = 14 if "patch14" in name else 16
-    model = perturb(
-        timm.create_model(name, img_size=3 * patch, embed_dim=96, depth=2, num_heads=3, num_classes=5)
-)
+    model = perturb(timm.create_model(name, img_size=3 * patch, embed_dim=96, depth=2, num_heads=3, num_classes=5))
     backbone = assert_same_forward(model, torch.randn(2, 3, 3 * patch, 3 * patch, dtype=torch.float64))
     assert (backbone.spec.pool, backbone.num_prefix) == FAMILIES[name]
     assert backbone.spec.name == name
@@ -156,9 +154,7 @@ ACTIVATIONS = [
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_activations_match_timm(act: str) -> None:
-    backbone = assert_same_forward(
-        build(act_layer=act, depth=1), 3 * torch.randn(2, 3, 32, 32, dtype=torch.float64)
-)
+    backbone = assert_same_forward(build(act_layer=act, depth=1), 3 * torch.randn(2, 3, 32, 32, dtype=torch.float64))
     assert backbone.blocks[0].mlp.act == act
 
 
