@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -85,41 +86,50 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
 
 
 def confusion_matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str = "") -> bytes:
-    """Counts by true class (rows) and predicted class (columns), coloured by the share of the row."""
-    size = len(confusion)
-    if size != len(class_names) or any(len(row) != size for row in confusion):
-        raise ValueError(f"confusion: takes a square matrix with a row for each of {len(class_names)} classes")
+    """Counts by true class (rows) and predicted class (columns), coloured by the share of the row.
+
+    Classes are named up to 40, counts are written up to 20 classes.
+
+    Raises:
+        ValueError: `confusion` is not square with a row for each class.
+    """
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    counts = np.asarray(confusion, dtype=object)
+    size = len(class_names)
+    if counts.shape != (size, size):
+        raise ValueError(f"confusion: must be a square matrix with a row for each of {size} classes")
+    counts = counts.astype(np.int64)
     side = min(12.0, 2.4 + 0.38 * size)
     figure = new_figure(side + 0.9, side)
     axes = figure.subplots()
-    shares = [[n / max(1, sum(row)) for n in row] for row in confusion]
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, format=PercentFormatter(1.0, decimals=0))
+    names = [name if len(name) <= 16 else name[:15] + "…" for name in class_names]
+    names = [name.replace("$", r"\$") for name in names]  # text between two of them is not a formula
+    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    display = ConfusionMatrixDisplay(shares, display_labels=names)
+    display.plot(
+        include_values=size <= 20,
+        cmap="Blues",
+        xticks_rotation="vertical",
+        ax=axes,
+        colorbar=False,
+        im_kw={"vmin": 0, "vmax": 1},
+        text_kw={"fontsize": 7},
+    )
+    if display.text_ is not None:
+        for text, count, share in zip(display.text_.flat, counts.flat, shares.flat, strict=True):
+            text.set(text=str(count) if count else "", color="white" if share > 0.55 else "black")
+    if size > 40:
+        axes.set_xticks([])
+        axes.set_yticks([])
+    bar = figure.colorbar(display.im_, ax=axes, shrink=0.8, format=PercentFormatter(1.0, decimals=0))
     bar.set_label("Share of the true class", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_visible(False)
-    if size <= 40:
-        short = [name if len(name) <= 16 else name[:15] + "…" for name in class_names]
-        short = [name.replace("$", r"\$") for name in short]  # what stands between two of them is no formula
-        axes.set_xticks(range(size), short, rotation=90, fontsize=7)
-        axes.set_yticks(range(size), short, fontsize=7)
-    if size <= 20:
-        for i, row in enumerate(confusion):
-            for j, n in enumerate(row):
-                if n:
-                    axes.text(
-                        j,
-                        i,
-                        str(n),
-                        ha="center",
-                        va="center",
-                        fontsize=7,
-                        color="white" if shares[i][j] > 0.55 else "black",
-                    )
     axes.set_xlabel("Predicted class", fontsize=9)
     axes.set_ylabel("True class", fontsize=9)
     axes.set_title(title, fontsize=10)
-    axes.tick_params(length=0)
+    axes.tick_params(length=0, labelsize=7)
     for spine in axes.spines.values():
         spine.set_visible(False)
     return to_png(figure)
