@@ -96,7 +96,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_every_module_and_nothing_beside_the_package(wheel: Path) -> None:
     names = names_in(wheel)
     assert {name for name in names if name.endswith(".py")} == sources()
-    assert "fastprompt/py.typed" in names
+    assert {"fastprompt/py.typed", "fastprompt/report/page.html.jinja"} <= names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"fastprompt"}
     assert wheel.name == f"fastprompt-{fastprompt.__version__}-py3-none-any.whl"
     assert not [name for name in names if name.endswith((".so", ".cpp", ".inc", ".h"))]

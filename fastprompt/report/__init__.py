@@ -1,4 +1,4 @@
-"""Plots, tables and the HTML report of runs, and the demo."""
+"""Plots and the HTML report of runs."""
 
 from __future__ import annotations
 

@@ -134,6 +134,20 @@ def test_class_names_and_headings_are_escaped(page_text: str) -> None:
     assert f"Report {EVIL}" in page.text
 
 
+def test_every_text_of_a_run_is_escaped(tmp_path: Path) -> None:
+    """Whatever a results.json holds in whatever place: names of classes, sizes, settings, data, fingerprints."""
+    run = results(
+        f"PGN {EVIL}", backbone=EVIL, image_size=EVIL, machine=EVIL, backbone_fingerprint=EVIL, torch_version=EVIL,
+        config={"kind": EVIL, EVIL: 1}, recipe={"seed": EVIL, EVIL: EVIL}, data={EVIL: EVIL},
+        class_names=['" onerror="x', "</table>", EVIL],
+    )  # fmt: skip
+    text = build_report([run, run], tmp_path / "report.html", EVIL).read_text(encoding="utf-8")
+    assert "<script" not in text
+    page = parse(text)
+    assert not any(name.startswith("on") for _, attributes in page.seen for name in attributes)
+    assert sum(EVIL in part for part in page.text) > 15
+
+
 def test_numbers_are_those_of_the_runs(page_text: str) -> None:
     text = " ".join(parse(page_text).text)
     assert "1,234" in text
