@@ -137,33 +137,30 @@ def split(
 ) -> DataSplits:
     """Draw the three splits, stratified by class.
 
-    The test images do not depend on ``seed``, so runs with several seeds are measured on the same ones: the
-    publisher's test split (``num_test`` of it), else a fifth of all images. Then validation is drawn with
-    ``seed`` from the publisher's val split, else from the train images: ``num_val``, or by default a quarter
-    of ``num_train`` (800 and 200 in VTAB-1k), or a fifth of what is there. Train is drawn from the rest.
-    Raises ValueError for too few images.
+    The test images do not depend on `seed`, so runs with several seeds are measured on the same ones: the
+    publisher's test split (`num_test` of it), else a fifth of all images. Then validation is drawn with
+    `seed` from the publisher's val split, else from the train images: `num_val`, or by default a quarter
+    of `num_train` (800 and 200 in VTAB-1k), or a fifth of what is there. Train is drawn from the rest.
+
+    Training comes first: what is drawn from the train images by default leaves one image of every class, so that a
+    class's only image is trained on, and one of two. Where `num_test` or `num_val` ask for more than that leaves,
+    a warning names the classes without a training image.
+
+    Raises:
+        ValueError: too few images for what is asked, or none left for one of the splits.
     """
-    candidates: Sequence[int]
-    rest: Sequence[int] = range(len(source.train.labels))
-    if source.test is not None:
-        test_pool, candidates, number = source.test, range(len(source.test.labels)), num_test
-    else:
-        test_pool, candidates, number = source.train, rest, num_test or max(1, len(rest) // 5)
-    test = draw(test_pool.labels, candidates, number, 0, "test", "num_test")
-    if source.test is None:
-        rest = sorted(set(rest) - set(test))
-    if source.val is not None:
-        val_pool, candidates, number = source.val, range(len(source.val.labels)), num_val
-    else:
-        default = len(rest) // 5 if num_train is None else min(num_train // 4, len(rest) - num_train)
-        val_pool, candidates, number = source.train, rest, num_val or max(1, default)
-    val = draw(val_pool.labels, candidates, number, seed, "val", "num_val")
-    if source.val is None:
-        rest = sorted(set(rest) - set(val))
-    train = draw(source.train.labels, rest, num_train, seed, "train", "num_train")
+    everything = range(len(source.train.labels))
+    test_pool, test, left = _held_out(source, source.test, everything, num_test, len(everything) // 5, 0, "test")
+    fifth_or_quarter = len(left) // 5 if num_train is None else min(num_train // 4, len(left) - num_train)
+    val_pool, val, left = _held_out(source, source.val, left, num_val, fifth_or_quarter, seed, "val")
+    train = draw(source.train.labels, left, num_train, seed, "train", "num_train")
     for part, indices in (("train", train), ("val", val), ("test", test)):
         if not indices:
-            raise ValueError(f"name: no image is left for the {part} split of {source.name}")
+            raise ValueError(
+                f"name: no image is left for the {part} split of {source.name}, which has {len(everything)} images of "
+                f"{len(source.class_names)} classes to split. One image of every class is trained on: add images"
+                + ("" if part == "train" else f", or give num_{part}, which may take a class's only image")
+            )
     seen = {source.train.labels[i] for i in train}
     unseen = [name for label, name in enumerate(source.class_names) if label not in seen]
     if unseen:
@@ -194,12 +191,40 @@ def split(
     )
 
 
-def draw(
-    labels: Sequence[int], indices: Sequence[int], number: int | None, seed: int, part: str, argument: str
-) -> list[int]:
-    """``number`` of ``indices``, shuffled; each class in proportion, and at least once where that many fit.
+def _held_out(
+    source: Source,
+    published: Pool | None,
+    left: Sequence[int],
+    number: int | None,
+    default: int,
+    seed: int,
+    part: str,
+) -> tuple[Pool, list[int], Sequence[int]]:
+    """The pool and indices of a held-out part, and the train images that are left for the others.
 
-    The order is that of sha256(seed, part, index): the same on every machine and version. None takes all.
+    The part is drawn from the publisher's where there is one, else taken out of `left`.
+    """
+    if published is not None:
+        return published, draw(published.labels, range(len(published.labels)), number, seed, part, f"num_{part}"), left
+    if number is None:
+        number = min(max(1, default), len(left) - len({source.train.labels[i] for i in left}))
+    taken = draw(source.train.labels, left, number, seed, part, f"num_{part}", leave_one=True)
+    return source.train, taken, sorted(set(left) - set(taken))
+
+
+def draw(
+    labels: Sequence[int],
+    indices: Sequence[int],
+    number: int | None,
+    seed: int,
+    part: str,
+    argument: str,
+    leave_one: bool = False,
+) -> list[int]:
+    """`number` of `indices`, shuffled; each class in proportion, and at least once where that many fit.
+
+    With `leave_one` a class keeps one of its `indices` undrawn, unless `number` needs them. The order is that of
+    sha256(seed, part, index): the same on every machine and version. None takes all.
     """
     if number is not None and number > len(indices):
         raise ValueError(f"{argument}: {number} images asked for, {len(indices)} are there")
@@ -209,16 +234,18 @@ def draw(
     by_class: dict[int, list[int]] = {}
     for i in shuffled:
         by_class.setdefault(labels[i], []).append(i)
-    least = 1 if number >= len(by_class) else 0
+    kept = 1 if leave_one and number <= len(indices) - len(by_class) else 0
+    most = {label: len(members) - kept for label, members in by_class.items()}
+    least = {label: min(most[label], 1 if number >= len(by_class) else 0) for label in by_class}
     shares = {label: number * len(members) / len(indices) for label, members in by_class.items()}
-    counts = {label: max(least, int(share)) for label, share in shares.items()}
+    counts = {label: min(most[label], max(least[label], int(share))) for label, share in shares.items()}
     # Give out what whole shares leave (largest remainder first), or take back where `least` gave too many.
     while sum(counts.values()) != number:
         if sum(counts.values()) < number:
-            open_classes = [label for label in counts if counts[label] < len(by_class[label])]
+            open_classes = [label for label in counts if counts[label] < most[label]]
             counts[max(open_classes, key=lambda label: (shares[label] - counts[label], -label))] += 1
         else:
-            open_classes = [label for label in counts if counts[label] > least]
+            open_classes = [label for label in counts if counts[label] > least[label]]
             counts[max(open_classes, key=lambda label: (counts[label] - shares[label], -label))] -= 1
     taken = {i for label, members in by_class.items() for i in members[: counts[label]]}
     return [i for i in shuffled if i in taken]

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections import Counter
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,10 +127,48 @@ def test_draw_keeps_rare_classes_and_the_number(number):
     assert Counter(labels[i] for i in taken)[0] <= 90
 
 
-def test_classes_without_a_training_image_are_named():
-    rare = Source("rare", ["many", "once"], pool([0] * 9 + [1]))
-    with pytest.warns(UserWarning, match="1 of 2 classes of rare have no training image.*: once"):
-        make(rare)  # its only image is a test image
+def sized(*sizes):
+    """A source to be split whose class c has sizes[c] images."""
+    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
+    return Source("sized", [f"class{label}" for label in range(len(sizes))], pool(labels))
+
+
+@pytest.mark.parametrize(
+    "sizes", [(9, 1), (1, 9), (8, 2), (1, 1, 1, 20), (2, 2, 2, 2, 2), (3, 1), (2, 2), (1, 40, 2, 3)]
+)
+@pytest.mark.parametrize("options", [{}, {"seed": 5}, {"num_val": 1}, {"num_test": 1}])
+def test_every_class_is_trained_on_before_any_is_tested(sizes, options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = make(sized(*sizes), **options)
+    assert set(data.train.labels) == set(range(len(sizes)))
+    assert len(data.train) + len(data.val) + len(data.test) == sum(sizes)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (1, 1, 1, 1), (1,) * 50])
+def test_too_few_images_to_split_are_an_error_that_says_what_to_do(sizes):
+    with pytest.raises(ValueError, match=r"no image is left for the (test|val) split of sized.*or give num_(test|val)"):
+        make(sized(*sizes))
+
+
+def test_classes_that_asked_for_numbers_leave_untrained_are_named():
+    with pytest.warns(UserWarning, match=r"1 of 2 classes of sized have no training image.*: class0"):
+        make(sized(9, 1), num_test=8, num_val=1)
+
+
+@pytest.mark.parametrize("case", range(60))
+def test_draw_takes_the_number_in_proportion_and_leaves_one(case):
+    random = np.random.default_rng(case)
+    sizes = random.integers(1, 30, random.integers(2, 8)).tolist()
+    number, leave_one, seed = int(random.integers(1, sum(sizes) + 1)), bool(random.integers(2)), int(random.integers(3))
+    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
+    taken = draw(labels, range(len(labels)), number, seed, "val", "num_val", leave_one=leave_one)
+    counts = Counter(labels[i] for i in taken)
+    assert len(taken) == len(set(taken)) == number
+    if leave_one and number <= len(labels) - len(sizes):
+        assert all(counts[label] < size for label, size in enumerate(sizes))
+    elif number >= len(sizes):
+        assert len(counts) == len(sizes)
 
 
 def test_images_are_decoded_once_and_labels_without_decoding():
