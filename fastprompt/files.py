@@ -3,24 +3,83 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 Content = bytes | str | Callable[[BinaryIO], Any]
+_NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+"""What `fsync` of a directory says on file systems that have none."""
 
 
 def _sync_directory(directory: Path) -> None:
+    """Make the names in `directory` last through a power failure."""
     if os.name != "posix":
         return
-    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except PermissionError:  # one may be allowed to write into a directory that one may not read
+        return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_DIRECTORY_SYNC:
+            raise OSError(
+                error.errno,
+                f"could not make what was written into {directory} durable: {error.strerror}; it may be lost when "
+                "the machine loses power",
+            ) from error
     finally:
         os.close(descriptor)
+
+
+def make_directory(directory: str | os.PathLike[str]) -> list[Path]:
+    """Make a directory and its missing parents, durably.
+
+    Returns:
+        The directories that were made, the innermost first.
+    """
+    directory = Path(directory)
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in missing:
+            _sync_directory(path.parent)
+    except BaseException:
+        remove_empty(missing)
+        raise
+    return missing
+
+
+def remove_empty(directories: Iterable[Path]) -> None:
+    """Remove those of the directories that are empty, e.g. what `make_directory` made for nothing."""
+    for path in directories:
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+
+def remove(directory: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Remove files and folders of a directory, in the order given and durably; absent ones are passed over.
+
+    Raises:
+        OSError: one of them could not be removed; those before it are gone.
+    """
+    directory, removed = Path(directory), False
+    for name in names:
+        path = directory / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif os.path.lexists(path):
+            path.unlink()
+        else:
+            continue
+        removed = True
+    if removed:
+        _sync_directory(directory)
 
 
 def _write_synced(path: Path, content: Content) -> None:
@@ -52,17 +111,17 @@ def atomic_write_many(directory: str | os.PathLike[str], files: Mapping[str, Con
         files: file name -> bytes, text (UTF-8), or a function that is given the open binary file.
 
     Raises:
-        OSError: the disk is full or the place is not writable; the message names the file. Nothing has
-            changed then.
+        OSError: the disk is full or the place is not writable; the message names the file, and nothing has
+            changed. Or the directory could not be synchronised after the files were replaced; the message says so.
     """
     directory = Path(directory)
     tag = f"{os.getpid()}-{secrets.token_hex(4)}"
     temporaries = {directory / name: directory / f".{name}.{tag}.tmp" for name in files}
     backups = {directory / name: directory / f".{name}.{tag}.old.tmp" for name in files}
     existed = {path: path.exists() for path in temporaries}
-    current, renaming, made = directory, False, not directory.exists()
+    current, renaming, made = directory, False, list[Path]()
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        made = make_directory(directory)
         for name, content in files.items():
             current = directory / name
             _write_synced(temporaries[current], content)
@@ -83,17 +142,14 @@ def atomic_write_many(directory: str | os.PathLike[str], files: Mapping[str, Con
             for leftover in (temporary, backups[path]):
                 with contextlib.suppress(OSError):
                     leftover.unlink()
-        if made:
-            with contextlib.suppress(OSError):
-                directory.rmdir()
+        remove_empty(made)
         if isinstance(error, OSError):
             reason = error.strerror or str(error)
             raise OSError(error.errno, f"could not write {current}: {reason}; no file was changed") from error
         raise
     for backup in backups.values():
         backup.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        _sync_directory(directory)
+    _sync_directory(directory)
 
 
 def atomic_write(path: str | os.PathLike[str], content: Content) -> None:

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 
-from fastprompt.files import atomic_write, atomic_write_many, remove_stale_temporaries
+from fastprompt.files import atomic_write, atomic_write_many, make_directory, remove, remove_stale_temporaries
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -103,6 +104,56 @@ def test_errors_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OSError, match=r"could not write .*file"):
         atomic_write(tmp_path / "file" / "inside", b"1")
+
+
+@pytest.mark.parametrize(("number", "raises"), [(errno.EIO, True), (errno.ENOSPC, True), (errno.EINVAL, False)])
+def test_a_directory_that_fails_to_synchronise_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, raises: bool
+) -> None:
+    """EINVAL says that the file system has no such call; everything else that the file may not last."""
+    fsync = os.fsync
+
+    def failing(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    for act in (lambda: atomic_write(tmp_path / "a", b"1"), lambda: remove(tmp_path, ["a"])):
+        if raises:
+            with pytest.raises(OSError, match=f"could not make what was written into {tmp_path} durable") as raised:
+                act()
+            assert raised.value.errno == number
+        else:
+            act()
+    assert contents(tmp_path) == {}
+
+
+def test_directories_are_made_durably_and_removed_again_where_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))[1])
+    assert make_directory(tmp_path / "a" / "b") == [tmp_path / "a" / "b", tmp_path / "a"]
+    assert synced == [str(tmp_path / "a"), str(tmp_path)]
+    assert make_directory(tmp_path / "a" / "b") == []
+
+    def full(descriptor: int) -> None:
+        raise FULL
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="durable"):
+        make_directory(tmp_path / "c" / "d")
+    assert not (tmp_path / "c").exists()
+
+
+def test_files_and_folders_are_removed_in_order(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in ("a", "b", "folder/inside"):
+        (tmp_path / name).write_bytes(b"1")
+    remove(tmp_path, ["absent", "folder", "b"])
+    assert contents(tmp_path) == {"a": b"1"}
 
 
 def test_stale_temporaries_are_removed_and_nothing_else(tmp_path: Path) -> None:
