@@ -85,8 +85,8 @@ table: $(STAMP)  ## every method, three seeds (hours; resumable)
 pixels: $(STAMP)  ## prompts as pixels, two data sets, three seeds, before and after PNG (hours; resumable)
 	$(PY) experiments/pixels.py
 
-bench: $(STAMP)  ## timings of the ops and the end-to-end jobs
-	$(VENV)/bin/pytest bench --benchmark-only
+bench: $(STAMP)  ## throughput of every op and method beside its peers, a table of ratios (a quarter of an hour)
+	$(VENV)/bin/pytest --benchmark-only
 
 bench-forward: $(STAMP)  ## the forward and the training step against the papers' graph; writes results/forward.md
 	$(VENV)/bin/pytest bench/bench_forward.py --benchmark-only -s --benchmark-json=.benchmarks/forward.json

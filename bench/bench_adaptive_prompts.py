@@ -1,29 +1,34 @@
-"""VAPT's prompts of one layer of a ViT-B/16 at 224 px: forward, and forward with backward."""
+"""VAPT's prompts of one layer of a ViT-B/16 at 224 px beside LayerNorm + mix + MLP, eager and compiled."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from peers import DTYPES, JOBS, compare, compiled, tensor
 from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
 
 from fastprompt.kernels.adaptive_prompts import adaptive_prompts
 
 SHAPES = [(1, 196, 10, 768), (32, 196, 10, 768), (32, 196, 50, 768)]  # (B, N, P, D)
+HIDDEN = 8
 
 
+def unfused(
+    tokens: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, offset: Tensor, w1: Tensor, w2: Tensor
+) -> Tensor:
+    prompts = mix @ F.layer_norm(tokens, weight.shape, weight, bias, 1e-5) + offset[:, None]
+    return F.linear(F.relu(F.linear(prompts, w1)), w2) + prompts
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-def test_adaptive_prompts(benchmark: BenchmarkFixture, shape: tuple[int, ...], backward: bool) -> None:
+@pytest.mark.parametrize("job", JOBS)
+def test_prompts(benchmark: BenchmarkFixture, job: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     b, n, p, d = shape
-    hidden = 8
-    tokens = torch.randn(b, n, d)
-    sizes = [(d,), (d,), (p, n), (p,), (hidden, d), (d, hidden)]
-    weights = [torch.randn(size, requires_grad=backward) for size in sizes]
-
-    def run() -> torch.Tensor:
-        prompts = adaptive_prompts(tokens, *weights)
-        if backward:
-            prompts.backward(torch.ones_like(prompts))
-        return prompts
-
-    assert benchmark(run).shape == (b, p, d)
+    grad = job != "forward"
+    sizes = [(b, n, d), (d,), (d,), (p, n), (p,), (HIDDEN, d), (d, HIDDEN)]
+    arguments = [tensor(*size, dtype=dtype, grad=grad) for size in sizes]
+    ways = {"fastprompt": adaptive_prompts, "compiled": compiled(unfused), "eager": unfused}
+    compare(benchmark, "adaptive_prompts", f"{shape}, {dtype}", ways, arguments, job)

@@ -1,37 +1,32 @@
-"""Attention of a ViT-B/16 block over its tokens and 10 prompts, training step: the op and PyTorch's fused kernel."""
+"""Attention of a ViT-B/16 block over its tokens and prompts beside `cat` + PyTorch's fused attention."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peers import DTYPES, JOBS, compare, compiled, tensor
 from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
 
 from fastprompt.kernels.prefix_attention import prefix_attention
 
-SHAPES = [(16, 50), (8, 197)]  # (B, T): 112 and 224 px
+SHAPES = [(16, 50, 10), (8, 197, 10), (8, 197, 50)]  # (B, T, P): 112 and 224 px
+HEADS, WIDTH = 12, 64
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def concatenated(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+    keys, values = (torch.cat([p.expand(len(q), -1, -1, -1), x], 2) for p, x in ((prefix_k, k), (prefix_v, v)))
+    return F.scaled_dot_product_attention(q, keys, values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("way", ["prefix_attention", "fused on concatenated"])
-def test_prefix_attention(benchmark: BenchmarkFixture, way: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    b, t = shape
-    q, k, v = (torch.randn(b, 12, t, 64, dtype=dtype, requires_grad=True) for _ in range(3))
-    prefix_k, prefix_v = (torch.randn(1, 12, 10, 64, dtype=dtype, requires_grad=True) for _ in range(2))
-
-    def attend() -> torch.Tensor:
-        if way == "prefix_attention":
-            return prefix_attention(q, k, v, prefix_k, prefix_v)
-        keys, values = (torch.cat([p.expand(b, -1, -1, -1), x], 2) for p, x in ((prefix_k, k), (prefix_v, v)))
-        return F.scaled_dot_product_attention(q, keys, values)
-
-    def step() -> torch.Tensor:
-        out = attend()
-        out.backward(torch.ones_like(out))
-        return out
-
-    with torch.no_grad():
-        exact = prefix_attention(q.double(), k.double(), v.double(), prefix_k.double(), prefix_v.double())
-    assert (attend().double() - exact).norm() / exact.norm() < (1e-5 if dtype == torch.float32 else 2e-2)
-    assert benchmark(step).shape == (b, 12, t, 64)
+@pytest.mark.parametrize("job", JOBS)
+def test_attention(benchmark: BenchmarkFixture, job: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    b, t, p = shape
+    grad = job != "forward"
+    tokens = [tensor(b, HEADS, t, WIDTH, dtype=dtype, grad=grad) for _ in range(3)]
+    prefix = [tensor(1, HEADS, p, WIDTH, dtype=dtype, grad=grad) for _ in range(2)]
+    ways = {"fastprompt": prefix_attention, "compiled": compiled(concatenated), "eager": concatenated}
+    compare(benchmark, "prefix_attention", f"{shape}, {dtype}", ways, (*tokens, *prefix), job)

@@ -26,6 +26,11 @@ os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 torch.set_num_threads(1)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`pytest --benchmark-only` collects no tests: it would import and then skip thousands."""
+    return True if config.getoption("benchmark_only", default=False) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Processes that share the suite take whole files, and of the kernels' gates, which are long, whole ops."""
     for item in items:

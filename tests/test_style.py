@@ -21,7 +21,7 @@ MODULES = sorted(
     if not (folder == "fastprompt" and "kernels" in path.parts)
 )
 LAYERS = [{"fetch", "files", "locks"}, {"vit", "kernels"}, {"generators"}, {"heads"}, {"adapters"}, {"model"}]
-LAYERS += [{"official", "cost"}, {"train", "engine", "pixels", "data"}, {"analysis", "report"}, {"runs"}]
+LAYERS += [{"official", "cost"}, {"train", "engine", "pixels", "data"}, {"analysis", "report", "runs"}]
 LAYERS += [{"serve"}, {"cli", "__main__"}]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

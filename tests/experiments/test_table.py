@@ -266,7 +266,8 @@ def test_a_run_can_be_interrupted_where_a_background_shell_started_it(
 def test_the_parents_end_interrupts_a_run(tmp_path: Path) -> None:
     """A process that starts a watched one and dies must not leave it running."""
     watched = (
-        "import pathlib, signal, sys, time; from table import stop_with; "
+        f"import sys; sys.path.insert(0, {str(Path(table.__file__).parent)!r}); "
+        "import pathlib, signal, time; from table import stop_with; "
         "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background shell's children ignore it
         "pathlib.Path(sys.argv[2]).touch(); stop_with(int(sys.argv[1])); time.sleep(60)"
     )
