@@ -121,7 +121,6 @@ def choose(
     return choice.backend
 
 
-@torch.compiler.assume_constant_result
 def _decide(op: str, wanted: str, device: str, unsupported: str, recompute: bool = False, native: str = "") -> Choice:
     obstacle = _obstacle(op, device, unsupported)
     if wanted == "reference":
@@ -143,6 +142,11 @@ def _decide(op: str, wanted: str, device: str, unsupported: str, recompute: bool
         if not obstacle:
             return Choice("native", "")
     return Choice("recompute" if recompute else "reference", obstacle)
+
+
+# What `torch.compiler.assume_constant_result` does, which imports torch._dynamo: seconds of every process that compiles
+# nothing. `torch.compile(fullgraph=True)` of every op is tested.
+_decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _faster(op: str, kernels: str, arguments: tuple[Any, ...]) -> Choice:
