@@ -20,7 +20,7 @@ MODULES = sorted(
     for path in (ROOT / folder).rglob("*.py")
     if not (folder == "fastprompt" and "kernels" in path.parts)
 )
-LAYERS = [{"fetch", "files", "locks"}, {"vit", "kernels"}, {"generators"}, {"heads"}, {"adapters"}, {"model"}]
+LAYERS = [{"fetch", "files", "locks", "memory"}, {"vit", "kernels"}, {"generators"}, {"heads"}, {"adapters"}, {"model"}]
 LAYERS += [{"official", "cost"}, {"train", "engine", "pixels", "data"}, {"analysis", "report", "runs"}]
 LAYERS += [{"serve"}, {"cli", "__main__"}]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -88,6 +88,40 @@ def test_importing_an_op_is_light_and_needs_no_triton() -> None:
         f"for op in {OPS}: getattr(importlib.import_module('fastprompt.kernels.' + op), op)\n"
         "print([name for name in ('timm', 'torchvision', 'sklearn', 'matplotlib') if name in sys.modules])"
     )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "[]"
+
+
+def test_every_module_imports_where_there_is_no_posix() -> None:
+    """As on Windows: what the libraries import is there before, what our modules import on top is not."""
+    libraries = "timm, torch, torch._dynamo, torch.distributed, torchvision, PIL.Image, filelock, tqdm, tyro"
+    libraries += (
+        ", numpy, onnx, litserve, uvicorn, matplotlib.figure, sklearn.linear_model, sklearn.metrics, scipy.optimize"
+    )
+    code = (
+        f"import importlib, os, pkgutil, sys, {libraries}\n"
+        "for name in ('fcntl', 'resource', 'pwd', 'grp', 'termios', 'pty', 'tty', 'posix', 'syslog'):\n"
+        "    sys.modules[name] = None\n"
+        "for name in ('fork', 'getuid', 'geteuid', 'killpg', 'sysconf', 'uname', 'sched_getaffinity', 'mkfifo'):\n"
+        "    delattr(os, name)\n"
+        "import fastprompt\n"
+        "names = [m.name for m in pkgutil.walk_packages(fastprompt.__path__, 'fastprompt.', lambda name: None)]\n"
+        "names = [name for name in names if '.kernels.' not in name]\n"
+        "names = sorted({*names} - {'fastprompt.__main__', 'fastprompt.serve.cluster'})\n"  # a command; needs Ray
+        "for name in names: importlib.import_module(name)\n"
+        "print(len(names))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) > 80
+
+
+def test_importing_what_commands_use_imports_no_compiler() -> None:
+    """torch._dynamo takes seconds; timm brings it through torchvision, so what needs no backbone must not."""
+    names = "cli, cost, adapters, model, generators, engine, runs.directory, runs.execute, train.fit, vit"
+    code = "; ".join(f"import fastprompt.{name}" for name in names.split(", "))
+    code += "; import sys; print([name for name in ('torch._dynamo', 'timm', 'torchvision') if name in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip() == "[]"

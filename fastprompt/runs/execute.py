@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastprompt.analysis.library import library_usage
+from fastprompt.memory import peak_memory_mib, reset_peak_memory
 from fastprompt.runs.directory import adapter_dir, claimed, finished_results, write_json
-from fastprompt.runs.memory import peak_memory_mib, reset_peak_memory
 from fastprompt.runs.methods import PROBE_VIEWS, TITLES, build_config, build_recipe
 from fastprompt.runs.settings import RunSettings, renamed
 

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastprompt.files import atomic_write, remove_stale_temporaries
 from fastprompt.generators.v2apt import ACTIVE_UNIT_NATS
+from fastprompt.memory import peak_memory_mib, reset_peak_memory
 from fastprompt.train.batches import Batches, check_data, is_tensor_pair
 from fastprompt.train.checkpoint import (
     load_state,
@@ -352,7 +353,7 @@ class _Run:
         """All epochs that are left, then the event that marks the run as finished."""
         recipe, state = self.recipe, self.progress
         total, done = (epochs * self.train.num_images for epochs in (recipe.epochs, state.epoch))
-        _reset_peak_memory(self.device)
+        reset_peak_memory(self.device)
         with _bar(self.show_progress, total, done) as bar:
             try:
                 while state.epoch < recipe.epochs:
@@ -378,7 +379,7 @@ class _Run:
                 "best_val_loss": state.best_val_loss,
                 "images_per_second": state.train_images / state.train_seconds,
                 "seconds": state.seconds,
-                "peak_memory_mib": _peak_memory_mib(self.device),
+                "peak_memory_mib": peak_memory_mib(self.device),
             }
         )
         self._save_state()
@@ -592,27 +593,6 @@ def _same_every_epoch(data: Any) -> bool:
     if is_tensor_pair(data) or isinstance(data, TensorDataset):
         return True
     return not isinstance(data, DataLoader) and getattr(data, "augment", "unknown") in ("none", None, False)
-
-
-def _reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory_mib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 2**10
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 @contextlib.contextmanager
