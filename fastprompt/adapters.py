@@ -1,4 +1,14 @@
-"""Adapters on disk: a directory with `adapter_config.json` and `adapter_model.safetensors`."""
+"""Adapters on disk: a directory with `adapter_config.json` and `adapter_model.safetensors`.
+
+`adapter_model.safetensors` is the whole adapter: its tensors, and in its metadata the text of the configuration and a
+digest over both. One rename puts it in place, so that an adapter is the old one or the new one on any file system,
+whenever the process is killed. `adapter_config.json` is a copy of the configuration for people, for other programs and
+for versions that read nothing else; it has a digest of its own, by which one that was edited or damaged is told from
+one of another save.
+
+A configuration's keys are all required, except those of `backbone.optional`: a reader ignores what it does not know
+there, and refuses an unknown key anywhere else by name.
+"""
 
 from __future__ import annotations
 
@@ -11,75 +21,153 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as tensors_to_bytes
+from safetensors.torch import load as tensors_from_bytes, save as tensors_to_bytes
 from torch import Tensor
 
 import fastprompt
-from fastprompt.files import atomic_write_many
+from fastprompt.files import atomic_write_many, parse_json
+from fastprompt.generators import PromptConfig, build_generator
 from fastprompt.heads import Head, PrototypeHead, TextHead, build_head
 from fastprompt.vit import FrozenViT
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+LARGEST_CONFIG = 16 << 20
+"""Bytes of a configuration; the names of 100,000 classes take a few millions."""
 _FORMAT = 1
+_KEYS = {"format", "fastprompt_version", "method", "num_classes", "head", "readout", "class_names", "backbone"}
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)
 
 
 def write_adapter(directory: str | os.PathLike[str], config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Write an adapter's configuration and tensors into `directory`, both or neither.
 
     Args:
-        config: everything but the format and the version, which are added here.
+        config: everything but the format, the version and the digest, which are added here.
         state: the tensors by name (`PromptedViT.adapter_state_dict`).
 
     Raises:
-        OSError: the disk is full or the place is not writable; nothing has changed then.
+        ValueError: the configuration is too long, or holds a number that is not finite.
+        OSError: the disk is full or the place is not writable. Nothing has changed then, either.
     """
-    config = {"format": _FORMAT, "fastprompt_version": fastprompt.__version__, **config}
+    optional = {key: value for key, value in config["backbone"].get("optional", {}).items() if key != "sha256"}
+    config = {**config, "format": _FORMAT, "fastprompt_version": fastprompt.__version__}
+    config["backbone"] = {**config["backbone"], "optional": optional}
+    optional["sha256"] = _config_digest(config)
+    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    if len(text) > LARGEST_CONFIG:
+        raise ValueError(f"an adapter's configuration must have at most {LARGEST_CONFIG:,} bytes, got {len(text):,}")
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    metadata = {"format": "pt", "sha256": _data_digest(tensors_to_bytes(tensors))}
-    atomic_write_many(
-        directory, {WEIGHTS_FILE: tensors_to_bytes(tensors, metadata), CONFIG_FILE: json.dumps(config, indent=2) + "\n"}
-    )
+    metadata = {"format": "pt", "config": text, "digest": _digest(text, tensors)}
+    # The weights file is renamed first: a reader, which opens the copy first, never has one that is newer.
+    atomic_write_many(directory, {WEIGHTS_FILE: tensors_to_bytes(tensors, metadata), CONFIG_FILE: text})
 
 
 def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of an adapter directory.
+    """Configuration and tensors of an adapter directory, as one save wrote them.
+
+    Both files are read into memory and checked there, and what was checked is returned: nothing that happens to the
+    files later changes it.
 
     Raises:
-        FileNotFoundError: a file is missing. ValueError: a file is corrupted or of an unknown format.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is corrupted, was edited, or is of an unknown format; the message names it.
     """
     directory = Path(directory)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} is no adapter: {name} is missing")
-    try:
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{directory / CONFIG_FILE} is corrupted: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != _FORMAT:
-        raise ValueError(f"{directory / CONFIG_FILE} is not an adapter configuration of format {_FORMAT}")
-    keys = {"format", "fastprompt_version", "method", "num_classes", "head", "readout", "class_names", "backbone"}
-    if set(config) != keys:
+    copy = _read_config(directory / CONFIG_FILE)
+    text, state = _read_weights(directory / WEIGHTS_FILE)
+    if text is not None:  # `copy` may be of the save before, if this one has not ended or never did
+        return _check_config(parse_json(text, directory / WEIGHTS_FILE), directory / WEIGHTS_FILE), state
+    if "sha256" in copy["backbone"].get("optional", {}):
         raise ValueError(
-            f"{directory / CONFIG_FILE}: missing keys {sorted(keys - set(config))}, "
-            f"unknown keys {sorted(set(config) - keys)}"
+            f"{directory / WEIGHTS_FILE} is corrupted: it has no digest, which the version that wrote {CONFIG_FILE} "
+            "gives it"
         )
+    return copy, state  # of an earlier version
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The configuration in `adapter_config.json`; its own digest, if it has one, is right."""
+    with open(path, "rb") as file:
+        content = file.read(LARGEST_CONFIG + 1)
+    if len(content) > LARGEST_CONFIG:
+        raise ValueError(f"{path} is corrupted: it has more than {LARGEST_CONFIG:,} bytes")
+    config = _check_config(parse_json(content, path), path)
+    digest = config["backbone"].get("optional", {}).get("sha256")
+    if digest is not None and digest != _config_digest(config):
+        raise ValueError(
+            f"{path} is not as it was saved (sha256): it is corrupted, or was edited. To change an adapter, load it, "
+            "change the model and save it again"
+        )
+    return config
+
+
+def _check_config(config: Any, path: Path) -> dict[str, Any]:
+    """`config`, of which all that any reader needs is there and nothing unknown is required."""
+    if not isinstance(config, dict) or config.get("format") != _FORMAT:
+        raise ValueError(f"{path} is not an adapter configuration of format {_FORMAT}")
+    if set(config) != _KEYS:
+        raise ValueError(
+            f"{path}: missing keys {sorted(_KEYS - set(config))}, unknown keys {sorted(set(config) - _KEYS)}"
+        )
+    names = config["class_names"]
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{path} is corrupted: class_names must be a list of texts or null")
     stored = config["backbone"]
     for key, kind in (("name", str), ("fingerprint", str), ("image_size", list)):
         if not isinstance(stored, dict) or not isinstance(stored.get(key), kind):
-            raise ValueError(f"{directory / CONFIG_FILE} is corrupted: backbone lacks {key}")
+            raise ValueError(f"{path} is corrupted: backbone lacks {key}")
+    if not isinstance(stored.get("optional", {}), dict):
+        raise ValueError(f"{path} is corrupted: backbone.optional must be an object")
+    return config
+
+
+def _read_weights(path: Path) -> tuple[str | None, dict[str, Tensor]]:
+    """The configuration's text and the tensors of a weights file; None: the file is of a version that kept none there.
+
+    The digest is taken of the tensors that are returned.
+    """
+    content = path.read_bytes()
     try:
-        with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}
-            digest = (file.metadata() or {}).get("sha256")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{directory / WEIGHTS_FILE} is corrupted: {error}") from error
-    if digest is not None and digest != _data_digest((directory / WEIGHTS_FILE).read_bytes()):
-        raise ValueError(f"{directory / WEIGHTS_FILE} is corrupted: its tensors are not those that were saved (sha256)")
+        state = tensors_from_bytes(content)
+    except Exception as error:  # safetensors raises errors of several kinds, and KeyError for some dtypes
+        raise ValueError(f"{path} is corrupted: {error}") from error
+    header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")], path)
+    metadata = header.get("__metadata__", {})
+    if set(metadata) not in ({"format", "config", "digest"}, {"format", "sha256"}, {"format"}, set()):
+        raise ValueError(f"{path} is corrupted: unknown metadata {sorted(metadata)}")
+    for name, tensor in state.items():
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{path}: {name} has dtype {tensor.dtype}, adapters hold {_DTYPES}")
+    if "digest" in metadata:
+        if metadata["digest"] != _digest(metadata["config"], state):
+            raise ValueError(
+                f"{path} is corrupted: configuration and tensors are not those that were saved together (sha256)"
+            )
+    elif metadata.get("sha256") not in (None, _data_digest(content)):
+        raise ValueError(f"{path} is corrupted: its tensors are not those that were saved (sha256)")
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{directory / WEIGHTS_FILE}: {name} contains NaN or infinite values")
-    return config, state
+            raise ValueError(f"{path}: {name} contains NaN or infinite values")
+    return metadata.get("config"), {name: state[name] for name in sorted(state)}
+
+
+def _config_digest(config: Mapping[str, Any]) -> str:
+    """sha256 of a configuration, whatever its own digest says and however its text is laid out."""
+    optional = {key: value for key, value in config["backbone"]["optional"].items() if key != "sha256"}
+    bare = {**config, "backbone": {**config["backbone"], "optional": optional}}
+    return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(text: str, state: Mapping[str, Tensor]) -> str:
+    """sha256 of a configuration's text and of every tensor's name, dtype, shape and bytes."""
+    described = [(name, str(state[name].dtype), list(state[name].shape)) for name in sorted(state)]
+    digest = hashlib.sha256(json.dumps([text, described]).encode())
+    for name in sorted(state):
+        digest.update(state[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _data_digest(content: bytes) -> str:
@@ -109,6 +197,29 @@ def warn_of_other_pixels(who: str, trained: Mapping[str, Any], backbone: FrozenV
             f"ones with {ours}",
             stacklevel=4,
         )
+
+
+def check_sizes(config: PromptConfig, num_classes: Any, backbone: FrozenViT, state: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` where the tensors that a configuration asks for are not those of `state`.
+
+    Nothing is allocated for it, so that a configuration cannot ask for more memory than its own file has.
+    """
+    expected: dict[str, torch.Size] = {}
+    try:
+        with torch.device("meta"):
+            generator = build_generator(config, backbone)
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:  # sizes that overflow
+        raise ValueError(f"no tensor can have the sizes of {config}") from error
+    if generator is not None:
+        expected = {f"generator.{name}": tensor.shape for name, tensor in generator.state_dict().items()}
+    if num_classes is not None and "head.weight" in state:
+        expected["head.weight"] = torch.Size([num_classes, backbone.feature_width])
+    for name, shape in expected.items():
+        if name in state and state[name].shape != shape:
+            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, the configuration says {tuple(shape)}")
+    missing = sorted(set(expected) - set(state))
+    if missing:
+        raise ValueError(f"tensors are missing: {missing[:5]}")
 
 
 def head_from(info: Mapping[str, Any], backbone: FrozenViT, num_classes: int, state: Mapping[str, Tensor]) -> Head:

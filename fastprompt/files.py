@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
+import math
 import os
 import secrets
 import shutil
@@ -173,3 +175,43 @@ def remove_stale_temporaries(directory: str | os.PathLike[str]) -> None:
     """Removes the temporary files a killed process left in ``directory`` (not in those below it)."""
     for path in Path(directory).glob(".*.tmp"):
         path.unlink(missing_ok=True)
+
+
+def parse_json(content: bytes | str, path: str | os.PathLike[str]) -> Any:
+    """The value that JSON text says, of a file that may be damaged or made to do harm.
+
+    Raises:
+        ValueError: it is not UTF-8 or no JSON, says a key of an object twice, holds a number that is not finite or an
+            integer beyond 64 bits, or is nested too deeply; the message names `path`.
+    """
+    try:
+        text = content if isinstance(content, str) else content.decode("utf-8")
+        return json.loads(
+            text, object_pairs_hook=_object, parse_float=_finite, parse_int=_integer, parse_constant=_finite
+        )
+    except RecursionError:
+        raise ValueError(f"{path} is corrupted: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is corrupted: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"a key occurs twice: {key[:40]!r}")
+        found[key] = value
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"a number is not finite: {text[:40]}")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
+        raise ValueError(f"an integer is too large: {text[:40]}")
+    return int(text)

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fastprompt.adapters import check_backbone, head_from, read_adapter, write_adapter
+from fastprompt.adapters import check_backbone, check_sizes, head_from, read_adapter, write_adapter
 from fastprompt.generators import (
     FullFineTuneConfig,
     PGNConfig,
@@ -329,7 +329,15 @@ class PromptedViT(nn.Module):
         return {k: v for k, v in self.state_dict().items() if k.startswith(parts)}
 
     def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load `adapter_state_dict`; a missing, unknown or misshapen tensor raises `ValueError` before any change."""
+        """Load `adapter_state_dict`.
+
+        Floating-point tensors take the dtype that this model's have.
+
+        Raises:
+            TypeError: `state` is no mapping of tensors.
+            ValueError: a tensor is missing or unknown, has another shape or kind of dtype, or is not finite in this
+                model's dtype. Nothing has changed then.
+        """
         if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
             raise TypeError(f"state must be a mapping of tensors, as of adapter_state_dict, got {type(state).__name__}")
         own = self.adapter_state_dict()
@@ -341,8 +349,15 @@ class PromptedViT(nn.Module):
                 raise ValueError(
                     f"state: {name} has shape {tuple(tensor.shape)}, this model has {tuple(own[name].shape)}"
                 )
+            same = tensor.is_floating_point() and own[name].is_floating_point()
+            if tensor.dtype != own[name].dtype and not same:
+                raise ValueError(f"state: {name} has dtype {tensor.dtype}, this model has {own[name].dtype}")
+        cast = {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
+        for name, tensor in cast.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ValueError(f"state: {name} contains NaN or infinite values in {own[name].dtype}")
         with torch.no_grad():
-            for name, tensor in state.items():
+            for name, tensor in cast.items():
                 own[name].copy_(tensor)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
@@ -388,10 +403,11 @@ class PromptedViT(nn.Module):
         check_backbone(f"the adapter in {directory}", config["backbone"], backbone)
         try:
             info, num_classes = config["head"], config["num_classes"]
-            head: str | Head = "linear" if info is None else head_from(info, backbone, num_classes, state)
             method = config_from_dict(config["method"])
             if isinstance(method, PGNConfig):
                 method = dataclasses.replace(method, pretrained_trunk=False)  # its weights are in the file
+            check_sizes(method, num_classes, backbone, state)
+            head: str | Head = "linear" if info is None else head_from(info, backbone, num_classes, state)
             model = cls(backbone, method, num_classes, head, config["readout"], class_names=config["class_names"])
             model.load_adapter_state_dict(state)
         except (KeyError, TypeError, ValueError) as error:

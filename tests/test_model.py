@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import fastprompt as fp
 from fastprompt import files
+from fastprompt.adapters import read_adapter, write_adapter
 
 METHODS: dict[str, Any] = {
     "pgn": fp.PGNConfig(num_prompts=3, library_size=5, widths=(4, 8)),
@@ -266,11 +267,11 @@ def edit_config(directory: Path, change: Callable[[dict], Any]) -> None:
     path.write_text(json.dumps(config))
 
 
-def edit_tensors(directory: Path, change: Callable[[dict], Any]) -> None:
-    path = directory / "adapter_model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
+def resave(directory: Path, change: Callable[[dict, dict], Any]) -> None:
+    """An adapter whose digests are right and whose configuration or tensors are not."""
+    config, tensors = read_adapter(directory)
+    change(config, tensors)
+    write_adapter(directory, config, tensors)
 
 
 def damage(directory: Path, name: str, change: Callable[[bytes], bytes]) -> None:
@@ -307,42 +308,42 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing key": (lambda d: edit_config(d, lambda c: c.pop("readout")), r"missing keys \['readout'\]"),
     "unknown key": (lambda d: edit_config(d, lambda c: c.update(extra=1)), r"unknown keys \['extra'\]"),
     "unknown option": (
-        lambda d: edit_config(d, lambda c: c["method"].update(promts=1)),
+        lambda d: resave(d, lambda c, t: c["method"].update(promts=1)),
         "no option 'promts'",
     ),
     "unknown method": (
-        lambda d: edit_config(d, lambda c: c["method"].update(kind="x")),
+        lambda d: resave(d, lambda c, t: c["method"].update(kind="x")),
         "kind must be one of",
     ),
     "bad option": (
-        lambda d: edit_config(d, lambda c: c["method"].update(num_prompts=0)),
+        lambda d: resave(d, lambda c, t: c["method"].update(num_prompts=0)),
         "num_prompts must be",
     ),
-    "bad readout": (lambda d: edit_config(d, lambda c: c.update(readout="mean")), "readout must be one of"),
-    "bad head": (lambda d: edit_config(d, lambda c: c["head"].update(kind="mlp")), "head must be one of"),
-    "head no object": (lambda d: edit_config(d, lambda c: c.update(head=3)), "cannot be read"),
+    "bad readout": (lambda d: resave(d, lambda c, t: c.update(readout="mean")), "readout must be one of"),
+    "bad head": (lambda d: resave(d, lambda c, t: c["head"].update(kind="mlp")), "head must be one of"),
+    "head no object": (lambda d: resave(d, lambda c, t: c.update(head=3)), "cannot be read"),
     "backbone no object": (lambda d: edit_config(d, lambda c: c.update(backbone=None)), "backbone"),
     "backbone without fingerprint": (
         lambda d: edit_config(d, lambda c: c["backbone"].pop("fingerprint")),
         "fingerprint",
     ),
-    "method no object": (lambda d: edit_config(d, lambda c: c.update(method=[1])), "cannot be read"),
+    "method no object": (lambda d: resave(d, lambda c, t: c.update(method=[1])), "cannot be read"),
     "number of classes": (
-        lambda d: edit_config(d, lambda c: c.update(num_classes=4, class_names=None)),
+        lambda d: resave(d, lambda c, t: c.update(num_classes=4, class_names=None)),
         r"head\.\w+ has shape \(5",
     ),
     "class names": (
-        lambda d: edit_config(d, lambda c: c.update(class_names=["a"])),
+        lambda d: resave(d, lambda c, t: c.update(class_names=["a"])),
         "class_names has 1 names, num_classes is 5",
     ),
-    "missing tensor": (lambda d: edit_tensors(d, lambda t: t.pop("head.bias")), r"missing \['head\.bias'\]"),
-    "unknown tensor": (lambda d: edit_tensors(d, lambda t: t.update(x=torch.ones(1))), r"unknown \['x'\]"),
+    "missing tensor": (lambda d: resave(d, lambda c, t: t.pop("head.bias")), r"missing \['head\.bias'\]"),
+    "unknown tensor": (lambda d: resave(d, lambda c, t: t.update(x=torch.ones(1))), r"unknown \['x'\]"),
     "misshapen tensor": (
-        lambda d: edit_tensors(d, lambda t: t.update({"head.bias": torch.ones(6)})),
+        lambda d: resave(d, lambda c, t: t.update({"head.bias": torch.ones(6)})),
         r"head\.bias has shape \(6,\), this model has \(5,\)",
     ),
     "NaN tensor": (
-        lambda d: edit_tensors(d, lambda t: t["head.bias"].fill_(float("nan"))),
+        lambda d: resave(d, lambda c, t: t["head.bias"].fill_(float("nan"))),
         r"head\.bias .*NaN",
     ),
 }
