@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as tensors_to_bytes
+from safetensors.torch import load as tensors_from_bytes, save as tensors_to_bytes
 
-from fastprompt.files import atomic_write, atomic_write_many, remove_stale_temporaries
-
-__all__ = [
-    "atomic_write",
-    "atomic_write_many",
-    "load_state",
-    "optimizer_state",
-    "remove_stale_temporaries",
-    "rng_state",
-    "save_state",
-    "set_optimizer_state",
-    "set_rng_state",
-]
+from fastprompt.files import atomic_write
 
 
 def rng_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -57,35 +45,73 @@ def set_rng_state(tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]
     random.setstate((version, tuple(words), gauss_next))
 
 
+_FORMAT = "2"
+_BLANK = "0" * 64
+
+
 def save_state(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
-    """Writes tensors and JSON values into one safetensors file, atomically (the JSON is in its header).
+    """Write tensors and JSON values into one safetensors file, whole or not at all.
+
+    The JSON is in the file's header, beside a sha256 of the whole file, which is taken with zeros in its own place.
 
     Raises:
         OSError: the file could not be written; the old one is intact.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    atomic_write(path, tensors_to_bytes(plain, metadata={"state": json.dumps(values)}))
+    metadata = {"format": _FORMAT, "state": json.dumps(values), "sha256": _BLANK}
+    content = memoryview(tensors_to_bytes(plain, metadata=metadata))
+    place = _digest_place(content, _BLANK)
+
+    def write(file: BinaryIO) -> None:
+        file.write(content[: place.start])
+        file.write(_digest_of(content, place).encode())
+        file.write(content[place.stop :])
+
+    atomic_write(path, write)
 
 
 def load_state(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Reads what `save_state` wrote.
+    """Read what `save_state` wrote, into memory first, so that what was checked is what is returned.
+
+    A file of versions that kept no sha256 is read as it is.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or not a training state.
+        ValueError: the file is damaged, is no training state, or is of a later version; the message says what to do.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no training state at {path}")
+    content = path.read_bytes()
     try:
-        with safe_open(path, framework="pt") as file:
-            values = json.loads((file.metadata() or {})["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, KeyError, ValueError) as error:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = header["__metadata__"]
+        if set(metadata) != {"state"}:  # all that earlier versions wrote
+            digest = metadata["sha256"]
+            if digest != _digest_of(memoryview(content), _digest_place(memoryview(content), digest)):
+                raise ValueError("its sha256 is not the one that was saved with it")
+            if metadata["format"] != _FORMAT:
+                raise ValueError(f"it is of format {metadata['format']}, this version reads {_FORMAT}")
+        return tensors_from_bytes(content), json.loads(metadata["state"])
+    except Exception as error:  # safetensors and JSON have errors of several kinds for damaged bytes
         raise ValueError(
-            f"{path} is not a readable training state ({error}); delete it or start anew with resume=False"
+            f"{path} cannot be read, it is damaged or no training state ({error}): put a copy of it back, or start "
+            f"anew with resume=False (--no-resume)"
         ) from error
-    return tensors, values
+
+
+def _digest_place(content: memoryview, digest: str) -> slice:
+    """Where the header holds `digest`. Quotes inside of the JSON values are escaped, so that no value looks like it."""
+    header = bytes(content[: 8 + int.from_bytes(content[:8], "little")])
+    start = header.index(f'"sha256":"{digest}"'.encode()) + len('"sha256":"')
+    return slice(start, start + len(_BLANK))
+
+
+def _digest_of(content: memoryview, place: slice) -> str:
+    digest = hashlib.sha256(content[: place.start])
+    digest.update(_BLANK.encode())
+    digest.update(content[place.stop :])
+    return digest.hexdigest()
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
+from fastprompt.train import checkpoint
 from fastprompt.train.checkpoint import (
     load_state,
     optimizer_state,
@@ -68,4 +71,35 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
         load_state(path)
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match=r"last\.safetensors"):
+        load_state(path)
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "last.safetensors"
+    tensors = {"model.w": torch.randn(3, 5), "rng.torch": torch.arange(16, dtype=torch.uint8)}
+    save_state(path, tensors, {"progress": {"epoch": 3, "note": '"sha256":"' + "0" * 64 + '"'}})
+    whole = path.read_bytes()
+    assert load_state(path)[1]["progress"]["epoch"] == 3
+    for bit in range(0, 8 * len(whole), 7):  # in every byte, and each of the eight bits
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"last\.safetensors.*damaged.*--no-resume"):
+            load_state(path)
+
+
+def test_a_state_of_an_earlier_version_has_no_checksum_and_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "last.safetensors"
+    path.write_bytes(save({"x": torch.arange(4.0)}, metadata={"state": json.dumps({"epoch": 2})}))
+    tensors, values = load_state(path)
+    assert tensors["x"].tolist() == [0, 1, 2, 3]
+    assert values == {"epoch": 2}
+
+
+def test_a_state_of_a_later_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_FORMAT", "3")
+        save_state(path, {"x": torch.ones(1)}, {})
+    with pytest.raises(ValueError, match="is of format 3, this version reads 2"):
         load_state(path)
