@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastprompt.kernels import native as library
+from fastprompt.kernels import native as library, stopwatch
 
 BACKENDS = ("auto", "reference", "triton", "native")
 NAMES = {"triton": "Triton", "native": "native"}
@@ -171,18 +171,25 @@ def _faster(op: str, kernels: str, arguments: tuple[Any, ...]) -> Choice:
         cpu,
         *((x.dtype, x.shape, x.requires_grad) if isinstance(x, Tensor) else x for x in leaves),
     )
-    if key not in measured:
-        if compiling or in_graphs or not _can_be_timed(tensors):
-            return untimed
-        with torch.cuda.device_of(tensors[0]):
-            timer = seconds_on_cpu if kernels == "native" else seconds
-            measured[key] = {
-                backend: timer(_step(op, backend, arguments, trains)) for backend in (kernels, "reference")
-            }
-    times = measured[key]
+    if key not in measured and (compiling or in_graphs or not _can_be_timed(tensors)):
+        return untimed
+
+    def measure() -> str:
+        if key not in measured:
+            with torch.cuda.device_of(tensors[0]):
+                timer = seconds_on_cpu if kernels == "native" else seconds
+                measured[key] = {
+                    backend: timer(_step(op, backend, arguments, trains)) for backend in (kernels, "reference")
+                }
+        return kernels if measured[key][kernels] <= measured[key]["reference"] else "reference"
+
+    chosen = stopwatch.decide(key, measure, untimed.backend)
+    times = measured.get(key)
+    if times is None or chosen != measure():
+        return Choice(chosen, "as this run chose before, or without a measurement")
     said = f"{times[kernels] * 1e6:.1f} µs, PyTorch {times['reference'] * 1e6:.1f} µs at this shape"
     said += f", {library.level()}" if kernels == "native" else ""
-    if times[kernels] <= times["reference"]:
+    if chosen == kernels:
         return Choice(kernels, f"the kernels took {said}")
     return Choice("reference", f"the {NAMES[kernels]} kernels are slower: they took {said}")
 
