@@ -85,6 +85,9 @@ def evaluate_adapter(command: Eval) -> None:
     print(f"{settings.data} {command.split}: {record['num_images']} images, {record['seconds']:.1f} s")
     print(f"accuracy        {record['accuracy']:.4f}")
     print(f"mean per class  {record['mean_per_class']:.4f}")
+    print(f"macro F1        {record['macro_f1']:.4f}")
+    print(f"top-5 accuracy  {record['top5_accuracy']:.4f}")
+    print(f"calibration     {record['calibration_error']:.4f} (expected error, 15 bins)")
     print("confusion (rows: true class, columns: predicted)")
     width = max(len(str(n)) for row in record["confusion"] for n in row) + 1
     label_width = min(24, max(map(len, names)))

@@ -50,6 +50,8 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
         "mean_per_class": float(evaluation.mean_per_class),
         "loss": float(evaluation.loss),
         "calibration_error": float(evaluation.ece),
+        "macro_f1": float(evaluation.macro_f1),
+        "top5_accuracy": float(evaluation.top5_accuracy),
         "per_class": [row[i] / sum(row) if sum(row) else None for i, row in enumerate(confusion)],
         "confusion": confusion,
         "num_images": len(evaluation.labels),

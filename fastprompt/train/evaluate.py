@@ -30,6 +30,8 @@ class Evaluation:
         confusion: (C, C) int64 counts; rows are true classes, columns predicted ones.
         loss: mean cross-entropy in nats.
         ece: expected calibration error of the top class, 15 equal-width bins (Guo et al. 2017).
+        macro_f1: mean over the classes that occur as label or prediction of 2 TP / (2 TP + FP + FN).
+        top5_accuracy: share of images whose label is one of the five most probable classes.
         probabilities: (N, C) float32. labels: (N,) int64, in the order of the data.
         seconds: wall time, reading included.
     """
@@ -40,6 +42,8 @@ class Evaluation:
     confusion: Tensor
     loss: float
     ece: float
+    macro_f1: float
+    top5_accuracy: float
     probabilities: Tensor
     labels: Tensor
     seconds: float
@@ -55,22 +59,23 @@ class Evaluation:
         return self.predictions == self.labels
 
 
-def expected_calibration_error(probabilities: Tensor, labels: Tensor, num_bins: int = 15) -> float:
-    """Σ_b n_b / N · |accuracy_b − confidence_b|, equal-width bins (low, high] of the top probability."""
-    confidence, predicted = probabilities.double().max(-1)
-    correct = (predicted == labels).double()
-    bins = (confidence * num_bins).ceil().long().clamp(1, num_bins) - 1
-    gap = torch.zeros(num_bins, dtype=torch.float64).index_add_(0, bins, correct - confidence)
-    return float(gap.abs().sum() / len(labels))
-
-
 def summarise(logits: Tensor, labels: Tensor, seconds: float) -> Evaluation:
     """An `Evaluation` from logits (N, C) and labels (N,)."""
+    # Imported here: torchmetrics brings torchvision, and transformers and matplotlib where they are installed.
+    from torchmetrics.functional.classification import (
+        multiclass_accuracy,
+        multiclass_calibration_error,
+        multiclass_confusion_matrix,
+        multiclass_f1_score,
+    )
+
     num_classes = logits.shape[1]
     log_probabilities = logits.double().log_softmax(-1)
     probabilities = log_probabilities.exp().float()
-    cells = labels * num_classes + probabilities.argmax(-1)
-    confusion = torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
+    scores, size = probabilities.double(), num_classes
+    if num_classes == 1:  # torchmetrics takes two classes or more
+        scores, size = F.pad(scores, (0, 1)), 2
+    confusion = multiclass_confusion_matrix(scores, labels, size)[:num_classes, :num_classes]
     counts = confusion.sum(1)
     per_class = confusion.diagonal().double() / counts  # 0 / 0 is NaN: no image of that class
     return Evaluation(
@@ -79,7 +84,9 @@ def summarise(logits: Tensor, labels: Tensor, seconds: float) -> Evaluation:
         mean_per_class=float(per_class[counts > 0].mean()),
         confusion=confusion,
         loss=float(F.nll_loss(log_probabilities, labels)),
-        ece=expected_calibration_error(probabilities, labels),
+        ece=float(multiclass_calibration_error(scores, labels, size, n_bins=15, norm="l1")),
+        macro_f1=float(multiclass_f1_score(scores, labels, size, average="macro")),
+        top5_accuracy=float(multiclass_accuracy(scores, labels, size, average="micro", top_k=min(5, size))),
         probabilities=probabilities,
         labels=labels,
         seconds=seconds,

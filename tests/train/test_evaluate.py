@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastprompt as fp
-from fastprompt.train.evaluate import backbone_precision, evaluate, expected_calibration_error, summarise
+from fastprompt.train.evaluate import backbone_precision, evaluate, summarise
 
 V2APT = fp.V2APTConfig(num_prompts=4, num_instance=2, latent=8, hidden=16)
 
@@ -34,8 +34,20 @@ def test_numbers_from_known_logits() -> None:
 def test_calibration_error_is_zero_when_confidence_is_accuracy() -> None:
     probabilities = torch.tensor([[0.75, 0.25]]).repeat(8, 1)
     labels = torch.tensor([0, 0, 0, 1, 0, 0, 0, 1])
-    assert expected_calibration_error(probabilities, labels) == pytest.approx(0, abs=1e-12)
-    assert expected_calibration_error(probabilities, torch.ones(8, dtype=torch.long)) == pytest.approx(0.75)
+    assert summarise(probabilities.log(), labels, 1.0).ece == pytest.approx(0, abs=1e-7)
+    assert summarise(probabilities.log(), torch.ones(8, dtype=torch.long), 1.0).ece == pytest.approx(0.75)
+
+
+def test_f1_and_top_5() -> None:
+    ranks = torch.arange(8.0).repeat(4, 1)  # class 7 is the most probable, 3 the fifth
+    evaluation = summarise(ranks, torch.tensor([7, 3, 2, 7]), 1.0)
+    assert evaluation.top5_accuracy == 0.75
+    assert evaluation.macro_f1 == pytest.approx((2 * 2 / (2 * 2 + 2) + 0 + 0) / 3)
+    assert evaluation.mean_per_class == pytest.approx(1 / 3)
+    alone = summarise(torch.zeros(3, 1), torch.zeros(3, dtype=torch.long), 1.0)
+    assert (alone.accuracy, alone.top5_accuracy, alone.macro_f1, alone.ece) == (1, 1, 1, 0)
+    assert alone.confusion.tolist() == [[3]]
+    assert alone.probabilities.shape == (3, 1)
 
 
 @pytest.mark.parametrize("form", ["pair", "dataset", "loader"])
