@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
+from tabulate import tabulate
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns in plain text: the first flush left, the others flush right."""
-    cells = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = []
-    for number, row in enumerate(cells):
-        columns = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-        ]
-        lines.append("  ".join(columns).rstrip())
-        if number == 0:
-            lines.append("  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    """Columns in plain text: the first flush left, the others flush right, cells as they are written."""
+    alignment = ["left", *["right"] * (len(header) - 1)]
+    return tabulate(rows, header, tablefmt="simple", colalign=alignment, headersalign=alignment, disable_numparse=True)
 
 
 def results_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """One line a run: method, trained parameters, validation and test accuracy, images per second, peak
-    memory.
-    """
+    """One line for each run: method, trained parameters, accuracies, images per second and peak memory."""
     rows = [
         [
             r["title"],
