@@ -48,6 +48,8 @@ class Serve:
     """How long a request waits for others to join its batch."""
     max_body_mb: float = 8.0
     """Size of a request."""
+    max_held_mb: float | None = None
+    """Bodies and pictures of all requests at once; 256, or twice --max-body-mb where that is more, if not given."""
     max_images: int = 32
     """Pictures of a request."""
     max_pixels: int | None = None
@@ -82,9 +84,10 @@ def serve(command: Serve) -> None:
         if name in adapters:
             raise ValueError(f"--adapter: {name!r} is given twice")
         adapters[name] = Path(directory)
-    for flag in ("batch_wait_ms", "max_body_mb", "body_timeout", "timeout"):
-        if not math.isfinite(getattr(command, flag)):
-            raise ValueError(f"--{flag.replace('_', '-')}: takes a finite number, got {getattr(command, flag)}")
+    for flag in ("batch_wait_ms", "max_body_mb", "max_held_mb", "body_timeout", "timeout"):
+        value = getattr(command, flag)
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"--{flag.replace('_', '-')}: takes a finite number, got {value}")
     settings = HostSettings(
         command.backbone,
         command.image_size,
@@ -102,6 +105,7 @@ def serve(command: Serve) -> None:
         command.body_timeout,
         command.timeout,
         command.max_waiting,
+        None if command.max_held_mb is None else int(command.max_held_mb * 2**20),
     )
     host.run(
         settings,

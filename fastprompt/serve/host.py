@@ -7,7 +7,6 @@ engine, whosever it is, and hands back numbers.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 import multiprocessing
@@ -16,13 +15,11 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from functools import partial
-from http import HTTPStatus
+from collections.abc import Sequence
+from math import ceil
 from queue import Empty
 from typing import Any
 
-import h11
 import litserve
 import numpy as np
 import uvicorn
@@ -31,21 +28,18 @@ from litserve.specs.base import LitSpec
 from litserve.utils import LitAPIStatus, ResponseBufferItem, wrap_litserve_start
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from fastprompt.serve.connections import ImpatientProtocol, PatientServer
 from fastprompt.serve.protocol import BASE, Catalogue, Limits, Refused, Work
-from fastprompt.serve.routes import Routes, refusal, refuse
+from fastprompt.serve.routes import Routes, refuse
 from fastprompt.serve.tenants import HostSettings, answers, load
 
 logger = logging.getLogger(__name__)
 
 ADDRESSES = ("/v1/models", "/v1/models/{model:path}", "/v1/embeddings", "/v1/classify", "/health")
 """What is left of LitServe's; others tell about the machine."""
-GRACE = 30
-"""Seconds that running requests have at the end."""
-CONNECTIONS = 512
-"""That are open at once; half of the files that a process may have by default."""
-CLOSE = (b"connection", b"close")
+GRACE = 5.0
+"""Seconds that the host takes to end beside those that its clients may take."""
 
 
 class Batches(BatchedLoop):
@@ -140,100 +134,6 @@ class Endpoints(LitSpec):
         return answer
 
 
-class ImpatientProtocol(H11Protocol):
-    """uvicorn's HTTP for clients that hold on to what they are given.
-
-    A connection is closed where headers do not come in time, answers are not read in time, or a body comes that nobody
-    reads (a slow body is `Routes`'); and at once where too many are open.
-    """
-
-    limits = Limits()
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.app: Any = partial(self._answered, self.app)
-        self._timers: dict[str, asyncio.TimerHandle] = {}
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # `pause_writing` with the first byte that is not taken
-        self._start("headers", transport.close)
-        if len(self.connections) > CONNECTIONS:
-            self._refuse(Refused(503, "busy", "too many connections are open; try again later"))
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
-            self._stop("headers")
-        else:
-            self._start("headers", self.transport.close)
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._start("answer", self.transport.abort)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._stop("answer")
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        for name in list(self._timers):
-            self._stop(name)
-
-    def _start(self, name: str, act: Callable[[], None]) -> None:
-        if name not in self._timers:
-            self._timers[name] = self.loop.call_later(self.limits.body_seconds, act)
-
-    def _stop(self, name: str) -> None:
-        if name in self._timers:
-            self._timers.pop(name).cancel()
-
-    def send_400_response(self, msg: str) -> None:
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            self._refuse(Refused(400, "invalid_http", msg))
-        else:
-            self.transport.close()  # behind an answer, or within one
-
-    def _refuse(self, error: Refused) -> None:
-        """Answer without a request, and close."""
-        answer = refusal(error)
-        headers = [*answer.raw_headers, CLOSE]
-        for event in (
-            h11.Response(status_code=error.status, headers=headers, reason=HTTPStatus(error.status).phrase),
-            h11.Data(data=bytes(answer.body)),
-            h11.EndOfMessage(),
-        ):
-            self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
-
-    async def _answered(self, app: Any, scope: Any, receive: Any, send: Any) -> None:
-        """The app. What it leaves of a body is taken before it answers: who is cut off while sending never reads why.
-
-        Where that is too much or takes too long, the connection is closed behind the answer.
-        """
-
-        async def drain() -> None:
-            left = self.limits.body_bytes
-            while left >= 0 and self.conn.their_state is h11.SEND_BODY:
-                message = await receive()
-                left -= len(message.get("body", b""))
-                if not message.get("more_body"):
-                    return
-
-        async def answer(message: Any) -> None:
-            if message["type"] == "http.response.start" and self.conn.their_state is h11.SEND_BODY:
-                headers = list(message.get("headers", []))
-                if not self.conn.they_are_waiting_for_100_continue and CLOSE not in headers:
-                    with contextlib.suppress(asyncio.TimeoutError):
-                        await asyncio.wait_for(drain(), self.limits.body_seconds)
-                if self.conn.their_state is h11.SEND_BODY and CLOSE not in headers:
-                    message = {**message, "headers": [*headers, CLOSE]}
-            await send(message)
-
-        await app(scope, receive, answer)
-
-
 def run(
     settings: HostSettings,
     limits: Limits | None = None,
@@ -294,7 +194,7 @@ def run(
                 item.event.set()
 
     protocol = type("Protocol", (ImpatientProtocol,), {"limits": limits})
-    web = uvicorn.Server(
+    web = PatientServer(
         uvicorn.Config(
             server.app,
             http=protocol,
@@ -302,7 +202,7 @@ def run(
             log_level="warning",
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=GRACE,
+            timeout_graceful_shutdown=ceil(3 * limits.body_seconds + limits.answer_seconds + GRACE),
             callback_notify=watch,
             timeout_notify=1,
         )

@@ -43,7 +43,10 @@ class Refused(Exception):
 
     Attributes:
         status: of HTTP. code: one word for programs. message: for people; nothing of the host's inner workings.
+        closes: the client may still be sending its request, so the connection ends with the answer.
     """
+
+    closes = False
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(status, code, message)
@@ -65,6 +68,8 @@ class Limits:
         body_seconds: until a request's headers, and then its body, have come.
         answer_seconds: until a request that waits for the engine is answered 504.
         waiting: requests that wait for the engine; others are answered 503 meanwhile.
+        held_bytes: of the bodies and pictures of all requests at once; a request may hold as many as are then still
+            free, others are answered 503 meanwhile. None: 256 MiB, or twice `body_bytes` where that is more.
     """
 
     body_bytes: int = 8 * 2**20
@@ -73,13 +78,22 @@ class Limits:
     body_seconds: float = 10.0
     answer_seconds: float = 30.0
     waiting: int = 128
+    held_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("body_bytes", "images", "body_seconds", "answer_seconds", "waiting"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"Limits.{name} must be positive and finite, got {getattr(self, name)}")
+        if self.held_bytes is not None and self.held_bytes < 2 * self.body_bytes:
+            raise ValueError(
+                f"Limits.held_bytes must be at least twice body_bytes, {2 * self.body_bytes}, got {self.held_bytes}"
+            )
         if self.pixels is not None and self.pixels <= 0:
             raise ValueError(f"Limits.pixels must be positive or None, got {self.pixels}")
+
+    def held(self) -> int:
+        """`held_bytes` as a number."""
+        return max(256 * 2**20, 2 * self.body_bytes) if self.held_bytes is None else self.held_bytes
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,14 @@ from python_multipart.multipart import parse_options_header
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Message
 
 from fastprompt.serve import protocol
+from fastprompt.serve.budget import Budget, Share
 from fastprompt.serve.protocol import Ask, Catalogue, Limits, Refused, Work
 
 logger = logging.getLogger(__name__)
 
 KEYS_VARIABLE = "FASTPROMPT_API_KEYS"
-DISCARDED = 8
-"""Times the limit that a body may have for its sender to be told so, not just cut off."""
 DECODERS = 2
 """Threads that read requests and decode pictures."""
 Compute = Callable[[Work], Awaitable[list[np.ndarray]]]
@@ -71,6 +70,7 @@ class Routes:
                 f"Limits.pixels must be at least {own}, as many as the backbone's images have, got {limits.pixels}"
             )
         self._decoders, self._waiting = ThreadPoolExecutor(DECODERS, "decode"), 0
+        self._budget = Budget(limits.held())
         self._keys = [form for key in keys for form in _forms(key)]
 
     async def models(self, request: Request) -> Response:
@@ -97,8 +97,9 @@ class Routes:
             "/v1/classify": ("POST", self.classify),
             "/health": ("GET", _healthy),
         }
-        method, endpoint = endpoints.get(request.url.path, ("", _healthy))
-        if request.url.path.startswith("/v1/models/"):
+        path = _path(request)
+        method, endpoint = endpoints.get(path, ("", _healthy))
+        if path.startswith("/v1/models/"):
             method, endpoint = "GET", self.model
         if not method:
             return await refuse(request, HTTPException(404))
@@ -113,7 +114,7 @@ class Routes:
 
     async def _model(self, request: Request) -> dict[str, Any]:
         self._admit(request)
-        asked = request.scope["path"].rpartition("/v1/models/")[2]
+        asked = _path(request).removeprefix("/v1/models/")
         for entry in self.catalogue.models()["data"]:
             if entry["id"] == asked:
                 return entry
@@ -127,29 +128,52 @@ class Routes:
     ) -> dict[str, Any]:
         self._admit(request)
         is_form = _is_form(request)
-        body = await self._bounded(request).body()
+        with Share(self._budget) as share:
+            try:
+                self._check_waiting()
+                body = await self._body(request, share)
+            except Refused as error:
+                error.closes = True
+                raise
+            self._check_waiting()
+            self._waiting += 1
+            try:
+                return await asyncio.wait_for(
+                    self._computed(request, body, share, is_form, to_work, to_answer), self.limits.answer_seconds
+                )
+            except asyncio.TimeoutError as error:
+                raise Refused(504, "timeout", "the engine did not come to this request in time; try again") from error
+            finally:
+                self._waiting -= 1
+
+    async def _computed(
+        self,
+        request: Request,
+        body: bytearray,
+        share: Share,
+        is_form: bool,
+        to_work: Callable[[Ask, Catalogue, Limits], Work],
+        to_answer: Callable[[Ask, Catalogue, Sequence[np.ndarray]], dict[str, Any]],
+    ) -> dict[str, Any]:
+        """The answer to a whole body, which is given up, with the files in it, as soon as its pictures are decoded."""
 
         def read() -> tuple[Ask, Work]:
+            whole = bytes(body)
+            body.clear()
             ask = (
-                protocol.read_form(protocol.form_fields(body, request.headers["content-type"]), self.limits)
+                protocol.read_form(protocol.form_fields(whole, request.headers["content-type"]), self.limits)
                 if is_form
-                else protocol.read_json(body, self.limits)
+                else protocol.read_json(whole, self.limits)
             )
-            return ask, to_work(ask, self.catalogue, self.limits)
+            return replace(ask, files=[]), to_work(ask, self.catalogue, self.limits)
 
-        async def answer() -> dict[str, Any]:
-            ask, work = await asyncio.get_running_loop().run_in_executor(self._decoders, read)
-            return to_answer(ask, self.catalogue, await self.compute(work))
+        ask, work = await asyncio.get_running_loop().run_in_executor(self._decoders, read)
+        share.resize(sum(picture.nbytes for picture in work.pictures))
+        return to_answer(ask, self.catalogue, await self.compute(work))
 
+    def _check_waiting(self) -> None:
         if self._waiting >= self.limits.waiting:
             raise Refused(503, "busy", "too many requests wait; try again later")
-        self._waiting += 1
-        try:
-            return await asyncio.wait_for(answer(), self.limits.answer_seconds)
-        except asyncio.TimeoutError as error:
-            raise Refused(504, "timeout", "the engine did not come to this request in time; try again") from error
-        finally:
-            self._waiting -= 1
 
     async def _answered(self, answering: Awaitable[dict[str, Any]]) -> Response:
         """The answer, or the error, as JSON. An error that nobody foresaw is logged, and its text kept back."""
@@ -176,37 +200,29 @@ class Routes:
                 401, "invalid_api_key", "this host needs an API key: 'Authorization: Bearer KEY', or 'X-API-Key: KEY'"
             )
 
-    def _bounded(self, request: Request) -> Request:
-        """The same request, refused when its body is too large or takes too long.
-
-        What comes above the limit is thrown away, but taken for a while: who is cut off while sending never reads why.
-        """
-        clock = asyncio.get_running_loop().time
-        most, deadline, got = self.limits.body_bytes, clock() + self.limits.body_seconds, 0
+    async def _body(self, request: Request, share: Share) -> bytearray:
+        """The request's body. Raises Refused as soon as it is known to be too large, or when it is too slow."""
+        most, body = self.limits.body_bytes, bytearray()
         too_large = Refused(413, "body_too_large", f"a request has at most {most} bytes")
-        if int(request.headers.get("content-length") or 0) > most and "expect" in request.headers:
+        declared = int(request.headers.get("content-length") or 0)
+        if declared > most:
             raise too_large
+        share.check(declared)
 
-        async def take() -> Message:
-            nonlocal got
-            try:
-                message = await asyncio.wait_for(request.receive(), deadline - clock())
-            except asyncio.TimeoutError as error:
-                raise Refused(
-                    408, "too_slow", f"the request's body did not come within {self.limits.body_seconds:g} seconds"
-                ) from error
-            got += len(message.get("body", b""))
-            return message
+        async def read() -> None:
+            async for chunk in request.stream():
+                if len(body) + len(chunk) > most:
+                    raise too_large
+                share.resize(len(body) + len(chunk))
+                body.extend(chunk)
 
-        async def receive() -> Message:
-            message = await take()
-            if got > most:
-                while message.get("more_body") and got <= DISCARDED * most:
-                    message = await take()
-                raise too_large
-            return message
-
-        return Request(request.scope, receive)
+        try:
+            await asyncio.wait_for(read(), self.limits.body_seconds)
+        except asyncio.TimeoutError as error:
+            raise Refused(
+                408, "too_slow", f"the request's body did not come within {self.limits.body_seconds:g} seconds"
+            ) from error
+        return body
 
 
 def _forms(key: str) -> set[bytes]:
@@ -215,6 +231,12 @@ def _forms(key: str) -> set[bytes]:
     with contextlib.suppress(UnicodeEncodeError):
         forms.add(key.encode("latin-1"))
     return forms
+
+
+def _path(request: Request) -> str:
+    """The path below the address that the host is mounted at, decoded."""
+    path, root = request.scope["path"], request.scope.get("root_path", "").rstrip("/")
+    return path.removeprefix(root) if path.startswith(root + "/") else path
 
 
 def _is_form(request: Request) -> bool:
@@ -245,13 +267,8 @@ async def _healthy(request: Request) -> Response:
 
 def refusal(error: Refused) -> Response:
     """An error as JSON. The connection of a client who may still be sending is closed."""
-    headers = {
-        408: {"Connection": "close"},
-        413: {"Connection": "close"},
-        503: {"Retry-After": "1"},
-        401: {"WWW-Authenticate": "Bearer"},
-    }
-    return JSONResponse(error.body(), error.status, headers.get(error.status))
+    headers = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(error.status, {})
+    return JSONResponse(error.body(), error.status, {**headers, "Connection": "close"} if error.closes else headers)
 
 
 async def refuse(request: Request, error: Exception) -> Response:

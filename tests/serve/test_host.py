@@ -373,11 +373,12 @@ def test_wrong_commands_end_before_a_server_starts(
         (["--adapter", f"x={tmp_path}"], "adapter_config.json"),
         (["--max-images", "0"], "Limits.images must be positive"),
         (["--max-pixels", "1023"], "Limits.pixels must be at least 1024"),
+        (["--max-held-mb", "15"], "Limits.held_bytes must be at least twice body_bytes, 16777216, got 15728640"),
         (["--batch-wait-ms", "-1"], "batch_wait must be seconds"),
         *(
             ([flag, value], f"{flag}: takes a finite number, got {value}")
             for value in ("nan", "inf")
-            for flag in ("--max-body-mb", "--body-timeout", "--timeout", "--batch-wait-ms")
+            for flag in ("--max-body-mb", "--max-held-mb", "--body-timeout", "--timeout", "--batch-wait-ms")
         ),
         (["--api-keys-file", str(tmp_path / "none")], "No such file"),
     ]:

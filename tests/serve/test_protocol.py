@@ -326,6 +326,14 @@ def test_limits_are_checked_and_errors_travel() -> None:
         for value in (float("nan"), float("inf")):
             with pytest.raises(ValueError, match=f"Limits.{name} must be positive and finite, got {value}"):
                 Limits(**{name: value})
+    for held in (0, 2**24 - 1):
+        with pytest.raises(
+            ValueError, match=f"Limits.held_bytes must be at least twice body_bytes, 16777216, got {held}"
+        ):
+            Limits(held_bytes=held)
+    assert Limits().held() == 2**28
+    assert Limits(body_bytes=2**28).held() == 2**29
+    assert Limits(held_bytes=2**24).held() == 2**24
     error = pickle.loads(pickle.dumps(Refused(413, "body_too_large", "too much")))
     assert error.body() == {"error": {"message": "too much", "type": "invalid_request_error", "code": "body_too_large"}}
     assert Refused(401, "x", "y").body()["error"]["type"] == "authentication_error"

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,19 @@ def ask(
     limits: Limits | None = None,
     keys: tuple[str, ...] = (),
     compute: Callable[[Work], Awaitable[list[np.ndarray]]] = compute,
+    catalogue: Catalogue = CATALOGUE,
+    root: str = "",
 ) -> list[httpx.Response]:
     """The answers to requests (method, address, options of httpx) that are sent at once."""
 
     async def everything() -> list[httpx.Response]:
-        routes = Routes(CATALOGUE, limits or Limits(), keys, compute)
+        routes = Routes(catalogue, limits or Limits(), keys, compute)
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
             await (await routes(Request(scope, receive)))(scope, receive, send)
 
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://host", timeout=60) as client:
+        transport = httpx.ASGITransport(app, root_path=root)
+        async with httpx.AsyncClient(transport=transport, base_url="http://host", timeout=60) as client:
             return await asyncio.gather(*(client.request(method, path, **given) for method, path, given in requests))
 
     return asyncio.run(everything())
@@ -219,6 +223,33 @@ def test_models_are_told_together_and_alone() -> None:
         assert (entry["id"], entry["created"], entry["owned_by"]) == (id_, 0, "fastprompt")
     assert [answer.status_code for answer in unknown] == [404, 404]
     assert ask(("GET", "/v1/models/vit", {}), keys=("key",))[0].status_code == 401
+
+
+@pytest.mark.parametrize("root", ["", "/api", "/v1/models"])
+def test_a_model_has_one_address(root: str) -> None:
+    named = replace(CATALOGUE, adapters={"birds": ["owl"], "team/birds": ["owl"], "a b%": ["owl"]})
+
+    def status(path: str) -> tuple[int, str]:
+        [answer] = ask(("GET", root + path, {}), catalogue=named, root=root)
+        return answer.status_code, answer.json().get("id", "")
+
+    for name in ("vit", "birds", "team/birds"):
+        assert status(f"/v1/models/{name}") == (200, name)
+    assert status("/v1/models/a%20b%25") == (200, "a b%")
+    for path in (
+        "/v1/models/v1/models/birds",
+        "/v1/models/x/v1/models/birds",
+        "/v1/models//birds",
+        "/v1/models/birds/",
+        "/v1/models/team",
+        "/v1/models/team//birds",
+        "/v1/models/Birds",
+        "//v1/models/birds",
+        "/x/v1/models/birds",
+        "/v1/v1/models/birds",
+        "/v1/modelsbirds",
+    ):
+        assert status(path) == (404, ""), path
 
 
 def test_other_methods_are_refused_with_those_that_are_not() -> None:
