@@ -12,8 +12,10 @@ there, and refuses an unknown key anywhere else by name.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -29,6 +31,7 @@ from fastprompt.files import atomic_write_many, parse_json
 from fastprompt.generators import PromptConfig, build_generator
 from fastprompt.heads import Head, PrototypeHead, TextHead, build_head
 from fastprompt.vit import FrozenViT
+from fastprompt.vit.source import BackboneSource
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 LARGEST_CONFIG = 16 << 20
@@ -36,6 +39,48 @@ LARGEST_CONFIG = 16 << 20
 _FORMAT = 1
 _KEYS = {"format", "fastprompt_version", "method", "num_classes", "head", "readout", "class_names", "backbone"}
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)
+
+
+RESIZES = ("crop", "squash")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How image files became the pixels that a model was trained on; size, mean and std are those of its backbone.
+
+    Attributes:
+        resize: "crop" (short side, centre crop) or "squash", bicubic with antialiasing.
+        intensity_range: the values of grey images of more than 8 bits that became black and white; None: the full
+            range of the image's format.
+
+    Raises:
+        TypeError, ValueError: a value is none of these; it is named.
+    """
+
+    resize: str = "crop"
+    intensity_range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.resize not in RESIZES:
+            raise ValueError(f"resize must be one of {RESIZES}, got {self.resize!r}")
+        if self.intensity_range is None:
+            return
+        both = tuple(self.intensity_range) if isinstance(self.intensity_range, (tuple, list)) else ()
+        if len(both) != 2 or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in both):
+            raise TypeError(f"intensity_range must be (low, high) or None, got {self.intensity_range!r}")
+        if not -math.inf < both[0] < both[1] < math.inf:
+            raise ValueError(f"intensity_range must be two finite numbers, the lower first, got {both}")
+        object.__setattr__(self, "intensity_range", (float(both[0]), float(both[1])))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """The inverse of `dataclasses.asdict`; an unknown key, which would change pixels, is a ValueError."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"preprocessing must be a mapping, got {values!r}")
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"preprocessing has no option {unknown[0]!r}; a later version may know it")
+        return cls(**values)
 
 
 def write_adapter(directory: str | os.PathLike[str], config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
@@ -173,6 +218,27 @@ def _digest(text: str, state: Mapping[str, Tensor]) -> str:
 def _data_digest(content: bytes) -> str:
     """sha256 of the tensors' bytes in a safetensors file, which follow a header of the length its first 8 bytes say."""
     return hashlib.sha256(memoryview(content)[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+
+
+def source_of(config: Mapping[str, Any]) -> BackboneSource | None:
+    """How the backbone of an adapter's configuration was loaded; None: it is not recorded.
+
+    Raises:
+        ValueError: it was loaded in a way that this version does not know.
+    """
+    recorded = config["backbone"].get("optional", {}).get("source")
+    if recorded is None:
+        return None
+    try:
+        return BackboneSource(**recorded)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"backbone.optional.source names no backbone that this version loads: {error}") from error
+
+
+def preprocessing_of(config: Mapping[str, Any]) -> Preprocessing | None:
+    """The preprocessing of an adapter's configuration; None: it is not recorded."""
+    recorded = config["backbone"].get("optional", {}).get("preprocessing")
+    return None if recorded is None else Preprocessing.from_dict(recorded)
 
 
 def check_backbone(who: str, stored: Mapping[str, Any], backbone: FrozenViT) -> None:

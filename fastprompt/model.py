@@ -14,7 +14,16 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fastprompt.adapters import check_backbone, check_sizes, head_from, read_adapter, write_adapter
+from fastprompt.adapters import (
+    Preprocessing,
+    check_backbone,
+    check_sizes,
+    head_from,
+    preprocessing_of,
+    read_adapter,
+    source_of,
+    write_adapter,
+)
 from fastprompt.generators import (
     FullFineTuneConfig,
     PGNConfig,
@@ -43,7 +52,7 @@ class PromptedViT(nn.Module):
         head: "linear", "text", "label_map", "prototypes", or a head of `fastprompt.heads`.
         readout: what the head sees: "cls", "patches", "patches+prompts", "prompts" or "map"; None: as the
             backbone's own head does, and on a Swin transformer with prompts the mean of patches and prompts (VPT).
-        class_names: C names, kept in the adapter, as a list.
+        class_names: C names, kept in the adapter, as a list; None: those of the data set, when `fit` sees one.
         class_embeddings, logit_scale: for head "text". prototypes: for head "prototypes".
 
     Raises:
@@ -110,6 +119,7 @@ class PromptedViT(nn.Module):
             if len(class_names) != self.num_classes:
                 raise ValueError(f"class_names has {len(class_names)} names, num_classes is {self.num_classes}")
         self.class_names = class_names
+        self.preprocessing: Preprocessing | None = None
         self._autocast: torch.dtype | None = None
         self._recompute = False
         self._static: tuple[Any, Any, dict[int, Prefix] | None] | None = None
@@ -360,15 +370,50 @@ class PromptedViT(nn.Module):
             for name, tensor in cast.items():
                 own[name].copy_(tensor)
 
+    def describe_data(self, data: Any) -> None:
+        """Take from a data set what the adapter needs to be used without it: class names and preprocessing.
+
+        Args:
+            data: a data set, or a DataLoader or Subset of one. Names are its `class_names` or `classes` (as
+                torchvision's have), taken where the model has none; preprocessing is its `preprocessing`.
+
+        Raises:
+            ValueError: model and data have the same names in different orders, so that labels would mean others.
+        """
+        found: dict[str, Any] = {}
+        for _ in range(8):
+            for key, value in (
+                ("names", getattr(data, "class_names", None) or getattr(data, "classes", None)),
+                ("preprocessing", getattr(data, "preprocessing", None)),
+            ):
+                if value is not None:
+                    found.setdefault(key, value)
+            data = getattr(data, "dataset", None)  # of a loader or subset
+        if isinstance(found.get("preprocessing"), Preprocessing):
+            self.preprocessing = found["preprocessing"]
+        names = found.get("names", ())
+        if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+            return
+        if self.class_names is None and len(names) == self.num_classes:
+            self.class_names = list(names)
+        if self.class_names is not None and list(names) != self.class_names and set(names) == set(self.class_names):
+            raise ValueError(
+                f"class_names must be in the order of the data's labels, {list(names)[:5]}, got {self.class_names[:5]}"
+            )
+
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors` into `directory`, both or neither.
 
-        The configuration records the backbone's fingerprint, so that another backbone is refused.
+        The adapter stands alone: it records the call that loaded the backbone (`FrozenViT.source`), class names and
+        preprocessing, and the backbone's fingerprint, so that another backbone is refused.
 
         Raises:
             OSError: the disk is full or the place is not writable; nothing has changed then.
         """
-        backbone = self.backbone
+        backbone, optional = self.backbone, dict[str, Any]()
+        for key, value in (("source", backbone.source), ("preprocessing", self.preprocessing)):
+            if value is not None:
+                optional[key] = dataclasses.asdict(value)
         config = {
             "method": self.config.to_dict(),
             "num_classes": self.num_classes,
@@ -384,22 +429,40 @@ class PromptedViT(nn.Module):
                 "depth": backbone.depth,
                 "mean": list(backbone.mean),
                 "std": list(backbone.std),
+                "optional": optional,
             },
         }
         write_adapter(directory, config, self.adapter_state_dict())
 
     @classmethod
-    def from_pretrained(cls, backbone: FrozenViT, directory: str | os.PathLike[str]) -> PromptedViT:
-        """The model that `save_pretrained` wrote into `directory`, on `backbone`, in eval mode.
+    def from_pretrained(
+        cls, backbone: FrozenViT | str | os.PathLike[str], directory: str | os.PathLike[str] | None = None
+    ) -> PromptedViT:
+        """The model that `save_pretrained` wrote into a directory, in eval mode.
+
+        `from_pretrained(directory)` loads the backbone as the adapter records it; `from_pretrained(backbone,
+        directory)` takes one that is loaded, which adapters may share.
 
         Raises:
-            TypeError: `backbone` is no FrozenViT.
+            TypeError: `backbone` is neither a FrozenViT nor, alone, a directory.
             FileNotFoundError: no adapter there.
-            ValueError: a file is corrupted, or the adapter was trained on another backbone.
+            ValueError: a file is corrupted, the adapter was trained on another backbone, or it does not record how its
+                backbone was loaded.
+            FetchError: the weights of the recorded backbone cannot be had.
         """
-        if not isinstance(backbone, FrozenViT):
-            raise TypeError(f"backbone must be a FrozenViT, got {type(backbone).__name__}")
-        config, state = read_adapter(directory)
+        if directory is None and isinstance(backbone, (str, os.PathLike)):
+            directory = backbone
+            config, state = read_adapter(directory)
+            backbone = _load_recorded(config, directory)
+        elif not isinstance(backbone, FrozenViT):
+            raise TypeError(
+                f"backbone must be a FrozenViT, or a directory alone, got {type(backbone).__name__}; "
+                "from_pretrained(backbone, directory) or from_pretrained(directory)"
+            )
+        elif directory is None:
+            raise TypeError("directory must be that of an adapter, got None")
+        else:
+            config, state = read_adapter(directory)
         check_backbone(f"the adapter in {directory}", config["backbone"], backbone)
         try:
             info, num_classes = config["head"], config["num_classes"]
@@ -410,12 +473,28 @@ class PromptedViT(nn.Module):
             head: str | Head = "linear" if info is None else head_from(info, backbone, num_classes, state)
             model = cls(backbone, method, num_classes, head, config["readout"], class_names=config["class_names"])
             model.load_adapter_state_dict(state)
+            model.preprocessing = preprocessing_of(config)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the adapter in {directory} cannot be read: {error}") from error
         return model.eval()
 
     def extra_repr(self) -> str:
         return f"{self.config}, num_classes={self.num_classes}, readout={self.readout!r}"
+
+
+def _load_recorded(config: Mapping[str, Any], directory: str | os.PathLike[str]) -> FrozenViT:
+    """The backbone that an adapter's configuration names."""
+    try:
+        source = source_of(config)
+    except ValueError as error:
+        raise ValueError(f"the adapter in {directory} cannot load its backbone: {error}") from error
+    if source is None:
+        raise ValueError(
+            f"the adapter in {directory} does not record how its backbone, {config['backbone']['name']}, was loaded: "
+            "it was not loaded by name with published weights, or the adapter is of an earlier version; load the "
+            "backbone and give it: PromptedViT.from_pretrained(backbone, directory)"
+        )
+    return source.load()
 
 
 def check_readout(backbone: FrozenViT, generator: PromptGenerator | None, readout: str | None) -> str:

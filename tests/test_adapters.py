@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import fastprompt as fp
-from fastprompt.adapters import CONFIG_FILE, WEIGHTS_FILE, check_sizes, read_adapter, write_adapter
+from fastprompt.adapters import CONFIG_FILE, WEIGHTS_FILE, Preprocessing, check_sizes, read_adapter, write_adapter
 
 SAVED = Path(__file__).parent / "golden" / "saved"
 """Adapters that commit 5c9eef2 saved on the timm module whose state is in `backbone.safetensors`: three classes, every
@@ -418,3 +418,21 @@ def test_the_tensors_of_every_method_are_of_a_dtype_that_is_read(
         model.save_pretrained(tmp_path / str(number))
         again = fp.PromptedViT.from_pretrained(saved_backbone, tmp_path / str(number)).adapter_state_dict()
         assert all(torch.equal(again[name], tensor) for name, tensor in model.adapter_state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"resize": "stretch"}, "resize must be one of"),
+        ({"intensity_range": [1, 0]}, "intensity_range must be two finite numbers"),
+        ({"intensity_range": [0, float("nan")]}, "intensity_range must be two finite numbers"),
+        ({"intensity_range": [0]}, r"intensity_range must be \(low, high\)"),
+        ({"intensity_range": 4095}, r"intensity_range must be \(low, high\)"),
+        ({"grey": True}, "no option 'grey'"),
+        ([1], "must be a mapping"),
+    ],
+    ids=str,
+)
+def test_preprocessing_that_is_none(values: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        Preprocessing.from_dict(values)

@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 import fastprompt as fp
 import fastprompt.train.fit as fit_module
+from fastprompt.adapters import Preprocessing
 from fastprompt.cli import main
 from fastprompt.cost import Sizes, cost
+from fastprompt.data import read_images
 from fastprompt.generators import VPTConfig
 from fastprompt.runs.execute import backbone_at
 
@@ -164,18 +166,47 @@ def test_eval_finds_a_folder_that_was_given_relative_to_another_place(
     assert main(["eval", "run"]) == 0
 
 
-def test_eval_of_a_bare_adapter_needs_backbone_and_data(
+def test_a_bare_adapter_stands_alone(
     run_dir: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bare = tmp_path / "adapter"
+    bare, photo = tmp_path / "adapter", str(place / "images" / "red" / "3.png")
     shutil.copytree(run_dir / "best", bare)
+    assert main(["predict", str(run_dir), photo]) == 0
+    of_run = capsys.readouterr().out
+    assert main(["predict", str(bare), photo]) == 0
+    assert capsys.readouterr().out == of_run
     assert main(["eval", str(bare)]) == 2
     assert "--data" in error_line(capsys)
-    assert main(["eval", str(bare), "--data", str(place / "images")]) == 2
-    assert "--backbone" in error_line(capsys)
-    data = ["--data", str(place / "images"), "--num-val", "6"]
-    assert main(["eval", str(bare), "--backbone", f"local-dir:{place / 'vit'}", *data]) == 0
+    assert main(["eval", str(bare), "--data", str(place / "images"), "--num-val", "6"]) == 0
     assert "val: 6 images" in capsys.readouterr().out
+
+
+def test_an_adapter_of_an_earlier_version_needs_a_backbone(
+    place: Path, capsys: pytest.CaptureFixture[str], repository: Path
+) -> None:
+    bare, photo = repository / "tests" / "golden" / "saved" / "vpt-deep", str(place / "images" / "red" / "3.png")
+    assert main(["predict", str(bare), photo]) == 2
+    assert "--backbone: is needed" in error_line(capsys)
+    assert main(["predict", str(bare), photo, "--backbone", f"local-dir:{place / 'vit'}"]) == 2
+    assert "another backbone" in error_line(capsys)
+
+
+def test_predict_resizes_as_in_training(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], repository: Path
+) -> None:
+    backbone = fp.load_backbone(f"local-dir:{place / 'vit'}")
+    model = fp.PromptedViT(backbone, fp.VPTConfig(num_prompts=2), 3).eval()
+    model.head.weight.data.normal_()
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    for resize in ("crop", "squash"):
+        model.preprocessing = Preprocessing(resize)
+        model.save_pretrained(tmp_path / resize)
+        images, _ = read_images(tmp_path / "wide.png", 32, resize=resize)
+        expected = model(images).softmax(-1)[0]
+        assert main(["predict", str(tmp_path / resize), str(tmp_path / "wide.png")]) == 0
+        row = capsys.readouterr().out.splitlines()[1].split(",")
+        assert [float(p) for p in row[3:]] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_predict_csv_and_json(run_dir: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 import fastprompt as fp
 from fastprompt import files
-from fastprompt.adapters import read_adapter, write_adapter
+from fastprompt.adapters import Preprocessing, read_adapter, write_adapter
+from fastprompt.vit import assets
+from fastprompt.vit.source import BackboneSource
 
 METHODS: dict[str, Any] = {
     "pgn": fp.PGNConfig(num_prompts=3, library_size=5, widths=(4, 8)),
@@ -258,6 +260,87 @@ def test_other_mean_and_std_warn(tiny_vit: VisionTransformer, tmp_path: Path) ->
     fp.PromptedViT(fp.FrozenViT(tiny_vit), METHODS["vpt"], 5).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=r"trained on images normalised with .*0\.485.* this backbone .*0\.5"):
         fp.PromptedViT.from_pretrained(fp.FrozenViT(tiny_vit, mean=(0.5, 0.5, 0.5)), tmp_path)
+
+
+def test_an_adapter_loads_its_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_images: Tensor) -> None:
+    made = fp.FrozenViT.from_timm("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
+    made.source, calls = BackboneSource("load_backbone", "clip-vit-b16", image_size=(32, 32)), []
+
+    def load(name: str, image_size: Any) -> fp.FrozenViT:
+        calls.append((name, image_size))
+        return made
+
+    monkeypatch.setattr(assets, "load_backbone", load)
+    model = build(made, "vpt", num_classes=5).eval()
+    model.preprocessing = Preprocessing("squash", (0, 4095))
+    model.save_pretrained(tmp_path)
+    again = fp.PromptedViT.from_pretrained(tmp_path)
+    assert calls == [("clip-vit-b16", (32, 32))]
+    assert torch.equal(again(tiny_images), model(tiny_images))
+    assert again.preprocessing == model.preprocessing
+    again = fp.PromptedViT.from_pretrained(made, tmp_path)
+    assert again.preprocessing == model.preprocessing
+
+
+def test_an_adapter_that_does_not_name_its_backbone_says_so(backbone: fp.FrozenViT, tmp_path: Path) -> None:
+    build(backbone, "vpt", num_classes=5).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"does not record how its backbone, .*, was loaded: .* give it") as caught:
+        fp.PromptedViT.from_pretrained(str(tmp_path))
+    assert str(tmp_path) in str(caught.value)
+    resave(tmp_path, lambda c, t: c["backbone"]["optional"].update(source={"loader": "of the future", "name": "x"}))
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot load its backbone: .*loader must be one of"):
+        fp.PromptedViT.from_pretrained(str(tmp_path))
+    assert fp.PromptedViT.from_pretrained(backbone, tmp_path).num_classes == 5
+    resave(tmp_path, lambda c, t: c["backbone"]["optional"].update(preprocessing={"resize": "crop", "grey": True}))
+    with pytest.raises(ValueError, match="preprocessing has no option 'grey'"):
+        fp.PromptedViT.from_pretrained(backbone, tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [(None, "x"), ("x", "x"), (3,), (None,)])
+def test_from_pretrained_names_what_it_takes(arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(TypeError, match=r"from_pretrained\(backbone, directory\) or from_pretrained\(directory\)"):
+        fp.PromptedViT.from_pretrained(*arguments)
+
+
+def test_from_pretrained_needs_a_directory(backbone: fp.FrozenViT) -> None:
+    with pytest.raises(TypeError, match="directory must be that of an adapter, got None"):
+        fp.PromptedViT.from_pretrained(backbone)
+
+
+class Data(list):
+    """A data set with attributes."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__()
+        self.__dict__.update(attributes)
+
+
+def test_class_names_and_preprocessing_come_from_the_data(backbone: fp.FrozenViT) -> None:
+    squash = Preprocessing("squash")
+    for data in (
+        Data(class_names=list("abcde"), preprocessing=squash),
+        Data(classes=list("abcde"), preprocessing=squash),  # as torchvision's
+        Data(dataset=Data(dataset=Data(class_names=list("abcde"), preprocessing=squash))),  # a loader of a subset
+    ):
+        model = build(backbone, "vpt", num_classes=5)
+        model.describe_data(data)
+        assert (model.class_names, model.preprocessing) == (list("abcde"), squash)
+
+
+def test_class_names_that_the_model_has_stay(backbone: fp.FrozenViT) -> None:
+    model = build(backbone, "vpt", num_classes=5, class_names="vwxyz")
+    model.describe_data(Data(class_names=list("abcde")))
+    assert (model.class_names, model.preprocessing) == (list("vwxyz"), None)
+    with pytest.raises(ValueError, match="class_names must be in the order of the data's labels"):
+        model.describe_data(Data(class_names=list("zyxwv")))
+
+
+@pytest.mark.parametrize("names", [list("abcd"), "abcde", [1, 2, 3, 4, 5], 3, None])
+def test_names_that_do_not_fit_are_left_alone(backbone: fp.FrozenViT, names: Any) -> None:
+    model = build(backbone, "vpt", num_classes=5)
+    model.describe_data(Data(class_names=names))
+    model.describe_data((torch.zeros(1), torch.zeros(1)))
+    assert model.class_names is None
 
 
 def edit_config(directory: Path, change: Callable[[dict], Any]) -> None:

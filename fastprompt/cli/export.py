@@ -25,10 +25,10 @@ class Export:
     """Make pictures of the token prompts of a PGN first; `fastprompt info --rgb` says what is lost."""
     golden: Path | None = None
     """Image file that hosts are verified with; one made of gradients, edges and noise if not given."""
-    resize: Literal["crop", "squash"] = "crop"
-    """How the client brings images to the backbone's size: as in training, where `fastprompt adapt` crops."""
+    resize: Literal["crop", "squash"] | None = None
+    """How the client brings images to the backbone's size; as in training if not given."""
     backbone: str | None = None
-    """Needed where the run directory does not say."""
+    """Needed where neither the adapter nor the run directory says."""
     image_size: int | None = None
     threads: int | None = None
     debug: bool = False
@@ -37,6 +37,7 @@ class Export:
 
 def export(command: Export) -> None:
     """Run `fastprompt export`."""
+    from fastprompt.adapters import Preprocessing
     from fastprompt.data.images import open_image, to_tensor
     from fastprompt.pixels.export import export_client, unnoticed
     from fastprompt.pixels.prompts import RGBPrompts
@@ -56,8 +57,9 @@ def export(command: Export) -> None:
     model = load_adapter(command, read_settings(command.adapter))
     if command.invert:
         model = RGBPrompts.invert(model, "extend", picture=True)
-    picture = None if golden is None else to_tensor(golden, model.backbone.image_size, command.resize)
-    manifest = export_client(model, command.out, picture, command.resize)
+    resize = command.resize or (model.preprocessing or Preprocessing()).resize
+    picture = None if golden is None else to_tensor(golden, model.backbone.image_size, resize)
+    manifest = export_client(model, command.out, picture, resize)
     height, width = manifest["picture_size"]
     size = sum(file["bytes"] for file in manifest["files"].values())
     print(

@@ -65,17 +65,19 @@ def load_adapter(command: Eval | Predict | Export, settings: RunSettings | None)
     import torch
 
     import fastprompt as fp
-    from fastprompt.adapters import read_adapter
+    from fastprompt.adapters import read_adapter, source_of
     from fastprompt.runs.directory import adapter_dir
     from fastprompt.runs.execute import backbone_at
 
     directory = adapter_dir(command.adapter)
     config, _ = read_adapter(directory)
     name = command.backbone or (settings.backbone if settings else None)
-    if name is None:
+    if command.backbone is None and command.image_size is None and source_of(config) is not None:
+        model = fp.PromptedViT.from_pretrained(directory)
+    elif name is None:
         raise ValueError(f"--backbone: is needed, {command.adapter} does not say which backbone the adapter is for")
-    image_size = command.image_size or stored_size(config)
-    model = fp.PromptedViT.from_pretrained(backbone_at(name, image_size), directory)
+    else:
+        model = fp.PromptedViT.from_pretrained(backbone_at(name, command.image_size or stored_size(config)), directory)
     if getattr(command, "dtype", None) == "bfloat16":  # export has no such flag
         model.set_backbone_dtype(torch.bfloat16)
     return model.eval()

@@ -25,7 +25,7 @@ class Predict:
     images: tyro.conf.Positional[list[Path]]
     """Image files, or folders that are searched for images."""
     backbone: str | None = None
-    """Needed where the run directory does not say."""
+    """Needed where neither the adapter nor the run directory says."""
     image_size: int | None = None
     out: Path | None = None
     """.csv or .json file; CSV on standard output if not given."""
@@ -47,6 +47,7 @@ def predict(command: Predict) -> None:
     """Run `fastprompt predict`."""
     import torch
 
+    from fastprompt.adapters import Preprocessing
     from fastprompt.data import list_images, read_images
     from fastprompt.data.images import bad_images, report_bad
     from fastprompt.files import atomic_write
@@ -65,11 +66,11 @@ def predict(command: Predict) -> None:
     if not files:
         raise ValueError(f"images: none of the {len(bad)} files can be read")
     model = load_adapter(command, read_settings(command.adapter))
-    image_size = square_size(model.backbone)
+    image_size, preprocessing = square_size(model.backbone), model.preprocessing or Preprocessing()
     rows: list[list[float]] = []
     with torch.inference_mode():
         for start in range(0, len(files), command.batch_size):
-            images, _ = read_images(files[start : start + command.batch_size], image_size)
+            images, _ = read_images(files[start : start + command.batch_size], image_size, resize=preprocessing.resize)
             rows += model(images).double().softmax(-1).tolist()
     names = list(model.class_names or [str(i) for i in range(len(rows[0]))])
     best = [max(range(len(row)), key=row.__getitem__) for row in rows]

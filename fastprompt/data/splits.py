@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from fastprompt.adapters import Preprocessing
 from fastprompt.data.augment import Augment, apply_seeded
 from fastprompt.data.images import to_tensor
 from fastprompt.data.sources import Pool, Source
@@ -33,7 +34,9 @@ class ImageSet(Dataset[tuple[torch.Tensor, int]]):
         resize: str,
         augment: Augment | None = None,
         seed: int = 0,
+        class_names: Sequence[str] | None = None,
     ) -> None:
+        self.class_names = class_names
         self.pool = pool
         self.indices = list(indices)
         self.size = size
@@ -47,6 +50,11 @@ class ImageSet(Dataset[tuple[torch.Tensor, int]]):
         if len(self.indices) * 3 * size[0] * size[1] <= KEEP_BYTES:
             self._kept = torch.empty(len(self.indices), 3, *size, dtype=torch.uint8)
             self._has = [False] * len(self.indices)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How image files become these pixels."""
+        return Preprocessing(self.resize)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the augmentations' random numbers: call it before each epoch with the epoch's number."""
@@ -184,9 +192,9 @@ def split(
     return DataSplits(
         source.name,
         source.class_names,
-        ImageSet(source.train, train, size, resize, augment, seed),
-        ImageSet(val_pool, val, size, resize),
-        ImageSet(test_pool, test, size, resize),
+        ImageSet(source.train, train, size, resize, augment, seed, source.class_names),
+        ImageSet(val_pool, val, size, resize, class_names=source.class_names),
+        ImageSet(test_pool, test, size, resize, class_names=source.class_names),
         facts,
     )
 

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 import fastprompt
+from fastprompt.adapters import RESIZES, Preprocessing
 from fastprompt.files import Content, atomic_write_many
 from fastprompt.generators.pixel import PixelPrompt
 from fastprompt.generators.rgb_pgn import RGBPGN
@@ -57,11 +58,8 @@ class Mistake(NamedTuple):
     features: Tensor
 
 
-RESIZES = ("crop", "squash")
-
-
 def export_client(
-    model: PromptedViT, out_dir: str | os.PathLike[str], golden: Tensor | None = None, resize: str = "crop"
+    model: PromptedViT, out_dir: str | os.PathLike[str], golden: Tensor | None = None, resize: str | None = None
 ) -> dict[str, Any]:
     """Write what `fastprompt-client` needs into `out_dir`, all files or none; returns the manifest.
 
@@ -85,13 +83,15 @@ def export_client(
         model: as `RGBPrompts` takes it.
         golden: uint8 (3, H, W) of the backbone's size; None: one with gradients, edges and noise, which every likely
             mistake of a host changes.
-        resize: how the client brings an image of another size to the backbone's: as in training, "crop" or "squash" of
-            `load_data`.
+        resize: how the client brings an image of another size to the backbone's, "crop" or "squash" of `load_data`;
+            None: as the model's training images were, "crop" where the model does not know.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or the model holds NaN or infinite values.
         OSError: a file could not be written; nothing has changed then.
     """
+    if resize is None:
+        resize = (getattr(model, "preprocessing", None) or Preprocessing()).resize
     if resize not in RESIZES:
         raise ValueError(f"resize must be one of {RESIZES}, got {resize!r}")
     if not isinstance(out_dir, (str, os.PathLike)) or not os.fspath(out_dir):

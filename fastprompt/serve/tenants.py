@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastprompt.adapters import read_adapter
+from fastprompt.adapters import read_adapter, source_of
 from fastprompt.engine.engine import Engine
 from fastprompt.model import PromptedViT
 from fastprompt.runs.directory import adapter_dir, read_settings
@@ -72,9 +72,11 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
     backbone_name, image_size = settings.backbone, settings.image_size
     if directories:
         first = next(iter(directories.values()))
-        run = read_settings(first)
+        run, (stored, _) = read_settings(first), read_adapter(first)
         backbone_name = backbone_name or (None if run is None else run.backbone)
-        image_size = image_size or int(read_adapter(first)[0]["backbone"]["image_size"][0])
+        if backbone_name is None and (source := source_of(stored)) is not None:
+            backbone_name = source.backbone_name
+        image_size = image_size or int(stored["backbone"]["image_size"][0])
     backbone_name = backbone_name or DEFAULT_BACKBONE
     backbone = backbone_at(backbone_name, image_size)
     if settings.any_size:

@@ -123,7 +123,7 @@ def fit(
     deterministic); a finished run returns its result at once.
 
     Args:
-        model: built with num_classes.
+        model: built with num_classes. Without class names it takes those of the data set (`describe_data`).
         train, val: a Dataset yielding (image (3, H, W), label), an (images, labels) pair of tensors, or a
             DataLoader. uint8 images are raw pixels, floating-point ones are normalised. All images are
             checked before training (of more than 20,000: a sample; the others in their batch). A last batch
@@ -152,6 +152,7 @@ def fit(
     num_classes = model.num_classes
     train_labels = check_data(train, "train", num_classes)
     val_labels = check_data(val, "val", num_classes)
+    model.describe_data(train)
     directory = None if out_dir is None else Path(out_dir)
     if directory is not None and directory.exists() and not directory.is_dir():
         raise ValueError(f"out_dir must be a directory, {directory} is a file")

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastprompt.fetch import FetchError, Wheel, cache_dir, locked, read_wheel_member, write_cached
+from fastprompt.vit.source import BackboneSource
 
 if TYPE_CHECKING:
     from fastprompt.vit.weights import FrozenViT
@@ -46,10 +47,18 @@ def load_backbone(name: str, image_size: int | tuple[int, int] | None = None) ->
 
     if not isinstance(name, str):
         raise TypeError(f"name: expected the name of a backbone, got {type(name).__name__}")
-    if name == "clip-vit-b16":
-        return FrozenViT(clip_vit_b16_module(image_size))
-    if name == "vit-s14":
-        return FrozenViT(vit_s14_module(image_size))
+    if name in ASSETS:
+        backbone = FrozenViT(_module(name, image_size))
+    else:
+        backbone = _timm_backbone(name, image_size)
+    backbone.source = BackboneSource.of_call("load_backbone", name, True, image_size, {})
+    return backbone
+
+
+def _timm_backbone(name: str, image_size: int | tuple[int, int] | None) -> FrozenViT:
+    """A timm model with its published weights."""
+    from fastprompt.vit.weights import FrozenViT
+
     _check_timm_name(name)
     try:
         _check_timm_model(name, image_size)

@@ -20,6 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprompt.vit.source import BackboneSource
+
 if TYPE_CHECKING:
     from fastprompt.vit.folding import Folded
 
@@ -231,8 +233,11 @@ class FrozenViT(nn.Module):
         width: token width D. depth: number of blocks. num_heads: attention heads of a block.
         patch_size: pixels. grid: (rows, columns) of patches. image_size: (height, width) in pixels.
         num_prefix: class and register tokens. mean, std: per channel, of pixels in [0, 1].
+        source: the call that loaded it by name, with published weights; None: it was made otherwise.
         fingerprint: sha256 of the tensors (in float32, without the classifier) and the structure.
     """
+
+    source: BackboneSource | None = None
 
     def __new__(cls, module: nn.Module | None = None, **options: Any) -> FrozenViT:
         if cls is FrozenViT and module is not None:
@@ -311,13 +316,14 @@ class FrozenViT(nn.Module):
             )
         if ":" not in name and not timm.is_model(name.partition(".")[0]):
             raise ValueError(f"name must be a timm model name, got {name!r}; timm.list_models() lists them")
-        if image_sides(image_size) is not None:
-            kwargs["img_size"] = image_size
+        sized = kwargs if image_sides(image_size) is None else {**kwargs, "img_size": image_size}
         try:
-            model = timm.create_model(name, pretrained=pretrained, **kwargs)
+            model = timm.create_model(name, pretrained=pretrained, **sized)
         except TypeError as error:
-            raise ValueError(f"timm does not build {name!r} with {kwargs}: {error}") from error
-        return cls(model)
+            raise ValueError(f"timm does not build {name!r} with {sized}: {error}") from error
+        backbone = cls(model)
+        backbone.source = BackboneSource.of_call("timm", name, pretrained, image_size, kwargs)
+        return backbone
 
     @classmethod
     def from_torchvision(
@@ -346,7 +352,10 @@ class FrozenViT(nn.Module):
 
         image_sides(image_size)
         module = torchvision.build(name, pretrained, **kwargs)
-        return cls(module, image_size=image_size, mean=mean, std=std)._named(name)
+        backbone = cls(module, image_size=image_size, mean=mean, std=std)._named(name)
+        options = {**kwargs, "mean": mean, "std": std}
+        backbone.source = BackboneSource.of_call("torchvision", name, pretrained, image_size, options)
+        return backbone
 
     @classmethod
     def from_open_clip(
@@ -383,7 +392,10 @@ class FrozenViT(nn.Module):
         from fastprompt.vit.readers import open_clip
 
         module = open_clip.build(model, pretrained, **kwargs)
-        return cls(module, image_size=image_size, mean=mean, std=std)._named(model)
+        backbone = cls(module, image_size=image_size, mean=mean, std=std)._named(model)
+        options = {**kwargs, "mean": mean, "std": std}
+        backbone.source = BackboneSource.of_call("open_clip", model, pretrained, image_size, options)
+        return backbone
 
     @classmethod
     def from_transformers(
@@ -421,12 +433,15 @@ class FrozenViT(nn.Module):
         from fastprompt.vit.readers import transformers
 
         module, known = transformers.build(model, pretrained, **kwargs)
-        return cls(
+        backbone = cls(
             module,
             image_size=image_size,
             mean=known.get("mean") if mean is None else mean,
             std=known.get("std") if std is None else std,
         )
+        options = {**kwargs, "mean": mean, "std": std}
+        backbone.source = BackboneSource.of_call("transformers", model, pretrained, image_size, options)
+        return backbone
 
     def _named(self, name: str) -> FrozenViT:
         self.spec = dataclasses.replace(self.spec, name=name)

@@ -16,6 +16,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 import fastprompt as fp
+from fastprompt.adapters import Preprocessing
 from fastprompt.pixels.export import cosine, export_client, golden_image, threshold, unnoticed
 from fastprompt.pixels.graph import resampling, selection_graph
 
@@ -50,6 +51,15 @@ def disturb(model: fp.PromptedViT) -> None:
                 for values in (module.running_mean, module.weight, module.bias):
                     values.normal_(1, 0.2)
                 module.running_var.uniform_(0.5, 1.5)
+
+
+@pytest.mark.parametrize("trained", ["crop", "squash"])
+def test_the_client_resizes_as_in_training(backbone: fp.FrozenViT, tmp_path: Path, trained: str) -> None:
+    model = make(backbone)
+    assert export_client(model, tmp_path)["preprocessing"]["resize"] == "crop"
+    model.preprocessing = Preprocessing(trained)
+    assert export_client(model, tmp_path)["preprocessing"]["resize"] == trained
+    assert export_client(model, tmp_path, resize="crop")["preprocessing"]["resize"] == "crop"
 
 
 @pytest.mark.parametrize(
@@ -292,7 +302,7 @@ def test_a_backbone_that_is_not_finite_is_refused(
             ValueError,
             r"resize must be one of \('crop', 'squash'\), got 'stretch'",
         ),
-        (lambda b, out: export_client(make(b), out, resize=None), ValueError, "resize must be one of"),
+        (lambda b, out: export_client(make(b), out, resize=""), ValueError, "resize must be one of"),
         (lambda b, out: export_client(make(b), None), TypeError, "out_dir must be a folder's path, got None"),
         (lambda b, out: export_client(make(b), 3), TypeError, "out_dir must be a folder's path, got 3"),
         (lambda b, out: export_client(make(b), ""), TypeError, "out_dir must be a folder's path, got ''"),

@@ -39,6 +39,12 @@ def test_what_is_loaded_is_told(place: Path) -> None:
     assert catalogue.adapters == {"birds": ["birds-0", "birds-1", "birds-2"], "cars": list("0123456")}
 
 
+def test_the_backbone_is_the_one_that_an_adapter_names(place: Path) -> None:
+    named = load(settings(place, "birds"))[1]
+    catalogue = load(HostSettings(adapters={"birds": place / "birds"}, dtype="float32", threads=1))[1]
+    assert (catalogue.name, catalogue.fingerprint) == (named.name, named.fingerprint)
+
+
 def test_any_size_leaves_adapters_their_backbone(place: Path) -> None:
     engine, catalogue = load(settings(place, "birds", any_size=True))
     assert catalogue.fingerprint == fp.load_backbone(f"local-dir:{place / 'vit'}").fingerprint
@@ -198,4 +204,4 @@ def test_backbone_and_size_come_from_the_first_adapter(
     write_json(run / "run.json", RunSettings(method="vpt-deep", data="d", backbone="vit-s14").to_dict())
     with pytest.raises(ValueError, match="enough"):
         load(HostSettings(adapters={"a": run}))
-    assert asked == [("clip-vit-b16", None), ("clip-vit-b16", 32), ("vit-s14", 32)]
+    assert asked == [("clip-vit-b16", None), (f"local-dir:{place / 'vit'}", 32), ("vit-s14", 32)]

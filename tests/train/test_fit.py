@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import fastprompt as fp
+from fastprompt.adapters import Preprocessing
 from fastprompt.train.fit import TrainingDiverged, fit
 from fastprompt.train.recipes import Recipe
 
@@ -701,3 +703,19 @@ def test_what_is_no_model_and_no_directory_is_named(
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="out_dir must be a directory"):
         fit(make_model(), data, data, RECIPE, out_dir=tmp_path / "file", progress=False)
+
+
+def test_an_adapter_knows_the_classes_and_the_preprocessing_of_its_data(
+    make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    for name in ("cat", "dog", "emu", "fox"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (40, 32), (i, len(name), 99)).save(tmp_path / "data" / name / f"{i}.png")
+    data = fp.load_data(tmp_path / "data", image_size=32, resize="squash")
+    model = make_model(fp.VPTConfig(num_prompts=2))
+    fit(model, data.train, data.val, RECIPE.replace(epochs=1), out_dir=tmp_path / "run", progress=False)
+    saved = fp.PromptedViT.from_pretrained(model.backbone, tmp_path / "run" / "best")
+    for found in (model, saved):
+        assert found.class_names == ["cat", "dog", "emu", "fox"]
+        assert found.preprocessing == Preprocessing("squash")

@@ -1,0 +1,113 @@
+"""How a backbone was loaded, so that whoever gets an adapter of it can load it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastprompt.vit.weights import FrozenViT
+
+_MEAN_STD = {"mean", "std"}
+_OPTIONS = {
+    "load_backbone": set[str](),
+    "timm": {"num_classes", "global_pool", "dynamic_img_size", "dynamic_img_pad", "strict_img_size"},
+    "torchvision": _MEAN_STD,
+    "open_clip": _MEAN_STD | {"force_quick_gelu"},
+    "transformers": _MEAN_STD | {"revision"},
+}
+"""Options that are recorded, by loader: those that change the backbone. An adapter may come from anywhere, so none of
+them may run code or say where files are written."""
+
+LARGEST_SIDE = 1 << 13
+"""Pixels: a recorded call must not ask for a position embedding of gigabytes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneSource:
+    """A call that loads a backbone with its published weights.
+
+    Attributes:
+        loader: "load_backbone", or "timm", "torchvision", "open_clip" or "transformers" of `FrozenViT.from_...`.
+        name: the model's name. pretrained: which of its weights; True: the default ones; None: those of the name.
+        image_size: pixels or (height, width), as given; None: the model's own.
+        options: what else was given.
+
+    Raises:
+        TypeError, ValueError: a value is none of these, or an option is not one that may be recorded.
+    """
+
+    loader: str
+    name: str
+    pretrained: bool | str | None = True
+    image_size: int | tuple[int, int] | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.loader not in _OPTIONS:
+            raise ValueError(f"loader must be one of {tuple(_OPTIONS)}, got {self.loader!r}")
+        if not isinstance(self.name, str) or not isinstance(self.pretrained, (bool, str, type(None))):
+            raise TypeError(f"name and pretrained must be texts, got {self.name!r} and {self.pretrained!r}")
+        if isinstance(self.image_size, list):
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        if not _is_size(self.image_size):
+            raise ValueError(f"image_size must be 1 to {LARGEST_SIDE} pixels a side, or None, got {self.image_size!r}")
+        if not isinstance(self.options, Mapping):
+            raise TypeError(f"options must be a mapping, got {self.options!r}")
+        unknown = sorted(set(self.options) - _OPTIONS[self.loader])
+        if unknown:
+            raise ValueError(f"options of {self.loader} must be of {sorted(_OPTIONS[self.loader])}, got {unknown}")
+
+    @classmethod
+    def of_call(
+        cls,
+        loader: str,
+        name: Any,
+        pretrained: bool | str | None,
+        image_size: int | tuple[int, int] | None,
+        options: Mapping[str, Any],
+    ) -> BackboneSource | None:
+        """The source of a call; None where it cannot be repeated: random weights, a module, other options.
+
+        A folder's path becomes absolute.
+        """
+        given = {key: value for key, value in options.items() if value is not None}
+        name = os.fspath(name) if isinstance(name, os.PathLike) else name
+        if not isinstance(name, str) or not _is_size(image_size) or not set(given) <= _OPTIONS[loader]:
+            return None
+        if not pretrained and not (loader == "open_clip" and name.startswith(("hf-hub:", "local-dir:"))):
+            return None
+        if isinstance(pretrained, str) and os.path.isfile(pretrained):
+            pretrained = str(Path(pretrained).absolute())
+        prefix, path = ("local-dir:", name[10:]) if name.startswith("local-dir:") else ("", name)
+        if os.path.isdir(path) and (prefix or loader == "transformers"):
+            name = f"{prefix}{Path(path).absolute()}"
+        given = {key: list(value) if isinstance(value, (tuple, list)) else value for key, value in given.items()}
+        return cls(loader, name, pretrained, image_size, given)
+
+    @property
+    def backbone_name(self) -> str | None:
+        """The name by which `load_backbone` and the command line know it; None: they do not."""
+        return self.name if self.loader in ("load_backbone", "timm") and not self.options else None
+
+    def load(self) -> FrozenViT:
+        """The backbone.
+
+        Raises:
+            ValueError: the installed libraries do not know it. FetchError, OSError: its weights cannot be had.
+        """
+        from fastprompt.vit.assets import load_backbone
+        from fastprompt.vit.weights import FrozenViT
+
+        if self.loader == "load_backbone":
+            return load_backbone(self.name, self.image_size)
+        load = getattr(FrozenViT, f"from_{self.loader}")
+        return load(self.name, pretrained=self.pretrained, image_size=self.image_size, **self.options)
+
+
+def _is_size(image_size: Any) -> bool:
+    sides = image_size if isinstance(image_size, (tuple, list)) and len(image_size) == 2 else (image_size,)
+    return image_size is None or all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in sides)
