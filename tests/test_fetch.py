@@ -39,6 +39,19 @@ def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
     assert cache_dir() == Path.home() / ".cache" / "fastprompt"
 
 
+def test_the_cache_of_earlier_versions_is_still_found(monkeypatch, tmp_path):
+    """On macOS and Windows the platform's folder is another than ~/.cache/fastprompt."""
+    monkeypatch.delenv("FASTPROMPT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "before"))
+    own = tmp_path / "Library" / "Caches" / "fastprompt"
+    monkeypatch.setattr(fetch.platformdirs, "user_cache_path", lambda *_, **__: own)
+    assert cache_dir() == own
+    (tmp_path / "before" / "fastprompt").mkdir(parents=True)
+    assert cache_dir() == tmp_path / "before" / "fastprompt"
+    own.mkdir(parents=True)
+    assert cache_dir() == own
+
+
 def test_wheel_is_read_from_a_named_folder_or_the_cache(tmp_path, monkeypatch, own_cache):
     wheel = make_wheel(own_cache / "wheels")
     assert read_wheel_member(wheel) == CONTENT

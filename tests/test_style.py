@@ -20,7 +20,14 @@ MODULES = sorted(
     for path in (ROOT / folder).rglob("*.py")
     if not (folder == "fastprompt" and "kernels" in path.parts)
 )
-LAYERS = [{"fetch", "files", "locks", "memory"}, {"vit", "kernels"}, {"generators"}, {"heads"}, {"adapters"}, {"model"}]
+LAYERS = [
+    {"extras", "fetch", "files", "locks", "memory", "package_index"},
+    {"vit", "kernels"},
+    {"generators"},
+    {"heads"},
+    {"adapters"},
+    {"model"},
+]
 LAYERS += [{"official", "cost"}, {"train", "engine", "pixels", "data"}, {"analysis", "report", "runs"}]
 LAYERS += [{"serve"}, {"cli", "__main__"}]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
