@@ -141,6 +141,9 @@ def _decide(op: str, wanted: str, device: str, unsupported: str, recompute: bool
         obstacle = _native_obstacle(op, device, native)
         if not obstacle:
             return Choice("native", "")
+        if not native and obstacle == library.obstacle() and ("", obstacle) not in _warned:
+            _warned.add(("", obstacle))
+            warnings.warn(f"{op} runs in PyTorch, and so will other ops: {obstacle}", stacklevel=4)
     return Choice("recompute" if recompute else "reference", obstacle)
 
 

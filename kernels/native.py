@@ -18,6 +18,11 @@ LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 VARIABLE = "FASTPROMPT_NATIVE_LEVEL"
 """Environment variable that lowers the level; the CPU's own is the highest."""
 PATH = Path(__file__).with_name("_native.abi3.so")
+NOT_BUILT = (
+    "the C++ kernels were not built; to build them, with torch and g++ 11 or newer installed, run "
+    "`pip install --no-build-isolation .` in fastprompt's source tree"
+)
+"""Why there is no library: pip builds in an environment of its own, which has no torch, unless it is told not to."""
 
 _level = "none"
 
@@ -38,10 +43,7 @@ def set_level(name: str) -> str:
 def obstacle() -> str:
     """Why the library cannot be used; empty: it is loaded."""
     if not PATH.is_file():
-        return (
-            "the C++ kernels were not built: install with a C++ compiler and torch at hand, "
-            "pip install --no-build-isolation"
-        )
+        return NOT_BUILT
     wanted = os.environ.get(VARIABLE) or LEVELS[-1]
     if wanted not in LEVELS:
         return f"{VARIABLE} must be one of {LEVELS}, got {wanted!r}"

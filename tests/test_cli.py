@@ -23,6 +23,7 @@ from fastprompt.cli import main
 from fastprompt.cost import Sizes, cost
 from fastprompt.data import read_images
 from fastprompt.generators import VPTConfig
+from fastprompt.kernels import native
 from fastprompt.runs.execute import backbone_at
 
 COLOURS = {"blue": (0, 0, 200), "green": (0, 200, 0), "red": (200, 0, 0)}
@@ -237,6 +238,19 @@ def test_predict_writes_nothing_when_an_image_is_broken(
     assert main(["predict", str(run_dir), str(tmp_path), "--out", str(out)]) == 2
     assert "torn.png" in error_line(capsys)
     assert not out.exists()
+
+
+def test_info_says_what_the_ops_run_on(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["info", "--backbone", f"local-dir:{place / 'vit'}", "--method", "vapt"]
+    assert main([*command, "--json"]) == 0
+    software = json.loads(capsys.readouterr().out)["software"]
+    assert software["torch"] == torch.__version__
+    assert software["devices"].endswith("cpu")
+    monkeypatch.setattr("fastprompt.kernels.native.obstacle", lambda: native.NOT_BUILT)
+    assert main(command) == 0
+    assert "C++ kernels          the C++ kernels were not built; to build them" in capsys.readouterr().out
 
 
 def test_info_of_an_adapter(run_dir: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,13 +89,35 @@ def info(command: Info) -> None:
     elif command.cost or command.rgb:
         flag = "--cost" if command.cost else "--rgb"
         raise ValueError(f"--backbone: is needed with {flag}, the directory does not say which one its adapter is for")
+    facts["software"] = software_facts()
     print(json.dumps(facts, indent=1, ensure_ascii=False) if command.json else info_text(facts))
 
 
+def software_facts() -> dict[str, str]:
+    """Versions, and what the ops can run on here."""
+    import torch
+
+    import fastprompt as fp
+    from fastprompt.kernels import native
+
+    devices = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    devices += ["mps"] if torch.backends.mps.is_available() else []
+    missing = native.obstacle()
+    return {
+        "fastprompt": fp.__version__,
+        "torch": torch.__version__,
+        "devices": ", ".join([*devices, "cpu"]),
+        "C++ kernels": missing or f"in use, with {native.level()} instructions",
+    }
+
+
 def backbone_facts(name: str, backbone: FrozenViT) -> dict[str, Any]:
-    """Size, structure and normalisation of a backbone."""
+    """Size, structure and normalisation of a backbone, and what a user of bundled weights has to know."""
+    from fastprompt.vit.assets import ASSETS
+
     return {
         "name": name,
+        **({"weights": ASSETS[name].notice} if name in ASSETS else {}),
         "architecture": backbone.spec.name,
         "parameters": sum(p.numel() for p in backbone.parameters()),
         "width": backbone.width,
@@ -266,6 +288,7 @@ def info_text(facts: dict[str, Any]) -> str:
         lines += ["", *cost_text(facts["cost"])]
     if "rgb" in facts:
         lines += ["", "Prompts as pixels", facts["rgb"]["text"]]
+    lines += ["", "Software", *(f"  {key:<20} {value}" for key, value in facts["software"].items())]
     return "\n".join(lines)
 
 

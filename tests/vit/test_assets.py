@@ -189,9 +189,16 @@ def test_conversion_that_gives_other_tensors_is_refused_and_not_cached(fake, tmp
     assert not list((tmp_path / "cache" / "backbones").glob("*.safetensors"))
 
 
+def test_the_first_use_says_what_the_weights_are_and_later_ones_do_not(fake, capsys):
+    assets._tensors("clip-vit-b16")
+    assert "It is not OpenAI's release" in capsys.readouterr().err
+    assets._tensors("clip-vit-b16")
+    assert capsys.readouterr().err == ""
+
+
 def test_missing_onnx_says_so(fake, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(FetchError, match="pip install onnx"):
+    with pytest.raises(FetchError, match=r"pip install 'fastprompt\[weights\]'"):
         assets._tensors("clip-vit-b16")
 
 
