@@ -142,8 +142,13 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     base = [need for need in metadata.get_all("Requires-Dist", []) if "extra ==" not in need]
-    assert "torch>=2.6" in base
-    assert not any(need.startswith("triton") for need in base)  # torch brings it where it exists
+    assert {"torch>=2.6", "einops>=0.8", 'triton>=3.2; sys_platform == "linux"'} <= {*base}
+    named = {re.split(r"[^A-Za-z0-9._-]", need)[0] for need in base}
+    assert not named & {"scipy", "scikit-learn", "matplotlib", "onnx"}
+    extras = {need for need in metadata.get_all("Requires-Dist", []) if "extra ==" in need}
+    assert {"matplotlib", "scikit-learn", "scipy"} == {
+        re.split(r"[^A-Za-z0-9._-]", need)[0] for need in extras if 'extra == "report"' in need
+    }
     with zipfile.ZipFile(wheel) as archive:
         [entry_points] = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
         assert "fastprompt = fastprompt.cli:main" in archive.read(entry_points).decode()

@@ -102,9 +102,9 @@ def test_importing_an_op_is_light_and_needs_no_triton() -> None:
 
 def test_every_module_imports_where_there_is_no_posix() -> None:
     """As on Windows: what the libraries import is there before, what our modules import on top is not."""
-    libraries = "timm, torch, torch._dynamo, torch.distributed, torchvision, PIL.Image, filelock, tqdm, tyro"
-    libraries += (
-        ", numpy, onnx, litserve, uvicorn, matplotlib.figure, sklearn.linear_model, sklearn.metrics, scipy.optimize"
+    libraries = ", ".join(
+        "timm torch torch._dynamo torch.distributed torchvision PIL.Image filelock platformdirs.unix tqdm tyro numpy "
+        "onnx litserve uvicorn matplotlib.figure sklearn.linear_model sklearn.metrics scipy.optimize".split()
     )
     code = (
         f"import importlib, os, pkgutil, sys, {libraries}\n"

@@ -23,7 +23,6 @@ from fastprompt.generators.pixel import PixelPrompt
 from fastprompt.generators.rgb_pgn import RGBPGN
 from fastprompt.heads import Head, LabelMapHead, LinearHead, PrototypeHead, TextHead
 from fastprompt.model import PromptedViT
-from fastprompt.pixels.graph import selection_graph
 from fastprompt.pixels.prompts import RGBPrompts
 from fastprompt.vit import FrozenSwin, FrozenViT, reference, swin_reference
 from fastprompt.vit.weights import per_channel
@@ -316,6 +315,8 @@ def _pixel_prompt(generator: PixelPrompt, backbone: FrozenViT, files: dict[str, 
 
 
 def _patches(generator: RGBPGN, backbone: FrozenViT, files: dict[str, bytes]) -> dict[str, Any]:
+    from fastprompt.pixels.graph import selection_graph
+
     config = generator.config
     files["generator.onnx"] = selection_graph(generator, backbone)
     levels = generator.pixel_library().detach().double().cpu() * 255  # (M, 3p²)

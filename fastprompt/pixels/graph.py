@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 import torch.nn.functional as F
-from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
+from fastprompt.extras import needed
 from fastprompt.generators.pgn import PGN, BasicBlock, ResNet10
 from fastprompt.vit import FrozenViT
+
+with needed("weights", "the folder of a client"):
+    import onnx
+    from onnx import helper, numpy_helper
 
 OPSET, IR_VERSION = 17, 8
 

@@ -11,10 +11,10 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-import scipy.optimize
 import torch
 from torch import Tensor
 
+from fastprompt.extras import needed
 from fastprompt.vit import FrozenSwin, FrozenViT
 from fastprompt.vit.reference import position_embedding
 
@@ -194,7 +194,10 @@ def _minimise(
         return value, torch.cat([gradient.ravel() for gradient in gradients]).double().numpy()
 
     start = torch.cat([library.ravel(), offset.ravel()]).double().numpy()
-    found = scipy.optimize.minimize(flattened, start, jac=True, method="L-BFGS-B", options={"maxiter": STEPS})
+    with needed("report", "finding the nearest pixels"):
+        from scipy.optimize import minimize
+
+    found = minimize(flattened, start, jac=True, method="L-BFGS-B", options={"maxiter": STEPS})
     return parts(found.x, torch.float64)
 
 

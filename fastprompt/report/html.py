@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from fastprompt.extras import needed
 from fastprompt.report import plots
 from fastprompt.runs.directory import read_json
 
@@ -31,7 +32,8 @@ def percent(value: float | None) -> str:
 
 def bounds(record: Mapping[str, Any]) -> tuple[float, float]:
     """Wilson's 95 % interval of an accuracy, over images."""
-    from scipy.stats import binomtest
+    with needed("report", "the report"):
+        from scipy.stats import binomtest
 
     correct = sum(row[i] for i, row in enumerate(record["confusion"]))
     low, high = binomtest(correct, record["num_images"]).proportion_ci(0.95, "wilson")

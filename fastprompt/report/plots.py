@@ -10,10 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from fastprompt.extras import needed
+
+with needed("report", "the report"):
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 # Okabe and Ito's palette without its yellow, distinguishable with the common colour-vision deficiencies.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -93,7 +97,8 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[s
     Raises:
         ValueError: `confusion` is not square with a row for each class.
     """
-    from sklearn.metrics import ConfusionMatrixDisplay
+    with needed("report", "the report"):
+        from sklearn.metrics import ConfusionMatrixDisplay
 
     counts = np.asarray(confusion, dtype=object)
     size = len(class_names)

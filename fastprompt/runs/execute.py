@@ -140,6 +140,10 @@ def execute(
     out_dir = Path(out_dir)
     config = build_config(settings.method, settings.options)
     recipe = build_recipe(settings.method, config, settings.recipe)
+    if settings.method == "linear":
+        from fastprompt.train.probe import logistic_regression
+
+        logistic_regression()  # before anything is written
     results = finished_results(settings, out_dir, resume)
     if results is not None and (not test or results.get("test") is not None):
         return results

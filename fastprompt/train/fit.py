@@ -149,6 +149,10 @@ def fit(
         raise TypeError(f"recipe must be a fastprompt Recipe or None, got {type(recipe).__name__}")
     if model.num_classes is None or model.head is None:
         raise ValueError("model must have a head to be trained: build it with num_classes=")
+    if recipe.head_init == "probe" and model.head.kind == "linear":
+        from fastprompt.train.probe import logistic_regression
+
+        logistic_regression()  # before anything is written
     num_classes = model.num_classes
     train_labels = check_data(train, "train", num_classes)
     val_labels = check_data(val, "val", num_classes)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastprompt.extras import needed
 from fastprompt.files import atomic_write
 from fastprompt.train.fit import BEST_DIRECTORY, TrainingDiverged, fit
 from fastprompt.train.recipes import Recipe
@@ -230,7 +231,8 @@ def paired_difference(correct_a: Any, correct_b: Any, level: float = 0.95) -> Pa
     Raises:
         ValueError: shapes that do not pair up, fewer than two images, values other than 0 and 1.
     """
-    from scipy import stats
+    with needed("report", "the comparison of two methods"):
+        from scipy import stats
 
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, got {level!r}")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastprompt.extras import needed
 from fastprompt.heads import LinearHead
 from fastprompt.train.batches import Batches, as_tensor_pair, check_data, check_labels, is_tensor_pair
 from fastprompt.train.evaluate import backbone_precision, device_of, evaluation_mode
@@ -49,6 +50,13 @@ class ProbeResult:
     bias: Tensor
     seconds: float
     feature_seconds: float
+
+
+def logistic_regression() -> type[Any]:
+    """scikit-learn's `LogisticRegression`. Raises ImportError, naming the extra, where it is not installed."""
+    with needed("report", "the L-BFGS probe"):
+        from sklearn.linear_model import LogisticRegression
+    return LogisticRegression
 
 
 def extract_features(
@@ -123,7 +131,9 @@ def fit_linear_probe(
 
     Raises:
         TypeError, ValueError: the head is not linear, the data is wrong, the training set has a single class.
+        ImportError: scikit-learn is not installed; it comes with the extra `report`.
     """
+    logistic_regression()  # before features are computed
     head = model.head
     if not isinstance(head, LinearHead):
         kind = None if head is None else head.kind
@@ -203,9 +213,8 @@ def _regularisation_path(
     same probabilities.
     """
     from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
 
-    solver = LogisticRegression(solver="lbfgs", max_iter=max_iter, tol=1e-6, warm_start=True)
+    solver = logistic_regression()(solver="lbfgs", max_iter=max_iter, tol=1e-6, warm_start=True)
     for c in grid:
         solver.set_params(C=c)
         with warnings.catch_warnings():
