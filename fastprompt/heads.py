@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprompt.changes import changing
 from fastprompt.vit import FrozenViT
 
 CLIP_LOGIT_SCALE = 100.0
@@ -29,6 +30,11 @@ class Head(nn.Module):
     width: int
     classifier_weight: Tensor | None
     classifier_bias: Tensor | None
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """As torch's, and one change for an engine that follows the model."""
+        with changing(self, [self]):
+            return super().load_state_dict(*args, **options)
 
     def describe(self) -> dict[str, Any]:
         """What `build_head` needs, beside the tensors, to make this head again."""

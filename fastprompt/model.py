@@ -24,6 +24,7 @@ from fastprompt.adapters import (
     source_of,
     write_adapter,
 )
+from fastprompt.changes import changing
 from fastprompt.generators import (
     FullFineTuneConfig,
     PGNConfig,
@@ -366,9 +367,33 @@ class PromptedViT(nn.Module):
         for name, tensor in cast.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ValueError(f"state: {name} contains NaN or infinite values in {own[name].dtype}")
-        with torch.no_grad():
+        with self.changing(), torch.no_grad():
             for name, tensor in cast.items():
                 own[name].copy_(tensor)
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """As torch's, and one change for an engine that follows the model."""
+        with self.changing():
+            return super().load_state_dict(*args, **options)
+
+    def own_parts(self) -> list[nn.Module]:
+        """What can change: generator, head, and the backbone where it trains."""
+        parts = (self.generator, self.head, self.backbone if self.full else None)
+        return [part for part in parts if part is not None]
+
+    def changing(self) -> contextlib.AbstractContextManager[None]:
+        """Change several tensors or parts as one, for engines in other threads: they see all of it or nothing.
+
+        `load_adapter_state_dict`, `load_state_dict` and the steps of torch's optimizers do this by themselves. Other
+        code that writes parameters while other threads call an engine of this model does it here:
+
+            with model.changing():
+                for (_, parameter), average in zip(model.trainable_parameters(), averages):
+                    parameter.copy_(average)
+
+        Meanwhile the engine waits for up to a second, and then goes on with what the model was before.
+        """
+        return changing(self, self.own_parts())
 
     def describe_data(self, data: Any) -> None:
         """Take from a data set what the adapter needs to be used without it: class names and preprocessing.

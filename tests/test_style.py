@@ -21,7 +21,7 @@ MODULES = sorted(
     if not (folder == "fastprompt" and "kernels" in path.parts)
 )
 LAYERS = [
-    {"extras", "fetch", "files", "locks", "memory", "package_index"},
+    {"changes", "extras", "fetch", "files", "locks", "memory", "package_index"},
     {"vit", "kernels"},
     {"generators"},
     {"heads"},

@@ -14,12 +14,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastprompt.adapters import warn_of_other_pixels
+from fastprompt.changes import unchanging, watch_optimizers
 from fastprompt.engine import mixed
 from fastprompt.engine.backends import BACKENDS, Run
 from fastprompt.generators import LinearProbeConfig
@@ -36,6 +37,9 @@ CALL_IMAGES = 2
 """What a call costs beside its images, in images: it decides between padding and one more call."""
 TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-3, torch.float64: 1e-3}
 """How far a backend's output may be from eager's, relative to its norm, before the backend counts as broken."""
+
+PATIENCE = 1.0
+"""Seconds that a change of the model by another thread is waited for, from its begin; then the old state answers."""
 
 Signature = tuple[int, tuple[int, int], torch.dtype]
 """Batch size, (height, width) in pixels and dtype of the images that a backend's function is made for."""
@@ -55,6 +59,18 @@ class Measured:
     reasons: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
+class _Change(NamedTuple):
+    """A state of the model to run: the copies' number in order, the tensors' versions, the tensors.
+
+    `model` is a copy of all of it where the tensors are not the same ones any more.
+    """
+
+    number: int
+    versions: list[tuple[int, int]]
+    tensors: list[Tensor]
+    model: PromptedViT | None
+
+
 class Engine:
     """Runs a `PromptedViT`, or a bare backbone, in production: `engine(images)`.
 
@@ -63,7 +79,9 @@ class Engine:
     not, until `refresh()`. The backbone is frozen: the engine keeps the one it was made with.
 
     Threads may share an engine. One call runs at a time, on all of torch's threads, and others wait. Adapters are
-    added, replaced and deleted between two calls.
+    added, replaced and deleted between two calls. The model may change while other threads call: every answer is that
+    of one state of it, which a step or a load of a state has ended with. Code of one's own that writes parameters does
+    so in `model.changing()`.
 
     Args:
         model: a `PromptedViT`, or a `FrozenViT`, of which the engine returns the features.
@@ -102,11 +120,14 @@ class Engine:
         self._runs: dict[tuple[str, Signature], Run] = {}
         self._measured: dict[Signature, Measured] = {}
         self._source = model if isinstance(model, PromptedViT) else None
-        self._seen = _versions(self._source)
+        self._states, self._state = itertools.count(1), 0
+        watch_optimizers()
         self._backbone = _copy_backbone(given, self.dtype)
         self._adapters = {BASE: _copy_adapter(PromptedViT(self._backbone, LinearProbeConfig()), self._backbone)}
         if self._source is not None:
-            self._adapters[DEFAULT] = _copy_adapter(self._source, self._backbone)
+            with _whole(self._source):
+                self._seen = _versions(self._source)
+                self._adapters[DEFAULT] = _copy_adapter(self._source, self._backbone)
         if backend != "auto":
             reason = BACKENDS[backend].reason(self.model)
             if reason:
@@ -125,11 +146,12 @@ class Engine:
             TypeError, ValueError: `images` do not fit the backbone, or `adapter_names` do not fit images or adapters.
             RuntimeError: the engine was released, or the backend that was asked for failed.
         """
+        change = self._change()
         with self.alone():
             self._backbone.check_images(images)
             if images.is_floating_point():
                 images = images.to(torch.promote_types(self.dtype, torch.float32))
-            self._follow()
+            self._follow(change)
             if adapter_names is not None:
                 return self._mixed(images, adapter_names)
             outputs, start = [], 0
@@ -150,7 +172,7 @@ class Engine:
         Raises:
             TypeError, ValueError: an argument does not fit, or the adapter is damaged or of another backbone.
             FileNotFoundError: there is no adapter in the directory.
-            RuntimeError: the engine was released.
+            RuntimeError: the engine was released, or this thread is changing the model (`model.changing()`).
         """
         self._check_name(name)
         if not isinstance(model, (PromptedViT, str, os.PathLike)):
@@ -171,7 +193,8 @@ class Engine:
                 f"{backbone.fingerprint[:12]}"
             )
         warn_of_other_pixels(f"adapter {name!r}", {"mean": model.backbone.mean, "std": model.backbone.std}, backbone)
-        adapter = _copy_adapter(model, backbone)
+        with _whole(model):
+            adapter = _copy_adapter(model, backbone)
         with self._lock:
             self._check_open()
             self._adapters[name] = adapter
@@ -210,8 +233,9 @@ class Engine:
         """
         if image_dtype != torch.uint8 and not image_dtype.is_floating_point:
             raise ValueError(f"image_dtype must be torch.uint8 or a floating-point dtype, got {image_dtype!r}")
+        change = self._change()
         with self.alone():
-            self._follow()
+            self._follow(change)
             for size in self.batch_sizes:
                 images = torch.zeros(
                     size, 3, *self._backbone.image_size, dtype=image_dtype, device=self._backbone.device
@@ -219,9 +243,17 @@ class Engine:
                 self(images)
 
     def refresh(self) -> None:
-        """Take generator and head of the model over again, however they were changed."""
-        with self.alone():
-            self._follow(always=True)
+        """Take generator and head of the model over again, however they were changed.
+
+        Raises:
+            RuntimeError: the engine was released, or this thread is changing the model (`model.changing()`).
+        """
+        source = self._open_source()
+        if source is not None:
+            with _whole(source):
+                change = self._take(source)
+            with self.alone():
+                self._follow(change)
 
     def release(self) -> None:
         """Free what the engine holds, behind the call that runs; from then on calls raise RuntimeError."""
@@ -278,18 +310,43 @@ class Engine:
             ):
                 yield
 
-    def _follow(self, always: bool = False) -> None:
-        """Take the model's tensors over where they have changed."""
-        versions = _versions(self._source)
-        if self._source is None or (versions == self._seen and not always):
+    def _open_source(self) -> PromptedViT | None:
+        with self._lock:
+            self._check_open()
+            return self._source
+
+    def _change(self) -> _Change | None:
+        """What the model has become, where it has changed; taken before the engine is locked, since it may wait."""
+        source = self._open_source()
+        if source is None or _versions(source) == self._seen:
+            return None
+        with unchanging(source, source.own_parts(), PATIENCE) as whole:
+            return self._take(source) if whole else None
+
+    def _take(self, source: PromptedViT) -> _Change:
+        """The state of the model, which nobody changes meanwhile."""
+        number, versions, model = next(self._states), _versions(source), None
+        with torch.inference_mode(False), torch.no_grad():
+            tensors = [tensor.clone() for tensor in _tensors(source)]
+            if not _fit(tensors, self.model):  # a part was replaced by another
+                model = _copy_adapter(source, self._backbone)
+        return _Change(number, versions, tensors, model)
+
+    def _follow(self, change: _Change | None) -> None:
+        """Run the model in its changed state from now on, unless another thread came with a later one."""
+        if change is None or change.number < self._state:
             return
-        if not _copy_tensors(self._source, self.model):  # a part was replaced by another
-            self._adapters[DEFAULT] = _copy_adapter(self._source, self._backbone)
+        if change.model is not None:
+            self._adapters[DEFAULT] = change.model
             self._runs.clear()
+        if not _fit(change.tensors, self.model):  # taken before another thread brought a replaced part
+            return
+        for new, old in zip(change.tensors, _tensors(self.model), strict=True):
+            old.copy_(new)
         for name, signature in list(self._runs):
             if BACKENDS[name].bakes:
                 del self._runs[name, signature]
-        self._seen = versions
+        self._state, self._seen = change.number, change.versions
 
     def _sizes(self, images: Tensor) -> list[int]:
         """The sizes of the batches in which `images` run."""
@@ -455,11 +512,19 @@ def _copy_adapter(model: PromptedViT, backbone: FrozenViT) -> PromptedViT:
     return copied
 
 
+@contextmanager
+def _whole(model: PromptedViT) -> Iterator[None]:
+    """Wait until no other thread is changing the model, and keep it so."""
+    with unchanging(model, model.own_parts()) as whole:
+        if not whole:
+            raise RuntimeError("model is being changed by this thread: end `with model.changing()` first")
+        yield
+
+
 def _tensors(model: PromptedViT) -> Iterator[Tensor]:
-    """What of a model can change: generator, head, and the backbone where it trains."""
-    for part in (model.generator, model.head, model.backbone if model.full else None):
-        if part is not None:
-            yield from itertools.chain(part.parameters(), part.buffers())
+    """What of a model can change."""
+    for part in model.own_parts():
+        yield from itertools.chain(part.parameters(), part.buffers())
 
 
 def _versions(model: PromptedViT | None) -> list[tuple[int, int]]:
@@ -469,11 +534,7 @@ def _versions(model: PromptedViT | None) -> list[tuple[int, int]]:
     return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(model)]
 
 
-def _copy_tensors(source: PromptedViT, copied: PromptedViT) -> bool:
-    """Write the source's tensors into its copy's; False, and nothing done, where they are not the same ones."""
-    pairs = list(itertools.zip_longest(_tensors(source), _tensors(copied)))
-    if any(old is None or new is None or old.shape != new.shape for new, old in pairs):
-        return False
-    for new, old in pairs:
-        old.copy_(new)
-    return True
+def _fit(tensors: Sequence[Tensor], model: PromptedViT) -> bool:
+    """Whether these can be copied into the model's own."""
+    pairs = itertools.zip_longest(tensors, _tensors(model))
+    return all(new is not None and old is not None and new.shape == old.shape for new, old in pairs)

@@ -11,6 +11,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from fastprompt.changes import changing
+
 if TYPE_CHECKING:
     from fastprompt.vit import FrozenViT
     from fastprompt.vit.weights import Norm
@@ -194,6 +196,11 @@ class PromptGenerator(nn.Module, abc.ABC):
                 "changes between stages; VPTConfig, V2APTConfig, FreePromptsConfig, PixelPromptConfig, "
                 "LinearProbeConfig and FullFineTuneConfig work there"
             )
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """As torch's, and one change for an engine that follows the model."""
+        with changing(self, [self]):
+            return super().load_state_dict(*args, **options)
 
     def draw(self, batch: int) -> Draws:
         """The random tensors of one training step for `batch` images, in a fixed order; {} in eval mode.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import sys
 import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +185,216 @@ def test_changes_of_the_model_are_seen(
     expect_shape = engine(x).shape
     assert expect_shape == (2, 7)
     torch.testing.assert_close(engine(x), model(x.double()).detach(), rtol=1e-10, atol=1e-10)
+
+
+class Halting(Tensor):
+    """A tensor that is copied only when it is let: whoever loads it stops half way."""
+
+    reached, released = threading.Event(), threading.Event()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.copy_:
+            cls.reached.set()
+            assert cls.released.wait(60)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def with_a_halt(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state, with a stop before the last of its tensors is written."""
+    Halting.reached.clear()
+    Halting.released.clear()
+    last = list(state)[-1]
+    return {**state, last: state[last].as_subclass(Halting)}
+
+
+@contextlib.contextmanager
+def in_a_thread(act: Callable[[], Any]) -> Iterator[None]:
+    """`act` runs beside the block, to its end; what it raises is raised here."""
+    with ThreadPoolExecutor(1) as pool:
+        acting = pool.submit(act)
+        try:
+            yield
+        finally:
+            Halting.released.set()
+        acting.result(60)
+
+
+LOADERS: dict[str, Callable[[fp.PromptedViT, dict[str, Tensor]], Any]] = {
+    "adapter": lambda model, state: model.load_adapter_state_dict(state),
+    "model": lambda model, state: model.load_state_dict(state, strict=False),
+    "head": lambda model, state: model.head.load_state_dict(part_of(state, "head.")),
+    "generator": lambda model, state: model.generator.load_state_dict(part_of(state, "generator.")),
+}
+
+
+def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    part = {name.removeprefix(prefix): tensor.as_subclass(Tensor) for name, tensor in state.items() if prefix in name}
+    return {**part, list(part)[-1]: list(part.values())[-1].as_subclass(Halting)}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("bakes", [True, False])
+def test_a_state_that_is_being_loaded_is_seen_whole_or_not_at_all(
+    build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch, loader: str, bakes: bool
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 0.05)
+    Recorder(monkeypatch, bakes=bakes)
+    model, other, x = build("vapt").double(), build("vapt", seed=1).double(), images.double()
+    engine = eager(model, backend="recorded")
+    before = engine(x)
+    state = with_a_halt(other.adapter_state_dict())
+    with in_a_thread(lambda: LOADERS[loader](model, state)):
+        assert Halting.reached.wait(60)
+        torch.testing.assert_close(engine(x), before, rtol=0, atol=0)
+        torch.testing.assert_close(torch.stack(engine(x, adapter_names=["default"] * 11)), before)
+    after = engine(x)
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(after, model(x).detach(), rtol=1e-10, atol=1e-10)
+    if loader in ("adapter", "model"):
+        torch.testing.assert_close(after, other(x).detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_an_adapter_is_added_in_one_state(build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Added while another thread loads a state into it, it is what it will be then."""
+    copied, copy_adapter = threading.Event(), module._copy_adapter
+
+    def copying(*given: Any) -> fp.PromptedViT:
+        adapter = copy_adapter(*given)
+        copied.set()
+        return adapter
+
+    model, other, x = build("vapt").double(), build("vapt", seed=1).double(), images[:2].double()
+    engine = eager(build("linear"))
+    state = with_a_halt(other.adapter_state_dict())
+    with in_a_thread(lambda: model.load_adapter_state_dict(state)):
+        assert Halting.reached.wait(60)
+        monkeypatch.setattr(module, "_copy_adapter", copying)
+        with in_a_thread(lambda: engine.add_adapter("a", model)):
+            assert not copied.wait(0.3)
+    found = engine(x, adapter_names=["a", "a"])
+    torch.testing.assert_close(torch.stack(found), other(x).detach(), rtol=1e-10, atol=1e-10)
+
+
+class HalfwayOptimizer(torch.optim.Optimizer):
+    """Subtracts the gradients, and stops before the last: for `halfway`, which can raise."""
+
+    def __init__(self, parameters: Any, halfway: Callable[[], None]) -> None:
+        super().__init__(parameters, {})
+        self.halfway = halfway
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        parameters = self.param_groups[0]["params"]
+        for parameter in parameters[:-1]:
+            parameter.sub_(parameter.grad)
+        self.halfway()
+        parameters[-1].sub_(parameters[-1].grad)
+
+
+def test_an_optimizer_s_step_is_seen_whole_or_not_at_all(
+    build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 0.05)
+    model, x = build("vapt").double(), images[:2].double()
+    engine, answers = eager(model), []
+    optimizer = HalfwayOptimizer([p for _, p in model.trainable_parameters()], lambda: None)
+    before = engine(x)
+    model(x).square().sum().backward()
+
+    def halfway() -> None:
+        with in_a_thread(lambda: answers.append(engine(x))):
+            pass
+        answers.append(engine(x))  # of the thread that is in the step itself
+
+    optimizer.halfway = halfway
+    optimizer.step()
+    for answer in answers:
+        torch.testing.assert_close(answer, before, rtol=0, atol=0)
+    after = engine(x)
+    torch.testing.assert_close(after, model(x).detach(), rtol=1e-10, atol=1e-10)
+    assert (after - before).abs().max() > 1e-6
+
+
+def test_a_step_that_failed_does_not_hide_what_comes_after_it(build: Build, images: Tensor) -> None:
+    """The thread of the step lives on; nobody waits for it, and the next state is seen."""
+    model, other, x = build("vapt").double(), build("vapt", seed=1).double(), images[:2].double()
+    engine = eager(model)
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    optimizer = HalfwayOptimizer([p for _, p in model.trainable_parameters()], fail)
+    model(x).square().sum().backward()
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    with in_a_thread(lambda: model.load_adapter_state_dict(other.adapter_state_dict())):
+        pass
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(engine, x).result(60)
+    torch.testing.assert_close(found, other(x).detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_changes_of_one_s_own_code_are_one(build: Build, images: Tensor) -> None:
+    model, x = build("vpt").double(), images[:2].double()
+    engine = eager(model)
+    before = engine(x)
+    with model.changing():
+        with torch.no_grad():
+            model.head.weight.mul_(2)
+        torch.testing.assert_close(engine(x), before, rtol=0, atol=0)
+        for act in (lambda: engine.add_adapter("a", model), engine.refresh):
+            with pytest.raises(RuntimeError, match="model is being changed by this thread"):
+                act()
+        model.head = fp.LinearHead(48, 7).double()
+        assert engine(x).shape == before.shape
+    torch.testing.assert_close(engine(x), model(x).detach(), rtol=1e-10, atol=1e-10)
+    engine.add_adapter("a", model)
+
+
+@pytest.mark.parametrize("method", ["vpt", "pgn", "vapt"])
+def test_hammered_while_states_swap(build: Build, images: Tensor, method: str) -> None:
+    """No answer is of neither state, and both are seen, while one thread swaps them without a pause."""
+    interval = sys.getswitchinterval()
+    model, other = build(method).double(), build(method, seed=1).double()
+    x, engine = images[:2].double(), eager(model, batch_sizes=(1, 2))
+    states = [{name: t.clone() for name, t in m.adapter_state_dict().items()} for m in (model, other)]
+    with torch.no_grad():
+        expected = [model(x), other(x)]
+    engine.add_adapter("added", model)
+    optimizer = torch.optim.SGD([p for _, p in model.trainable_parameters()], lr=1.0)
+    for (_, parameter), (_, aim) in zip(model.trainable_parameters(), other.trainable_parameters(), strict=True):
+        parameter.grad = (parameter - aim).detach()
+    deadline = time.monotonic() + HAMMER_SECONDS / 3
+    seen, problems = [0, 0], []
+
+    def swap() -> None:
+        while time.monotonic() < deadline:
+            model.load_adapter_state_dict(states[1])
+            model.load_adapter_state_dict(states[0])
+            optimizer.step()  # to the other state
+            engine.add_adapter("added", model)
+            model.load_state_dict(states[0], strict=False)
+
+    def serve(named: bool) -> None:
+        while time.monotonic() < deadline:
+            name = "added" if named else "default"
+            found = torch.stack(engine(x, adapter_names=[name] * 2)) if named else engine(x)
+            right = [bool(torch.allclose(found, one, rtol=1e-8, atol=1e-8)) for one in expected]
+            if not any(right):
+                problems.append(found)
+            for i, is_right in enumerate(right):
+                seen[i] += is_right
+
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for future in [pool.submit(swap), *(pool.submit(serve, i == 2) for i in range(3))]:
+                future.result()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not problems, f"{len(problems)} of {sum(seen)} answers are of neither state"
+    assert min(seen) > 0
 
 
 def test_a_fully_fine_tuned_model_is_served_and_followed(backbone: fp.FrozenViT, build: Build, images: Tensor) -> None:
