@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastprompt.generators import list_methods
 from fastprompt.runs.directory import read_json
 from fastprompt.runs.tables import results_table
 
@@ -84,7 +85,7 @@ def command(method: str, args: argparse.Namespace, data: str) -> list[str]:
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     p = argparse.ArgumentParser(prog="experiments/demo.py", description=(__doc__ or "").split("\n")[0])
-    p.add_argument("--methods", nargs="+", default=list(METHODS))
+    p.add_argument("--methods", nargs="+", default=list(METHODS), choices=list_methods(), metavar="METHOD")
     p.add_argument("--data", help="fashion-mnist, or mnist5k where that cannot be had")
     p.add_argument("--backbone", default="clip-vit-b16")
     p.add_argument("--image-size", type=int, default=112)

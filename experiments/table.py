@@ -29,41 +29,35 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from fastprompt.generators import get_method, list_methods
 from fastprompt.runs.directory import read_json, write_json
 from fastprompt.runs.execute import execute
-from fastprompt.runs.methods import TITLES
 from fastprompt.runs.settings import RunSettings, parse_options
+from fastprompt.train.recipes import default_recipe
 
-# Rows of a table that are a method with options of their own: (method, options, title).
-VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "pgn-14": ("pgn", {"num_prompts": 14}, "PGN, 14 prompts"),
-    "pgn-small": ("pgn", {"num_prompts": 14, "library_size": 54, "widths": [8, 16, 16, 16]}, "PGN, small"),
-    "rgb-extend": ("rgb-pgn", {"num_prompts": 14, "placement": "extend"}, "PGN in pixels, image extended"),
-    "rgb-replace": ("rgb-pgn", {"num_prompts": 14, "placement": "replace"}, "PGN in pixels, image shrunk"),
+
+class Row(NamedTuple):
+    """A row of the table: a method, options of its own, and the learning rates to try.
+
+    Without any rate the method finds its solution by itself, as the L-BFGS probe, which chooses C on validation; at a
+    single one it is run.
+    """
+
+    method: str
+    options: dict[str, Any]
+    title: str
+    lrs: tuple[float, ...]
+
+
+VARIANTS: dict[str, Row] = {
+    "pgn-14": Row("pgn", {"num_prompts": 14}, "PGN, 14 prompts", (0.003, 0.01)),
+    "pgn-small": Row("pgn", {"num_prompts": 14, "library_size": 54, "widths": [8, 16, 16, 16]}, "PGN, small", (0.003,)),
+    "rgb-extend": Row("rgb-pgn", {"num_prompts": 14, "placement": "extend"}, "PGN in pixels, image extended", (0.003,)),
+    "rgb-replace": Row("rgb-pgn", {"num_prompts": 14, "placement": "replace"}, "PGN in pixels, image shrunk", (0.003,)),
 }
-# Learning rates tried for each row; none for the L-BFGS probe, which chooses C on validation by itself. A
-# row with one rate is run at that rate.
-GRIDS: dict[str, tuple[float, ...]] = {
-    "linear": (),
-    "linear-sgd": (0.001, 0.01, 0.1),
-    "vpt-deep": (0.005, 0.01),
-    "pgn": (0.003, 0.01),
-    "vapt": (0.002, 0.005, 0.01),
-    "v2apt": (0.005, 0.01),
-    "free": (0.01,),
-    "vpt-shallow": (0.01,),
-    "pixel": (0.01,),
-    "full": (1e-5,),
-    "pgn-14": (0.003, 0.01),
-    "pgn-small": (0.003,),
-    "rgb-extend": (0.003,),
-    "rgb-replace": (0.003,),
-}
-ROWS = tuple(row for row in GRIDS if row not in VARIANTS)
-"""What `make table` runs; the variants are those of `experiments/pixels.py`."""
-PROBES = ("linear", "linear-sgd")
+"""Rows that are a method with options of their own, those of `experiments/pixels.py`."""
 # What every method but the probes trains with, beside its learning rate. results/exploration.md says why.
 RECIPE: dict[str, Any] = {
     "batch_size": 16,
@@ -74,6 +68,26 @@ RECIPE: dict[str, Any] = {
 }
 # Epochs of the methods that train on features encoded once, where an epoch costs next to nothing.
 CACHED_EPOCHS = 100
+
+
+def row_of(name: str) -> Row:
+    """A row by its name: one of `VARIANTS`, or a method as it is registered."""
+    if name in VARIANTS:
+        return VARIANTS[name]
+    method = get_method(name)
+    searched = method.lrs or (() if method.solver == "lbfgs" else (default_recipe(name).lr,))
+    return Row(name, {}, method.title, searched)
+
+
+def default_rows() -> list[str]:
+    """What `make table` runs: every method that is registered with learning rates to try, and the L-BFGS probe."""
+    methods = [get_method(name) for name in list_methods()]
+    return [method.name for method in methods if method.lrs or method.solver == "lbfgs"]
+
+
+def is_probe(name: str) -> bool:
+    """Whether the row trains nothing but the head."""
+    return get_method(row_of(name).method).head_only
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,7 @@ class Plan:
 
     def grid(self, method: str) -> tuple[float | None, ...]:
         """The learning rates to try; (None,) for the L-BFGS probe, which has none."""
-        grid = GRIDS[method]
+        grid = row_of(method).lrs
         return (self.lrs or grid) if grid else (None,)
 
 
@@ -109,19 +123,21 @@ class Job:
     def settings(self, base: RunSettings) -> RunSettings:
         """The run's settings. The seed draws the images and sets the training; test images stay the same."""
         recipe = dict(base.recipe)
-        if self.method in PROBES:
+        row = row_of(self.method)
+        method = get_method(row.method)
+        if method.head_only:
             recipe = {key: value for key, value in recipe.items() if RECIPE.get(key) != value}
             recipe["epochs"] = CACHED_EPOCHS
         recipe["seed"] = self.seed
         if self.lr is not None:
             recipe["lr"] = self.lr
-        augment = "none" if self.method == "linear-sgd" else base.augment
-        method, own, _ = VARIANTS.get(self.method, (self.method, {}, ""))
-        options = {**base.options, **own}
-        if self.method == "pixel" and base.image_size is not None:
+        on_features = method.head_only and method.solver == "gradient"  # which are encoded once, without augmentation
+        augment = "none" if on_features else base.augment
+        options = {**base.options, **row.options}
+        if "border" in method.free_options and base.image_size is not None:
             # The published border is 30 pixels of 224.
             options.setdefault("border", max(1, round(30 * base.image_size / 224)))
-        return replace(base, method=method, options=options, recipe=recipe, data_seed=self.seed, augment=augment)
+        return replace(base, method=row.method, options=options, recipe=recipe, data_seed=self.seed, augment=augment)
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:
@@ -342,13 +358,13 @@ def tested_runs(plan: Plan, method: str, lr: float | None) -> dict[int, dict[str
     return runs
 
 
-def aggregate(plan: Plan, methods: Sequence[str] = ROWS) -> dict[str, Any]:
+def aggregate(plan: Plan, methods: Sequence[str] | None = None) -> dict[str, Any]:
     """The table of `methods` from the finished runs in `plan.out`: those whose grid is finished and that have a test
-    record.
+    record. None: the `default_rows`.
     """
     rows: list[dict[str, Any]] = []
     tested: dict[str, dict[int, dict[str, Any]]] = {}
-    for method in methods:
+    for method in default_rows() if methods is None else methods:
         here = replace(plan, lrs=rates_on_disk(plan, method) or plan.lrs)
         chosen = choose_lr(here, method)
         runs = {} if chosen is None else tested_runs(here, method, chosen[0])
@@ -356,7 +372,7 @@ def aggregate(plan: Plan, methods: Sequence[str] = ROWS) -> dict[str, Any]:
             continue
         tested[method] = runs
         rows.append(summarise(method, chosen[0], runs) | grid_record(here, method, chosen[0]))
-    probes = [row for row in rows if row["method"] in PROBES]
+    probes = [row for row in rows if is_probe(row["method"])]
     best_probe = max(probes, key=lambda row: row["validation_accuracy"])["method"] if probes else None
     for row in rows:
         compared = best_probe is not None and row["method"] != best_probe
@@ -389,7 +405,7 @@ def speed(run: Mapping[str, Any]) -> float:
     """Training images per second: the median epoch's, so that an epoch in which the run was held up does not
     count. A probe's is that of the whole run, since its epochs read features and no images.
     """
-    if run["method"] in PROBES:
+    if is_probe(run["method"]):
         return float(run["images_per_second"])
     return statistics.median(epoch["images_per_second"] for epoch in run["history"])
 
@@ -400,7 +416,7 @@ def summarise(method: str, lr: float | None, runs: Mapping[int, Mapping[str, Any
     test = [r["test"]["accuracy"] for r in runs.values()]
     return {
         "method": method,
-        "title": VARIANTS[method][2] if method in VARIANTS else TITLES[method],
+        "title": row_of(method).title,
         "config": one["config"],
         "recipe": one["recipe"],
         "lr": lr,
@@ -513,10 +529,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--methods",
         nargs="+",
-        default=list(ROWS),
-        choices=list(GRIDS),
+        default=default_rows(),
+        choices=[*list_methods(), *VARIANTS],
         metavar="METHOD",
-        help=" ".join(ROWS),
+        help="default: %(default)s",
     )
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--lrs", nargs="+", type=float, help="learning rates in place of the methods' own grids")

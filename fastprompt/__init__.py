@@ -21,16 +21,23 @@ if TYPE_CHECKING:  # what `__getattr__` below finds at run time
         FreePrompts as FreePrompts,
         FreePromptsConfig as FreePromptsConfig,
         FullFineTuneConfig as FullFineTuneConfig,
+        Geometry as Geometry,
         LinearProbeConfig as LinearProbeConfig,
         PGNConfig as PGNConfig,
         PixelPrompt as PixelPrompt,
         PixelPromptConfig as PixelPromptConfig,
+        PromptConfig as PromptConfig,
+        PromptCost as PromptCost,
         PromptGenerator as PromptGenerator,
+        Published as Published,
         RGBPGNConfig as RGBPGNConfig,
         V2APTConfig as V2APTConfig,
         VAPTConfig as VAPTConfig,
+        Variant as Variant,
         VPTConfig as VPTConfig,
         config_from_dict as config_from_dict,
+        list_methods as list_methods,
+        register_method as register_method,
     )
     from fastprompt.heads import (
         LabelMapHead as LabelMapHead,
@@ -53,9 +60,13 @@ if TYPE_CHECKING:  # what `__getattr__` below finds at run time
     from fastprompt.train.recipes import (
         Recipe as Recipe,
         default_recipe as default_recipe,
+        paper_recipe as paper_recipe,
     )
     from fastprompt.vit import FrozenViT as FrozenViT
-    from fastprompt.vit.assets import load_backbone as load_backbone
+    from fastprompt.vit.assets import (
+        list_backbones as list_backbones,
+        load_backbone as load_backbone,
+    )
 
 __version__ = "0.1.0"
 
@@ -64,6 +75,9 @@ _PUBLIC = {
     "PromptedViT": "fastprompt.model",
     "load_official": "fastprompt.official",
     "load_backbone": "fastprompt.vit.assets",
+    "list_backbones": "fastprompt.vit.assets",
+    "Geometry": "fastprompt.generators",
+    "PromptConfig": "fastprompt.generators",
     "PromptGenerator": "fastprompt.generators",
     "PGN": "fastprompt.generators",
     "PGNConfig": "fastprompt.generators",
@@ -84,6 +98,11 @@ _PUBLIC = {
     "LinearProbeConfig": "fastprompt.generators",
     "FullFineTuneConfig": "fastprompt.generators",
     "config_from_dict": "fastprompt.generators",
+    "register_method": "fastprompt.generators",
+    "list_methods": "fastprompt.generators",
+    "Variant": "fastprompt.generators",
+    "Published": "fastprompt.generators",
+    "PromptCost": "fastprompt.generators",
     "LinearHead": "fastprompt.heads",
     "TextHead": "fastprompt.heads",
     "LabelMapHead": "fastprompt.heads",
@@ -93,6 +112,7 @@ _PUBLIC = {
     "FitResult": "fastprompt.train.fit",
     "Recipe": "fastprompt.train.recipes",
     "default_recipe": "fastprompt.train.recipes",
+    "paper_recipe": "fastprompt.train.recipes",
     "evaluate": "fastprompt.train.evaluate",
     "fit_linear_probe": "fastprompt.train.probe",
     "load_data": "fastprompt.data",

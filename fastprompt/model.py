@@ -26,8 +26,6 @@ from fastprompt.adapters import (
 )
 from fastprompt.changes import changing
 from fastprompt.generators import (
-    FullFineTuneConfig,
-    PGNConfig,
     PromptConfig,
     PromptGenerator,
     build_generator,
@@ -92,7 +90,7 @@ class PromptedViT(nn.Module):
             raise TypeError(f"class_names must be a sequence of names, got {type(class_names).__name__}")
         generator = build_generator(config, backbone)
         self.readout = check_readout(backbone, generator, readout)
-        self.config, self.full = config, isinstance(config, FullFineTuneConfig)
+        self.config, self.full = config, config.trains_backbone
         backbone.pin_fingerprint()
         self.backbone = backbone
         if self.full:
@@ -491,9 +489,7 @@ class PromptedViT(nn.Module):
         check_backbone(f"the adapter in {directory}", config["backbone"], backbone)
         try:
             info, num_classes = config["head"], config["num_classes"]
-            method = config_from_dict(config["method"])
-            if isinstance(method, PGNConfig):
-                method = dataclasses.replace(method, pretrained_trunk=False)  # its weights are in the file
+            method = config_from_dict(config["method"]).to_load()
             check_sizes(method, num_classes, backbone, state)
             head: str | Head = "linear" if info is None else head_from(info, backbone, num_classes, state)
             model = cls(backbone, method, num_classes, head, config["readout"], class_names=config["class_names"])

@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import timm
 import torch
 
 import fastprompt as fp
@@ -232,27 +231,6 @@ def test_the_rewritten_graph_costs_less() -> None:
 def test_what_has_no_formula_is_refused(arguments: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         cost(**{"backbone": B16, "config": fp.VPTConfig(), **arguments})
-
-
-@pytest.mark.parametrize(
-    ("sizes", "named"),
-    [
-        ({"qk_norm": True}, "q- and k-norm"),
-        ({"init_values": None, "dynamic_img_pad": True, "dynamic_img_size": True}, "zero-padded"),
-        ({"block_fn": timm.models.vision_transformer.ResPostBlock}, "res-post-norm"),
-        ({"mlp_layer": timm.layers.SwiGLU}, "gated MLP"),
-        ({"act_layer": "mish"}, "mish"),
-    ],
-)
-def test_a_backbone_without_formula_is_refused(sizes: dict[str, Any], named: str) -> None:
-    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=1, **sizes)
-    with pytest.raises(ValueError, match=named):
-        Sizes.of(fp.FrozenViT(vit))
-
-
-def test_a_swin_transformer_is_refused(tiny_swin: Any) -> None:
-    with pytest.raises(ValueError, match="Swin"):
-        Sizes.of(fp.FrozenViT(tiny_swin()))
 
 
 def test_the_measurement_sees_a_tensor_that_is_kept(bench: ModuleType) -> None:

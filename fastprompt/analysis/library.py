@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
 
 
+def has_library(model: PromptedViT) -> bool:
+    """Whether the model's prompts are mixtures of a token library, as PGN's: its generator has `mixture(images)`."""
+    return callable(getattr(model.generator, "mixture", None))
+
+
 def library_usage(model: PromptedViT, dataset: Any, batch_size: int = 64) -> dict[str, Any]:
     """How a PGN uses its library over a data set.
 
@@ -20,10 +25,9 @@ def library_usage(model: PromptedViT, dataset: Any, batch_size: int = 64) -> dic
     """
     import torch
 
-    from fastprompt.generators import PGN
-
-    if not isinstance(model.generator, PGN):
-        raise TypeError(f"model: only a PGN has a library, this one has {type(model.generator).__name__}")
+    generator: Any = model.generator
+    if not has_library(model):
+        raise TypeError(f"model must have a token library, as PGN has one; its generator is {type(generator).__name__}")
     was_training = model.training
     model.eval()
     total: torch.Tensor | None = None
@@ -32,7 +36,7 @@ def library_usage(model: PromptedViT, dataset: Any, batch_size: int = 64) -> dic
         for start in range(0, len(dataset), batch_size):
             images = torch.stack([dataset[i][0] for i in range(start, min(start + batch_size, len(dataset)))])
             pixels = model.backbone.normalise(images.to(model.backbone.device)).float()
-            weights = model.generator.mixture(pixels).double()  # (B, K, M)
+            weights = generator.mixture(pixels).double()  # (B, K, M)
             weights = weights / weights.sum(-1, keepdim=True)
             entropy += float(-(weights * weights.clamp_min(1e-300).log()).sum())
             mixtures += weights.shape[0] * weights.shape[1]

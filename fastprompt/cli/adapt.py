@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from fastprompt.cli.options import RECIPE_FLAGS, KeyValues, absolute, method_options, set_threads
-from fastprompt.runs.methods import METHODS
+from fastprompt.cli.options import METHOD, RECIPE_FLAGS, KeyValues, absolute, method_options, set_threads
 from fastprompt.runs.settings import RunSettings
 
 
@@ -23,7 +22,7 @@ class Adapt:
     """Image folder, torchvision data set, mnist5k or fashion-mnist."""
     out: Path
     """Run directory: adapter, log, results."""
-    method: Literal[tuple(METHODS)] = "pgn"  # type: ignore[valid-type]
+    method: Annotated[str, METHOD] = "pgn"
     """What trains."""
     backbone: str = "clip-vit-b16"
     """clip-vit-b16, vit-s14 or any timm name."""

@@ -6,12 +6,11 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from fastprompt.cli.options import KeyValues, method_options, stored_size
-from fastprompt.runs.methods import METHODS
+from fastprompt.cli.options import METHOD, KeyValues, method_options, stored_size
 
 if TYPE_CHECKING:
     from fastprompt.generators import PromptConfig
@@ -27,7 +26,7 @@ class Info:
     backbone: str | None = None
     """clip-vit-b16 if neither this nor an adapter is given."""
     image_size: int | None = None
-    method: Literal[tuple(METHODS)] | None = None  # type: ignore[valid-type]
+    method: Annotated[str | None, METHOD] = None
     """One method; all of them if not given."""
     num_prompts: int | None = None
     set: KeyValues = field(default_factory=list)
@@ -135,16 +134,20 @@ def backbone_facts(name: str, backbone: FrozenViT) -> dict[str, Any]:
 
 def chosen_configs(command: Info, adapter: dict[str, Any] | None, options: dict[str, Any]) -> dict[str, PromptConfig]:
     """By name: the method asked for, else the adapter's, else all."""
-    from fastprompt.generators import config_from_dict
-    from fastprompt.runs.methods import TITLES, build_config
+    from fastprompt.generators import config_from_dict, get_method, list_methods
 
     if command.method is not None:
-        return {TITLES[command.method]: build_config(command.method, options)}
+        method = get_method(command.method)
+        return {method.title: method.config(options)}
     if adapter is not None:
         config = config_from_dict(adapter["config"]["method"])
         return {config.kind: config}
-    # the other linear probe trains the same
-    return {TITLES[method]: build_config(method, {}) for method in METHODS if method != "linear-sgd"}
+    configs: dict[str, PromptConfig] = {}
+    for method in map(get_method, list_methods()):
+        config = method.config()
+        if config not in configs.values():  # the second linear probe trains the same
+            configs[method.title] = config
+    return configs
 
 
 def methods_facts(

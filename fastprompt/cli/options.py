@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from fastprompt.runs.settings import RunSettings
 
 
+def _method_hint(default: str) -> str:
+    """What `--help` says of --method; asked for then, since listing the methods imports torch."""
+    from fastprompt.generators import list_methods
+
+    return f"(default: {default}; {', '.join(list_methods())})"
+
+
+METHOD = tyro.conf.arg(metavar="METHOD", help_behavior_hint=_method_hint)
 KeyValues = Annotated[list[str], tyro.conf.arg(metavar="KEY=VALUE")]
 
 

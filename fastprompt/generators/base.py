@@ -23,9 +23,15 @@ Draws = dict[str, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class PromptConfig:
-    """Options of one method; `kind` names it in files and on the command line."""
+    """Options of one method: a frozen dataclass with a default for every option, which checks them when it is made.
+
+    Attributes:
+        kind: the method's name in adapter files.
+        trains_backbone: whether the backbone trains, too.
+    """
 
     kind: ClassVar[str]
+    trains_backbone: ClassVar[bool] = False
 
     def to_dict(self) -> dict[str, Any]:
         """All options with `kind`, ready for JSON."""
@@ -39,6 +45,10 @@ class PromptConfig:
         if unknown:
             raise ValueError(f"{cls.__name__} has no option {unknown[0]!r}; it takes {sorted(fields)}")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def to_load(self) -> PromptConfig:
+        """The configuration of a generator whose tensors are loaded into it: what it would start from is left out."""
+        return self
 
     def require(
         self, name: str, kind: type | tuple[type, ...], low: float | None = None, high: float | None = None
@@ -193,8 +203,7 @@ class PromptGenerator(nn.Module, abc.ABC):
         if self.geometry.stages is not None and not self.takes_stages:
             raise ValueError(
                 f"{self.config_class.__name__} is not defined on a Swin transformer, whose token width "
-                "changes between stages; VPTConfig, V2APTConfig, FreePromptsConfig, PixelPromptConfig, "
-                "LinearProbeConfig and FullFineTuneConfig work there"
+                "changes between stages; fp.list_methods(on_swin=True) names the methods that are"
             )
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:

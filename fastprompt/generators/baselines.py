@@ -1,13 +1,46 @@
-"""Configurations of the baselines that have no prompts."""
+"""The baselines that have no prompts: linear probe and full fine-tuning."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import ClassVar
 
+from fastprompt.generators.accounting import PromptCost, Sizes, Tally
 from fastprompt.generators.base import PromptConfig
+from fastprompt.generators.registry import Published, Variant, register_method
+from fastprompt.generators.vpt import VPT_RECIPE, VPT_SEARCH
 
 
+def _no_prompts(s: Sizes, config: LinearProbeConfig, t: Tally) -> PromptCost:
+    """Nothing beside the backbone and the head."""
+    return PromptCost(0, ())
+
+
+@register_method(
+    "linear",
+    title="Linear probe (L-BFGS)",
+    recipe={
+        "epochs": 100,
+        "batch_size": 32,
+        "lr": 1e-2,
+        "head_lr": None,
+        "warmup_epochs": 5.0,
+        "label_smoothing": 0.0,
+        "select_by": "accuracy",
+    },
+    published={
+        "linear-paper": Published(
+            "none; VPT's settings for prompts", {**VPT_RECIPE, "lr": 1.0, "weight_decay": 1e-3}, **VPT_SEARCH
+        )
+    },
+    cost=_no_prompts,
+    solver="lbfgs",
+    variants={
+        "linear-sgd": Variant(
+            "Linear probe (SGD)", recipe={"optimizer": "sgd"}, lrs=(0.001, 0.01, 0.1), solver="gradient"
+        )
+    },
+)
 @dataclasses.dataclass(frozen=True)
 class LinearProbeConfig(PromptConfig):
     """Only the head trains, on frozen features."""
@@ -15,8 +48,22 @@ class LinearProbeConfig(PromptConfig):
     kind: ClassVar[str] = "linear"
 
 
+@register_method(
+    "full",
+    title="Full fine-tuning",
+    recipe={"lr": 1e-5, "weight_decay": 1e-2},
+    lrs=(1e-5,),
+    published={
+        "full-paper": Published(
+            "none; VPT's schedule with AdamW",
+            {**VPT_RECIPE, "lr": 1e-3, "weight_decay": 1e-2, "optimizer": "adamw"},
+            lr_per=256,
+        )
+    },
+)
 @dataclasses.dataclass(frozen=True)
 class FullFineTuneConfig(PromptConfig):
     """Every tensor of the backbone trains together with the head."""
 
     kind: ClassVar[str] = "full"
+    trains_backbone: ClassVar[bool] = True

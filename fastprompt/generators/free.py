@@ -9,7 +9,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from fastprompt.generators.accounting import PromptCost, Sizes, Tally
 from fastprompt.generators.base import Draws, Geometry, PromptConfig, PromptGenerator
+from fastprompt.generators.pgn import PGN_PAPER
+from fastprompt.generators.registry import register_method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +26,21 @@ class FreePromptsConfig(PromptConfig):
         self.require("num_prompts", int, 1)
 
 
+def _cost(s: Sizes, config: FreePromptsConfig, t: Tally) -> PromptCost:
+    """A parameter as it is."""
+    kept = s.tokens(config.num_prompts) * (s.cast or s.norm_pre)
+    return PromptCost(config.num_prompts, range(1), 1, first=True, known=True, kept=kept)
+
+
+@register_method(
+    "free",
+    title="Free prompts",
+    paper="the input-independent control of Loedeman et al., BMVC 2024, arXiv 2210.06466",
+    recipe={"lr": 1e-2},
+    lrs=(0.01,),
+    published={"free-paper": PGN_PAPER},
+    cost=_cost,
+)
 class FreePrompts(PromptGenerator):
     """K learned vectors, the same for every image (PGN's input-independent baseline, "IIP").
 

@@ -10,7 +10,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprompt.generators.accounting import PromptCost, Sizes, Tally
 from fastprompt.generators.base import Draws, Geometry, PromptConfig, PromptGenerator
+from fastprompt.generators.registry import Published, register_method
 from fastprompt.kernels.library_prompts import ACTIVATIONS, PreNorm, library_prompts, reference as library_reference
 
 if TYPE_CHECKING:
@@ -55,6 +57,9 @@ class PGNConfig(PromptConfig):
         self.require("pretrained_trunk", bool)
         if self.pretrained_trunk and self.trunk != "resnet18":
             raise ValueError("PGNConfig.pretrained_trunk needs trunk='resnet18'")
+
+    def to_load(self) -> PGNConfig:
+        return dataclasses.replace(self, pretrained_trunk=False)
 
 
 class BasicBlock(nn.Module):
@@ -107,6 +112,83 @@ def _resnet18(outputs: int, pretrained: bool) -> nn.Module:
     return trunk
 
 
+def _cost(s: Sizes, config: PGNConfig, t: Tally) -> PromptCost:
+    """ResNet-10, the mixture's weights and the mixture, all in float32."""
+    if config.trunk != "resnet10":
+        raise ValueError(f"the cost of PGNConfig.trunk {config.trunk!r} has no formula")
+    plain = s.graph == "papers"
+    b, k, m = s.batch, config.num_prompts, config.library_size
+    height, width = s.image_size
+    if config.resolution is not None and s.image_size != (config.resolution, config.resolution):
+        height = width = config.resolution
+        t.call(1, 0, 4 * b * 3 * height * width)
+
+    def convolution(inputs: int, outputs: int, kernel: int, positions: int, gradients: int = 2) -> None:
+        t.product(2 * b * positions * outputs * inputs * kernel**2, gradients, backward=1)
+
+    def batch_norm(channels: int, positions: int) -> None:
+        t.call(2 + s.training, 1, 4 * b * channels * positions + 8 * channels)
+
+    def kept(channels: int, positions: int) -> int:
+        return 4 * b * channels * positions
+
+    height, width = (height + 1) // 2, (width + 1) // 2
+    channels = config.widths[0]
+    convolution(3, channels, 3, height * width, 1)
+    batch_norm(channels, height * width)
+    t.call(1, 1, kept(channels, height * width))
+    if config.stem_pool:
+        height, width = (height + 1) // 2, (width + 1) // 2
+        t.call(1, 1, 3 * kept(channels, height * width))  # its output and the int64 place of each maximum
+    for i, outputs in enumerate(config.widths):
+        if i > 0:
+            height, width = (height + 1) // 2, (width + 1) // 2
+        positions = height * width
+        convolution(channels, outputs, 3, positions)
+        batch_norm(outputs, positions)
+        t.call(1, 1, kept(outputs, positions))
+        convolution(outputs, outputs, 3, positions)
+        batch_norm(outputs, positions)
+        if i > 0 or channels != outputs:
+            convolution(channels, outputs, 1, positions)
+        t.call(2, 2, kept(outputs, positions))  # sum and ReLU; backwards the sum of the two paths
+        channels = outputs
+    t.call(1, 1, 4 * b * channels)  # mean over positions
+    t.product(2 * b * channels * k * m, 2)
+    t.call(1 + 1, 1 + 1, 4 * b * k * m)  # bias; softmax or sigmoid, which keep their output
+    copied = plain and not s.cast  # the gradient, rows of the sequence's, which a cast would have copied
+    t.product(2 * b * k * m * s.width, 2, backward=2 + copied)
+    wide = 4 * b * k * s.width
+    t.saved += wide * (not s.cast and not s.norm_pre and not plain)
+    held = 4 * b * k * m + s.tokens(b * k) * (s.cast or s.norm_pre)  # the logits, and the prompts made of them
+    return PromptCost(k, range(1), first=True, kept=held, norms=True)
+
+
+PGN_PAPER = Published(
+    "pgn/scripts and pgn/lr_schedulers of jochemloedeman/PGN; the batch size of the paper's runs is not known",
+    {
+        "epochs": 100,
+        "batch_size": 64,
+        "lr": 0.1,
+        "weight_decay": 0.0,
+        "optimizer": "sgd",
+        "momentum": 0.9,
+        "warmup_epochs": 50,
+        "min_lr_ratio": 0.01,
+        "dtype": "float32",
+    },
+)
+
+
+@register_method(
+    "pgn",
+    title="PGN",
+    paper="Loedeman et al., BMVC 2024, arXiv 2210.06466",
+    recipe={"lr": 3e-3},
+    lrs=(0.003, 0.01),
+    published={"pgn-paper": PGN_PAPER},
+    cost=_cost,
+)
 class PGN(PromptGenerator):
     """PGN: prompts are per-image mixtures over a learned token library (PGN §3).
 

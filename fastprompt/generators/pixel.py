@@ -9,7 +9,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from fastprompt.generators.accounting import PromptCost, Sizes, Tally
 from fastprompt.generators.base import Draws, Geometry, PromptConfig, PromptGenerator
+from fastprompt.generators.registry import Published, register_method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,35 @@ class PixelPromptConfig(PromptConfig):
         self.require("border", int, 1)
 
 
+def _cost(s: Sizes, config: PixelPromptConfig, t: Tally) -> PromptCost:
+    """The frame, its sum with the images, and the gradients of its four strips."""
+    t.call(4, 1 + 8, s.batch * 3 * s.image_size[0] * s.image_size[1] * s.element)
+    return PromptCost(0, (), changes_images=True)
+
+
+@register_method(
+    "pixel",
+    title="Pixel prompt",
+    paper="Bahng et al., 2022, arXiv 2203.17274",
+    recipe={"lr": 1e-2, "weight_decay": 0.0},
+    lrs=(0.01,),
+    published={
+        "pixel-paper": Published(
+            "hjbahng/visual_prompting, for CLIP",
+            {
+                "epochs": 1000,
+                "batch_size": 256,
+                "lr": 40.0,
+                "weight_decay": 0.0,
+                "optimizer": "sgd",
+                "momentum": 0.9,
+                "dtype": "float32",
+            },
+            warmup_steps=1000,
+        )
+    },
+    cost=_cost,
+)
 class PixelPrompt(PromptGenerator):
     """x + δ with δ zero inside and learned on a frame of `border` pixels, N(0, 1) at the start.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastprompt.generators.base import Draws, Geometry, PromptGenerator
 from fastprompt.generators.pgn import PGN, PGNConfig
+from fastprompt.generators.registry import register_method
 from fastprompt.kernels.library_prompts import library_prompts
 from fastprompt.vit.weights import per_channel
 
@@ -73,6 +74,12 @@ class RGBPGNConfig(PGNConfig):
             raise ValueError(f"RGBPGNConfig.compensate is for placement 'extend', placement is {self.placement!r}")
 
 
+@register_method(
+    "rgb-pgn",
+    title="PGN in pixels",
+    paper="prompts born as pixels, after the prompt inversion of Loedeman et al., BMVC 2024, arXiv 2210.06466",
+    recipe={"lr": 3e-3},
+)
 class RGBPGN(PGN):
     """PGN with a library of RGB patches, R ∈ R^{M × 3p²}: patches = round(softmax(g_θ(x)) R), each a p × p picture.
 

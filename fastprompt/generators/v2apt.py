@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -10,12 +11,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprompt.generators.accounting import PromptCost, Sizes, Tally
 from fastprompt.generators.base import Draws, Geometry, PromptConfig, PromptGenerator
-from fastprompt.generators.vpt import StaticPrompts
+from fastprompt.generators.registry import Published, register_method
+from fastprompt.generators.vpt import VPT_RECIPE, VPT_SEARCH, StaticPrompts
 from fastprompt.kernels.vae_prompts import Decoder, vae_prompts
 from fastprompt.kernels.vae_prompts.reference import gaussian, kl_per_unit, philox_normal
 
 ACTIVE_UNIT_NATS = 0.01
+NOISE_CALLS = 2 + 1 + 3 * 3 + 10 * 30 + 1 + 13  # seed, counters, ten rounds of Philox, Box-Muller
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +94,51 @@ class Latent(NamedTuple):
     kl_units: Tensor
 
 
+def _cost(s: Sizes, config: V2APTConfig, t: Tally) -> PromptCost:
+    """Encoder, noise and decoders in float32; the prompts (L, B, P, D) of all layers as the backbone takes them."""
+    if config.inference_samples:
+        raise ValueError("the cost of V2APTConfig.inference_samples has no formula")
+    b, d, z, h, m, depth = s.batch, s.width, config.latent, config.hidden, config.num_instance, s.depth
+    decoders = 1 if config.share == "all" else depth
+    t.call(s.norm_pre + s.cast + 2)  # norm and mean over patches
+    t.call(2, 3, 2 * 4 * b * d)  # the norm's affine
+    t.product(2 * b * d * h, 2, backward=3)
+    t.call(1, 1, 2 * 4 * b * h)  # a GELU keeps its input, the Linear behind it the output
+    t.product(2 * b * h * 2 * z, 2, backward=3)
+    t.call(2 * 2 + 2 * 7, 0, 4 * b * 2 * z)  # clamped statistics and KL, for the loss and for the prompts
+    t.call(0, 5 + 1)  # of the clamp and of the split into mean and log variance
+    if s.training:
+        t.call(NOISE_CALLS + 4, 3, 2 * 4 * b * z + 16 * math.ceil(b * z / 4))  # σ, z and the noise
+    for _ in range(decoders):
+        t.product(2 * b * z * h, 2, backward=3)
+        t.call(1, 1, 2 * 4 * b * h)
+        t.product(2 * b * h * m * d, 2, backward=3)
+    t.call(2 * s.cast, 2 * s.cast)  # domain and instance prompts
+    wide = s.tokens(depth * b * config.num_prompts)
+    t.call(2, (b > 1) + (decoders < depth) + decoders - 1, wide * (s.graph != "papers"))
+    kept = 2 * 4 * b * z + 4 * b + 16  # the KL and the seed are held, too
+
+    def make(t: Tally, i: int) -> None:
+        t.call(0, 1 + (i > 0))
+
+    return PromptCost(config.num_prompts, range(depth), make=make, cast=False, kept=kept)
+
+
+@register_method(
+    "v2apt",
+    title="V²APT",
+    paper="Xiao et al., 2025, arXiv 2503.17650",
+    recipe={"lr": 5e-3, "kl_warmup_epochs": 2.0},
+    lrs=(0.005, 0.01),
+    published={
+        "v2apt-paper": Published(
+            "none; VPT's, with the KL term warmed up over the same epochs",
+            {**VPT_RECIPE, "lr": 1.0, "weight_decay": 1e-3, "kl_warmup_epochs": 10},
+            **VPT_SEARCH,
+        )
+    },
+    cost=_cost,
+)
 class V2APT(PromptGenerator):
     """V²APT: every block reads [CLS, domain prompts, instance prompts, patches], P prompts in all, as VPT-deep.
 

@@ -10,8 +10,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprompt.generators.accounting import PromptCost, Sizes, Tally
 from fastprompt.generators.base import Draws, Geometry, PromptConfig, PromptGenerator, dropout_mask
-from fastprompt.generators.vpt import StaticPrompts
+from fastprompt.generators.registry import Published, register_method
+from fastprompt.generators.vpt import VPT_RECIPE, VPT_SEARCH, StaticPrompts, static_cost
 from fastprompt.kernels.adaptive_prompts import ACTIVATIONS, adaptive_prompts
 from fastprompt.kernels.adaptive_prompts.reference import bottleneck, position_matrix
 
@@ -90,6 +92,76 @@ class AdaptiveLayer(nn.Module):
         nn.init.zeros_(self.projector.bias)
 
 
+def _cost(s: Sizes, config: VAPTConfig, t: Tally) -> PromptCost:
+    """Static prompts of the first blocks; from then on M · LN(X), the bottleneck and its residual, in float32."""
+    for name, plainest in (
+        ("conv", True),
+        ("channelwise", True),
+        ("feature_projector", True),
+        ("share_projector", True),
+        ("learnable_scale", False),
+        ("project", None),
+        ("activation", "relu"),
+    ):
+        if getattr(config, name) != plainest:
+            raise ValueError(f"the cost of VAPTConfig.{name} = {getattr(config, name)!r} has no formula")
+    plain = s.graph == "papers"
+    b, d, n, p, r = s.batch, s.width, s.patches, config.num_prompts, config.hidden
+    first, adaptive = config.static_layers, s.depth - config.static_layers
+    grow = 2 * config.padding - config.kernel + 1
+    windows = (s.grid[0] + grow) * (s.grid[1] + grow)
+    channels, hidden = (s.training and rate > 0 for rate in (config.channel_dropout, config.hidden_dropout))
+    static = static_cost(s, t, p, first, config.prompt_dropout) if first else None
+    for masked, size in ((channels, b * d), (hidden, b * p * r)):
+        t.call(3 * masked, 0, 4 * adaptive * size * masked)
+
+    def make(t: Tally, i: int) -> None:
+        if static is not None and i < first:
+            static.make(t, i)
+            return
+        taps = config.kernel**2
+        trains = i > 0  # whether the tokens carry a gradient
+        tokens = s.own + p * (i > 0 and plain)
+        sliced = plain or s.prefix > 0
+        t.call(s.cast, (s.cast + sliced + 1) * trains)
+        t.call(1, 1)
+        if plain:
+            t.saved += 4 * b * d * (n if s.cast else tokens) + 8 * b * n + 4 * b * n * d  # the norm's input and output
+            t.product(2 * b * d * windows * taps, 2)
+            t.call(channels + 1, channels + 1, 4 * b * d * windows)  # mask and copy
+            t.product(2 * b * d * windows * p, 2)
+            t.call(1 + 1, 1)  # bias and copy
+        else:
+            t.product(2 * p * windows * taps, 2, backward=1)
+            t.product(2 * b * d * n * p, 2, calls=3 if s.training else 1, backward=5)
+            t.call(channels + 1, channels + 1, 4 * p * n + s.element * b * tokens * d * (not trains))
+            t.call(0, 1 + s.cast)  # the norm is computed again
+            t.saved += 4 * b * p * d * (not s.cast)
+        t.saved += 4 * b * p * d
+        t.product(2 * b * p * d * r, 2)
+        t.call(1 + hidden, 1 + hidden, 4 * b * p * r * (1 + hidden))
+        t.product(2 * b * p * r * d, 2)
+        t.call(2, 2 + 2 * (i > first))  # scale and residual; the gradients of the bottleneck add up
+
+    return PromptCost(p, range(s.depth), 0 if static is None else static.shared, make)
+
+
+@register_method(
+    "vapt",
+    title="VAPT",
+    paper="Le et al., ICLR 2026, arXiv 2501.18936",
+    recipe={"lr": 5e-3},
+    lrs=(0.002, 0.005, 0.01),
+    published={
+        "vapt-paper": Published(
+            "src/configs of Minhchuyentoancbn/VAPT, for CIFAR-100; base rate and weight decay are searched for every "
+            "other task",
+            {**VPT_RECIPE, "lr": 2.5, "weight_decay": 1e-2},
+            **VPT_SEARCH,
+        )
+    },
+    cost=_cost,
+)
 class VAPT(PromptGenerator):
     """VAPT: block i's prompts are a function of the patch tokens X that enter it (VAPT §4).
 

@@ -11,7 +11,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from fastprompt.generators.accounting import PromptCost, Sizes, Tally
 from fastprompt.generators.base import Draws, Geometry, PromptConfig, PromptGenerator, dropout_mask
+from fastprompt.generators.registry import Published, Variant, register_method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +95,60 @@ class StaticPrompts(nn.Module):
         return prompts if mask is None else prompts * mask
 
 
+def static_cost(s: Sizes, t: Tally, count: int, layers: int, dropout: float) -> PromptCost:
+    """`StaticPrompts`: each layer's slice of one parameter, masked for each image where there is dropout."""
+    masked = s.training and dropout > 0
+    mask = 4 * s.batch * count * s.width * masked
+    t.call(3 * masked, 0, layers * mask)
+
+    def make(t: Tally, i: int) -> None:
+        t.call(int(masked), 1 + (i > 0) + masked * (1 + (s.batch > 1)), mask * (not s.cast and s.graph != "papers"))
+
+    return PromptCost(count, range(layers), 0 if masked else layers, make, known=not masked)
+
+
+def _cost(s: Sizes, config: VPTConfig, t: Tally) -> PromptCost:
+    """`static_cost` of all blocks, or of the first."""
+    if config.project is not None:
+        raise ValueError("the cost of VPTConfig.project has no formula")
+    return static_cost(s, t, config.num_prompts, s.depth if config.deep else 1, config.prompt_dropout)
+
+
+VPT_SEARCH: dict[str, Any] = {
+    "lr_per": 256,
+    "lrs": (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05),
+    "weight_decays": (0.01, 0.001, 0.0001, 0.0),
+}
+"""How VPT's and VAPT's code scales its learning rates, and what it searches on VTAB-1k (tune_vtab.py, "prompt")."""
+
+VPT_RECIPE: dict[str, Any] = {
+    "epochs": 100,
+    "batch_size": 64,
+    "optimizer": "sgd",
+    "momentum": 0.9,
+    "warmup_epochs": 10,
+    "dtype": "float32",
+}
+"""What VPT's and VAPT's code trains every task with."""
+
+
+@register_method(
+    "vpt-deep",
+    title="VPT-deep",
+    paper="Jia et al., ECCV 2022, arXiv 2203.12119",
+    options={"deep": True},
+    recipe={"lr": 5e-3},
+    lrs=(0.005, 0.01),
+    published={
+        "vpt-paper": Published(
+            "src/configs and demo.ipynb of KMnP/vpt; base rate and weight decay are searched for every task",
+            {**VPT_RECIPE, "lr": 1.0, "weight_decay": 1e-3},
+            **VPT_SEARCH,
+        )
+    },
+    cost=_cost,
+    variants={"vpt-shallow": Variant("VPT-shallow", {"deep": False}, lrs=(0.01,))},
+)
 class VPT(PromptGenerator):
     """VPT: [CLS, prompts, patches]; deep blocks drop the former prompts' outputs and insert their own.
 

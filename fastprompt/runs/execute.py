@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastprompt.analysis.library import library_usage
+from fastprompt.analysis.library import has_library, library_usage
+from fastprompt.generators import get_method
 from fastprompt.memory import peak_memory_mib, reset_peak_memory
 from fastprompt.runs.directory import adapter_dir, claimed, finished_results, write_json
-from fastprompt.runs.methods import PROBE_VIEWS, TITLES, build_config, build_recipe
 from fastprompt.runs.settings import RunSettings, renamed
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from fastprompt.train.evaluate import Evaluation
     from fastprompt.train.recipes import Recipe
     from fastprompt.vit.weights import FrozenViT
+
+PROBE_VIEWS = 4
+"""Augmented views of each training image that the L-BFGS probe is fitted to."""
 
 
 def load_run_data(settings: RunSettings, image_size: int) -> DataSplits:
@@ -67,7 +70,7 @@ def build_model(settings: RunSettings, backbone: FrozenViT, class_names: Sequenc
 
     import fastprompt as fp
 
-    config = build_config(settings.method, settings.options)
+    config = get_method(settings.method).config(settings.options)
     arguments: dict[str, Any] = {}
     if settings.class_embeddings is not None:
         import numpy as np
@@ -136,11 +139,13 @@ def execute(
     from fastprompt.adapters import CONFIG_FILE
     from fastprompt.train.evaluate import evaluate
     from fastprompt.train.fit import fit
+    from fastprompt.train.recipes import adjusted_recipe
 
     out_dir = Path(out_dir)
-    config = build_config(settings.method, settings.options)
-    recipe = build_recipe(settings.method, config, settings.recipe)
-    if settings.method == "linear":
+    method = get_method(settings.method)
+    config = method.config(settings.options)
+    recipe = adjusted_recipe(settings.method, settings.recipe)
+    if method.solver == "lbfgs":
         from fastprompt.train.probe import logistic_regression
 
         logistic_regression()  # before anything is written
@@ -156,7 +161,7 @@ def execute(
     if results is None:
         model = build_model(settings, backbone, splits.class_names, recipe.seed)
         with claimed(settings, out_dir):
-            if settings.method == "linear":
+            if method.solver == "lbfgs":
                 training = run_probe(model, splits, recipe, out_dir)
             else:
                 fitted = fit(
@@ -184,7 +189,7 @@ def execute(
             "torch_version": torch.__version__,
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
             "method": settings.method,
-            "title": TITLES[settings.method],
+            "title": method.title,
             "config": config.to_dict(),
             "recipe": recipe.to_dict(),
             "backbone": settings.backbone,
@@ -199,7 +204,7 @@ def execute(
             "validation": evaluation_record(evaluate(model, splits.val)),
             "test": None,
         }
-        if config.kind == "pgn":
+        if has_library(model):
             results["library"] = library_usage(model, splits.val)
         write_json(out_dir / "results.json", results)
     if test:

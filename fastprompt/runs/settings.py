@@ -7,12 +7,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-from fastprompt.runs.methods import METHODS
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -42,8 +37,9 @@ class RunSettings:
     readout: str | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method: {self.method!r} is none of {', '.join(METHODS)}")
+        from fastprompt.generators import get_method
+
+        get_method(self.method)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -133,7 +133,7 @@ def backbone_precision(model: PromptedViT, dtype: torch.dtype | None) -> Iterato
 
 @contextlib.contextmanager
 def latent_samples(model: PromptedViT, num_samples: int | None) -> Iterator[None]:
-    """V²APT's ``inference_samples`` set to another number for a while; None leaves it."""
+    """The configuration's `inference_samples` (V²APT) set to another number for a while; None leaves it."""
     generator: Any = model.generator
     if num_samples is None:
         yield
@@ -160,8 +160,8 @@ def evaluate(
         model: with a head (num_classes given).
         dataset: a Dataset yielding (image, label), an (images, labels) pair of tensors, or a DataLoader.
         batch_size: images per forward; ignored for a DataLoader.
-        num_samples: V²APT only: average the class probabilities of that many latent samples instead of using
-            the mean of the latent.
+        num_samples: for a method with `inference_samples` (V²APT): average the class probabilities of that many
+            latent samples; None: as configured.
         num_workers: loading processes of a Dataset.
 
     Raises:
@@ -176,8 +176,11 @@ def evaluate(
     if num_samples is not None:
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
             raise ValueError(f"num_samples must be a positive integer or None, got {num_samples!r}")
-        if model.config.kind != "v2apt":
-            raise ValueError(f"num_samples is for V²APT's latent, this model's method is {model.config.kind!r}")
+        if not hasattr(model.config, "inference_samples"):
+            raise ValueError(
+                f"num_samples must be None for a method that draws nothing at inference, got {num_samples}: "
+                f"{model.config.kind!r} has no option inference_samples, as V²APT has"
+            )
     num_classes = model.num_classes
     batches = Batches(
         dataset,

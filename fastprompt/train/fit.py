@@ -204,9 +204,8 @@ class _Run:
         self.optimizer = _make_optimizer(named, recipe)
         self.best: dict[str, Tensor] = self._weights()
         self.feature_seconds = 0.0
-        self.cached = (
-            getattr(model.config, "kind", None) == "linear" and _same_every_epoch(train) and _same_every_epoch(val)
-        )
+        head_only = model.generator is None and not model.full
+        self.cached = head_only and _same_every_epoch(train) and _same_every_epoch(val)
 
     def signature(self, train_labels: Tensor, val_labels: Tensor) -> dict[str, Any]:
         """What must be the same for a run to be resumed."""

@@ -6,13 +6,12 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-PAPER_BASE_LRS = (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05)
-"""Base learning rates (for batch 256) that VPT and VAPT search over on VTAB-1k (tune_vtab.py, "prompt")."""
+from fastprompt.generators import method_of, published_recipes
 
-PAPER_WEIGHT_DECAYS = (0.01, 0.001, 0.0001, 0.0)
-"""Weight decays that VPT and VAPT search over (tune_vtab.py)."""
+if TYPE_CHECKING:
+    from fastprompt.generators import PromptConfig
 
 _CHOICES = {
     "optimizer": ("adamw", "sgd"),
@@ -181,7 +180,7 @@ class Recipe:
         return min(1.0, (step + 1) / warmup) if warmup else 1.0
 
 
-_SMALL_DATA: dict[str, Any] = {
+COMMON_RECIPE: dict[str, Any] = {
     "epochs": 10,
     "batch_size": 16,
     "warmup_epochs": 1.0,
@@ -189,30 +188,10 @@ _SMALL_DATA: dict[str, Any] = {
     "label_smoothing": 0.1,
     "select_by": "loss",
 }
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "pgn": _SMALL_DATA | {"lr": 3e-3},
-    "rgb-pgn": _SMALL_DATA | {"lr": 3e-3},
-    "v2apt": _SMALL_DATA | {"lr": 5e-3, "kl_warmup_epochs": 2.0},
-    "vapt": _SMALL_DATA | {"lr": 5e-3},
-    "vpt": _SMALL_DATA | {"lr": 5e-3},
-    "free": _SMALL_DATA | {"lr": 1e-2},
-    "pixel": _SMALL_DATA | {"lr": 1e-2, "weight_decay": 0.0},
-    "linear": {"lr": 1e-2, "epochs": 100, "warmup_epochs": 5.0},
-    "full": _SMALL_DATA | {"lr": 1e-5, "weight_decay": 1e-2},
-}
+"""What every method trains with unless its registration says otherwise."""
 
 
-def _kind(config: Any) -> str:
-    kind = getattr(config, "kind", config)
-    if not isinstance(kind, str) or kind not in _DEFAULTS:
-        raise ValueError(
-            f"config must be a method's configuration such as fp.PGNConfig() or one of "
-            f"{', '.join(map(repr, _DEFAULTS))}, got {config!r}"
-        )
-    return kind
-
-
-def default_recipe(config: Any) -> Recipe:
+def default_recipe(config: PromptConfig | str) -> Recipe:
     """The recipe `fp.fit` uses when it is given none: AdamW, warm-up and cosine, a learning rate per method.
 
     For float32 prompts on a bfloat16 CLIP ViT-B/16 and some hundred images: a fresh head that learns at its own
@@ -221,88 +200,88 @@ def default_recipe(config: Any) -> Recipe:
     tried with 300 to 400 steps: in far fewer a fresh head is hardly learned.
 
     Args:
-        config: a method's configuration (fp.PGNConfig(), ...) or its kind.
+        config: a method's configuration (fp.PGNConfig(), ...), its kind, or a method's name.
+
+    Raises:
+        TypeError, ValueError: no method is registered for `config`, or its recipe has an unknown or wrong field.
     """
-    return Recipe(**_DEFAULTS[_kind(config)])
+    return Recipe.from_dict({**COMMON_RECIPE, **method_of(config).recipe})
+
+
+def adjusted_recipe(config: PromptConfig | str, changes: Mapping[str, Any]) -> Recipe:
+    """`default_recipe` with some fields changed.
+
+    Where the number of epochs is among them and the warm-ups are not, they keep their share of the epochs.
+
+    Raises:
+        TypeError, ValueError: as `default_recipe`, or a name among `changes` is not a field.
+    """
+    recipe, changes = default_recipe(config), dict(changes)
+    epochs = changes.get("epochs")
+    if isinstance(epochs, int) and epochs > 0:
+        for warmup in ("warmup_epochs", "kl_warmup_epochs"):
+            changes.setdefault(warmup, getattr(recipe, warmup) * epochs / recipe.epochs)
+    return recipe.replace(**changes)
 
 
 def paper_recipe(
-    config: Any,
+    config: PromptConfig | str,
     *,
     base_lr: float | None = None,
     weight_decay: float | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     num_train: int | None = None,
     seed: int = 0,
 ) -> Recipe:
-    """The settings the authors published, as far as they published them. Float32 throughout.
+    """The settings that a method's authors published, as far as they published them. Float32 throughout.
 
     * PGN (pgn/scripts/*/train_*.py, cosine_with_warmup.py): SGD, momentum 0.9, lr 0.1 whatever the batch, no
       weight decay, 100 epochs of which 50 warm up, then cosine to lr / 100. Their script steps the schedule
       per epoch, ours per batch. The batch size of the paper's runs is not known (the script's default is 2).
       Free prompts, PGN's control, use the same.
     * VPT, VAPT (src/configs, tune_vtab.py): SGD, momentum 0.9, 100 epochs, 10 of warm-up, cosine to 0, batch
-      64, lr = base_lr · batch / 256. They search base_lr in `PAPER_BASE_LRS` and weight decay in
-      `PAPER_WEIGHT_DECAYS` per task. Without arguments: base_lr 1.0 and weight decay 1e-3 for VPT
+      64, lr = base_lr · batch / 256. They search base rate and weight decay for every task
+      (`fastprompt.generators.Published`). Without arguments: base_lr 1.0 and weight decay 1e-3 for VPT
       (demo.ipynb), 2.5 and 0.01 for VAPT (its CIFAR-100 configuration). Their first epoch runs at learning
       rate 0, since they step per epoch; ours does not.
     * V²APT published no recipe: VPT's is used, with beta warmed up over the same 10 epochs.
     * Pixel prompt (hjbahng/visual_prompting): SGD, momentum 0.9, lr 40, no weight decay, 1000 epochs, batch
-      256, 1000 warm-up steps (hence ``num_train``).
+      256, 1000 warm-up steps (hence `num_train`).
     * Linear probe and full fine-tuning, in VPT's framework: SGD as above for the probe; AdamW, base_lr 1e-3,
       for full fine-tuning (their code's settings are not in our notes: treat these two as ours).
 
     Args:
-        config: a method's configuration or its kind.
-        base_lr: before scaling by batch / 256 (PGN, free and pixel prompts: the learning rate itself).
-        weight_decay, batch_size, seed: as in `Recipe`.
-        num_train: training images; needed for the pixel prompt only.
+        config: a method's configuration, its kind or name, or the name of a published recipe ("vapt-paper").
+        base_lr: the learning rate before it is scaled by the batch size, where the authors scale it.
+        weight_decay, batch_size, seed: as in `Recipe`; None: the authors'.
+        num_train: training images; needed where the authors count the warm-up in steps (the pixel prompt).
+
+    Raises:
+        TypeError, ValueError: `config` is unknown, its authors published nothing, or `num_train` is missing.
     """
-    kind = _kind(config)
-    if kind in ("pgn", "free"):
-        return Recipe(
-            epochs=100,
-            batch_size=batch_size,
-            lr=0.1 if base_lr is None else base_lr,
-            weight_decay=weight_decay or 0.0,
-            optimizer="sgd",
-            momentum=0.9,
-            warmup_epochs=50,
-            min_lr_ratio=0.01,
-            seed=seed,
-            dtype="float32",
-        )
-    if kind == "pixel":
+    recipes = published_recipes()
+    if isinstance(config, str) and config in recipes:
+        name, published = config, recipes[config]
+    else:
+        method = method_of(config)
+        if not method.published:
+            raise ValueError(
+                f"config must be a method with a published recipe, got {method.name!r}; there are {', '.join(recipes)}"
+            )
+        name, published = next(iter(method.published.items()))
+    fields = {**published.recipe, "seed": seed}
+    if base_lr is not None:
+        fields["lr"] = base_lr
+    if weight_decay is not None:
+        fields["weight_decay"] = weight_decay
+    if batch_size is not None:
+        fields["batch_size"] = batch_size
+    recipe = Recipe.from_dict(fields)
+    if published.lr_per is not None:
+        recipe = recipe.replace(lr=recipe.lr * recipe.batch_size / published.lr_per)
+    if published.warmup_steps is not None:
         if num_train is None:
-            raise ValueError("num_train must be given for the pixel prompt: its warm-up is 1000 steps long")
-        steps_per_epoch = math.ceil(num_train / 256)
-        return Recipe(
-            epochs=1000,
-            batch_size=256,
-            lr=40.0 if base_lr is None else base_lr,
-            weight_decay=weight_decay or 0.0,
-            optimizer="sgd",
-            momentum=0.9,
-            warmup_epochs=1000 / steps_per_epoch,
-            seed=seed,
-            dtype="float32",
-        )
-    published = {
-        "vpt": (1.0, 1e-3),
-        "v2apt": (1.0, 1e-3),
-        "vapt": (2.5, 1e-2),
-        "linear": (1.0, 1e-3),
-        "full": (1e-3, 1e-2),
-    }[kind]
-    return Recipe(
-        epochs=100,
-        batch_size=batch_size,
-        lr=Recipe.scaled_lr(published[0] if base_lr is None else base_lr, batch_size),
-        weight_decay=published[1] if weight_decay is None else weight_decay,
-        optimizer="adamw" if kind == "full" else "sgd",
-        momentum=0.9,
-        warmup_epochs=10,
-        kl_warmup_epochs=10 if kind == "v2apt" else 0,
-        seed=seed,
-        dtype="float32",
-    )
+            raise ValueError(f"num_train must be given for {name!r}, whose warm-up is {published.warmup_steps} steps")
+        steps_per_epoch = math.ceil(num_train / recipe.batch_size)
+        recipe = recipe.replace(warmup_epochs=published.warmup_steps / steps_per_epoch)
+    return recipe

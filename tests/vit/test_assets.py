@@ -8,12 +8,20 @@ import sys
 import zipfile
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
 from fastprompt.fetch import FetchError, Wheel
 from fastprompt.vit import FrozenViT, assets
-from fastprompt.vit.assets import clip_vit_b16_module, load_backbone, tensors_sha256, vit_s14_module
+from fastprompt.vit.assets import (
+    backbone_structure,
+    clip_vit_b16_module,
+    list_backbones,
+    load_backbone,
+    tensors_sha256,
+    vit_s14_module,
+)
 
 
 def real(build, *arguments):
@@ -219,3 +227,25 @@ def test_two_processes_build_the_cache_once(fake, tmp_path, repository):
     running = [subprocess.Popen([sys.executable, "-c", FAKE, *arguments], env=environment) for _ in range(2)]
     assert [process.wait(120) for process in running] == [0, 0]
     assert (tmp_path / "log").read_text().splitlines() == ["converted"]
+
+
+def test_backbones_are_listed():
+    names = list_backbones()
+    assert names[:2] == ["clip-vit-b16", "vit-s14"]
+    assert {"vit_base_patch16_224", "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224"} < set(names)
+    assert list_backbones("*s14") == ["vit-s14"]
+    assert "vit_base_patch16_224.augreg_in21k" in list_backbones("vit_base_patch16_224*", pretrained=True)
+    assert list_backbones("resnet*") == []
+    with pytest.raises(TypeError, match="pattern must be a text"):
+        list_backbones(3)
+
+
+@pytest.mark.parametrize("pattern", ["test_vit*", "vit_tiny_patch16_2*", "deit_tiny*"])
+def test_listed_backbones_can_be_frozen_and_others_cannot(pattern):
+    listed = list_backbones(pattern)
+    for name in timm.list_models(pattern):
+        if name in listed:
+            assert isinstance(backbone_structure(name), FrozenViT)
+        else:
+            with pytest.raises(ValueError, match="cannot be frozen"):
+                backbone_structure(name)

@@ -1,0 +1,182 @@
+"""What the formula of a method's cost is given, and what it returns; `fastprompt.cost` adds it to the backbone's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastprompt.vit import FrozenViT
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """All that the formulas know of a backbone, a batch and a number format.
+
+    Attributes:
+        width: D. depth: blocks. heads: of a block. hidden: of the MLP. patches: N. prefix: class token and registers.
+        patch_size: pixels. image_size: (height, width) in pixels. grid: (rows, columns) of patches.
+        batch: B. element: bytes of a number in the backbone. training: whether a graph is kept.
+        threads: of PyTorch; the backward of attention works through larger parts with more.
+        has_cls, position, norm_pre, norm, fc_norm, layer_scale, qkv_bias: what the backbone has.
+        activation: of the MLP. num_classes: C of the linear head.
+        graph: "papers" (`reference_forward`), "rewritten" (`forward`) or "recompute" (with gradient checkpointing).
+    """
+
+    width: int
+    depth: int
+    heads: int
+    hidden: int
+    patches: int
+    prefix: int
+    patch_size: int
+    image_size: tuple[int, int]
+    grid: tuple[int, int]
+    has_cls: bool = True
+    position: bool = True
+    norm_pre: bool = False
+    norm: bool = True
+    fc_norm: bool = False
+    layer_scale: bool = False
+    qkv_bias: bool = True
+    activation: str = "gelu"
+    batch: int = 1
+    element: int = 2
+    training: bool = False
+    threads: int = 1
+    num_classes: int = 10
+    graph: str = "rewritten"
+
+    @classmethod
+    def of(cls, vit: FrozenViT) -> Sizes:
+        """The sizes of a backbone; ValueError, naming the part, where it is not of the plain family."""
+        from fastprompt.vit import FrozenSwin
+
+        if isinstance(vit, FrozenSwin):
+            raise ValueError("the cost of a Swin transformer has no formula")
+        block = vit.blocks[0]
+        for name, present in (
+            ("q- and k-norm", block.q_norm is not None or block.k_norm is not None),
+            ("a norm behind attention", block.attn_norm is not None),
+            ("a norm within the MLP", block.mlp.norm is not None),
+            ("a norm behind each branch (res-post-norm)", block.post_norm),
+            ("a gated MLP", block.mlp.glu != "none"),
+            (f"the activation {block.mlp.act}", block.mlp.act not in ACTIVATIONS),
+            ("RMSNorm", block.norm1.kind != "layernorm" or block.norm2.kind != "layernorm"),
+            ("a norm in float32", block.norm1.upcast or block.norm2.upcast),
+            ("a norm of the patch embedding", vit.patch_norm is not None),
+            ("zero-padded images", vit.spec.dynamic_pad),
+        ):
+            if present:
+                raise ValueError(f"the cost of a backbone with {name} has no formula ({vit.spec.name})")
+        return cls(
+            width=vit.width,
+            depth=vit.depth,
+            heads=block.num_heads,
+            hidden=block.mlp.fc1.weight.shape[0],
+            patches=vit.num_patches,
+            prefix=vit.num_prefix,
+            patch_size=vit.patch_size,
+            image_size=vit.image_size,
+            grid=vit.grid,
+            has_cls=vit.spec.has_cls,
+            position=vit.pos_embed is not None,
+            norm_pre=vit.norm_pre is not None,
+            norm=vit.norm is not None,
+            fc_norm=vit.fc_norm is not None,
+            layer_scale=block.ls1 is not None,
+            qkv_bias=block.qkv.bias is not None or block.norm1.bias is not None,
+            activation=block.mlp.act,
+        )
+
+    @property
+    def own(self) -> int:
+        """Rows of the sequence that are no prompts."""
+        return self.prefix + self.patches
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def cast(self) -> bool:
+        """Whether the backbone's numbers are not the generator's float32: what goes between them is cast."""
+        return self.element != 4
+
+    def tokens(self, rows: int, columns: int | None = None) -> int:
+        """Bytes of `rows` rows of `columns` numbers (None: D) in the backbone's number format."""
+        return rows * (self.width if columns is None else columns) * self.element
+
+
+@dataclasses.dataclass
+class Tally:
+    """Sums over one batch: FLOPs, bytes and dispatches, those of the backward apart."""
+
+    forward: int = 0
+    backward: int = 0
+    saved: int = 0
+    calls: int = 0
+    backward_calls: int = 0
+
+    def call(self, forward: int = 1, backward: int = 0, saved: int = 0) -> None:
+        """Operators without FLOPs: dispatches of the forward and of the backward, bytes that are kept."""
+        self.calls += forward
+        self.backward_calls += backward
+        self.saved += saved
+
+    def product(self, flops: int, gradients: int = 1, calls: int = 1, backward: int | None = None) -> None:
+        """A product of `flops` with gradients for `gradients` of its factors, each as large as the product."""
+        self.forward += flops
+        self.backward += gradients * flops
+        self.call(calls, gradients if backward is None else backward)
+
+    def add(self, other: Tally) -> None:
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+
+def _no_cost(tally: Tally, block: int) -> None:
+    """Prompts that are there once the generator has run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptCost:
+    """What a cost formula returns: where the prompts enter, and what making those of one block costs.
+
+    A formula `cost(sizes, config, tally)` adds to the tally what the generator does once per call, in `Tally.call` for
+    operators without FLOPs and `Tally.product` for matrix products, and returns this.
+
+    Attributes:
+        count: P; 0 where the method makes no tokens.
+        layers: the blocks whose prompts are set.
+        shared: how many of the first blocks have prompts that are the same for all images.
+        make: adds the cost of block i's prompts to a tally: forward and backward of the generator.
+        first: whether they join once, before the pre-norm, behind the patches (`PromptGenerator.before_pre_norm`).
+        known: whether they depend on parameters alone, so that inference keeps their keys and values.
+        cast: whether they are made in float32 and cast, block by block, to what the backbone takes.
+        kept: bytes that live as long as the graph when blocks are computed again: what the blocks read.
+        norms: whether their op applies the pre-norm, in float32.
+        changes_images: the method trains what it adds to the images, so that these carry a gradient.
+    """
+
+    count: int
+    layers: Collection[int]
+    shared: int = 0
+    make: Callable[[Tally, int], None] = _no_cost
+    first: bool = False
+    known: bool = False
+    cast: bool = True
+    kept: int = 0
+    norms: bool = False
+    changes_images: bool = False
+
+    def images(self, i: int, batch: int) -> int:
+        """1 or B: how many different sets of prompts block i has."""
+        return 1 if i < self.shared else batch
+
+
+CostFormula = Callable[[Sizes, Any, Tally], PromptCost]
+"""`cost(sizes, config, tally)`; it raises `ValueError` for options that it does not know."""

@@ -1,0 +1,391 @@
+"""Every method by name: its configuration and generator, how it is trained, what it costs.
+
+`register_method` is all that a new method needs. Recipes, the command line, tables and cost formulas read what it
+records, so a method is one file with a configuration, a generator and a registration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastprompt.generators.accounting import CostFormula
+from fastprompt.generators.base import Geometry, PromptConfig, PromptGenerator
+
+if TYPE_CHECKING:
+    from fastprompt.vit import FrozenViT
+
+ENTRY_POINTS = "fastprompt.methods"
+"""Group of entry points: an installed package that names a module there has its methods registered."""
+
+HOW_TO_REGISTER = (
+    "a method of your own has to be registered first: import its module, pass --plugin MODULE to the command line, or "
+    f"install a package with an entry point in the group {ENTRY_POINTS!r}"
+)
+
+KNOWN_AT = ("static", "image", "embeddings", "layer")
+SOLVERS = ("gradient", "lbfgs")
+
+Registered = TypeVar("Registered", bound="type[PromptConfig] | type[PromptGenerator]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """Training settings that a method's authors published.
+
+    Attributes:
+        source: where they are published, and what is not known.
+        recipe: fields of `fastprompt.train.recipes.Recipe` that differ from its defaults; "lr" is the base rate.
+        lr_per: number of images per step that "lr" is for: it is scaled by batch_size / lr_per. None: never scaled.
+        lrs, weight_decays: the base rates and weight decays that the authors search; empty: they search none.
+        warmup_steps: length of the warm-up where the authors count optimizer steps; None: "warmup_epochs" counts.
+    """
+
+    source: str
+    recipe: Mapping[str, Any]
+    lr_per: int | None = None
+    lrs: tuple[float, ...] = ()
+    weight_decays: tuple[float, ...] = ()
+    warmup_steps: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Another name of a method, with the title it has in tables and what differs from the registration.
+
+    Attributes:
+        title: for people.
+        options: options of the configuration that the name fixes.
+        recipe: fields of the recipe that differ from the method's.
+        lrs: learning rates to try; None: the method's.
+        solver: None: the method's.
+    """
+
+    title: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lrs: tuple[float, ...] | None = None
+    solver: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What `register_method` records for one name; its arguments are explained there.
+
+    Attributes:
+        generator_class: None: the method has no prompts.
+    """
+
+    name: str
+    title: str
+    paper: str
+    config_class: type[PromptConfig]
+    generator_class: type[PromptGenerator] | None
+    options: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    lrs: tuple[float, ...]
+    published: Mapping[str, Published]
+    cost: CostFormula | None
+    solver: str
+
+    @property
+    def head_only(self) -> bool:
+        """Whether nothing but the head trains, so that features can be computed once."""
+        return self.generator_class is None and not self.config_class.trains_backbone
+
+    @property
+    def free_options(self) -> tuple[str, ...]:
+        """The options of the configuration that the name does not fix."""
+        return tuple(f.name for f in dataclasses.fields(self.config_class) if f.init and f.name not in self.options)
+
+    def config(self, options: Mapping[str, Any] | None = None) -> PromptConfig:
+        """The configuration with `options` and those that the name fixes; lists become tuples.
+
+        Raises:
+            TypeError, ValueError: an option is unknown, fixed by the name, or has a value that does not fit.
+        """
+        for key in options or {}:
+            if key not in self.free_options:
+                has = ", ".join(self.free_options) or "no options"
+                raise ValueError(f"{key}: method {self.name!r} has no such option; it has {has}")
+        return self.config_class.from_dict({**(options or {}), **self.options})
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register_method(
+    name: str,
+    *,
+    title: str,
+    paper: str = "",
+    options: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    lrs: tuple[float, ...] = (),
+    published: Mapping[str, Published] | None = None,
+    cost: CostFormula | None = None,
+    solver: str = "gradient",
+    variants: Mapping[str, Variant] | None = None,
+    replace: bool = False,
+) -> Callable[[Registered], Registered]:
+    """Class decorator that makes a method known to recipes, command line, tables, cost, saving and loading.
+
+    It decorates the method's `PromptGenerator`, whose `config_class` is its configuration, or, where a method has no
+    prompts, the `PromptConfig` itself:
+
+        @dataclass(frozen=True)
+        class MeanPromptsConfig(fp.PromptConfig):
+            kind: ClassVar[str] = "mean"
+            num_prompts: int = 4
+
+        @fp.register_method("mean", title="Mean prompts", recipe={"lr": 5e-3})
+        class MeanPrompts(fp.PromptGenerator):
+            known_at, config_class = "layer", MeanPromptsConfig
+            ...
+
+    Args:
+        name: of the method on the command line and in run directories: lower-case letters, digits and hyphens. The
+            configuration's `kind` is the name in adapter files; the two differ only where a method has variants.
+        title: for people, as in tables.
+        paper: authors, venue and arXiv number.
+        options: options of the configuration that this name fixes.
+        recipe: fields of `fastprompt.Recipe` that differ from the recipe that all methods share.
+        lrs: learning rates that a comparison tries. Empty: it leaves the method out unless it is named, and trains at
+            the recipe's rate then.
+        published: recipes of the authors by name, for `fastprompt.paper_recipe` (the first) and `adapt --recipe NAME`.
+        cost: the formula of the prompts' cost, `cost(sizes, config, tally)`; see
+            `fastprompt.generators.accounting.PromptCost`. None: `fastprompt info --cost` says that there is none.
+        solver: "gradient", or "lbfgs" where the head is fitted to frozen features by `fastprompt.fit_linear_probe`.
+        variants: further names of the method; see `Variant`.
+        replace: take the place of a registration of the same name, as when a notebook's cell is run again.
+
+    Raises:
+        TypeError: the decorated class is neither a generator with a configuration nor a configuration, or an argument
+            has the wrong type.
+        ValueError: a name is malformed or taken, or options, recipe or variants do not fit; nothing is registered.
+    """
+
+    def register(cls: Registered) -> Registered:
+        config_class, generator_class = _parts(cls)
+        base = Method(
+            name=name,
+            title=title,
+            paper=paper,
+            config_class=config_class,
+            generator_class=generator_class,
+            options=dict(options or {}),
+            recipe=dict(recipe or {}),
+            lrs=tuple(lrs),
+            published=dict(published or {}),
+            cost=cost,
+            solver=solver,
+        )
+        methods = [base, *(_variant(base, other, variant) for other, variant in (variants or {}).items())]
+        _check(methods, replace)
+        if replace:
+            for known in [m.name for m in _METHODS.values() if m.config_class.kind == config_class.kind]:
+                del _METHODS[known]
+        _METHODS.update({method.name: method for method in methods})
+        return cls
+
+    return register
+
+
+def list_methods(*, on_swin: bool = False) -> list[str]:
+    """The names of all methods, sorted, as `fastprompt adapt --method` takes them.
+
+    Args:
+        on_swin: only those that are defined on a Swin transformer.
+    """
+    _load_entry_points()
+    return sorted(
+        method.name
+        for method in _METHODS.values()
+        if not on_swin or method.generator_class is None or method.generator_class.takes_stages
+    )
+
+
+def get_method(name: str) -> Method:
+    """The registration of a method by its name.
+
+    Raises:
+        ValueError: no method has this name; the names are listed.
+    """
+    if name not in _METHODS:
+        _load_entry_points()
+    if name not in _METHODS:
+        raise ValueError(f"method must be one of {', '.join(sorted(_METHODS))}, got {name!r}; {HOW_TO_REGISTER}")
+    return _METHODS[name]
+
+
+def method_of(config: PromptConfig | str) -> Method:
+    """The registration of a configuration, of its kind, or of a method's name.
+
+    Where several names share a configuration's class, it is the first whose fixed options the configuration has.
+
+    Raises:
+        TypeError: `config` is neither a registered configuration nor a text.
+        ValueError: no method has this kind or name.
+    """
+    if isinstance(config, str):
+        if config not in _METHODS:
+            _load_entry_points()
+        named = [m for m in _METHODS.values() if config in (m.name, m.config_class.kind)]
+        if not named:
+            raise ValueError(
+                f"config must be a method's configuration, such as fp.PGNConfig(), or one of "
+                f"{', '.join(sorted(_METHODS))}, got {config!r}; {HOW_TO_REGISTER}"
+            )
+        return next((m for m in named if m.name == config), named[0])
+    for method in _METHODS.values():
+        fixed = method.options.items()
+        if method.config_class is type(config) and all(getattr(config, key) == value for key, value in fixed):
+            return method
+    raise TypeError(f"config must be one of {', '.join(_config_names())}, got {type(config).__name__}")
+
+
+def published_recipes() -> dict[str, Published]:
+    """The recipes of all methods' authors, by name."""
+    _load_entry_points()
+    return {name: found for method in _METHODS.values() for name, found in method.published.items()}
+
+
+def build_generator(config: PromptConfig, geometry: Geometry | FrozenViT) -> PromptGenerator | None:
+    """The generator of `config` for a backbone or its geometry; None where the method has no prompts."""
+    generator = method_of(config).generator_class
+    return None if generator is None else generator(config, geometry)
+
+
+def config_from_dict(values: Mapping[str, Any]) -> PromptConfig:
+    """The inverse of `PromptConfig.to_dict`.
+
+    Raises:
+        TypeError: `values` is no mapping.
+        ValueError: `kind` is unknown or missing, or a key is not an option of that kind (the key is named).
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"values must be a mapping of options, got {type(values).__name__}")
+    values = dict(values)
+    kind = values.pop("kind", None)
+    if kind not in [method.config_class.kind for method in _METHODS.values()]:
+        _load_entry_points()
+    classes = {method.config_class.kind: method.config_class for method in _METHODS.values()}
+    if not isinstance(kind, str) or kind not in classes:
+        raise ValueError(f"kind must be one of {sorted(classes)}, got {kind!r}; {HOW_TO_REGISTER}")
+    return classes[kind].from_dict(values)
+
+
+def _parts(cls: Any) -> tuple[type[PromptConfig], type[PromptGenerator] | None]:
+    """Configuration and generator of what `register_method` decorates."""
+    config_class, generator_class = cls, None
+    if isinstance(cls, type) and issubclass(cls, PromptGenerator):
+        config_class, generator_class = getattr(cls, "config_class", None), cls
+        if config_class is None:
+            raise TypeError(f"{cls.__name__}.config_class must be the method's PromptConfig, there is none")
+        if getattr(cls, "known_at", None) not in KNOWN_AT:
+            raise ValueError(
+                f"{cls.__name__}.known_at must be one of {KNOWN_AT}, got {getattr(cls, 'known_at', None)!r}"
+            )
+        if inspect.isabstract(cls):
+            raise TypeError(f"{cls.__name__} must define {', '.join(sorted(cls.__abstractmethods__))}")
+    if not isinstance(config_class, type) or not issubclass(config_class, PromptConfig):
+        what = "a PromptGenerator or a PromptConfig" if generator_class is None else "a PromptConfig"
+        where = "register_method" if generator_class is None else f"{cls.__name__}.config_class"
+        raise TypeError(f"{where} takes {what}, got {getattr(config_class, '__name__', config_class)!r}")
+    label = config_class.__name__
+    if "__dataclass_params__" not in vars(config_class) or not vars(config_class)["__dataclass_params__"].frozen:
+        raise TypeError(f"{label} must be decorated with @dataclass(frozen=True)")
+    if not isinstance(getattr(config_class, "kind", None), str) or not _is_name(config_class.kind):
+        raise ValueError(
+            f"{label}.kind must be a ClassVar of lower-case letters, digits and hyphens, the name of the method in "
+            f"files, got {getattr(config_class, 'kind', None)!r}"
+        )
+    for field in dataclasses.fields(config_class):
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise TypeError(f"{label}.{field.name} must have a default, as every option has")
+    return config_class, generator_class
+
+
+def _variant(base: Method, name: str, variant: Variant) -> Method:
+    """The method `base` under another name."""
+    if not isinstance(variant, Variant):
+        raise TypeError(f"variants[{name!r}] must be a Variant, got {type(variant).__name__}")
+    return dataclasses.replace(
+        base,
+        name=name,
+        title=variant.title,
+        options=dict(variant.options),
+        recipe={**base.recipe, **variant.recipe},
+        lrs=base.lrs if variant.lrs is None else tuple(variant.lrs),
+        solver=variant.solver or base.solver,
+    )
+
+
+def _check(methods: list[Method], replace: bool) -> None:
+    """Raise unless all of one registration's names can be registered."""
+    config_class = methods[0].config_class
+    for method in methods:
+        if not isinstance(method.name, str) or not _is_name(method.name):
+            raise ValueError(f"name must be lower-case letters, digits and hyphens, got {method.name!r}")
+        if not isinstance(method.title, str) or not method.title:
+            raise ValueError(f"title must be a text, got {method.title!r}")
+        if method.solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {SOLVERS}, got {method.solver!r}")
+        if method.solver == "lbfgs" and not method.head_only:
+            raise ValueError(f"solver 'lbfgs' fits a head alone; {config_class.__name__} trains more")
+        if method.cost is not None and not callable(method.cost):
+            raise TypeError(f"cost must be a function of (sizes, config, tally), got {type(method.cost).__name__}")
+        if not all(isinstance(found, Published) for found in method.published.values()):
+            raise TypeError(f"published must map names to Published, got {dict(method.published)!r}")
+        config_class.from_dict(method.options)
+    names = [method.name for method in methods]
+    if len(set(names)) < len(names):
+        raise ValueError(f"variants must have names of their own, got {names}")
+    for known in _METHODS.values():
+        ours = known.config_class.kind == config_class.kind
+        if ours and replace:
+            continue
+        where = f"{known.config_class.__module__}.{known.config_class.__name__}"
+        if ours:
+            raise ValueError(
+                f"kind {config_class.kind!r} is registered already, by {where}; {config_class.__name__} needs a kind "
+                "of its own, or replace=True to take its place"
+            )
+        for name in (*names, config_class.kind):
+            if name in (known.name, known.config_class.kind):
+                raise ValueError(f"name {name!r} is registered already, by {where}; choose another one")
+        for name in methods[0].published:
+            if name in known.published:
+                raise ValueError(f"published recipe {name!r} is registered already, by {where}; choose another name")
+
+
+def _is_name(text: str) -> bool:
+    return re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", text) is not None
+
+
+def _config_names() -> list[str]:
+    return sorted({method.config_class.__name__ for method in _METHODS.values()})
+
+
+_loaded_entry_points: set[str] = set()
+
+
+def _load_entry_points() -> None:
+    """Import the modules that installed packages name as ours, each once; one that fails is warned about."""
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        if point.value in _loaded_entry_points:
+            continue
+        _loaded_entry_points.add(point.value)
+        try:
+            point.load()
+        except Exception as error:
+            warnings.warn(
+                f"the entry point {point.name!r} of {ENTRY_POINTS} ({point.value}) cannot be loaded, so its methods "
+                f"are not registered: {type(error).__name__}: {error}",
+                stacklevel=3,
+            )
