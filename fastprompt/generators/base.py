@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
 
 import torch
 import torch.nn as nn
@@ -135,6 +135,26 @@ class Geometry:
         return cls(backbone.width, backbone.depth, backbone.grid, backbone.patch_size, backbone.image_size)
 
 
+class GeometryOptions(TypedDict, total=False):
+    """The fields of `Geometry`, as a generator takes them by name."""
+
+    width: int
+    depth: int
+    grid: tuple[int, int]
+    patch_size: int
+    image_size: tuple[int, int]
+    stages: tuple[tuple[int, int], ...] | None
+
+
+class _Unset:
+    def __repr__(self) -> str:
+        return "<as config>"
+
+
+UNSET: Any = _Unset()
+"""Default of a generator's options by name: they are as `config` says. None is a value of some of them."""
+
+
 def _is_size(value: Any, pair: bool) -> bool:
     sizes = tuple(value) if pair and isinstance(value, (tuple, list)) else (value,)
     return len(sizes) == 1 + pair and all(isinstance(s, int) and not isinstance(s, bool) and s >= 1 for s in sizes)
@@ -180,7 +200,11 @@ class PromptGenerator(nn.Module, abc.ABC):
         Args:
             config: the options; None: defaults.
             geometry: sizes of the backbone, or the backbone itself; None: ViT-B/16 at 224 px.
-            options: single options of the configuration (num_prompts=16) or sizes (width=384), by name.
+            options: single options of the configuration (num_prompts=16) or sizes (width=384), by name; those that are
+                `UNSET` are left as they are. A subclass names its own.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; it is named.
         """
         super().__init__()
         from fastprompt.vit import FrozenViT
@@ -193,6 +217,7 @@ class PromptGenerator(nn.Module, abc.ABC):
             geometry = Geometry.of(geometry)
         elif not isinstance(geometry, Geometry):
             raise TypeError(f"geometry must be a Geometry or a FrozenViT, got {type(geometry).__name__}")
+        options = {name: value for name, value in options.items() if value is not UNSET}
         sizes = {k: options.pop(k) for k in [f.name for f in dataclasses.fields(Geometry)] if k in options}
         known = {f.name for f in dataclasses.fields(self.config_class)}
         for key in options:
@@ -271,24 +296,25 @@ class PromptGenerator(nn.Module, abc.ABC):
         context = self.context(x if self.known_at in ("image", "embeddings") else None, draws)
         return self.prompts(layer, context, x if self.known_at == "layer" else None, draws)
 
-    def check_input(self, x: Tensor | None) -> None:
-        """Raise TypeError or ValueError unless `x` is what `known_at` names."""
+    def check_input(self, x: Tensor | None, name: str = "x") -> None:
+        """Raise TypeError or ValueError unless `x` is what `known_at` names; `name` is its name for the caller."""
         what = {
             "image": "normalised images (B, 3, H, W)",
             "embeddings": f"(B, N, {self.geometry.width})",
             "layer": f"(B, N, {self.geometry.width})",
         }[self.known_at]
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"x must be a floating-point tensor, {what}, got {getattr(x, 'dtype', type(x).__name__)}")
+            found = getattr(x, "dtype", type(x).__name__)
+            raise TypeError(f"{name} must be a floating-point tensor, {what}, got {found}")
         if self.known_at == "image":
             fits = x.ndim == 4 and x.shape[1] == 3
         else:
             fits = x.ndim == 3 and x.shape[2] == self.geometry.width
         if not fits:
-            raise ValueError(f"x must be {what}, got {tuple(x.shape)}")
+            raise ValueError(f"{name} must be {what}, got {tuple(x.shape)}")
         device = next(self.parameters()).device
         if x.device != device:
-            raise ValueError(f"x is on {x.device}, the generator is on {device}")
+            raise ValueError(f"{name} must be on {device}, where the generator is, got {x.device}")
 
     def num_parameters(self) -> int:
         """Trained parameters of this generator."""

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from fastprompt.generators.accounting import PromptCost, Sizes, Tally
-from fastprompt.generators.base import Draws, Geometry, PromptConfig, PromptGenerator
+from fastprompt.generators.base import UNSET, Draws, Geometry, GeometryOptions, PromptConfig, PromptGenerator
 from fastprompt.generators.pgn import PGN_PAPER
 from fastprompt.generators.registry import register_method
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastprompt.vit import FrozenViT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +61,14 @@ class FreePrompts(PromptGenerator):
     config: FreePromptsConfig
 
     def __init__(
-        self, config: FreePromptsConfig | None = None, geometry: Geometry | None = None, **options: Any
+        self,
+        config: FreePromptsConfig | None = None,
+        geometry: Geometry | FrozenViT | None = None,
+        *,
+        num_prompts: int = UNSET,
+        **sizes: Unpack[GeometryOptions],
     ) -> None:
-        super().__init__(config, geometry, **options)
+        super().__init__(config, geometry, num_prompts=num_prompts, **sizes)
         self.num_prompts, self.layers = self.config.num_prompts, (0,)
         self.tokens = nn.Parameter(torch.randn(1, self.num_prompts, self.geometry.width) * 0.02)
 

@@ -11,11 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprompt.generators.accounting import PromptCost, Sizes, Tally
-from fastprompt.generators.base import Draws, Geometry, PromptConfig, PromptGenerator
+from fastprompt.generators.base import UNSET, Draws, Geometry, GeometryOptions, PromptConfig, PromptGenerator
 from fastprompt.generators.registry import Published, register_method
 from fastprompt.kernels.library_prompts import ACTIVATIONS, PreNorm, library_prompts, reference as library_reference
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastprompt.vit import FrozenViT
     from fastprompt.vit.weights import Norm
 
 
@@ -50,13 +53,17 @@ class PGNConfig(PromptConfig):
         self.require_choice("trunk", ("resnet10", "resnet18"))
         self.require("widths", tuple)
         if not self.widths or any(not isinstance(w, int) or w < 1 for w in self.widths):
-            raise ValueError(f"PGNConfig.widths must be positive integers, one per group, got {self.widths!r}")
+            raise ValueError(
+                f"{type(self).__name__}.widths must be positive integers, one per group, got {self.widths!r}"
+            )
         if self.resolution is not None:
             self.require("resolution", int, 1)
         self.require("stem_pool", bool)
         self.require("pretrained_trunk", bool)
         if self.pretrained_trunk and self.trunk != "resnet18":
-            raise ValueError("PGNConfig.pretrained_trunk needs trunk='resnet18'")
+            raise ValueError(
+                f"{type(self).__name__}.trunk must be 'resnet18' with pretrained_trunk, got {self.trunk!r}"
+            )
 
     def to_load(self) -> PGNConfig:
         return dataclasses.replace(self, pretrained_trunk=False)
@@ -205,8 +212,34 @@ class PGN(PromptGenerator):
     before_pre_norm = True
     config: PGNConfig
 
-    def __init__(self, config: PGNConfig | None = None, geometry: Geometry | None = None, **options: Any) -> None:
-        super().__init__(config, geometry, **options)
+    def __init__(
+        self,
+        config: PGNConfig | None = None,
+        geometry: Geometry | FrozenViT | None = None,
+        *,
+        num_prompts: int = UNSET,
+        library_size: int = UNSET,
+        activation: str = UNSET,
+        trunk: str = UNSET,
+        widths: tuple[int, ...] = UNSET,
+        resolution: int | None = UNSET,
+        stem_pool: bool = UNSET,
+        pretrained_trunk: bool = UNSET,
+        **sizes: Unpack[GeometryOptions],
+    ) -> None:
+        super().__init__(
+            config,
+            geometry,
+            num_prompts=num_prompts,
+            library_size=library_size,
+            activation=activation,
+            trunk=trunk,
+            widths=widths,
+            resolution=resolution,
+            stem_pool=stem_pool,
+            pretrained_trunk=pretrained_trunk,
+            **sizes,
+        )
         cfg = self.config
         self.num_prompts, self.layers = cfg.num_prompts, (0,)
         outputs = cfg.num_prompts * cfg.library_size
@@ -219,7 +252,7 @@ class PGN(PromptGenerator):
 
     def logits(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) → selection logits (B, K, M)."""
-        self.check_input(images)
+        self.check_input(images, "images")
         images = images.to(self.library.dtype)
         r = self.config.resolution
         if r is not None and tuple(images.shape[2:]) != (r, r):
@@ -228,9 +261,8 @@ class PGN(PromptGenerator):
             logits = self.trunk(images)
         except ValueError as error:
             raise ValueError(
-                f"x has {images.shape[0]} image of {images.shape[2]} x {images.shape[3]} pixels, of which "
-                "the trunk's batch norm has one value per channel; train PGN on batches of at least 2 "
-                f"images ({error})"
+                f"images must be at least 2 while PGN trains, got {images.shape[0]} of {images.shape[2]} x "
+                f"{images.shape[3]} pixels, of which the trunk's batch norm has one value per channel ({error})"
             ) from error
         return logits.view(images.shape[0], self.config.num_prompts, self.config.library_size)
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from fastprompt.generators.accounting import PromptCost, Sizes, Tally
-from fastprompt.generators.base import Draws, Geometry, PromptConfig, PromptGenerator
+from fastprompt.generators.base import UNSET, Draws, Geometry, GeometryOptions, PromptConfig, PromptGenerator
 from fastprompt.generators.registry import Published, register_method
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastprompt.vit import FrozenViT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +73,14 @@ class PixelPrompt(PromptGenerator):
     config: PixelPromptConfig
 
     def __init__(
-        self, config: PixelPromptConfig | None = None, geometry: Geometry | None = None, **options: Any
+        self,
+        config: PixelPromptConfig | None = None,
+        geometry: Geometry | FrozenViT | None = None,
+        *,
+        border: int = UNSET,
+        **sizes: Unpack[GeometryOptions],
     ) -> None:
-        super().__init__(config, geometry, **options)
+        super().__init__(config, geometry, border=border, **sizes)
         self.num_prompts, self.layers = 0, ()
         b, (h, w) = self.config.border, self.geometry.image_size
         if 2 * b >= min(h, w):
@@ -86,10 +96,10 @@ class PixelPrompt(PromptGenerator):
 
     def prompt_images(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) with the frame added, in the wider of the two dtypes."""
-        self.check_input(images)
+        self.check_input(images, "images")
         if tuple(images.shape[2:]) != tuple(self.geometry.image_size):
             raise ValueError(
-                f"x must be {self.geometry.image_size} pixels, as the frame, got {tuple(images.shape[2:])}"
+                f"images must have {self.geometry.image_size} pixels, as the frame, got {tuple(images.shape[2:])}"
             )
         return images + self.frame()
 

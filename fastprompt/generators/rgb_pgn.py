@@ -10,13 +10,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprompt.generators.base import Draws, Geometry, PromptGenerator
+from fastprompt.generators.base import UNSET, Draws, Geometry, GeometryOptions, PromptGenerator
 from fastprompt.generators.pgn import PGN, PGNConfig
 from fastprompt.generators.registry import register_method
 from fastprompt.kernels.library_prompts import library_prompts
 from fastprompt.vit.weights import per_channel
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from fastprompt.vit import FrozenViT
     from fastprompt.vit.weights import Norm
 
@@ -71,7 +73,7 @@ class RGBPGNConfig(PGNConfig):
                 f"are pictures, got {self.activation!r}"
             )
         if self.compensate and self.placement != "extend":
-            raise ValueError(f"RGBPGNConfig.compensate is for placement 'extend', placement is {self.placement!r}")
+            raise ValueError(f"RGBPGNConfig.placement must be 'extend' with compensate, got {self.placement!r}")
 
 
 @register_method(
@@ -96,7 +98,24 @@ class RGBPGN(PGN):
     config: RGBPGNConfig
 
     def __init__(
-        self, config: RGBPGNConfig | None = None, geometry: Geometry | FrozenViT | None = None, **options: Any
+        self,
+        config: RGBPGNConfig | None = None,
+        geometry: Geometry | FrozenViT | None = None,
+        *,
+        num_prompts: int = UNSET,
+        library_size: int = UNSET,
+        activation: str = UNSET,
+        trunk: str = UNSET,
+        widths: tuple[int, ...] = UNSET,
+        resolution: int | None = UNSET,
+        stem_pool: bool = UNSET,
+        pretrained_trunk: bool = UNSET,
+        placement: str = UNSET,
+        bounded: bool = UNSET,
+        round_pixels: bool = UNSET,
+        offset: bool = UNSET,
+        compensate: bool = UNSET,
+        **sizes: Unpack[GeometryOptions],
     ) -> None:
         from fastprompt.vit import FrozenSwin, FrozenViT
 
@@ -107,7 +126,24 @@ class RGBPGN(PGN):
             )
         if isinstance(geometry, FrozenSwin):
             raise ValueError(f"RGBPGNConfig is not defined on {SWIN}")
-        super().__init__(config, geometry, **options)  # type: ignore[arg-type]
+        super().__init__(  # type: ignore[call-arg]  # PGN hands on what it does not name
+            config,
+            geometry,
+            num_prompts=num_prompts,
+            library_size=library_size,
+            activation=activation,
+            trunk=trunk,
+            widths=widths,
+            resolution=resolution,
+            stem_pool=stem_pool,
+            pretrained_trunk=pretrained_trunk,
+            placement=placement,
+            bounded=bounded,
+            round_pixels=round_pixels,
+            offset=offset,
+            compensate=compensate,
+            **sizes,
+        )
         cfg, g = self.config, self.geometry
         self._backbone = (geometry,)  # not a submodule: its tensors are the model's, and no part of an adapter
         obstacle = placement_obstacle(geometry, cfg.placement, cfg.num_prompts)
@@ -144,12 +180,12 @@ class RGBPGN(PGN):
         Raises:
             TypeError, ValueError: `images` do not fit, or the placement is "latent".
         """
-        self.check_input(images)
+        self.check_input(images, "images")
         if not self.changes_images:
-            raise ValueError("prompt_images needs placement 'extend' or 'replace', it is 'latent'")
+            raise ValueError("RGBPGNConfig.placement must be 'extend' or 'replace' for prompt_images, got 'latent'")
         if tuple(images.shape[2:]) != tuple(self.geometry.image_size):
             raise ValueError(
-                f"x must be {self.geometry.image_size} pixels, as the backbone's images, got {tuple(images.shape[2:])}"
+                f"images must have {self.geometry.image_size} pixels, as the backbone's, got {tuple(images.shape[2:])}"
             )
         columns, p = self.geometry.grid[1], self.geometry.patch_size
         rows = self.patches(images).unflatten(1, (self.prompt_rows, columns))  # (B, rows, columns, 3, p, p)

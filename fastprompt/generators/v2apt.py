@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -12,11 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprompt.generators.accounting import PromptCost, Sizes, Tally
-from fastprompt.generators.base import Draws, Geometry, PromptConfig, PromptGenerator
+from fastprompt.generators.base import UNSET, Draws, Geometry, GeometryOptions, PromptConfig, PromptGenerator
 from fastprompt.generators.registry import Published, register_method
 from fastprompt.generators.vpt import VPT_RECIPE, VPT_SEARCH, StaticPrompts
 from fastprompt.kernels.vae_prompts import Decoder, vae_prompts
 from fastprompt.kernels.vae_prompts.reference import gaussian, kl_per_unit, philox_normal
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastprompt.vit import FrozenViT
+
 
 ACTIVE_UNIT_NATS = 0.01
 NOISE_CALLS = 2 + 1 + 3 * 3 + 10 * 30 + 1 + 13  # seed, counters, ten rounds of Philox, Box-Muller
@@ -161,22 +167,46 @@ class V2APT(PromptGenerator):
     takes_stages = True
     config: V2APTConfig
 
-    def __init__(self, config: V2APTConfig | None = None, geometry: Geometry | None = None, **options: Any) -> None:
-        super().__init__(config, geometry, **options)
+    def __init__(
+        self,
+        config: V2APTConfig | None = None,
+        geometry: Geometry | FrozenViT | None = None,
+        *,
+        num_prompts: int = UNSET,
+        num_instance: int = UNSET,
+        latent: int = UNSET,
+        hidden: int = UNSET,
+        beta: float = UNSET,
+        share: str = UNSET,
+        inference_samples: int = UNSET,
+        **sizes: Unpack[GeometryOptions],
+    ) -> None:
+        super().__init__(
+            config,
+            geometry,
+            num_prompts=num_prompts,
+            num_instance=num_instance,
+            latent=latent,
+            hidden=hidden,
+            beta=beta,
+            share=share,
+            inference_samples=inference_samples,
+            **sizes,
+        )
         cfg, g = self.config, self.geometry
         self.num_prompts, self.layers = cfg.num_prompts, tuple(range(g.depth))
         self.domain = StaticPrompts(g.depth, cfg.num_prompts - cfg.num_instance, g, None)
         self.norm = nn.LayerNorm(g.width)
         self.encoder = nn.Linear(g.width, cfg.hidden)
         self.to_stats = nn.Linear(cfg.hidden, 2 * cfg.latent)
-        sizes = [cfg.num_instance * width for width, _ in self.domain.stages]
+        outputs = [cfg.num_instance * width for width, _ in self.domain.stages]
         decoders: list[nn.Module]
         if cfg.share == "per_layer":
             decoders = [PromptDecoder(cfg.latent, cfg.hidden, cfg.num_instance * width) for width in g.widths]
-        elif len(sizes) == 1:
-            decoders = [PromptDecoder(cfg.latent, cfg.hidden, sizes[0])]
+        elif len(outputs) == 1:
+            decoders = [PromptDecoder(cfg.latent, cfg.hidden, outputs[0])]
         else:
-            decoders = [StagedDecoder(cfg.latent, cfg.hidden, sizes)]
+            decoders = [StagedDecoder(cfg.latent, cfg.hidden, outputs)]
         self.decoders = nn.ModuleList(decoders)
 
     def decoders_of(self, stage: int) -> list[Decoder]:
@@ -190,7 +220,7 @@ class V2APT(PromptGenerator):
 
     def stats(self, embeddings: Tensor) -> Tensor:
         """(B, N, D) patch embeddings → (B, 2Z) = [μ, log σ²], not yet clamped."""
-        self.check_input(embeddings)
+        self.check_input(embeddings, "embeddings")
         norm = self.norm
         x = F.layer_norm(embeddings.to(norm.weight.dtype), norm.normalized_shape, eps=norm.eps).mean(dim=1)  # (B, D)
         x = x * norm.weight + norm.bias  # behind the mean, so that the backward needs (B, D) and not the embeddings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -11,11 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprompt.generators.accounting import PromptCost, Sizes, Tally
-from fastprompt.generators.base import Draws, Geometry, PromptConfig, PromptGenerator, dropout_mask
+from fastprompt.generators.base import (
+    UNSET,
+    Draws,
+    Geometry,
+    GeometryOptions,
+    PromptConfig,
+    PromptGenerator,
+    dropout_mask,
+)
 from fastprompt.generators.registry import Published, register_method
 from fastprompt.generators.vpt import VPT_RECIPE, VPT_SEARCH, StaticPrompts, static_cost
 from fastprompt.kernels.adaptive_prompts import ACTIVATIONS, adaptive_prompts
 from fastprompt.kernels.adaptive_prompts.reference import bottleneck, position_matrix
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastprompt.vit import FrozenViT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,8 +191,48 @@ class VAPT(PromptGenerator):
     config_class = VAPTConfig
     config: VAPTConfig
 
-    def __init__(self, config: VAPTConfig | None = None, geometry: Geometry | None = None, **options: Any) -> None:
-        super().__init__(config, geometry, **options)
+    def __init__(
+        self,
+        config: VAPTConfig | None = None,
+        geometry: Geometry | FrozenViT | None = None,
+        *,
+        num_prompts: int = UNSET,
+        hidden: int = UNSET,
+        kernel: int = UNSET,
+        padding: int = UNSET,
+        channel_dropout: float = UNSET,
+        hidden_dropout: float = UNSET,
+        prompt_dropout: float = UNSET,
+        static_layers: int = UNSET,
+        activation: str = UNSET,
+        conv: bool = UNSET,
+        channelwise: bool = UNSET,
+        feature_projector: bool = UNSET,
+        share_projector: bool = UNSET,
+        learnable_scale: bool = UNSET,
+        project: int | None = UNSET,
+        **sizes: Unpack[GeometryOptions],
+    ) -> None:
+        super().__init__(
+            config,
+            geometry,
+            num_prompts=num_prompts,
+            hidden=hidden,
+            kernel=kernel,
+            padding=padding,
+            channel_dropout=channel_dropout,
+            hidden_dropout=hidden_dropout,
+            prompt_dropout=prompt_dropout,
+            static_layers=static_layers,
+            activation=activation,
+            conv=conv,
+            channelwise=channelwise,
+            feature_projector=feature_projector,
+            share_projector=share_projector,
+            learnable_scale=learnable_scale,
+            project=project,
+            **sizes,
+        )
         cfg, g = self.config, self.geometry
         if cfg.static_layers > g.depth:
             raise ValueError(f"VAPTConfig.static_layers must be at most the {g.depth} blocks, got {cfg.static_layers}")
@@ -229,6 +282,13 @@ class VAPT(PromptGenerator):
             return self.prompts(layer, None, None, self.draw(1 if x is None else x.shape[0]))
         return super().forward(x, layer)
 
+    def check_input(self, x: Tensor | None, name: str = "x") -> None:
+        """As every generator's, and `x` must have as many patch tokens as the grid."""
+        super().check_input(x, name)
+        rows, columns = self.geometry.grid
+        if x is not None and x.shape[1] != rows * columns:
+            raise ValueError(f"{name} must have the {rows} x {columns} patch tokens of the grid, got {x.shape[1]}")
+
     def prompts(
         self, layer: int, context: Any = None, tokens: Tensor | None = None, draws: Draws | None = None
     ) -> Tensor:
@@ -244,13 +304,8 @@ class VAPT(PromptGenerator):
         draws, cfg = draws or {}, self.config
         if self.static is not None and layer < cfg.static_layers:
             return self.static(layer, draws["prompts"][layer] if "prompts" in draws else None)
-        self.check_input(tokens)
+        self.check_input(tokens, "tokens")
         assert tokens is not None
-        if tokens.shape[1] != self.geometry.grid[0] * self.geometry.grid[1]:
-            raise ValueError(
-                f"x has {tokens.shape[1]} patch tokens, this generator was built for a "
-                f"{self.geometry.grid[0]} x {self.geometry.grid[1]} grid"
-            )
         j = layer - cfg.static_layers
         parts: AdaptiveLayer = self.adaptive[j]  # type: ignore[assignment]
         channels = draws["channels"][j] if "channels" in draws else None

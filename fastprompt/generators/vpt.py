@@ -5,15 +5,28 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from fastprompt.generators.accounting import PromptCost, Sizes, Tally
-from fastprompt.generators.base import Draws, Geometry, PromptConfig, PromptGenerator, dropout_mask
+from fastprompt.generators.base import (
+    UNSET,
+    Draws,
+    Geometry,
+    GeometryOptions,
+    PromptConfig,
+    PromptGenerator,
+    dropout_mask,
+)
 from fastprompt.generators.registry import Published, Variant, register_method
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastprompt.vit import FrozenViT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +177,26 @@ class VPT(PromptGenerator):
     takes_stages = True
     config: VPTConfig
 
-    def __init__(self, config: VPTConfig | None = None, geometry: Geometry | None = None, **options: Any) -> None:
-        super().__init__(config, geometry, **options)
+    def __init__(
+        self,
+        config: VPTConfig | None = None,
+        geometry: Geometry | FrozenViT | None = None,
+        *,
+        num_prompts: int = UNSET,
+        deep: bool = UNSET,
+        prompt_dropout: float = UNSET,
+        project: int | None = UNSET,
+        **sizes: Unpack[GeometryOptions],
+    ) -> None:
+        super().__init__(
+            config,
+            geometry,
+            num_prompts=num_prompts,
+            deep=deep,
+            prompt_dropout=prompt_dropout,
+            project=project,
+            **sizes,
+        )
         self.num_prompts = self.config.num_prompts
         self.layers = tuple(range(self.geometry.depth)) if self.config.deep else (0,)
         self.static = StaticPrompts(len(self.layers), self.num_prompts, self.geometry, self.config.project)

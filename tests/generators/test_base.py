@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import fastprompt as fp
-from fastprompt.generators import Geometry, PromptConfig, PromptGenerator, build_generator, get_method
-from fastprompt.generators.base import dropout_mask
+from fastprompt.generators import Geometry, PromptConfig, PromptGenerator, build_generator, get_method, method_of
+from fastprompt.generators.base import GeometryOptions, dropout_mask
 
 CHANGED = {
     "pgn": fp.PGNConfig(num_prompts=3, widths=(4, 8), activation="sigmoid", resolution=64),
@@ -99,6 +101,68 @@ def test_options_by_name_override_the_configuration() -> None:
         fp.VPT(geometry={"width": 3})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["pgn", "rgb-pgn", "v2apt", "vapt", "vpt-deep", "free", "pixel"])
+def test_constructors_name_every_option_with_its_type(name: str) -> None:
+    method = get_method(name)
+    assert method.generator_class is not None
+    parameters = dict(inspect.signature(method.generator_class).parameters)
+    assert list(parameters)[:2] == ["config", "geometry"]
+    sizes = parameters.pop("sizes")
+    assert sizes.annotation == "Unpack[GeometryOptions]"
+    options = {f.name: f.type for f in dataclasses.fields(method.config_class)}
+    assert {key: p.annotation for key, p in list(parameters.items())[2:]} == options
+    assert all(p.kind is p.KEYWORD_ONLY for p in list(parameters.values())[2:])
+    assert GeometryOptions.__annotations__.keys() == Geometry.__dataclass_fields__.keys()
+
+
+@pytest.mark.parametrize("kind", ["pgn", "v2apt", "vapt", "vpt", "free", "rgb-pgn", "pixel"])
+def test_every_option_by_name_reaches_the_configuration(kind: str, tiny_vit: VisionTransformer) -> None:
+    config, backbone = CHANGED[kind], fp.FrozenViT(tiny_vit)
+    generator_class = method_of(config).generator_class
+    assert generator_class is not None
+    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    assert generator_class(None, backbone, **options).config == config
+    assert generator_class(config, backbone).config == config
+
+
+def test_an_option_that_is_none_is_given() -> None:
+    assert fp.VPT(fp.VPTConfig(project=5), project=None, width=24, depth=2).config.project is None
+
+
+def test_a_subclass_may_have_more_options() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class LouderConfig(fp.VPTConfig):
+        gain: float = 2.0
+
+    class Louder(fp.VPT):
+        config_class = LouderConfig
+
+        def __init__(self, config: LouderConfig | None = None, geometry: Geometry | None = None, **options: Any):
+            super().__init__(config, geometry, **options)
+
+    assert Louder(gain=3.0, num_prompts=2, width=24, depth=2).config == LouderConfig(num_prompts=2, gain=3.0)
+
+
+def test_errors_name_the_argument_that_was_given() -> None:
+    pgn, vapt = fp.PGN(width=8, depth=2, grid=(2, 2)), fp.VAPT(width=8, depth=2, grid=(2, 2))
+    v2apt, pixel = fp.V2APT(width=8, depth=2, grid=(2, 2)), fp.PixelPrompt(border=2, image_size=(32, 32))
+    flat = torch.zeros(3)
+    for call, name in (
+        (lambda: pgn(flat), "x"),
+        (lambda: pgn.mixture(flat), "images"),
+        (lambda: pixel(flat), "x"),
+        (lambda: pixel.prompt_images(flat), "images"),
+        (lambda: v2apt(flat), "x"),
+        (lambda: v2apt.stats(flat), "embeddings"),
+        (lambda: vapt(flat, 1), "x"),
+        (lambda: vapt.prompts(1, tokens=flat), "tokens"),
+        (lambda: vapt.prompts(1, tokens=torch.zeros(1, 3, 8)), "tokens"),
+        (lambda: vapt(torch.zeros(1, 3, 8), 1), "x"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} must (be|have) "):
+            call()
+
+
 def test_dropout_mask_keeps_the_mean() -> None:
     mask = dropout_mask((100, 100), 0.3, torch.zeros(1, dtype=torch.float64))
     assert mask.dtype == torch.float64
@@ -146,7 +210,7 @@ def test_configurations_are_mappings(values: object) -> None:
 def test_input_on_another_device_is_named(kind: type[PromptGenerator]) -> None:
     generator = kind(width=8, depth=2, grid=(2, 2), num_prompts=6)
     shape = (1, 3, 32, 32) if kind is fp.PGN else (1, 4, 8)
-    with pytest.raises(ValueError, match=r"x is on meta, the generator is on cpu"):
+    with pytest.raises(ValueError, match=r"x must be on cpu, where the generator is, got meta"):
         generator(torch.zeros(shape, device="meta"))
 
 

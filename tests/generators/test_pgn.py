@@ -265,7 +265,7 @@ def test_wrong_images_are_named() -> None:
         ({"widths": (16, -1)}, ValueError, "widths must be positive integers"),
         ({"resolution": 0}, ValueError, "resolution must be at least 1"),
         ({"stem_pool": "no"}, TypeError, "stem_pool must be bool"),
-        ({"pretrained_trunk": True}, ValueError, "pretrained_trunk needs trunk='resnet18'"),
+        ({"pretrained_trunk": True}, ValueError, "trunk must be 'resnet18' with pretrained_trunk, got 'resnet10'"),
     ],
 )
 def test_bad_options_are_named(options: dict, error: type[Exception], message: str) -> None:
@@ -275,6 +275,6 @@ def test_bad_options_are_named(options: dict, error: type[Exception], message: s
 
 def test_one_small_image_in_training_says_what_to_do() -> None:
     generator = fp.PGN(num_prompts=3, library_size=5, width=48).train()
-    with pytest.raises(ValueError, match=r"x has 1 image of 32 x 32 pixels.*batches of at least 2"):
+    with pytest.raises(ValueError, match=r"images must be at least 2 while PGN trains, got 1 of 32 x 32 pixels"):
         generator(torch.randn(1, 3, 32, 32))
     assert generator.eval()(torch.randn(1, 3, 32, 32)).shape == (1, 3, 48)

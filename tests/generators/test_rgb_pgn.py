@@ -132,7 +132,10 @@ def test_a_copy_and_a_move_keep_reading_the_models_own_backbone(backbone: fp.Fro
         ({"placement": "extend", "num_prompts": 5}, "must fill whole rows of 4 patches with placement 'extend', got 5"),
         ({"placement": "replace", "num_prompts": 16}, "leave one of 4 to the image with placement 'replace', got 16"),
         ({"placement": "extend", "activation": "sigmoid"}, "only convex mixtures of pictures"),
-        ({"placement": "latent", "bounded": False, "compensate": True}, "compensate is for placement 'extend'"),
+        (
+            {"placement": "latent", "bounded": False, "compensate": True},
+            "placement must be 'extend' with compensate",
+        ),
     ],
 )
 def test_bad_options_are_named(backbone: fp.FrozenViT, options: dict[str, Any], message: str) -> None:
@@ -146,7 +149,7 @@ def test_bad_input_is_named(backbone: fp.FrozenViT, tiny_swin: Callable[..., nn.
     with pytest.raises(ValueError, match="not defined on a Swin"):
         fp.RGBPGN(geometry=fp.FrozenViT(tiny_swin()))
     generator = make(backbone, "extend").generator
-    with pytest.raises(ValueError, match=r"x must be \(32, 32\) pixels"):
+    with pytest.raises(ValueError, match=r"images must have \(32, 32\) pixels"):
         generator(torch.zeros(1, 3, 16, 32, dtype=torch.float64))
     with pytest.raises(ValueError, match="layer must be None"):
         generator(torch.zeros(1, 3, 32, 32, dtype=torch.float64), layer=0)

@@ -255,7 +255,7 @@ def test_dropout_masks_act_where_the_released_code_puts_them(small: Geometry) ->
 
 def test_wrong_input_and_geometry_are_named(small: Geometry) -> None:
     vapt = fp.VAPT(geometry=small)
-    with pytest.raises(ValueError, match=r"x has 9 patch tokens, this generator was built for a 3 x 4 grid"):
+    with pytest.raises(ValueError, match=r"x must have the 3 x 4 patch tokens of the grid, got 9"):
         vapt(torch.zeros(1, 9, 24))
     with pytest.raises(ValueError, match=r"x must be \(B, N, 24\), got \(1, 12, 23\)"):
         vapt(torch.zeros(1, 12, 23))
