@@ -8,9 +8,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fastprompt_client.client import Client
-from fastprompt_client.host import HostError
+from fastprompt_client.host import HostError, printable
 
 KEY = "FASTPROMPT_API_KEY"
 
@@ -46,16 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.url is None:
             return 0
         if not given.images:
-            print(client.verify(given.url).message)
+            print(printable(client.verify(given.url).message))
         for image in given.images:
             found = client.predict(given.url, image)
-            print(
-                json.dumps(
-                    {"file": str(image), "class": found.name, "probability": round(found.probability, 6)},
-                    ensure_ascii=False,
-                )
-            )
+            print(json_line({"file": str(image), "class": found.name, "probability": round(found.probability, 6)}))
         return 0
     except (HostError, ValueError, TypeError, OSError) as error:
-        print(f"fastprompt-client: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"fastprompt-client: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2 if not isinstance(error, HostError) else 1
+
+
+def json_line(value: Any) -> str:
+    """JSON on one line, in which characters that a terminal would obey, or not show, are escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(letter if letter.isprintable() else json.dumps(letter)[1:-1] for letter in text)

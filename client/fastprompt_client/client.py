@@ -11,7 +11,7 @@ import onnxruntime
 
 from fastprompt_client import pictures
 from fastprompt_client.folder import Folder, FolderError, Head, read_folder
-from fastprompt_client.host import Host, HostError, HostMismatch, check_key, check_timeout
+from fastprompt_client.host import Host, HostError, HostMismatch, check_key, check_timeout, printable
 
 SURE, LIKELY = 0.5, 0.6
 """A host's distance from a mistake's embedding, as a part of that from the right one: up to the first a host is refused
@@ -57,8 +57,8 @@ class Client:
         model: which of the host's models to ask for; None: the one that it lists with the backbone's fingerprint, else
             its only one.
         api_key: sent to the host as a bearer token.
-        timeout: seconds for connecting and for every wait; an answer that still drips in after as many, counted from
-            the request, is given up.
+        timeout: seconds that `predict`, `verify` and `check` wait for a host in all, however slowly it answers;
+            `embed` waits as long for each 16 pictures.
         threads: of onnxruntime.
         max_pixels: of an image.
 
@@ -128,7 +128,10 @@ class Client:
             return image
         if self._shrink is not None:
             image = self._shrink(image)
-        [weights] = self._session.run(None, {"image": pixels[None]})  # (K, M)
+        try:
+            [weights] = self._session.run(None, {"image": pixels[None]})  # (K, M)
+        except Exception as error:  # onnxruntime's errors have no common class
+            raise FolderError(f"generator.onnx cannot be run: {error}") from error
         if not np.isfinite(weights).all():
             raise FolderError("generator.onnx made weights that are not finite")
         mixed = weights @ folder.library  # (K, 3p²)
@@ -152,9 +155,9 @@ class Client:
             raise ValueError("images: expected at least one, got none")
         return self._embedded(host, sent)
 
-    def _embedded(self, host: Host, sent: Sequence[bytes]) -> np.ndarray:
+    def _embedded(self, host: Host, sent: Sequence[bytes], deadline: float | None = None) -> np.ndarray:
         model = self._verified.get(host.base, self.model)
-        parts = [host.embed(part, model) for part in _calls(sent)]
+        parts = [host.embed(part, model, deadline) for part in _calls(sent)]
         found = np.concatenate(parts) if len({part.shape[1] for part in parts}) == 1 else parts[0]
         if found.shape != (len(sent), self.folder.width):
             raise HostError(
@@ -193,9 +196,12 @@ class Client:
         """
         self._head()
         host, sent = Host(url, self.api_key, self.timeout), self.png(image)
+        deadline = host.deadline()
         if host.base not in self._verified:
-            self.verify(url)
-        return self.classify(self._embedded(host, [sent]))[0]
+            found = self._check(host, deadline)
+            if not found.ok:
+                raise HostMismatch(found.message)
+        return self.classify(self._embedded(host, [sent], deadline))[0]
 
     def verify(self, url: str) -> Verification:
         """Send the golden picture; return when the host's embedding is the one that the model was trained with.
@@ -213,16 +219,19 @@ class Client:
     def check(self, url: str) -> Verification:
         """`verify`, with a mismatch returned and not raised."""
         host = Host(url, self.api_key, self.timeout)
+        return self._check(host, host.deadline())
+
+    def _check(self, host: Host, deadline: float) -> Verification:
         self._verified.pop(host.base, None)
         self._check_own_picture()
-        models = host.models()
+        models = host.models(deadline)
         model = self.model if self.model is not None else _asked_for(models, self.folder.fingerprint)
-        [embedding] = host.embed([self.folder.golden_picture], model)
+        [embedding] = host.embed([self.folder.golden_picture], model, deadline)
         found = self.judge(embedding, host.base)
         if found.ok:
             self._verified[host.base] = model
             return found
-        listed = sorted({str(entry["fingerprint"])[:12] for entry in models if entry.get("fingerprint")})
+        listed = sorted({printable(str(entry["fingerprint"])[:12]) for entry in models if entry.get("fingerprint")})
         if listed and self.folder.fingerprint[:12] not in listed:
             message = (
                 f"{found.message} It lists backbones with the fingerprints {', '.join(listed)}, the model was "

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastprompt_client import pictures
+from fastprompt_client.graph import GraphError, check_graph
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -158,6 +159,10 @@ def read_folder(folder: str | os.PathLike[str]) -> Folder:
             library = library + array("library_rest.npy", library.shape, "float16")
         if fields.get("prompts.offset", bool):
             offset = array("offset.npy", (count, 3 * patch**2))
+        try:
+            check_graph(graph, (1, height, width, 3), (count, entries))
+        except GraphError as error:
+            raise FolderError(f"{path / 'generator.onnx'} is none that fastprompt writes: {error}") from error
     if fields.get("prompts.added", bool):
         added = array("added.npy", (height, width, 3))
     least = fields.number("golden.threshold")

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from fastprompt_client.deadline import Handler
+
 LARGEST_ANSWER = 64 << 20
 LARGEST_ERROR = 64 << 10
 LONGEST_TIMEOUT = 86_400.0
@@ -40,8 +42,8 @@ class Host:
 
     Args:
         url: "http://host:8000", with or without "/v1" or "/v1/embeddings" behind it.
-        api_key: sent as `Authorization: Bearer`. timeout: seconds for connecting and for every wait; an answer that
-            still drips in after as many, counted from the request, is given up.
+        api_key: sent as `Authorization: Bearer`. timeout: seconds for a request, from looking up the host's name to
+            the last byte of its answer.
 
     Raises:
         TypeError, ValueError: `url` is no http or https address, `api_key` cannot be sent, `timeout` is no time.
@@ -76,19 +78,23 @@ class Host:
         self.headers = {"Accept": "application/json", "User-Agent": "fastprompt-client"}
         if api_key is not None:
             self.headers["Authorization"] = f"Bearer {api_key}"
-        self.opener = urllib.request.build_opener(_NoRedirects())
+        self.opener = urllib.request.build_opener(_NoRedirects(), Handler())
 
-    def models(self) -> list[dict[str, Any]]:
+    def deadline(self) -> float:
+        """When `timeout` from now is over, of `time.monotonic`; requests that get it end by then together."""
+        return time.monotonic() + self.timeout
+
+    def models(self, deadline: float | None = None) -> list[dict[str, Any]]:
         """What the host lists under `GET /v1/models`; empty where it lists nothing that can be read."""
         try:
-            answer = self._call("/v1/models")
+            answer = self._call("/v1/models", None, deadline)
         except HostError:
             return []
         listed = answer.get("data")
         return [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
 
-    def embed(self, pictures: Sequence[bytes], model: str | None = None) -> np.ndarray:
-        """PNG files → (n, D) float32.
+    def embed(self, pictures: Sequence[bytes], model: str | None = None, deadline: float | None = None) -> np.ndarray:
+        """PNG files → (n, D) float32, by one request.
 
         Raises:
             HostError: no embedding for each of them, all of one width and finite.
@@ -97,7 +103,7 @@ class Host:
         body: dict[str, Any] = {"input": texts, "encoding_format": "base64"}
         if model is not None:
             body["model"] = model
-        answer = self._call("/v1/embeddings", body)
+        answer = self._call("/v1/embeddings", body, deadline)
         data = answer.get("data")
         if not isinstance(data, list) or len(data) != len(pictures):
             raise HostError(
@@ -132,18 +138,18 @@ class Host:
             raise HostError(f"{self.base} returned an embedding for picture {index} that is empty or not finite")
         return vector
 
-    def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _call(self, path: str, body: dict[str, Any] | None, deadline: float | None) -> dict[str, Any]:
         headers, data = dict(self.headers), None
         if body is not None:
             data, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
         request = urllib.request.Request(self.base + path, data, headers)
-        deadline = time.monotonic() + self.timeout
+        request.deadline = self.deadline() if deadline is None else deadline  # type: ignore[attr-defined]
         try:
-            with self.opener.open(request, timeout=self.timeout) as response:
-                content = _body(response, LARGEST_ANSWER + 1, deadline)
+            with self.opener.open(request) as response:
+                content = _body(response, LARGEST_ANSWER + 1)
         except urllib.error.HTTPError as error:
             with error:
-                said = _reason(error, deadline)
+                said = _reason(error)
             raise HostError(f"{self.base}{path} answered {error.code}: {said}") from error
         except TimeoutError as error:
             raise HostError(f"{self.base}{path} did not answer within {self.timeout:g} s") from error
@@ -151,7 +157,7 @@ class Host:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
                 reason = f"no connection within {self.timeout:g} s"
-            raise HostError(f"{self.base}{path} cannot be reached: {_printable(str(reason))}") from error
+            raise HostError(f"{self.base}{path} cannot be reached: {printable(str(reason))}") from error
         if len(content) > LARGEST_ANSWER:
             raise HostError(f"{self.base}{path} answered more than {LARGEST_ANSWER:,} bytes")
         try:
@@ -179,36 +185,34 @@ def check_key(api_key: str | None) -> None:
         raise ValueError("api_key must be printable ASCII, or None for no key")
 
 
-def _body(response: http.client.HTTPResponse, limit: int, deadline: float) -> bytes:
-    """Up to `limit` bytes of an answer; TimeoutError where it goes on after the deadline, however it drips."""
+def _body(response: http.client.HTTPResponse, limit: int) -> bytes:
+    """Up to `limit` bytes of an answer, of which the rest is not waited for."""
     parts, size = [], 0
     while size < limit:
         part = response.read1(min(1 << 16, limit - size))
         if not part:
             break
-        if time.monotonic() > deadline:
-            raise TimeoutError
         parts.append(part)
         size += len(part)
     return b"".join(parts)
 
 
-def _printable(text: str) -> str:
-    """Without control characters, which a terminal would obey."""
+def printable(text: str) -> str:
+    """Without control characters, which a terminal would obey, and others that are not seen."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
-def _reason(error: urllib.error.HTTPError, deadline: float) -> str:
+def _reason(error: urllib.error.HTTPError) -> str:
     """The message of an OpenAI-style error, or what else the answer says."""
     if 300 <= error.code < 400:
-        return _printable(
+        return printable(
             f"it redirects to {error.headers.get('Location')}, which is not followed; give that address as url"
         )
     try:
-        content = _body(error.fp, LARGEST_ERROR, deadline)  # type: ignore[arg-type]
+        content = _body(error.fp, LARGEST_ERROR)  # type: ignore[arg-type]
     except (OSError, http.client.HTTPException):
-        return _printable(str(error.reason))
+        return printable(str(error.reason))
     try:
-        return _printable(str(json.loads(content)["error"]["message"])[:500])
+        return printable(str(json.loads(content)["error"]["message"])[:500])
     except (ValueError, KeyError, TypeError, RecursionError):
-        return _printable(content.decode("utf-8", "replace").strip()[:200] or str(error.reason))
+        return printable(content.decode("utf-8", "replace").strip()[:200] or str(error.reason))

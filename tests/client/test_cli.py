@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,30 @@ def test_wrong_input_is_one_line(
     assert main([str(folder) if a == "FOLDER" else a for a in arguments]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+HOSTILE = "a\x1b[31m\x9b2J\u202eb\x07\udcff"
+
+
+def test_no_foreign_text_reaches_the_terminal_raw(
+    folder: Path, host: Any, photo: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile, image = Path(shutil.copytree(folder, tmp_path / "copy")), tmp_path / "a\x1b]0;b\x9b\u202e.png"
+    Image.fromarray(photo).save(image)
+    manifest = json.loads((hostile / "manifest.json").read_text())
+    manifest["class_names"] = [HOSTILE + str(i) for i in range(3)]
+    manifest["backbone"]["name"] = HOSTILE
+    (hostile / "manifest.json").write_text(json.dumps(manifest))
+    assert main([str(hostile), str(image), "--url", host.url]) == 0
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.isprintable()
+    assert json.loads(line)["class"].startswith(HOSTILE)
+    assert json.loads(line)["file"] == str(image)
+    assert main([str(hostile), "--url", host.url]) == 0
+    host.finish = lambda vector: -vector
+    host.models = [{"id": "x", "fingerprint": HOSTILE}]
+    assert main([str(hostile), "--url", host.url]) == 1
+    said = capsys.readouterr()
+    for text in (said.out, said.err):
+        [line] = text.splitlines()
+        assert line.isprintable()

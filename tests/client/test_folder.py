@@ -194,31 +194,13 @@ def test_a_missing_or_damaged_file_is_named(copy: Path, name: str) -> None:
         ("golden_picture.png", png(40, 32, "JPEG"), "golden_picture.png must be a PNG file of 40 x 32 pixels"),
         ("head_bias.npy", npy(np.full(3, np.nan, np.float32)), "head_bias.npy contains NaN"),
         ("head_weight.npy", npy(np.zeros((3, 48, 1), np.float32)), r"head_weight.npy must be \(any, 48\)"),
-        ("generator.onnx", b"no graph", "generator.onnx cannot be run by onnxruntime"),
+        ("generator.onnx", b"no graph", "generator.onnx is none that fastprompt writes: model has a field 13"),
     ],
     ids=lambda value: repr(value)[:40],
 )
 def test_a_file_that_does_not_fit_is_named(copy: Path, name: str, content: bytes, message: str) -> None:
     replace(copy, name, content)
     with pytest.raises(FolderError, match=message):
-        Client(copy)
-
-
-def test_another_graph_is_refused(copy: Path, folder: Path) -> None:
-    from onnx import TensorProto, helper
-
-    node = helper.make_node("Cast", ["x"], ["weights"], to=TensorProto.FLOAT)
-    values = [
-        helper.make_tensor_value_info(*of)
-        for of in (("x", TensorProto.UINT8, [2]), ("weights", TensorProto.FLOAT, [2]))
-    ]
-    made = helper.make_model(
-        helper.make_graph([node], "other", [values[0]], [values[1]]),
-        opset_imports=[helper.make_opsetid("", 17)],
-        ir_version=8,
-    )
-    replace(copy, "generator.onnx", made.SerializeToString())
-    with pytest.raises(FolderError, match=r"generator.onnx must go from \('image', .*\(1, 32, 32, 3\)\)"):
         Client(copy)
 
 
