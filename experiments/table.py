@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastprompt.cli.options import load_plugins
 from fastprompt.generators import get_method, list_methods
 from fastprompt.runs.directory import read_json, write_json
 from fastprompt.runs.execute import execute
@@ -99,6 +100,7 @@ class Plan:
     seeds: tuple[int, ...]
     lrs: tuple[float, ...] | None
     out: Path
+    plugins: tuple[str, ...] = ()
 
     def grid(self, method: str) -> tuple[float | None, ...]:
         """The learning rates to try; (None,) for the L-BFGS probe, which has none."""
@@ -256,6 +258,7 @@ def start(job: Job, plan: Plan, threads: int) -> subprocess.Popen[bytes]:
     ]
     command += ["--out", str(directory), "--threads", str(threads), "--parent", str(os.getpid())]
     command += ["--with-test"] if job.test else []
+    command += [word for module in plan.plugins for word in ("--plugin", module)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     with (directory / "output.txt").open("ab") as output:
         return subprocess.Popen(
@@ -534,6 +537,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="METHOD",
         help="default: %(default)s",
     )
+    p.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="registers methods of your own")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--lrs", nargs="+", type=float, help="learning rates in place of the methods' own grids")
     p.add_argument("--epochs", type=int, default=6)
@@ -565,6 +569,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing and write the table; the exit code is 1 where a run failed, 130 after Ctrl-C."""
+    load_plugins(sys.argv[1:] if arguments is None else arguments)
     args = parser().parse_args(arguments)
     if args.single is not None:
         settings = RunSettings.from_dict(json.loads(args.single))
@@ -587,7 +592,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"table: error: {error}", file=sys.stderr)
             return 1
         return 0
-    plan = Plan(base, tuple(args.methods), tuple(args.seeds), tuple(args.lrs) if args.lrs else None, args.out)
+    plan = Plan(
+        base,
+        tuple(args.methods),
+        tuple(args.seeds),
+        tuple(args.lrs) if args.lrs else None,
+        args.out,
+        tuple(args.plugin),
+    )
     failed: list[Job] = []
     if not args.aggregate_only:
         if args.workers > 1:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import Tensor
 
 import fastprompt
 from fastprompt.files import atomic_write_many, parse_json
-from fastprompt.generators import PromptConfig, build_generator
+from fastprompt.generators import PromptConfig, build_generator, config_from_dict, method_of
 from fastprompt.heads import Head, PrototypeHead, TextHead, build_head
 from fastprompt.vit import FrozenViT
 from fastprompt.vit.source import BackboneSource
@@ -286,6 +287,31 @@ def check_sizes(config: PromptConfig, num_classes: Any, backbone: FrozenViT, sta
     missing = sorted(set(expected) - set(state))
     if missing:
         raise ValueError(f"tensors are missing: {missing[:5]}")
+
+
+def registered_by(config: PromptConfig) -> str | None:
+    """The module that registers a configuration's method, where it is not one of this package."""
+    method = method_of(config)
+    module = (method.generator_class or method.config_class).__module__
+    if module == "__main__":
+        module = Path(getattr(sys.modules["__main__"], "__file__", None) or "").name or module
+    return None if module.split(".")[0] == "fastprompt" else module
+
+
+def config_from(adapter: Mapping[str, Any]) -> PromptConfig:
+    """The configuration of an adapter's method, to load its tensors into.
+
+    Raises:
+        ValueError: no method of this kind is registered; the message says how to register it, and which module had
+            registered it where the adapter was saved.
+    """
+    try:
+        return config_from_dict(adapter["method"]).to_load()
+    except ValueError as error:
+        module = adapter["backbone"].get("optional", {}).get("registered_by")
+        if module is None:
+            raise
+        raise ValueError(f"{error}; where the adapter was saved, {module} had registered it") from error
 
 
 def head_from(info: Mapping[str, Any], backbone: FrozenViT, num_classes: int, state: Mapping[str, Tensor]) -> Head:

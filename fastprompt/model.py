@@ -18,9 +18,11 @@ from fastprompt.adapters import (
     Preprocessing,
     check_backbone,
     check_sizes,
+    config_from,
     head_from,
     preprocessing_of,
     read_adapter,
+    registered_by,
     source_of,
     write_adapter,
 )
@@ -29,7 +31,6 @@ from fastprompt.generators import (
     PromptConfig,
     PromptGenerator,
     build_generator,
-    config_from_dict,
 )
 from fastprompt.generators.base import Draws
 from fastprompt.heads import CLIP_LOGIT_SCALE, Head, build_head
@@ -437,6 +438,8 @@ class PromptedViT(nn.Module):
         for key, value in (("source", backbone.source), ("preprocessing", self.preprocessing)):
             if value is not None:
                 optional[key] = dataclasses.asdict(value)
+        if (module := registered_by(self.config)) is not None:
+            optional["registered_by"] = module
         config = {
             "method": self.config.to_dict(),
             "num_classes": self.num_classes,
@@ -489,7 +492,7 @@ class PromptedViT(nn.Module):
         check_backbone(f"the adapter in {directory}", config["backbone"], backbone)
         try:
             info, num_classes = config["head"], config["num_classes"]
-            method = config_from_dict(config["method"]).to_load()
+            method = config_from(config)
             check_sizes(method, num_classes, backbone, state)
             head: str | Head = "linear" if info is None else head_from(info, backbone, num_classes, state)
             model = cls(backbone, method, num_classes, head, config["readout"], class_names=config["class_names"])

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py"))
 MODULES = sorted(
     path.relative_to(ROOT)
-    for folder in ("fastprompt", "kernels", "client", "bench", "experiments", "tests")
+    for folder in ("fastprompt", "kernels", "client", "bench", "experiments", "examples", "tests")
     for path in (ROOT / folder).rglob("*.py")
     if not (folder == "fastprompt" and "kernels" in path.parts)
 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fastprompt.cli.options import METHOD, RECIPE_FLAGS, KeyValues, absolute, method_options, set_threads
+from fastprompt.cli.options import METHOD, RECIPE_FLAGS, KeyValues, Plugins, absolute, method_options, set_threads
 from fastprompt.runs.settings import RunSettings
 
 
@@ -80,6 +80,8 @@ class Adapt:
     """Progress bar on standard error."""
     threads: int | None = None
     """Processor threads; all cores if not given."""
+    plugin: Plugins = field(default_factory=list)
+    """Module that registers methods of your own: its name or its .py file; once for each."""
     debug: bool = False
     """Show the traceback of an error."""
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from fastprompt.cli.options import absolute, load_adapter, set_threads
+from fastprompt.cli.options import Plugins, absolute, load_adapter, set_threads
 from fastprompt.cli.predict import short
 from fastprompt.runs.settings import RunSettings
 
@@ -39,6 +39,8 @@ class Eval:
     out: Path | None = None
     """JSON file; otherwise only a summary is printed."""
     threads: int | None = None
+    plugin: Plugins = field(default_factory=list)
+    """Module that registers methods of your own: its name or its .py file; once for each."""
     debug: bool = False
     """Show the traceback of an error."""
 

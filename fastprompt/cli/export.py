@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from fastprompt.cli.options import load_adapter, set_threads
+from fastprompt.cli.options import Plugins, load_adapter, set_threads
 
 
 @dataclass
@@ -31,6 +31,8 @@ class Export:
     """Needed where neither the adapter nor the run directory says."""
     image_size: int | None = None
     threads: int | None = None
+    plugin: Plugins = field(default_factory=list)
+    """Module that registers methods of your own: its name or its .py file; once for each."""
     debug: bool = False
     """Show the traceback of an error."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from fastprompt.cli.options import METHOD, KeyValues, method_options, stored_size
+from fastprompt.cli.options import METHOD, KeyValues, Plugins, method_options, stored_size
 
 if TYPE_CHECKING:
     from fastprompt.generators import PromptConfig
@@ -45,6 +45,8 @@ class Info:
     own tokens where one is given, with --num-prompts otherwise."""
     json: bool = False
     """Print JSON."""
+    plugin: Plugins = field(default_factory=list)
+    """Module that registers methods of your own: its name or its .py file; once for each."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -134,13 +136,14 @@ def backbone_facts(name: str, backbone: FrozenViT) -> dict[str, Any]:
 
 def chosen_configs(command: Info, adapter: dict[str, Any] | None, options: dict[str, Any]) -> dict[str, PromptConfig]:
     """By name: the method asked for, else the adapter's, else all."""
-    from fastprompt.generators import config_from_dict, get_method, list_methods
+    from fastprompt.adapters import config_from
+    from fastprompt.generators import get_method, list_methods
 
     if command.method is not None:
         method = get_method(command.method)
         return {method.title: method.config(options)}
     if adapter is not None:
-        config = config_from_dict(adapter["config"]["method"])
+        config = config_from(adapter["config"])
         return {config.kind: config}
     configs: dict[str, PromptConfig] = {}
     for method in map(get_method, list_methods()):

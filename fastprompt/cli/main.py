@@ -14,6 +14,7 @@ from fastprompt.cli.adapt import Adapt, adapt
 from fastprompt.cli.eval import Eval, evaluate_adapter
 from fastprompt.cli.export import Export, export
 from fastprompt.cli.info import Info, info
+from fastprompt.cli.options import load_plugins
 from fastprompt.cli.predict import Predict, predict
 from fastprompt.cli.report import Report, report
 from fastprompt.cli.serve import Serve, serve
@@ -61,9 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A usage error leaves with `SystemExit(2)`, `--help` with
     `SystemExit(0)`.
     """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        load_plugins(words)
+    except ValueError as error:
+        print(f"fastprompt: error: --plugin: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     command = tyro.cli(
         Command,
-        args=arguments,
+        args=words,
         prog="fastprompt",
         description="Instance-conditioned visual prompts on frozen vision transformers.",
     )

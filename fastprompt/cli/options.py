@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,20 @@ def _method_hint(default: str) -> str:
     from fastprompt.generators import list_methods
 
     return f"(default: {default}; {', '.join(list_methods())})"
+
+
+Plugins = Annotated[list[str], tyro.conf.arg(metavar="MODULE"), tyro.conf.UseAppendAction]
+"""Of --plugin: modules that register methods, once for each."""
+
+
+def load_plugins(words: Sequence[str]) -> None:
+    """Import what --plugin names among the words of a command line, before these are parsed."""
+    for i, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag == "--plugin" and (equals or i + 1 < len(words)):
+            from fastprompt.generators import load_plugin
+
+            load_plugin(value if equals else words[i + 1])
 
 
 METHOD = tyro.conf.arg(metavar="METHOD", help_behavior_hint=_method_hint)

@@ -7,13 +7,13 @@ import io
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from fastprompt.cli.options import load_adapter, set_threads
+from fastprompt.cli.options import Plugins, load_adapter, set_threads
 
 
 @dataclass
@@ -34,6 +34,8 @@ class Predict:
     dtype: Literal["bfloat16", "float32"] = "float32"
     batch_size: int = 32
     threads: int | None = None
+    plugin: Plugins = field(default_factory=list)
+    """Module that registers methods of your own: its name or its .py file; once for each."""
     debug: bool = False
     """Show the traceback of an error."""
 

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from fastprompt.cli.options import Plugins
+
 
 @dataclass
 class Serve:
@@ -61,6 +63,8 @@ class Serve:
     max_waiting: int = 128
     """Requests that wait at once; others are answered 503."""
     threads: int | None = None
+    plugin: Plugins = field(default_factory=list)
+    """Module that registers methods of your own: its name or its .py file; once for each."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -97,6 +101,7 @@ def serve(command: Serve) -> None:
         command.batch_size,
         command.threads,
         command.device,
+        command.plugin,
     )
     limits = Limits(
         int(command.max_body_mb * 2**20),

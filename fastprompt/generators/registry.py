@@ -7,11 +7,14 @@ records, so a method is one file with a configuration, a generator and a registr
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import inspect
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastprompt.generators.accounting import CostFormula
@@ -253,6 +256,32 @@ def published_recipes() -> dict[str, Published]:
     """The recipes of all methods' authors, by name."""
     _load_entry_points()
     return {name: found for method in _METHODS.values() for name, found in method.published.items()}
+
+
+def load_plugin(module: str) -> None:
+    """Import a module that registers methods; one that is imported already is not imported again.
+
+    Args:
+        module: its name, which is looked up in the working directory, too, or the path of a `.py` file.
+
+    Raises:
+        ValueError: there is no such module or file, or it cannot be imported.
+    """
+    if not isinstance(module, str) or not module:
+        raise ValueError(f"plugin must be the name of a module or the path of a .py file, got {module!r}")
+    path = Path(module).resolve()
+    name, folder = (path.stem, path.parent) if path.suffix == ".py" else (module, Path.cwd())
+    if path.suffix == ".py" and not path.is_file():
+        raise ValueError(f"plugin must be the name of a module or the path of a .py file, there is no file {module}")
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))  # for what the module imports later, too
+    importlib.invalidate_caches()
+    try:
+        imported = importlib.import_module(name)
+    except Exception as error:
+        raise ValueError(f"plugin {module!r} cannot be imported: {type(error).__name__}: {error}") from error
+    if path.suffix == ".py" and Path(imported.__file__ or "").resolve() != path:
+        raise ValueError(f"plugin {module!r} has the name of another module, {imported.__file__}; rename the file")
 
 
 def build_generator(config: PromptConfig, geometry: Geometry | FrozenViT) -> PromptGenerator | None:

@@ -13,6 +13,7 @@ import torch
 
 from fastprompt.adapters import read_adapter, source_of
 from fastprompt.engine.engine import Engine
+from fastprompt.generators import load_plugin
 from fastprompt.model import PromptedViT
 from fastprompt.runs.directory import adapter_dir, read_settings
 from fastprompt.runs.execute import backbone_at
@@ -39,6 +40,7 @@ class HostSettings:
         batch_size: images that the engine computes at once at most.
         threads: of the processor; None: torch's choice.
         device: "cpu" or "cuda".
+        plugins: modules that register methods of the adapters: their names, or paths of `.py` files.
     """
 
     backbone: str | None = None
@@ -49,6 +51,7 @@ class HostSettings:
     batch_size: int = 8
     threads: int | None = None
     device: str = "cpu"
+    plugins: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -68,6 +71,8 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    for module in settings.plugins:
+        load_plugin(module)
     directories = {name: adapter_dir(path) for name, path in settings.adapters.items()}
     backbone_name, image_size = settings.backbone, settings.image_size
     if directories:
