@@ -56,8 +56,11 @@ TABLES = {
 @triton.jit
 def _tile(base, row, column, rows, columns, stride_r, stride_c):
     """The (row, column) numbers of a matrix, zeros outside of it."""
-    return tl.load(base + row[:, None].to(tl.int64) * stride_r + column[None, :].to(tl.int64) * stride_c,
-                   mask=(row[:, None] < rows) & (column[None, :] < columns), other=0.0)
+    return tl.load(
+        base + row[:, None].to(tl.int64) * stride_r + column[None, :].to(tl.int64) * stride_c,
+        mask=(row[:, None] < rows) & (column[None, :] < columns),
+        other=0.0,
+    )
 
 
 @triton.jit
@@ -97,8 +100,25 @@ def _channels(x, channel_mask, r, d, R, P, D, stride_cb, stride_cd, HAS_CHANNELS
 
 
 @triton.jit
-def _before_bottleneck(mixed, sums, norm_weight, norm_bias, bias, channel_mask, r, d, R, P, D,
-                       stride_w, stride_b, stride_p, stride_cb, stride_cd, HAS_CHANNELS: tl.constexpr):
+def _before_bottleneck(
+    mixed,
+    sums,
+    norm_weight,
+    norm_bias,
+    bias,
+    channel_mask,
+    r,
+    d,
+    R,
+    P,
+    D,
+    stride_w,
+    stride_b,
+    stride_p,
+    stride_cb,
+    stride_cd,
+    HAS_CHANNELS: tl.constexpr,
+):
     """u = mask ∘ (γ W + β s) + bias for rows r of (R, D), in float32."""
     p = r % P
     x = _tile(mixed, r, d, R, D, D, 1).to(tl.float32) * _row(norm_weight, d, D, stride_w)[None, :]
@@ -108,8 +128,20 @@ def _before_bottleneck(mixed, sums, norm_weight, norm_bias, bias, channel_mask, 
 
 
 @triton.jit
-def _hidden_mask(hidden_mask, r, j, R, P, H, stride_hb, stride_hp, stride_hr, HAS_HIDDEN: tl.constexpr,
-                 BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr):
+def _hidden_mask(
+    hidden_mask,
+    r,
+    j,
+    R,
+    P,
+    H,
+    stride_hb,
+    stride_hp,
+    stride_hr,
+    HAS_HIDDEN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
     """(BLOCK_R, BLOCK_H) mask of the hidden units."""
     if HAS_HIDDEN:
         at = hidden_mask + (r // P).to(tl.int64)[:, None] * stride_hb + (r % P)[:, None] * stride_hp
@@ -121,10 +153,27 @@ def _hidden_mask(hidden_mask, r, j, R, P, H, stride_hb, stride_hp, stride_hr, HA
 
 @triton.jit
 def _adaptive_prompts_mix(
-    tokens, stats, mix, mixed, sums,
-    N, P, D, eps,
-    stride_xb, stride_xn, stride_xd, stride_mp, stride_mn, stride_sb, stride_sn, stride_ss,
-    GIVEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    tokens,
+    stats,
+    mix,
+    mixed,
+    sums,
+    N,
+    P,
+    D,
+    eps,
+    stride_xb,
+    stride_xn,
+    stride_xd,
+    stride_mp,
+    stride_mn,
+    stride_sb,
+    stride_sn,
+    stride_ss,
+    GIVEN: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """W (B, P, D) and s (P,); the statistics (mean, variance) are read if GIVEN, else computed and written."""
     i, blocks_d, blocks_p = tl.program_id(0), tl.cdiv(D, BLOCK_D), tl.cdiv(P, BLOCK_P)
@@ -157,12 +206,43 @@ def _adaptive_prompts_mix(
 
 @triton.jit
 def _adaptive_prompts_fwd(
-    mixed, sums, norm_weight, norm_bias, bias, w1, w2, scale, channel_mask, hidden_mask, prompts,
-    R, P, D, H, share, factor,
-    stride_w, stride_b, stride_p, stride_1r, stride_1d, stride_2d, stride_2r, stride_cb, stride_cd,
-    stride_hb, stride_hp, stride_hr,
-    ACTIVATION: tl.constexpr, BOTTLENECK: tl.constexpr, SCALED: tl.constexpr, HAS_CHANNELS: tl.constexpr,
-    HAS_HIDDEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+    mixed,
+    sums,
+    norm_weight,
+    norm_bias,
+    bias,
+    w1,
+    w2,
+    scale,
+    channel_mask,
+    hidden_mask,
+    prompts,
+    R,
+    P,
+    D,
+    H,
+    share,
+    factor,
+    stride_w,
+    stride_b,
+    stride_p,
+    stride_1r,
+    stride_1d,
+    stride_2d,
+    stride_2r,
+    stride_cb,
+    stride_cd,
+    stride_hb,
+    stride_hp,
+    stride_hr,
+    ACTIVATION: tl.constexpr,
+    BOTTLENECK: tl.constexpr,
+    SCALED: tl.constexpr,
+    HAS_CHANNELS: tl.constexpr,
+    HAS_HIDDEN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     """Programs (rows; shares of the channels): all of them are read for the hidden units, each writes its share."""
@@ -172,20 +252,55 @@ def _adaptive_prompts_fwd(
         a = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
-            u = _before_bottleneck(mixed, sums, norm_weight, norm_bias, bias, channel_mask, r, d, R, P, D,
-                                   stride_w, stride_b, stride_p, stride_cb, stride_cd, HAS_CHANNELS)
+            u = _before_bottleneck(
+                mixed,
+                sums,
+                norm_weight,
+                norm_bias,
+                bias,
+                channel_mask,
+                r,
+                d,
+                R,
+                P,
+                D,
+                stride_w,
+                stride_b,
+                stride_p,
+                stride_cb,
+                stride_cd,
+                HAS_CHANNELS,
+            )
             up = _tile(w1, j, d, H, D, stride_1r, stride_1d).to(dtype)  # (H, D)
             a = tl.dot(u.to(dtype), tl.trans(up), a, input_precision="ieee")
         hidden, _ = _activate(a, ACTIVATION)
-        hidden *= _hidden_mask(hidden_mask, r, j, R, P, H, stride_hb, stride_hp, stride_hr, HAS_HIDDEN,
-                               BLOCK_R, BLOCK_H)
+        hidden *= _hidden_mask(
+            hidden_mask, r, j, R, P, H, stride_hb, stride_hp, stride_hr, HAS_HIDDEN, BLOCK_R, BLOCK_H
+        )
         if SCALED:
             factor = tl.load(scale).to(tl.float32)
     first = tl.program_id(1) * share
     for start in range(first, tl.minimum(first + share, D), BLOCK_W):
         w = start + tl.arange(0, BLOCK_W)
-        u = _before_bottleneck(mixed, sums, norm_weight, norm_bias, bias, channel_mask, r, w, R, P, D,
-                               stride_w, stride_b, stride_p, stride_cb, stride_cd, HAS_CHANNELS)
+        u = _before_bottleneck(
+            mixed,
+            sums,
+            norm_weight,
+            norm_bias,
+            bias,
+            channel_mask,
+            r,
+            w,
+            R,
+            P,
+            D,
+            stride_w,
+            stride_b,
+            stride_p,
+            stride_cb,
+            stride_cd,
+            HAS_CHANNELS,
+        )
         if BOTTLENECK:
             down = _tile(w2, w, j, D, H, stride_2d, stride_2r).to(dtype)  # (D, H)
             u += factor * tl.dot(hidden.to(dtype), tl.trans(down), input_precision="ieee")
@@ -195,12 +310,52 @@ def _adaptive_prompts_fwd(
 
 @triton.jit
 def _adaptive_prompts_bwd_prompts(
-    grad, mixed, sums, norm_weight, norm_bias, bias, w1, w2, scale, channel_mask, hidden_mask, dv, dunits, units, parts,
-    R, P, D, H, N, size, share, factor,
-    stride_gb, stride_gp, stride_gd, stride_w, stride_b, stride_p, stride_1r, stride_1d, stride_2d, stride_2r,
-    stride_cb, stride_cd, stride_hb, stride_hp, stride_hr,
-    ACTIVATION: tl.constexpr, BOTTLENECK: tl.constexpr, SCALED: tl.constexpr, HAS_CHANNELS: tl.constexpr,
-    HAS_HIDDEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+    grad,
+    mixed,
+    sums,
+    norm_weight,
+    norm_bias,
+    bias,
+    w1,
+    w2,
+    scale,
+    channel_mask,
+    hidden_mask,
+    dv,
+    dunits,
+    units,
+    parts,
+    R,
+    P,
+    D,
+    H,
+    N,
+    size,
+    share,
+    factor,
+    stride_gb,
+    stride_gp,
+    stride_gd,
+    stride_w,
+    stride_b,
+    stride_p,
+    stride_1r,
+    stride_1d,
+    stride_2d,
+    stride_2r,
+    stride_cb,
+    stride_cd,
+    stride_hb,
+    stride_hp,
+    stride_hr,
+    ACTIVATION: tl.constexpr,
+    BOTTLENECK: tl.constexpr,
+    SCALED: tl.constexpr,
+    HAS_CHANNELS: tl.constexpr,
+    HAS_HIDDEN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     """dv (R, D), da and h (R, H), and columns N and N + 1 of parts: dbias and dscale.
@@ -221,8 +376,25 @@ def _adaptive_prompts_bwd_prompts(
         g = tl.load(grad + d[None, :] * stride_gd, mask=(r[:, None] < R) & (d[None, :] < D), other=0.0)
         dbias += tl.sum(g.to(tl.float32), axis=1)
         if BOTTLENECK:
-            u = _before_bottleneck(mixed, sums, norm_weight, norm_bias, bias, channel_mask, r, d, R, P, D,
-                                   stride_w, stride_b, stride_p, stride_cb, stride_cd, HAS_CHANNELS)
+            u = _before_bottleneck(
+                mixed,
+                sums,
+                norm_weight,
+                norm_bias,
+                bias,
+                channel_mask,
+                r,
+                d,
+                R,
+                P,
+                D,
+                stride_w,
+                stride_b,
+                stride_p,
+                stride_cb,
+                stride_cd,
+                HAS_CHANNELS,
+            )
             up = _tile(w1, j, d, H, D, stride_1r, stride_1d).to(dtype)  # (H, D)
             a = tl.dot(u.to(dtype), tl.trans(up), a, input_precision="ieee")
             down = _tile(w2, d, j, D, H, stride_2d, stride_2r).to(dtype)  # (D, H)
@@ -257,10 +429,33 @@ def _adaptive_prompts_bwd_prompts(
 
 @triton.jit
 def _adaptive_prompts_bwd_tokens(
-    tokens, stats, norm_weight, norm_bias, mix, dv, dtokens, parts,
-    N, P, D, size, eps,
-    stride_xb, stride_xn, stride_xd, stride_sb, stride_sn, stride_ss, stride_w, stride_b, stride_mp, stride_mn,
-    WANTED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    tokens,
+    stats,
+    norm_weight,
+    norm_bias,
+    mix,
+    dv,
+    dtokens,
+    parts,
+    N,
+    P,
+    D,
+    size,
+    eps,
+    stride_xb,
+    stride_xn,
+    stride_xd,
+    stride_sb,
+    stride_sn,
+    stride_ss,
+    stride_w,
+    stride_b,
+    stride_mp,
+    stride_mn,
+    WANTED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """dx (B, N, D) if WANTED, fresh; columns 0 to N − 1 of parts: each image's share of dM."""
     blocks = tl.cdiv(N, BLOCK_N)
@@ -289,8 +484,11 @@ def _adaptive_prompts_bwd_tokens(
         m = _tile(mix, p, n, P, N, stride_mp, stride_mn).to(dtype).to(tl.float32)  # (P, N), rounded as in the products
         mean_g += tl.sum(m * sum_g[:, None], axis=0) / D
         mean_gx += tl.sum(m * q, axis=0) / D
-        tl.store(parts + b * size + p[:, None] * (N + 2) + n[None, :], q + sum_b[:, None],
-                 mask=(p[:, None] < P) & (n[None, :] < N))
+        tl.store(
+            parts + b * size + p[:, None] * (N + 2) + n[None, :],
+            q + sum_b[:, None],
+            mask=(p[:, None] < P) & (n[None, :] < N),
+        )
     if WANTED:
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
@@ -303,17 +501,45 @@ def _adaptive_prompts_bwd_tokens(
             x = _tile(tokens, n, d, N, D, stride_xn, stride_xd).to(tl.float32)
             normed = (x - mean[:, None]) * rstd[:, None]
             dx = (dx - mean_g[:, None] - normed * mean_gx[:, None]) * rstd[:, None]
-            tl.store(dtokens + (b * N + n)[:, None] * D + d[None, :], dx.to(dtype),
-                     mask=(n[:, None] < N) & (d[None, :] < D))
+            tl.store(
+                dtokens + (b * N + n)[:, None] * D + d[None, :], dx.to(dtype), mask=(n[:, None] < N) & (d[None, :] < D)
+            )
 
 
 @triton.jit
 def _adaptive_prompts_bwd_weights(
-    grad, mixed, sums, norm_weight, norm_bias, bias, scale, channel_mask, dv, dunits, units, weights,
-    R, P, D, H, share, factor,
-    stride_gb, stride_gp, stride_gd, stride_w, stride_b, stride_p, stride_cb, stride_cd,
-    BOTTLENECK: tl.constexpr, SCALED: tl.constexpr, HAS_CHANNELS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+    grad,
+    mixed,
+    sums,
+    norm_weight,
+    norm_bias,
+    bias,
+    scale,
+    channel_mask,
+    dv,
+    dunits,
+    units,
+    weights,
+    R,
+    P,
+    D,
+    H,
+    share,
+    factor,
+    stride_gb,
+    stride_gp,
+    stride_gd,
+    stride_w,
+    stride_b,
+    stride_p,
+    stride_cb,
+    stride_cd,
+    BOTTLENECK: tl.constexpr,
+    SCALED: tl.constexpr,
+    HAS_CHANNELS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
     """dγ, dβ (D,), dW₁ (H, D), dW₂ (D, H) of a share of all prompts of all images, one after the other in `weights`.
 
@@ -332,8 +558,25 @@ def _adaptive_prompts_bwd_weights(
         acc_w += tl.sum(g * _tile(mixed, r, d, R, D, D, 1).to(tl.float32), axis=0)
         acc_b += tl.sum(g * tl.load(sums + r % P)[:, None], axis=0)
         if BOTTLENECK:
-            u = _before_bottleneck(mixed, sums, norm_weight, norm_bias, bias, channel_mask, r, d, R, P, D,
-                                   stride_w, stride_b, stride_p, stride_cb, stride_cd, HAS_CHANNELS)
+            u = _before_bottleneck(
+                mixed,
+                sums,
+                norm_weight,
+                norm_bias,
+                bias,
+                channel_mask,
+                r,
+                d,
+                R,
+                P,
+                D,
+                stride_w,
+                stride_b,
+                stride_p,
+                stride_cb,
+                stride_cd,
+                HAS_CHANNELS,
+            )
             da = _tile(dunits, r, j, R, H, H, 1).to(dtype)  # (R, H)
             acc_1 = tl.dot(tl.trans(da), u.to(dtype), acc_1, input_precision="ieee")
             hidden = _tile(units, r, j, R, H, H, 1).to(dtype)
@@ -357,14 +600,38 @@ def _sum(shares, i, count, size, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
     acc = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, count, BLOCK_S):
         share = start + tl.arange(0, BLOCK_S)
-        acc += tl.sum(tl.load(shares + share[:, None].to(tl.int64) * size + i[None, :],
-                              mask=(share[:, None] < count) & (i[None, :] < size), other=0.0), axis=0)
+        acc += tl.sum(
+            tl.load(
+                shares + share[:, None].to(tl.int64) * size + i[None, :],
+                mask=(share[:, None] < count) & (i[None, :] < size),
+                other=0.0,
+            ),
+            axis=0,
+        )
     return acc
 
 
 @triton.jit
-def _adaptive_prompts_sum_shares(parts, weights, dmix, rest, dweight, dbias, dw1, dw2, B, P, N, size, S, D, H,
-                                 BOTTLENECK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
+def _adaptive_prompts_sum_shares(
+    parts,
+    weights,
+    dmix,
+    rest,
+    dweight,
+    dbias,
+    dw1,
+    dw2,
+    B,
+    P,
+    N,
+    size,
+    S,
+    D,
+    H,
+    BOTTLENECK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """dM (P, N) and rest (P, 2), dbias and each prompt's share of dscale, from `parts`, (P, N + 2) of each image.
 
     The programs behind these make dγ, dβ, dW₁ and dW₂ from `weights`.
@@ -403,17 +670,46 @@ def _strides(x: Tensor | None, rank: int) -> list[int]:
 
 def _bottleneck(w1: Tensor | None, scale: Tensor | None, channel_mask: Tensor | None) -> dict[str, Any]:
     """Constants of the launches; the width of the bottleneck is padded to what `tl.dot` takes."""
-    return {"BOTTLENECK": w1 is not None, "SCALED": scale is not None and w1 is not None,
-            "HAS_CHANNELS": channel_mask is not None,
-            "BLOCK_H": 16 if w1 is None else max(triton.next_power_of_2(w1.shape[0]), 16)}
+    return {
+        "BOTTLENECK": w1 is not None,
+        "SCALED": scale is not None and w1 is not None,
+        "HAS_CHANNELS": channel_mask is not None,
+        "BLOCK_H": 16 if w1 is None else max(triton.next_power_of_2(w1.shape[0]), 16),
+    }
 
 
-def _forward(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix: Tensor, bias: Tensor, w1: Tensor | None,
-             w2: Tensor | None, scale: Tensor | None, factor: float, activation: str, eps: float,
-             channel_mask: Tensor | None, hidden_mask: Tensor | None, stats: Tensor | None
-             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    prompts, mixed, sums, computed = _forward_outputs(tokens, norm_weight, norm_bias, mix, bias, w1, w2, scale, factor,
-                                                      activation, eps, channel_mask, hidden_mask, stats)
+def _forward(
+    tokens: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    mix: Tensor,
+    bias: Tensor,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    activation: str,
+    eps: float,
+    channel_mask: Tensor | None,
+    hidden_mask: Tensor | None,
+    stats: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    prompts, mixed, sums, computed = _forward_outputs(
+        tokens,
+        norm_weight,
+        norm_bias,
+        mix,
+        bias,
+        w1,
+        w2,
+        scale,
+        factor,
+        activation,
+        eps,
+        channel_mask,
+        hidden_mask,
+        stats,
+    )
     (b, n, d), p, h = tokens.shape, mix.shape[0], 0 if w1 is None else w1.shape[0]
     if not prompts.numel():
         return prompts, mixed, sums, computed
@@ -422,33 +718,120 @@ def _forward(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix: Tensor
     statistics, constants = computed if stats is None else stats, _bottleneck(w1, scale, channel_mask)
     with torch.cuda.device_of(tokens):
         _adaptive_prompts_mix[(b * triton.cdiv(p, row.sizes["BLOCK_P"]) * triton.cdiv(d, width),)](
-            tokens, statistics, mix, mixed, sums, n, p, d, eps, *tokens.stride(), *mix.stride(), *statistics.stride(),
-            GIVEN=stats is not None, BLOCK_D=width, **row.options)
+            tokens,
+            statistics,
+            mix,
+            mixed,
+            sums,
+            n,
+            p,
+            d,
+            eps,
+            *tokens.stride(),
+            *mix.stride(),
+            *statistics.stride(),
+            GIVEN=stats is not None,
+            BLOCK_D=width,
+            **row.options,
+        )
         row = pick(TABLES["_adaptive_prompts_fwd"], tokens.device, bits=8 * tokens.itemsize, H=h)
         grid, share = _shares(triton.cdiv(b * p, row.sizes["BLOCK_R"]), d, row.sizes["BLOCK_W"])
         _adaptive_prompts_fwd[grid](
-            mixed, sums, norm_weight, norm_bias, bias, w1, w2, scale, channel_mask, hidden_mask, prompts,
-            b * p, p, d, h, share, factor, *_vectors(norm_weight, norm_bias, bias), *_strides(w1, 2), *_strides(w2, 2),
-            *_strides(channel_mask, 2), *_strides(hidden_mask, 3), ACTIVATION=activation,
-            HAS_HIDDEN=hidden_mask is not None and w1 is not None, **constants, **row.options)
+            mixed,
+            sums,
+            norm_weight,
+            norm_bias,
+            bias,
+            w1,
+            w2,
+            scale,
+            channel_mask,
+            hidden_mask,
+            prompts,
+            b * p,
+            p,
+            d,
+            h,
+            share,
+            factor,
+            *_vectors(norm_weight, norm_bias, bias),
+            *_strides(w1, 2),
+            *_strides(w2, 2),
+            *_strides(channel_mask, 2),
+            *_strides(hidden_mask, 3),
+            ACTIVATION=activation,
+            HAS_HIDDEN=hidden_mask is not None and w1 is not None,
+            **constants,
+            **row.options,
+        )
     return prompts, mixed, sums, computed
 
 
-def _forward_outputs(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix: Tensor, bias: Tensor,
-                     w1: Tensor | None, w2: Tensor | None, scale: Tensor | None, factor: float, activation: str,
-                     eps: float, channel_mask: Tensor | None, hidden_mask: Tensor | None, stats: Tensor | None
-                     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward_outputs(
+    tokens: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    mix: Tensor,
+    bias: Tensor,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    activation: str,
+    eps: float,
+    channel_mask: Tensor | None,
+    hidden_mask: Tensor | None,
+    stats: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (b, n, d), p = tokens.shape, mix.shape[0]
-    return (mix.new_empty(b, p, d), tokens.new_empty(b, p, d), mix.new_empty(p, dtype=torch.float32),
-            tokens.new_empty((b, n, 2) if stats is None else (0, 0, 2), dtype=torch.float32))
+    return (
+        mix.new_empty(b, p, d),
+        tokens.new_empty(b, p, d),
+        mix.new_empty(p, dtype=torch.float32),
+        tokens.new_empty((b, n, 2) if stats is None else (0, 0, 2), dtype=torch.float32),
+    )
 
 
-def _backward(grad: Tensor, tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix: Tensor, bias: Tensor,
-              w1: Tensor | None, w2: Tensor | None, scale: Tensor | None, factor: float, activation: str, eps: float,
-              channel_mask: Tensor | None, hidden_mask: Tensor | None, stats: Tensor, mixed: Tensor, sums: Tensor,
-              wanted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    outputs = _backward_outputs(grad, tokens, norm_weight, norm_bias, mix, bias, w1, w2, scale, factor, activation, eps,
-                                channel_mask, hidden_mask, stats, mixed, sums, wanted)
+def _backward(
+    grad: Tensor,
+    tokens: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    mix: Tensor,
+    bias: Tensor,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    activation: str,
+    eps: float,
+    channel_mask: Tensor | None,
+    hidden_mask: Tensor | None,
+    stats: Tensor,
+    mixed: Tensor,
+    sums: Tensor,
+    wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outputs = _backward_outputs(
+        grad,
+        tokens,
+        norm_weight,
+        norm_bias,
+        mix,
+        bias,
+        w1,
+        w2,
+        scale,
+        factor,
+        activation,
+        eps,
+        channel_mask,
+        hidden_mask,
+        stats,
+        mixed,
+        sums,
+        wanted,
+    )
     dtokens, dweight, dbias, dmix, rest, dw1, dw2 = outputs
     (b, n, d), p, h = tokens.shape, mix.shape[0], 0 if w1 is None else w1.shape[0]
     if not mixed.numel():
@@ -464,47 +847,160 @@ def _backward(grad: Tensor, tokens: Tensor, norm_weight: Tensor, norm_bias: Tens
         row = pick(TABLES["_adaptive_prompts_bwd_prompts"], tokens.device, bits=bits, H=h)
         grid, share = _shares(triton.cdiv(b * p, row.sizes["BLOCK_R"]), d, row.sizes["BLOCK_W"])
         _adaptive_prompts_bwd_prompts[grid](
-            grad, mixed, sums, norm_weight, norm_bias, bias, w1, w2, scale, channel_mask, hidden_mask,
-            dv, dunits, units, parts, b * p, p, d, h, n, size, share, factor, *grad.stride(), *vectors,
-            *_strides(w1, 2), *_strides(w2, 2), *_strides(channel_mask, 2), *_strides(hidden_mask, 3),
-            ACTIVATION=activation, HAS_HIDDEN=hidden_mask is not None and w1 is not None, **constants, **row.options)
+            grad,
+            mixed,
+            sums,
+            norm_weight,
+            norm_bias,
+            bias,
+            w1,
+            w2,
+            scale,
+            channel_mask,
+            hidden_mask,
+            dv,
+            dunits,
+            units,
+            parts,
+            b * p,
+            p,
+            d,
+            h,
+            n,
+            size,
+            share,
+            factor,
+            *grad.stride(),
+            *vectors,
+            *_strides(w1, 2),
+            *_strides(w2, 2),
+            *_strides(channel_mask, 2),
+            *_strides(hidden_mask, 3),
+            ACTIVATION=activation,
+            HAS_HIDDEN=hidden_mask is not None and w1 is not None,
+            **constants,
+            **row.options,
+        )
         row = pick(TABLES["_adaptive_prompts_bwd_tokens"], tokens.device, bits=bits)
         _adaptive_prompts_bwd_tokens[(b * triton.cdiv(n, row.sizes["BLOCK_N"]),)](
-            tokens, stats, norm_weight, norm_bias, mix, dv, dtokens, parts, n, p, d, size, eps, *tokens.stride(),
-            *stats.stride(), *vectors[:2], *mix.stride(), WANTED=wanted, **row.options)
+            tokens,
+            stats,
+            norm_weight,
+            norm_bias,
+            mix,
+            dv,
+            dtokens,
+            parts,
+            n,
+            p,
+            d,
+            size,
+            eps,
+            *tokens.stride(),
+            *stats.stride(),
+            *vectors[:2],
+            *mix.stride(),
+            WANTED=wanted,
+            **row.options,
+        )
         row = pick(TABLES["_adaptive_prompts_bwd_weights"], tokens.device, H=h)
         grid, share = _shares(triton.cdiv(d, row.sizes["BLOCK_D"]), b * p, row.sizes["BLOCK_R"])
         weights = tokens.new_empty(grid[1], (2 + 2 * h) * d, dtype=torch.float32)
         _adaptive_prompts_bwd_weights[grid](
-            grad, mixed, sums, norm_weight, norm_bias, bias, scale, channel_mask, dv, dunits, units, weights,
-            b * p, p, d, h, share, factor, *grad.stride(), *vectors, *_strides(channel_mask, 2), **constants,
-            **row.options)
+            grad,
+            mixed,
+            sums,
+            norm_weight,
+            norm_bias,
+            bias,
+            scale,
+            channel_mask,
+            dv,
+            dunits,
+            units,
+            weights,
+            b * p,
+            p,
+            d,
+            h,
+            share,
+            factor,
+            *grad.stride(),
+            *vectors,
+            *_strides(channel_mask, 2),
+            **constants,
+            **row.options,
+        )
         row = pick(TABLES["_adaptive_prompts_sum_shares"], tokens.device)
         blocks = triton.cdiv(size, row.sizes["BLOCK"]) + triton.cdiv(weights.shape[1], row.sizes["BLOCK"])
         _adaptive_prompts_sum_shares[(blocks,)](
-            parts, weights, dmix, rest, dweight, dbias, dw1, dw2, b, p, n, size, len(weights), d, h,
-            BOTTLENECK=w1 is not None, **row.options)
+            parts,
+            weights,
+            dmix,
+            rest,
+            dweight,
+            dbias,
+            dw1,
+            dw2,
+            b,
+            p,
+            n,
+            size,
+            len(weights),
+            d,
+            h,
+            BOTTLENECK=w1 is not None,
+            **row.options,
+        )
     return outputs
 
 
-def _backward_outputs(grad: Tensor, tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix: Tensor, bias: Tensor,
-                      w1: Tensor | None, w2: Tensor | None, scale: Tensor | None, factor: float, activation: str,
-                      eps: float, channel_mask: Tensor | None, hidden_mask: Tensor | None, stats: Tensor, mixed: Tensor,
-                      sums: Tensor, wanted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward_outputs(
+    grad: Tensor,
+    tokens: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    mix: Tensor,
+    bias: Tensor,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    activation: str,
+    eps: float,
+    channel_mask: Tensor | None,
+    hidden_mask: Tensor | None,
+    stats: Tensor,
+    mixed: Tensor,
+    sums: Tensor,
+    wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dw1, dw2 = (mix.new_empty(0) if x is None else x.new_empty(x.shape) for x in (w1, w2))
-    return (tokens.new_empty(tokens.shape if wanted else (0,)), norm_weight.new_empty(norm_weight.shape),
-            norm_bias.new_empty(norm_bias.shape), mix.new_empty(mix.shape),
-            mix.new_empty((mix.shape[0], 2), dtype=torch.float32), dw1, dw2)
+    return (
+        tokens.new_empty(tokens.shape if wanted else (0,)),
+        norm_weight.new_empty(norm_weight.shape),
+        norm_bias.new_empty(norm_bias.shape),
+        mix.new_empty(mix.shape),
+        mix.new_empty((mix.shape[0], 2), dtype=torch.float32),
+        dw1,
+        dw2,
+    )
 
 
-_INPUTS = ("Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tensor mix, Tensor bias, Tensor? w1, Tensor? w2, "
-           "Tensor? scale, float factor, str activation, float eps, Tensor? channel_mask, Tensor? hidden_mask")
+_INPUTS = (
+    "Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tensor mix, Tensor bias, Tensor? w1, Tensor? w2, "
+    "Tensor? scale, float factor, str activation, float eps, Tensor? channel_mask, Tensor? hidden_mask"
+)
 torch.library.define("fastprompt::adaptive_prompts", f"({_INPUTS}, Tensor? stats) -> (Tensor, Tensor, Tensor, Tensor)")
-torch.library.define("fastprompt::adaptive_prompts_backward",
-                     f"(Tensor grad, {_INPUTS}, Tensor stats, Tensor mixed, Tensor sums, bool wanted) "
-                     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
-for _name, _launch, _fake in (("adaptive_prompts", _forward, _forward_outputs),
-                              ("adaptive_prompts_backward", _backward, _backward_outputs)):
+torch.library.define(
+    "fastprompt::adaptive_prompts_backward",
+    f"(Tensor grad, {_INPUTS}, Tensor stats, Tensor mixed, Tensor sums, bool wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+for _name, _launch, _fake in (
+    ("adaptive_prompts", _forward, _forward_outputs),
+    ("adaptive_prompts_backward", _backward, _backward_outputs),
+):
     torch.library.impl(f"fastprompt::{_name}", ("CUDA", "CPU"), _launch)
     torch.library.register_fake(f"fastprompt::{_name}", _fake)
 
@@ -514,13 +1010,54 @@ _op_backward = torch.ops.fastprompt.adaptive_prompts_backward.default
 
 class _AdaptivePrompts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix: Tensor, bias: Tensor,
-                w1: Tensor | None, w2: Tensor | None, scale: Tensor | None, factor: float, activation: str, eps: float,
-                channel_mask: Tensor | None, hidden_mask: Tensor | None, stats: Tensor | None) -> Tensor:
-        prompts, mixed, sums, computed = _op(tokens, norm_weight, norm_bias, mix, bias, w1, w2, scale, factor,
-                                             activation, eps, channel_mask, hidden_mask, stats)
-        ctx.save_for_backward(tokens, norm_weight, norm_bias, mix, bias, w1, w2, scale, channel_mask, hidden_mask,
-                              computed if stats is None else stats, mixed, sums)
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        mix: Tensor,
+        bias: Tensor,
+        w1: Tensor | None,
+        w2: Tensor | None,
+        scale: Tensor | None,
+        factor: float,
+        activation: str,
+        eps: float,
+        channel_mask: Tensor | None,
+        hidden_mask: Tensor | None,
+        stats: Tensor | None,
+    ) -> Tensor:
+        prompts, mixed, sums, computed = _op(
+            tokens,
+            norm_weight,
+            norm_bias,
+            mix,
+            bias,
+            w1,
+            w2,
+            scale,
+            factor,
+            activation,
+            eps,
+            channel_mask,
+            hidden_mask,
+            stats,
+        )
+        ctx.save_for_backward(
+            tokens,
+            norm_weight,
+            norm_bias,
+            mix,
+            bias,
+            w1,
+            w2,
+            scale,
+            channel_mask,
+            hidden_mask,
+            computed if stats is None else stats,
+            mixed,
+            sums,
+        )
         ctx.options = factor, activation, eps
         return prompts
 
@@ -528,18 +1065,53 @@ class _AdaptivePrompts(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         bias, w1, scale = saved[4], saved[5], saved[7]
-        dtokens, dweight, dnorm, dmix, rest, dw1, dw2 = _op_backward(grad, *saved[:8], *ctx.options, *saved[8:],
-                                                                     ctx.needs_input_grad[0])
+        dtokens, dweight, dnorm, dmix, rest, dw1, dw2 = _op_backward(
+            grad, *saved[:8], *ctx.options, *saved[8:], ctx.needs_input_grad[0]
+        )
         dscale = None if scale is None else rest[:, 1].sum().to(scale.dtype)
-        return (dtokens if ctx.needs_input_grad[0] else None, dweight, dnorm, dmix, rest[:, 0].to(bias.dtype),
-                *((None, None) if w1 is None else (dw1, dw2)), dscale, *[None] * 6)
+        return (
+            dtokens if ctx.needs_input_grad[0] else None,
+            dweight,
+            dnorm,
+            dmix,
+            rest[:, 0].to(bias.dtype),
+            *((None, None) if w1 is None else (dw1, dw2)),
+            dscale,
+            *[None] * 6,
+        )
 
 
-def adaptive_prompts(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mix: Tensor, bias: Tensor,
-                     w1: Tensor | None, w2: Tensor | None, scale: Tensor | float, activation: str, eps: float,
-                     channel_mask: Tensor | None, hidden_mask: Tensor | None, stats: Tensor | None = None) -> Tensor:
+def adaptive_prompts(
+    tokens: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    mix: Tensor,
+    bias: Tensor,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    scale: Tensor | float,
+    activation: str,
+    eps: float,
+    channel_mask: Tensor | None,
+    hidden_mask: Tensor | None,
+    stats: Tensor | None = None,
+) -> Tensor:
     """See `fastprompt.kernels.adaptive_prompts.adaptive_prompts`; products are in the dtype of the tokens."""
     learned = scale if isinstance(scale, Tensor) else None
     factor = 1.0 if isinstance(scale, Tensor) else float(scale)
-    return _AdaptivePrompts.apply(tokens, norm_weight, norm_bias, mix, bias, w1, w2, learned, factor, activation, eps,
-                                  channel_mask, hidden_mask, stats)
+    return _AdaptivePrompts.apply(
+        tokens,
+        norm_weight,
+        norm_bias,
+        mix,
+        bias,
+        w1,
+        w2,
+        learned,
+        factor,
+        activation,
+        eps,
+        channel_mask,
+        hidden_mask,
+        stats,
+    )

@@ -42,8 +42,25 @@ TABLES = {
 
 
 @triton.jit
-def _mixture(logits, library, r, d, R, K, M, D, stride_ab, stride_ak, stride_am, stride_lm, stride_ld,
-             SOFTMAX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+def _mixture(
+    logits,
+    library,
+    r,
+    d,
+    R,
+    K,
+    M,
+    D,
+    stride_ab,
+    stride_ak,
+    stride_am,
+    stride_lm,
+    stride_ld,
+    SOFTMAX: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Channels d of prompts r, (R, D), and the maximum and the sum of exponentials of their logits, (R,)."""
     b, k = (r // K).to(tl.int64), (r % K).to(tl.int64)
     a_row = logits + b * stride_ab + k * stride_ak  # (R,)
@@ -52,10 +69,14 @@ def _mixture(logits, library, r, d, R, K, M, D, stride_ab, stride_ak, stride_am,
     acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for start in range(0, M, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
-        a = tl.load(a_row[:, None] + m[None, :] * stride_am, mask=(r[:, None] < R) & (m[None, :] < M),
-                    other=float("-inf")).to(tl.float32)  # (R, M)
-        tokens = tl.load(library + m[:, None] * stride_lm + d[None, :] * stride_ld,
-                         mask=(m[:, None] < M) & (d[None, :] < D), other=0.0)  # (M, D)
+        a = tl.load(
+            a_row[:, None] + m[None, :] * stride_am, mask=(r[:, None] < R) & (m[None, :] < M), other=float("-inf")
+        ).to(tl.float32)  # (R, M)
+        tokens = tl.load(
+            library + m[:, None] * stride_lm + d[None, :] * stride_ld,
+            mask=(m[:, None] < M) & (d[None, :] < D),
+            other=0.0,
+        )  # (M, D)
         if SOFTMAX:
             higher = tl.maximum(top, tl.max(a, axis=1))
             shift = tl.where(higher == float("-inf"), 0.0, higher)  # a row that is -inf so far
@@ -91,12 +112,52 @@ def _normed(x, weight, bias, d, D, eps):
 
 @triton.jit
 def _library_prompts_fwd(
-    logits, library, patches, prefix, position, weight, bias, mixed, prompts, rows, sequence,
-    R, K, M, D, F, N, skip, eps,
-    stride_ab, stride_ak, stride_am, stride_lm, stride_ld, stride_xb, stride_xn, stride_xd, stride_fn, stride_fd,
-    stride_on, stride_od, stride_mb, stride_mk, stride_md, stride_pb, stride_pk, stride_pd,
-    SOFTMAX: tl.constexpr, NORM: tl.constexpr, EMBED: tl.constexpr, POSITION: tl.constexpr, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    logits,
+    library,
+    patches,
+    prefix,
+    position,
+    weight,
+    bias,
+    mixed,
+    prompts,
+    rows,
+    sequence,
+    R,
+    K,
+    M,
+    D,
+    F,
+    N,
+    skip,
+    eps,
+    stride_ab,
+    stride_ak,
+    stride_am,
+    stride_lm,
+    stride_ld,
+    stride_xb,
+    stride_xn,
+    stride_xd,
+    stride_fn,
+    stride_fd,
+    stride_on,
+    stride_od,
+    stride_mb,
+    stride_mk,
+    stride_md,
+    stride_pb,
+    stride_pk,
+    stride_pd,
+    SOFTMAX: tl.constexpr,
+    NORM: tl.constexpr,
+    EMBED: tl.constexpr,
+    POSITION: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """Programs: blocks of prompts, each for a tile of channels, or for all of them if there is a NORM, and behind them,
     if EMBED, blocks of the F + N rows of prefix and patches of each image.
@@ -113,10 +174,30 @@ def _library_prompts_fwd(
         tile = i // blocks
         for _ in range(tiles if NORM else 1):
             d = tile * BLOCK_D + tl.arange(0, BLOCK_D)
-            acc, top, total = _mixture(logits, library, r, d, R, K, M, D, stride_ab, stride_ak, stride_am,
-                                       stride_lm, stride_ld, SOFTMAX, BLOCK_R, BLOCK_M, BLOCK_D)
-            tl.store(mixed + b[:, None] * stride_mb + k[:, None] * stride_mk + d[None, :] * stride_md,
-                     acc.to(mixed.dtype.element_ty), mask=(r[:, None] < R) & (d[None, :] < D))
+            acc, top, total = _mixture(
+                logits,
+                library,
+                r,
+                d,
+                R,
+                K,
+                M,
+                D,
+                stride_ab,
+                stride_ak,
+                stride_am,
+                stride_lm,
+                stride_ld,
+                SOFTMAX,
+                BLOCK_R,
+                BLOCK_M,
+                BLOCK_D,
+            )
+            tl.store(
+                mixed + b[:, None] * stride_mb + k[:, None] * stride_mk + d[None, :] * stride_md,
+                acc.to(mixed.dtype.element_ty),
+                mask=(r[:, None] < R) & (d[None, :] < D),
+            )
             if SOFTMAX:
                 tl.store(rows + 2 * r, top, mask=(r < R) & (tile == 0))
                 tl.store(rows + 2 * r + 1, total, mask=(r < R) & (tile == 0))
@@ -127,24 +208,33 @@ def _library_prompts_fwd(
                 row = first + start + tl.arange(0, ROWS)[:, None]
                 image, prompt = (row // K).to(tl.int64), (row % K).to(tl.int64)
                 inside = (row < R) & (columns[None, :] < D)
-                x = tl.load(mixed + image * stride_mb + prompt * stride_mk + columns[None, :] * stride_md, mask=inside,
-                            other=0.0).to(tl.float32)
+                x = tl.load(
+                    mixed + image * stride_mb + prompt * stride_mk + columns[None, :] * stride_md,
+                    mask=inside,
+                    other=0.0,
+                ).to(tl.float32)
                 x = _normed(x, weight, bias, columns, D, eps)
-                tl.store(prompts + image * stride_pb + prompt * stride_pk + columns[None, :] * stride_pd,
-                         x.to(prompts.dtype.element_ty), mask=inside)
+                tl.store(
+                    prompts + image * stride_pb + prompt * stride_pk + columns[None, :] * stride_pd,
+                    x.to(prompts.dtype.element_ty),
+                    mask=inside,
+                )
     elif EMBED:
         blocks = tl.cdiv(F + N, ROWS)
         source = patches + ((i - programs) // blocks).to(tl.int64) * stride_xb
         target = sequence + ((i - programs) // blocks).to(tl.int64) * stride_pb
         t = ((i - programs) % blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         known = (t < F + N) & (columns[None, :] < D)
-        y = tl.load(source + (t - F) * stride_xn + columns[None, :] * stride_xd, mask=known & (t >= F),
-                    other=0.0).to(tl.float32)
-        y += tl.load(prefix + t * stride_fn + columns[None, :] * stride_fd, mask=known & (t < F),
-                     other=0.0).to(tl.float32)
+        y = tl.load(source + (t - F) * stride_xn + columns[None, :] * stride_xd, mask=known & (t >= F), other=0.0).to(
+            tl.float32
+        )
+        y += tl.load(prefix + t * stride_fn + columns[None, :] * stride_fd, mask=known & (t < F), other=0.0).to(
+            tl.float32
+        )
         if POSITION:
-            y += tl.load(position + (t - skip) * stride_on + columns[None, :] * stride_od, mask=known & (t >= skip),
-                         other=0.0).to(tl.float32)
+            y += tl.load(
+                position + (t - skip) * stride_on + columns[None, :] * stride_od, mask=known & (t >= skip), other=0.0
+            ).to(tl.float32)
         if NORM:
             y = _normed(y, weight, bias, columns, D, eps)
         tl.store(target + t * stride_pk + columns[None, :] * stride_pd, y.to(sequence.dtype.element_ty), mask=known)
@@ -152,8 +242,19 @@ def _library_prompts_fwd(
 
 @triton.jit
 def _library_prompts_bwd_norm(
-    grad, mixed, weight, grad_mixed,
-    R, K, D, eps, stride_gb, stride_gk, stride_gd, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    grad,
+    mixed,
+    weight,
+    grad_mixed,
+    R,
+    K,
+    D,
+    eps,
+    stride_gb,
+    stride_gk,
+    stride_gd,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """dP of rows of `mixed` (R, D) for the gradient of their norm."""
     r, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
@@ -169,11 +270,31 @@ def _library_prompts_bwd_norm(
 
 @triton.jit
 def _library_prompts_bwd_logits(
-    grad, logits, library, prompts, rows, grad_logits,
-    R, K, M, D,
-    stride_gb, stride_gk, stride_gd, stride_ab, stride_ak, stride_am, stride_lm, stride_ld,
-    stride_pb, stride_pk, stride_pd,
-    SOFTMAX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    grad,
+    logits,
+    library,
+    prompts,
+    rows,
+    grad_logits,
+    R,
+    K,
+    M,
+    D,
+    stride_gb,
+    stride_gk,
+    stride_gd,
+    stride_ab,
+    stride_ak,
+    stride_am,
+    stride_lm,
+    stride_ld,
+    stride_pb,
+    stride_pk,
+    stride_pd,
+    SOFTMAX: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -183,18 +304,26 @@ def _library_prompts_bwd_logits(
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         inside = (r[:, None] < R) & (d[None, :] < D)
-        g = tl.load(grad + b[:, None] * stride_gb + k[:, None] * stride_gk + d[None, :] * stride_gd,
-                    mask=inside, other=0.0)  # (R, D)
-        tokens = tl.load(library + m[:, None] * stride_lm + d[None, :] * stride_ld,
-                         mask=(m[:, None] < M) & (d[None, :] < D), other=0.0)  # (M, D)
+        g = tl.load(
+            grad + b[:, None] * stride_gb + k[:, None] * stride_gk + d[None, :] * stride_gd, mask=inside, other=0.0
+        )  # (R, D)
+        tokens = tl.load(
+            library + m[:, None] * stride_lm + d[None, :] * stride_ld,
+            mask=(m[:, None] < M) & (d[None, :] < D),
+            other=0.0,
+        )  # (M, D)
         dw = tl.dot(g.to(tokens.dtype), tl.trans(tokens), dw, input_precision="ieee")
         if SOFTMAX:
-            p = tl.load(prompts + b[:, None] * stride_pb + k[:, None] * stride_pk + d[None, :] * stride_pd,
-                        mask=inside, other=0.0)  # (R, D)
+            p = tl.load(
+                prompts + b[:, None] * stride_pb + k[:, None] * stride_pk + d[None, :] * stride_pd,
+                mask=inside,
+                other=0.0,
+            )  # (R, D)
             delta += tl.sum(g.to(tl.float32) * p.to(tl.float32), axis=1)
     inside = (r[:, None] < R) & (m[None, :] < M)
-    a = tl.load(logits + b[:, None] * stride_ab + k[:, None] * stride_ak + m[None, :] * stride_am,
-                mask=inside, other=0.0).to(tl.float32)  # (R, M)
+    a = tl.load(
+        logits + b[:, None] * stride_ab + k[:, None] * stride_ak + m[None, :] * stride_am, mask=inside, other=0.0
+    ).to(tl.float32)  # (R, M)
     if SOFTMAX:
         highest = tl.load(rows + 2 * r, mask=r < R, other=0.0)
         total = tl.load(rows + 2 * r + 1, mask=r < R, other=1.0)
@@ -208,10 +337,24 @@ def _library_prompts_bwd_logits(
 
 @triton.jit
 def _library_prompts_bwd_library(
-    grad, logits, rows, grad_library,
-    R, K, M, D,
-    stride_gb, stride_gk, stride_gd, stride_ab, stride_ak, stride_am,
-    SOFTMAX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    grad,
+    logits,
+    rows,
+    grad_library,
+    R,
+    K,
+    M,
+    D,
+    stride_gb,
+    stride_gk,
+    stride_gd,
+    stride_ab,
+    stride_ak,
+    stride_am,
+    SOFTMAX: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -219,26 +362,50 @@ def _library_prompts_bwd_library(
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         b, k = (r // K).to(tl.int64), (r % K).to(tl.int64)
-        a = tl.load(logits + b[:, None] * stride_ab + k[:, None] * stride_ak + m[None, :] * stride_am,
-                    mask=(r[:, None] < R) & (m[None, :] < M), other=float("-inf")).to(tl.float32)  # (R, M)
-        g = tl.load(grad + b[:, None] * stride_gb + k[:, None] * stride_gk + d[None, :] * stride_gd,
-                    mask=(r[:, None] < R) & (d[None, :] < D), other=0.0)  # (R, D)
+        a = tl.load(
+            logits + b[:, None] * stride_ab + k[:, None] * stride_ak + m[None, :] * stride_am,
+            mask=(r[:, None] < R) & (m[None, :] < M),
+            other=float("-inf"),
+        ).to(tl.float32)  # (R, M)
+        g = tl.load(
+            grad + b[:, None] * stride_gb + k[:, None] * stride_gk + d[None, :] * stride_gd,
+            mask=(r[:, None] < R) & (d[None, :] < D),
+            other=0.0,
+        )  # (R, D)
         if SOFTMAX:
             highest = tl.load(rows + 2 * r, mask=r < R, other=0.0)
             total = tl.load(rows + 2 * r + 1, mask=r < R, other=1.0)
             w = tl.exp(a - highest[:, None]) / total[:, None]
         else:
             w = tl.sigmoid(a)
-        acc = tl.dot(tl.trans(w.to(grad_library.dtype.element_ty)), g.to(grad_library.dtype.element_ty), acc,
-                     input_precision="ieee")
-    tl.store(grad_library + m.to(tl.int64)[:, None] * D + d[None, :], acc.to(grad_library.dtype.element_ty),
-             mask=(m[:, None] < M) & (d[None, :] < D))
+        acc = tl.dot(
+            tl.trans(w.to(grad_library.dtype.element_ty)),
+            g.to(grad_library.dtype.element_ty),
+            acc,
+            input_precision="ieee",
+        )
+    tl.store(
+        grad_library + m.to(tl.int64)[:, None] * D + d[None, :],
+        acc.to(grad_library.dtype.element_ty),
+        mask=(m[:, None] < M) & (d[None, :] < D),
+    )
 
 
-def _launch_forward(logits: Tensor, library: Tensor, softmax: bool, prompts: Tensor, rows: Tensor, mixed: Tensor,
-                    weight: Tensor | None, bias: Tensor | None, eps: float, sequence: Tensor | None = None,
-                    patches: Tensor | None = None, prefix: Tensor | None = None, position: Tensor | None = None
-                    ) -> None:
+def _launch_forward(
+    logits: Tensor,
+    library: Tensor,
+    softmax: bool,
+    prompts: Tensor,
+    rows: Tensor,
+    mixed: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    sequence: Tensor | None = None,
+    patches: Tensor | None = None,
+    prefix: Tensor | None = None,
+    position: Tensor | None = None,
+) -> None:
     """Mix into `prompts` (B, K, D), which may be a slice of a sequence, and write the rows before them where `patches`
     are given. `mixed` keeps the prompts before the norm if it has room for them."""
     (b, k, m), d = logits.shape, library.shape[1]
@@ -250,13 +417,44 @@ def _launch_forward(logits: Tensor, library: Tensor, softmax: bool, prompts: Ten
     if programs * d == 0:
         return
     skip = 0 if position is None else f + n - position.shape[1]
-    strides = [*logits.stride(), *library.stride(), *_strides(patches, 0), *_strides(prefix, 1),
-               *_strides(position, 1), *mixed.stride(), *prompts.stride()]
+    strides = [
+        *logits.stride(),
+        *library.stride(),
+        *_strides(patches, 0),
+        *_strides(prefix, 1),
+        *_strides(position, 1),
+        *mixed.stride(),
+        *prompts.stride(),
+    ]
     with torch.cuda.device_of(logits):
         _library_prompts_fwd[(programs,)](
-            logits, library, patches, prefix if f else patches, position, weight, bias, mixed, prompts, rows, sequence,
-            b * k, k, m, d, f, n, skip, eps, *strides, SOFTMAX=softmax, NORM=weight is not None,
-            EMBED=patches is not None, POSITION=position is not None, WIDTH=_width(d), **row.options)
+            logits,
+            library,
+            patches,
+            prefix if f else patches,
+            position,
+            weight,
+            bias,
+            mixed,
+            prompts,
+            rows,
+            sequence,
+            b * k,
+            k,
+            m,
+            d,
+            f,
+            n,
+            skip,
+            eps,
+            *strides,
+            SOFTMAX=softmax,
+            NORM=weight is not None,
+            EMBED=patches is not None,
+            POSITION=position is not None,
+            WIDTH=_width(d),
+            **row.options,
+        )
 
 
 def _strides(x: Tensor | None, first: int) -> list[int]:
@@ -271,49 +469,93 @@ def _width(d: int) -> int:
 def _kept(logits: Tensor, like: Tensor, softmax: bool, keep: bool) -> tuple[Tensor, Tensor]:
     """Row statistics (B, K, 2), and room for the prompts before the norm where they are to be kept."""
     b, k, _ = logits.shape
-    return (logits.new_empty(b, k, 2 * softmax, dtype=torch.float32),
-            like.new_empty(b, k, like.shape[-1]) if keep else like.new_empty(0, 0, 0))
+    return (
+        logits.new_empty(b, k, 2 * softmax, dtype=torch.float32),
+        like.new_empty(b, k, like.shape[-1]) if keep else like.new_empty(0, 0, 0),
+    )
 
 
-def _fresh(logits: Tensor, library: Tensor, softmax: bool, weight: Tensor | None, bias: Tensor | None, eps: float,
-           keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fresh(
+    logits: Tensor, library: Tensor, softmax: bool, weight: Tensor | None, bias: Tensor | None, eps: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     prompts, rows, mixed = _fresh_outputs(logits, library, softmax, weight, bias, eps, keep)
     _launch_forward(logits, library, softmax, prompts, rows, mixed, weight, bias, eps)
     return prompts, rows, mixed
 
 
-def _fresh_outputs(logits: Tensor, library: Tensor, softmax: bool, weight: Tensor | None, bias: Tensor | None,
-                   eps: float, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fresh_outputs(
+    logits: Tensor, library: Tensor, softmax: bool, weight: Tensor | None, bias: Tensor | None, eps: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     prompts = library.new_empty(*logits.shape[:2], library.shape[1])
     return prompts, *_kept(logits, library, softmax, keep)
 
 
-def _into(sequence: Tensor, logits: Tensor, library: Tensor, slot: int, softmax: bool, weight: Tensor | None,
-          bias: Tensor | None, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+def _into(
+    sequence: Tensor,
+    logits: Tensor,
+    library: Tensor,
+    slot: int,
+    softmax: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     rows, mixed = _into_outputs(sequence, logits, library, slot, softmax, weight, bias, eps, keep)
-    _launch_forward(logits, library, softmax, sequence[:, slot:slot + logits.shape[1]], rows, mixed, weight, bias, eps)
+    _launch_forward(
+        logits, library, softmax, sequence[:, slot : slot + logits.shape[1]], rows, mixed, weight, bias, eps
+    )
     return rows, mixed
 
 
-def _into_outputs(sequence: Tensor, logits: Tensor, library: Tensor, slot: int, softmax: bool, weight: Tensor | None,
-                  bias: Tensor | None, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+def _into_outputs(
+    sequence: Tensor,
+    logits: Tensor,
+    library: Tensor,
+    slot: int,
+    softmax: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     return _kept(logits, sequence, softmax, keep)
 
 
-def _assemble(logits: Tensor, library: Tensor, patches: Tensor, prefix: Tensor | None, position: Tensor | None,
-              softmax: bool, weight: Tensor | None, bias: Tensor | None, eps: float, keep: bool
-              ) -> tuple[Tensor, Tensor, Tensor]:
-    sequence, rows, mixed = _assemble_outputs(logits, library, patches, prefix, position, softmax, weight, bias, eps,
-                                              keep)
-    prompts = sequence[:, sequence.shape[1] - logits.shape[1]:]
-    _launch_forward(logits, library, softmax, prompts, rows, mixed, weight, bias, eps, sequence, patches, prefix,
-                    position)
+def _assemble(
+    logits: Tensor,
+    library: Tensor,
+    patches: Tensor,
+    prefix: Tensor | None,
+    position: Tensor | None,
+    softmax: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sequence, rows, mixed = _assemble_outputs(
+        logits, library, patches, prefix, position, softmax, weight, bias, eps, keep
+    )
+    prompts = sequence[:, sequence.shape[1] - logits.shape[1] :]
+    _launch_forward(
+        logits, library, softmax, prompts, rows, mixed, weight, bias, eps, sequence, patches, prefix, position
+    )
     return sequence, rows, mixed
 
 
-def _assemble_outputs(logits: Tensor, library: Tensor, patches: Tensor, prefix: Tensor | None,
-                      position: Tensor | None, softmax: bool, weight: Tensor | None, bias: Tensor | None, eps: float,
-                      keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _assemble_outputs(
+    logits: Tensor,
+    library: Tensor,
+    patches: Tensor,
+    prefix: Tensor | None,
+    position: Tensor | None,
+    softmax: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     (b, n, d), k = patches.shape, logits.shape[1]
     sequence = patches.new_empty(b, n + k + (0 if prefix is None else prefix.shape[1]), d)
     return sequence, *_kept(logits, patches, softmax, keep)
@@ -326,7 +568,8 @@ def _grad_norm(grad: Tensor, mixed: Tensor, weight: Tensor, eps: float) -> Tenso
         row = pick(TABLES["_library_prompts_bwd_norm"], mixed.device)
         with torch.cuda.device_of(mixed):
             _library_prompts_bwd_norm[(triton.cdiv(b * k, row.sizes["ROWS"]),)](
-                grad, mixed, weight, out, b * k, k, d, eps, *grad.stride(), WIDTH=_width(d), **row.options)
+                grad, mixed, weight, out, b * k, k, d, eps, *grad.stride(), WIDTH=_width(d), **row.options
+            )
     return out
 
 
@@ -334,8 +577,7 @@ def _grad_norm_output(grad: Tensor, mixed: Tensor, weight: Tensor, eps: float) -
     return mixed.new_empty(mixed.shape)
 
 
-def _grad_logits(grad: Tensor, logits: Tensor, library: Tensor, prompts: Tensor, rows: Tensor, softmax: bool
-                 ) -> Tensor:
+def _grad_logits(grad: Tensor, logits: Tensor, library: Tensor, prompts: Tensor, rows: Tensor, softmax: bool) -> Tensor:
     (b, k, m), d = logits.shape, library.shape[1]
     out = _grad_logits_output(grad, logits, library, prompts, rows, softmax)
     if out.numel():
@@ -343,13 +585,29 @@ def _grad_logits(grad: Tensor, logits: Tensor, library: Tensor, prompts: Tensor,
         grid = (triton.cdiv(b * k, row.sizes["BLOCK_R"]), triton.cdiv(m, row.sizes["BLOCK_M"]))
         with torch.cuda.device_of(logits):
             _library_prompts_bwd_logits[grid](
-                grad, logits, library, prompts, rows, out, b * k, k, m, d, *grad.stride(), *logits.stride(),
-                *library.stride(), *prompts.stride(), SOFTMAX=softmax, **row.options)
+                grad,
+                logits,
+                library,
+                prompts,
+                rows,
+                out,
+                b * k,
+                k,
+                m,
+                d,
+                *grad.stride(),
+                *logits.stride(),
+                *library.stride(),
+                *prompts.stride(),
+                SOFTMAX=softmax,
+                **row.options,
+            )
     return out
 
 
-def _grad_logits_output(grad: Tensor, logits: Tensor, library: Tensor, prompts: Tensor, rows: Tensor, softmax: bool
-                        ) -> Tensor:
+def _grad_logits_output(
+    grad: Tensor, logits: Tensor, library: Tensor, prompts: Tensor, rows: Tensor, softmax: bool
+) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -360,8 +618,20 @@ def _grad_library(grad: Tensor, logits: Tensor, library: Tensor, rows: Tensor, s
         row = pick(TABLES["_library_prompts_bwd_library"], logits.device, K=k, M=m, D=d)
         grid = (triton.cdiv(m, row.sizes["BLOCK_M"]), triton.cdiv(d, row.sizes["BLOCK_D"]))
         with torch.cuda.device_of(logits):
-            _library_prompts_bwd_library[grid](grad, logits, rows, out, b * k, k, m, d, *grad.stride(),
-                                               *logits.stride(), SOFTMAX=softmax, **row.options)
+            _library_prompts_bwd_library[grid](
+                grad,
+                logits,
+                rows,
+                out,
+                b * k,
+                k,
+                m,
+                d,
+                *grad.stride(),
+                *logits.stride(),
+                SOFTMAX=softmax,
+                **row.options,
+            )
     return out
 
 
@@ -370,26 +640,37 @@ def _grad_library_output(grad: Tensor, logits: Tensor, library: Tensor, rows: Te
 
 
 _NORM = "bool softmax, Tensor? weight, Tensor? bias, float eps, bool keep"
-torch.library.define("fastprompt::library_prompts",
-                     f"(Tensor logits, Tensor library, {_NORM}) -> (Tensor, Tensor, Tensor)")
-torch.library.define("fastprompt::library_prompts_into",
-                     f"(Tensor(a!) sequence, Tensor logits, Tensor library, int slot, {_NORM}) -> (Tensor, Tensor)")
-torch.library.define("fastprompt::library_prompts_assemble",
-                     f"(Tensor logits, Tensor library, Tensor patches, Tensor? prefix, Tensor? position, {_NORM})"
-                     " -> (Tensor, Tensor, Tensor)")
-torch.library.define("fastprompt::library_prompts_grad_norm",
-                     "(Tensor grad, Tensor mixed, Tensor weight, float eps) -> Tensor")
-torch.library.define("fastprompt::library_prompts_grad_logits",
-                     "(Tensor grad, Tensor logits, Tensor library, Tensor prompts, Tensor rows, bool softmax)"
-                     " -> Tensor")
-torch.library.define("fastprompt::library_prompts_grad_library",
-                     "(Tensor grad, Tensor logits, Tensor library, Tensor rows, bool softmax) -> Tensor")
-for _name, _kernel, _fake in (("library_prompts", _fresh, _fresh_outputs),
-                              ("library_prompts_into", _into, _into_outputs),
-                              ("library_prompts_assemble", _assemble, _assemble_outputs),
-                              ("library_prompts_grad_norm", _grad_norm, _grad_norm_output),
-                              ("library_prompts_grad_logits", _grad_logits, _grad_logits_output),
-                              ("library_prompts_grad_library", _grad_library, _grad_library_output)):
+torch.library.define(
+    "fastprompt::library_prompts", f"(Tensor logits, Tensor library, {_NORM}) -> (Tensor, Tensor, Tensor)"
+)
+torch.library.define(
+    "fastprompt::library_prompts_into",
+    f"(Tensor(a!) sequence, Tensor logits, Tensor library, int slot, {_NORM}) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "fastprompt::library_prompts_assemble",
+    f"(Tensor logits, Tensor library, Tensor patches, Tensor? prefix, Tensor? position, {_NORM})"
+    " -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "fastprompt::library_prompts_grad_norm", "(Tensor grad, Tensor mixed, Tensor weight, float eps) -> Tensor"
+)
+torch.library.define(
+    "fastprompt::library_prompts_grad_logits",
+    "(Tensor grad, Tensor logits, Tensor library, Tensor prompts, Tensor rows, bool softmax) -> Tensor",
+)
+torch.library.define(
+    "fastprompt::library_prompts_grad_library",
+    "(Tensor grad, Tensor logits, Tensor library, Tensor rows, bool softmax) -> Tensor",
+)
+for _name, _kernel, _fake in (
+    ("library_prompts", _fresh, _fresh_outputs),
+    ("library_prompts_into", _into, _into_outputs),
+    ("library_prompts_assemble", _assemble, _assemble_outputs),
+    ("library_prompts_grad_norm", _grad_norm, _grad_norm_output),
+    ("library_prompts_grad_logits", _grad_logits, _grad_logits_output),
+    ("library_prompts_grad_library", _grad_library, _grad_library_output),
+):
     torch.library.impl(f"fastprompt::{_name}", ("CUDA", "CPU"), _kernel)
     torch.library.register_fake(f"fastprompt::{_name}", _fake)
 
@@ -401,8 +682,18 @@ _op_grad_logits = torch.ops.fastprompt.library_prompts_grad_logits.default
 _op_grad_library = torch.ops.fastprompt.library_prompts_grad_library.default
 
 
-def _save(ctx: Any, logits: Tensor, library: Tensor, written: Tensor, slot: int, rows: Tensor, mixed: Tensor,
-          softmax: bool, weight: Tensor | None, eps: float) -> None:
+def _save(
+    ctx: Any,
+    logits: Tensor,
+    library: Tensor,
+    written: Tensor,
+    slot: int,
+    rows: Tensor,
+    mixed: Tensor,
+    softmax: bool,
+    weight: Tensor | None,
+    eps: float,
+) -> None:
     """Keep what `_gradients` reads for the prompts that stand in `written` (B, T, D) from row `slot` on."""
     ctx.save_for_backward(logits, library, written if weight is None else mixed, rows, weight)
     ctx.slot, ctx.softmax, ctx.eps = slot, softmax, eps
@@ -411,19 +702,29 @@ def _save(ctx: Any, logits: Tensor, library: Tensor, written: Tensor, slot: int,
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """dA and dL for the gradient of what was written, each only when it is needed."""
     logits, library, prompts, rows, weight = ctx.saved_tensors
-    grad = grad[:, ctx.slot:ctx.slot + logits.shape[1]]
+    grad = grad[:, ctx.slot : ctx.slot + logits.shape[1]]
     if weight is None:
-        prompts = prompts[:, ctx.slot:ctx.slot + logits.shape[1]]
+        prompts = prompts[:, ctx.slot : ctx.slot + logits.shape[1]]
     else:
         grad = _op_grad_norm(grad, prompts, weight, ctx.eps)
-    return (_op_grad_logits(grad, logits, library, prompts, rows, ctx.softmax) if ctx.needs_input_grad[0] else None,
-            _op_grad_library(grad, logits, library, rows, ctx.softmax) if ctx.needs_input_grad[1] else None)
+    return (
+        _op_grad_logits(grad, logits, library, prompts, rows, ctx.softmax) if ctx.needs_input_grad[0] else None,
+        _op_grad_library(grad, logits, library, rows, ctx.softmax) if ctx.needs_input_grad[1] else None,
+    )
 
 
 class _Fresh(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, library: Tensor, softmax: bool, weight: Tensor | None, bias: Tensor | None,
-                eps: float, keep: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        library: Tensor,
+        softmax: bool,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        keep: bool,
+    ) -> Tensor:
         prompts, rows, mixed = _op(logits, library, softmax, weight, bias, eps, keep)
         _save(ctx, logits, library, prompts, 0, rows, mixed, softmax, weight, eps)
         return prompts
@@ -436,8 +737,18 @@ class _Fresh(torch.autograd.Function):
 
 class _Into(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, library: Tensor, sequence: Tensor, slot: int, softmax: bool,
-                weight: Tensor | None, bias: Tensor | None, eps: float, keep: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        library: Tensor,
+        sequence: Tensor,
+        slot: int,
+        softmax: bool,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        keep: bool,
+    ) -> Tensor:
         rows, mixed = _op_into(sequence, logits, library, slot, softmax, weight, bias, eps, keep)
         ctx.mark_dirty(sequence)
         _save(ctx, logits, library, sequence, slot, rows, mixed, softmax, weight, eps)
@@ -449,17 +760,28 @@ class _Into(torch.autograd.Function):
         before = None
         if ctx.needs_input_grad[2]:  # what was in the slots is overwritten
             before = grad.clone()
-            before[:, ctx.slot:ctx.slot + ctx.saved_tensors[0].shape[1]] = 0
+            before[:, ctx.slot : ctx.slot + ctx.saved_tensors[0].shape[1]] = 0
         return *_gradients(ctx, grad), before, *[None] * 6
 
 
 class _Assembled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, library: Tensor, patches: Tensor, prefix: Tensor | None,
-                position: Tensor | None, softmax: bool, weight: Tensor | None, bias: Tensor | None, eps: float,
-                keep: bool) -> Tensor:
-        sequence, rows, mixed = _op_assemble(logits, library, patches, prefix, position, softmax, weight, bias, eps,
-                                             keep)
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        library: Tensor,
+        patches: Tensor,
+        prefix: Tensor | None,
+        position: Tensor | None,
+        softmax: bool,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        keep: bool,
+    ) -> Tensor:
+        sequence, rows, mixed = _op_assemble(
+            logits, library, patches, prefix, position, softmax, weight, bias, eps, keep
+        )
         _save(ctx, logits, library, sequence, sequence.shape[1] - logits.shape[1], rows, mixed, softmax, weight, eps)
         return sequence
 
@@ -469,9 +791,17 @@ class _Assembled(torch.autograd.Function):
         return *_gradients(ctx, grad), *[None] * 8
 
 
-def library_prompts(logits: Tensor, library: Tensor, activation: str, out: Tensor | None = None, slot: int = 0,
-                    patches: Tensor | None = None, prefix: Tensor | None = None, position: Tensor | None = None,
-                    pre_norm: PreNorm | None = None) -> Tensor:
+def library_prompts(
+    logits: Tensor,
+    library: Tensor,
+    activation: str,
+    out: Tensor | None = None,
+    slot: int = 0,
+    patches: Tensor | None = None,
+    prefix: Tensor | None = None,
+    position: Tensor | None = None,
+    pre_norm: PreNorm | None = None,
+) -> Tensor:
     """See `fastprompt.kernels.library_prompts.library_prompts`; patches and what stands with them are constants."""
     weight, bias, eps = (None, None, 0.0) if pre_norm is None else pre_norm
     keep = weight is not None and torch.is_grad_enabled() and (logits.requires_grad or library.requires_grad)

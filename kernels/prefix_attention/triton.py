@@ -67,27 +67,47 @@ def _place(blocks, H):
 def _rows(base, start, count, stride, stride_d, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows start, start + 1, ... of a (count, D) matrix as (BLOCK, BLOCK_D), zeros outside."""
     row, column = start + tl.arange(0, BLOCK).to(tl.int64), tl.arange(0, BLOCK_D)
-    return tl.load(base + row[:, None] * stride + column[None, :] * stride_d,
-                   mask=(row[:, None] < count) & (column[None, :] < D), other=0.0)
+    return tl.load(
+        base + row[:, None] * stride + column[None, :] * stride_d,
+        mask=(row[:, None] < count) & (column[None, :] < D),
+        other=0.0,
+    )
 
 
 @triton.jit
 def _store_rows(base, start, count, stride, x, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """The inverse of `_rows`, for adjacent columns."""
     row, column = start + tl.arange(0, BLOCK).to(tl.int64), tl.arange(0, BLOCK_D)
-    tl.store(base + row[:, None] * stride + column[None, :], x.to(base.dtype.element_ty),
-             mask=(row[:, None] < count) & (column[None, :] < D))
+    tl.store(
+        base + row[:, None] * stride + column[None, :],
+        x.to(base.dtype.element_ty),
+        mask=(row[:, None] < count) & (column[None, :] < D),
+    )
 
 
 @triton.jit
-def _scores(q, k, bias, first, start, R, S, scale, stride_r, stride_t,
-            HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
+def _scores(
+    q,
+    k,
+    bias,
+    first,
+    start,
+    R,
+    S,
+    scale,
+    stride_r,
+    stride_t,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """Base-2 scores (BLOCK_R, BLOCK_S) of queries from `first` and keys from `start`, -inf beyond the last key."""
     r, t = first + tl.arange(0, BLOCK_R).to(tl.int64), start + tl.arange(0, BLOCK_S)
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
     if HAS_BIAS:
-        s += LOG2E * tl.load(bias + r[:, None] * stride_r + t[None, :] * stride_t,
-                             mask=(r[:, None] < R) & (t[None, :] < S), other=0.0).to(tl.float32)
+        s += LOG2E * tl.load(
+            bias + r[:, None] * stride_r + t[None, :] * stride_t, mask=(r[:, None] < R) & (t[None, :] < S), other=0.0
+        ).to(tl.float32)
     return tl.where(t[None, :] < S, s, float("-inf"))
 
 
@@ -120,13 +140,51 @@ def _key_step(s, lse, delta, q, v, do, dk, dv):
 
 @triton.jit
 def _prefix_attention_fwd(
-    q, k, v, prefix_k, prefix_v, bias, out, lse,
-    H, R, T, P, group, windows, scale,
-    stride_qb, stride_qh, stride_qr, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
-    stride_vb, stride_vh, stride_vt, stride_vd, stride_pkb, stride_pkh, stride_pkp, stride_pkd,
-    stride_pvb, stride_pvh, stride_pvp, stride_pvd, stride_bw, stride_bh, stride_br, stride_bt,
-    HAS_BIAS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
+    q,
+    k,
+    v,
+    prefix_k,
+    prefix_v,
+    bias,
+    out,
+    lse,
+    H,
+    R,
+    T,
+    P,
+    group,
+    windows,
+    scale,
+    stride_qb,
+    stride_qh,
+    stride_qr,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_vd,
+    stride_pkb,
+    stride_pkh,
+    stride_pkp,
+    stride_pkd,
+    stride_pvb,
+    stride_pvh,
+    stride_pvp,
+    stride_pvd,
+    stride_bw,
+    stride_bh,
+    stride_br,
+    stride_bt,
+    HAS_BIAS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     block, h, b = _place(tl.cdiv(R, BLOCK_R), H)
     first = block * BLOCK_R
@@ -155,14 +213,60 @@ def _prefix_attention_fwd(
 
 @triton.jit
 def _prefix_attention_bwd_queries(
-    q, k, v, prefix_k, prefix_v, bias, out, lse, grad, delta, dq,
-    H, R, T, P, group, windows, scale,
-    stride_qb, stride_qh, stride_qr, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
-    stride_vb, stride_vh, stride_vt, stride_vd, stride_pkb, stride_pkh, stride_pkp, stride_pkd,
-    stride_pvb, stride_pvh, stride_pvp, stride_pvd, stride_bw, stride_bh, stride_br, stride_bt,
-    stride_gb, stride_gh, stride_gr, stride_gd, stride_ob, stride_or,
-    HAS_BIAS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
+    q,
+    k,
+    v,
+    prefix_k,
+    prefix_v,
+    bias,
+    out,
+    lse,
+    grad,
+    delta,
+    dq,
+    H,
+    R,
+    T,
+    P,
+    group,
+    windows,
+    scale,
+    stride_qb,
+    stride_qh,
+    stride_qr,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_vd,
+    stride_pkb,
+    stride_pkh,
+    stride_pkp,
+    stride_pkd,
+    stride_pvb,
+    stride_pvh,
+    stride_pvp,
+    stride_pvd,
+    stride_bw,
+    stride_bh,
+    stride_br,
+    stride_bt,
+    stride_gb,
+    stride_gh,
+    stride_gr,
+    stride_gd,
+    stride_ob,
+    stride_or,
+    HAS_BIAS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     block, h, b = _place(tl.cdiv(R, BLOCK_R), H)
     first = block * BLOCK_R
@@ -193,12 +297,47 @@ def _prefix_attention_bwd_queries(
 
 @triton.jit
 def _prefix_attention_bwd_tokens(
-    q, k, v, bias, lse, grad, delta, dk, dv,
-    H, R, T, windows, scale,
-    stride_qb, stride_qh, stride_qr, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
-    stride_vb, stride_vh, stride_vt, stride_vd, stride_bw, stride_bh, stride_br, stride_bt,
-    stride_gb, stride_gh, stride_gr, stride_gd, stride_ob, stride_ot,
-    HAS_BIAS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+    q,
+    k,
+    v,
+    bias,
+    lse,
+    grad,
+    delta,
+    dk,
+    dv,
+    H,
+    R,
+    T,
+    windows,
+    scale,
+    stride_qb,
+    stride_qh,
+    stride_qr,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_vd,
+    stride_bw,
+    stride_bh,
+    stride_br,
+    stride_bt,
+    stride_gb,
+    stride_gh,
+    stride_gr,
+    stride_gd,
+    stride_ob,
+    stride_ot,
+    HAS_BIAS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     block, h, b = _place(tl.cdiv(T, BLOCK_T), H)
     first = block * BLOCK_T
@@ -222,11 +361,41 @@ def _prefix_attention_bwd_tokens(
 
 @triton.jit
 def _prefix_attention_bwd_prefix(
-    q, prefix_k, prefix_v, out, lse, grad, dk, dv,
-    H, R, P, group, runs, run, scale,
-    stride_qb, stride_qh, stride_qr, stride_qd, stride_pkb, stride_pkh, stride_pkp, stride_pkd,
-    stride_pvb, stride_pvh, stride_pvp, stride_pvd, stride_gb, stride_gh, stride_gr, stride_gd,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    q,
+    prefix_k,
+    prefix_v,
+    out,
+    lse,
+    grad,
+    dk,
+    dv,
+    H,
+    R,
+    P,
+    group,
+    runs,
+    run,
+    scale,
+    stride_qb,
+    stride_qh,
+    stride_qr,
+    stride_qd,
+    stride_pkb,
+    stride_pkh,
+    stride_pkp,
+    stride_pkd,
+    stride_pvb,
+    stride_pvh,
+    stride_pvp,
+    stride_pvd,
+    stride_gb,
+    stride_gh,
+    stride_gr,
+    stride_gd,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     """dk, dv are (n · runs, P, H, D): a row is the share of `run` images in the gradient of their common prefix."""
     block, h, part = _place(tl.cdiv(P, BLOCK_P), H)
@@ -277,8 +446,9 @@ def _run_length(prefix: Tensor, images: int, block: int) -> int:
     return max(images // n // triton.cdiv(PROGRAMS, n * h * triton.cdiv(p, block)), 1)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, bias: Tensor | None,
-             scale: float) -> tuple[Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     out, lse = _forward_outputs(q, k, v, prefix_k, prefix_v, bias, scale)
     (b, h, r, d), t = q.shape, k.shape[2]
     if out.numel():
@@ -286,22 +456,41 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v:
         row = pick(TABLES["_prefix_attention_fwd"], q.device, bits=8 * q.itemsize, R=r, D=d)
         with torch.cuda.device_of(q):
             _prefix_attention_fwd[(triton.cdiv(r, row.sizes["BLOCK_R"]) * h * b,)](
-                q, *sources, out, lse, h, r, t, *_counts(b, sources, bias), scale, *_strides(q, *sources),
-                HAS_BIAS=bias is not None, **_width(d), **row.options)
+                q,
+                *sources,
+                out,
+                lse,
+                h,
+                r,
+                t,
+                *_counts(b, sources, bias),
+                scale,
+                *_strides(q, *sources),
+                HAS_BIAS=bias is not None,
+                **_width(d),
+                **row.options,
+            )
     return out, lse
 
 
-def _forward_outputs(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
-                     bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _forward_outputs(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     b, h, r, _ = q.shape
     return _fresh(b, h, r, q), q.new_empty((b, h, r), dtype=torch.float32)
 
 
-def _sources(k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, bias: Tensor | None
-             ) -> tuple[Tensor, ...]:
+def _sources(
+    k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, ...]:
     """What queries read; an empty prefix and an unread bias where there is none."""
-    return (k, v, k[:, :, :0] if prefix_k is None else prefix_k, v[:, :, :0] if prefix_v is None else prefix_v,
-            k if bias is None else bias)
+    return (
+        k,
+        v,
+        k[:, :, :0] if prefix_k is None else prefix_k,
+        v[:, :, :0] if prefix_v is None else prefix_v,
+        k if bias is None else bias,
+    )
 
 
 def _counts(images: int, sources: tuple[Tensor, ...], bias: Tensor | None) -> tuple[int, int, int]:
@@ -318,9 +507,20 @@ def _width(d: int) -> dict[str, int]:
     return {"D": d, "BLOCK_D": max(triton.next_power_of_2(d), 16)}
 
 
-def _backward_tokens(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
-                     bias: Tensor | None, out: Tensor, lse: Tensor, scale: float, packed: bool, wanted: bool
-                     ) -> tuple[Tensor, Tensor]:
+def _backward_tokens(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    packed: bool,
+    wanted: bool,
+) -> tuple[Tensor, Tensor]:
     """dq (B, H, R, d) and, if wanted, dk and dv (B, T, 2, H, d); packed: all three as the first, (B, T, 3, H, d)."""
     dq, dkv = _backward_tokens_outputs(grad, q, k, v, prefix_k, prefix_v, bias, out, lse, scale, packed, wanted)
     rows, tokens = (dq[:, :, 0], dq[:, :, 1:]) if packed else (dq.transpose(1, 2), dkv)
@@ -333,27 +533,73 @@ def _backward_tokens(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Te
         if rows.numel():
             row = pick(TABLES["_prefix_attention_bwd_queries"], q.device, bits=bits, R=r, D=d)
             _prefix_attention_bwd_queries[(triton.cdiv(r, row.sizes["BLOCK_R"]) * h * b,)](
-                q, *sources, out, lse, grad, delta, rows, h, r, t, p, group, windows, scale,
-                *_strides(q, *sources, grad), *rows.stride()[:2], **constants, **row.options)
+                q,
+                *sources,
+                out,
+                lse,
+                grad,
+                delta,
+                rows,
+                h,
+                r,
+                t,
+                p,
+                group,
+                windows,
+                scale,
+                *_strides(q, *sources, grad),
+                *rows.stride()[:2],
+                **constants,
+                **row.options,
+            )
         if tokens.numel():
             row = pick(TABLES["_prefix_attention_bwd_tokens"], q.device, bits=bits, D=d)
             _prefix_attention_bwd_tokens[(triton.cdiv(t, row.sizes["BLOCK_T"]) * h * b,)](
-                q, k, v, sources[4], lse, grad, delta, tokens[:, :, 0], tokens[:, :, 1], h, r, t, windows, scale,
-                *_strides(q, k, v, sources[4], grad), *tokens.stride()[:2], **constants, **row.options)
+                q,
+                k,
+                v,
+                sources[4],
+                lse,
+                grad,
+                delta,
+                tokens[:, :, 0],
+                tokens[:, :, 1],
+                h,
+                r,
+                t,
+                windows,
+                scale,
+                *_strides(q, k, v, sources[4], grad),
+                *tokens.stride()[:2],
+                **constants,
+                **row.options,
+            )
     return dq, dkv
 
 
-def _backward_tokens_outputs(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None,
-                             prefix_v: Tensor | None, bias: Tensor | None, out: Tensor, lse: Tensor, scale: float,
-                             packed: bool, wanted: bool) -> tuple[Tensor, Tensor]:
+def _backward_tokens_outputs(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    packed: bool,
+    wanted: bool,
+) -> tuple[Tensor, Tensor]:
     (b, h, r, d), t = q.shape, k.shape[2]
     if packed:
         return q.new_empty(b, t, 3, h, d), q.new_empty(0)
     return _fresh(b, h, r, q), k.new_empty((b, t, 2, h, d) if wanted else (0, 0, 2, 0, 0))
 
 
-def _backward_prefix(grad: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, out: Tensor, lse: Tensor, scale: float
-                     ) -> tuple[Tensor, Tensor]:
+def _backward_prefix(
+    grad: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     dk, dv = _backward_prefix_outputs(grad, q, prefix_k, prefix_v, out, lse, scale)
     (n, h, p, d), b = prefix_k.shape, q.shape[0]
     if not dk.numel():
@@ -364,32 +610,55 @@ def _backward_prefix(grad: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor
     parts = (dk, dv) if runs == 1 else tuple(_fresh(n * runs, h, p, x, torch.float32) for x in (prefix_k, prefix_v))
     with torch.cuda.device_of(q):
         _prefix_attention_bwd_prefix[(triton.cdiv(p, row.sizes["BLOCK_P"]) * h * n * runs,)](
-            q, prefix_k, prefix_v, out, lse, grad, *parts, h, q.shape[2], p, b // n, runs, run, scale,
-            *_strides(q, prefix_k, prefix_v, grad), **_width(d), **row.options)
+            q,
+            prefix_k,
+            prefix_v,
+            out,
+            lse,
+            grad,
+            *parts,
+            h,
+            q.shape[2],
+            p,
+            b // n,
+            runs,
+            run,
+            scale,
+            *_strides(q, prefix_k, prefix_v, grad),
+            **_width(d),
+            **row.options,
+        )
         if runs > 1:
             row = pick(TABLES["_prefix_attention_sum_runs"], q.device)
             _prefix_attention_sum_runs[(n * triton.cdiv(p * h * d, row.sizes["BLOCK"]),)](
-                *parts, dk, dv, runs, p * h * d, **row.options)
+                *parts, dk, dv, runs, p * h * d, **row.options
+            )
     return dk, dv
 
 
-def _backward_prefix_outputs(grad: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, out: Tensor, lse: Tensor,
-                             scale: float) -> tuple[Tensor, Tensor]:
+def _backward_prefix_outputs(
+    grad: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     n, h, p, _ = prefix_k.shape
     return _fresh(n, h, p, prefix_k), _fresh(n, h, p, prefix_v)
 
 
 _SOURCES = "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor? bias"
 torch.library.define("fastprompt::prefix_attention", f"({_SOURCES}, float scale) -> (Tensor, Tensor)")
-torch.library.define("fastprompt::prefix_attention_backward_tokens",
-                     f"(Tensor grad, {_SOURCES}, Tensor out, Tensor lse, float scale, bool packed, bool wanted) "
-                     "-> (Tensor, Tensor)")
-torch.library.define("fastprompt::prefix_attention_backward_prefix",
-                     "(Tensor grad, Tensor q, Tensor prefix_k, Tensor prefix_v, Tensor out, Tensor lse, float scale) "
-                     "-> (Tensor, Tensor)")
-for _name, _launch, _fake in (("prefix_attention", _forward, _forward_outputs),
-                              ("prefix_attention_backward_tokens", _backward_tokens, _backward_tokens_outputs),
-                              ("prefix_attention_backward_prefix", _backward_prefix, _backward_prefix_outputs)):
+torch.library.define(
+    "fastprompt::prefix_attention_backward_tokens",
+    f"(Tensor grad, {_SOURCES}, Tensor out, Tensor lse, float scale, bool packed, bool wanted) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "fastprompt::prefix_attention_backward_prefix",
+    "(Tensor grad, Tensor q, Tensor prefix_k, Tensor prefix_v, Tensor out, Tensor lse, float scale) "
+    "-> (Tensor, Tensor)",
+)
+for _name, _launch, _fake in (
+    ("prefix_attention", _forward, _forward_outputs),
+    ("prefix_attention_backward_tokens", _backward_tokens, _backward_tokens_outputs),
+    ("prefix_attention_backward_prefix", _backward_prefix, _backward_prefix_outputs),
+):
     torch.library.impl(f"fastprompt::{_name}", ("CUDA", "CPU"), _launch)
     torch.library.register_fake(f"fastprompt::{_name}", _fake)
 
@@ -400,8 +669,16 @@ _op_backward_prefix = torch.ops.fastprompt.prefix_attention_backward_prefix.defa
 
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor | None, v: Tensor | None, prefix_k: Tensor | None,
-                prefix_v: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        prefix_k: Tensor | None,
+        prefix_v: Tensor | None,
+        bias: Tensor | None,
+        scale: float,
+    ) -> Tensor:
         out, lse = _op(*unpacked(q, k, v), prefix_k, prefix_v, bias, scale)
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v, bias, out, lse)
         ctx.scale = scale
@@ -415,8 +692,9 @@ class _PrefixAttention(torch.autograd.Function):
         q, k, v = unpacked(q, k, v)
         dq = dk = dv = dpk = dpv = None
         if any(ctx.needs_input_grad[:3]):
-            dq, dk = _op_backward_tokens(grad, q, k, v, prefix_k, prefix_v, bias, out, lse, ctx.scale, all_packed,
-                                         wanted)
+            dq, dk = _op_backward_tokens(
+                grad, q, k, v, prefix_k, prefix_v, bias, out, lse, ctx.scale, all_packed, wanted
+            )
             if not wanted:
                 dk = None
             elif not tokens_packed:
@@ -426,8 +704,15 @@ class _PrefixAttention(torch.autograd.Function):
         return dq, dk, dv, dpk, dpv, None, None
 
 
-def prefix_attention(q: Tensor, k: Tensor | None, v: Tensor | None, prefix_k: Tensor | None, prefix_v: Tensor | None,
-                     bias: Tensor | None, scale: float) -> Tensor:
+def prefix_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+) -> Tensor:
     """See `fastprompt.kernels.prefix_attention.prefix_attention`; under autocast, in autocast's dtype."""
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)

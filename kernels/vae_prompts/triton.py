@@ -32,8 +32,12 @@ TABLES = {
         Tiles({"BLOCK_B": 16, "BLOCK_D": 32, "BLOCK_H": 32, "BLOCK_Z": 32}),
     ),
     "_vae_prompts_bwd_decoder": (
-        Tiles({"BLOCK_B": 32, "BLOCK_D": 32, "BLOCK_H": 64, "BLOCK_Z": 32}, num_warps=2, families=("gfx",),
-              limits={"bits": 16}),
+        Tiles(
+            {"BLOCK_B": 32, "BLOCK_D": 32, "BLOCK_H": 64, "BLOCK_Z": 32},
+            num_warps=2,
+            families=("gfx",),
+            limits={"bits": 16},
+        ),
         Tiles({"BLOCK_B": 32, "BLOCK_D": 32, "BLOCK_H": 64, "BLOCK_Z": 32}, limits={"bits": 16}),
         Tiles({"BLOCK_B": 16, "BLOCK_D": 32, "BLOCK_H": 32, "BLOCK_Z": 32}),
     ),
@@ -54,9 +58,13 @@ _NORMAL_DENSITY = tl.constexpr(0.3989422804014327)
 def _philox(seed, i):
     """The four words of the Philox block that number `i` (int64) of the stream comes from."""
     offset, block = tl.load(seed + 1), i // 4
-    return tl.philox(tl.load(seed), block.to(tl.uint32), (block >> 32).to(tl.uint32),
-                     tl.zeros_like(block).to(tl.uint32) + offset.to(tl.uint32),
-                     tl.zeros_like(block).to(tl.uint32) + (offset >> 32).to(tl.uint32))
+    return tl.philox(
+        tl.load(seed),
+        block.to(tl.uint32),
+        (block >> 32).to(tl.uint32),
+        tl.zeros_like(block).to(tl.uint32) + offset.to(tl.uint32),
+        tl.zeros_like(block).to(tl.uint32) + (offset >> 32).to(tl.uint32),
+    )
 
 
 @triton.jit
@@ -81,8 +89,11 @@ def _wave(angle, quarter):
     x = ((angle - turns * 1.5703125) - turns * 4.837512969970703125e-4) - turns * 7.54978995489188216e-8
     square = x * x
     sine = x + x * square * ((-1.9515295891e-4 * square + 8.3321608736e-3) * square - 1.6666654611e-1)
-    cosine = 1.0 - 0.5 * square + square * square * (
-        (2.443315711809948e-5 * square - 1.388731625493765e-3) * square + 4.166664568298827e-2)
+    cosine = (
+        1.0
+        - 0.5 * square
+        + square * square * ((2.443315711809948e-5 * square - 1.388731625493765e-3) * square + 4.166664568298827e-2)
+    )
     quarter += turns.to(tl.int32)
     value = tl.where((quarter & 1) == 0, sine, cosine)
     return tl.where((quarter & 2) == 0, value, -value)
@@ -95,8 +106,9 @@ def _gaussian(stats, b, j, B, Z, stride_sb, stride_sz):
     at = stats + b.to(tl.int64)[:, None] * stride_sb + j[None, :] * stride_sz
     mu = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     raw = tl.load(at + Z * stride_sz, mask=inside, other=0.0).to(tl.float32)
-    logvar = tl.minimum(tl.maximum(raw, _LOW, propagate_nan=tl.PropagateNan.ALL), _HIGH,
-                        propagate_nan=tl.PropagateNan.ALL)
+    logvar = tl.minimum(
+        tl.maximum(raw, _LOW, propagate_nan=tl.PropagateNan.ALL), _HIGH, propagate_nan=tl.PropagateNan.ALL
+    )
     return mu, logvar, raw
 
 
@@ -110,16 +122,32 @@ def _latent(stats, seed, b, j, B, Z, stride_sb, stride_sz, NOISE: tl.constexpr):
 
 
 @triton.jit
-def _hidden(stats, seed, w1, b1, b, h, B, Z, H, stride_sb, stride_sz, stride_1h, stride_1z, NOISE: tl.constexpr,
-            BLOCK_Z: tl.constexpr):
+def _hidden(
+    stats,
+    seed,
+    w1,
+    b1,
+    b,
+    h,
+    B,
+    Z,
+    H,
+    stride_sb,
+    stride_sz,
+    stride_1h,
+    stride_1z,
+    NOISE: tl.constexpr,
+    BLOCK_Z: tl.constexpr,
+):
     """W₁ z + b₁ of images b and hidden units h, (b, h)."""
     bias = tl.load(b1 + h, mask=h < H, other=0.0).to(tl.float32)
     acc = tl.zeros_like(bias)[None, :] + tl.zeros_like(b).to(tl.float32)[:, None]
     for start in range(0, Z, BLOCK_Z):
         j = start + tl.arange(0, BLOCK_Z)
         z = _latent(stats, seed, b, j, B, Z, stride_sb, stride_sz, NOISE)
-        w = tl.load(w1 + h[:, None] * stride_1h + j[None, :] * stride_1z,
-                    mask=(h[:, None] < H) & (j[None, :] < Z), other=0.0)  # (h, z)
+        w = tl.load(
+            w1 + h[:, None] * stride_1h + j[None, :] * stride_1z, mask=(h[:, None] < H) & (j[None, :] < Z), other=0.0
+        )  # (h, z)
         acc = tl.dot(z.to(w.dtype), tl.trans(w), acc, input_precision="ieee")
     return acc + bias[None, :]
 
@@ -136,11 +164,37 @@ def _gelu_slope(x):
 
 @triton.jit
 def _vae_prompts_fwd(
-    stats, seed, w1, b1, w2, b2, domain, prompts, kl,
-    L, B, S, M, D, Z, H,
-    stride_sb, stride_sz, stride_1h, stride_1z, stride_2c, stride_2h, stride_dl, stride_dp, stride_dd,
-    NOISE: tl.constexpr, KL: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Z: tl.constexpr,
+    stats,
+    seed,
+    w1,
+    b1,
+    w2,
+    b2,
+    domain,
+    prompts,
+    kl,
+    L,
+    B,
+    S,
+    M,
+    D,
+    Z,
+    H,
+    stride_sb,
+    stride_sz,
+    stride_1h,
+    stride_1z,
+    stride_2c,
+    stride_2h,
+    stride_dl,
+    stride_dp,
+    stride_dd,
+    NOISE: tl.constexpr,
+    KL: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_Z: tl.constexpr,
 ):
     """Programs (row, d tile; images): the first M rows are instance prompts, the other L · S rows domain prompts."""
     tiles = tl.cdiv(D, BLOCK_D)
@@ -155,10 +209,14 @@ def _vae_prompts_fwd(
         c = row * D + d
         for start in range(0, H, BLOCK_H):
             h = start + tl.arange(0, BLOCK_H)
-            a = _gelu(_hidden(stats, seed, w1, b1, b, h, B, Z, H, stride_sb, stride_sz, stride_1h, stride_1z, NOISE,
-                              BLOCK_Z))
-            w = tl.load(w2 + c.to(tl.int64)[:, None] * stride_2c + h[None, :] * stride_2h,
-                        mask=(d[:, None] < D) & (h[None, :] < H), other=0.0)  # (D, h)
+            a = _gelu(
+                _hidden(stats, seed, w1, b1, b, h, B, Z, H, stride_sb, stride_sz, stride_1h, stride_1z, NOISE, BLOCK_Z)
+            )
+            w = tl.load(
+                w2 + c.to(tl.int64)[:, None] * stride_2c + h[None, :] * stride_2h,
+                mask=(d[:, None] < D) & (h[None, :] < H),
+                other=0.0,
+            )  # (D, h)
             acc = tl.dot(a.to(w.dtype), tl.trans(w), acc, input_precision="ieee")
         acc += tl.load(b2 + c, mask=d < D, other=0.0).to(tl.float32)[None, :]
         for layer in range(L):
@@ -179,11 +237,37 @@ def _vae_prompts_fwd(
 
 @triton.jit
 def _vae_prompts_bwd_decoder(
-    grad, stats, seed, w1, b1, w2, instance, grad_w2, grad_b2, grad_domain,
-    L, B, S, M, D, Z, H,
-    stride_gl, stride_gb, stride_gp, stride_gd, stride_sb, stride_sz, stride_1h, stride_1z,
-    NOISE: tl.constexpr, SUMMED: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Z: tl.constexpr,
+    grad,
+    stats,
+    seed,
+    w1,
+    b1,
+    w2,
+    instance,
+    grad_w2,
+    grad_b2,
+    grad_domain,
+    L,
+    B,
+    S,
+    M,
+    D,
+    Z,
+    H,
+    stride_gl,
+    stride_gb,
+    stride_gp,
+    stride_gd,
+    stride_sb,
+    stride_sz,
+    stride_1h,
+    stride_1z,
+    NOISE: tl.constexpr,
+    SUMMED: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_Z: tl.constexpr,
 ):
     """Programs (row, d tile; hidden units): rows as in the forward; `instance` receives G when SUMMED."""
     tiles = tl.cdiv(D, BLOCK_D)
@@ -203,30 +287,57 @@ def _vae_prompts_bwd_decoder(
                 g += tl.load(at + layer * stride_gl, mask=inside, other=0.0).to(tl.float32)
             if SUMMED:
                 if tl.program_id(1) == 0:
-                    tl.store(instance + b.to(tl.int64)[:, None] * M * D + c[None, :],
-                             g.to(instance.dtype.element_ty), mask=inside)
-            a = _gelu(_hidden(stats, seed, w1, b1, b, h, B, Z, H, stride_sb, stride_sz, stride_1h, stride_1z, NOISE,
-                              BLOCK_Z))
+                    tl.store(
+                        instance + b.to(tl.int64)[:, None] * M * D + c[None, :],
+                        g.to(instance.dtype.element_ty),
+                        mask=inside,
+                    )
+            a = _gelu(
+                _hidden(stats, seed, w1, b1, b, h, B, Z, H, stride_sb, stride_sz, stride_1h, stride_1z, NOISE, BLOCK_Z)
+            )
             acc = tl.dot(tl.trans(g.to(w2.dtype.element_ty)), a.to(w2.dtype.element_ty), acc, input_precision="ieee")
             total += tl.sum(g, axis=0)
-        tl.store(grad_w2 + c.to(tl.int64)[:, None] * H + h[None, :], acc.to(grad_w2.dtype.element_ty),
-                 mask=(d[:, None] < D) & (h[None, :] < H))
+        tl.store(
+            grad_w2 + c.to(tl.int64)[:, None] * H + h[None, :],
+            acc.to(grad_w2.dtype.element_ty),
+            mask=(d[:, None] < D) & (h[None, :] < H),
+        )
         tl.store(grad_b2 + c, total.to(grad_b2.dtype.element_ty), mask=(d < D) & (tl.program_id(1) == 0))
     elif tl.program_id(1) == 0:
         layer, p = (row - M) // S, (row - M) % S
         for start in range(0, B, BLOCK_B):
             b = start + tl.arange(0, BLOCK_B)
-            g = tl.load(grad + layer.to(tl.int64) * stride_gl + b.to(tl.int64)[:, None] * stride_gb + p * stride_gp
-                        + d[None, :] * stride_gd, mask=(b[:, None] < B) & (d[None, :] < D), other=0.0)
+            g = tl.load(
+                grad
+                + layer.to(tl.int64) * stride_gl
+                + b.to(tl.int64)[:, None] * stride_gb
+                + p * stride_gp
+                + d[None, :] * stride_gd,
+                mask=(b[:, None] < B) & (d[None, :] < D),
+                other=0.0,
+            )
             total += tl.sum(g.to(tl.float32), axis=0)
         tl.store(grad_domain + (row - M) * D + d, total.to(grad_domain.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
 def _vae_prompts_bwd_hidden(
-    grad, w2, shares,
-    B, M, D, H, share, stride_gb, stride_gp, stride_gd, stride_2c, stride_2h,
-    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+    grad,
+    w2,
+    shares,
+    B,
+    M,
+    D,
+    H,
+    share,
+    stride_gb,
+    stride_gp,
+    stride_gd,
+    stride_2c,
+    stride_2h,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
     """Programs (images; hidden units; shares of so many tiles of d): da (shares, B, H) of each share."""
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -235,41 +346,90 @@ def _vae_prompts_bwd_hidden(
     da = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
     for tile in range(first, tl.minimum(first + share, M * tiles)):
         row, d = tile // tiles, tile % tiles * BLOCK_D + tl.arange(0, BLOCK_D)
-        g = tl.load(grad + b.to(tl.int64)[:, None] * stride_gb + row * stride_gp + d[None, :] * stride_gd,
-                    mask=(b[:, None] < B) & (d[None, :] < D), other=0.0)  # (b, D)
-        w = tl.load(w2 + (row * D + d).to(tl.int64)[:, None] * stride_2c + h[None, :] * stride_2h,
-                    mask=(d[:, None] < D) & (h[None, :] < H), other=0.0)  # (D, h)
+        g = tl.load(
+            grad + b.to(tl.int64)[:, None] * stride_gb + row * stride_gp + d[None, :] * stride_gd,
+            mask=(b[:, None] < B) & (d[None, :] < D),
+            other=0.0,
+        )  # (b, D)
+        w = tl.load(
+            w2 + (row * D + d).to(tl.int64)[:, None] * stride_2c + h[None, :] * stride_2h,
+            mask=(d[:, None] < D) & (h[None, :] < H),
+            other=0.0,
+        )  # (D, h)
         da = tl.dot(g.to(w.dtype), w, da, input_precision="ieee")
     at = (tl.program_id(2) * B + b).to(tl.int64)[:, None] * H + h[None, :]
     tl.store(shares + at, da, mask=(b[:, None] < B) & (h[None, :] < H))
 
 
 @triton.jit
-def _grad_hidden(shares, stats, seed, w1, b1, b, h, S, B, Z, H, stride_sb, stride_sz, stride_1h, stride_1z,
-                 NOISE: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_S: tl.constexpr):
+def _grad_hidden(
+    shares,
+    stats,
+    seed,
+    w1,
+    b1,
+    b,
+    h,
+    S,
+    B,
+    Z,
+    H,
+    stride_sb,
+    stride_sz,
+    stride_1h,
+    stride_1z,
+    NOISE: tl.constexpr,
+    BLOCK_Z: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """dh of one image b (1,) and hidden units h (n,), or of images b (n,) and one hidden unit h (1,): (n,)."""
     at, inside = b.to(tl.int64) * H + h, (b < B) & (h < H)
     x = tl.load(b1 + h + 0 * b, mask=inside, other=0.0).to(tl.float32)
     for start in range(0, Z, BLOCK_Z):
         j = start + tl.arange(0, BLOCK_Z)
         z = _latent(stats, seed, b, j, B, Z, stride_sb, stride_sz, NOISE)  # (b, z)
-        w = tl.load(w1 + h[:, None] * stride_1h + j[None, :] * stride_1z,
-                    mask=(h[:, None] < H) & (j[None, :] < Z), other=0.0)  # (h, z)
+        w = tl.load(
+            w1 + h[:, None] * stride_1h + j[None, :] * stride_1z, mask=(h[:, None] < H) & (j[None, :] < Z), other=0.0
+        )  # (h, z)
         x += tl.sum(z * w.to(tl.float32), axis=1)
     da = tl.zeros_like(x)
     for start in range(0, S, BLOCK_S):
         share = (start + tl.arange(0, BLOCK_S))[:, None]
-        da += tl.sum(tl.load(shares + share.to(tl.int64) * B * H + at[None, :], mask=(share < S) & inside[None, :],
-                             other=0.0), axis=0)
+        da += tl.sum(
+            tl.load(shares + share.to(tl.int64) * B * H + at[None, :], mask=(share < S) & inside[None, :], other=0.0),
+            axis=0,
+        )
     return da * _gelu_slope(x)
 
 
 @triton.jit
 def _vae_prompts_bwd_latent(
-    shares, grad_kl, stats, seed, w1, b1, carried, grad_stats, grad_w1, grad_b1,
-    S, B, Z, H, stride_kb, stride_sb, stride_sz, stride_1h, stride_1z,
-    NOISE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_S: tl.constexpr,
+    shares,
+    grad_kl,
+    stats,
+    seed,
+    w1,
+    b1,
+    carried,
+    grad_stats,
+    grad_w1,
+    grad_b1,
+    S,
+    B,
+    Z,
+    H,
+    stride_kb,
+    stride_sb,
+    stride_sz,
+    stride_1h,
+    stride_1z,
+    NOISE: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_Z: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     """Programs (hidden unit, latent units) for dW₁ and db₁, and behind them (image, latent units) for the statistics.
 
@@ -283,8 +443,26 @@ def _vae_prompts_bwd_latent(
         dw = tl.zeros((BLOCK_Z,), tl.float32)
         for start in range(0, B, BLOCK_B):
             b = start + tl.arange(0, BLOCK_B)
-            of_unit = _grad_hidden(shares, stats, seed, w1, b1, b, unit, S, B, Z, H, stride_sb, stride_sz, stride_1h,
-                                   stride_1z, NOISE, BLOCK_Z, BLOCK_S)[:, None]
+            of_unit = _grad_hidden(
+                shares,
+                stats,
+                seed,
+                w1,
+                b1,
+                b,
+                unit,
+                S,
+                B,
+                Z,
+                H,
+                stride_sb,
+                stride_sz,
+                stride_1h,
+                stride_1z,
+                NOISE,
+                BLOCK_Z,
+                BLOCK_S,
+            )[:, None]
             dw += tl.sum(of_unit * _latent(stats, seed, b, j, B, Z, stride_sb, stride_sz, NOISE), axis=0)
             total += tl.sum(of_unit, axis=0)
         tl.store(grad_w1 + i.to(tl.int64) * Z + j, dw.to(grad_w1.dtype.element_ty), mask=j < Z)
@@ -294,10 +472,31 @@ def _vae_prompts_bwd_latent(
         dz = tl.zeros((BLOCK_Z,), tl.float32)
         for start in range(0, H, BLOCK_H):
             h = start + tl.arange(0, BLOCK_H)
-            of_image = _grad_hidden(shares, stats, seed, w1, b1, image, h, S, B, Z, H, stride_sb, stride_sz, stride_1h,
-                                    stride_1z, NOISE, BLOCK_Z, BLOCK_S)[:, None]
-            w = tl.load(w1 + h[:, None] * stride_1h + j[None, :] * stride_1z,
-                        mask=(h[:, None] < H) & (j[None, :] < Z), other=0.0)  # (h, z)
+            of_image = _grad_hidden(
+                shares,
+                stats,
+                seed,
+                w1,
+                b1,
+                image,
+                h,
+                S,
+                B,
+                Z,
+                H,
+                stride_sb,
+                stride_sz,
+                stride_1h,
+                stride_1z,
+                NOISE,
+                BLOCK_Z,
+                BLOCK_S,
+            )[:, None]
+            w = tl.load(
+                w1 + h[:, None] * stride_1h + j[None, :] * stride_1z,
+                mask=(h[:, None] < H) & (j[None, :] < Z),
+                other=0.0,
+            )  # (h, z)
             dz += tl.sum(of_image * w.to(tl.float32), axis=0)
         at, inside = image.to(tl.int64) * Z + j, j < Z
         if not FIRST:
@@ -317,13 +516,15 @@ def _vae_prompts_bwd_latent(
 
 
 def _decoders(weights: list[Tensor]) -> list[Decoder]:
-    return [Decoder(*weights[i:i + 4]) for i in range(0, len(weights), 4)]
+    return [Decoder(*weights[i : i + 4]) for i in range(0, len(weights), 4)]
 
 
 def _outputs(stats: Tensor, weights: list[Tensor], domain: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     (layers, static, d), batch = domain.shape, stats.shape[0]
-    return (domain.new_empty(layers, batch, static + weights[2].shape[0] // d, d),
-            stats.new_empty(batch, dtype=torch.float32))
+    return (
+        domain.new_empty(layers, batch, static + weights[2].shape[0] // d, d),
+        stats.new_empty(batch, dtype=torch.float32),
+    )
 
 
 def _forward(stats: Tensor, weights: list[Tensor], domain: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -337,13 +538,36 @@ def _forward(stats: Tensor, weights: list[Tensor], domain: Tensor, seed: Tensor 
     group = layers // len(decoders)  # layers that a decoder serves: all or one
     with torch.cuda.device_of(stats):
         for i, (w1, b1, w2, b2) in enumerate(decoders):
-            grid = ((instance + group * static) * triton.cdiv(d, row.sizes["BLOCK_D"]),
-                    triton.cdiv(batch, row.sizes["BLOCK_B"]))
-            own = domain[i * group:(i + 1) * group]
+            grid = (
+                (instance + group * static) * triton.cdiv(d, row.sizes["BLOCK_D"]),
+                triton.cdiv(batch, row.sizes["BLOCK_B"]),
+            )
+            own = domain[i * group : (i + 1) * group]
             _vae_prompts_fwd[grid](
-                stats, seed, w1, b1, w2, b2, own, prompts[i * group:(i + 1) * group], kl, group, batch, static,
-                instance, d, z, h, *stats.stride(), *w1.stride(), *w2.stride(), *own.stride(), NOISE=seed is not None,
-                KL=i == 0, **row.options)
+                stats,
+                seed,
+                w1,
+                b1,
+                w2,
+                b2,
+                own,
+                prompts[i * group : (i + 1) * group],
+                kl,
+                group,
+                batch,
+                static,
+                instance,
+                d,
+                z,
+                h,
+                *stats.stride(),
+                *w1.stride(),
+                *w2.stride(),
+                *own.stride(),
+                NOISE=seed is not None,
+                KL=i == 0,
+                **row.options,
+            )
     return prompts, kl
 
 
@@ -355,13 +579,15 @@ def _shares(batch: int, hidden: int, instance: int, d: int, sizes: Mapping[str, 
     return share, (*rows, triton.cdiv(tiles, share))
 
 
-def _gradients(grad: Tensor, grad_kl: Tensor, stats: Tensor, weights: list[Tensor], domain: Tensor,
-               seed: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _gradients(
+    grad: Tensor, grad_kl: Tensor, stats: Tensor, weights: list[Tensor], domain: Tensor, seed: Tensor | None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     return (stats.new_empty(stats.shape), domain.new_empty(domain.shape), [w.new_empty(w.shape) for w in weights])
 
 
-def _backward(grad: Tensor, grad_kl: Tensor, stats: Tensor, weights: list[Tensor], domain: Tensor,
-              seed: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _backward(
+    grad: Tensor, grad_kl: Tensor, stats: Tensor, weights: list[Tensor], domain: Tensor, seed: Tensor | None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     grad_stats, grad_domain, grad_weights = _gradients(grad, grad_kl, stats, weights, domain, seed)
     (layers, static, d), batch, (h, z) = domain.shape, stats.shape[0], weights[0].shape
     instance = weights[2].shape[0] // d
@@ -375,31 +601,86 @@ def _backward(grad: Tensor, grad_kl: Tensor, stats: Tensor, weights: list[Tensor
     with torch.cuda.device_of(stats):
         for i, (w1, b1, w2, _) in enumerate(decoders):
             row = rows["_vae_prompts_bwd_decoder"]
-            own, own_domain = grad[i * group:(i + 1) * group], grad_domain[i * group:(i + 1) * group]
+            own, own_domain = grad[i * group : (i + 1) * group], grad_domain[i * group : (i + 1) * group]
             summed = grad.new_empty(batch, instance, d) if group > 1 else own[0, :, static:]
-            grid = ((instance + group * static) * triton.cdiv(d, row.sizes["BLOCK_D"]),
-                    triton.cdiv(h, row.sizes["BLOCK_H"]))
+            grid = (
+                (instance + group * static) * triton.cdiv(d, row.sizes["BLOCK_D"]),
+                triton.cdiv(h, row.sizes["BLOCK_H"]),
+            )
             _vae_prompts_bwd_decoder[grid](
-                own, stats, seed, w1, b1, w2, summed, found[i].w2, found[i].b2, own_domain, group, batch, static,
-                instance, d, z, h, *own.stride(), *stats.stride(), *w1.stride(), NOISE=noise, SUMMED=group > 1,
-                **row.options)
+                own,
+                stats,
+                seed,
+                w1,
+                b1,
+                w2,
+                summed,
+                found[i].w2,
+                found[i].b2,
+                own_domain,
+                group,
+                batch,
+                static,
+                instance,
+                d,
+                z,
+                h,
+                *own.stride(),
+                *stats.stride(),
+                *w1.stride(),
+                NOISE=noise,
+                SUMMED=group > 1,
+                **row.options,
+            )
             if batch:
-                _vae_prompts_bwd_hidden[grid_hidden](summed, w2, shares, batch, instance, d, h, share,
-                                                     *summed.stride(), *w2.stride(),
-                                                     **rows["_vae_prompts_bwd_hidden"].options)
+                _vae_prompts_bwd_hidden[grid_hidden](
+                    summed,
+                    w2,
+                    shares,
+                    batch,
+                    instance,
+                    d,
+                    h,
+                    share,
+                    *summed.stride(),
+                    *w2.stride(),
+                    **rows["_vae_prompts_bwd_hidden"].options,
+                )
             row = rows["_vae_prompts_bwd_latent"]
             _vae_prompts_bwd_latent[((h + batch) * triton.cdiv(z, row.sizes["BLOCK_Z"]),)](
-                shares, grad_kl, stats, seed, w1, b1, carried, grad_stats, found[i].w1, found[i].b1, len(shares), batch,
-                z, h, *grad_kl.stride(), *stats.stride(), *w1.stride(), NOISE=noise, FIRST=i == 0,
-                LAST=i == len(decoders) - 1, **row.options)
+                shares,
+                grad_kl,
+                stats,
+                seed,
+                w1,
+                b1,
+                carried,
+                grad_stats,
+                found[i].w1,
+                found[i].b1,
+                len(shares),
+                batch,
+                z,
+                h,
+                *grad_kl.stride(),
+                *stats.stride(),
+                *w1.stride(),
+                NOISE=noise,
+                FIRST=i == 0,
+                LAST=i == len(decoders) - 1,
+                **row.options,
+            )
     return grad_stats, grad_domain, grad_weights
 
 
-torch.library.define("fastprompt::vae_prompts",
-                     "(Tensor stats, Tensor[] weights, Tensor domain, Tensor? seed) -> (Tensor, Tensor)")
-torch.library.define("fastprompt::vae_prompts_backward",
-                     "(Tensor grad, Tensor grad_kl, Tensor stats, Tensor[] weights, Tensor domain, Tensor? seed)"
-                     " -> (Tensor, Tensor, Tensor[])")
+torch.library.define(
+    "fastprompt::vae_prompts", "(Tensor stats, Tensor[] weights, Tensor domain, Tensor? seed) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    "fastprompt::vae_prompts_backward",
+    "(Tensor grad, Tensor grad_kl, Tensor stats, Tensor[] weights, Tensor domain, Tensor? seed)"
+    " -> (Tensor, Tensor, Tensor[])",
+)
 for _name, _kernel, _fake in (("vae_prompts", _forward, _outputs), ("vae_prompts_backward", _backward, _gradients)):
     torch.library.impl(f"fastprompt::{_name}", ("CUDA", "CPU"), _kernel)
     torch.library.register_fake(f"fastprompt::{_name}", _fake)
@@ -410,8 +691,9 @@ _op_backward = torch.ops.fastprompt.vae_prompts_backward.default
 
 class _VAEPrompts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, stats: Tensor, domain: Tensor, seed: Tensor | None, *weights: Tensor
-                ) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, stats: Tensor, domain: Tensor, seed: Tensor | None, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(stats, domain, seed, *weights)
         return _op(stats, weights, domain, seed)
 
@@ -423,7 +705,6 @@ class _VAEPrompts(torch.autograd.Function):
         return grad_stats, grad_domain, None, *grad_weights
 
 
-def vae_prompts(stats: Tensor, decoders: list[Decoder], domain: Tensor, seed: Tensor | None
-                ) -> tuple[Tensor, Tensor]:
+def vae_prompts(stats: Tensor, decoders: list[Decoder], domain: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `fastprompt.kernels.vae_prompts.vae_prompts`."""
     return _VAEPrompts.apply(stats, domain, seed, *(w for decoder in decoders for w in decoder))

@@ -20,13 +20,13 @@ BROKEN = """
 import sys, tempfile
 sys.path[:0] = ["bench", "tests/kernels/gates", "."]
 import gpu, mutate
-from pathlib import Path
 from spec import load_spec
-source = Path("kernels/prefix_attention/triton.py").read_text()
+spec = load_spec("prefix_attention")
+source = mutate.source_of(spec)
 broken = source.replace({old!r}, {new!r})
 assert broken != source
 with tempfile.TemporaryDirectory() as folder:
-    mutate.module_from(broken, load_spec("prefix_attention").MODULE, folder)
+    mutate.module_from(broken, spec.MODULE, folder)
     gpu.main("--dry-run", "--op", "prefix_attention", "--out", sys.argv[1])
 """
 

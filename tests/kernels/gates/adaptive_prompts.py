@@ -267,8 +267,8 @@ MUTATIONS = [
     ("mean and variance swapped", "variance = tl.load(row + stride_ss, mask", "variance = tl.load(row, mask"),
     (
         "strides of mix swapped",
-        "_tile(mix, p, n, P, N, stride_mp, stride_mn)  # (P, N)\n        row",
-        "_tile(mix, p, n, P, N, stride_mn, stride_mp)  # (P, N)\n        row",
+        "_tile(mix, p, n, P, N, stride_mp, stride_mn)\n        row",
+        "_tile(mix, p, n, P, N, stride_mn, stride_mp)\n        row",
     ),
     ("tokens of the first image", "_tile(tokens + b * stride_xb, n, d", "_tile(tokens, n, d"),
     ("channel mask of the wrong image", "channel_mask + (r // P)[:, None]", "channel_mask + (r % P)[:, None]"),
@@ -314,7 +314,7 @@ MUTATIONS = [
     ("a share forgotten", "share[:, None] < count) &", "share[:, None] < count - 1) &"),
     ("the rows of the first share", "first = tl.program_id(1) * share\n    acc_w", "first = 0\n    acc_w"),
     ("norm's bias in place of its weight", "tl.store(dbias + i - D, acc", "tl.store(dweight + i - D, acc"),
-    ("dW1 from the front", "first, second = i - 2 * D,", "first, second = i - D,"),
+    ("dW1 from the front", "first, second = (i - 2 * D,", "first, second = (i - D,"),
     ("token rows in 32 bits", "base + row[:, None].to(tl.int64) * stride_r", "base + row[:, None] * stride_r"),
     ("images in 32 bits", "(i // blocks_d // blocks_p).to(tl.int64)", "i // blocks_d // blocks_p"),
 ]

@@ -322,7 +322,7 @@ CHECKS = [
 MUTATIONS = [
     ("lowest instead of highest", "tl.maximum(top, tl.max(a, axis=1))", "tl.minimum(top, tl.max(a, axis=1))"),
     ("no shift", "w = tl.exp(a - shift[:, None])", "w = tl.exp(a)"),
-    ("rows of -inf unguarded", 'tl.where(higher == float("-inf"), 0.0, higher)', "higher"),
+    ("rows of -inf unguarded", "tl.where(higher == float('-inf'), 0.0, higher)", "higher"),
     ("sum not rescaled", "total = total * rescale + tl.sum(w, axis=1)", "total = total + tl.sum(w, axis=1)"),
     ("accumulator not rescaled", "acc = acc * rescale[:, None]", "acc = acc * 1.0"),
     ("maximum not carried", "            top = higher\n", ""),
@@ -330,15 +330,13 @@ MUTATIONS = [
     ("library tokens beyond M", "(m[:, None] < M) & (d[None, :] < D), other=0.0)", "(d[None, :] < D), other=0.0)"),
     (
         "logits beyond M",
-        "(m[None, :] < M),\n                    other",
-        "(m[None, :] >= 0),\n                    other",
+        "& (m[None, :] < M), other",
+        "& (m[None, :] >= 0), other",
     ),
     (
         "logits beyond M count as 0",
-        """other=float("-inf")).to(tl.float32)  # (R, M)
-        tokens""",
-        """other=0.0).to(tl.float32)  # (R, M)
-        tokens""",
+        "other=float('-inf')).to(tl.float32)\n        tokens",
+        "other=0.0).to(tl.float32)\n        tokens",
     ),
     (
         "stores beyond D",
@@ -357,7 +355,7 @@ MUTATIONS = [
     ),
     (
         "32-bit offsets",
-        "b, k = (r // K).to(tl.int64), (r % K).to(tl.int64)\n        tile",
+        "b, k = ((r // K).to(tl.int64), (r % K).to(tl.int64))\n        tile",
         "b, k = r // K, r % K\n        tile",
     ),
     (
@@ -432,12 +430,8 @@ MUTATIONS = [
     ),
     (
         "backward: rows beyond R",
-        """mask=(r[:, None] < R) & (d[None, :] < D), other=0.0)  # (R, D)
-        if SOFTMAX:
-            highest""",
-        """mask=(d[None, :] < D), other=0.0)  # (R, D)
-        if SOFTMAX:
-            highest""",
+        "mask=(r[:, None] < R) & (d[None, :] < D), other=0.0)\n        if SOFTMAX:\n            highest",
+        "mask=d[None, :] < D, other=0.0)\n        if SOFTMAX:\n            highest",
     ),
     (
         "backward: only the last rows",

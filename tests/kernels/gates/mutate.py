@@ -1,11 +1,14 @@
 """Breaks an op's kernels on purpose: `TRITON_INTERPRET=1 python tests/kernels/gates/mutate.py <op> [mutation ...]`.
 
-Each mutation of the specification is one edit of the source. It is applied to a copy, the cases and checks run on the
-copy in a process of its own, and one of them has to turn red. A copy without an edit has to stay green.
+Each mutation of the specification is one edit of the source, written against the layout that `ast.unparse` gives it:
+one statement a line, single quotes, no comments. So a formatter changes no mutation. The edit is applied to a copy, the
+cases and checks run on the copy in a process of its own, and one of them has to turn red. A copy without an edit has to
+stay green.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import json
@@ -14,6 +17,7 @@ import resource
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +30,30 @@ from fastprompt.kernels.dispatch import interpreting
 
 FORKING = threading.Lock()
 SECONDS = 30  # of processor time, beside twice what the unharmed kernels take: who needs more never ends
+
+
+def source_of(spec: ModuleType) -> str:
+    """The source of an op's kernels in the layout that mutations are written against."""
+    found = importlib.util.find_spec(spec.MODULE)
+    assert found is not None
+    return ast.unparse(ast.parse(Path(str(found.origin)).read_text()))
+
+
+def mutants(spec: ModuleType, names: Sequence[str] = ()) -> dict[str, str]:
+    """The broken sources by the name of their mutation: all of them, or those in `names`.
+
+    Raises:
+        ValueError: the text of a mutation is not in the source, or it changes nothing; or there is no such mutation.
+    """
+    source = source_of(spec)
+    known = {name: (old, new) for name, old, new in spec.MUTATIONS}
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ValueError(f"no mutation is named {', '.join(map(repr, unknown))}")
+    lost = [name for name, (old, new) in known.items() if old not in source or old == new]
+    if lost:
+        raise ValueError(f"mutations whose text is not in the source or is not changed: {', '.join(map(repr, lost))}")
+    return {name: source.replace(*known[name], 1) for name in names or known}
 
 
 def module_from(source: str, name: str, folder: str) -> ModuleType:
@@ -77,23 +105,15 @@ def main(op: str, *names: str) -> None:
         raise SystemExit("set TRITON_INTERPRET=1")
     torch.set_num_threads(1)
     spec = load_spec(op)
-    path = importlib.util.find_spec(spec.MODULE)
-    assert path is not None
-    source = Path(str(path.origin)).read_text()
-    unharmed = in_a_fork(spec, source, resource.RLIM_INFINITY)
+    broken = mutants(spec, names)
+    unharmed = in_a_fork(spec, source_of(spec), resource.RLIM_INFINITY)
     if unharmed:
         raise SystemExit(f"red without a mutation: {unharmed}")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = SECONDS + int(2 * (used.ru_utime + used.ru_stime))
-    mutations = [mutation for mutation in spec.MUTATIONS if not names or mutation[0] in names]
-    for name, old, new in mutations:
-        if source.count(old) < 1 or old == new:
-            raise SystemExit(f"mutation {name!r}: its text is not in the source")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        broken = [source.replace(old, new, 1) for _, old, new in mutations]
-        found = list(pool.map(lambda text: in_a_fork(spec, text, seconds), broken))
-    result = dict(zip((name for name, *_ in mutations), found, strict=True))
-    json.dump(result, sys.stdout, indent=1)
+        found = list(pool.map(lambda text: in_a_fork(spec, text, seconds), broken.values()))
+    json.dump(dict(zip(broken, found, strict=True)), sys.stdout, indent=1)
 
 
 if __name__ == "__main__":

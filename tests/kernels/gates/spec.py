@@ -10,7 +10,8 @@ A specification is a module beside this one, named like the op, that holds
     TRAFFIC = [Case(...), ...]    sizes at which distinct bytes are counted (about a hundred programs)
     LOADED_ONCE = {"kernel": ("argument", ...)}       arguments no element of which may be loaded twice
     CHECKS = [function, ...]      each is called with the kernels' module, in the interpreter, and asserts a property
-    MUTATIONS = [(what, old source text, new source text), ...]      every one must turn a case or a check red
+    MUTATIONS = [(what, old source text, new source text), ...]      every one must turn a case or a check red;
+        the text is that of `ast.unparse`: one statement a line, single quotes, no comments
 
 How the gates are run (each prints one JSON object):
 
