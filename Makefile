@@ -66,8 +66,8 @@ browser: $(STAMP)  ## the page in a real headless Chromium, beside the Python cl
 	FASTPROMPT_PAGE=.cache/page/site FASTPROMPT_NODE_MODULES=$(NODE_MODULES) OMP_NUM_THREADS=1 \
 		$(VENV)/bin/pytest -q tests/client/test_browser.py
 
-hammer: $(STAMP)  ## an engine under eight threads for a minute, adapters swapped and failures injected
-	FASTPROMPT_HAMMER_SECONDS=60 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q tests/engine/test_engine.py -k hammered
+hammer: $(STAMP)  ## an engine under eight threads, thousands of calls, adapters swapped and failures injected
+	FASTPROMPT_HAMMER_TURNS=500 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q tests/engine/test_engine.py -k hammered
 
 serve-ray: $(STAMP)  ## the host on a local Ray, which this installs into the environment (a minute)
 	@$(PY) -m pip install -qq $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[dev,ray]'
@@ -103,7 +103,7 @@ kernels-report: $(STAMP)  ## compile every Triton kernel for every part and writ
 	OMP_NUM_THREADS=1 $(PY) tests/kernels/gates/report.py
 
 gpu: $(STAMP)  ## on a GPU: parity, determinism and speed of every op and of CUDA graphs, into results/gpu.json and the README
-	began=$$(date +%s) && $(VENV)/bin/pytest -q tests/engine/test_cuda_graph.py -k OnTheDevice && \
+	began=$$(date +%s) && $(VENV)/bin/pytest -q tests/engine/cuda_graph/test_device.py && \
 		$(PY) bench/gpu.py --began $$began
 	$(PY) bench/gpu_table.py results/gpu.json README.md
 

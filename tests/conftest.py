@@ -17,8 +17,38 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+import fastprompt as fp
+from fastprompt.generators import PromptConfig
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "golden"
+
+METHODS: dict[str, PromptConfig] = {
+    "pgn": fp.PGNConfig(num_prompts=3, library_size=5, widths=(4, 8)),
+    "rgb-pgn": fp.RGBPGNConfig(num_prompts=4, library_size=5, widths=(4, 8)),
+    "v2apt": fp.V2APTConfig(num_prompts=4, num_instance=2, latent=3, hidden=5),
+    "vapt": fp.VAPTConfig(num_prompts=3, hidden=4, prompt_dropout=0.1),
+    "vpt-deep": fp.VPTConfig(num_prompts=3),
+    "vpt-shallow": fp.VPTConfig(num_prompts=3, deep=False),
+    "free": fp.FreePromptsConfig(num_prompts=3),
+    "pixel": fp.PixelPromptConfig(border=4),
+    "linear": fp.LinearProbeConfig(),
+    "full": fp.FullFineTuneConfig(),
+}
+VARIANTS: dict[str, PromptConfig] = {
+    "pgn-sigmoid": fp.PGNConfig(num_prompts=3, library_size=5, widths=(4,), activation="sigmoid", resolution=16),
+    "rgb-latent": fp.RGBPGNConfig(num_prompts=4, library_size=5, widths=(4, 8), placement="latent"),
+    "rgb-replace": fp.RGBPGNConfig(num_prompts=4, library_size=5, widths=(4, 8), placement="replace"),
+    "v2apt-per-layer": fp.V2APTConfig(num_prompts=3, num_instance=3, latent=3, hidden=5, share="per_layer"),
+    "v2apt-samples": fp.V2APTConfig(num_prompts=3, num_instance=1, latent=3, hidden=5, inference_samples=2),
+    "vapt-ablated": fp.VAPTConfig(
+        num_prompts=3, channelwise=False, share_projector=False, learnable_scale=True, static_layers=2, project=6
+    ),
+    "vpt-5": fp.VPTConfig(num_prompts=5),
+    "vpt-dropout": fp.VPTConfig(num_prompts=3, prompt_dropout=0.2),
+    "vpt-project": fp.VPTConfig(num_prompts=3, project=5),
+    "vpt-shallow-project": fp.VPTConfig(num_prompts=3, deep=False, project=6, prompt_dropout=0.2),
+}
 
 # PyTorch's MKL sums in one order wherever memory lies, on every CPU: without it the last bits, and how close PyTorch
 # comes to float64, are those of the processor. Processes that tests start inherit it.
@@ -60,7 +90,7 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
                 norm_weight = name.endswith(("weight", "gamma"))
                 value.copy_(1 + 0.2 * noise if norm_weight else 0.2 * noise)
             else:
-                fan_in = value[0].numel()
+                fan_in = max(1, value.shape[1:].numel())  # a tensor may be empty
                 value.copy_(noise * fan_in**-0.5)
         for name, value in module.named_buffers():
             if name.endswith("running_mean"):
@@ -70,11 +100,48 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> str:
+    """The name of a method: a test that takes it runs for each, or for those that it parametrises `method` with."""
+    return request.param
+
+
+@pytest.fixture(params=METHODS | VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    """The name of a method or of another of its forms."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def configs() -> dict[str, PromptConfig]:
+    """A tiny configuration for each name that `method` and `variant` have."""
+    return METHODS | VARIANTS
+
+
 @pytest.fixture
-def tiny_vit() -> VisionTransformer:
-    """A random timm ViT in eval mode: 32 px, patch 8 (grid 4 x 4), width 48, 3 blocks, 3 heads, no head."""
-    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=0)
-    return randomise(vit).eval()
+def make_vit() -> Callable[..., VisionTransformer]:
+    """`make_vit(seed=0, **options)`: a random timm ViT in eval mode.
+
+    32 px, patch 8 (grid 4 x 4), width 48, 3 blocks, 3 heads, no head.
+    """
+
+    def build(seed: int = 0, **options: Any) -> VisionTransformer:
+        sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 0}
+        return randomise(VisionTransformer(**{**sizes, **options}), seed).eval()
+
+    return build
+
+
+@pytest.fixture
+def tiny_vit(make_vit: Callable[..., VisionTransformer]) -> VisionTransformer:
+    """The ViT of `make_vit` as it is."""
+    return make_vit()
+
+
+@pytest.fixture
+def pre_norm_vit(make_vit: Callable[..., VisionTransformer]) -> VisionTransformer:
+    """The ViT of `make_vit` with two registers and, as in CLIP, a norm before the first block."""
+    return make_vit(pre_norm=True, reg_tokens=2)
 
 
 @pytest.fixture

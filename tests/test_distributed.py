@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+from fastprompt.generators import PromptConfig
+
 SCRIPT = """
+import json
 import os
 import sys
 
@@ -16,19 +21,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn.parallel import DistributedDataParallel
 
 import fastprompt as fp
+from fastprompt.generators import config_from_dict
 
-METHODS = {
-    "vpt": fp.VPTConfig(num_prompts=3),
-    "vpt shallow": fp.VPTConfig(num_prompts=3, deep=False),
-    "vapt": fp.VAPTConfig(num_prompts=3, channel_dropout=0.0, hidden_dropout=0.0),
-    "v2apt": fp.V2APTConfig(num_prompts=3, num_instance=2, latent=4, hidden=4),
-    "pgn": fp.PGNConfig(num_prompts=3, library_size=5, widths=(4, 4)),
-    "free": fp.FreePromptsConfig(num_prompts=3),
-}
 rank = int(sys.argv[1])
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-for name, config in METHODS.items():
+for name, values in json.loads(sys.argv[3]).items():
+    config = config_from_dict(values)
     torch.manual_seed(0)
     vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
     model = fp.PromptedViT(fp.FrozenViT(vit).double(), config, num_classes=5).train()
@@ -54,9 +53,14 @@ os._exit(0)  # gloo's threads can abort an interpreter that ends at the same tim
 """
 
 
-def test_two_processes_have_the_gradients_of_the_joint_batch(tmp_path: Path) -> None:
+def test_two_processes_have_the_gradients_of_the_joint_batch(configs: dict[str, PromptConfig], tmp_path: Path) -> None:
+    tried = {name: configs[name] for name in ("vpt-deep", "vpt-shallow", "vapt", "v2apt", "pgn", "free")}
+    undropped = {"channel_dropout": 0.0, "hidden_dropout": 0.0, "prompt_dropout": 0.0}
+    tried["vapt"] = dataclasses.replace(tried["vapt"], **undropped)
+    methods = json.dumps({name: config.to_dict() for name, config in tried.items()})
+    command = [sys.executable, "-c", SCRIPT]
     ranks = [
-        subprocess.Popen([sys.executable, "-c", SCRIPT, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE)
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store"), methods], stderr=subprocess.PIPE)
         for rank in range(2)
     ]
     for process in ranks:

@@ -11,36 +11,29 @@ from pathlib import Path
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastprompt as fp
+from fastprompt.generators import PromptConfig
 
-METHODS = {
-    "vpt": fp.VPTConfig(num_prompts=3, prompt_dropout=0.2),
-    "vpt shallow": fp.VPTConfig(num_prompts=3, deep=False),
-    "vapt": fp.VAPTConfig(num_prompts=3),
-    "v2apt": fp.V2APTConfig(num_prompts=3, num_instance=2, latent=4, hidden=4),
-    "pgn": fp.PGNConfig(num_prompts=3, library_size=5, widths=(4, 4)),
-    "free": fp.FreePromptsConfig(num_prompts=3),
-}
 Make = Callable[..., fp.PromptedViT]
-pytestmark = pytest.mark.parametrize("method", METHODS)
-
-
-def build(method: str, randomised: Callable[..., nn.Module], dtype: torch.dtype = torch.float64) -> fp.PromptedViT:
-    torch.manual_seed(0)
-    vit = randomised(VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0))
-    model = fp.PromptedViT(fp.FrozenViT(vit).to(dtype), METHODS[method], num_classes=5)
-    with torch.no_grad():
-        for p in model.generator.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    return model
+pytestmark = pytest.mark.parametrize("method", ["vpt-dropout", "vpt-shallow", "vapt", "v2apt", "pgn", "free"])
 
 
 @pytest.fixture
-def make(randomised: Callable[..., nn.Module]) -> Make:
-    return lambda method, dtype=torch.float64: build(method, randomised, dtype)
+def make(make_vit: Callable[..., VisionTransformer], configs: dict[str, PromptConfig]) -> Make:
+    """`make(method, dtype=torch.float64)`: the same random model each time."""
+
+    def build(method: str, dtype: torch.dtype = torch.float64) -> fp.PromptedViT:
+        torch.manual_seed(0)
+        model = fp.PromptedViT(fp.FrozenViT(make_vit(depth=2)).to(dtype), configs[method], num_classes=5)
+        with torch.no_grad():
+            for p in model.generator.parameters():
+                p.add_(0.3 * torch.randn_like(p))
+        return model
+
+    return build
 
 
 def raw_images(batch: int) -> Tensor:

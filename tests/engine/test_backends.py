@@ -25,7 +25,10 @@ def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("backend", "method"),
-    [("compile", "vpt"), *(("openvino", method) for method in ("vpt", "vpt-shallow", "pgn", "v2apt", "vapt", "pixel"))],
+    [
+        ("compile", "vpt-deep"),
+        *(("openvino", method) for method in ("vpt-deep", "vpt-shallow-project", "pgn", "v2apt", "vapt", "pixel")),
+    ],
 )
 def test_computes_what_eager_does(
     build: Build, images: Tensor, backend: str, method: str, monkeypatch: pytest.MonkeyPatch
@@ -42,7 +45,7 @@ def test_computes_what_eager_does(
 
 def test_constants_are_made_again_and_raw_pixels_taken(build: Build) -> None:
     pytest.importorskip("openvino")
-    model, raw = build("vpt"), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    model, raw = build("vpt-deep"), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     eager, other = (fp.Engine(model, (2,), torch.float32, name) for name in ("eager", "openvino"))
     before = other(raw)
     assert_close(before, eager(raw), torch.float32)
@@ -57,16 +60,16 @@ def test_a_missing_package_is_an_import_error_that_names_the_extra(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
     with pytest.raises(ImportError, match=r"'openvino' cannot run: .*pip install 'fastprompt\[openvino\]'"):
-        fp.Engine(build("vpt"), backend="openvino")
+        fp.Engine(build("vpt-deep"), backend="openvino")
 
 
 def test_what_cannot_run_here_says_why(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"'compile' cannot run: torch\.compile needs a C\+\+ compiler"):
-        fp.Engine(build("vpt"), backend="compile")
+        fp.Engine(build("vpt-deep"), backend="compile")
     if importlib.util.find_spec("openvino"):
         with pytest.raises(RuntimeError, match="'openvino' cannot run: it computes in float32 and 16 bits"):
-            fp.Engine(build("vpt"), dtype=torch.float64, backend="openvino")
+            fp.Engine(build("vpt-deep"), dtype=torch.float64, backend="openvino")
 
 
 def test_eager_can_run_everywhere() -> None:

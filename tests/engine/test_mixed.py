@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 import fastprompt as fp
 from fastprompt.engine import mixed
+from fastprompt.generators import PromptConfig
 from fastprompt.vit import forward
 
 Build = Callable[..., fp.PromptedViT]
@@ -23,14 +23,14 @@ def exact(backbone: fp.FrozenViT) -> fp.FrozenViT:
 
 @pytest.mark.parametrize("raw", [False, True], ids=["float", "uint8"])
 def test_every_method_head_and_readout_in_one_batch(
-    exact: fp.FrozenViT, build: Build, methods: dict[str, Any], images: Tensor, raw: bool
+    exact: fp.FrozenViT, build: Build, configs: dict[str, PromptConfig], images: Tensor, raw: bool
 ) -> None:
     readouts = ["cls", "patches", "map", "patches+prompts", "prompts"]
     models = []
-    for i, method in enumerate(methods):
-        readout = readouts[i % (5 if method not in ("pixel", "linear", "rgb-extend", "rgb-replace") else 3)]
+    for i, method in enumerate(name for name in configs if name != "full"):
+        readout = readouts[i % (5 if method not in ("pixel", "linear", "rgb-pgn", "rgb-replace") else 3)]
         models.append(build(method, i, None if i == 3 else 4 + i, readout))
-    models += [build("vpt", 20, 9), models[0], build("vapt", 21, 2), models[5]]
+    models += [build("vpt-deep", 20, 9), models[0], build("vapt", 21, 2), models[5]]
     order = torch.randperm(len(models))
     models = [models[i] for i in order]
     images = images[torch.arange(len(models)) % len(images)].double()
@@ -46,7 +46,7 @@ def test_every_method_head_and_readout_in_one_batch(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", ["vpt", "vpt-shallow", "free", "vapt", "v2apt", "pgn"])
+@pytest.mark.parametrize("method", ["vpt-deep", "vpt-shallow-project", "free", "vapt", "v2apt", "pgn"])
 def test_other_adapters_in_the_batch_change_no_bit(
     backbone: fp.FrozenViT, build: Build, images: Tensor, method: str, dtype: torch.dtype
 ) -> None:
@@ -68,7 +68,7 @@ def test_products_with_frozen_weights_run_once_for_all(
     monkeypatch.setattr(
         forward.reference, "mlp", lambda module, x: rows.append(x[..., 0].numel()) or original(module, x)
     )
-    models = [build("vpt"), build("vpt-5"), build("pgn"), build("vpt", 1), build("linear", readout="patches")]
+    models = [build("vpt-deep"), build("vpt-5"), build("pgn"), build("vpt-deep", 1), build("linear", readout="patches")]
     with torch.no_grad():
         mixed.outputs(images[:5].double(), models)
     own, patches = 18, 16
@@ -82,7 +82,7 @@ def test_adapters_that_prompt_alike_share_their_attention(
     monkeypatch.setattr(
         forward, "prefix_attention", lambda q, *rest, **options: batches.append(len(q)) or original(q, *rest, **options)
     )
-    models = [build("vpt", seed) for seed in range(4)] + [build("vpt-5"), build("vpt-5", 1)]
+    models = [build("vpt-deep", seed) for seed in range(4)] + [build("vpt-5"), build("vpt-5", 1)]
     with torch.no_grad():
         mixed.outputs(images[:6].double(), models)
     assert batches == [4, 2, 4, 2]  # the last block has one query and no keys
@@ -91,7 +91,7 @@ def test_adapters_that_prompt_alike_share_their_attention(
 def test_keys_and_values_of_static_prompts_are_not_computed_in_a_call(
     exact: fp.FrozenViT, build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models = [build("vpt", seed, readout="patches") for seed in range(3)]
+    models = [build("vpt-deep", seed, readout="patches") for seed in range(3)]
     with torch.no_grad():
         expected = mixed.outputs(images[:3].double(), models)
         monkeypatch.setattr(forward, "prompt_keys", lambda block, prompts: pytest.fail("computed again"))
@@ -103,7 +103,7 @@ def test_windows_of_a_swin_transformer_run_adapter_by_adapter(
     tiny_swin: Callable[..., nn.Module], images: Tensor, build: Build
 ) -> None:
     swin = fp.FrozenViT(tiny_swin()).double()
-    models = [build("vpt", seed, 3 + seed, "patches", backbone=swin) for seed in range(2)]
+    models = [build("vpt-deep", seed, 3 + seed, "patches", backbone=swin) for seed in range(2)]
     models += [build("v2apt-samples", 3, readout="patches+prompts", backbone=swin)]
     with torch.no_grad():
         batch = [models[i] for i in (0, 1, 0, 2)]

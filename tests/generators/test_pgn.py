@@ -199,19 +199,9 @@ def test_batch_norm_uses_and_updates_batch_statistics_in_training_only() -> None
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_prompts_join_last_and_before_clip_s_pre_norm(
-    randomised: Callable[..., nn.Module], tiny_images: Tensor, activation: str
+    pre_norm_vit: VisionTransformer, tiny_images: Tensor, activation: str
 ) -> None:
-    vit = VisionTransformer(
-        img_size=32,
-        patch_size=8,
-        embed_dim=48,
-        depth=3,
-        num_heads=3,
-        num_classes=0,
-        pre_norm=True,
-        reg_tokens=2,
-    )
-    vit = randomised(vit).double().eval()
+    vit = pre_norm_vit.double()
     model = fp.PromptedViT(
         fp.FrozenViT(vit),
         fp.PGNConfig(num_prompts=4, library_size=6, widths=(4, 8), activation=activation),

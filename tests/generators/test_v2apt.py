@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastprompt as fp
 from fastprompt.generators import Geometry
@@ -106,20 +105,8 @@ def test_kl_comes_out_with_the_logits(tiny_vit: VisionTransformer, tiny_images: 
     assert active_units(torch.tensor([[0.0, 0.03, 0.5], [0.0, 0.0, 0.5]])) == 2
 
 
-def test_encoder_reads_the_patches_that_enter_block_0(
-    randomised: Callable[..., nn.Module], tiny_images: Tensor
-) -> None:
-    vit = VisionTransformer(
-        img_size=32,
-        patch_size=8,
-        embed_dim=48,
-        depth=2,
-        num_heads=3,
-        num_classes=0,
-        pre_norm=True,
-        reg_tokens=2,
-    )
-    vit = randomised(vit).double().eval()
+def test_encoder_reads_the_patches_that_enter_block_0(pre_norm_vit: VisionTransformer, tiny_images: Tensor) -> None:
+    vit = pre_norm_vit.double()
     model, images = fp.PromptedViT(fp.FrozenViT(vit), fp.V2APTConfig(**SIZES)).eval(), tiny_images.double()
     trained(model.generator)
     x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastprompt as fp
 from fastprompt.generators import Geometry
@@ -86,19 +86,9 @@ def test_dropout_masks_are_per_image_and_only_in_training(small: Geometry) -> No
 
 @pytest.mark.parametrize("deep", [True, False])
 def test_prompts_stand_behind_prefix_and_registers_and_the_pre_norm(
-    randomised: Callable[..., nn.Module], tiny_images: Tensor, deep: bool
+    pre_norm_vit: VisionTransformer, tiny_images: Tensor, deep: bool
 ) -> None:
-    vit = VisionTransformer(
-        img_size=32,
-        patch_size=8,
-        embed_dim=48,
-        depth=3,
-        num_heads=3,
-        num_classes=0,
-        pre_norm=True,
-        reg_tokens=2,
-    )
-    vit = randomised(vit).double().eval()
+    vit = pre_norm_vit.double()
     model = fp.PromptedViT(fp.FrozenViT(vit), fp.VPTConfig(num_prompts=4, deep=deep), readout="patches+prompts")
     images = tiny_images.double()
     x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 import fastprompt as fp
-from fastprompt.generators import pgn
+from fastprompt.generators import PromptConfig, pgn
 from fastprompt.kernels.library_prompts import library_prompts
 from fastprompt.vit import forward, reference
 
@@ -33,34 +33,31 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "one block": {"depth": 1},
 }
 CASES = [(name, readout) for name in BACKBONES for readout in reference.READOUTS if readout != "map" or name == "map"]
-METHODS = {
-    "vpt": fp.VPTConfig(num_prompts=3, prompt_dropout=0.2),
-    "vpt shallow": fp.VPTConfig(num_prompts=3, deep=False),
-    "vapt": fp.VAPTConfig(num_prompts=3),
-    "v2apt": fp.V2APTConfig(num_prompts=3, num_instance=2, latent=4, hidden=4),
-    "pgn": fp.PGNConfig(num_prompts=3, library_size=5, widths=(4, 4)),
-    "free": fp.FreePromptsConfig(num_prompts=3),
-}
+TOKENS = ["vpt-dropout", "vpt-shallow", "vapt", "v2apt", "pgn", "free"]  # methods whose prompts are tokens
+Build = Callable[..., fp.PromptedViT]
 
 
-def model_of(randomised: Callable[..., nn.Module], method: Any, backbone: str, readout: str) -> fp.PromptedViT:
-    config = METHODS[method] if isinstance(method, str) else method
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
-    vit = randomised(VisionTransformer(**{**sizes, **BACKBONES[backbone]}))
-    model = fp.PromptedViT(fp.FrozenViT(vit).double(), config, readout=readout)
-    with torch.no_grad():
-        for p in model.generator.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    return model
+@pytest.fixture
+def model_of(make_vit: Callable[..., VisionTransformer], configs: dict[str, PromptConfig]) -> Build:
+    """`model_of(method, backbone, readout)`: a model with random prompts; the method by name or configuration."""
+
+    def build(method: str | PromptConfig, backbone: str, readout: str) -> fp.PromptedViT:
+        config = configs[method] if isinstance(method, str) else method
+        vit = make_vit(**{"depth": 2, **BACKBONES[backbone]})
+        model = fp.PromptedViT(fp.FrozenViT(vit).double(), config, readout=readout)
+        with torch.no_grad():
+            for p in model.generator.parameters():
+                p.add_(0.3 * torch.randn_like(p))
+        return model
+
+    return build
 
 
 @pytest.mark.parametrize(("backbone", "readout"), CASES)
-def test_equals_the_reference(
-    randomised: Callable[..., nn.Module], tiny_images: Tensor, backbone: str, readout: str
-) -> None:
+def test_equals_the_reference(model_of: Build, tiny_images: Tensor, backbone: str, readout: str) -> None:
     images = tiny_images[:2].double()
-    for method in METHODS:
-        model = model_of(randomised, method, backbone, readout).train()
+    for method in TOKENS:
+        model = model_of(method, backbone, readout).train()
         draws, outputs, gradients = model.draw(2), [], []
         for run in (model, model.reference_forward):
             model.zero_grad()
@@ -79,22 +76,22 @@ def test_equals_the_reference(
 
 @pytest.mark.parametrize("num_prompts", [1, 10, 50])
 @pytest.mark.parametrize("backbone", ["plain", "registers", "pre-norm", "layer scale", "all norms"])
-@pytest.mark.parametrize("method", ["vpt", "vpt shallow", "vapt", "v2apt", "pgn", "free"])
+@pytest.mark.parametrize("method", TOKENS)
 def test_equals_the_reference_at_inference(
-    randomised: Callable[..., nn.Module], tiny_images: Tensor, method: str, backbone: str, num_prompts: int
+    configs: dict[str, PromptConfig], model_of: Build, tiny_images: Tensor, method: str, backbone: str, num_prompts: int
 ) -> None:
     split = {"num_instance": (num_prompts + 1) // 2} if method == "v2apt" else {}
-    config = dataclasses.replace(METHODS[method], num_prompts=num_prompts, **split)
+    config = dataclasses.replace(configs[method], num_prompts=num_prompts, **split)
     images = tiny_images[:2].double()
     for readout in ("cls", "patches", "patches+prompts"):
-        model = model_of(randomised, config, backbone, readout).eval()
+        model = model_of(config, backbone, readout).eval()
         plain = model.reference_forward(images)
         torch.testing.assert_close(model(images), plain, rtol=1e-10, atol=1e-10)
         with torch.no_grad():
             for _ in range(2):  # the second time with keys and values made before
                 torch.testing.assert_close(model(images), plain, rtol=1e-10, atol=1e-10)
         kept = model._static[2] if model._static else {}
-        deep = method == "vpt"
+        deep = method == "vpt-dropout"
         assert len(kept) == (
             model.backbone.depth - ((readout != "patches" and backbone != "all norms") or readout == "patches+prompts")
             if deep
@@ -103,11 +100,9 @@ def test_equals_the_reference_at_inference(
 
 
 @pytest.mark.parametrize("backbone", ["plain", "registers", "pre-norm", "all norms", "post-norm", "map", "one block"])
-def test_groups_of_images_equal_each_alone(
-    randomised: Callable[..., nn.Module], tiny_images: Tensor, backbone: str
-) -> None:
+def test_groups_of_images_equal_each_alone(model_of: Build, tiny_images: Tensor, backbone: str) -> None:
     readouts = ["cls", "patches", "prompts", "patches+prompts", "cls", "patches"]
-    models = [model_of(randomised, m, backbone, r) for m, r in zip(METHODS, readouts, strict=True)]
+    models = [model_of(m, backbone, r) for m, r in zip(TOKENS, readouts, strict=True)]
     vit, images = models[0].backbone, torch.cat([tiny_images] * 2)[: 2 + len(models)].double()
     sizes, groups = [2, 1, 2, 1, 1, 1], []
     owned = list(torch.arange(len(images)).split(sizes))
@@ -143,33 +138,33 @@ def rows_seen(model: fp.PromptedViT, images: Tensor, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("method", "readout", "rows"),
     [
-        ("vpt", "cls", [17, 1]),
-        ("vpt", "patches", [17, 16]),
-        ("vpt", "patches+prompts", [17, 19]),
-        ("vpt", "prompts", [17, 3]),
+        ("vpt-dropout", "cls", [17, 1]),
+        ("vpt-dropout", "patches", [17, 16]),
+        ("vpt-dropout", "patches+prompts", [17, 19]),
+        ("vpt-dropout", "prompts", [17, 3]),
         ("vapt", "cls", [17, 1]),
         ("v2apt", "cls", [17, 1]),
-        ("vpt shallow", "cls", [20, 1]),
+        ("vpt-shallow", "cls", [20, 1]),
         ("pgn", "cls", [20, 1]),
         ("free", "patches", [20, 16]),
     ],
 )
 def test_rows_nobody_reads_are_not_computed(
-    randomised: Callable[..., nn.Module],
+    model_of: Build,
     tiny_images: Tensor,
     method: str,
     readout: str,
     rows: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = model_of(randomised, method, "plain", readout)
+    model = model_of(method, "plain", readout)
     assert rows_seen(model, tiny_images.double(), monkeypatch) == rows
 
 
 def test_static_prompts_are_projected_once_not_once_per_image(
-    randomised: Callable[..., nn.Module], tiny_images: Tensor, monkeypatch: pytest.MonkeyPatch
+    model_of: Build, tiny_images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, seen, original = model_of(randomised, "vpt", "plain", "patches").train(), [], forward.prompt_keys
+    model, seen, original = model_of("vpt-dropout", "plain", "patches").train(), [], forward.prompt_keys
     monkeypatch.setattr(
         forward, "prompt_keys", lambda block, prompts: seen.append(prompts.shape[0]) or original(block, prompts)
     )
@@ -179,9 +174,9 @@ def test_static_prompts_are_projected_once_not_once_per_image(
 
 
 def test_keys_and_values_of_an_adapter_are_made_once_and_again_when_it_changes(
-    randomised: Callable[..., nn.Module], tiny_images: Tensor, monkeypatch: pytest.MonkeyPatch
+    model_of: Build, tiny_images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, seen, original = model_of(randomised, "vpt", "plain", "patches").eval(), [], forward.prompt_keys
+    model, seen, original = model_of("vpt-dropout", "plain", "patches").eval(), [], forward.prompt_keys
     monkeypatch.setattr(
         forward, "prompt_keys", lambda block, prompts: seen.append(prompts.shape[0]) or original(block, prompts)
     )
@@ -206,20 +201,19 @@ def test_keys_and_values_of_an_adapter_are_made_once_and_again_when_it_changes(
 @pytest.mark.parametrize("readout", ["cls", "patches", "patches+prompts"])
 @pytest.mark.parametrize("layers", [(0, 2), (1,), (0, 1), (1, 2), (2,)])
 def test_generators_may_set_any_blocks(
-    randomised: Callable[..., nn.Module], tiny_images: Tensor, layers: tuple[int, ...], readout: str
+    tiny_vit: VisionTransformer, tiny_images: Tensor, layers: tuple[int, ...], readout: str
 ) -> None:
-    vit = randomised(VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3))
-    model = fp.PromptedViT(fp.FrozenViT(vit).double(), METHODS["vpt"], readout=readout).eval()
+    model = fp.PromptedViT(fp.FrozenViT(tiny_vit).double(), fp.VPTConfig(num_prompts=3), readout=readout).eval()
     model.generator.layers = layers
     images = tiny_images[:2].double()
     torch.testing.assert_close(model(images), model.reference_forward(images), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TOKENS)
 def test_the_first_block_needs_no_gradient_of_its_tokens(
-    randomised: Callable[..., nn.Module], tiny_images: Tensor, method: str, monkeypatch: pytest.MonkeyPatch
+    model_of: Build, tiny_images: Tensor, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, needed = model_of(randomised, method, "plain", "cls").train(), []
+    model, needed = model_of(method, "plain", "cls").train(), []
     original = forward.prefix_attention
     monkeypatch.setattr(
         forward,
@@ -234,9 +228,9 @@ def test_the_first_block_needs_no_gradient_of_its_tokens(
 
 @pytest.mark.parametrize("readout", ["cls", "patches"])
 def test_the_last_block_has_no_key_and_value_product_for_one_query(
-    randomised: Callable[..., nn.Module], tiny_images: Tensor, readout: str, monkeypatch: pytest.MonkeyPatch
+    model_of: Build, tiny_images: Tensor, readout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, calls, original = model_of(randomised, "vpt", "plain", readout).eval(), [], forward.prefix_attention
+    model, calls, original = model_of("vpt-dropout", "plain", readout).eval(), [], forward.prefix_attention
     monkeypatch.setattr(forward, "prefix_attention", lambda *a, **o: calls.append(1) or original(*a, **o))
     model(tiny_images[:2].double())
     assert len(calls) == (1 if readout == "cls" else 2)
@@ -244,9 +238,9 @@ def test_the_last_block_has_no_key_and_value_product_for_one_query(
 
 @pytest.mark.parametrize("backbone", ["plain", "pre-norm", "pre-norm without affine"])
 def test_the_mixture_leaves_its_op_with_the_pre_norm_applied(
-    randomised: Callable[..., nn.Module], tiny_images: Tensor, backbone: str, monkeypatch: pytest.MonkeyPatch
+    model_of: Build, tiny_images: Tensor, backbone: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = model_of(randomised, "pgn", backbone.removesuffix(" without affine"), "patches").train()
+    model = model_of("pgn", backbone.removesuffix(" without affine"), "patches").train()
     vit, seen, normed = model.backbone, [], []
     if "without" in backbone:
         vit.norm_pre.bias = None  # no LayerNorm as the op takes it

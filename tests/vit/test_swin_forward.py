@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,18 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import fastprompt as fp
+from fastprompt.generators import PromptConfig
 from fastprompt.vit import swin, swin_forward
 from fastprompt.vit.weights import Dense
 
-V2APT = {"latent": 3, "hidden": 4}
-METHODS: dict[str, Callable[[int], Any]] = {
-    "vpt": lambda p: fp.VPTConfig(p, prompt_dropout=0.2),
-    "vpt without dropout": lambda p: fp.VPTConfig(p),
-    "vpt shallow": lambda p: fp.VPTConfig(p, deep=False, prompt_dropout=0.2),
-    "v2apt": lambda p: fp.V2APTConfig(p, max(1, p // 2), **V2APT),
-    "v2apt per layer": lambda p: fp.V2APTConfig(p, max(1, p // 2), share="per_layer", **V2APT),
-    "free": lambda p: fp.FreePromptsConfig(p),
-}
+METHODS = ["vpt-deep", "vpt-dropout", "vpt-shallow-project", "v2apt", "v2apt-per-layer", "free"]
 SIZES: dict[str, dict[str, Any]] = {
     "whole windows": {},
     "padded windows": {"img_size": (52, 36)},
@@ -29,6 +23,17 @@ SIZES: dict[str, dict[str, Any]] = {
     "padded single windows": {"img_size": (20, 28), "always_partition": True},
 }
 READOUTS = ("patches", "patches+prompts", "prompts")
+
+
+@pytest.fixture
+def config_of(configs: dict[str, PromptConfig]) -> Callable[[str, int], PromptConfig]:
+    """`config_of(method, num_prompts=3)`: half of V2APT's prompts are the instance's."""
+
+    def config(method: str, num_prompts: int = 3) -> PromptConfig:
+        split = {"num_instance": max(1, num_prompts // 2)} if method.startswith("v2apt") else {}
+        return dataclasses.replace(configs[method], num_prompts=num_prompts, **split)
+
+    return config
 
 
 def model_of(swin: nn.Module, config: Any, readout: str | None = None) -> fp.PromptedViT:
@@ -66,53 +71,64 @@ def assert_equal(model: fp.PromptedViT, images: Tensor) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_the_reference(
-    tiny_swin: Callable[..., nn.Module], method: str, size: str, version: int, train: bool
+    config_of: Callable[..., PromptConfig],
+    tiny_swin: Callable[..., nn.Module],
+    method: str,
+    size: str,
+    version: int,
+    train: bool,
 ) -> None:
     swin = tiny_swin(version, **SIZES[size])
     for num_prompts in (1, 10):
         for readout in READOUTS:
-            model = model_of(swin, METHODS[method](num_prompts), readout).train(train)
+            model = model_of(swin, config_of(method, num_prompts), readout).train(train)
             assert_equal(model, images_for(model))
 
 
 @pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("method", ["vpt", "vpt shallow", "v2apt"])
-def test_equals_the_reference_with_50_prompts(tiny_swin: Callable[..., nn.Module], method: str, version: int) -> None:
-    model = model_of(tiny_swin(version, depths=(2, 1), num_heads=(1, 2)), METHODS[method](50)).train()
+@pytest.mark.parametrize("method", ["vpt-dropout", "vpt-shallow-project", "v2apt"])
+def test_equals_the_reference_with_50_prompts(
+    config_of: Callable[..., PromptConfig], tiny_swin: Callable[..., nn.Module], method: str, version: int
+) -> None:
+    model = model_of(tiny_swin(version, depths=(2, 1), num_heads=(1, 2)), config_of(method, 50)).train()
     assert_equal(model, images_for(model))
 
 
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("size", [(32, 32), (44, 60), (20, 4)])
 def test_equals_the_reference_at_dynamic_sizes(
-    tiny_swin: Callable[..., nn.Module], version: int, size: tuple[int, int]
+    config_of: Callable[..., PromptConfig], tiny_swin: Callable[..., nn.Module], version: int, size: tuple[int, int]
 ) -> None:
-    for method in ("vpt", "vpt shallow", "v2apt"):
-        model = model_of(tiny_swin(version, strict_img_size=False), METHODS[method](3)).train()
+    for method in ("vpt-dropout", "vpt-shallow-project", "v2apt"):
+        model = model_of(tiny_swin(version, strict_img_size=False), config_of(method)).train()
         assert_equal(model, torch.randn(2, 3, *size, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("options", [{"qkv_bias": False}, {"qkv_bias": False, "img_size": 36}, {"depths": (1, 1, 2)}])
-def test_equals_the_reference_with_other_parts(tiny_swin: Callable[..., nn.Module], options: dict[str, Any]) -> None:
-    for method in ("vpt", "vpt shallow"):
-        model = model_of(tiny_swin(**options), METHODS[method](3)).train()
+def test_equals_the_reference_with_other_parts(
+    config_of: Callable[..., PromptConfig], tiny_swin: Callable[..., nn.Module], options: dict[str, Any]
+) -> None:
+    for method in ("vpt-dropout", "vpt-shallow-project"):
+        model = model_of(tiny_swin(**options), config_of(method)).train()
         assert_equal(model, images_for(model))
 
 
 @pytest.mark.parametrize("layers", [(0, 2), (1,), (0, 1), (1, 3), (4,), (0, 3)])
 @pytest.mark.parametrize("readout", ["patches", "patches+prompts"])
 def test_generators_may_set_any_blocks(
-    tiny_swin: Callable[..., nn.Module], layers: tuple[int, ...], readout: str
+    config_of: Callable[..., PromptConfig], tiny_swin: Callable[..., nn.Module], layers: tuple[int, ...], readout: str
 ) -> None:
-    model = model_of(tiny_swin(), METHODS["vpt"](3), readout).eval()
+    model = model_of(tiny_swin(), config_of("vpt-dropout"), readout).eval()
     model.generator.layers = layers
     images = images_for(model)
     torch.testing.assert_close(model(images), model.reference_forward(images), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_small_batches_and_strided_images(tiny_swin: Callable[..., nn.Module], method: str) -> None:
-    model = model_of(tiny_swin(), METHODS[method](3)).eval()
+def test_small_batches_and_strided_images(
+    config_of: Callable[..., PromptConfig], tiny_swin: Callable[..., nn.Module], method: str
+) -> None:
+    model = model_of(tiny_swin(), config_of(method)).eval()
     images = images_for(model, 3)
     expected = model(images)
     for batch in (0, 1):
@@ -164,17 +180,25 @@ DEEP, SHALLOW = 5 * 3, 5 * 3  # prompt rows of all blocks
     ("method", "readout", "qkv", "kv", "proj", "merge"),
     [
         # static prompts: keys and values once for both images; nobody reads a prompt row
-        ("vpt", "patches", 2 * PATCHES, DEEP, 2 * PATCHES, 2 * 20),
+        ("vpt-dropout", "patches", 2 * PATCHES, DEEP, 2 * PATCHES, 2 * 20),
         # the last block computes prompt rows, once per image
-        ("vpt", "patches+prompts", 2 * PATCHES + 3, DEEP - 3, 2 * (PATCHES + 3), 2 * 20),
+        ("vpt-dropout", "patches+prompts", 2 * PATCHES + 3, DEEP - 3, 2 * (PATCHES + 3), 2 * 20),
         # prompts that depend on the image
         ("v2apt", "patches", 2 * PATCHES, 2 * DEEP, 2 * PATCHES, 2 * 20),
         # shallow prompts are rows of every block, once per image and not once per window
-        ("vpt shallow", "patches", 2 * PATCHES + 3 + 2 * 9, 2 * 3, 2 * (PATCHES + SHALLOW - 3), 2 * (20 + 2 * 3)),
-        ("vpt shallow", "prompts", 2 * PATCHES + 3 + 2 * 12, 0, 2 * (PATCHES + SHALLOW), 2 * (20 + 2 * 3)),
+        (
+            "vpt-shallow-project",
+            "patches",
+            2 * PATCHES + 3 + 2 * 9,
+            2 * 3,
+            2 * (PATCHES + SHALLOW - 3),
+            2 * (20 + 2 * 3),
+        ),
+        ("vpt-shallow-project", "prompts", 2 * PATCHES + 3 + 2 * 12, 0, 2 * (PATCHES + SHALLOW), 2 * (20 + 2 * 3)),
     ],
 )
 def test_rows_nobody_reads_are_not_computed(
+    config_of: Callable[..., PromptConfig],
     tiny_swin: Callable[..., nn.Module],
     monkeypatch: pytest.MonkeyPatch,
     method: str,
@@ -184,15 +208,15 @@ def test_rows_nobody_reads_are_not_computed(
     proj: int,
     merge: int,
 ) -> None:
-    model = model_of(tiny_swin(), METHODS[method](3), readout).eval()
+    model = model_of(tiny_swin(), config_of(method), readout).eval()
     rows = rows_seen(model, images_for(model), monkeypatch, model)
     assert rows == {"qkv": qkv, "kv": kv, "proj": proj, "fc1": proj, "fc2": proj, "merge": merge}
 
 
 def test_the_reference_projects_prompts_in_every_window(
-    tiny_swin: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+    config_of: Callable[..., PromptConfig], tiny_swin: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = model_of(tiny_swin(), METHODS["vpt"](3), "patches").eval()
+    model = model_of(tiny_swin(), config_of("vpt-dropout"), "patches").eval()
     rows = rows_seen(model, images_for(model), monkeypatch, model.reference_forward)
     windows = 4 + 4 + 1 + 1 + 1
     assert rows["qkv"] == rows["proj"] == 2 * (PATCHES + 3 * windows)
@@ -200,17 +224,19 @@ def test_the_reference_projects_prompts_in_every_window(
 
 
 def test_patches_are_reordered_once_between_blocks(
-    tiny_swin: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+    config_of: Callable[..., PromptConfig], tiny_swin: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Into windows, into shifted windows, into the merged order; not where a stage is one window."""
-    model, seen, original = model_of(tiny_swin(), METHODS["vpt"](3)), [], swin_forward.select_rows
+    model, seen, original = model_of(tiny_swin(), config_of("vpt-dropout")), [], swin_forward.select_rows
     monkeypatch.setattr(swin_forward, "select_rows", lambda x, rows: seen.append(x.shape[1]) or original(x, rows))
     model.eval()(images_for(model))
     assert seen == [64, 64, 64, 16]
 
 
-def test_constants_are_not_computed_again(tiny_swin: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of(tiny_swin(), METHODS["vpt"](3))
+def test_constants_are_not_computed_again(
+    config_of: Callable[..., PromptConfig], tiny_swin: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(tiny_swin(), config_of("vpt-dropout"))
 
     def never(*_: Any) -> None:
         raise AssertionError("computed again")
@@ -231,23 +257,27 @@ def test_gradients_of_window_attention(shared: bool, needed: tuple[bool, bool, b
     assert torch.autograd.gradcheck(lambda *t: swin_forward.WindowAttention.apply(*t, bias, 0.7), tensors)
 
 
-def test_compiles_and_exports_as_one_graph(tiny_swin: Callable[..., nn.Module]) -> None:
+def test_compiles_and_exports_as_one_graph(
+    config_of: Callable[..., PromptConfig], tiny_swin: Callable[..., nn.Module]
+) -> None:
     swin = tiny_swin(depths=(2, 1), num_heads=(1, 2))
-    model = model_of(swin, METHODS["vpt"](3)).train()
+    model = model_of(swin, config_of("vpt-dropout")).train()
     images, draws = images_for(model), model.draw(2)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images, draws=draws)
     torch.testing.assert_close(compiled, model(images, draws=draws))
     compiled.sum().backward()
-    model = model_of(swin, METHODS["vpt shallow"](3)).eval()
+    model = model_of(swin, config_of("vpt-shallow-project")).eval()
     exported = torch.export.export(model, (images,)).module()
     torch.testing.assert_close(exported(images), model(images))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits_stay_close(tiny_swin: Callable[..., nn.Module], dtype: torch.dtype) -> None:
+def test_16_bits_stay_close(
+    config_of: Callable[..., PromptConfig], tiny_swin: Callable[..., nn.Module], dtype: torch.dtype
+) -> None:
     """No further from float64 than twice PyTorch's own graph in this dtype."""
-    for method in ("vpt", "vpt shallow"):
-        model = model_of(tiny_swin(), METHODS[method](3)).eval()
+    for method in ("vpt-dropout", "vpt-shallow-project"):
+        model = model_of(tiny_swin(), config_of(method)).eval()
         images = images_for(model, 4)
         exact = model.reference_forward(images)
         model.set_backbone_dtype(dtype)
