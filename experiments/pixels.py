@@ -10,6 +10,7 @@ either placement, and the pixel border. Then each run's test images are classifi
 For a PGN that was trained on tokens the library is inverted first (`fp.RGBPrompts.invert`, placement "extend"): once
 to pixels of any range, once to patches that are pictures. What came out is kept in each run's `pictures.json`; a
 finished part is not run again. A run whose adapter is gone before its pictures were classified is made again.
+Run directories and their kept records are where `experiments/table.py` has them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import records
 import table
 
 from fastprompt.runs.directory import read_json, write_json
@@ -123,24 +125,34 @@ def classify_run(directory: Path) -> None:
     from fastprompt.runs.execute import backbone_at, load_best, load_run_data
     from fastprompt.train.recipes import Recipe
 
-    if (directory / "pictures.json").exists():
-        return
     settings, results = RunSettings.from_dict(read_json(directory / "run.json")), read_json(directory / "results.json")
     backbone = backbone_at(settings.backbone, settings.image_size)
     model = load_best(backbone, directory, Recipe(**results["recipe"]))
     write_json(directory / "pictures.json", classify_pictures(model, load_run_data(settings, 112).test))
 
 
-def forget_lost_adapters(plan: table.Plan) -> None:
-    """Remove finished runs that have neither `pictures.json` nor the adapter it is made with."""
+def lost_adapters(plan: table.Plan) -> list[Path]:
+    """The finished runs that have neither `pictures.json` nor the adapter it is made with."""
+    found = []
     for method in ROWS[1:]:
         for lr in table.choose_lr(plan, method) or ():
             for seed in plan.seeds:
                 directory = table.Job(method, lr, seed, True).directory(plan.out)
                 parts = {part.name for part in directory.glob("*")}
                 if "results.json" in parts and not parts & {"pictures.json", "best"}:
-                    print(f"run again   {directory}: its adapter is gone", flush=True)
-                    shutil.rmtree(directory)
+                    found.append(directory)
+    return found
+
+
+def unclassified(plan: table.Plan) -> list[Path]:
+    """The tested runs whose pictures were not classified."""
+    tested = [
+        table.Job(method, lr, seed, True).directory(plan.out)
+        for method in ROWS[1:]
+        for lr in table.choose_lr(plan, method) or ()
+        for seed in table.tested_runs(plan, method, lr)
+    ]
+    return [directory for directory in tested if not (directory / "pictures.json").exists()]
 
 
 def rows_of(plan: table.Plan) -> list[dict[str, Any]]:
@@ -252,8 +264,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", nargs="+", default=list(DATA), choices=list(DATA))
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--workers", type=int, default=2, help="runs side by side, of one thread each")
-    p.add_argument("--out", type=Path, default=Path("results"), help="where runs and tables go")
+    p.add_argument("--out", type=Path, help="run directories, of each data set in OUT/DATA; default: as in table.py")
+    p.add_argument("--results", type=Path, default=Path("results"), help="where pixels.json and pixels.md go")
     p.add_argument("--tables-only", action="store_true", help="write the tables of what was run, run nothing")
+    p.add_argument("--dry-run", action="store_true", help="print which runs would start; run nothing")
     return p
 
 
@@ -263,25 +277,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     args = parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    failed, rows = [], {}
+    failed: list[table.Job] = []
+    rows: dict[str, Any] = {}
+    left: list[str] = []
     for data in args.data:
-        plan = plan_of(data, args.out / ("runs" if data == "fashion-mnist" else f"runs-{data}"), args.seeds)
+        plan = plan_of(data, (args.out or table.RUNS) / data, args.seeds)
+        if args.out is None:
+            table.restore(data)
+        if args.dry_run:
+            left += [f"would run         {job.directory(plan.out)}" for job in table.next_jobs(plan, [], [])]
+            lost = lost_adapters(plan)
+            left += [f"would run again   {directory}" for directory in lost]
+            left += [f"would classify    {directory}" for directory in unclassified(plan) if directory not in lost]
+            continue
         if not args.tables_only:
             try:
                 table.fetch(plan.base)
-                forget_lost_adapters(plan)
+                for directory in lost_adapters(plan):
+                    print(f"run again   {directory}: its adapter is gone", flush=True)
+                    shutil.rmtree(directory)
                 failed += table.run_all(plan, args.workers, 1)
-                for method in ROWS[1:]:
-                    for lr in table.choose_lr(plan, method) or ():
-                        for seed in table.tested_runs(plan, method, lr):
-                            classify_run(table.Job(method, lr, seed, True).directory(plan.out))
+                for directory in unclassified(plan):
+                    classify_run(directory)
             except KeyboardInterrupt:
                 print("interrupted; the same command goes on from here", file=sys.stderr)
                 return 130
+        if args.out is None:
+            records.pack(plan.out, table.RECORDS / data)
         rows[data] = rows_of(plan)
-    write_json(args.out / "pixels.json", rows)
-    atomic_write(args.out / "pixels.md", markdown(rows, args.seeds))
-    print((args.out / "pixels.md").read_text(encoding="utf-8"))
+    if args.dry_run:
+        print("\n".join(left) or "nothing is left to run")
+        return 0
+    write_json(args.results / "pixels.json", rows)
+    atomic_write(args.results / "pixels.md", markdown(rows, args.seeds))
+    print((args.results / "pixels.md").read_text(encoding="utf-8"))
     return 1 if failed else 0
 
 

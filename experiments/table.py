@@ -9,7 +9,10 @@ that rate, after its training, from the adapter that was best on validation.
 Each run is a process of its own with a run directory `OUT/<method>/lr<rate>-seed<seed>`. A finished run is
 skipped and an interrupted one goes on where it stopped, so the command may be killed and started again at any
 time, or started for a few methods at once (`--methods pgn vapt`); the table is rebuilt from all runs in OUT
-whenever it ends.
+whenever it ends. `--dry-run` says which runs would start.
+
+Without `--out` the runs lie in `runs/table/<data>`. Those that are not there come from `experiments/records`, and what
+is finished goes there in the end (`experiments/records.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -30,6 +34,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import records
 
 from fastprompt.cli.options import load_plugins
 from fastprompt.generators import get_method, list_methods
@@ -67,6 +73,8 @@ RECIPE: dict[str, Any] = {
     "label_smoothing": 0.1,
     "select_by": "loss",
 }
+ROOT = Path(__file__).resolve().parents[1]
+RUNS, RECORDS = ROOT / "runs" / "table", ROOT / "experiments" / "records"
 # Epochs of the methods that train on features encoded once, where an epoch costs next to nothing.
 CACHED_EPOCHS = 100
 
@@ -519,6 +527,18 @@ def write_table(plan: Plan, results: Path) -> dict[str, Any]:
     return table
 
 
+def name_of(data: str) -> str:
+    """A data set's name as one part of a path; the place of a folder of images becomes its name."""
+    return re.sub(r"[^\w.-]+", "-", data).strip("-.")
+
+
+def restore(data: str) -> None:
+    """Unpack the records of `data` of which there is no run directory."""
+    name = name_of(data)
+    if (RECORDS / f"{name}.jsonl").exists():
+        records.unpack(RECORDS / name, RUNS / name)
+
+
 def fetch(base: RunSettings) -> None:
     """Fetch backbone and data once before runs start side by side."""
     from fastprompt.runs.execute import backbone_at, load_run_data, square_size
@@ -557,9 +577,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--augment", default="flip", help="of training images; the SGD probe, on features, has none")
     p.add_argument("--workers", type=int, default=2, help="runs side by side")
     p.add_argument("--threads", type=int, default=1, help="threads of each run")
-    p.add_argument("--out", type=Path, default=Path("results/runs"), help="run directories")
+    p.add_argument(
+        "--out", type=Path, help="run directories; default: runs/table/DATA, beside the records that are kept"
+    )
     p.add_argument("--results", type=Path, default=Path("results"), help="where table.json and table.md go")
     p.add_argument("--aggregate-only", action="store_true", help="rebuild the table, run nothing")
+    p.add_argument("--dry-run", action="store_true", help="print which runs would start; run nothing")
     p.add_argument("--single", help=argparse.SUPPRESS)
     p.add_argument("--with-test", action="store_true", help=argparse.SUPPRESS)
     p.add_argument("--parent", type=int, help=argparse.SUPPRESS)
@@ -592,14 +615,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"table: error: {error}", file=sys.stderr)
             return 1
         return 0
+    out = args.out or RUNS / name_of(args.data)
     plan = Plan(
-        base,
-        tuple(args.methods),
-        tuple(args.seeds),
-        tuple(args.lrs) if args.lrs else None,
-        args.out,
-        tuple(args.plugin),
+        base, tuple(args.methods), tuple(args.seeds), tuple(args.lrs) if args.lrs else None, out, tuple(args.plugin)
     )
+    if args.out is None:
+        restore(args.data)
+    if args.dry_run:
+        left = [f"would run   {job.directory(plan.out)}" for job in next_jobs(plan, [], [])]
+        print("\n".join(left) or "nothing is left to run")
+        return 0
     failed: list[Job] = []
     if not args.aggregate_only:
         if args.workers > 1:
@@ -612,6 +637,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             return 130
+    if args.out is None:
+        records.pack(out, RECORDS / name_of(args.data))
     write_table(plan, args.results)
     print((args.results / "table.md").read_text(encoding="utf-8"))
     return 1 if failed else 0

@@ -84,12 +84,13 @@ def test_variants_are_methods_with_options() -> None:
 
 
 def test_tables_of_runs_and_their_pictures(tmp_path: Path) -> None:
-    plan = pixels.plan_of("mnist5k", tmp_path / "runs-mnist5k", (0, 1))
+    plan = pixels.plan_of("mnist5k", tmp_path / "mnist5k", (0, 1))
     for method, wrong, wrong_png in (("linear", 8, None), ("pgn-14", 4, 9), ("rgb-extend", 5, 6), ("pixel", 7, 7)):
         for lr in plan.grid(method):
             for seed in plan.seeds:
                 finish(plan, table.Job(method, lr, seed, True), wrong + seed, wrong_png)
-    assert pixels.main(["--data", "mnist5k", "--seeds", "0", "1", "--tables-only", "--out", str(tmp_path)]) == 0
+    where = ["--out", str(tmp_path), "--results", str(tmp_path)]
+    assert pixels.main(["--data", "mnist5k", "--seeds", "0", "1", "--tables-only", *where]) == 0
     rows = {row["method"]: row for row in json.loads((tmp_path / "pixels.json").read_text())["mnist5k"]}
     assert set(rows) == {"linear", "pgn-14", "rgb-extend", "pixel"}
     png = rows["rgb-extend"]["pictures"]["png"]
@@ -106,7 +107,7 @@ def test_tables_of_runs_and_their_pictures(tmp_path: Path) -> None:
 def finish(plan: table.Plan, job: table.Job, wrong: int, wrong_png: int | None) -> None:
     """Write a run's results and pictures: the first images are misclassified."""
     directory = job.directory(plan.out)
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     answers = [1 - y if i < wrong else y for i, y in enumerate(LABELS)]
     results: dict[str, Any] = {
         "method": job.method, "config": {}, "backbone": "tiny", "backbone_fingerprint": "f", "image_size": 112,
@@ -129,7 +130,7 @@ def test_settings_of_a_run_are_kept_apart_by_the_row(tmp_path: Path) -> None:
     assert RunSettings.from_dict(extend.settings(plan.base).to_dict()).options["placement"] == "extend"
 
 
-def test_a_finished_run_without_its_adapter_is_made_again_unless_its_pictures_are_classified(tmp_path: Path) -> None:
+def test_a_finished_run_without_its_adapter_is_lost_unless_its_pictures_are_classified(tmp_path: Path) -> None:
     plan = pixels.plan_of("mnist5k", tmp_path, [0, 1, 2])
     kept = {0: "pictures.json", 1: "best"}
     runs = {seed: table.Job("pixel", 0.01, seed, True).directory(tmp_path) for seed in plan.seeds}
@@ -138,8 +139,9 @@ def test_a_finished_run_without_its_adapter_is_made_again_unless_its_pictures_ar
         (run / "results.json").write_text("{}")
         if seed in kept:
             (run / kept[seed]).touch()
-    unfinished = table.Job("rgb-extend", 0.003, 0, True).directory(tmp_path)
-    unfinished.mkdir(parents=True)
-    pixels.forget_lost_adapters(plan)
-    assert [seed for seed, run in runs.items() if run.exists()] == [0, 1]
-    assert unfinished.exists()
+    table.Job("rgb-extend", 0.003, 0, True).directory(tmp_path).mkdir(parents=True)  # it is not finished
+    assert pixels.lost_adapters(plan) == [runs[2]]
+    assert pixels.unclassified(plan) == []
+    for seed in runs:
+        finish(plan, table.Job("pixel", 0.01, seed, True), 1, None)
+    assert pixels.unclassified(plan) == [runs[1], runs[2]]
