@@ -666,8 +666,8 @@ def test_counts(backbone: fp.FrozenViT, capsys: pytest.CaptureFixture[str]) -> N
         ),
         ({"num_classes": 5, "readout": "mean"}, ValueError, "readout must be one of .* got 'mean'"),
         ({"num_classes": 5, "class_names": ["a"]}, ValueError, "class_names has 1 names, num_classes is 5"),
-        ({"config": {"kind": "vpt-deep"}}, TypeError, "config must be one of PGNConfig.* got dict"),
-        ({"config": "vpt"}, TypeError, "config must be one of .* got str"),
+        ({"config": {"kind": "vpt"}}, TypeError, "config must be one of .*PGNConfig.* got dict"),
+        ({"config": "vpt"}, TypeError, "config must be .* got str"),
         ({"backbone": "clip-vit-b16"}, TypeError, "backbone must be a FrozenViT, got str"),
         (
             {"backbone": nn.Linear(2, 2)},
