@@ -157,6 +157,15 @@ def _installed_member(wheel: Wheel) -> bytes | None:
     return None
 
 
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """sha256 of a file, read a mebibyte at a time."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 

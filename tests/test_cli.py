@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ from safetensors.torch import load_file, save_file
 
 import fastprompt as fp
 import fastprompt.train.fit as fit_module
-from fastprompt.adapters import Preprocessing
+from fastprompt.adapters import Preprocessing, read_adapter
 from fastprompt.cli import main
+from fastprompt.cli.options import data_name
 from fastprompt.cost import Sizes, cost
-from fastprompt.data import read_images
+from fastprompt.data import files as data_files, read_images
 from fastprompt.generators import VPTConfig
 from fastprompt.kernels import native
 from fastprompt.runs.execute import backbone_at
@@ -582,6 +585,118 @@ def test_unreadable_files_among_the_images(
     with pytest.warns(UserWarning, match=r"a\.png"):
         assert main(["predict", str(run_dir), str(tmp_path / "a.png"), "--on-bad", "skip"]) == 2
     assert "images: none of the 1 files can be read" in capsys.readouterr().err
+
+
+def cut_images(folder: Path) -> list[str]:
+    """Images that Pillow opens, and in part decodes, without all of their pixels; their names."""
+    random = np.random.default_rng(0)
+    Image.fromarray(random.integers(0, 256, (90, 90, 3), dtype=np.uint8)).save(folder / "half.jpg")
+    whole = (folder / "half.jpg").read_bytes()
+    (folder / "half.jpg").write_bytes(whole[: len(whole) // 2] + b"\xff\xd9")
+    Image.new("RGB", (40_000, 1)).save(folder / "thin.png")
+    return ["half.jpg", "thin.png"]
+
+
+def test_predict_skips_whatever_cannot_be_read(
+    run_dir: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = cut_images(tmp_path)
+    shutil.copy(place / "images" / "red" / "0.png", tmp_path / "good.png")
+    (tmp_path / "notes.txt").write_text("")
+    command = ["predict", str(run_dir), str(tmp_path), "--out", str(tmp_path / "p.json")]
+    with pytest.warns(UserWarning, match="left out 1 file"):
+        assert main(command) == 2
+    line = error_line(capsys)
+    assert all(name in line for name in cut)
+    with pytest.warns(UserWarning, match=r"skipped 2 .*half\.jpg.*thin\.png"):
+        assert main([*command, "--on-bad", "skip"]) == 0
+    shown = capsys.readouterr()
+    assert "1 images -> " in shown.out
+    assert "2 skipped" in shown.out
+    assert "--on-bad" not in shown.err
+    found = json.loads((tmp_path / "p.json").read_text())
+    assert [Path(image["file"]).name for image in found["images"]] == ["good.png"]
+    assert [Path(name).name for name in found["skipped"]] == cut
+
+
+def test_predict_skips_what_breaks_after_it_was_checked(
+    run_dir: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.png", "b.png"):
+        shutil.copy(place / "images" / "red" / "0.png", tmp_path / name)
+    real = data_files.check_files
+
+    def check(paths: Sequence[str], *more: Any) -> list[str]:
+        whole = real(paths, *more)
+        (tmp_path / "a.png").write_bytes(b"gone")
+        return whole
+
+    monkeypatch.setattr(data_files, "check_files", check)
+    command = ["predict", str(run_dir), str(tmp_path), "--batch-size", "1", "--on-bad"]
+    with pytest.warns(UserWarning, match=r"skipped 1 .*a\.png"):
+        assert main([*command, "skip"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    shutil.copy(tmp_path / "b.png", tmp_path / "a.png")
+    assert main([*command, "error"]) == 2
+    assert "a.png" in error_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["predict", "adapt"])
+def test_an_image_may_take_so_many_bytes(
+    command: str, run_dir: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["predict", str(run_dir), str(place / "images")] if command == "predict" else adapt_command(place, tmp_path)
+    assert main([*words, "--max-decoded-bytes", "1000"]) == 2
+    assert "max_decoded_bytes=1,000" in error_line(capsys)
+    assert main([*words, "--max-decoded-bytes", "0"]) == 2
+    assert "max_decoded_bytes" in error_line(capsys)
+
+
+def test_deep_grey_images_are_predicted_as_they_were_trained_on(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """12 bits in 16: the range is in the adapter, for one dark image alone too, and can be set by hand."""
+    random = np.random.default_rng(0)
+    for name, level in (("dark", 500), ("bright", 3500)):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(10):
+            values = (level + random.integers(-400, 400, (32, 32))).astype(np.uint16)
+            values[0, 0] = 4095 if name == "bright" else 0
+            Image.fromarray(values).save(tmp_path / "set" / name / f"{i}.png")
+    command = adapt_command(place, tmp_path / "run", "--data", str(tmp_path / "set"), method="linear")
+    for flag in ("--num-train", "--num-val", "--num-test", "--epochs", "--batch-size", "--lr"):
+        del command[command.index(flag) : command.index(flag) + 2]
+    with pytest.warns(UserWarning, match="set to 0 and 4095 for all of them"):
+        assert main(command) == 0
+    stored = read_adapter(tmp_path / "run" / "best")[0]["backbone"]["optional"]["preprocessing"]
+    assert stored["intensity_range"] == [0, 4095]
+    (tmp_path / "one").mkdir()
+    for name in ("dark", "bright"):
+        shutil.copy(tmp_path / "set" / name / "0.png", tmp_path / "one" / f"{name}.png")
+    capsys.readouterr()
+
+    def classes(*more: str) -> list[str]:
+        assert main(["predict", str(tmp_path / "run"), str(tmp_path / "one"), *more]) == 0
+        return [row["class"] for row in csv.DictReader(io.StringIO(capsys.readouterr().out))]
+
+    assert classes() == ["bright", "dark"]
+    assert classes("--intensity-range", "0", "65535") == ["dark", "dark"]
+    assert main(["eval", str(tmp_path / "run"), "--data", str(tmp_path / "set"), "--split", "val"]) == 0
+    assert main(["predict", str(tmp_path / "run"), str(tmp_path / "one"), "--intensity-range", "2", "1"]) == 2
+    assert "intensity_range must be" in capsys.readouterr().err
+
+
+def test_a_folder_with_the_name_of_a_set(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(place / "images", tmp_path / "cifar10")
+    monkeypatch.chdir(tmp_path)
+    assert main(adapt_command(place, tmp_path / "run", "--data", "cifar10", method="linear")) == 2
+    line = error_line(capsys)
+    assert "data: 'cifar10' is a data set and a folder" in line
+    assert "builtin:cifar10" in line
+    assert data_name("./cifar10") == str(tmp_path / "cifar10")
+    assert data_name("cifar10") == "cifar10"
 
 
 def test_file_names_that_are_no_utf8(

@@ -6,7 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fastprompt.cli.options import METHOD, RECIPE_FLAGS, KeyValues, Plugins, absolute, method_options, set_threads
+from fastprompt.cli.options import (
+    METHOD,
+    RECIPE_FLAGS,
+    KeyValues,
+    Plugins,
+    absolute,
+    data_name,
+    method_options,
+    set_threads,
+)
 from fastprompt.runs.settings import RunSettings
 
 
@@ -66,6 +75,10 @@ class Adapt:
     """Of training images: none, flip, crop or pgn."""
     on_bad: Literal["error", "skip"] = "error"
     """What to do about image files that cannot be read."""
+    intensity_range: tuple[float, float] | None = None
+    """Values that are black and white in grey images of more than 8 bits; by the train images if not given."""
+    max_decoded_bytes: int | None = None
+    """Memory that one image may take decoded; 2^29 if not given."""
     head: Literal["linear", "text", "label_map", "prototypes"] = "linear"
     """How features become classes."""
     class_embeddings: Path | None = None
@@ -99,7 +112,7 @@ def adapt_settings(command: Adapt) -> RunSettings:
             recipe[name] = value
     return RunSettings(
         method=command.method,
-        data=absolute(command.data),
+        data=data_name(command.data),
         backbone=command.backbone,
         options=method_options(command),
         recipe=recipe,
@@ -111,6 +124,8 @@ def adapt_settings(command: Adapt) -> RunSettings:
         data_seed=command.data_seed,
         augment=command.augment,
         on_bad=command.on_bad,
+        intensity_range=command.intensity_range,
+        max_decoded_bytes=command.max_decoded_bytes,
         head=command.head,
         class_embeddings=None if command.class_embeddings is None else absolute(command.class_embeddings),
         readout=command.readout,

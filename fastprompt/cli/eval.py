@@ -8,9 +8,20 @@ from typing import Literal
 
 import tyro
 
-from fastprompt.cli.options import Plugins, absolute, load_adapter, set_threads
+from fastprompt.cli.options import Plugins, data_name, load_adapter, set_threads
 from fastprompt.cli.predict import short
 from fastprompt.runs.settings import RunSettings
+
+_DATA_FLAGS = (
+    "data",
+    "num_train",
+    "num_val",
+    "num_test",
+    "data_seed",
+    "on_bad",
+    "intensity_range",
+    "max_decoded_bytes",
+)
 
 
 @dataclass
@@ -34,6 +45,10 @@ class Eval:
     data_root: Path | None = None
     on_bad: Literal["error", "skip"] | None = None
     """What to do about image files that cannot be read."""
+    intensity_range: tuple[float, float] | None = None
+    """Values that are black and white in grey images of more than 8 bits; the adapter's own if not given."""
+    max_decoded_bytes: int | None = None
+    """Memory that one image may take decoded; the run's own if not given."""
     dtype: Literal["bfloat16", "float32"] = "float32"
     batch_size: int = 64
     out: Path | None = None
@@ -60,16 +75,14 @@ def evaluate_adapter(command: Eval) -> None:
     model = load_adapter(command, settings)
     if settings is None:
         settings = RunSettings(method="linear", data=str(command.data))
-    changed = {
-        name: getattr(command, name)
-        for name in ("data", "num_train", "num_val", "num_test", "data_seed", "on_bad")
-        if getattr(command, name) is not None
-    }
+    changed = {name: getattr(command, name) for name in _DATA_FLAGS if getattr(command, name) is not None}
     if command.data_root is not None:
         changed["data_root"] = str(command.data_root)
-    if command.data is not None and absolute(command.data) != settings.data:
+    if command.data is not None and data_name(command.data) != settings.data:
         settings = RunSettings(method=settings.method, data=command.data)
     settings = replace(settings, **changed, augment="none")
+    if settings.intensity_range is None and model.preprocessing is not None:
+        settings = replace(settings, intensity_range=model.preprocessing.intensity_range)
     splits = load_run_data(settings, square_size(model.backbone))
     names = list(splits.class_names)
     if model.class_names is not None and list(model.class_names) != names:

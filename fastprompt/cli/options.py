@@ -73,6 +73,13 @@ def absolute(name: str | Path) -> str:
     return str(Path(name).resolve()) if Path(name).exists() else str(name)
 
 
+def data_name(name: str) -> str:
+    """--data as a run keeps it: a folder as an absolute path, the name of a known set as it is, whatever is here."""
+    from fastprompt.data import known_names
+
+    return name if name in known_names() else absolute(name)
+
+
 def set_threads(threads: int | None) -> None:
     """Use that many threads; None leaves PyTorch's choice."""
     if threads is not None:

@@ -7,7 +7,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +31,10 @@ class Predict:
     """.csv or .json file; CSV on standard output if not given."""
     on_bad: Literal["error", "skip"] = "error"
     """What to do about image files that cannot be read."""
+    intensity_range: tuple[float, float] | None = None
+    """Values that are black and white in grey images of more than 8 bits; the adapter's own if not given."""
+    max_decoded_bytes: int | None = None
+    """Memory that one image may take decoded; 2^29 if not given."""
     dtype: Literal["bfloat16", "float32"] = "float32"
     batch_size: int = 32
     threads: int | None = None
@@ -50,30 +54,41 @@ def predict(command: Predict) -> None:
     import torch
 
     from fastprompt.adapters import Preprocessing
-    from fastprompt.data import list_images, read_images
-    from fastprompt.data.images import bad_images, report_bad
+    from fastprompt.data import list_images
+    from fastprompt.data.files import check_files, read_checked
+    from fastprompt.data.images import decoded_limit
     from fastprompt.files import atomic_write
     from fastprompt.runs.directory import read_settings
     from fastprompt.runs.execute import square_size
+    from fastprompt.runs.settings import renamed
 
     if command.out is not None and command.out.suffix.lower() not in (".csv", ".json"):
         raise ValueError(f"--out: takes a .csv or .json file, got {command.out}")
     if command.batch_size < 1:
         raise ValueError(f"--batch-size: takes a number from 1, got {command.batch_size}")
     set_threads(command.threads)
-    files = list_images(command.images)
-    bad = bad_images(files)
-    report_bad([(files[i], reason) for i, reason in bad.items()], command.on_bad)
-    files = [file for i, file in enumerate(files) if i not in bad]
-    if not files:
-        raise ValueError(f"images: none of the {len(bad)} files can be read")
+    limit = decoded_limit(command.max_decoded_bytes)
+    with renamed(paths="images"):
+        found = list_images(command.images)
     model = load_adapter(command, read_settings(command.adapter))
-    image_size, preprocessing = square_size(model.backbone), model.preprocessing or Preprocessing()
+    preprocessing = model.preprocessing or Preprocessing()
+    if command.intensity_range is not None:
+        preprocessing = replace(preprocessing, intensity_range=command.intensity_range)
+    size = 2 * (square_size(model.backbone),)
+    with renamed(paths="images"):
+        whole = check_files(found, size, preprocessing, command.on_bad, limit)
+    files: list[str] = []
     rows: list[list[float]] = []
     with torch.inference_mode():
-        for start in range(0, len(files), command.batch_size):
-            images, _ = read_images(files[start : start + command.batch_size], image_size, resize=preprocessing.resize)
-            rows += model(images).double().softmax(-1).tolist()
+        for start in range(0, len(whole), command.batch_size):
+            batch = whole[start : start + command.batch_size]
+            images, read = read_checked(batch, size, preprocessing, command.on_bad, limit)
+            if read:
+                files += read
+                rows += model(images).double().softmax(-1).tolist()
+    if not files:
+        raise ValueError(f"images: none of the {len(found)} files can be read")
+    skipped = sorted(set(found) - set(files))
     names = list(model.class_names or [str(i) for i in range(len(rows[0]))])
     best = [max(range(len(row)), key=row.__getitem__) for row in rows]
     if command.out is not None and command.out.suffix.lower() == ".json":
@@ -86,7 +101,8 @@ def predict(command: Predict) -> None:
             }
             for f, b, row in zip(files, best, rows, strict=True)
         ]
-        text = json.dumps({"class_names": names, "images": entries}, indent=1, ensure_ascii=False) + "\n"
+        answer = {"class_names": names, "images": entries, "skipped": skipped}
+        text = json.dumps(answer, indent=1, ensure_ascii=False) + "\n"
         content = text.encode("utf-8", "backslashreplace")  # a byte that is no UTF-8 in a file name: "\udcff"
     else:
         buffer = io.StringIO()
@@ -101,4 +117,4 @@ def predict(command: Predict) -> None:
         sys.stdout.buffer.write(content)
     else:
         atomic_write(command.out, content)
-        print(f"{len(files)} images -> {command.out}")
+        print(f"{len(files)} images -> {command.out}" + (f", {len(skipped)} skipped" if skipped else ""))

@@ -1,24 +1,27 @@
-"""Image files to uint8 tensors: opened upright, made RGB, resized once."""
+"""Image files to uint8 tensors: opened upright, decoded strictly, made RGB, resized once."""
 
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+import stat
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import InterpolationMode, functional as F
 
-RESIZES = ("crop", "squash")
+from fastprompt.data.formats import FORMATS as FORMATS, opened_formats
+from fastprompt.data.jpeg import jpeg_damage
+
 LARGEST_COVER = 1 << 25
 """Pixels that an image may have after it was scaled to be cropped: a line of pixels would need gigabytes."""
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""What Pillow is let read: some of its other formats start programs, EPS Ghostscript."""
+MAX_DECODED_BYTES = 1 << 29
+"""Memory that one image may take decoded, see `decoded_bytes`; 134 megapixels in RGB."""
+FULL_RANGE = {"I": (0.0, 65535.0), "F": (0.0, 1.0)}
+"""What is black and white in grey images of integers (of 16 bits) and of floats, where nothing else is said."""
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -28,10 +31,15 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ROWS_AT_ONCE = 1 << 20  # values of a deep grey image that are scaled at a time: bounds the memory of the copies
+
+
+class TooLarge(ValueError):
+    """An image would take more memory than is allowed."""
 
 
 def sides(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """``image_size`` as (height, width); an int is a square. TypeError, ValueError for anything else."""
+    """`image_size` as (height, width); an int is a square. TypeError, ValueError for anything else."""
     both = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
     if len(both) != 2 or any(isinstance(side, bool) or not isinstance(side, int) for side in both):
         raise TypeError(f"image_size: expected an int or (height, width) in pixels, got {image_size!r}")
@@ -40,43 +48,160 @@ def sides(image_size: int | Sequence[int]) -> tuple[int, int]:
     return both[0], both[1]
 
 
-def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The image of a file, decoded, turned upright by its EXIF orientation, in mode RGB.
+def decoded_limit(max_decoded_bytes: int | None) -> int:
+    """`max_decoded_bytes`, or `MAX_DECODED_BYTES` for None. TypeError, ValueError for anything else."""
+    if max_decoded_bytes is None:
+        return MAX_DECODED_BYTES
+    if isinstance(max_decoded_bytes, bool) or not isinstance(max_decoded_bytes, int):
+        raise TypeError(f"max_decoded_bytes: expected an int or None, got {max_decoded_bytes!r}")
+    if max_decoded_bytes <= 0:
+        raise ValueError(f"max_decoded_bytes: expected a positive number of bytes, got {max_decoded_bytes}")
+    return max_decoded_bytes
 
-    Transparent pixels come out as over white; 16-bit grey is scaled to 8 bits. Raises ValueError naming the
-    file.
+
+def decoded_bytes(image: Image.Image) -> int:
+    """Memory in bytes that an opened image takes decoded, and again as RGB if it is not: from its header alone."""
+    per_pixel = {"1": 1, "L": 1, "P": 1}.get(image.mode, 2 if image.mode.startswith("I;16") else 4)
+    as_rgb = 0 if image.mode == "RGB" and not image.has_transparency_data else 4
+    return image.width * image.height * (per_pixel + as_rgb)
+
+
+def check_decoded_bytes(image: Image.Image, max_decoded_bytes: int = MAX_DECODED_BYTES) -> None:
+    """Raise `TooLarge` where an opened image would take more memory than `max_decoded_bytes`; decodes nothing."""
+    needed = decoded_bytes(image)
+    if needed > max_decoded_bytes:
+        raise TooLarge(
+            f"{image.width} x {image.height} pixels in mode {image.mode} take {needed:,} bytes decoded, more than "
+            f"max_decoded_bytes={max_decoded_bytes:,}"
+        )
+
+
+def open_image(
+    path: str | os.PathLike[str],
+    *,
+    intensity_range: tuple[float, float] | None = None,
+    max_decoded_bytes: int = MAX_DECODED_BYTES,
+    strict: bool = True,
+) -> Image.Image:
+    """The image of a file, decoded, turned upright by its EXIF orientation, in mode RGB; of several the first.
+
+    Transparent pixels come out as over white.
+
+    Args:
+        intensity_range: the values of grey images of more than 8 bits that become black and white; see `to_rgb`.
+        max_decoded_bytes: what one image may take, see `decoded_bytes`.
+        strict: refuse files whose pixels are damaged in ways that Pillow passes over (see `decode`). Only files
+            that were checked before are opened without.
+
+    Raises:
+        ValueError: naming the file: it does not exist, is no regular file, is damaged or too large.
     """
     try:
-        with Image.open(path, formats=_formats()) as image:
-            return to_rgb(_upright(image))
+        with opened(path, max_decoded_bytes) as image:
+            if strict:
+                decode(path, image)
+            return to_rgb(_upright(image), intensity_range)
     except FileNotFoundError as error:
         raise ValueError(f"no such image file: {os.fspath(path)}") from error
     except Exception as error:  # of a damaged file Pillow's readers raise TypeError, struct.error and others, too
         raise ValueError(f"cannot read the image {os.fspath(path)}: {error}") from error
 
 
-def _formats() -> list[str]:
-    """Those of FORMATS that the installed Pillow knows."""
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
+@contextmanager
+def opened(path: str | os.PathLike[str], max_decoded_bytes: int) -> Iterator[Image.Image]:
+    """A regular file as an image of which nothing but the header is read yet."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is not a regular file")
+    with _pillow_limit(max_decoded_bytes):
+        try:
+            image = Image.open(path, formats=opened_formats(path))
+        except Image.DecompressionBombError as error:
+            raise TooLarge(f"it takes more than max_decoded_bytes={max_decoded_bytes:,} decoded ({error})") from error
+        with image:
+            check_decoded_bytes(image, max_decoded_bytes)
+            yield image
+
+
+_lifting = threading.Lock()
+_lifted: list[int | None] = []  # Pillow's own limit, once for each image that is opened without it
+
+
+@contextmanager
+def _pillow_limit(max_decoded_bytes: int) -> Iterator[None]:
+    """Lift Pillow's limit on pixels where ours, which holds in its place, is above the default."""
+    if max_decoded_bytes <= MAX_DECODED_BYTES:
+        yield
+        return
+    with _lifting:
+        _lifted.append(_lifted[0] if _lifted else Image.MAX_IMAGE_PIXELS)
+        Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        with _lifting:
+            own = _lifted.pop()
+            if not _lifted:
+                Image.MAX_IMAGE_PIXELS = own
+
+
+def decode(path: str | os.PathLike[str], image: Image.Image) -> None:
+    """Decode an opened image; raise an exception where its file is damaged.
+
+    Pillow itself refuses a file that ends early. It does not look at the checksums of PNG pixels, and fills what is
+    missing of a JPEG with grey: checked here.
+    """
+    if image.format == "PNG":
+        with Image.open(path, formats=["PNG"]) as twin:
+            twin.verify()
+    image.load()
+    if image.format in ("JPEG", "MPO"):
+        damage = jpeg_damage(path, progressive=bool(image.info.get("progressive")))
+        if damage:
+            raise OSError(damage)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How a decoded image is turned upright; EXIF data that cannot be read say nothing."""
+    try:
+        return _UPRIGHT.get(image.getexif().get(0x0112, 1))
+    except Exception:
+        return None
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says; EXIF data that cannot be read say nothing."""
     image.load()
-    try:
-        turn = _UPRIGHT.get(image.getexif().get(0x0112, 1))
-    except Exception:
-        return image
+    turn = _turn(image)
     return image if turn is None else image.transpose(turn)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as RGB; see open_image."""
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        wide = image.mode.startswith("I;16") or values.max(initial=0) > 255  # mode "I" does not say how many bits count
-        image = Image.fromarray((values // 257 if wide else values).clip(0, 255).astype(np.uint8))
+def lies_on_its_side(image: Image.Image) -> bool:
+    """Whether width and height of a decoded image change places when it is turned upright."""
+    return _turn(image) in (
+        Image.Transpose.TRANSPOSE,
+        Image.Transpose.ROTATE_270,
+        Image.Transpose.TRANSVERSE,
+        Image.Transpose.ROTATE_90,
+    )
+
+
+def deep_kind(image: Image.Image) -> str | None:
+    """ "I" for grey images of integers of more than 8 bits, "F" for those of floats, None for all others."""
+    return "I" if image.mode.startswith("I") else "F" if image.mode == "F" else None
+
+
+def to_rgb(image: Image.Image, intensity_range: tuple[float, float] | None = None) -> Image.Image:
+    """Any PIL image as RGB, over white where it is transparent.
+
+    Grey images of more than 8 bits (modes I;16, I and F) are scaled: `intensity_range` = (low, high) becomes 0 and
+    255, what is beyond is cut off. Integers are rounded down, floats to the nearest. Without it the range is that of
+    the mode, `FULL_RANGE`, and never depends on the image.
+
+    Raises:
+        ValueError: values are NaN or infinite.
+    """
+    kind = deep_kind(image)
+    if kind is not None:
+        image = Image.fromarray(_levels(np.asarray(image), *(intensity_range or FULL_RANGE[kind])))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -84,147 +209,52 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _levels(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """(H, W) numbers → (H, W) uint8, low → 0 and high → 255."""
+    levels = np.empty(values.shape, np.uint8)
+    rows = max(1, _ROWS_AT_ONCE // max(1, values.shape[1]))
+    for start in range(0, len(values), rows):
+        part = values[start : start + rows].astype(np.float64)
+        if not np.isfinite(part).all():
+            raise ValueError("it has NaN or infinite values")
+        scaled = np.clip((part - low) * 255 / (high - low), 0, 255)
+        levels[start : start + rows] = np.rint(scaled) if values.dtype.kind == "f" else np.floor(scaled)
+    return levels
+
+
+def covering(width: int, height: int, size: tuple[int, int], resize: str) -> tuple[int, int]:
+    """(height, width) that an image is scaled to before it is cut to `size`.
+
+    "crop" scales so that the image just covers `size`, "squash" scales both sides independently. ValueError where
+    "crop" would scale an image, long and thin, to more than `LARGEST_COVER` pixels.
+    """
+    if resize != "crop":
+        return size
+    scale = max(size[0] / height, size[1] / width)
+    scaled = max(size[0], round(height * scale)), max(size[1], round(width * scale))
+    if scaled[0] * scaled[1] > LARGEST_COVER:
+        raise ValueError(
+            f"image: {width} x {height} pixels are an aspect ratio that is too extreme to crop: "
+            f"covering {size[1]} x {size[0]} pixels it would have {scaled[0] * scaled[1]:,}, at most "
+            f"{LARGEST_COVER:,} are taken; resize='squash' takes it"
+        )
+    return scaled
+
+
 def to_tensor(image: Image.Image | torch.Tensor, size: tuple[int, int], resize: str = "crop") -> torch.Tensor:
     """A PIL image, or a uint8 (1 or 3, H, W) tensor, as a uint8 (3, *size) tensor, bicubic with antialiasing.
 
-    ``resize``: "crop" scales so that the image just covers ``size`` and cuts out the centre (for a square
-    size: short side, then centre crop); "squash" scales both sides independently. ValueError where "crop" would
-    scale an image, long and thin, to more than LARGEST_COVER pixels.
+    `resize`: "crop" scales so that the image just covers `size` and cuts out the centre (for a square size: short
+    side, then centre crop); "squash" scales both sides independently. ValueError as `covering`.
     """
     tensor = image if isinstance(image, torch.Tensor) else F.pil_to_tensor(to_rgb(image))
-    height, width = size
-    if resize == "crop":
-        scale = max(height / tensor.shape[1], width / tensor.shape[2])
-        covering = [max(height, round(tensor.shape[1] * scale)), max(width, round(tensor.shape[2] * scale))]
-        if covering[0] * covering[1] > LARGEST_COVER:
-            raise ValueError(
-                f"image: {tensor.shape[2]} x {tensor.shape[1]} pixels are an aspect ratio that is too extreme to crop: "
-                f"covering {width} x {height} pixels it would have {covering[0] * covering[1]:,}, at most "
-                f"{LARGEST_COVER:,} are taken; resize='squash' takes it"
-            )
-    else:
-        covering = [height, width]
-    tensor = F.resize(tensor, covering, interpolation=InterpolationMode.BICUBIC, antialias=True)
-    tensor = F.center_crop(tensor, [height, width])
+    scaled = covering(tensor.shape[2], tensor.shape[1], size, resize)
+    tensor = F.resize(tensor, [*scaled], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    tensor = F.center_crop(tensor, [*size])
     return tensor.expand(3, -1, -1).contiguous()
 
 
-def check_image(path: str | os.PathLike[str]) -> str | None:
-    """Why a file is not a whole image, or None. Cheap: pixels are decoded only where nothing else tells.
-
-    PNG: all checksums. JPEG: header and end marker; where the end marker is missing the file is decoded.
-    Other formats are decoded.
-    """
-    try:
-        with Image.open(path, formats=_formats()) as image:
-            if image.format == "PNG":
-                image.verify()
-            elif image.format != "JPEG" or not _ends_as_jpeg(path):
-                image.load()
-    except Exception as error:
-        return str(error) or type(error).__name__
-    return None
-
-
-def _ends_as_jpeg(path: str | os.PathLike[str]) -> bool:
-    with open(path, "rb") as stream:
-        stream.seek(max(0, os.path.getsize(path) - 64))
-        return b"\xff\xd9" in stream.read()
-
-
-def bad_images(paths: Sequence[str | os.PathLike[str]]) -> dict[int, str]:
-    """Index -> reason of the files among ``paths`` that check_image finds broken."""
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        return {i: reason for i, reason in enumerate(pool.map(check_image, paths)) if reason is not None}
-
-
-def report_bad(bad: Sequence[tuple[str, str]], on_bad: str) -> None:
-    """Raise ValueError for a list of (file, reason), or with ``on_bad="skip"`` warn; up to ten are named."""
-    if not bad:
-        return
-    listed = "; ".join(f"{path} ({reason})" for path, reason in bad[:10]) + (
-        f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
-    )
-    if on_bad == "error":
-        raise ValueError(
-            f"{len(bad)} image file(s) cannot be read: {listed}. Remove them or leave them out with on_bad='skip' "
-            "(--on-bad skip)"
-        )
-    warnings.warn(f"skipped {len(bad)} image file(s) that cannot be read: {listed}", stacklevel=4)
-
-
-def is_image_name(path: str | os.PathLike[str]) -> bool:
-    """Whether the name is one of an image file (and not a hidden file)."""
-    name = os.path.basename(os.fspath(path))
-    return not name.startswith(".") and name.lower().endswith(IMG_EXTENSIONS)
-
-
-def list_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:
-    """The image files named by ``paths``: files as they are, folders searched through and through, sorted.
-
-    Raises ValueError for a path that does not exist, a folder that cannot be read or has no image, and an
-    empty list.
-    """
-    if isinstance(paths, (str, os.PathLike)):
-        paths = [paths]
-    found: list[str] = []
-    for given in paths:
-        path = Path(given)
-        if path.is_dir():
-            inside = sorted(
-                os.path.join(folder, file) for folder, _, files in walk(path) for file in files if is_image_name(file)
-            )
-            if not inside:
-                raise ValueError(f"paths: no image in the folder {path} (looked for {', '.join(IMG_EXTENSIONS)})")
-            found += inside
-        elif path.exists():
-            found.append(str(path))
-        else:
-            raise ValueError(f"paths: no such file or folder: {path}")
-    if not found:
-        raise ValueError("paths: expected at least one image file or folder, got none")
-    return found
-
-
-def walk(folder: Path) -> list[tuple[str, list[str], list[str]]]:
-    """os.walk, links followed, but a folder that cannot be listed is a ValueError, not an empty one."""
-
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
-
-    return list(os.walk(folder, onerror=refuse, followlinks=True))
-
-
-def read_images(
-    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-    image_size: int | Sequence[int],
-    *,
-    resize: str = "crop",
-    on_bad: str = "error",
-) -> tuple[torch.Tensor, list[str]]:
-    """Image files and folders of them -> (uint8 (N, 3, S, S), the N file names), for prediction.
-
-    The EXIF orientation is honoured. ``resize``: "crop" (short side, centre crop) or "squash".
-    ``on_bad``: "error" raises a ValueError naming the files that cannot be read, "skip" leaves them out with
-    a warning. For more images than fit in memory call list_images and hand this function a slice at a time.
-    """
-    size = sides(image_size)
-    check_choice("resize", resize, RESIZES)
-    check_choice("on_bad", on_bad, ("error", "skip"))
-    tensors, names, bad = [], [], []
-    for path in list_images(paths):
-        try:
-            tensors.append(to_tensor(open_image(path), size, resize))
-            names.append(path)
-        except ValueError as error:
-            bad.append((path, str(error.__cause__ or error)))
-    report_bad(bad, on_bad)
-    if not tensors:
-        raise ValueError(f"paths: none of the {len(bad)} image files can be read")
-    return torch.stack(tensors), names
-
-
 def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
-    """ValueError unless ``value`` is one of ``choices``."""
+    """ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{argument}: expected one of {', '.join(map(repr, choices))}, got {value!r}")

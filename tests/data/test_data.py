@@ -5,7 +5,7 @@ import torch
 
 import fastprompt
 from fastprompt.data import DataSplits, load_data
-from fastprompt.data.sources import Pool, Source
+from fastprompt.data.pools import Pool, Source
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def known(monkeypatch):
         lambda i: torch.full((1, 10, 10), i, dtype=torch.uint8),
     )
     monkeypatch.setattr(
-        "fastprompt.data.find_source", lambda name, root, on_bad: Source("known", ["a", "b", "c"], pool)
+        "fastprompt.data.find_source", lambda name, root, reading: Source("known", ["a", "b", "c"], pool)
     )
 
 
@@ -42,6 +42,8 @@ def test_summary_says_what_was_split(known):
         "resize": "squash",
         "augment": "flip",
         "seed": 4,
+        "intensity_range": None,
+        "left_out": {},
     }
     assert data.num_classes == 3
 
@@ -70,6 +72,9 @@ def test_augmentation_reaches_train_only(known):
         ({"augment": "mixup"}, ValueError, "augment: expected one of"),
         ({"resize": "pad"}, ValueError, "resize"),
         ({"on_bad": "warn"}, ValueError, "on_bad"),
+        ({"intensity_range": (1, 0)}, ValueError, "intensity_range"),
+        ({"intensity_range": 255}, TypeError, "intensity_range"),
+        ({"max_decoded_bytes": 0}, ValueError, "max_decoded_bytes"),
     ],
 )
 def test_bad_arguments_fail_before_any_work(options, error, message, monkeypatch):

@@ -1,20 +1,18 @@
 from __future__ import annotations
 
-import io
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastprompt.data import list_images, read_images
-from fastprompt.data.images import check_image, open_image, to_rgb, to_tensor
-
-
-def photo(width=48, height=32, seed=0):
-    generator = np.random.default_rng(seed)
-    return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+from fastprompt.data.images import (
+    TooLarge,
+    check_decoded_bytes,
+    decoded_limit,
+    open_image,
+    to_rgb,
+    to_tensor,
+)
 
 
 def halves(width=40, height=20):
@@ -22,63 +20,6 @@ def halves(width=40, height=20):
     image = Image.new("RGB", (width, height), "red")
     image.paste("blue", (width // 2, 0, width, height))
     return image
-
-
-def encoded(image, kind, **options):
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def broken_files(folder: Path):
-    jpeg, png = encoded(photo(), "JPEG"), encoded(photo(), "PNG")
-    contents = {
-        "half.jpg": jpeg[: len(jpeg) // 2],
-        "half.png": png[: len(png) // 2],
-        "empty.png": b"",
-        "text.jpg": b"this is not an image",
-        "half.bmp": encoded(photo(), "BMP")[:2000],
-        "flipped.png": png[:200] + bytes([png[200] ^ 255]) + png[201:],
-    }
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    return sorted(contents)
-
-
-def test_broken_files_are_found_without_decoding_whole_ones(tmp_path):
-    for name in broken_files(tmp_path):
-        assert check_image(tmp_path / name), name
-    for kind in ("jpg", "png", "bmp", "webp", "tiff"):
-        photo().save(tmp_path / f"whole.{kind}")
-        assert check_image(tmp_path / f"whole.{kind}") is None
-    (tmp_path / "trailing.jpg").write_bytes(encoded(photo(), "JPEG") + b"\0" * 500)
-    assert check_image(tmp_path / "trailing.jpg") is None
-
-
-def test_read_images_names_the_broken_file(tmp_path):
-    photo().save(tmp_path / "good.png")
-    (tmp_path / "half.jpg").write_bytes(encoded(photo(), "JPEG")[:-100])
-    with pytest.raises(ValueError, match=r"1 image file\(s\) cannot be read: .*half\.jpg \(.*truncated"):
-        read_images(tmp_path, 16)
-    with pytest.warns(UserWarning, match=r"skipped 1 .*half\.jpg"):
-        images, names = read_images(tmp_path, 16, on_bad="skip")
-    assert images.shape == (1, 3, 16, 16)
-    assert names == [str(tmp_path / "good.png")]
-    (tmp_path / "good.png").unlink()
-    with pytest.warns(UserWarning, match="skipped"), pytest.raises(ValueError, match="none of the 1"):
-        read_images(tmp_path, 16, on_bad="skip")
-
-
-def test_files_and_folders_come_back_in_order(tmp_path):
-    (tmp_path / "folder" / "deep").mkdir(parents=True)
-    for seed, name in enumerate(["folder/b.png", "folder/a.jpg", "folder/deep/c.PNG", "first.png", "odd.name"]):
-        photo(seed=seed).save(tmp_path / name, "PNG")
-    (tmp_path / "folder" / "notes.txt").write_text("not an image")
-    (tmp_path / "folder" / "._a.jpg").write_bytes(b"macOS leaves these")
-    images, names = read_images([tmp_path / "odd.name", str(tmp_path / "folder")], (32, 48))
-    assert [Path(name).name for name in names] == ["odd.name", "a.jpg", "b.png", "c.PNG"]
-    assert images.dtype == torch.uint8
-    assert torch.equal(images[0], torch.from_numpy(np.asarray(photo(seed=4)).copy()).permute(2, 0, 1))
 
 
 def test_exif_orientation_is_honoured(tmp_path):
@@ -89,8 +30,6 @@ def test_exif_orientation_is_honoured(tmp_path):
     assert image.size == (20, 40)
     assert image.getpixel((10, 5)) == (255, 0, 0)
     assert image.getpixel((10, 35)) == (0, 0, 255)
-    images, _ = read_images(tmp_path / "turned.png", (40, 20))
-    assert images[0, :, 5, 10].tolist() == [255, 0, 0]
 
 
 def test_crop_keeps_the_shape_of_things_and_squash_keeps_all_of_it():
@@ -120,42 +59,85 @@ def test_other_modes_become_rgb():
     assert to_rgb(palette).getpixel((0, 0)) == (10, 20, 30)
 
 
-def test_bad_arguments(tmp_path):
-    photo().save(tmp_path / "a.png")
-    (tmp_path / "none").mkdir()
-    cases = [
-        ((tmp_path / "absent.png", 16), {}, ValueError, "no such file or folder.*absent.png"),
-        ((tmp_path / "none", 16), {}, ValueError, "no image in the folder"),
-        (([], 16), {}, ValueError, "at least one image file"),
-        ((tmp_path / "a.png", 0), {}, ValueError, "image_size: expected a positive size, got 0"),
-        ((tmp_path / "a.png", -3), {}, ValueError, "image_size"),
-        ((tmp_path / "a.png", 1.5), {}, TypeError, "image_size"),
-        ((tmp_path / "a.png", True), {}, TypeError, "image_size"),
-        (
-            (tmp_path / "a.png", 16),
-            {"resize": "stretch"},
-            ValueError,
-            "resize: expected one of 'crop', 'squash'",
-        ),
-        ((tmp_path / "a.png", 16), {"on_bad": "ignore"}, ValueError, "on_bad"),
-    ]
-    for arguments, options, error, message in cases:
-        with pytest.raises(error, match=message):
-            read_images(*arguments, **options)
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+@pytest.mark.parametrize("bounds", [(0, 65535), (0, 4095), (-1024, 3071), (0, 1), (100, 101), (-1e6, 1e6)])
+def test_deep_grey_images_are_scaled_from_the_range(dtype, bounds):
+    values = np.linspace(bounds[0] - 50, bounds[1] + 50, 300).reshape(3, 100)
+    values = values.clip(0, 65535).astype(dtype) if dtype == np.uint16 else values.astype(dtype)
+    found = np.asarray(to_rgb(Image.fromarray(values), bounds))
+    exact = ((values.astype(np.float64) - bounds[0]) / (bounds[1] - bounds[0]) * 255).clip(0, 255)
+    expected = np.rint(exact) if dtype == np.float32 else np.floor(exact + 1e-9)
+    assert found.shape == (3, 100, 3)
+    assert np.abs(found[..., 0] - expected).max() <= (0 if dtype == np.uint16 else 1)
+    assert (found[..., 0] == found[..., 2]).all()
 
 
-def test_unreadable_folder_is_an_error_not_an_empty_one(tmp_path, monkeypatch):
+def test_16_bits_are_divided_by_257_and_8_bit_floats_are_exact():
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    assert np.array_equal(np.asarray(to_rgb(Image.fromarray(values)))[..., 1], values // 257)
+    levels = np.arange(256, dtype=np.float32)[None]
+    assert np.array_equal(np.asarray(to_rgb(Image.fromarray(levels / 255)))[..., 0], levels)
+    assert np.array_equal(np.asarray(to_rgb(Image.fromarray(levels), (0, 255)))[..., 0], levels)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L", "I"])
+def test_the_range_of_a_mode_does_not_depend_on_the_image(mode):
+    dark, bright = (to_rgb(Image.new(mode, (4, 4), value)).getpixel((0, 0))[0] for value in (200, 65535))
+    assert (dark, bright) == (0, 255)
+
+
+def test_large_deep_images_are_scaled_in_parts():
+    values = np.arange(2 * 700_001, dtype=np.int32).reshape(2, 700_001)
+    found = np.asarray(to_rgb(Image.fromarray(values), (0, 1_400_001)))[..., 0]
+    assert np.array_equal(found, values * 255 // 1_400_001)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_no_numbers_are_refused(value, tmp_path):
+    Image.fromarray(np.array([[0, value]], np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"cannot read the image .*a.tif: it has NaN or infinite values"):
+        open_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
+def test_of_several_images_in_a_file_the_first_is_read(suffix, tmp_path):
+    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
+    assert open_image(tmp_path / f"a.{suffix}").getpixel((4, 4))[0] > 240
+
+
+def test_damage_that_pillow_passes_over_is_found(tmp_path, photo, encoded):
+    jpeg, png = encoded(photo(100, 80), "JPEG"), encoded(photo(100, 80), "PNG")
+    (tmp_path / "a.jpg").write_bytes(jpeg[: len(jpeg) // 2] + b"\xff\xd9")
+    (tmp_path / "a.png").write_bytes(png[: len(png) // 2] + bytes(len(png) // 2))
+    for name in ("a.jpg", "a.png"):
+        with pytest.raises(ValueError, match=rf"cannot read the image .*{name}"):
+            open_image(tmp_path / name)
+        assert open_image(tmp_path / name, strict=False).size == (100, 80)
+
+
+def test_a_file_that_is_none_or_not_there(tmp_path):
     import os
 
-    (tmp_path / "locked").mkdir()
-    photo().save(tmp_path / "a.png")
-    real = os.scandir
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, message in (("pipe.png", "cannot read the image .*pipe.png: it is not a regular file"),
+                          ("gone.png", "no such image file: .*gone.png")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            open_image(tmp_path / name)
 
-    def scandir(path="."):
-        if Path(os.fspath(path)).name == "locked":
-            raise PermissionError(13, "Permission denied", os.fspath(path))
-        return real(path)
 
-    monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(ValueError, match=r"cannot read the folder .*locked: Permission denied"):
-        list_images(tmp_path)
+def test_an_image_may_take_so_many_bytes(tmp_path):
+    Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
+    assert open_image(tmp_path / "a.png", max_decoded_bytes=40_000).size == (100, 100)
+    with pytest.raises(ValueError, match=r"a.png: 100 x 100 pixels in mode RGB take 40,000 bytes decoded, more than"):
+        open_image(tmp_path / "a.png", max_decoded_bytes=39_999)
+    with Image.open(tmp_path / "a.png") as image, pytest.raises(TooLarge):
+        check_decoded_bytes(image, 100)
+
+
+@pytest.mark.parametrize(("value", "error"), [(1.5, TypeError), (True, TypeError), (0, ValueError), (-7, ValueError)])
+def test_bad_limits(value, error):
+    with pytest.raises(error, match="max_decoded_bytes: expected"):
+        decoded_limit(value)
+    assert decoded_limit(None) == 2**29
+    assert decoded_limit(7) == 7

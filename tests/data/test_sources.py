@@ -13,139 +13,13 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
+from fastprompt.adapters import Preprocessing
 from fastprompt.data import load_data, sources
-from fastprompt.data.sources import fashion_mnist, find_source, folder_source, known_names, mnist5k
+from fastprompt.data.folders import Reading
+from fastprompt.data.sources import fashion_mnist, find_source, known_names, mnist5k
 from fastprompt.fetch import FetchError
 
-
-def fill(folder: Path, number: int = 3, kind: str = "png") -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = np.random.default_rng(len(str(folder)))
-    for i in range(number):
-        pixels = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.{kind}")
-
-
-@pytest.fixture
-def plain(tmp_path):
-    fill(tmp_path / "set" / "cat", 4)
-    fill(tmp_path / "set" / "dog", 6, "jpg")
-    return tmp_path / "set"
-
-
-@pytest.fixture
-def divided(tmp_path):
-    for part, number in (("train", 4), ("val", 2), ("test", 3)):
-        for name in ("cat", "dog", "eel"):
-            fill(tmp_path / "set" / part / name, number)
-    return tmp_path / "set"
-
-
-def test_plain_class_folders(plain):
-    (plain / "cat" / "notes.txt").write_text("ignored")
-    (plain / ".git").mkdir()
-    (plain / "__MACOSX").mkdir()
-    source = folder_source(plain, "error")
-    assert source.class_names == ["cat", "dog"]
-    assert Counter(source.train.labels) == {0: 4, 1: 6}
-    assert source.train.keys[0] == os.path.join("cat", "0.png")
-    assert source.train.read(9).size == (16, 12)
-    assert source.val is None
-    assert source.test is None
-
-
-@pytest.mark.parametrize("val_name", ["val", "valid", "Validation"])
-def test_divided_folder(divided, val_name):
-    (divided / "val").rename(divided / val_name)
-    source = folder_source(divided, "error")
-    assert source.class_names == ["cat", "dog", "eel"]
-    assert [len(part.labels) for part in (source.train, source.val, source.test)] == [12, 6, 9]
-    data = load_data(divided, image_size=8)
-    assert (len(data.train), len(data.val), len(data.test)) == (12, 6, 9)
-
-
-def test_test_folder_with_fewer_classes_keeps_the_numbers_of_train(divided):
-    import shutil
-
-    shutil.rmtree(divided / "test" / "cat")
-    assert Counter(folder_source(divided, "error").test.labels) == {1: 3, 2: 3}
-
-
-def test_a_class_called_train_is_a_class(tmp_path):
-    fill(tmp_path / "car")
-    fill(tmp_path / "train")
-    assert folder_source(tmp_path, "error").class_names == ["car", "train"]
-
-
-def test_broken_file_is_named_up_front_or_skipped(plain):
-    whole = (plain / "dog" / "2.jpg").read_bytes()
-    (plain / "dog" / "2.jpg").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"1 image file\(s\) cannot be read: .*dog.2\.jpg"):
-        load_data(plain, image_size=8)
-    with pytest.warns(UserWarning, match=r"skipped 1 image file\(s\).*dog.2\.jpg"):
-        data = load_data(plain, image_size=8, on_bad="skip")
-    assert len(data.train) + len(data.val) + len(data.test) == 9
-    for i in range(3):
-        (plain / "cat" / f"{i}.png").write_bytes(b"")
-    (plain / "cat" / "3.png").unlink()
-    with (
-        pytest.warns(UserWarning, match="skipped"),
-        pytest.raises(ValueError, match=r"no image in the class folder.*cat"),
-    ):
-        load_data(plain, image_size=8, on_bad="skip")
-
-
-def test_file_that_breaks_after_the_scan_is_named(plain):
-    source = folder_source(plain, "error")
-    (plain / "dog" / "0.jpg").write_bytes(b"overwritten")
-    with pytest.raises(ValueError, match=r"cannot read the image .*dog.0\.jpg"):
-        source.train.read(4)
-
-
-def test_bad_folders(tmp_path, plain, divided):
-    fill(tmp_path / "loose")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "textual" / "a").mkdir(parents=True)
-    (tmp_path / "textual" / "b").mkdir()
-    (tmp_path / "textual" / "a" / "x.txt").write_text("")
-    fill(tmp_path / "one" / "only")
-    fill(tmp_path / "partly" / "a")
-    (tmp_path / "partly" / "b").mkdir()
-    fill(divided / "val" / "fox")
-    (tmp_path / "file").write_text("")
-    fill(tmp_path / "flat" / "train")
-    fill(tmp_path / "flat" / "Test")
-    fill(tmp_path / "trainless" / "val" / "a")
-    fill(tmp_path / "trainless" / "test" / "a")
-    for name, message in {
-        "loose": "has images but no class folders",
-        "empty": "no class folders and no images",
-        "textual": "no image in any class folder",
-        "one": r"one class folder only \(only\)",
-        "partly": r"no image in the class folder\(s\) b",
-        "set": "classes that .*train does not have: fox",
-        "file": "is a file",
-        "flat": "has the folders test, train, but no train/<class name>/",
-        "trainless": "has the folders test, val, but no train/<class name>/",
-        "absent": "no such folder",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            load_data(tmp_path / name, image_size=8)
-        with pytest.raises(ValueError, match=message):
-            load_data(str(tmp_path / name), image_size=8)
-
-
-def test_unreadable_folder(plain, monkeypatch):
-    real = os.scandir
-
-    def scandir(path="."):
-        if Path(os.fspath(path)).name == "dog":
-            raise PermissionError(13, "Permission denied", os.fspath(path))
-        return real(path)
-
-    monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(ValueError, match=r"cannot read the folder .*dog: Permission denied"):
-        load_data(plain, image_size=8)
+READING = Reading((16, 16))
 
 
 @pytest.mark.parametrize(
@@ -160,20 +34,21 @@ def test_unreadable_folder(plain, monkeypatch):
 )
 def test_unknown_names(name, message):
     with pytest.raises(ValueError, match=message):
-        find_source(name, None, "error")
+        find_source(name, None, READING)
 
 
-def test_wrong_names_and_roots(tmp_path, plain):
+def test_wrong_names_and_roots(tmp_path, fill):
+    plain = fill(tmp_path / "set" / "cat").parent
     for name in (None, 3, ""):
         with pytest.raises(TypeError, match="name"):
-            find_source(name, None, "error")
+            find_source(name, None, READING)
     for name in ("mnist5k", plain):
         with pytest.raises(ValueError, match="root: is where torchvision's sets are kept"):
-            find_source(name, tmp_path, "error")
+            find_source(name, tmp_path, READING)
     (tmp_path / "file").write_text("")
     for name in ("cifar10", "fashion-mnist"):
         with pytest.raises(ValueError, match=r"root: .*file is a file"):
-            find_source(name, tmp_path / "file", "error")
+            find_source(name, tmp_path / "file", READING)
 
 
 def test_every_alias_is_a_torchvision_class():
@@ -186,7 +61,28 @@ def test_every_alias_is_a_torchvision_class():
     )
 
 
-def test_torchvision_set_without_official_split(tmp_path):
+@pytest.mark.parametrize("name", ["cifar10", "mnist5k", "fashion-mnist"])
+def test_a_folder_with_the_name_of_a_set_has_to_be_told_from_it(name, tmp_path, fill, monkeypatch):
+    for part in ("cat", "dog"):
+        fill(tmp_path / name / part)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"'{name}' is a data set and a folder here .*'builtin:{name}'"):
+        find_source(name, None, READING)
+    for folder in (f"./{name}", Path(name), tmp_path / name, str(tmp_path / name), f"{name}/"):
+        assert find_source(folder, None, READING).class_names == ["cat", "dog"]
+    monkeypatch.setattr(sources, "_builtin", lambda known, root: (known, root))
+    assert find_source(f"builtin:{name}", None, READING) == (name, None)
+    (tmp_path / name).rename(tmp_path / "away")
+    assert find_source(name, None, READING) == (name, None)
+
+
+def test_an_intensity_range_is_for_folders():
+    for name in ("mnist5k", "torchvision:MNIST"):
+        with pytest.raises(ValueError, match="intensity_range: is for grey images"):
+            find_source(name, None, Reading((16, 16), Preprocessing(intensity_range=(0, 1))))
+
+
+def test_torchvision_set_without_official_split(tmp_path, fill):
     for name in ("River", "Forest"):
         fill(tmp_path / "eurosat" / "2750" / name, 10)
     data = load_data("eurosat", image_size=8, root=tmp_path)
@@ -233,7 +129,7 @@ class Splitted:
 
 def test_split_argument_and_broken_image(monkeypatch):
     monkeypatch.setattr(datasets, "SVHN", Splitted)
-    source = find_source("svhn", None, "error")
+    source = find_source("svhn", None, READING)
     assert source.class_names == ["0", "1", "2"]
     assert source.train.read(0).getpixel((0, 0)) == 10
     assert source.test.read(0).getpixel((0, 0)) == 20
@@ -247,14 +143,50 @@ def test_set_that_cannot_be_downloaded_names_what_works(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "SVHN", absent)
     with pytest.raises(FetchError, match=r"SVHN is not in .*Name or service not known.*root=.*mnist5k, fashion-mnist"):
-        find_source("svhn", tmp_path, "error")
+        find_source("svhn", tmp_path, READING)
+
+
+class Downloaded(Splitted):
+    """A set whose download writes two files for each split."""
+
+    def __init__(self, root, split="train", download=False):
+        file = Path(root) / "downloaded" / f"{split}.bin"
+        if download:
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(split.encode() * 100)
+        elif not file.is_file():
+            raise RuntimeError("Dataset not found")
+        super().__init__(root, split)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_downloaded_set_is_compared_with_what_was_downloaded(split, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "SVHN", Downloaded)
+    (tmp_path / "other").write_text("of the user")
+    for _ in range(2):
+        assert len(find_source("svhn", tmp_path, READING).test.labels) == 3
+    (tmp_path / "other").write_text("changed")
+    assert len(find_source("svhn", tmp_path, READING).test.labels) == 3
+    file = tmp_path / "downloaded" / f"{split}.bin"
+    whole = file.read_bytes()
+    for damaged in (whole[:-1], whole[:-1] + b"X", whole + b"X"):
+        file.write_bytes(damaged)
+        with pytest.raises(FetchError, match=rf"{split}.bin is not what was downloaded for SVHN any more; remove it"):
+            find_source("svhn", tmp_path, READING)
+    file.write_bytes(whole)
+    monkeypatch.setattr(sources, "HASHED_BYTES", 10)
+    file.write_bytes(b"X" * len(whole))
+    assert len(find_source("svhn", tmp_path, READING).test.labels) == 3  # too large to be hashed each time
+    file.write_bytes(whole[:-1])
+    with pytest.raises(FetchError, match="is not what was downloaded"):
+        find_source("svhn", tmp_path, READING)
 
 
 def test_set_that_torchvision_never_downloads(tmp_path):
     with pytest.raises(FetchError, match=r"ImageNet is not in .* torchvision cannot download it"):
-        find_source("torchvision:ImageNet", tmp_path, "error")
+        find_source("torchvision:ImageNet", tmp_path, READING)
     with pytest.raises(FetchError, match=r"FER2013 is not in .* torchvision cannot download it"):
-        find_source("fer2013", tmp_path, "error")
+        find_source("fer2013", tmp_path, READING)
 
 
 def real(build):
@@ -327,6 +259,31 @@ def test_fashion_mnist_from_the_installed_debian_package(small_fashion, monkeypa
     assert len(fashion_mnist().train.labels) == 20
     monkeypatch.setattr(sources, "_FASHION_FOLDER", tmp_path / "absent")
     assert len(fashion_mnist().test.labels) == 10  # from the cache
+
+
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+@pytest.mark.parametrize("change", ["flip", "cut", "grow"])
+def test_a_damaged_cache_of_fashion_mnist_is_made_again(small_fashion, monkeypatch, tmp_path, name, change):
+    monkeypatch.setattr(sources, "_FASHION_FOLDER", small_fashion)
+    before = fashion_mnist()
+    file = tmp_path / "cache" / "torchvision" / "FashionMNIST" / "raw" / name
+    whole, info = file.read_bytes(), file.stat()
+    damaged = {"flip": whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:], "cut": whole[:-5], "grow": whole + b"\0"}
+    file.write_bytes(damaged[change])
+    os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns))
+    assert fashion_mnist().test.labels == before.test.labels
+    assert file.read_bytes() == whole
+
+
+def test_another_fashion_mnist_in_a_folder_of_the_users_is_refused_and_left_alone(small_fashion, monkeypatch, tmp_path):
+    monkeypatch.setattr(sources, "_FASHION_FOLDER", small_fashion)
+    fashion_mnist(tmp_path / "mine")
+    file = tmp_path / "mine" / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    content = file.read_bytes()[:-1] + b"\7"
+    file.write_bytes(content)
+    with pytest.raises(FetchError, match=r"does not hold the published Fashion-MNIST.*torchvision:FashionMNIST"):
+        fashion_mnist(tmp_path / "mine")
+    assert file.read_bytes() == content
 
 
 def test_fashion_mnist_through_apt(small_fashion, monkeypatch, capsys):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastprompt.data import splits
-from fastprompt.data.sources import Pool, Source
+from fastprompt.data.pools import Pool, Source
 from fastprompt.data.splits import ImageSet, draw, split
 
 
