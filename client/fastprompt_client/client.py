@@ -109,7 +109,7 @@ class Client:
         Raises:
             TypeError, ValueError: `image` is none of these, cannot be read, or is too large.
         """
-        opened = pictures.open_image(image, self.max_pixels)
+        opened = pictures.open_image(image, self.max_pixels, self.folder.intensity_range)
         return self.prompt(pictures.resized(opened, self.folder.size, self.folder.resize))
 
     def prompt(self, pixels: np.ndarray) -> np.ndarray:

@@ -67,6 +67,7 @@ class Folder:
         name, fingerprint, readout: of the backbone that the host has to run. width: D of its features.
         size: (H, W) of the images that the client starts from. picture_size: (H', W) of what the host gets.
         patch: p. resize: "crop" or "squash".
+        intensity_range: the values of grey images of more than 8 bits that are black and white; None: see `open_image`.
         kind: "patches" or "border". placement: "extend" or "replace", of patches. rows: of patches.
         round_pixels: whether training rounded pixels to levels.
         graph: the ONNX file, None without patches. library: (M, 3p²) float32. offset: (K, 3p²) or None.
@@ -85,6 +86,7 @@ class Folder:
     picture_size: tuple[int, int]
     patch: int
     resize: str
+    intensity_range: tuple[float, float] | None
     kind: str
     placement: str
     rows: int
@@ -185,6 +187,7 @@ def read_folder(folder: str | os.PathLike[str]) -> Folder:
         picture_size=picture_size,
         patch=patch,
         resize=fields.choice("preprocessing.resize", ("crop", "squash")),
+        intensity_range=fields.range("preprocessing.intensity_range"),
         kind=kind,
         placement=placement,
         rows=rows,
@@ -239,6 +242,17 @@ class _Fields:
         if len(value) != 2 or any(type(side) is not int or not 1 <= side <= 1 << 14 for side in value):
             raise FolderError(f"{self.path}: {name} must be [height, width] in pixels, got {value!r}")
         return value[0], value[1]
+
+    def range(self, name: str) -> tuple[float, float] | None:
+        """Two numbers, the lower first; None where there is none, as in folders of earlier versions."""
+        if self.get(name.rpartition(".")[0], dict).get(name.rpartition(".")[2]) is None:
+            return None
+        value = self.get(name, list)
+        if len(value) != 2 or not all(type(v) in (int, float) and abs(v) <= LARGEST_NUMBER for v in value):
+            raise FolderError(f"{self.path}: {name} must be [low, high], got {value!r}")
+        if not value[0] < value[1]:
+            raise FolderError(f"{self.path}: {name} must have the lower number first, got {value!r}")
+        return float(value[0]), float(value[1])
 
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
         value = self.get(name, str)

@@ -25,6 +25,8 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """By the EXIF orientation."""
+ROWS_AT_ONCE = 1 << 20
+"""Values of a grey image of more than 8 bits that are scaled at a time: bounds the memory of the copies."""
 TIE = 1e-3
 """Levels taken off a shrunk pixel before it is rounded, where training rounds: half way between two goes down."""
 
@@ -32,8 +34,14 @@ ImageLike = Any
 """A file's path, its bytes, a PIL image, or a uint8 array (H, W, 3)."""
 
 
-def open_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(
+    image: ImageLike, max_pixels: int = MAX_PIXELS, intensity_range: tuple[float, float] | None = None
+) -> Image.Image:
     """An upright RGB image; transparent pixels come out as over white.
+
+    Args:
+        intensity_range: the values of grey images of more than 8 bits that are black and white; None: 0 and 65535 of
+            integers, 0 and 1 of floats.
 
     Raises:
         TypeError: `image` is none of the kinds above.
@@ -46,7 +54,7 @@ def open_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
         return Image.fromarray(np.ascontiguousarray(image))
     if isinstance(image, Image.Image):
         _check_pixels("image", image.width, image.height, max_pixels)
-        return _rgb("image", image)
+        return _rgb("image", image, intensity_range)
     if isinstance(image, (str, os.PathLike)):
         name, source = f"image {os.fspath(image)}", image
         if not os.path.isfile(image):
@@ -65,7 +73,7 @@ def open_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ValueError(f"{name} cannot be read: {error}") from error
     with opened:
         _check_pixels(name, opened.width, opened.height, max_pixels)
-        return _rgb(name, opened)
+        return _rgb(name, opened, intensity_range)
 
 
 def _formats() -> list[str]:
@@ -79,19 +87,31 @@ def _check_pixels(name: str, width: int, height: int, max_pixels: int) -> None:
         raise ValueError(f"{name} has {width} x {height} pixels, from 1 to {max_pixels:,} are taken")
 
 
-def _rgb(name: str, image: Image.Image) -> Image.Image:
+def _rgb(name: str, image: Image.Image, intensity_range: tuple[float, float] | None) -> Image.Image:
     try:
         image = _upright(image)
-        if image.mode.startswith("I"):
-            values = np.asarray(image).astype(np.int64)
-            wide = image.mode.startswith("I;16") or values.max(initial=0) > 255  # mode "I" has bits of no known number
-            image = Image.fromarray((values // 257 if wide else values).clip(0, 255).astype(np.uint8))
+        if image.mode.startswith("I") or image.mode == "F":
+            image = _grey(image, intensity_range or ((0, 1) if image.mode == "F" else (0, 65535)))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
         return image.convert("RGB")
     except Exception as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
+
+
+def _grey(image: Image.Image, bounds: tuple[float, float]) -> Image.Image:
+    """A grey image of more than 8 bits in 8, as training reads it: integers rounded down, floats to the nearest."""
+    values = np.asarray(image)
+    levels = np.empty(values.shape, np.uint8)
+    rows = max(1, ROWS_AT_ONCE // max(1, values.shape[1]))
+    for start in range(0, len(values), rows):
+        part = values[start : start + rows].astype(np.float64)
+        if not np.isfinite(part).all():
+            raise ValueError("it has NaN or infinite values")
+        scaled = np.clip((part - bounds[0]) * 255 / (bounds[1] - bounds[0]), 0, 255)
+        levels[start : start + rows] = np.rint(scaled) if values.dtype.kind == "f" else np.floor(scaled)
+    return Image.fromarray(levels)
 
 
 def _upright(image: Image.Image) -> Image.Image:

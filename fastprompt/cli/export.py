@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from fastprompt.cli.options import Plugins, load_adapter, set_threads
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass
@@ -37,10 +40,20 @@ class Export:
     """Show the traceback of an error."""
 
 
+def golden_image(file: Path, intensity_range: tuple[float, float] | None) -> Image.Image:
+    """The image of --golden, which errors name."""
+    from fastprompt.data.images import open_image
+
+    try:
+        return open_image(file, intensity_range=intensity_range)
+    except ValueError as error:
+        raise ValueError(f"--golden: {error}") from error
+
+
 def export(command: Export) -> None:
     """Run `fastprompt export`."""
     from fastprompt.adapters import Preprocessing
-    from fastprompt.data.images import open_image, to_tensor
+    from fastprompt.data.images import to_tensor
     from fastprompt.pixels.export import export_client, unnoticed
     from fastprompt.pixels.prompts import RGBPrompts
     from fastprompt.runs.directory import read_settings
@@ -49,18 +62,18 @@ def export(command: Export) -> None:
         raise ValueError("--client: is needed, a client's folder is the only kind of export there is")
     if command.out.exists() and not command.out.is_dir():
         raise ValueError(f"--out: {command.out} is a file, a folder is needed")
-    golden = None
     if command.golden is not None:
-        try:
-            golden = open_image(command.golden)
-        except ValueError as error:
-            raise ValueError(f"--golden: {error}") from error
+        golden_image(command.golden, None)  # a wrong file is told before the adapter is loaded
     set_threads(command.threads)
     model = load_adapter(command, read_settings(command.adapter))
+    preprocessing = model.preprocessing or Preprocessing()
+    resize = command.resize or preprocessing.resize
+    picture = None
+    if command.golden is not None:
+        golden = golden_image(command.golden, preprocessing.intensity_range)
+        picture = to_tensor(golden, model.backbone.image_size, resize)
     if command.invert:
         model = RGBPrompts.invert(model, "extend", picture=True)
-    resize = command.resize or (model.preprocessing or Preprocessing()).resize
-    picture = None if golden is None else to_tensor(golden, model.backbone.image_size, resize)
     manifest = export_client(model, command.out, picture, resize)
     height, width = manifest["picture_size"]
     size = sum(file["bytes"] for file in manifest["files"].values())

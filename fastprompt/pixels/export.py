@@ -89,8 +89,9 @@ def export_client(
         TypeError, ValueError: an argument does not fit, or the model holds NaN or infinite values.
         OSError: a file could not be written; nothing has changed then.
     """
+    preprocessing = getattr(model, "preprocessing", None) or Preprocessing()
     if resize is None:
-        resize = (getattr(model, "preprocessing", None) or Preprocessing()).resize
+        resize = preprocessing.resize
     if resize not in RESIZES:
         raise ValueError(f"resize must be one of {RESIZES}, got {resize!r}")
     if not isinstance(out_dir, (str, os.PathLike)) or not os.fspath(out_dir):
@@ -151,6 +152,7 @@ def export_client(
             "filter": "bicubic, antialiased",
             "upright": "EXIF",
             "transparency": "over white",
+            "intensity_range": preprocessing.intensity_range and list(preprocessing.intensity_range),
         },
         "prompts": prompts,
         "picture_size": list(picture.shape[1:]),

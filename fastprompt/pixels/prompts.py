@@ -266,6 +266,7 @@ class RGBPrompts(nn.Module):
         inverted = PromptedViT(
             backbone, RGBPGNConfig(**options), head=head, readout=model.readout, class_names=model.class_names
         )
+        inverted.preprocessing = model.preprocessing
         target = inverted.generator
         assert isinstance(target, RGBPGN)
         target.trunk.load_state_dict(generator.trunk.state_dict())

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -196,6 +198,40 @@ def test_files_are_opened_as_in_training(kind: str, tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(to_rgb(Image.fromarray(expected))), expected)
 
 
+@pytest.mark.parametrize("bounds", [None, (0, 4095), (-1024, 3071), (0, 1)])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_deep_grey_files_are_scaled_as_in_training(
+    bounds: tuple[float, float] | None, dtype: type, tmp_path: Path
+) -> None:
+    from fastprompt.data.images import open_image
+
+    values = np.linspace(0 if dtype is np.uint16 else -2000, 5000, 600).reshape(20, 30).astype(dtype)
+    Image.fromarray(values).save(tmp_path / "image.tif")
+    expected = np.asarray(open_image(tmp_path / "image.tif", intensity_range=bounds))
+    assert np.array_equal(np.asarray(pictures.open_image(tmp_path / "image.tif", intensity_range=bounds)), expected)
+    assert len(np.unique(expected)) > (1 if bounds is None or bounds[1] == 1 else 100)
+
+
+def test_the_folder_says_how_deep_grey_images_are_scaled(folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folder, tmp_path / "client"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert Client(folder).folder.intensity_range is None
+    for value, found in (([0, 4095], (0.0, 4095.0)), (None, None)):
+        manifest["preprocessing"]["intensity_range"] = value
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        assert Client(folder).folder.intensity_range == found
+    values = np.full((40, 32), 4095, np.uint16)
+    dark = Client(folder).picture(Image.fromarray(values))
+    manifest["preprocessing"]["intensity_range"] = [0, 4095]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert Client(folder).picture(Image.fromarray(values)).mean() > dark.mean()
+    for wrong in (3, [1], [1, 1], [2, 1], ["0", "1"], [0, 1e999]):
+        manifest["preprocessing"]["intensity_range"] = wrong
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(ValueError, match=r"preprocessing\.intensity_range must"):
+            Client(folder)
+
+
 @pytest.mark.parametrize("orientation", range(10))
 def test_an_image_is_turned_as_pillow_turns_it(orientation: int, tmp_path: Path) -> None:
     from fastprompt.data.images import open_image
@@ -215,7 +251,8 @@ def test_exif_data_that_cannot_be_read_say_nothing() -> None:
 
 
 def test_formats_that_start_programs_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastprompt.data.images import check_image, open_image
+    from fastprompt.data.checks import check_image
+    from fastprompt.data.images import open_image
 
     def run(*_: Any, **__: Any) -> None:
         raise AssertionError("Ghostscript was started")
@@ -227,7 +264,7 @@ def test_formats_that_start_programs_are_not_opened(tmp_path: Path, monkeypatch:
         pictures.open_image(tmp_path / "image.png")
     with pytest.raises(ValueError, match=r"cannot read the image .*image\.png: cannot identify"):
         open_image(tmp_path / "image.png")
-    assert "cannot identify" in str(check_image(tmp_path / "image.png"))
+    assert "cannot identify" in str(check_image(tmp_path / "image.png").damage)
     assert pictures.FORMATS == FORMATS
 
 
@@ -236,7 +273,8 @@ def test_whatever_a_reader_raises_names_the_file(
     error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which of its errors a damaged file gets differs between Pillow's versions."""
-    from fastprompt.data.images import check_image, open_image
+    from fastprompt.data.checks import check_image
+    from fastprompt.data.images import open_image
 
     file = tmp_path / "image.bmp"
     Image.new("RGB", (6, 4)).save(file)
@@ -245,7 +283,7 @@ def test_whatever_a_reader_raises_names_the_file(
         pictures.open_image(file)
     with pytest.raises(ValueError, match=r"cannot read the image .*image\.bmp: deep inside"):
         open_image(file)
-    assert check_image(file) == "deep inside"
+    assert check_image(file).damage == "deep inside"
 
 
 def test_the_png_is_the_picture(folder: Path, photo: np.ndarray) -> None:
