@@ -52,6 +52,15 @@ class LinearHead(Head):
         self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_classes, width), std=0.01))
         self.bias = nn.Parameter(torch.zeros(num_classes))
 
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Start as VPT's and VAPT's code does: W Kaiming-normal over the outputs, N(0, 2 / C), and b = −log 99.
+
+        With this bias every class has probability 0.01 by a sigmoid, as in RetinaNet.
+        """
+        nn.init.kaiming_normal_(self.weight, a=0, mode="fan_out")
+        nn.init.constant_(self.bias, -math.log(99))
+
     def forward(self, features: Tensor) -> Tensor:
         return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
 

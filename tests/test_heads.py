@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,15 @@ def test_linear_is_an_affine_map_that_trains() -> None:
     torch.testing.assert_close(head(x), x @ head.weight.T + head.bias)
     assert head(x.bfloat16()).dtype == torch.float32
     assert [n for n, p in head.named_parameters() if p.requires_grad] == ["weight", "bias"]
+
+
+def test_linear_head_as_vpts_starts() -> None:
+    head = fp.LinearHead(400, 100)
+    head.reset()
+    assert head.weight.std().item() == pytest.approx(math.sqrt(2 / 100), rel=0.02)
+    assert head.weight.mean().item() == pytest.approx(0, abs=3e-3)
+    torch.testing.assert_close(head.bias, torch.full((100,), -4.59511985))
+    assert torch.sigmoid(head.bias).mean().item() == pytest.approx(0.01)
 
 
 def test_text_is_scaled_cosine_of_the_projected_features(

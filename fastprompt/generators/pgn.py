@@ -180,11 +180,20 @@ PGN_PAPER = Published(
         "weight_decay": 0.0,
         "optimizer": "sgd",
         "momentum": 0.9,
+        "decay": "all",
+        "schedule": "epoch",
         "warmup_epochs": 50,
+        "warmup_floor": 1 / 50,
         "min_lr_ratio": 0.01,
+        "select_by": "last",
         "dtype": "float32",
     },
+    augment="pgn",
 )
+PGN_PAPER_ADAMW = dataclasses.replace(
+    PGN_PAPER, recipe={**PGN_PAPER.recipe, "optimizer": "adamw", "weight_decay": 0.01}
+)
+"""The scripts' `--optimizer adam`: AdamW with PyTorch's weight decay; its rate has to be searched."""
 
 
 @register_method(
@@ -193,7 +202,7 @@ PGN_PAPER = Published(
     paper="Loedeman et al., BMVC 2024, arXiv 2210.06466",
     recipe={"lr": 3e-3},
     lrs=(0.003, 0.01),
-    published={"pgn-paper": PGN_PAPER},
+    published={"pgn-paper": PGN_PAPER, "pgn-paper-adamw": PGN_PAPER_ADAMW},
     cost=_cost,
 )
 class PGN(PromptGenerator):

@@ -47,6 +47,7 @@ class Published:
         lr_per: number of images per step that "lr" is for: it is scaled by batch_size / lr_per. None: never scaled.
         lrs, weight_decays: the base rates and weight decays that the authors search; empty: they search none.
         warmup_steps: length of the warm-up where the authors count optimizer steps; None: "warmup_epochs" counts.
+        augment, resize: how the authors change and read training images, as `fastprompt.load_data` names it.
     """
 
     source: str
@@ -55,6 +56,8 @@ class Published:
     lrs: tuple[float, ...] = ()
     weight_decays: tuple[float, ...] = ()
     warmup_steps: int | None = None
+    augment: str = "none"
+    resize: str = "crop"
 
 
 @dataclasses.dataclass(frozen=True)

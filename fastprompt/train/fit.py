@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastprompt.files import atomic_write, remove_stale_temporaries
 from fastprompt.generators.v2apt import ACTIVE_UNIT_NATS
+from fastprompt.heads import LinearHead
 from fastprompt.memory import peak_memory_mib, reset_peak_memory
 from fastprompt.train.batches import Batches, check_data, is_tensor_pair
 from fastprompt.train.checkpoint import (
@@ -312,6 +313,9 @@ class _Run:
             ]
             fit_linear_probe(self.model, pairs[0], pairs[1])
             self.best = self._weights()
+        if self.recipe.head_init == "vpt" and isinstance(self.head, LinearHead):
+            self.head.reset()
+            self.best = self._weights()
         self.progress.seconds = self.progress.train_seconds = self.feature_seconds
         self.progress.events = [
             {
@@ -414,6 +418,7 @@ class _Run:
         val_loss, val_accuracy = self._validate(epoch)
         now, best = (val_accuracy, -val_loss), (state.best_val_accuracy, -state.best_val_loss)
         improved = now[::-1] > best[::-1] if self.recipe.select_by == "loss" else now > best
+        improved = improved or self.recipe.select_by == "last"
         if improved:
             state.best_epoch, state.best_val_accuracy, state.best_val_loss = epoch, val_accuracy, val_loss
             self.best = self._weights()
@@ -557,16 +562,16 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _make_optimizer(named: list[tuple[str, torch.nn.Parameter]], recipe: Recipe) -> torch.optim.Optimizer:
-    """Parameter groups by part (head or not) and by weight decay (never on biases and norms)."""
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    """Parameter groups by part and by weight decay (`Recipe.part_of`, `Recipe.decays`)."""
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in named:
-        head, decays = name.startswith("head."), parameter.ndim > 1
+        decays = recipe.decays(name, parameter.ndim)
         group = groups.setdefault(
-            (head, decays),
+            (recipe.part_of(name), decays),
             {
                 "params": [],
                 "weight_decay": recipe.weight_decay if decays else 0.0,
-                "peak_lr": recipe.head_lr if head and recipe.head_lr is not None else recipe.lr,
+                "peak_lr": recipe.peak_lr(name),
             },
         )
         group["params"].append(parameter)

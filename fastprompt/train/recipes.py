@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 _CHOICES = {
     "optimizer": ("adamw", "sgd"),
     "dtype": ("bfloat16", "float32", "auto"),
-    "head_init": ("default", "probe"),
-    "select_by": ("accuracy", "loss"),
+    "decay": ("matrices", "all", "all but head bias"),
+    "schedule": ("step", "epoch"),
+    "head_init": ("default", "probe", "vpt"),
+    "select_by": ("accuracy", "loss", "last"),
 }
 _RUNTIME_FIELDS = ("num_workers",)
 
@@ -33,10 +35,15 @@ class Recipe:
         lr: peak learning rate of the generator (and of the backbone in full fine-tuning), as the optimizer
             sees it: not rescaled by the batch size (`Recipe.scaled_lr` does what the papers do).
         head_lr: peak learning rate of the head; None is ``lr``.
-        weight_decay: on every trained tensor with two or more axes; never on biases and norms.
+        backbone_lr: peak learning rate of a backbone that trains; None is ``lr``.
+        weight_decay: strength of the weight decay.
+        decay: what decays: trained tensors with two or more axes ("matrices", so neither biases nor norms), "all", or
+            "all but head bias".
         optimizer: "adamw" (betas 0.9, 0.999) or "sgd" (with ``momentum``).
         momentum: SGD's momentum.
-        warmup_epochs: linear warm-up from lr / steps to lr, in epochs (fractions allowed), stepped per batch.
+        schedule: the rate changes by "step" or by "epoch" (`lr_factor`).
+        warmup_epochs: linear warm-up to lr, in epochs (fractions allowed): from lr / steps by step, from 0 by epoch.
+        warmup_floor: the warm-up's lowest rate, as a share of lr.
         min_lr_ratio: the cosine after the warm-up ends at ``lr * min_lr_ratio``.
         clip_grad: largest global gradient norm; None does not clip.
         label_smoothing: mass spread over all classes in the training loss.
@@ -46,9 +53,11 @@ class Recipe:
         dtype: of the frozen backbone's computation: "bfloat16", "float32", or "auto" (bfloat16 where the
             device has bfloat16 instructions, else float32). Generator, head and losses are float32 always.
         head_init: "default", or "probe": the linear head starts as the L-BFGS probe (C chosen on validation)
-            of the features it sees before the first step. Other heads have nothing to start.
-        select_by: which epoch is the best on validation: the one with the highest "accuracy" (of equals, the
-            lower loss) or with the lowest "loss", which moves less where validation images are few.
+            of the features it sees before the first step, or "vpt": as VPT's and VAPT's (`LinearHead.reset`). Other
+            heads have nothing to start.
+        select_by: which epoch's weights are kept: those with the highest validation "accuracy" (of equals, the
+            lower loss), with the lowest validation "loss", which moves less where validation images are few, or the
+            "last" ones.
         num_workers: processes that load images (0: this one); does not change the result without
             augmentation.
 
@@ -60,10 +69,14 @@ class Recipe:
     batch_size: int = 32
     lr: float = 1e-3
     head_lr: float | None = None
+    backbone_lr: float | None = None
     weight_decay: float = 1e-4
+    decay: str = "matrices"
     optimizer: str = "adamw"
     momentum: float = 0.9
+    schedule: str = "step"
     warmup_epochs: float = 3.0
+    warmup_floor: float = 0.0
     min_lr_ratio: float = 0.0
     clip_grad: float | None = None
     label_smoothing: float = 0.0
@@ -83,9 +96,11 @@ class Recipe:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
         self._check_number("lr", low=0, open_low=True)
         self._check_number("head_lr", low=0, open_low=True, optional=True)
+        self._check_number("backbone_lr", low=0, open_low=True, optional=True)
         self._check_number("weight_decay", low=0)
         self._check_number("momentum", low=0, high=1, open_high=True)
         self._check_number("warmup_epochs", low=0)
+        self._check_number("warmup_floor", low=0, high=1)
         self._check_number("min_lr_ratio", low=0, high=1)
         self._check_number("clip_grad", low=0, open_low=True, optional=True)
         self._check_number("label_smoothing", low=0, high=1, open_high=True)
@@ -127,6 +142,14 @@ class Recipe:
         """
         return Recipe.from_dict({**self.to_dict(), **changes})
 
+    def adjusted(self, changes: Mapping[str, Any]) -> Recipe:
+        """`replace`, but where the number of epochs changes and the warm-ups do not, they keep their share of it."""
+        changes, epochs = dict(changes), changes.get("epochs")
+        if isinstance(epochs, int) and epochs > 0:
+            for warmup in ("warmup_epochs", "kl_warmup_epochs"):
+                changes.setdefault(warmup, getattr(self, warmup) * epochs / self.epochs)
+        return self.replace(**changes)
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""
         return dataclasses.asdict(self)
@@ -161,18 +184,41 @@ class Recipe:
     def lr_factor(self, step: int, steps_per_epoch: int) -> float:
         """What the peak learning rates are multiplied by at one optimizer step.
 
-        (step + 1) / W during the W = warmup_epochs · steps_per_epoch warm-up steps, then
-        r + (1 − r) · (1 + cos(π (step − W) / (T − W))) / 2, with r = min_lr_ratio and T steps in all.
+        By step: (t + 1) / W during the warm-up, where t is the step and W = warmup_epochs · steps_per_epoch. By epoch:
+        t / W, where t is the epoch, 0 for the first, and W = warmup_epochs: the first epoch runs at rate 0 if it warms
+        up. Neither is less than warmup_floor. Then r + (1 − r) · (1 + cos(π (t − W) / (T − W))) / 2, with
+        r = min_lr_ratio and T steps or epochs in all.
 
         Args:
             step: 0 for the first step of the run.
             steps_per_epoch: optimizer steps in one epoch.
         """
-        warmup = round(self.warmup_epochs * steps_per_epoch)
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = (step - warmup) / max(1, self.epochs * steps_per_epoch - warmup)
+        warmup: float
+        if self.schedule == "epoch":
+            now, warmup, total, first = step // steps_per_epoch, self.warmup_epochs, self.epochs, 0
+        else:
+            warmup = round(self.warmup_epochs * steps_per_epoch)
+            now, total, first = step, self.epochs * steps_per_epoch, 1
+        if now < warmup:
+            return max(self.warmup_floor, (now + first) / warmup)
+        progress = (now - warmup) / max(1, total - warmup)
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def part_of(self, name: str) -> str:
+        """ "head", "backbone" or "generator": which peak rate the parameter of a model with this name has."""
+        part = name.partition(".")[0]
+        return part if part == "head" or (part == "backbone" and self.backbone_lr is not None) else "generator"
+
+    def peak_lr(self, name: str) -> float:
+        """The peak learning rate of the parameter of a model with this name."""
+        own = {"head": self.head_lr, "backbone": self.backbone_lr, "generator": None}[self.part_of(name)]
+        return self.lr if own is None else own
+
+    def decays(self, name: str, axes: int) -> bool:
+        """Whether weight decay acts on the parameter of a model with this name and so many axes."""
+        if self.decay == "matrices":
+            return axes > 1
+        return self.decay == "all" or name != "head.bias"
 
     def kl_factor(self, step: int, steps_per_epoch: int) -> float:
         """What ``beta`` is multiplied by at one step: rises linearly to 1 over ``kl_warmup_epochs``."""
@@ -191,7 +237,7 @@ COMMON_RECIPE: dict[str, Any] = {
 """What every method trains with unless its registration says otherwise."""
 
 
-def default_recipe(config: PromptConfig | str) -> Recipe:
+def default_recipe(config: PromptConfig | str, *, train_backbone: bool = False) -> Recipe:
     """The recipe `fp.fit` uses when it is given none: AdamW, warm-up and cosine, a learning rate per method.
 
     For float32 prompts on a bfloat16 CLIP ViT-B/16 and some hundred images: a fresh head that learns at its own
@@ -201,27 +247,25 @@ def default_recipe(config: PromptConfig | str) -> Recipe:
 
     Args:
         config: a method's configuration (fp.PGNConfig(), ...), its kind, or a method's name.
+        train_backbone: the backbone trains beside the prompts, at the rate of full fine-tuning.
 
     Raises:
         TypeError, ValueError: no method is registered for `config`, or its recipe has an unknown or wrong field.
     """
-    return Recipe.from_dict({**COMMON_RECIPE, **method_of(config).recipe})
+    method = method_of(config)
+    recipe = Recipe.from_dict({**COMMON_RECIPE, **method.recipe})
+    if train_backbone and not method.config_class.trains_backbone:
+        recipe = recipe.replace(backbone_lr=method_of("full").recipe["lr"])
+    return recipe
 
 
-def adjusted_recipe(config: PromptConfig | str, changes: Mapping[str, Any]) -> Recipe:
-    """`default_recipe` with some fields changed.
-
-    Where the number of epochs is among them and the warm-ups are not, they keep their share of the epochs.
+def adjusted_recipe(config: PromptConfig | str, changes: Mapping[str, Any], *, train_backbone: bool = False) -> Recipe:
+    """`default_recipe` with some fields changed (`Recipe.adjusted`).
 
     Raises:
         TypeError, ValueError: as `default_recipe`, or a name among `changes` is not a field.
     """
-    recipe, changes = default_recipe(config), dict(changes)
-    epochs = changes.get("epochs")
-    if isinstance(epochs, int) and epochs > 0:
-        for warmup in ("warmup_epochs", "kl_warmup_epochs"):
-            changes.setdefault(warmup, getattr(recipe, warmup) * epochs / recipe.epochs)
-    return recipe.replace(**changes)
+    return default_recipe(config, train_backbone=train_backbone).adjusted(changes)
 
 
 def paper_recipe(
@@ -233,22 +277,23 @@ def paper_recipe(
     num_train: int | None = None,
     seed: int = 0,
 ) -> Recipe:
-    """The settings that a method's authors published, as far as they published them. Float32 throughout.
+    """The settings that a method's authors published, as far as they published them, exactly. Float32 throughout.
 
+    * VPT, VAPT (src/configs, tune_vtab.py): SGD, momentum 0.9, 100 epochs, 10 of warm-up from 0, then cosine to 0, by
+      epoch, so that the first epoch runs at rate 0; batch 64, lr = base_lr · batch / 256; weight decay on all but the
+      head's bias; the head starts Kaiming-normal with bias −log 99; the last epoch counts. They search base rate and
+      weight decay for every task (`fastprompt.generators.Published`). Without arguments: base_lr 1.0 and weight decay
+      1e-3 for VPT (demo.ipynb), 2.5 and 0.01 for VAPT (its CIFAR-100 configuration).
     * PGN (pgn/scripts/*/train_*.py, cosine_with_warmup.py): SGD, momentum 0.9, lr 0.1 whatever the batch, no
-      weight decay, 100 epochs of which 50 warm up, then cosine to lr / 100. Their script steps the schedule
-      per epoch, ours per batch. The batch size of the paper's runs is not known (the script's default is 2).
-      Free prompts, PGN's control, use the same.
-    * VPT, VAPT (src/configs, tune_vtab.py): SGD, momentum 0.9, 100 epochs, 10 of warm-up, cosine to 0, batch
-      64, lr = base_lr · batch / 256. They search base rate and weight decay for every task
-      (`fastprompt.generators.Published`). Without arguments: base_lr 1.0 and weight decay 1e-3 for VPT
-      (demo.ipynb), 2.5 and 0.01 for VAPT (its CIFAR-100 configuration). Their first epoch runs at learning
-      rate 0, since they step per epoch; ours does not.
+      weight decay, 100 epochs of which 50 warm up (the first at lr / 50), then cosine to lr / 100, by epoch; their
+      augmentation is `load_data(..., augment="pgn")`. "pgn-paper-adamw" is the scripts' other optimizer. The batch size
+      of the paper's runs is not known (the script's default is 2), nor is the rate for AdamW. Free prompts, PGN's
+      control, use the same.
     * V²APT published no recipe: VPT's is used, with beta warmed up over the same 10 epochs.
     * Pixel prompt (hjbahng/visual_prompting): SGD, momentum 0.9, lr 40, no weight decay, 1000 epochs, batch
-      256, 1000 warm-up steps (hence `num_train`).
+      256, 1000 warm-up steps (hence `num_train`), by step.
     * Linear probe and full fine-tuning, in VPT's framework: SGD as above for the probe; AdamW, base_lr 1e-3,
-      for full fine-tuning (their code's settings are not in our notes: treat these two as ours).
+      for full fine-tuning. Neither is published so: treat these two as ours.
 
     Args:
         config: a method's configuration, its kind or name, or the name of a published recipe ("vapt-paper").

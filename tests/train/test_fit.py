@@ -719,3 +719,81 @@ def test_an_adapter_knows_the_classes_and_the_preprocessing_of_its_data(
     for found in (model, saved):
         assert found.class_names == ["cat", "dog", "emu", "fox"]
         assert found.preprocessing == Preprocessing("squash")
+
+
+STEP = Recipe(epochs=1, batch_size=8, lr=0.5, optimizer="sgd", warmup_epochs=0, dtype="float32", select_by="last")
+
+
+@pytest.mark.parametrize(
+    ("decay", "left_out"),
+    [
+        ("matrices", lambda name, tensor: tensor.ndim < 2),
+        ("all", lambda name, tensor: False),
+        ("all but head bias", lambda name, tensor: name == "head.bias"),
+    ],
+)
+def test_what_decays_is_what_the_recipe_says(
+    decay: str, left_out: Callable[..., bool], make_model: Callable[..., Any], colours: Callable[..., Any]
+) -> None:
+    """One step of SGD moves a tensor that decays by lr · strength · tensor more."""
+    trained = []
+    for strength in (0.0, 0.1):
+        torch.manual_seed(0)
+        model = make_model(fp.VAPTConfig(num_prompts=2))
+        with torch.no_grad():
+            for name, parameter in sorted(model.trainable_parameters()):
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+        start = {name: tensor.detach().clone() for name, tensor in model.trainable_parameters()}
+        recipe = STEP.replace(decay=decay, weight_decay=strength)
+        fit(model, colours(8), colours(4, seed=1), recipe, progress=False)
+        trained.append(dict(model.trainable_parameters()))
+    assert {"head.bias", "generator.adaptive.0.norm.bias"} <= start.keys()
+    for name, tensor in start.items():
+        expected = torch.zeros_like(tensor) if left_out(name, tensor) else 0.5 * 0.1 * tensor
+        torch.testing.assert_close(trained[0][name] - trained[1][name], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_first_epoch_of_vpts_recipe_runs_at_rate_0(
+    make_model: Callable[..., Any], colours: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = fp.paper_recipe("vpt-paper", batch_size=8).adjusted({"epochs": 3, "warmup_epochs": 2})
+    torch.manual_seed(0)
+    model = make_model(fp.VPTConfig(num_prompts=2))
+    prompts = model.generator.static.embeddings.detach().clone()
+    result = fit(model, colours(16), colours(8, seed=1), recipe.replace(epochs=2), progress=False)
+    assert [epoch["lr"] for epoch in result.history] == [0.0, recipe.lr / 2]
+    assert result.best_epoch == 2
+    assert not torch.equal(model.generator.static.embeddings, prompts)
+    model = make_model(fp.VPTConfig(num_prompts=2))
+    prompts = model.generator.static.embeddings.detach().clone()
+    fit(model, colours(16), colours(8, seed=1), recipe.replace(epochs=1, warmup_epochs=1), progress=False)
+    assert torch.equal(model.generator.static.embeddings, prompts)
+    torch.testing.assert_close(model.head.bias, torch.full((4,), -math.log(99)))  # the head starts as theirs, too
+    assert model.head.weight.std().item() == pytest.approx(math.sqrt(2 / 4), rel=0.15)
+
+
+def test_the_last_epoch_is_kept_where_the_recipe_says_so(
+    make_model: Callable[..., Any], colours: Callable[..., Any], tmp_path: Path
+) -> None:
+    """At a rate that ruins the model the last epoch is not the best one."""
+    recipe = STEP.replace(epochs=4, lr=30.0, batch_size=16)
+    result = fit(make_model(), colours(32), colours(16, seed=1), recipe, tmp_path / "last", progress=False)
+    losses = [epoch["val_loss"] for epoch in result.history]
+    assert result.best_epoch == 4
+    assert result.best_val_loss == losses[3]
+    best = fit(make_model(), colours(32), colours(16, seed=1), recipe.replace(select_by="loss"), progress=False)
+    assert best.best_epoch == 1 + losses.index(min(losses)) != 4
+
+
+def test_head_and_backbone_have_rates_of_their_own(make_model: Callable[..., Any], colours: Callable[..., Any]) -> None:
+    steps = {}
+    for name, rates in {"one": {}, "own": {"head_lr": 0.05, "backbone_lr": 0.005}}.items():
+        torch.manual_seed(0)
+        model = make_model(fp.FullFineTuneConfig())
+        start = {key: tensor.detach().clone() for key, tensor in model.trainable_parameters()}
+        recipe = STEP.replace(weight_decay=0.0, **rates)
+        fit(model, colours(8), colours(4, seed=1), recipe, progress=False)
+        steps[name] = {key: tensor.detach() - start[key] for key, tensor in model.trainable_parameters()}
+    for key, step in steps["one"].items():
+        share = 0.1 if key.startswith("head.") else 0.01
+        torch.testing.assert_close(steps["own"][key], share * step, rtol=2e-2, atol=1e-6)

@@ -5,8 +5,10 @@ import math
 from itertools import pairwise
 
 import pytest
+import torch
 
 import fastprompt as fp
+from fastprompt.generators import published_recipes
 from fastprompt.train.recipes import Recipe, adjusted_recipe, default_recipe, paper_recipe
 
 CONFIGS = [
@@ -27,7 +29,9 @@ CONFIGS = [
         ("clip_grad", 0.0, ValueError), ("label_smoothing", 1.0, ValueError),
         ("kl_warmup_epochs", -1, ValueError),
         ("seed", -1, ValueError), ("seed", 0.5, TypeError), ("dtype", "float16", ValueError),
-        ("head_init", "zeros", ValueError), ("num_workers", -1, ValueError),
+        ("head_init", "zeros", ValueError), ("decay", "bias", ValueError), ("schedule", "batch", ValueError),
+        ("warmup_floor", 1.5, ValueError), ("backbone_lr", 0.0, ValueError),
+        ("select_by", "first", ValueError), ("num_workers", -1, ValueError),
     ],
 )  # fmt: skip
 def test_every_field_is_checked(field: str, value: object, error: type[Exception]) -> None:
@@ -78,13 +82,89 @@ def test_every_method_has_recipes(config: object) -> None:
     assert paper_recipe(config, num_train=800).optimizer in ("sgd", "adamw")
 
 
+def factors(recipe: Recipe, steps_per_epoch: int = 3) -> list[float]:
+    """The rate of every epoch as a share of the peak; the same for all its steps."""
+    of_steps = [recipe.lr_factor(step, steps_per_epoch) for step in range(recipe.epochs * steps_per_epoch)]
+    of_epochs = of_steps[::steps_per_epoch]
+    assert of_steps == [factor for factor in of_epochs for _ in range(steps_per_epoch)]
+    return of_epochs
+
+
+@pytest.mark.parametrize("name", ["vpt-paper", "vapt-paper"])
+def test_the_schedule_of_vpt_and_vapt_epoch_by_epoch(name: str) -> None:
+    found = factors(paper_recipe(name))
+    assert found[:11] == [0.0, 0.1, 0.2, pytest.approx(0.3), 0.4, 0.5, 0.6, pytest.approx(0.7), 0.8, 0.9, 1.0]
+    assert found[10:] == pytest.approx([(1 + math.cos(math.pi * t / 90)) / 2 for t in range(90)], abs=1e-15)
+    assert found[55] == pytest.approx(0.5)
+    assert found[99] == pytest.approx(0.00030458649)  # (1 + cos(89 pi / 90)) / 2
+
+
+@pytest.mark.parametrize("name", ["pgn-paper", "pgn-paper-adamw", "free-paper"])
+def test_the_schedule_of_pgn_is_that_of_torchs_schedulers(name: str) -> None:
+    """Warm-up e / 50 but 1 / 50 at first, then torch's cosine to 1 / 100, which their scheduler steps."""
+    recipe = paper_recipe(name)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=recipe.lr)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50, recipe.lr / 100)
+    expected = [0.02, *(e / 50 for e in range(1, 50))]
+    for _ in range(50):
+        expected.append(optimizer.param_groups[0]["lr"] / recipe.lr)
+        optimizer.step()
+        cosine.step()
+    assert factors(recipe) == pytest.approx(expected, rel=1e-12)
+    assert expected[0] == expected[1] == 0.02
+    assert expected[50] == 1.0
+
+
 def test_published_settings() -> None:
     pgn = paper_recipe(fp.PGNConfig())
-    assert (pgn.optimizer, pgn.lr, pgn.weight_decay, pgn.warmup_epochs) == ("sgd", 0.1, 0.0, 50)
+    assert (pgn.optimizer, pgn.momentum, pgn.lr, pgn.weight_decay) == ("sgd", 0.9, 0.1, 0.0)
+    assert (pgn.epochs, pgn.warmup_epochs, pgn.head_init, pgn.label_smoothing) == (100, 50, "default", 0.0)
+    adamw = paper_recipe("pgn-paper-adamw")
+    assert adamw == pgn.replace(optimizer="adamw", weight_decay=0.01)
+    assert adamw.decay == "all"  # one group, with PyTorch's default
     vapt = paper_recipe(fp.VAPTConfig(), base_lr=50, batch_size=64, weight_decay=1e-4)
-    assert (vapt.lr, vapt.momentum, vapt.warmup_epochs, vapt.epochs) == (12.5, 0.9, 10, 100)
+    assert (vapt.optimizer, vapt.lr, vapt.momentum, vapt.warmup_epochs, vapt.epochs) == ("sgd", 12.5, 0.9, 10, 100)
+    assert (vapt.head_init, vapt.head_lr, vapt.decay, vapt.select_by) == ("vpt", None, "all but head bias", "last")
+    assert paper_recipe("vapt-paper").lr == 2.5 * 64 / 256
+    assert paper_recipe("vapt-paper").weight_decay == 0.01
+    assert paper_recipe("vpt-paper").replace(lr=1, weight_decay=0) == vapt.replace(lr=1, weight_decay=0)
+    assert (paper_recipe("vpt-paper", batch_size=128).lr, paper_recipe("vpt-paper").weight_decay) == (0.5, 1e-3)
     pixel = paper_recipe(fp.PixelPromptConfig(), num_train=25_600)
     assert (pixel.lr, pixel.warmup_epochs * 100) == (40, 1000)
+    assert [pixel.lr_factor(step, 100) for step in (0, 499, 999)] == [0.001, 0.5, 1.0]
+
+
+def test_published_searches_and_images() -> None:
+    for name in ("vpt-paper", "vapt-paper"):
+        found = published_recipes()[name]
+        assert found.lrs == (50, 25, 10, 5, 2.5, 1, 0.5, 0.25, 0.1, 0.05)
+        assert found.weight_decays == (0.01, 0.001, 0.0001, 0)
+        assert (found.augment, found.resize) == ("none", "squash")
+    pgn = published_recipes()["pgn-paper"]
+    assert (pgn.lrs, pgn.weight_decays, pgn.augment, pgn.resize) == ((), (), "pgn", "crop")
+
+
+def test_what_decays() -> None:
+    names = {"head.weight": 2, "head.bias": 1, "generator.norm.bias": 1, "generator.mix": 3}
+    assert [name for name, axes in names.items() if Recipe().decays(name, axes)] == ["head.weight", "generator.mix"]
+    assert all(Recipe(decay="all").decays(name, axes) for name, axes in names.items())
+    kept = [name for name, axes in names.items() if not Recipe(decay="all but head bias").decays(name, axes)]
+    assert kept == ["head.bias"]
+
+
+def test_rates_of_parts() -> None:
+    names = ("head.weight", "backbone.blocks.0.norm1.bias", "generator.library")
+    assert [Recipe(lr=1.0).peak_lr(name) for name in names] == [1.0, 1.0, 1.0]
+    recipe = Recipe(lr=1.0, head_lr=2.0, backbone_lr=3.0)
+    assert [recipe.peak_lr(name) for name in names] == [2.0, 3.0, 1.0]
+    both = default_recipe("pgn", train_backbone=True)
+    assert both == default_recipe("pgn").replace(backbone_lr=default_recipe("full").lr)
+    assert default_recipe("full", train_backbone=True) == default_recipe("full")
+
+
+def test_warm_up_by_step_has_a_floor_too() -> None:
+    recipe = Recipe(epochs=4, warmup_epochs=2, warmup_floor=0.3)
+    assert [recipe.lr_factor(step, 2) for step in range(4)] == [0.3, 0.5, 0.75, 1.0]
 
 
 def test_a_name_has_the_recipe_of_its_method_and_what_it_changes() -> None:
