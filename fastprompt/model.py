@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,11 +33,14 @@ from fastprompt.generators import (
     PromptGenerator,
     build_generator,
 )
-from fastprompt.generators.base import Draws
 from fastprompt.heads import CLIP_LOGIT_SCALE, Head, build_head
-from fastprompt.vit import FrozenSwin, FrozenViT, forward, reference, swin_forward, swin_reference
-from fastprompt.vit.forward import Prefix
+from fastprompt.vit import FrozenViT
+from fastprompt.vit.assets import load_source
+from fastprompt.vit.prompts import NO_DRAWS, Draws, Group, Prefix
 from fastprompt.vit.reference import READOUTS
+
+Features = Callable[[Tensor, Draws], tuple[Tensor, dict[str, Tensor]]]
+"""(images, draws) → what the head sees, and what a loss needs beside it."""
 
 
 class PromptedViT(nn.Module):
@@ -140,47 +144,51 @@ class PromptedViT(nn.Module):
             return_aux: also return what a loss needs beside the logits: "kl" (B,) in nats for V²APT.
             draws: the random tensors of a training step (`draw`); None: drawn here in training mode.
         """
-        return self._forward(images, return_aux, draws, plain=False)
+        output, aux = self._outputs(images, draws, self._features)
+        return (output, aux) if return_aux else output
 
     def reference_forward(
         self, images: Tensor, return_aux: bool = False, draws: Draws | None = None
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """`forward` by the papers' own graph, nothing rewritten: oracle and baseline."""
-        return self._forward(images, return_aux, draws, plain=True)
-
-    def _forward(
-        self, images: Tensor, return_aux: bool, draws: Draws | None, plain: bool
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        samples = (
-            [draws]
-            if draws is not None or self.training or self.generator is None
-            else self.generator.inference_draws()
-        )
-        output, aux = self.predict(images, samples, plain=plain)
+        output, aux = self._outputs(images, draws, self._papers_features)
         return (output, aux) if return_aux else output
 
     def predict(
-        self,
-        images: Tensor,
-        samples: Sequence[Draws | None],
-        prefixes: Mapping[int, Prefix] | None = None,
-        plain: bool = False,
+        self, images: Tensor, samples: Sequence[Draws], prefixes: Mapping[int, Prefix] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`forward` for a caller that keeps what does not depend on the images, as a captured graph has to.
 
         Args:
-            samples: the draws of each forward whose class probabilities are averaged; [{}]: one plain forward.
+            samples: the draws of each forward whose class probabilities are averaged; [{}]: one forward without
+                randomness.
             prefixes: what `static_prefixes` returned; None: made here, or kept from the last call.
-            plain: as `reference_forward`.
 
         Returns:
             Logits (B, C), or features (B, D) without head, and what a loss needs beside them, of the last sample.
         """
+        self._check(images)
+        return self._averaged(images, samples, functools.partial(self._features, prefixes=prefixes))
+
+    def _outputs(self, images: Tensor, draws: Draws | None, features: Features) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `forward` returns, by one of the two graphs, with the draws of the caller or of the model's mode."""
+        self._check(images)
+        if draws is not None:
+            samples = [draws]
+        elif self.training or self.generator is None:
+            samples = [self.draw(len(images))]
+        else:
+            samples = self.generator.inference_draws()
+        return self._averaged(images, samples, features)
+
+    def _averaged(
+        self, images: Tensor, samples: Sequence[Draws], features: Features
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         outputs: list[Tensor] = []
         aux: dict[str, Tensor] = {}
-        for sample in samples:
-            features, aux = self._features(images, sample, plain, prefixes)
-            outputs.append(features if self.head is None else self.head(features))
+        for draws in samples:
+            output, aux = features(images, draws)
+            outputs.append(output if self.head is None else self.head(output))
         return self.average(outputs), aux
 
     def average(self, outputs: Sequence[Tensor]) -> Tensor:
@@ -192,51 +200,66 @@ class PromptedViT(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, D): what the head sees."""
-        return self._features(images, None, plain=False)[0]
+        self._check(images)
+        return self._features(images, self.draw(len(images)))[0]
 
     def draw(self, batch: int) -> Draws:
         """The random tensors of one training step for `batch` images: dropout masks, latent noise."""
-        return {} if self.generator is None else self.generator.draw(batch)
+        return NO_DRAWS if self.generator is None else self.generator.draw(batch)
 
-    def _features(
-        self, images: Tensor, draws: Draws | None, plain: bool, prefixes: Mapping[int, Prefix] | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        vit, generator = self.backbone, self.generator
+    def _check(self, images: Tensor) -> None:
+        """Raise TypeError or ValueError where backbone, generator and head cannot run on `images`."""
+        vit = self.backbone
         vit.check_images(images)
-        for name, module in (("generator", generator), ("head", self.head)):
+        for name, module in (("generator", self.generator), ("head", self.head)):
             tensor = None if module is None else next(itertools.chain(module.parameters(), module.buffers()), None)
             if tensor is not None and tensor.device != vit.device:
                 raise ValueError(
                     f"the {name} is on {tensor.device}, the backbone is on {vit.device}; a backbone that "
                     f"models share moves with any of them: call model.to({str(vit.device)!r})"
                 )
-        if draws is None:
-            draws = self.draw(images.shape[0])
-        raw, images = images, vit.normalise(images)
-        changed = generator is not None and generator.changes_images
-        if generator is not None and changed:
-            images, generator = generator.prompt_images(images), None
-        with contextlib.nullcontext() if self._autocast is None else torch.autocast(images.device.type, self._autocast):
-            papers = swin_reference if isinstance(vit, FrozenSwin) else reference
-            if plain or changed or isinstance(vit, FrozenSwin):
-                embedded = papers.embed(vit, images.to(vit.dtype))
+
+    def _inputs(self, images: Tensor) -> tuple[Tensor, PromptGenerator | None]:
+        """The normalised images that the backbone gets, and what makes prompt tokens beside them, if anything."""
+        generator, images = self.generator, self.backbone.normalise(images)
+        if generator is not None and generator.changes_images:
+            return generator.prompt_images(images), None
+        return images, generator
+
+    def _features(
+        self, images: Tensor, draws: Draws, prefixes: Mapping[int, Prefix] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the head sees (B, D), by the rewritten graph, and what a loss needs beside it."""
+        vit, graph = self.backbone, self.backbone.graph
+        inputs, generator = self._inputs(images)
+        with self._own_autocast(images.device):
+            if generator is self.generator:
+                embedded = graph.rewritten.embed(vit, images, inputs)
             else:
-                embedded = forward.embed(vit, raw, images)
-            context = None if generator is None else self.prompt_context(images, embedded.patches, draws)
+                embedded = graph.papers.embed(vit, inputs.to(vit.dtype))
+            context = None if generator is None else self.prompt_context(inputs, embedded.patches, draws)
             aux = {} if generator is None else generator.aux(context)
-            if plain:
-                sequence = papers.encode(vit, images, generator, context, draws, embedded)
-                return papers.read_out(vit, sequence, self.readout), aux
-            if isinstance(vit, FrozenSwin):
-                return swin_forward.features(
-                    vit, embedded, generator, context, draws, self.readout, self._recompute
-                ), aux
             if prefixes is None and not draws:
                 prefixes = self.kept_prefixes()
-            group = forward.Group(generator, context, draws, self.readout, prefixes)
-            return forward.features(vit, embedded, [group], self._recompute)[0], aux
+            group = Group(generator, context, draws, self.readout, prefixes)
+            return graph.rewritten.features(vit, embedded, [group], self._recompute)[0], aux
 
-    def prompt_context(self, images: Tensor, patches: Tensor, draws: Draws | None) -> Any:
+    def _papers_features(self, images: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """`_features` by the papers' own graph."""
+        vit, papers = self.backbone, self.backbone.graph.papers
+        inputs, generator = self._inputs(images)
+        with self._own_autocast(images.device):
+            embedded = papers.embed(vit, inputs.to(vit.dtype))
+            context = None if generator is None else self.prompt_context(inputs, embedded.patches, draws)
+            aux = {} if generator is None else generator.aux(context)
+            sequence = papers.encode(vit, inputs, generator, context, draws, embedded)
+            return papers.read_out(vit, sequence, self.readout), aux
+
+    def _own_autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """Where the backbone trains in float32 and computes in 16 bits; elsewhere nothing changes."""
+        return contextlib.nullcontext() if self._autocast is None else torch.autocast(device.type, self._autocast)
+
+    def prompt_context(self, images: Tensor, patches: Tensor, draws: Draws) -> Any:
         """What the generator computes once for a batch: from normalised images (B, 3, H, W), or from their patch
         embeddings (B, N, D), or nothing.
         """
@@ -250,18 +273,13 @@ class PromptedViT(nn.Module):
     def static_prefixes(self) -> dict[int, Prefix] | None:
         """Block → keys and values of prompts that depend on parameters only, computed now.
 
-        None: the method or the backbone has none, or a parameter was made in inference mode, so that nobody could
+        None: the method has none, or a parameter was made in inference mode, so that nobody could
         tell when it changes.
         """
         vit, generator = self.backbone, self.generator
-        if (
-            generator is None
-            or generator.known_at != "static"
-            or isinstance(vit, FrozenSwin)
-            or any(p.is_inference() for p in generator.parameters())
-        ):
+        if generator is None or generator.known_at != "static" or any(p.is_inference() for p in generator.parameters()):
             return None
-        return forward.static_prefixes(vit, generator, self.readout)
+        return vit.graph.rewritten.static_prefixes(vit, generator, self.readout)
 
     def kept_prefixes(self) -> dict[int, Prefix] | None:
         """`static_prefixes`, made once for an adapter and again when it changes; None where gradients are recorded and
@@ -518,14 +536,14 @@ def _load_recorded(config: Mapping[str, Any], directory: str | os.PathLike[str])
             "it was not loaded by name with published weights, or the adapter is of an earlier version; load the "
             "backbone and give it: PromptedViT.from_pretrained(backbone, directory)"
         )
-    return source.load()
+    return load_source(source)
 
 
 def check_readout(backbone: FrozenViT, generator: PromptGenerator | None, readout: str | None) -> str:
     """The readout to use; ValueError where backbone or generator cannot give it."""
     prompted = generator is not None and generator.num_prompts > 0
     if readout is None:
-        readout = "patches+prompts" if prompted and isinstance(backbone, FrozenSwin) else backbone.spec.pool
+        readout = (backbone.graph.prompted_readout if prompted else None) or backbone.spec.pool
     if readout not in READOUTS:
         raise ValueError(f"readout must be one of {READOUTS} or None, got {readout!r}")
     if readout == "cls" and not backbone.spec.has_cls:

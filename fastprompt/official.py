@@ -342,7 +342,7 @@ def _vapt(
         kernel = _take(state, "deep_prompt_downsample.0.conv.kernel", 4)
         found |= {"kernel": kernel.shape[-1], "channelwise": kernel.shape[0] == 1}
         grow = 1 - kernel.shape[-1]
-    grid = overrides.get("grid") or (backbone.grid if backbone is not None else None)
+    grid = overrides.get("grid") or (backbone.spec.grid if backbone is not None else None)
     VAPTConfig(padding=overrides.get("padding", 0))  # refuses what is none
     padding, grid = _padding(positions, grow, grid, conv, overrides.get("padding"))
     if conv:

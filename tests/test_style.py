@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import inspect
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,9 @@ MODULES = sorted(
     if not (folder == "fastprompt" and "kernels" in path.parts)
 )
 LAYERS = [
+    {"kernels"},
     {"changes", "extras", "fetch", "files", "locks", "memory", "package_index"},
-    {"vit", "kernels"},
+    {"vit"},
     {"generators"},
     {"heads"},
     {"adapters"},
@@ -33,23 +36,70 @@ LAYERS += [{"serve"}, {"cli", "__main__"}]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 
-def imports_of(path: Path) -> set[str]:
-    """Absolute names of what a source file imports from this project, leaving out imports for types alone."""
-    package = path.with_suffix("").parts[:-1]
-    found = set()
-    nodes: list[ast.AST] = [ast.parse((ROOT / path).read_text())]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
-        nodes += ast.iter_child_nodes(node)
+def module_name(path: Path) -> str:
+    """The dotted name under which a source file is imported."""
+    parts = path.with_suffix("").parts
+    parts = parts[:-1] if parts[-1] == "__init__" else parts
+    return ".".join(("fastprompt", *parts) if parts[0] == "kernels" else parts)
+
+
+def imports_of(name: str, is_package: bool, source: str, modules: Collection[str]) -> set[str]:
+    """Those of `modules` that the source of module `name` imports, anywhere in it and for types too.
+
+    `from package import x` imports module `package.x` where there is one, else the package. `fastprompt` itself is an
+    index of public names: what reads `fp.Engine` imports the module that defines it.
+    """
+    package = name if is_package else name.rpartition(".")[0]
+    found, index, nodes = set(), set(), list(ast.walk(ast.parse(source)))
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
+            index |= {alias.asname or alias.name for alias in node.names if alias.name == "fastprompt"}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            base = package.rsplit(".", node.level - 1)[0] if node.level else ""
             module = ".".join(part for part in (base, node.module) if part)
-            found |= {f"{module}.{alias.name}" for alias in node.names}
-    return {name for name in found if name.split(".")[0] in ("fastprompt", "kernels")}
+            for alias in node.names:
+                inner = f"{module}.{alias.name}"
+                public = fp._PUBLIC.get(alias.name, module) if module == "fastprompt" else module
+                found.add(inner if inner in modules else public)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in index:
+            found.add(fp._PUBLIC.get(node.attr, ""))
+    return {target for target in found if target in modules and target not in (name, "fastprompt")}
+
+
+def import_graph(sources: dict[str, tuple[bool, str]]) -> dict[str, set[str]]:
+    """Module → the modules that it imports; `sources`: module → (is a package, its text)."""
+    return {
+        name: set() if name == "fastprompt" else imports_of(name, is_package, text, sources)
+        for name, (is_package, text) in sources.items()
+    }
+
+
+def circle_in(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of a circle, the first again at the end; [] where there is none."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def upward_in(graph: dict[str, set[str]]) -> list[str]:
+    """The imports of a module that lies in a higher layer."""
+
+    def rank(module: str) -> int:
+        return RANK[module.split(".")[1]]
+
+    return [f"{a} imports {b}" for a, targets in graph.items() for b in targets if rank(b) > rank(a)]
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    paths = [path for path in MODULES if path.parts[0] in ("fastprompt", "kernels")]
+    return import_graph({module_name(p): (p.stem == "__init__", (ROOT / p).read_text()) for p in paths})
 
 
 def test_no_catch_all_modules() -> None:
@@ -64,28 +114,46 @@ def test_annotations_are_postponed(path: Path) -> None:
     assert not code or ast.unparse(code[0]) == "from __future__ import annotations"
 
 
-def test_ops_know_nothing_of_the_package() -> None:
-    upward = [
-        f"{path} imports {name}"
-        for path in MODULES
-        if path.parts[0] == "kernels"
-        for name in imports_of(path)
-        if name.startswith("fastprompt") and not name.startswith("fastprompt.kernels")
-    ]
-    assert not upward
+def test_no_import_circles(graph: dict[str, set[str]]) -> None:
+    assert len(graph) > 100
+    assert circle_in(graph) == []
 
 
-def test_imports_run_downwards() -> None:
-    upward = []
-    for path in MODULES:
-        if path.parts[0] != "fastprompt" or path == Path("fastprompt/__init__.py"):
-            continue
-        layer = path.parts[1].removesuffix(".py")
-        for name in imports_of(path):
-            target = name.split(".")[1] if "." in name else ""
-            if RANK.get(target, -1) > RANK[layer]:
-                upward.append(f"{path} imports {name}")
-    assert not upward
+def test_imports_run_downwards(graph: dict[str, set[str]]) -> None:
+    assert upward_in(graph) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from fastprompt.vit.graph import VIT",
+        "from fastprompt.vit import graph",
+        "from .graph import VIT",
+        "import fastprompt.vit.graph",
+        "if TYPE_CHECKING:\n    from fastprompt.vit.graph import Graph",
+        "def late():\n    from fastprompt.vit.graph import VIT",
+        "graph = importlib.import_module('fastprompt.vit.graph')",
+        "from fastprompt.vit import FrozenViT",
+        "from fastprompt import FrozenViT",
+        "import fastprompt as fp\ndef late():\n    return fp.FrozenViT",
+    ],
+)
+def test_a_circle_is_found(graph: dict[str, set[str]], source: str) -> None:
+    """Each way to import from `vit/weights.py`, which everything there imports, what stands above it."""
+    found = imports_of("fastprompt.vit.weights", False, source, graph)
+    circle = circle_in({**graph, "fastprompt.vit.weights": found})
+    assert circle[0] == circle[-1]
+    assert "fastprompt.vit.weights" in circle
+
+
+def test_an_upward_import_is_found(graph: dict[str, set[str]]) -> None:
+    source = "if TYPE_CHECKING:\n    from fastprompt.generators.base import Draws"
+    found = imports_of("fastprompt.vit.weights", False, source, graph)
+    expected = ["fastprompt.vit.weights imports fastprompt.generators.base"]
+    assert upward_in({**graph, "fastprompt.vit.weights": found}) == expected
+    source = "import fastprompt as fp\nfp.fit"
+    found = imports_of("fastprompt.kernels.tiles", False, source, graph)
+    assert upward_in({"fastprompt.kernels.tiles": found}) == ["fastprompt.kernels.tiles imports fastprompt.train.fit"]
 
 
 def test_importing_an_op_is_light_and_needs_no_triton() -> None:
@@ -156,3 +224,11 @@ def test_public_names_resolve_and_have_docstrings() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = fp.no_such_name
+
+
+def test_what_acts_on_a_backbone_comes_from_its_graph(graph: dict[str, set[str]]) -> None:
+    """Outside `fastprompt/vit/` nobody asks which kind a backbone is, nor picks a graph for it."""
+    outside = [path for path in MODULES if path.parts[0] == "fastprompt" and path.parts[1] != "vit"]
+    assert not [path for path in outside if "FrozenSwin" in (ROOT / path).read_text()]
+    swin = {"fastprompt.vit.swin", "fastprompt.vit.swin_forward", "fastprompt.vit.swin_reference"}
+    assert not [a for a, targets in graph.items() if targets & swin and not a.startswith("fastprompt.vit.")]

@@ -14,7 +14,7 @@ from fastprompt.cli.options import METHOD, KeyValues, Plugins, method_options, s
 
 if TYPE_CHECKING:
     from fastprompt.generators import PromptConfig
-    from fastprompt.vit.weights import FrozenViT
+    from fastprompt.vit import FrozenViT
 
 
 @dataclass

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import tyro
 
 if TYPE_CHECKING:
-    from fastprompt.cli.adapt import Adapt
-    from fastprompt.cli.eval import Eval
-    from fastprompt.cli.export import Export
-    from fastprompt.cli.info import Info
-    from fastprompt.cli.predict import Predict
     from fastprompt.model import PromptedViT
     from fastprompt.runs.settings import RunSettings
 
@@ -42,7 +37,6 @@ def load_plugins(words: Sequence[str]) -> None:
 METHOD = tyro.conf.arg(metavar="METHOD", help_behavior_hint=_method_hint)
 KeyValues = Annotated[list[str], tyro.conf.arg(metavar="KEY=VALUE")]
 
-
 RECIPE_FLAGS = (
     "epochs",
     "batch_size",
@@ -56,7 +50,22 @@ RECIPE_FLAGS = (
 )
 
 
-def method_options(command: Adapt | Info) -> dict[str, Any]:
+class NamesMethod(Protocol):
+    """A command with the options of a method."""
+
+    set: list[str]
+    num_prompts: int | None
+
+
+class NamesAdapter(Protocol):
+    """A command that loads an adapter."""
+
+    adapter: Path
+    backbone: str | None
+    image_size: int | None
+
+
+def method_options(command: NamesMethod) -> dict[str, Any]:
     """The options of --set and --num-prompts."""
     from fastprompt.runs.settings import parse_options
 
@@ -90,7 +99,7 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def load_adapter(command: Eval | Predict | Export, settings: RunSettings | None) -> PromptedViT:
+def load_adapter(command: NamesAdapter, settings: RunSettings | None) -> PromptedViT:
     """The adapter on its backbone, which is the one of the run unless --backbone names it."""
     import torch
 

@@ -32,10 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastprompt.generators.base import Draws
 from fastprompt.kernels import dispatch
 from fastprompt.model import PromptedViT
-from fastprompt.vit.forward import Prefix
+from fastprompt.vit.prompts import Draws, Prefix
 
 WARM_UPS = 3  # runs before a capture: kernels get compiled, libraries choose algorithms and workspaces
 MAX_FORMS = 4  # kinds of images, dtype and size, that one manager holds graphs for

@@ -482,7 +482,7 @@ def _first_line(error: Exception) -> str:
 def _copy_backbone(backbone: FrozenViT, dtype: torch.dtype) -> FrozenViT:
     """The engine's own backbone, which nobody casts, moves or trains."""
     backbone.pin_fingerprint()
-    copied = copy.deepcopy(backbone, {id(backbone._folded): None}).requires_grad_(False).to(dtype)
+    copied = copy.deepcopy(backbone, {id(backbone.kept_fold): None}).requires_grad_(False).to(dtype)
     folded = copied.folded()
     if folded is not None:
         for block in folded.blocks:

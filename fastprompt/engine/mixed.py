@@ -7,18 +7,16 @@ one group, in which every image has its own prompts, keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastprompt.generators import PromptGenerator
-from fastprompt.generators.base import Draws
 from fastprompt.model import PromptedViT
-from fastprompt.vit import FrozenSwin, forward, reference
-from fastprompt.vit.forward import Group, Prefix
-from fastprompt.vit.reference import Sequence as TokenSequence
+from fastprompt.vit.prompts import NO_DRAWS, Draws, Group, Prefix, Prompts
 from fastprompt.vit.weights import Norm
 
 
@@ -35,39 +33,51 @@ class _Member(NamedTuple):
     """A model's rows in a group, the positions of their images, and what its generator computed of them at first."""
 
     model: PromptedViT
+    generator: PromptGenerator | None
     draws: Draws
     positions: list[int]
     context: Any
 
 
-class _Generators:
-    """The generators of a group as one: each image gets the prompts of its own.
+class JointPrompts(Prompts):
+    """The prompts of several generators as those of one: each image gets the prompts of its own generator.
 
-    They set as many prompts in the same blocks; what `forward.features` asks of a `PromptGenerator` is here.
+    All set as many prompts in the same blocks (`_alike`). Contexts and draws are the members' own; what a graph passes
+    is not read.
     """
 
-    def __init__(self, members: list[_Member]) -> None:
-        self.members, self.generators = members, [cast(PromptGenerator, member.model.generator) for member in members]
-        first = self.generators[0]
-        self.layers, self.num_prompts, self.before_pre_norm = first.layers, first.num_prompts, first.before_pre_norm
+    def __init__(self, members: Sequence[_Member]) -> None:
+        self.generators = [(member.generator, member) for member in members if member.generator is not None]
+        self.members = [member for _, member in self.generators]
 
-    def prompts(self, layer: int, context: Any, tokens: Tensor, draws: Draws | None = None) -> Tensor:
-        """(B, P, D) of the group's images, from the patch tokens (B, N, D) that enter the block."""
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self.generators[0][0].layers
+
+    @property
+    def num_prompts(self) -> int:
+        return self.generators[0][0].num_prompts
+
+    @property
+    def prompts_last(self) -> bool:
+        return self.generators[0][0].prompts_last
+
+    @property
+    def before_pre_norm(self) -> bool:
+        return self.generators[0][0].before_pre_norm
+
+    def prompts(self, layer: int, context: Any, tokens: Tensor | None = None, draws: Draws = NO_DRAWS) -> Tensor:
+        return self._joined(tokens, lambda g, m, own: g.prompts(layer, m.context, own, m.draws))
+
+    def plain_prompts(self, layer: int, context: Any, tokens: Tensor | None = None, draws: Draws = NO_DRAWS) -> Tensor:
+        return self._joined(tokens, lambda g, m, own: g.plain_prompts(layer, m.context, own, m.draws))
+
+    def first_prompts(self, context: Any, tokens: Tensor, draws: Draws, norm: Norm | None) -> Tensor:
         parts = [
-            generator.prompts(layer, member.context, _take(tokens, member.positions), member.draws)
-            for generator, member in zip(self.generators, self.members, strict=True)
+            generator.first_prompts(member.context, _take(tokens, member.positions), member.draws, norm)
+            for generator, member in self.generators
         ]
-        return _in_order([part.to(tokens.dtype) for part in parts], self.members)
-
-    def first_prompts(self, context: Any, tokens: Tensor, draws: Draws | None, norm: Norm | None) -> Tensor:
-        """Block 0's prompts of the group's images, behind the pre-norm."""
-        return _in_order(
-            [
-                generator.first_prompts(member.context, _take(tokens, member.positions), member.draws, norm)
-                for generator, member in zip(self.generators, self.members, strict=True)
-            ],
-            self.members,
-        )
+        return _in_order(parts, self.members)
 
     def prefixes(self) -> dict[int, Prefix]:
         """Block → (B, heads, P, d) keys and values of prompts that depend on parameters only."""
@@ -80,6 +90,17 @@ class _Generators:
             for layer in known[0]
         }
 
+    def _joined(
+        self, tokens: Tensor | None, prompts: Callable[[PromptGenerator, _Member, Tensor | None], Tensor]
+    ) -> Tensor:
+        """(B, P, D) of the group's images, from each generator's own; `tokens`: (B, N, D), what enters the block."""
+        parts = [
+            prompts(generator, member, None if tokens is None else _take(tokens, member.positions))
+            for generator, member in self.generators
+        ]
+        dtype = self.members[0].model.backbone.dtype
+        return _in_order([part.to(dtype) for part in parts], self.members)
+
 
 def outputs(images: Tensor, models: Sequence[PromptedViT]) -> list[Tensor]:
     """What each image's own model says of it: logits (C,), or features (D,) of a model without head.
@@ -88,13 +109,12 @@ def outputs(images: Tensor, models: Sequence[PromptedViT]) -> list[Tensor]:
         images: (B, 3, H, W), as the backbone takes them.
         models: B models in eval mode on one backbone, which no gradient is asked of.
     """
-    backbone = models[0].backbone
     rows = [
         _Row(image, model, sample, draws)
         for image, model in enumerate(models)
-        for sample, draws in enumerate([{}] if model.generator is None else model.generator.inference_draws())
+        for sample, draws in enumerate([NO_DRAWS] if model.generator is None else model.generator.inference_draws())
     ]
-    shared = [] if isinstance(backbone, FrozenSwin) else [i for i, row in enumerate(rows) if _keeps_size(row.model)]
+    shared = [i for i, row in enumerate(rows) if _keeps_size(row.model)]
     alone = [i for i in range(len(rows)) if i not in set(shared)]
     samples: list[list[Tensor]] = [[] for _ in models]
     for run, chosen in ((_together, shared), (_one_after_the_other, alone)):
@@ -111,16 +131,16 @@ def _keeps_size(model: PromptedViT) -> bool:
 
 def _together(images: Tensor, rows: list[_Row]) -> list[Tensor]:
     """(C,) or (D,) of each row, by one pass through the backbone."""
-    backbone = rows[0].model.backbone
+    backbone, graph = rows[0].model.backbone, rows[0].model.backbone.graph
     pixels = backbone.normalise(images)
-    embedded = forward.embed(backbone, images, pixels)
+    embedded = graph.rewritten.embed(backbone, images, pixels)
     tokens = _take(embedded.tokens, [row.image for row in rows])  # (rows, T, D)
     for of_model in _by(range(len(rows)), lambda i: id(rows[i].model)):
         generator = rows[of_model[0]].model.generator
         if generator is not None and generator.changes_images:
             prompted = generator.prompt_images(_take(pixels, [rows[i].image for i in of_model]))
             tokens = tokens.clone() if tokens is embedded.tokens else tokens
-            tokens[of_model] = reference.embed(backbone, prompted.to(backbone.dtype)).tokens
+            tokens[of_model] = graph.papers.embed(backbone, prompted.to(backbone.dtype)).tokens
     order, groups, members = [], [], []
     for of_group in _by(range(len(rows)), lambda i: _alike(rows[i].model)):
         patches = _take(tokens, of_group)[:, embedded.num_prefix :]
@@ -129,14 +149,14 @@ def _together(images: Tensor, rows: list[_Row]) -> list[Tensor]:
             row, positions = rows[of_member[0]], [of_group.index(i) for i in of_member]
             own = _take(pixels, [rows[i].image for i in of_member])
             context = row.model.prompt_context(own, _take(patches, positions), row.draws)
-            group.append(_Member(row.model, row.draws, positions, context))
+            group.append(_Member(row.model, row.model.generator, row.draws, positions, context))
         generator, readout = row.model.generator, row.model.readout
-        joint = None if generator is None or generator.num_prompts == 0 else _Generators(group)
+        joint = None if generator is None or generator.num_prompts == 0 else JointPrompts(group)
         prefixes = None if generator is None or joint is None or generator.known_at != "static" else joint.prefixes()
-        groups.append(Group(joint, None, None, readout, prefixes, len(of_group)))  # type: ignore[arg-type]
+        groups.append(Group(joint, None, NO_DRAWS, readout, prefixes, len(of_group)))
         members.append(group)
         order += of_group
-    found = forward.features(backbone, TokenSequence(_take(tokens, order), embedded.num_prefix), groups)
+    found = graph.rewritten.features(backbone, dataclasses.replace(embedded, tokens=_take(tokens, order)), groups)
     of_rows: list[Any] = [None] * len(rows)
     start = 0
     for group, features in zip(members, found, strict=True):
@@ -150,9 +170,7 @@ def _together(images: Tensor, rows: list[_Row]) -> list[Tensor]:
 
 
 def _one_after_the_other(images: Tensor, rows: list[_Row]) -> list[Tensor]:
-    """(C,) or (D,) of each row, by a pass for each model: windows of a Swin transformer are not grouped, and images
-    that their prompts make taller have rows of their own number.
-    """
+    """(C,) or (D,) of each row, by a pass for each model: images that prompts make taller have more patches."""
     of_rows: list[Any] = [None] * len(rows)
     for positions in _by(range(len(rows)), lambda i: (id(rows[i].model), rows[i].sample)):
         row = rows[positions[0]]

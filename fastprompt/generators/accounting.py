@@ -53,9 +53,7 @@ class Sizes:
     @classmethod
     def of(cls, vit: FrozenViT) -> Sizes:
         """The sizes of a backbone; ValueError, naming the part, where it is not of the plain family."""
-        from fastprompt.vit import FrozenSwin
-
-        if isinstance(vit, FrozenSwin):
+        if vit.staged:
             raise ValueError("the cost of a Swin transformer has no formula")
         block = vit.blocks[0]
         for name, present in (
@@ -73,15 +71,15 @@ class Sizes:
             if present:
                 raise ValueError(f"the cost of a backbone with {name} has no formula ({vit.spec.name})")
         return cls(
-            width=vit.width,
-            depth=vit.depth,
+            width=vit.patch_width,
+            depth=len(vit.blocks),
             heads=block.num_heads,
             hidden=block.mlp.fc1.weight.shape[0],
             patches=vit.num_patches,
             prefix=vit.num_prefix,
             patch_size=vit.patch_size,
             image_size=vit.image_size,
-            grid=vit.grid,
+            grid=vit.spec.grid,
             has_cls=vit.spec.has_cls,
             position=vit.pos_embed is not None,
             norm_pre=vit.norm_pre is not None,

@@ -5,20 +5,18 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
+from typing import Any, ClassVar, TypedDict, TypeVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from fastprompt.changes import changing
-
-if TYPE_CHECKING:
-    from fastprompt.vit import FrozenViT
-    from fastprompt.vit.weights import Norm
+from fastprompt.vit import FrozenViT
+from fastprompt.vit.prompts import Draws as Draws
+from fastprompt.vit.weights import Norm
 
 Config = TypeVar("Config", bound="PromptConfig")
-Draws = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,19 +118,14 @@ class Geometry:
 
     @classmethod
     def of(cls, backbone: FrozenViT) -> Geometry:
-        from fastprompt.vit import FrozenSwin
-
-        if isinstance(backbone, FrozenSwin):
-            stages = tuple(zip(backbone.width, backbone.depth, strict=True))
-            return cls(
-                backbone.width[0],
-                sum(backbone.depth),
-                backbone.grid[0],
-                backbone.patch_size,
-                backbone.image_size,
-                stages,
-            )
-        return cls(backbone.width, backbone.depth, backbone.grid, backbone.patch_size, backbone.image_size)
+        return cls(
+            backbone.patch_width,
+            len(backbone.blocks),
+            backbone.spec.grid,
+            backbone.patch_size,
+            backbone.image_size,
+            backbone.stage_sizes if backbone.staged else None,
+        )
 
 
 class GeometryOptions(TypedDict, total=False):
@@ -207,8 +200,6 @@ class PromptGenerator(nn.Module, abc.ABC):
             TypeError, ValueError: an argument does not fit; it is named.
         """
         super().__init__()
-        from fastprompt.vit import FrozenViT
-
         if config is not None and type(config) is not self.config_class:
             raise TypeError(f"config must be {self.config_class.__name__}, got {type(config).__name__}")
         if geometry is None:

@@ -14,12 +14,12 @@ from fastprompt.generators.accounting import PromptCost, Sizes, Tally
 from fastprompt.generators.base import UNSET, Draws, Geometry, GeometryOptions, PromptConfig, PromptGenerator
 from fastprompt.generators.registry import Published, register_method
 from fastprompt.kernels.library_prompts import ACTIVATIONS, PreNorm, library_prompts, reference as library_reference
+from fastprompt.vit.weights import Norm
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from fastprompt.vit import FrozenViT
-    from fastprompt.vit.weights import Norm
 
 
 @dataclasses.dataclass(frozen=True)

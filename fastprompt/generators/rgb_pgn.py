@@ -14,13 +14,11 @@ from fastprompt.generators.base import UNSET, Draws, Geometry, GeometryOptions, 
 from fastprompt.generators.pgn import PGN, PGNConfig
 from fastprompt.generators.registry import register_method
 from fastprompt.kernels.library_prompts import library_prompts
-from fastprompt.vit.weights import per_channel
+from fastprompt.vit import FrozenViT
+from fastprompt.vit.weights import Norm, per_channel
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from fastprompt.vit import FrozenViT
-    from fastprompt.vit.weights import Norm
 
 PLACEMENTS = ("latent", "extend", "replace")
 SWIN = "a Swin transformer, which has no class token that would read more patches; use a ViT, or PixelPromptConfig"
@@ -117,14 +115,12 @@ class RGBPGN(PGN):
         compensate: bool = UNSET,
         **sizes: Unpack[GeometryOptions],
     ) -> None:
-        from fastprompt.vit import FrozenSwin, FrozenViT
-
         if not isinstance(geometry, FrozenViT):
             raise TypeError(
                 "geometry must be the FrozenViT that reads the pixels, got "
                 f"{type(geometry).__name__}: RGBPGN(config, backbone)"
             )
-        if isinstance(geometry, FrozenSwin):
+        if geometry.staged:
             raise ValueError(f"RGBPGNConfig is not defined on {SWIN}")
         super().__init__(  # type: ignore[call-arg]  # PGN hands on what it does not name
             config,
@@ -256,13 +252,11 @@ class RGBPGN(PGN):
 
 def placement_obstacle(backbone: FrozenViT, placement: str, num_prompts: int) -> str:
     """Why K prompts of pixels cannot be placed so on a backbone; empty: they can."""
-    from fastprompt.vit import FrozenSwin
-
-    if isinstance(backbone, FrozenSwin):
+    if backbone.staged:
         return f"placement must be on a ViT, this is {SWIN}"
     if placement == "latent":
         return ""
-    (rows, columns), p = backbone.grid, backbone.patch_size
+    (rows, columns), p = backbone.spec.grid, backbone.patch_size
     if num_prompts % columns or (num_prompts >= rows * columns and placement == "replace"):
         room = f" and leave one of {rows} to the image" if placement == "replace" else ""
         return (

@@ -257,7 +257,7 @@ class VAPT(PromptGenerator):
     def draw(self, batch: int) -> Draws:
         """Dropout masks: "prompts" (static, B, P, D), "channels" (adaptive, B, D), "hidden" (adaptive, B, P, r)."""
         cfg, like = self.config, next(self.parameters())
-        draws: Draws = {}
+        draws: dict[str, Tensor] = {}
         if not self.training:
             return draws
         width, adaptive = self.geometry.width, len(self.adaptive)

@@ -24,7 +24,7 @@ from fastprompt.generators.rgb_pgn import RGBPGN
 from fastprompt.heads import Head, LabelMapHead, LinearHead, PrototypeHead, TextHead
 from fastprompt.model import PromptedViT
 from fastprompt.pixels.prompts import RGBPrompts
-from fastprompt.vit import FrozenSwin, FrozenViT, reference, swin_reference
+from fastprompt.vit import FrozenViT
 from fastprompt.vit.weights import per_channel
 
 FORMAT = 1
@@ -234,7 +234,7 @@ def golden_image(height: int, width: int) -> Tensor:
 @torch.no_grad()
 def host_features(backbone: FrozenViT, images: Tensor, readout: str) -> Tensor:
     """Normalised images (1, 3, H', W'), of any size that the backbone takes → (D,) float32 on the CPU."""
-    papers = swin_reference if isinstance(backbone, FrozenSwin) else reference
+    papers = backbone.graph.papers
     sequence = papers.encode(backbone, images.to(device=backbone.device, dtype=backbone.dtype))
     return papers.read_out(backbone, sequence, readout)[0].float().cpu()
 
@@ -250,8 +250,7 @@ def likely_mistakes(backbone: FrozenViT, picture: Tensor, readout: str) -> Itera
             continue
         images = (unit - per_channel(mean, unit, unit.dtype)) / per_channel(std, unit, unit.dtype)
         yield Mistake("other mean and standard deviation", detail, host_features(backbone, images, readout))
-    others = [] if isinstance(backbone, FrozenSwin) else ["patches", *(["cls"] if backbone.spec.has_cls else [])]
-    for other in others:
+    for other in ["patches", *(["cls"] if backbone.spec.has_cls else [])]:
         if other != readout:
             images = backbone.normalise(picture[None])
             yield Mistake("another readout", f"readout {other}", host_features(backbone, images, other))

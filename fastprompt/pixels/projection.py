@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastprompt.extras import needed
-from fastprompt.vit import FrozenSwin, FrozenViT
+from fastprompt.vit import FrozenViT
 from fastprompt.vit.reference import position_embedding
 
 RANK_TOLERANCE = 1e-9
@@ -203,7 +203,7 @@ def _minimise(
 
 def is_normed(backbone: FrozenViT) -> bool:
     """Whether a norm follows the patch embedding."""
-    return isinstance(backbone, FrozenSwin) or backbone.patch_norm is not None
+    return backbone.staged or backbone.patch_norm is not None
 
 
 def slot_positions(backbone: FrozenViT, placement: str, rows: int) -> tuple[Tensor, Tensor]:
@@ -216,11 +216,11 @@ def slot_positions(backbone: FrozenViT, placement: str, rows: int) -> tuple[Tens
         (rows · columns, D), of the prompts' places, and (N, D), how much more than the backbone's own the host adds
         to the image's patches: 0 unless it resamples. In float64 on the CPU.
     """
-    height, width = backbone.grid
+    height, width = backbone.spec.grid
     prefix = backbone.num_prefix if backbone.spec.pos_on_prefix else 0
     if backbone.pos_embed is None:
-        zeros = torch.zeros(height * width, backbone.width, dtype=torch.float64)
-        return zeros.new_zeros(rows * width, backbone.width), zeros
+        zeros = torch.zeros(height * width, backbone.patch_width, dtype=torch.float64)
+        return zeros.new_zeros(rows * width, backbone.patch_width), zeros
     own = backbone.pos_embed[0, prefix:].detach().double().cpu()
     if placement == "replace":
         return own[(height - rows) * width :], torch.zeros_like(own)

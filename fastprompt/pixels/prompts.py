@@ -271,7 +271,7 @@ class RGBPrompts(nn.Module):
         assert isinstance(target, RGBPGN)
         target.trunk.load_state_dict(generator.trunk.state_dict())
         wanted = generator.library.detach().double().cpu()  # (M, D)
-        places = wanted.new_zeros(generator.num_prompts, backbone.width)
+        places = wanted.new_zeros(generator.num_prompts, backbone.patch_width)
         if placement == "extend":
             places, change = slot_positions(backbone, placement, target.prompt_rows)
             compensation = projection.undo(change, picture)  # (N, 3p²)
@@ -317,7 +317,7 @@ class RGBPrompts(nn.Module):
             )
         ):
             raise ValueError(f"inverted must be what RGBPrompts.invert made of model, its method is {inverted.config}")
-        projection, places = Projection.of(backbone), torch.zeros(1, backbone.width, dtype=torch.float64)
+        projection, places = Projection.of(backbone), torch.zeros(1, backbone.patch_width, dtype=torch.float64)
         if generator.config.placement == "extend":
             places, change = slot_positions(backbone, "extend", generator.prompt_rows)
         wanted, library, offset = (
@@ -328,7 +328,7 @@ class RGBPrompts(nn.Module):
             return error
         backbone.check_images(images)
         images, p = backbone.normalise(images), backbone.patch_size
-        own = slot_positions(backbone, "replace", backbone.grid[0])[0]
+        own = slot_positions(backbone, "replace", backbone.spec.grid[0])[0]
         prompted = generator.prompt_images(images)[:, :, : images.shape[2]]
         patches = (F.unfold(each.double().cpu(), p, stride=p).mT for each in (images, prompted))  # (B, N, 3p²)
         wanted, found = (projection.tokens(each * projection.std + projection.mean) for each in patches)
@@ -345,8 +345,8 @@ def _feasibility(
     inversion = _inversion_obstacle(backbone, placement, backbone.spec.pool)
     if is_normed(backbone):
         return Feasibility(placement, inversion=inversion)
-    places, shift, shift_left = torch.zeros(1, backbone.width, dtype=torch.float64), 0.0, 0.0
-    (height, columns), rows = backbone.grid, 0
+    places, shift, shift_left = torch.zeros(1, backbone.patch_width, dtype=torch.float64), 0.0, 0.0
+    (height, columns), rows = backbone.spec.grid, 0
     if placement != "latent":
         rows = num_prompts // columns
         places, change = slot_positions(backbone, placement, rows)
@@ -429,7 +429,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _assemble(patches: Tensor, backbone: FrozenViT) -> Tensor:
     """(N, 3p²) patches → (3, H, W)."""
-    (rows, columns), p = backbone.grid, backbone.patch_size
+    (rows, columns), p = backbone.spec.grid, backbone.patch_size
     return patches.view(rows, columns, 3, p, p).permute(2, 0, 3, 1, 4).reshape(3, rows * p, columns * p)
 
 

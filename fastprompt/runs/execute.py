@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
     from fastprompt.train.evaluate import Evaluation
     from fastprompt.train.recipes import Recipe
-    from fastprompt.vit.weights import FrozenViT
+    from fastprompt.vit import FrozenViT
 
 PROBE_VIEWS = 4
 """Augmented views of each training image that the L-BFGS probe is fitted to."""

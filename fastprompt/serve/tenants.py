@@ -103,11 +103,10 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
             raise ValueError(f"adapter {name!r}: {error}") from error
         class_names[name] = list(model.class_names or map(str, range(int(model.num_classes or 0))))
     fixed = [name for name in directories if backbone.spec.dynamic_size and not _takes_other_sizes(engine, name)]
-    width = backbone.width if isinstance(backbone.width, int) else backbone.width[-1]
     return engine, Catalogue(
         backbone_name,
         backbone.fingerprint,
-        width,
+        backbone.feature_width,
         str(engine.dtype).removeprefix("torch."),
         backbone.spec,
         class_names,

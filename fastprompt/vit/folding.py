@@ -6,35 +6,42 @@ train too. The conditions under which a constant can move stand beside each move
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
 import torch
 from torch import Tensor
 
+from fastprompt.vit.backbone import Backbone, KeptFold
 from fastprompt.vit.linear import FrozenLinear
-from fastprompt.vit.weights import Block, Dense, Mlp, Norm
-
-if TYPE_CHECKING:
-    from fastprompt.vit.weights import FrozenViT
+from fastprompt.vit.weights import Block, Dense, Folded, Mlp, Norm
 
 QUICK_GELU_SLOPE = 1.702
 
 
-class Folded(NamedTuple):
-    """`blocks`: every block through `fold`. `pixels`: the patch embedding of raw pixels 0 … 255 (`fold_pixels`)."""
+def folded(vit: Backbone) -> Folded | None:
+    """The backbone with its constants folded, made once and again when they change; None while they train."""
+    kept = vit.kept_fold
+    if torch.compiler.is_compiling():
+        return None if kept is None else kept.folded
+    if (
+        kept is None
+        or kept.version != sum(p._version for p in kept.tensors)
+        or any(p.requires_grad for p in kept.tensors)
+    ):
+        vit.kept_fold = kept = _fold_backbone(vit)
+    return None if kept is None else kept.folded
 
-    blocks: tuple[Block, ...]
-    pixels: Dense
 
-
-def fold_backbone(vit: FrozenViT) -> Folded:
-    """Everything of a backbone that folds; None of it shares memory that a later change of the backbone writes to,
-    but for the tensors that folding leaves as they are.
+def _fold_backbone(vit: Backbone) -> KeptFold | None:
+    """Nothing that is folded shares memory that a later change of the backbone writes to, but for the tensors that
+    folding leaves as they are.
     """
-    return Folded(
-        tuple(fold(block) for block in vit.blocks),
-        fold_pixels(Dense(vit.patch_weight, vit.patch_bias), vit.mean, vit.std),
-    )
+    tensors = tuple(vit.parameters())
+    if any(p.requires_grad for p in tensors) or vit.device.type == "meta":
+        return None
+    tensors = tuple(p for p in tensors if not p.is_inference())  # others have no version, and cannot change
+    with torch.inference_mode(False), torch.no_grad():
+        blocks = tuple(fold(block) for block in vit.blocks)
+        pixels = fold_pixels(Dense(vit.patch_weight, vit.patch_bias), vit.mean, vit.std)
+        return KeptFold(tensors, sum(p._version for p in tensors), Folded(blocks, pixels))
 
 
 def fold(block: Block) -> Block:

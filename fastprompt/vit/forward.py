@@ -16,8 +16,8 @@ All of it holds in exact arithmetic, for outputs and gradients.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,36 +27,15 @@ from fastprompt.kernels.add_norm import add_norm
 from fastprompt.kernels.prefix_attention import prefix_attention
 from fastprompt.kernels.prefix_attention.reference import unpacked
 from fastprompt.vit import reference
+from fastprompt.vit.backbone import Backbone
+from fastprompt.vit.folding import folded
 from fastprompt.vit.linear import linear
+from fastprompt.vit.prompts import Group, Prefix, Prompts
 from fastprompt.vit.reference import Sequence as TokenSequence
-from fastprompt.vit.weights import Block, FrozenViT, Norm
-
-if TYPE_CHECKING:
-    from fastprompt.generators.base import Draws, PromptGenerator
-
-Prefix = tuple[Tensor, Tensor]
-"""Keys and values of prompts, each (1 or B, heads, P, d)."""
+from fastprompt.vit.weights import Block, Norm
 
 Projected = tuple[Tensor, Tensor | None, Tensor | None]
 """Queries, keys and values of tokens as `prefix_attention` takes them, packed or not."""
-
-
-class Group(NamedTuple):
-    """Images that stand side by side in a batch and have their prompts and their readout in common.
-
-    Attributes:
-        generator, context, draws: as for `reference.encode`.
-        readout: as for `reference.read_out`.
-        prefixes: block → what `static_prefixes` returned for these prompts; other blocks compute theirs.
-        size: number of images; None: the whole batch.
-    """
-
-    generator: PromptGenerator | None
-    context: Any
-    draws: Draws | None
-    readout: str
-    prefixes: Mapping[int, Prefix] | None = None
-    size: int | None = None
 
 
 class Rows(NamedTuple):
@@ -103,7 +82,7 @@ class Reads(NamedTuple):
     prompts: Tensor | None = None
 
 
-def features(vit: FrozenViT, embedded: TokenSequence, groups: Sequence[Group], recompute: bool = False) -> list[Tensor]:
+def features(vit: Backbone, embedded: TokenSequence, groups: Sequence[Group], recompute: bool = False) -> list[Tensor]:
     """What the head sees, (B, D) of each group.
 
     Args:
@@ -111,10 +90,8 @@ def features(vit: FrozenViT, embedded: TokenSequence, groups: Sequence[Group], r
         groups: Linears and MLPs run over the rows of all, prompts and attention for each of them.
         recompute: keep only what enters a block for the backward and compute the block again there (one group only).
     """
-    folded = vit.folded()
-    blocks = vit.blocks if folded is None else folded.blocks
-    x = embedded.tokens
-    own, last = x.shape[1], vit.depth - 1  # the rows that are no prompts come first
+    blocks, x = read_blocks(vit), embedded.tokens
+    own, last = x.shape[1], len(blocks) - 1  # the rows that are no prompts come first
     sizes = [x.shape[0] if group.size is None else group.size for group in groups]
     firsts = [
         _first_prompts(vit, group, patches)
@@ -149,7 +126,7 @@ def features(vit: FrozenViT, embedded: TokenSequence, groups: Sequence[Group], r
         return run_block(blocks[i], x, read, following)
 
     rows = Rows(x) if len(groups) == 1 else Rows(x.flatten(0, 1), tuple((size, own) for size in sizes))
-    for i in range(vit.depth):
+    for i in range(len(blocks)):
         if recompute and torch.is_grad_enabled():
             rows = Rows(
                 checkpoint(
@@ -173,7 +150,7 @@ def _split(x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
     return [x] if len(sizes) == 1 else x.split(sizes)
 
 
-def _first_prompts(vit: FrozenViT, group: Group, patches: Tensor) -> Tensor | None:
+def _first_prompts(vit: Backbone, group: Group, patches: Tensor) -> Tensor | None:
     """Block 0's prompts where they pass the backbone's pre-norm; None: they do not."""
     generator = group.generator
     if generator is None or not generator.before_pre_norm:
@@ -181,18 +158,24 @@ def _first_prompts(vit: FrozenViT, group: Group, patches: Tensor) -> Tensor | No
     return generator.first_prompts(group.context, patches, group.draws, vit.norm_pre)
 
 
-def embed(vit: FrozenViT, raw: Tensor, images: Tensor) -> TokenSequence:
+def embed(vit: Backbone, raw: Tensor, images: Tensor) -> TokenSequence:
     """`reference.embed` of `images`, from the `raw` uint8 pixels they were made of where that is possible."""
-    folded = vit.folded()
-    if raw.dtype != torch.uint8 or folded is None or vit.spec.dynamic_pad:
+    parts = folded(vit)
+    if raw.dtype != torch.uint8 or parts is None or vit.spec.dynamic_pad:
         return reference.embed(vit, images.to(vit.dtype))
-    return reference.embed(vit, raw.to(vit.dtype), folded.pixels)
+    return reference.embed(vit, raw.to(vit.dtype), parts.pixels)
 
 
-def static_prefixes(vit: FrozenViT, generator: PromptGenerator, readout: str) -> dict[int, Prefix]:
+def read_blocks(vit: Backbone) -> Sequence[Block]:
+    """The blocks that the forward reads: folded, where the weights do not train."""
+    parts = folded(vit)
+    return vit.blocks if parts is None else parts.blocks
+
+
+def static_prefixes(vit: Backbone, generator: Prompts, readout: str) -> dict[int, Prefix]:
     """Block → keys and values of prompts that depend on parameters only, for all blocks that only read theirs."""
-    folded = vit.folded()
-    blocks, last = vit.blocks if folded is None else folded.blocks, vit.depth - 1
+    blocks = read_blocks(vit)
+    last = len(blocks) - 1
     return {
         i: prompt_keys(blocks[i], generator.prompts(i, None).to(vit.dtype))
         for i in generator.layers
@@ -202,12 +185,12 @@ def static_prefixes(vit: FrozenViT, generator: PromptGenerator, readout: str) ->
     }
 
 
-def prompts_stay(generator: PromptGenerator, i: int, last: int, readout: str) -> bool:
+def prompts_stay(generator: Prompts, i: int, last: int, readout: str) -> bool:
     """Whether prompts that enter block i are rows of what leaves it."""
     return "prompts" in readout if i == last else i + 1 not in generator.layers
 
 
-def rows_read(vit: FrozenViT, readout: str, own: int) -> slice:
+def rows_read(vit: Backbone, readout: str, own: int) -> slice:
     """The rows of the last block's output that `reference.read_out` reads; `own`: class token, registers, patches."""
     if readout == "cls":
         return slice(0, 1)
@@ -218,7 +201,7 @@ def rows_read(vit: FrozenViT, readout: str, own: int) -> slice:
     return slice(0 if vit.spec.pool_prefix else vit.num_prefix, own)
 
 
-def rows_left(vit: FrozenViT, readout: str, x: Tensor, own: int) -> TokenSequence:
+def rows_left(vit: Backbone, readout: str, x: Tensor, own: int) -> TokenSequence:
     """The rows that `rows_read` kept, as a sequence."""
     num_patches = own - vit.num_prefix
     if readout in ("cls", "prompts"):

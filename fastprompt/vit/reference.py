@@ -1,34 +1,37 @@
 """The papers' forward of a prompted ViT, written plainly: the oracle and the baseline of every faster one.
 
-Prompt tokens are rows of the sequence. A generator says which blocks get new prompts (`layers`), where the rows
-stand (`placement`) and how they are computed (`prompts`); here they are concatenated, run through every block and
-thrown away where the next block replaces them.
+Prompt tokens are rows of the sequence. A generator says which blocks get new prompts (`layers`), whether their rows
+stand behind the patches or before them (`prompts_last`), and which they are (`plain_prompts`). Here the rows are
+concatenated, run through every block, and dropped where the next block replaces them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastprompt.kernels.prefix_attention.reference import attend
-from fastprompt.vit.weights import ACTIVATIONS, Block, Dense, FrozenViT, MapPool, Mlp
-
-if TYPE_CHECKING:
-    from fastprompt.generators.base import PromptGenerator
+from fastprompt.vit.backbone import Backbone
+from fastprompt.vit.prompts import NO_DRAWS, Draws, Prompts
+from fastprompt.vit.weights import ACTIVATIONS, Block, Dense, MapPool, Mlp
 
 
 @dataclasses.dataclass
 class Sequence:
-    """Tokens (B, T, D) and which of them are prefix (class token, registers), prompts and patches."""
+    """Tokens (B, T, D) and which of them are prefix (class token, registers), prompts and patches.
+
+    `grid`: (rows, columns) of the patches.
+    """
 
     tokens: Tensor
     num_prefix: int
     num_prompts: int = 0
     prompts_last: bool = False
+    grid: tuple[int, int] = (0, 0)
 
     @property
     def prefix(self) -> Tensor:
@@ -50,16 +53,17 @@ class Sequence:
         """Prefix and patches alone."""
         if self.num_prompts == 0:
             return self
-        return Sequence(torch.cat([self.prefix, self.patches], dim=1), self.num_prefix)
+        return dataclasses.replace(self, tokens=torch.cat([self.prefix, self.patches], dim=1), num_prompts=0)
 
     def with_prompts(self, prompts: Tensor, prompts_last: bool) -> Sequence:
         """The same prefix and patches with `prompts` (1 or B, P, D) in place of the former prompt rows."""
         rows = prompts.to(self.tokens.dtype).expand(self.tokens.shape[0], -1, -1)
         parts = [self.prefix, self.patches, rows] if prompts_last else [self.prefix, rows, self.patches]
-        return Sequence(torch.cat(parts, dim=1), self.num_prefix, prompts.shape[1], prompts_last)
+        tokens = torch.cat(parts, dim=1)
+        return dataclasses.replace(self, tokens=tokens, num_prompts=prompts.shape[1], prompts_last=prompts_last)
 
 
-def embed(vit: FrozenViT, images: Tensor, patches: Dense | None = None) -> Sequence:
+def embed(vit: Backbone, images: Tensor, patches: Dense | None = None) -> Sequence:
     """Images (B, 3, H, W) → [class token, registers, patches] with position embedding.
 
     `patches`: the patch embedding for images that are not normalised; None: the backbone's own.
@@ -80,21 +84,21 @@ def embed(vit: FrozenViT, images: Tensor, patches: Dense | None = None) -> Seque
     x = torch.cat([*prefix, x], dim=1)
     if pos is not None and vit.spec.pos_on_prefix:
         x = x + pos
-    return Sequence(x, vit.num_prefix)
+    return Sequence(x, vit.num_prefix, grid=grid)
 
 
-def position_embedding(vit: FrozenViT, grid: tuple[int, int]) -> Tensor | None:
-    """The position embedding for a grid of patches, resampled as the model's library does when it differs from the
-    backbone's (bicubic; torchvision, whose models take one size alone, as transformers).
+def position_embedding(vit: Backbone, grid: tuple[int, int]) -> Tensor | None:
+    """The position embedding for a grid of patches: the backbone's own, or resampled by the rule of the model's
+    library (bicubic; torchvision's models take one size only, so theirs is resampled by the rule of transformers).
     """
-    if vit.pos_embed is None or grid == tuple(vit.grid):
+    if vit.pos_embed is None or grid == vit.spec.grid:
         return vit.pos_embed
     from timm.layers import resample_abs_pos_embed
 
     return resample_abs_pos_embed(
         vit.pos_embed,
         new_size=list(grid),
-        old_size=list(vit.grid),
+        old_size=list(vit.spec.grid),
         num_prefix_tokens=vit.num_prefix if vit.spec.pos_on_prefix else 0,
         antialias=vit.spec.antialias,
     )
@@ -154,11 +158,11 @@ def map_pool(pool: MapPool, x: Tensor) -> Tensor:
 
 
 def encode(
-    vit: FrozenViT,
+    vit: Backbone,
     images: Tensor,
-    generator: PromptGenerator | None = None,
+    generator: Prompts | None = None,
     context: Any = None,
-    draws: dict[str, Tensor] | None = None,
+    draws: Draws = NO_DRAWS,
     embedded: Sequence | None = None,
 ) -> Sequence:
     """Normalised images (B, 3, H, W) → the last block's output, final norm applied, prompts among the tokens.
@@ -174,7 +178,7 @@ def encode(
         first = generator.plain_prompts(0, context, sequence.patches, draws)
         sequence = sequence.with_prompts(first, generator.prompts_last)
     if vit.norm_pre is not None:
-        sequence.tokens = vit.norm_pre(sequence.tokens)
+        sequence = dataclasses.replace(sequence, tokens=vit.norm_pre(sequence.tokens))
     for i, block in enumerate(vit.blocks):
         if generator is not None and i in generator.layers and not (i == 0 and generator.before_pre_norm):
             prompts = generator.plain_prompts(i, context, sequence.patches, draws)
@@ -188,7 +192,7 @@ def encode(
 READOUTS = ("cls", "patches", "patches+prompts", "prompts", "map")
 
 
-def read_out(vit: FrozenViT, sequence: Sequence, readout: str) -> Tensor:
+def read_out(vit: Backbone, sequence: Sequence, readout: str) -> Tensor:
     """(B, D): what the head sees of a sequence after the final norm.
 
     `readout`: "cls" the class token; "patches", "prompts", "patches+prompts" the mean over those tokens; "map"

@@ -6,10 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from fastprompt.vit.weights import FrozenViT
+from typing import Any
 
 _MEAN_STD = {"mean", "std"}
 _OPTIONS = {
@@ -28,7 +25,7 @@ LARGEST_SIDE = 1 << 13
 
 @dataclasses.dataclass(frozen=True)
 class BackboneSource:
-    """A call that loads a backbone with its published weights.
+    """A call that loads a backbone with its published weights; `load_source` makes it.
 
     Attributes:
         loader: "load_backbone", or "timm", "torchvision", "open_clip" or "transformers" of `FrozenViT.from_...`.
@@ -92,20 +89,6 @@ class BackboneSource:
     def backbone_name(self) -> str | None:
         """The name by which `load_backbone` and the command line know it; None: they do not."""
         return self.name if self.loader in ("load_backbone", "timm") and not self.options else None
-
-    def load(self) -> FrozenViT:
-        """The backbone.
-
-        Raises:
-            ValueError: the installed libraries do not know it. FetchError, OSError: its weights cannot be had.
-        """
-        from fastprompt.vit.assets import load_backbone
-        from fastprompt.vit.weights import FrozenViT
-
-        if self.loader == "load_backbone":
-            return load_backbone(self.name, self.image_size)
-        load = getattr(FrozenViT, f"from_{self.loader}")
-        return load(self.name, pretrained=self.pretrained, image_size=self.image_size, **self.options)
 
 
 def _is_size(image_size: Any) -> bool:

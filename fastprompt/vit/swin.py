@@ -1,4 +1,4 @@
-"""Canonical tensors of a frozen Swin transformer (v1 and v2), and the constants of its windows.
+"""The parts of a frozen Swin transformer (v1 and v2), and the constants of its windows.
 
 `swin_reference.py` computes the papers' graph on them, `swin_forward.py` the rewritten one.
 """
@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprompt.vit.weights import Dense, FrozenViT, Mlp, Norm, frozen
-
-if TYPE_CHECKING:
-    from fastprompt.vit.folding import Folded
+from fastprompt.vit.weights import Block, Dense, Mlp, Norm, frozen
 
 Pair = tuple[int, int]
 
@@ -127,97 +124,6 @@ class Merge(nn.Module):
         return self.reduction(self.norm(x)) if self.norm_first else self.norm(self.reduction(x))
 
 
-class FrozenSwin(FrozenViT):
-    """A Swin transformer whose weights are constants; what `FrozenViT(module)` gives for timm's `swin_*`, `swinv2_*`.
-
-    `width`, `depth`, `num_heads` and `grid` are tuples with one entry per stage. There is no class token; the
-    model's own head reads the mean over patches. timm's continuous position bias (v2) is read as the table it gives.
-
-    Attributes:
-        blocks: the blocks of all stages in order. merges: for each block the patch merging before it, if there is one.
-    """
-
-    merges: Sequence[Merge | None]
-
-    def _take(self, parts: dict[str, Any]) -> None:
-        if "merges" not in parts:
-            raise ValueError(
-                f"module must be a Swin transformer for FrozenSwin, got {self.spec.name}; "
-                "FrozenViT(module) takes either kind"
-            )
-        super()._take(parts)
-        self.merges = cast("Sequence[Merge | None]", nn.ModuleList(parts.pop("merges")))
-        self._set_layouts()
-
-    @property
-    def stages(self) -> tuple[int, ...]:
-        """The stage of each block, from 0."""
-        stages, stage = [], 0
-        for merge in self.merges:
-            stage += merge is not None
-            stages.append(stage)
-        return tuple(stages)
-
-    def _first_blocks(self) -> list[SwinBlock]:
-        blocks = cast("Sequence[SwinBlock]", self.blocks)
-        return [block for i, block in enumerate(blocks) if i == 0 or self.merges[i] is not None]
-
-    @property
-    def width(self) -> tuple[int, ...]:  # type: ignore[override]
-        return tuple(block.width for block in self._first_blocks())
-
-    @property
-    def depth(self) -> tuple[int, ...]:  # type: ignore[override]
-        stages = self.stages
-        return tuple(stages.count(stage) for stage in range(stages[-1] + 1))
-
-    @property
-    def num_heads(self) -> tuple[int, ...]:  # type: ignore[override]
-        return tuple(block.num_heads for block in self._first_blocks())
-
-    @property
-    def grid(self) -> tuple[Pair, ...]:  # type: ignore[override]
-        return tuple(block.grid for block in self._first_blocks())
-
-    @property
-    def feature_width(self) -> int:
-        return self.width[-1]
-
-    def _structure(self) -> dict[str, Any]:
-        blocks = cast("Sequence[SwinBlock]", self.blocks)
-        return {"windows": [(b.grid, b.window, b.shift) for b in blocks], "stages": self.stages}
-
-    def folded(self) -> Folded | None:
-        """None: a Swin's rows are padded with zeros behind its norms, so the norms stay where they are."""
-        return None
-
-    def layouts(self, grid: Pair) -> list[Layout]:
-        """The layout of each block for images of `grid` patches; those of the backbone's own size are kept."""
-        blocks = cast("Sequence[SwinBlock]", self.blocks)
-        if grid == self.spec.grid:
-            return [block.layout for block in blocks]
-        return compute_layouts(blocks, self.merges, grid, self.device)
-
-    def _set_layouts(self) -> None:
-        blocks = cast("Sequence[SwinBlock]", self.blocks)
-        device = torch.device("cpu") if self.device.type == "meta" else self.device
-        for block, layout in zip(blocks, compute_layouts(blocks, self.merges, self.spec.grid, device), strict=True):
-            for name in Layout._fields[1:]:
-                setattr(block, name, getattr(layout, name))
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._set_layouts()
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """(B, D): the mean over the patches of the last stage."""
-        from fastprompt.vit import swin_reference
-
-        self.check_images(images)
-        feature_map = swin_reference.encode(self, self.normalise(images).to(self.dtype))
-        return swin_reference.read_out(self, feature_map, self.spec.pool)
-
-
 def padded(grid: Pair, window: Pair) -> Pair:
     """The grid grown to whole windows."""
     return (math.ceil(grid[0] / window[0]) * window[0], math.ceil(grid[1] / window[1]) * window[1])
@@ -248,6 +154,24 @@ def shift_mask(grid: Pair, window: Pair, shift: Pair) -> Tensor:
             regions[:, rows, columns] = 3 * i + j
     region = partition(regions, window)[0, :, :, 0]  # (windows, N)
     return torch.where(region[:, :, None] == region[:, None], 0.0, -100.0)
+
+
+def layouts(blocks: Sequence[Block], merges: Sequence[Merge | None], grid: Pair) -> list[Layout]:
+    """The layout of each block for images of `grid` patches; those of the backbone's own size are kept."""
+    own = cast("Sequence[SwinBlock]", blocks)
+    if grid == own[0].grid:
+        return [block.layout for block in own]
+    return compute_layouts(own, merges, grid, own[0].bias_table.device)
+
+
+def keep_layouts(blocks: Sequence[Block], merges: Sequence[Merge | None]) -> None:
+    """Compute the layouts for the backbone's own size, once: each block keeps its own."""
+    own = cast("Sequence[SwinBlock]", blocks)
+    device = own[0].bias_table.device
+    device = torch.device("cpu") if device.type == "meta" else device
+    for block, layout in zip(own, compute_layouts(own, merges, own[0].grid, device), strict=True):
+        for name in Layout._fields[1:]:
+            setattr(block, name, getattr(layout, name))
 
 
 def compute_layouts(

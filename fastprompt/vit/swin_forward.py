@@ -12,7 +12,9 @@ All hold in exact arithmetic, for outputs and gradients.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+import dataclasses
+from collections.abc import Sequence as Groups
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,28 +23,46 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from fastprompt.vit import swin_reference
-from fastprompt.vit.reference import mlp
-from fastprompt.vit.swin import FrozenSwin, Layout, SwinBlock
-from fastprompt.vit.swin_reference import FeatureMap
+from fastprompt.vit.backbone import Backbone
+from fastprompt.vit.prompts import Group, Prefix, Prompts
+from fastprompt.vit.reference import Sequence, mlp
+from fastprompt.vit.swin import Layout, SwinBlock, layouts
+from fastprompt.vit.weights import Folded
 
-if TYPE_CHECKING:
-    from fastprompt.generators.base import Draws, PromptGenerator
+
+def embed(vit: Backbone, raw: Tensor, images: Tensor) -> Sequence:
+    """Normalised `images` (B, 3, H, W) → patches; the `raw` pixels are not read, as nothing is folded."""
+    return swin_reference.embed(vit, images.to(vit.dtype))
 
 
-def features(
-    vit: FrozenSwin,
-    embedded: FeatureMap,
-    generator: PromptGenerator | None,
-    context: Any,
-    draws: Draws | None,
-    readout: str,
-    recompute: bool = False,
-) -> Tensor:
-    """(B, D): what the head sees. Arguments as for `forward.features`; without prompts the plain graph runs."""
+def folded(vit: Backbone) -> Folded | None:
+    """None: a Swin's rows are padded with zeros behind its norms, so the norms stay where they are."""
+    return None
+
+
+def static_prefixes(vit: Backbone, generator: Prompts, readout: str) -> dict[int, Prefix]:
+    """Empty: nothing is kept from one batch to the next."""
+    return {}
+
+
+def features(vit: Backbone, embedded: Sequence, groups: Groups[Group], recompute: bool = False) -> list[Tensor]:
+    """What the head sees, (B, D) of each group. Arguments as for `forward.features`; the groups run one by one."""
+    sizes = [len(embedded.tokens) if group.size is None else group.size for group in groups]
+    parts = [embedded.tokens] if len(groups) == 1 else embedded.tokens.split(sizes)
+    return [
+        group_features(vit, dataclasses.replace(embedded, tokens=tokens), group, recompute)
+        for tokens, group in zip(parts, groups, strict=True)
+    ]
+
+
+def group_features(vit: Backbone, embedded: Sequence, group: Group, recompute: bool = False) -> Tensor:
+    """(B, D): what the head sees of one group; without prompts the plain graph runs."""
+    generator, context, draws, readout = group.generator, group.context, group.draws, group.readout
     if generator is None:
         return swin_reference.read_out(vit, swin_reference.encode(vit, embedded.tokens, embedded=embedded), readout)
     x, prompts, last = embedded.patches, None, len(vit.blocks) - 1
-    for i, (module, merge, layout) in enumerate(zip(vit.blocks, vit.merges, vit.layouts(embedded.grid), strict=True)):
+    orders = layouts(vit.blocks, vit.merges, embedded.grid)
+    for i, (module, merge, layout) in enumerate(zip(vit.blocks, vit.merges, orders, strict=True)):
         block = cast(SwinBlock, module)
         x = reorder(x, layout)
         if merge is not None:

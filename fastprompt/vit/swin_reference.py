@@ -13,44 +13,20 @@ For Swin v2, which VPT does not define, the same rules are applied.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprompt.vit import reference
-from fastprompt.vit.reference import Sequence, mlp, read_out
-from fastprompt.vit.swin import FrozenSwin, Merge, Pair, SwinBlock, padded, partition
+from fastprompt.vit.backbone import Backbone
+from fastprompt.vit.prompts import NO_DRAWS, Draws, Prompts
+from fastprompt.vit.reference import Sequence, embed, mlp, read_out
+from fastprompt.vit.swin import Merge, Pair, SwinBlock, padded, partition
 
-if TYPE_CHECKING:
-    from fastprompt.generators.base import Draws, PromptGenerator
-
-__all__ = ["FeatureMap", "embed", "encode", "read_out"]
+__all__ = ["embed", "encode", "read_out"]
 
 SMALL_SCORES = 2**18
-
-
-@dataclasses.dataclass
-class FeatureMap(Sequence):
-    """Tokens (B, P + H·W, C): prompts, then the patches of an H × W grid row by row."""
-
-    grid: Pair = (0, 0)
-
-    def with_prompts(self, prompts: Tensor, prompts_last: bool = False) -> FeatureMap:
-        """The same patches with `prompts` (1 or B, P, C) in place of the former ones.
-
-        Always first: attention and means do not see the order.
-        """
-        rows = prompts.to(self.tokens.dtype).expand(self.tokens.shape[0], -1, -1)
-        return FeatureMap(torch.cat([rows, self.patches], dim=1), 0, prompts.shape[1], grid=self.grid)
-
-
-def embed(vit: FrozenSwin, images: Tensor) -> FeatureMap:
-    """Normalised images (B, 3, H, W) → patches; Swin has no position embedding here."""
-    sequence = reference.embed(vit, images)
-    p = vit.patch_size
-    return FeatureMap(sequence.tokens, 0, grid=(images.shape[2] // p, images.shape[3] // p))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None) -> Tensor:
@@ -104,7 +80,7 @@ def reverse(windows: Tensor, window: Pair, grid: Pair) -> Tensor:
     return x.permute(0, 1, 3, 2, 4, 5).reshape(b, *grid, c)
 
 
-def run_block(block: SwinBlock, x: FeatureMap) -> FeatureMap:
+def run_block(block: SwinBlock, x: Sequence) -> Sequence:
     """One block over prompts and patches."""
     tokens = x.tokens
     if block.post_norm:
@@ -116,7 +92,7 @@ def run_block(block: SwinBlock, x: FeatureMap) -> FeatureMap:
     return dataclasses.replace(x, tokens=tokens)
 
 
-def merge_patches(merge: Merge, x: FeatureMap) -> FeatureMap:
+def merge_patches(merge: Merge, x: Sequence) -> Sequence:
     """Patch merging: 2 × 2 patches, odd sides zero-padded, and each prompt four times, joined on channels."""
     (h, w), patches = x.grid, x.patches.unflatten(1, x.grid)
     patches = F.pad(patches, (0, 0, 0, w % 2, 0, h % 2))
@@ -125,26 +101,27 @@ def merge_patches(merge: Merge, x: FeatureMap) -> FeatureMap:
     patches = patches.permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)  # (B, H/2 · W/2, 4C)
     if x.num_prompts:
         patches = torch.cat([x.prompts.repeat(1, 1, 4), patches], dim=1)
-    return FeatureMap(merge(patches), 0, x.num_prompts, grid=grid)
+    return dataclasses.replace(x, tokens=merge(patches), grid=grid)
 
 
 def encode(
-    vit: FrozenSwin,
+    vit: Backbone,
     images: Tensor,
-    generator: PromptGenerator | None = None,
+    generator: Prompts | None = None,
     context: Any = None,
-    draws: Draws | None = None,
-    embedded: FeatureMap | None = None,
-) -> FeatureMap:
-    """Normalised images (B, 3, H, W) → the last block's output, final norm applied, prompts among the tokens.
+    draws: Draws = NO_DRAWS,
+    embedded: Sequence | None = None,
+) -> Sequence:
+    """Normalised images (B, 3, H, W) → the last block's output (B, P + H·W, C), final norm applied, prompts first.
 
-    Arguments as for `reference.encode`.
+    Arguments as for `reference.encode`. Prompts stand first whatever `prompts_last` says: neither attention nor means
+    see the order.
     """
     x = embed(vit, images) if embedded is None else embedded
     for i, (block, merge) in enumerate(zip(vit.blocks, vit.merges, strict=True)):
         if merge is not None:
             x = merge_patches(merge, x)
         if generator is not None and i in generator.layers:
-            x = x.with_prompts(generator.plain_prompts(i, context, x.patches, draws))
+            x = x.with_prompts(generator.plain_prompts(i, context, x.patches, draws), prompts_last=False)
         x = run_block(cast(SwinBlock, block), x)
     return x if vit.norm is None else dataclasses.replace(x, tokens=vit.norm(x.tokens))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fastprompt as fp
 from fastprompt.engine import mixed
 from fastprompt.generators import PromptConfig
-from fastprompt.vit import forward
+from fastprompt.vit import forward, swin_forward
 
 Build = Callable[..., fp.PromptedViT]
 
@@ -99,13 +99,23 @@ def test_keys_and_values_of_static_prompts_are_not_computed_in_a_call(
             assert torch.equal(found, expected[i])
 
 
-def test_windows_of_a_swin_transformer_run_adapter_by_adapter(
-    tiny_swin: Callable[..., nn.Module], images: Tensor, build: Build
+def test_adapters_on_a_swin_transformer_share_its_products_where_they_prompt_alike(
+    tiny_swin: Callable[..., nn.Module], images: Tensor, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     swin = fp.FrozenViT(tiny_swin()).double()
     models = [build("vpt-deep", seed, 3 + seed, "patches", backbone=swin) for seed in range(2)]
     models += [build("v2apt-samples", 3, readout="patches+prompts", backbone=swin)]
+    models += [
+        build("pixel", 4, readout="patches", backbone=swin),
+        build("linear", 5, readout="patches", backbone=swin),
+    ]
+    batch = [models[i] for i in (0, 1, 0, 2, 3, 4)]
+    sizes, original = [], swin_forward.group_features
+    monkeypatch.setattr(
+        swin_forward, "group_features", lambda v, x, *rest: sizes.append(len(x.tokens)) or original(v, x, *rest)
+    )
     with torch.no_grad():
-        batch = [models[i] for i in (0, 1, 0, 2)]
-        for i, found in enumerate(mixed.outputs(images[:4].double(), batch)):
+        together = mixed.outputs(images[:6].double(), batch)
+        assert sizes == [3, 2, 2]  # both VPTs; V²APT's two samples; the two without prompt tokens
+        for i, found in enumerate(together):
             torch.testing.assert_close(found, batch[i](images[i : i + 1].double())[0], rtol=1e-10, atol=1e-10)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import fastprompt as fp
+from fastprompt.vit.assets import load_source
 from fastprompt.vit.source import BackboneSource
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -34,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def again(backbone: fp.FrozenViT) -> fp.FrozenViT:
     """The backbone loaded by what it records, by way of JSON."""
     assert backbone.source is not None
-    return BackboneSource(**json.loads(json.dumps(dataclasses.asdict(backbone.source)))).load()
+    return load_source(BackboneSource(**json.loads(json.dumps(dataclasses.asdict(backbone.source)))))
 
 
 @pytest.mark.parametrize("image_size", [None, 48, (48, 32)])

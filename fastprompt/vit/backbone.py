@@ -1,0 +1,222 @@
+"""The frozen backbone as data: its tensors, its sizes, and the images it takes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from fastprompt.vit import swin
+from fastprompt.vit.swin import Merge, SwinBlock
+from fastprompt.vit.weights import Block, Dense, Folded, MapPool, Norm, ViTSpec, frozen, per_channel
+
+Same = TypeVar("Same", bound="Backbone")
+
+
+class KeptFold(NamedTuple):
+    """Folded blocks, the tensors they were made of, and the sum of their versions then."""
+
+    tensors: tuple[nn.Parameter, ...]
+    version: int
+    folded: Folded
+
+
+class Backbone(nn.Module):
+    """The tensors of a vision transformer, or of a Swin transformer, that do not change.
+
+    What computes with them imports this class: `reference.py` and `forward.py`, `swin_reference.py` and
+    `swin_forward.py`, `folding.py`. `FrozenViT` fills it from a model.
+
+    Args:
+        parts: what a reader returned, by the names of the attributes.
+
+    Attributes:
+        spec: what the tensors do not say.
+        patch_weight: (D, 3, p, p). patch_bias: (D,). patch_norm: follows the patch embedding.
+        cls_token: (1, 1, D). registers: (1, R, D). pos_embed: (1, [prefix +] patches, D). norm_pre: precedes block 0.
+        blocks: in order, `SwinBlock`s in a Swin transformer. norm: follows the last block. map_pool, fc_norm: pooling.
+        merges: for each block the patch merging before it, if there is one.
+        staged: whether its width changes between stages: a Swin transformer.
+        head: the pretrained classifier or projection.
+    """
+
+    def __init__(self, parts: dict[str, Any]) -> None:
+        super().__init__()
+        self.spec: ViTSpec = parts.pop("spec")
+        self.patch_weight: nn.Parameter = frozen(parts.pop("patch_weight"))
+        self.patch_bias: nn.Parameter | None = frozen(parts.pop("patch_bias"))
+        self.patch_norm: Norm | None = parts.pop("patch_norm", None)
+        self.cls_token: nn.Parameter | None = frozen(parts.pop("cls_token"))
+        self.registers: nn.Parameter | None = frozen(parts.pop("registers"))
+        self.pos_embed: nn.Parameter | None = frozen(parts.pop("pos_embed"))
+        self.norm_pre: Norm | None = parts.pop("norm_pre", None)
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(parts.pop("blocks")))
+        self.norm: Norm | None = parts.pop("norm", None)
+        self.map_pool: MapPool | None = parts.pop("map_pool", None)
+        self.fc_norm: Norm | None = parts.pop("fc_norm", None)
+        self.head: Dense | None = parts.pop("head", None)
+        merges: list[Any] | None = parts.pop("merges", None)
+        self.staged = merges is not None
+        self.merges: Sequence[Merge | None]
+        if merges is None:
+            self.merges = (None,) * len(self.blocks)
+        else:
+            self.merges = cast("Sequence[Merge | None]", nn.ModuleList(merges))
+            swin.keep_layouts(self.blocks, self.merges)
+        if parts:
+            raise ValueError(f"the reader returned unknown parts: {sorted(parts)}")
+        self._fingerprint: str | None = None
+        self.kept_fold: KeptFold | None = None
+        self.eval()
+
+    @property
+    def patch_width(self) -> int:
+        """Width of a patch embedding."""
+        return self.patch_weight.shape[0]
+
+    @property
+    def feature_width(self) -> int:
+        """Width of the features that a head reads."""
+        return self.blocks[-1].width
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The stage of each block, from 0."""
+        stages, stage = [], 0
+        for merge in self.merges:
+            stage += merge is not None
+            stages.append(stage)
+        return tuple(stages)
+
+    @property
+    def stage_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(width, blocks) of each stage; a ViT has one."""
+        stages, widths = self.stages, [block.width for block in self.blocks]
+        return tuple((widths[stages.index(stage)], stages.count(stage)) for stage in range(stages[-1] + 1))
+
+    @property
+    def patch_size(self) -> int:
+        return self.spec.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.spec.grid[0] * self.spec.grid[1]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.spec.image_size
+
+    @property
+    def num_prefix(self) -> int:
+        return int(self.spec.has_cls) + self.spec.num_registers
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        return self.spec.mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        return self.spec.std
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_weight.device
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over structure and float32 tensors; the classifier is left out, since adapters rarely read it."""
+        if self._fingerprint is None:
+            structure = dataclasses.asdict(self.spec)
+            for key in ("name", "mean", "std", "antialias"):  # an image of the backbone's own size depends on none
+                del structure[key]
+            structure["blocks"] = [(b.mlp.act, b.mlp.glu, b.post_norm, b.norm1.kind, b.norm1.eps) for b in self.blocks]
+            if self.staged:
+                windowed = cast("Sequence[SwinBlock]", self.blocks)
+                structure |= {"windows": [(b.grid, b.window, b.shift) for b in windowed], "stages": self.stages}
+            digest = hashlib.sha256(json.dumps(structure, sort_keys=True).encode())
+            for name, tensor in sorted(self.state_dict().items()):
+                if not name.startswith("head."):
+                    digest.update(f"{name}{tuple(tensor.shape)}".encode())
+                    digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def pin_fingerprint(self) -> None:
+        """Compute the fingerprint now, before the tensors are cast or trained."""
+        if not self.device.type == "meta":
+            self.fingerprint  # noqa: B018
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
+        if fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype != self.dtype:
+            self.pin_fingerprint()
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if not any(p.requires_grad for p in self.parameters()):  # a fine-tuned copy stays that of its original
+            given = ((tensor, state_dict.get(prefix + name)) for name, tensor in self.state_dict().items())
+            if self.device.type == "meta" or any(
+                isinstance(new, Tensor) and not torch.equal(new.to(old), old) for old, new in given
+            ):
+                self._fingerprint = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.staged:
+            swin.keep_layouts(self.blocks, self.merges)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """A frozen backbone has no training mode: it stays in eval mode whatever `mode` is."""
+        return super().train(False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) → (x / 255 − mean) / std; floating-point images pass unchanged."""
+        if images.dtype != torch.uint8:
+            return images
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        mean, std = per_channel(self.mean, images, dtype), per_channel(self.std, images, dtype)
+        return (images.to(dtype) / 255 - mean) / std
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise TypeError or ValueError, naming `images`, where this backbone cannot take them."""
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a torch.Tensor, got {type(images).__name__}")
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise TypeError(f"images must be floating point (normalised) or uint8 (raw pixels), got {images.dtype}")
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must have shape (B, 3, H, W), got {tuple(images.shape)}")
+        if images.device != self.device:
+            raise ValueError(f"images are on {images.device}, the backbone is on {self.device}")
+        reason = self.spec.obstacle(images.shape[2], images.shape[3])
+        if reason:
+            raise ValueError(reason)
+        if (
+            images.device.type == "cpu"
+            and images.is_floating_point()
+            and not torch.compiler.is_compiling()
+            and not math.isfinite(images.detach().sum().item())  # one pass; a sum of finite numbers can overflow
+            and not torch.isfinite(images).all()
+        ):
+            raise ValueError("images contain NaN or infinite values")
+
+    def any_size(self: Same) -> Same:
+        """The same backbone, on the same tensors, for images of any whole number of patches.
+
+        Its position embedding is resampled to the images' grid, by its library's rule. A host of pictures that
+        are taller than its own images (`RGBPGNConfig` with placement "extend") is one. It has the same fingerprint, so
+        the same adapters fit.
+        """
+        self.pin_fingerprint()
+        other = copy.copy(self)
+        other.spec = dataclasses.replace(self.spec, dynamic_size=True)
+        return other

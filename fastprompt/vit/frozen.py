@@ -1,0 +1,332 @@
+"""`FrozenViT`: a model of a library, read once and frozen; what acts on it comes with it as `graph`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, cast
+
+import torch.nn as nn
+from torch import Tensor
+
+from fastprompt.vit.backbone import Backbone
+from fastprompt.vit.graph import SWIN, VIT, Graph
+from fastprompt.vit.readers import image_sides, is_swin, read
+from fastprompt.vit.source import BackboneSource
+from fastprompt.vit.swin import Pair, SwinBlock
+from fastprompt.vit.weights import Folded
+
+
+class FrozenViT(Backbone):
+    """A vision transformer whose weights are constants.
+
+    `FrozenViT(module)` reads a model of timm, torchvision, open_clip or transformers and copies its tensors;
+    `backbone(images)` is then that model's own forward. Models it cannot represent are refused with a `ValueError`
+    that names the part. `image_size` resamples the position embedding once, by the rule of the module's library;
+    `mean` and `std` override the ones the library gives. A Swin transformer becomes a `FrozenSwin`, a subclass.
+
+    Images are (B, 3, H, W): floating point = already normalised, uint8 = raw pixels, normalised here with
+    `mean` and `std` (never resized).
+
+    Attributes:
+        width: token width D. depth: number of blocks. num_heads: attention heads of a block.
+        patch_size: pixels. grid: (rows, columns) of patches. image_size: (height, width) in pixels.
+        num_prefix: class and register tokens. mean, std: per channel, of pixels in [0, 1].
+        source: the call that loaded it by name, with published weights; None: it was made otherwise.
+        fingerprint: sha256 of the tensors (in float32, without the classifier) and the structure.
+    """
+
+    graph: ClassVar[Graph] = VIT
+    source: BackboneSource | None = None
+
+    def __new__(cls, module: nn.Module | None = None, **options: Any) -> FrozenViT:
+        return super().__new__(FrozenSwin if cls is FrozenViT and is_swin(module) else cls)
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        image_size: int | tuple[int, int] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        parts = read(module, image_size)
+        for key, value in (("mean", mean), ("std", std)):
+            if value is not None:
+                change: dict[str, Any] = {key: _channel_triple(key, value)}
+                parts["spec"] = dataclasses.replace(parts["spec"], **change)
+        super().__init__(parts)
+        self.register_load_state_dict_post_hook(_fold_again)
+
+    @classmethod
+    def from_timm(
+        cls, name: str, pretrained: bool = False, image_size: int | tuple[int, int] | None = None, **kwargs: Any
+    ) -> FrozenViT:
+        """Build a timm model by name and freeze it.
+
+        Args:
+            name: a timm model name of `timm.models.vision_transformer`, `swin_transformer` or `swin_transformer_v2`.
+            pretrained: load the published weights from the hub.
+            image_size: pixels (or (height, width)); the position embedding is resampled by timm.
+            kwargs: passed to `timm.create_model`.
+
+        Raises:
+            TypeError, ValueError: `name` is no timm model, `image_size` no size, or the model has a part that cannot
+                be represented.
+        """
+        import timm
+
+        if not isinstance(name, str):
+            raise TypeError(
+                f"name must be a timm model name, got {type(name).__name__}; a timm module goes to FrozenViT(module)"
+            )
+        if ":" not in name and not timm.is_model(name.partition(".")[0]):
+            raise ValueError(f"name must be a timm model name, got {name!r}; timm.list_models() lists them")
+        sized = kwargs if image_sides(image_size) is None else {**kwargs, "img_size": image_size}
+        try:
+            model = timm.create_model(name, pretrained=pretrained, **sized)
+        except TypeError as error:
+            raise ValueError(f"timm does not build {name!r} with {sized}: {error}") from error
+        backbone = cls(model)
+        backbone.source = BackboneSource.of_call("timm", name, pretrained, image_size, kwargs)
+        return backbone
+
+    @classmethod
+    def from_torchvision(
+        cls,
+        name: str,
+        pretrained: bool | str = False,
+        image_size: int | tuple[int, int] | None = None,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> FrozenViT:
+        """Build a torchvision model by name and freeze it.
+
+        Args:
+            name: "vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32" or "vit_h_14".
+            pretrained: load the default published weights, or those of this name ("IMAGENET1K_SWAG_E2E_V1").
+            image_size: pixels (or (height, width)); the position embedding is resampled as torchvision does.
+            mean, std: per channel; None: ImageNet's.
+            kwargs: passed to `torchvision.models.get_model`.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit, or the model has a part that cannot be represented.
+        """
+        from fastprompt.vit.readers import torchvision
+
+        image_sides(image_size)
+        module = torchvision.build(name, pretrained, **kwargs)
+        backbone = cls(module, image_size=image_size, mean=mean, std=std)._named(name)
+        options = {**kwargs, "mean": mean, "std": std}
+        backbone.source = BackboneSource.of_call("torchvision", name, pretrained, image_size, options)
+        return backbone
+
+    @classmethod
+    def from_open_clip(
+        cls,
+        model: str | nn.Module,
+        pretrained: str | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> FrozenViT:
+        """Build an open_clip model by name and freeze its image tower; its projection is `head`.
+
+        Args:
+            model: one of `open_clip.list_models()`, "hf-hub:...", "local-dir:...", a model or an image tower.
+            pretrained: a tag of published weights ("openai", "laion2b_s34b_b88k") or a file; None: random weights.
+            image_size: pixels (or (height, width)); the position embedding is resampled as open_clip does.
+            mean, std: per channel; None: those that come with the weights, else CLIP's.
+            kwargs: passed to `open_clip.create_model`.
+
+        Raises:
+            ImportError: open_clip is not installed.
+            TypeError, ValueError: an argument does not fit, or the model has a part that cannot be represented.
+        """
+        image_sides(image_size)
+        if isinstance(model, nn.Module):
+            if pretrained is not None or kwargs:
+                raise ValueError(f"pretrained must be None for a model that is built, got {pretrained!r}, {kwargs}")
+            return cls(model, image_size=image_size, mean=mean, std=std)
+        _require("open_clip", "openclip")
+        from fastprompt.vit.readers import open_clip
+
+        module = open_clip.build(model, pretrained, **kwargs)
+        backbone = cls(module, image_size=image_size, mean=mean, std=std)._named(model)
+        options = {**kwargs, "mean": mean, "std": std}
+        backbone.source = BackboneSource.of_call("open_clip", model, pretrained, image_size, options)
+        return backbone
+
+    @classmethod
+    def from_transformers(
+        cls,
+        model: Any,
+        pretrained: bool = True,
+        image_size: int | tuple[int, int] | None = None,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> FrozenViT:
+        """Freeze the vision model of a transformers checkpoint: ViT, CLIP, SigLIP or DINOv2.
+
+        Args:
+            model: a hub name, a folder of `save_pretrained`, a config (random weights), or a model.
+            pretrained: of a name or folder: load its weights; False: random ones.
+            image_size: pixels (or (height, width)); the position embedding is resampled as transformers does.
+            mean, std: per channel; None: those of the checkpoint's image processor, else the model family's.
+            kwargs: passed to `from_pretrained` (revision, cache_dir, local_files_only, ...).
+
+        Raises:
+            ImportError: transformers is not installed.
+            OSError: there is no such checkpoint, or the hub cannot be reached.
+            TypeError, ValueError: an argument does not fit, or the model has a part that cannot be represented.
+        """
+        image_sides(image_size)
+        if isinstance(model, nn.Module):
+            if kwargs:
+                raise ValueError(f"a model takes no options of from_pretrained, got {sorted(kwargs)}")
+            return cls(model, image_size=image_size, mean=mean, std=std)
+        _require("transformers", "hf")
+        from fastprompt.vit.readers import transformers
+
+        module, known = transformers.build(model, pretrained, **kwargs)
+        backbone = cls(
+            module,
+            image_size=image_size,
+            mean=known.get("mean") if mean is None else mean,
+            std=known.get("std") if std is None else std,
+        )
+        options = {**kwargs, "mean": mean, "std": std}
+        backbone.source = BackboneSource.of_call("transformers", model, pretrained, image_size, options)
+        return backbone
+
+    def _named(self, name: str) -> FrozenViT:
+        self.spec = dataclasses.replace(self.spec, name=name)
+        return self
+
+    @property
+    def width(self) -> int | tuple[int, ...]:
+        return self.feature_width
+
+    @property
+    def depth(self) -> int | tuple[int, ...]:
+        return len(self.blocks)
+
+    @property
+    def num_heads(self) -> int | tuple[int, ...]:
+        return self.spec.num_heads
+
+    @property
+    def grid(self) -> Pair | tuple[Pair, ...]:
+        return self.spec.grid
+
+    def folded(self) -> Folded | None:
+        """The blocks with their constants folded; None while the weights train, and of a Swin transformer.
+
+        Made at the first call and again when tensors were cast, moved, loaded or changed in place. A write through
+        `.data` and a parameter that is replaced go unnoticed; inside `torch.compile`, so does a change in place.
+        """
+        return self.graph.rewritten.folded(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenViT:
+        super()._apply(fn, recurse)
+        self._fold_again()
+        return self
+
+    def _fold_again(self) -> None:
+        """Fold now what was folded before: a compiled model reads the folded blocks and cannot see that they are out of
+        date.
+        """
+        if self.kept_fold is not None:
+            self.kept_fold = None
+            self.folded()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The model's own forward without prompts.
+
+        Args:
+            images: (B, 3, H, W), float (normalised) or uint8.
+
+        Returns:
+            (B, C) outputs of the pretrained classifier or projection, or (B, D) features when it has none.
+        """
+        features = self.forward_features(images)
+        return features if self.head is None else self.head(features)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(B, D): the readout of the model's own head, before the classifier."""
+        self.check_images(images)
+        sequence = self.graph.papers.encode(self, self.normalise(images).to(self.dtype))
+        return self.graph.papers.read_out(self, sequence, self.spec.pool)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.spec.name}, width={self.width}, depth={self.depth}, heads={self.num_heads}, "
+            f"patch={self.patch_size}, grid={self.grid}"
+        )
+
+
+class FrozenSwin(FrozenViT):
+    """A Swin transformer whose weights are constants; what `FrozenViT(module)` gives for timm's `swin_*`, `swinv2_*`.
+
+    `width`, `depth`, `num_heads` and `grid` are tuples with one entry per stage. There is no class token; the
+    model's own head reads the mean over patches. timm's continuous position bias (v2) is read as the table it gives.
+    """
+
+    graph: ClassVar[Graph] = SWIN
+
+    def __init__(self, module: nn.Module, **options: Any) -> None:
+        if isinstance(module, nn.Module) and not is_swin(module):
+            raise ValueError(
+                f"module must be a Swin transformer for FrozenSwin, got {type(module).__name__}; "
+                "FrozenViT(module) takes either kind"
+            )
+        super().__init__(module, **options)
+
+    @property
+    def width(self) -> tuple[int, ...]:
+        return tuple(width for width, _ in self.stage_sizes)
+
+    @property
+    def depth(self) -> tuple[int, ...]:
+        return tuple(depth for _, depth in self.stage_sizes)
+
+    @property
+    def num_heads(self) -> tuple[int, ...]:
+        return tuple(block.num_heads for block in self._first_blocks())
+
+    @property
+    def grid(self) -> tuple[Pair, ...]:
+        return tuple(block.grid for block in self._first_blocks())
+
+    def _first_blocks(self) -> list[SwinBlock]:
+        """The first block of each stage."""
+        stages = self.stages
+        return [cast(SwinBlock, self.blocks[stages.index(stage)]) for stage in range(len(self.stage_sizes))]
+
+
+def _fold_again(vit: FrozenViT, keys: Any) -> None:
+    """With `assign=True` the backbone has other tensors than those that were folded."""
+    vit._fold_again()
+
+
+def _require(library: str, extra: str) -> None:
+    if importlib.util.find_spec(library) is None:
+        raise ImportError(f"{library} is not installed: pip install 'fastprompt[{extra}]'")
+
+
+def _channel_triple(name: str, value: Sequence[float]) -> tuple[float, float, float]:
+    try:
+        triple = tuple(float(v) for v in value)
+    except (TypeError, ValueError):
+        triple = ()
+    if len(triple) != 3 or not all(map(math.isfinite, triple)) or (name == "std" and min(triple) <= 0):
+        raise ValueError(f"{name} must be three {'positive ' if name == 'std' else ''}numbers, got {value!r}")
+    return triple

@@ -1,0 +1,63 @@
+"""What acts on a backbone: for each architecture the papers' graph and the rewritten one, behind the same functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Groups
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from fastprompt.vit import forward, reference, swin_forward, swin_reference
+from fastprompt.vit.backbone import Backbone
+from fastprompt.vit.prompts import NO_DRAWS, Draws, Group, Prefix, Prompts
+from fastprompt.vit.reference import Sequence
+from fastprompt.vit.weights import Folded
+
+
+class Papers(Protocol):
+    """The papers' own graph, nothing rewritten. `reference.py` documents the functions."""
+
+    def embed(self, vit: Backbone, images: Tensor) -> Sequence: ...
+
+    def encode(
+        self,
+        vit: Backbone,
+        images: Tensor,
+        generator: Prompts | None = None,
+        context: Any = None,
+        draws: Draws = NO_DRAWS,
+        embedded: Sequence | None = None,
+    ) -> Sequence: ...
+
+    def read_out(self, vit: Backbone, sequence: Sequence, readout: str) -> Tensor: ...
+
+
+class Rewritten(Protocol):
+    """The same numbers without the work nobody reads. `forward.py` documents the functions."""
+
+    def embed(self, vit: Backbone, raw: Tensor, images: Tensor) -> Sequence: ...
+
+    def features(
+        self, vit: Backbone, embedded: Sequence, groups: Groups[Group], recompute: bool = False
+    ) -> list[Tensor]: ...
+
+    def static_prefixes(self, vit: Backbone, generator: Prompts, readout: str) -> dict[int, Prefix]: ...
+
+    def folded(self, vit: Backbone) -> Folded | None: ...
+
+
+class Graph(NamedTuple):
+    """How the backbones of one architecture are computed.
+
+    Attributes:
+        papers, rewritten: the two graphs.
+        prompted_readout: the readout of a prompted model by the papers; None: that of the backbone's own head.
+    """
+
+    papers: Papers
+    rewritten: Rewritten
+    prompted_readout: str | None = None
+
+
+VIT = Graph(reference, forward)
+SWIN = Graph(swin_reference, swin_forward, prompted_readout="patches+prompts")
