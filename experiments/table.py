@@ -37,11 +37,12 @@ from typing import Any, NamedTuple
 
 import records
 
+from fastprompt.cli.main import recipe_values
 from fastprompt.cli.options import load_plugins
 from fastprompt.generators import get_method, list_methods
 from fastprompt.runs.directory import read_json, write_json
 from fastprompt.runs.execute import execute
-from fastprompt.runs.settings import RunSettings, parse_options
+from fastprompt.runs.settings import RunSettings
 from fastprompt.train.recipes import default_recipe
 
 
@@ -606,7 +607,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_val=args.num_val,
         num_test=args.num_test,
         augment=args.augment,
-        recipe={**RECIPE, "epochs": args.epochs, **parse_options(args.recipe, "--recipe")},
+        recipe={**RECIPE, "epochs": args.epochs, **recipe_values(args.recipe)},
     )
     if args.fetch:
         try:

@@ -22,6 +22,8 @@ import fastprompt as fp
 import fastprompt.train.fit as fit_module
 from fastprompt.adapters import Preprocessing, read_adapter
 from fastprompt.cli import main
+from fastprompt.cli.adapt import adapt_settings
+from fastprompt.cli.main import parse
 from fastprompt.cli.options import data_name
 from fastprompt.cost import Sizes, cost
 from fastprompt.data import files as data_files, read_images
@@ -95,10 +97,10 @@ def run_dir(place: Path) -> Path:
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """What is on stderr: exactly one line, no traceback."""
+    """The error on stderr: exactly one line, no traceback; what was announced before the work is left out."""
     text = capsys.readouterr().err
     assert "Traceback" not in text
-    lines = text.strip().splitlines()
+    lines = [line for line in text.strip().splitlines() if not line.startswith("cpu (")]
     assert len(lines) == 1, text
     return lines[0]
 
@@ -241,6 +243,45 @@ def test_predict_writes_nothing_when_an_image_is_broken(
     assert main(["predict", str(run_dir), str(tmp_path), "--out", str(out)]) == 2
     assert "torn.png" in error_line(capsys)
     assert not out.exists()
+
+
+def test_device_number_format_and_sizes_are_said_before_the_work(
+    run_dir: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(adapt_command(place, tmp_path / "run", "--device", "cpu")) == 0
+    model = fp.PromptedViT.from_pretrained(backbone_at(f"local-dir:{place / 'vit'}", None), tmp_path / "run" / "best")
+    total = sum(p.numel() for p in model.parameters())
+    trained = model.num_trainable()["total"]
+    said = f"cpu (1 threads), float32; 18 train, 6 val, 6 test images of 3 classes; {trained:,} of {total:,} parameters"
+    assert said in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["device"] == "cpu (1 threads), float32"
+    assert main(["eval", str(tmp_path / "run"), "--split", "test"]) == 0
+    assert f"cpu (1 threads), float32; 6 test images of 3 classes; {total:,} parameters" in capsys.readouterr().err
+    assert main(["predict", str(tmp_path / "run"), str(place / "images" / "red"), "--dtype", "bfloat16"]) == 0
+    assert f"cpu (1 threads), bfloat16; 12 images; {total:,} parameters" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["adapt", "eval", "predict", "serve"])
+def test_a_device_that_is_not_there_is_refused_before_any_work(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other arguments do not exist either: nothing was read before."""
+    words = {"adapt": ["--data", "none", "--out", str(tmp_path / "out")], "predict": ["none", "none"], "serve": []}
+    line = [command, *words.get(command, ["none"])]
+    for device, message in (
+        ("cuda:1", "'cuda:1' must be available"),
+        ("mps", "'mps' must be available"),
+        ("gpu", "must be auto, cpu, cuda, cuda:N or mps, got 'gpu'"),
+        ("cpu:0", "got 'cpu:0'"),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert main([*line, "--device", device]) == 2
+        assert message in error_line(capsys)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert main([*line, "--device", "cuda:2"]) == 2
+    assert "must be at most cuda:1 on this machine" in error_line(capsys)
+    assert not list(tmp_path.iterdir())
 
 
 def test_info_says_what_the_ops_run_on(
@@ -461,13 +502,108 @@ def test_interrupted_run_goes_on_to_the_same_result(
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "--data", "x"], "did you mean `fastprompt adapt --data FOLDER --out runs/first`?"),
+        (["evaluate", "runs/a"], "did you mean `fastprompt eval runs/first`?"),
+        (["Predict"], "did you mean `fastprompt predict runs/first photo.jpg`?"),
+        (["classfy"], "did you mean `fastprompt predict"),
+        (["xyzzy"], "`fastprompt --help` says what each does"),
+        ([], "a command is needed: adapt, eval, predict"),
+        (["adapt", "--method", "vptdeep"], "did you mean vpt-deep?"),
+        (["adapt", "--method=vapd"], "did you mean vapt?"),
+        (["adapt", "--set", "librarysize=3"], "did you mean library_size?"),
+        (["info", "--backbone", "vit_base_patch16_24"], "vit_base_patch16_224"),
+        (["eval", "{root}/rnu"], "did you mean {root}/run?"),
+        (["eval", "{root}/nothing"], "`fastprompt adapt --data FOLDER --out {root}/nothing` makes one"),
+        (["predict", "{root}/images", "{root}/run"], "neither {root}/images nor"),
+        (["predict", "{root}/images/red/0.png", "{root}/run"], "the directory of a run or an adapter, got the file"),
+        (
+            ["info", "{root}/stopped"],
+            "`fastprompt adapt --config {root}/stopped/run.json --out {root}/stopped` goes on",
+        ),
+    ],
+)
+def test_natural_mistakes_are_answered_with_what_to_type(
+    run_dir: Path, place: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    (place / "stopped").mkdir(exist_ok=True)
+    shutil.copy(run_dir / "run.json", place / "stopped")
+    assert main([word.format(root=place) for word in words]) == 2
+    assert said.format(root=place) in error_line(capsys)
+
+
+def test_options_and_recipe_are_typed_flags(
+    run_dir: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--set and --recipe spell them: the settings of the run are the same."""
+    typed = ["--options.library-size", "16", "--options.widths", "4", "4", "8", "8", "--options.num-prompts", "3"]
+    assert main(adapt_command(place, run_dir, *typed, method="pgn")) == 0
+    found = []
+    for flags in (
+        ["--recipe.label-smoothing", "0.1", "--options.stem-pool", "False", "--options.resolution", "None"],
+        ["--recipe", "label-smoothing=0.1", "--set", "stem_pool=false", "resolution=none"],
+    ):
+        command = parse(["adapt", "--data", "x", "--out", "y", "--num-prompts", "2", *flags])
+        found.append(adapt_settings(command))
+    assert found[0] == found[1]
+    assert found[0].options == {"stem_pool": False, "resolution": None, "num_prompts": 2}
+    assert found[0].recipe == {"label_smoothing": 0.1}
+    capsys.readouterr()
+    for wrong in (["--set", "num_prompts=many"], ["--options.num-prompts", "1.5"], ["--recipe", "label_smoothing=a"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(adapt_command(place, tmp_path / "run", *wrong))
+        assert wrong[-1].split("=")[-1] in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        main(["adapt", "--method", "vapt", "--help"])
+    shown = capsys.readouterr().out
+    assert "--options.channel-dropout FLOAT" in shown
+    assert "--options.library-size" not in shown
+    assert "--recipe.label-smoothing FLOAT" in shown
+
+
+def test_a_file_of_settings(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    text = "data: images\nout: runs/a\nmethod: pgn\nnum-train: 18\ntest: true\nprogress: false\nimage_size: null\n"
+    text += "options: {num_prompts: 3, widths: [4, 4, 8, 8], stem_pool: false}\nrecipe:\n  lr: 1.0e-2\n  epochs: 4\n"
+    file.write_text(text)
+    command = parse(["adapt", "--config", str(file), "--lr", "0.5", "--set", "num_prompts=5", "--out", "runs/b"])
+    assert (command.data, command.out, command.num_train, command.test) == ("images", Path("runs/b"), 18, True)
+    assert (command.progress, command.image_size) == (False, None)
+    settings = adapt_settings(command)
+    assert settings.options == {"num_prompts": 5, "widths": (4, 4, 8, 8), "stem_pool": False}
+    assert settings.recipe == {"lr": 0.5, "epochs": 4}
+    assert adapt_settings(parse(["adapt", f"--config={file}", "--recipe.epochs", "2"])).recipe == {
+        "lr": 0.01,
+        "epochs": 2,
+    }
+    same = adapt_settings(parse(["adapt", "--config", str(run_dir / "run.json"), "--out", "x"]))
+    assert json.loads(json.dumps(same.to_dict())) == json.loads((run_dir / "run.json").read_text())
+    (tmp_path / "host.yaml").write_text("port: 8123\nadapter: [birds=a, cars=b]\nany_size: true\n")
+    host = parse(["serve", "--config", str(tmp_path / "host.yaml"), "--port", "0"])
+    assert (host.port, host.any_size, host.adapter) == (0, True, ["birds=a", "cars=b"])
+    for text, message in (
+        ("num_trian: 3", "num_trian: --config: {file} has no such option; it has data"),
+        ("num_trian: 3", "did you mean num_train?"),
+        ("recipe: 3", "recipe in {file} must be a mapping, got 3"),
+        ("test: 3", "test in {file} must be true or false, got 3"),
+        ("- a", "must hold settings by name, got list"),
+        ("a: [", "{file} is not YAML"),
+    ):
+        file.write_text(text)
+        assert main(["adapt", "--config", str(file)]) == 2
+        assert message.format(file=file) in error_line(capsys)
+    assert main(["adapt", "--config", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
     ("flags", "named"),
     [
         (["--set", "library=3"], "library: method 'vpt-deep' has no such option; it has num_prompts"),
         (["--set", "num_prompts"], "--set"),
         (["--set", "num_prompts=2", "--num-prompts", "2"], "--num-prompts"),
         (["--num-prompts", "0"], "num_prompts"),
-        (["--set", "num_prompts=many"], "num_prompts"),
         (["--lr", "-1"], "lr"),
         (["--epochs", "0"], "epochs"),
         (["--recipe", "speed=3"], "speed"),

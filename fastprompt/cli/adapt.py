@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastprompt.cli.options import (
     METHOD,
     RECIPE_FLAGS,
-    KeyValues,
     Plugins,
     absolute,
     data_name,
@@ -24,13 +24,15 @@ class Adapt:
     """Adapt a frozen backbone to a data set and write a run directory.
 
     The same command goes on where an interrupted run stopped. The test split is read only with --test, once,
-    at the end.
+    at the end. --set KEY=VALUE ... is short for --options.KEY VALUE, --recipe KEY=VALUE ... for --recipe.KEY VALUE.
     """
 
     data: str
     """Image folder, torchvision data set, mnist5k or fashion-mnist."""
     out: Path
     """Run directory: adapter, log, results."""
+    config: Path | None = None
+    """YAML file with any of these settings, or a run.json; flags take the place of what it says."""
     method: Annotated[str, METHOD] = "pgn"
     """What trains."""
     backbone: str = "clip-vit-b16"
@@ -38,9 +40,7 @@ class Adapt:
     image_size: int | None = None
     """Side in pixels; the backbone's own if not given."""
     num_prompts: int | None = None
-    """Prompts, short for --set num_prompts=..."""
-    set: KeyValues = field(default_factory=list)
-    """Options of the method: --set library_size=128 kernel=3"""
+    """Prompts, short for --options.num-prompts."""
     epochs: int | None = None
     """Passes over the training images."""
     batch_size: int | None = None
@@ -59,8 +59,8 @@ class Adapt:
     """Number format of the frozen backbone."""
     seed: int | None = None
     """Initial values, batch order, dropout."""
-    recipe: KeyValues = field(default_factory=list)
-    """Other fields of the recipe: --recipe label_smoothing=0.1"""
+    options: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
     num_train: int | None = None
     """Training images; all that are left if not given."""
     num_val: int | None = None
@@ -91,6 +91,8 @@ class Adapt:
     """Go on with what is in --out; --no-resume starts over."""
     progress: bool = True
     """Progress bar on standard error."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one."""
     threads: int | None = None
     """Processor threads; all cores if not given."""
     plugin: Plugins = field(default_factory=list)
@@ -101,9 +103,7 @@ class Adapt:
 
 def adapt_settings(command: Adapt) -> RunSettings:
     """The flags as settings. A recipe field given both as a flag and in --recipe is an error."""
-    from fastprompt.runs.settings import parse_options
-
-    recipe = parse_options(command.recipe, "--recipe")
+    recipe = dict(command.recipe)
     for name in RECIPE_FLAGS:
         value = getattr(command, name)
         if value is not None:
@@ -139,6 +139,14 @@ def adapt(command: Adapt) -> None:
 
     settings = adapt_settings(command)
     set_threads(command.threads)
-    results = execute(settings, command.out, test=command.test, resume=command.resume, progress=command.progress)
+    results = execute(
+        settings,
+        command.out,
+        test=command.test,
+        resume=command.resume,
+        progress=command.progress,
+        device=command.device,
+        announce=lambda text: print(text, file=sys.stderr),
+    )
     print(results_table([results]))
     print(f"\nadapter: {command.out / 'best'}\nresults: {command.out / 'results.json'}")

@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from fastprompt.cli.options import Plugins, data_name, load_adapter, set_threads
+from fastprompt.cli.options import Plugins, announce, data_name, load_adapter, set_threads
 from fastprompt.cli.predict import short
 from fastprompt.runs.settings import RunSettings
 
@@ -35,25 +35,39 @@ class Eval:
     adapter: tyro.conf.Positional[Path]
     """Adapter or run directory."""
     data: str | None = None
+    """Image folder or name of a data set; that of the run if not given."""
     backbone: str | None = None
+    """Needed where neither the adapter nor the run directory says."""
     image_size: int | None = None
+    """Side in pixels; that of training if not given."""
     split: Literal["val", "test", "train"] = "val"
+    """Part of the data to evaluate on."""
     num_train: int | None = None
+    """Training images of the split."""
     num_val: int | None = None
+    """Validation images of the split."""
     num_test: int | None = None
+    """Test images of the split."""
     data_seed: int | None = None
+    """Seed of the train/validation/test split."""
     data_root: Path | None = None
+    """Where torchvision sets are kept."""
     on_bad: Literal["error", "skip"] | None = None
     """What to do about image files that cannot be read."""
     intensity_range: tuple[float, float] | None = None
     """Values that are black and white in grey images of more than 8 bits; the adapter's own if not given."""
     max_decoded_bytes: int | None = None
     """Memory that one image may take decoded; the run's own if not given."""
-    dtype: Literal["bfloat16", "float32"] = "float32"
+    dtype: Literal["auto", "bfloat16", "float32"] | None = None
+    """Number format of the backbone; that of the run if not given, else auto."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one."""
     batch_size: int = 64
+    """Images per call."""
     out: Path | None = None
     """JSON file; otherwise only a summary is printed."""
     threads: int | None = None
+    """Processor threads; all cores if not given."""
     plugin: Plugins = field(default_factory=list)
     """Module that registers methods of your own: its name or its .py file; once for each."""
     debug: bool = False
@@ -64,15 +78,18 @@ def evaluate_adapter(command: Eval) -> None:
     """Run `fastprompt eval`."""
     from dataclasses import replace
 
-    from fastprompt.runs.directory import read_settings, write_json
+    from fastprompt.runs.devices import find_device
+    from fastprompt.runs.directory import adapter_dir, read_settings, write_json
     from fastprompt.runs.execute import evaluation_record, load_run_data, square_size
     from fastprompt.train.evaluate import evaluate
 
+    place = find_device(command.device)
     set_threads(command.threads)
+    adapter_dir(command.adapter)
     settings = read_settings(command.adapter)
     if settings is None and command.data is None:
         raise ValueError(f"--data: is needed, {command.adapter} does not say which data the adapter is for")
-    model = load_adapter(command, settings)
+    model = load_adapter(command, settings, place)
     if settings is None:
         settings = RunSettings(method="linear", data=str(command.data))
     changed = {name: getattr(command, name) for name in _DATA_FLAGS if getattr(command, name) is not None}
@@ -90,7 +107,9 @@ def evaluate_adapter(command: Eval) -> None:
             f"--data: {settings.data} has the classes {short(names)}, "
             f"the adapter was trained for {short(model.class_names)}"
         )
-    record = evaluation_record(evaluate(model, getattr(splits, command.split), batch_size=command.batch_size))
+    split = getattr(splits, command.split)  # the test split can be read once
+    announce(model, f"{len(split):,} {command.split} images of {len(names)} classes")
+    record = evaluation_record(evaluate(model, split, batch_size=command.batch_size))
     record |= {
         "adapter": str(command.adapter),
         "split": command.split,

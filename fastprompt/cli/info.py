@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from fastprompt.cli.options import METHOD, KeyValues, Plugins, method_options, stored_size
+from fastprompt.cli.options import METHOD, Plugins, method_options, stored_size
 
 if TYPE_CHECKING:
     from fastprompt.generators import PromptConfig
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Info:
-    """Show a backbone, what each method would train and cost on it, and what an adapter directory holds."""
+    """Show a backbone, what each method would train and cost on it, and what an adapter directory holds.
+
+    With --method, --set KEY=VALUE ... is short for --options.KEY VALUE.
+    """
 
     adapter: tyro.conf.Positional[Path | None] = None
     """Adapter or run directory."""
@@ -29,8 +32,8 @@ class Info:
     method: Annotated[str | None, METHOD] = None
     """One method; all of them if not given."""
     num_prompts: int | None = None
-    set: KeyValues = field(default_factory=list)
-    """Options of --method: --set library_size=128"""
+    """Prompts, short for --options.num-prompts."""
+    options: dict[str, Any] = field(default_factory=dict)
     num_classes: int = 10
     cost: bool = False
     """FLOPs, saved bytes and dispatches of each method, by formula: the papers' graph and the rewritten one."""
@@ -56,7 +59,7 @@ def info(command: Info) -> None:
     facts: dict[str, Any] = {}
     name, image_size = command.backbone, command.image_size
     options = method_options(command)
-    if command.method is None and (command.set or (options and not command.rgb)):
+    if command.method is None and (command.options or (options and not command.rgb)):
         raise ValueError("--method: is needed with --set, or with --num-prompts without --rgb")
     if command.batch_size < 1:
         raise ValueError(f"--batch-size: takes a number from 1, got {command.batch_size}")

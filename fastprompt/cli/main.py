@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from dataclasses import field, make_dataclass
+from typing import Annotated, Any, Union
 
 import tyro
 
@@ -18,6 +19,15 @@ from fastprompt.cli.options import load_plugins
 from fastprompt.cli.predict import Predict, predict
 from fastprompt.cli.report import Report, report
 from fastprompt.cli.serve import Serve, serve
+from fastprompt.cli.words import (
+    check_command,
+    fields_of,
+    group_type,
+    key_values,
+    spelled_out,
+    value_of,
+    with_settings_file,
+)
 
 WRONG_INPUT = (
     ValueError,
@@ -29,15 +39,81 @@ WRONG_INPUT = (
 )
 
 
-Command = (
-    Annotated[Adapt, tyro.conf.subcommand("adapt")]
-    | Annotated[Eval, tyro.conf.subcommand("eval")]
-    | Annotated[Predict, tyro.conf.subcommand("predict")]
-    | Annotated[Export, tyro.conf.subcommand("export")]
-    | Annotated[Serve, tyro.conf.subcommand("serve")]
-    | Annotated[Info, tyro.conf.subcommand("info")]
-    | Annotated[Report, tyro.conf.subcommand("report")]
-)
+CLASSES: dict[str, type] = {
+    "adapt": Adapt,
+    "eval": Eval,
+    "predict": Predict,
+    "export": Export,
+    "serve": Serve,
+    "info": Info,
+    "report": Report,
+}
+
+
+def options_of(method: str) -> tuple[dict[str, Any], Callable[[str], str]]:
+    """Types of the options that a method takes on the command line, and what to say of each."""
+    from fastprompt.generators import get_method
+
+    found = get_method(method)
+    return fields_of(found.config_class, found.options)
+
+
+def typed_groups(name: str, words: list[str]) -> tuple[type, list[str]]:
+    """The class of `adapt` or `info` with the method's options and the recipe as typed flags, and the words for it."""
+    command: type = CLASSES[name]
+    groups: list[tuple[str, Any, Any]] = []
+    method = value_of(words, "--method") or ("pgn" if name == "adapt" else None)
+    if method is None:
+        if "--set" in words:
+            raise ValueError("--method: is needed with --set")
+        return command, words
+    hints, describe = options_of(method)
+    words = spelled_out(words, "options", "--set", hints, f"method {method!r}")
+    groups.append(("options", group_type("Options", hints, describe), field(default_factory=dict)))
+    if name == "adapt":
+        from fastprompt.train.recipes import Recipe
+
+        hints, describe = fields_of(Recipe)
+        words = spelled_out(words, "recipe", "--recipe", hints, "the recipe")
+        groups.append(("recipe", group_type("Recipe", hints, describe), field(default_factory=dict)))
+    typed = make_dataclass(command.__name__, groups, bases=(command,))
+    typed.__doc__ = command.__doc__
+    return typed, words
+
+
+def recipe_values(items: Sequence[str]) -> dict[str, Any]:
+    """Typed values of a recipe's fields from `["label_smoothing=0.1", ...]`, for programs with flags of their own."""
+    from fastprompt.train.recipes import Recipe
+
+    hints, describe = fields_of(Recipe)
+    found = key_values(items, "--recipe", hints, "the recipe")
+    words = [word for key, value in found.items() for word in (f"--{key.replace('_', '-')}", *value)]
+    return dict(tyro.cli(group_type("Recipe", hints, describe), args=words))
+
+
+def parse(words: list[str]) -> Any:
+    """The command that the words are. A usage error leaves with `SystemExit(2)`, `--help` with `SystemExit(0)`.
+
+    Raises:
+        ValueError: the first word is not a command, a method or an option is unknown, a file of settings is wrong.
+    """
+    check_command(words)
+    classes, name = dict(CLASSES), words[0]
+    if name in ("adapt", "serve"):
+        words = [name, *with_settings_file(words[1:], CLASSES[name])]
+    try:
+        load_plugins(words)
+    except ValueError as error:
+        raise ValueError(f"--plugin: {error}") from error
+    if name in ("adapt", "info"):
+        classes[name], words = typed_groups(name, words)
+    commands: Any = Union[tuple(Annotated[cls, tyro.conf.subcommand(name)] for name, cls in classes.items())]  # noqa: UP007
+    return tyro.cli(
+        commands,
+        args=words,
+        prog="fastprompt",
+        description="Instance-conditioned visual prompts on frozen vision transformers.",
+    )
 
 
 def run(command: Adapt | Eval | Predict | Export | Serve | Info | Report) -> None:
@@ -59,22 +135,17 @@ def run(command: Adapt | Eval | Predict | Export | Serve | Info | Report) -> Non
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. A usage error leaves with `SystemExit(2)`, `--help` with
+    """Run one command; returns the exit code. Flags that do not parse leave with `SystemExit(2)`, `--help` with
     `SystemExit(0)`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        load_plugins(words)
-    except ValueError as error:
-        print(f"fastprompt: error: --plugin: {' '.join(str(error).split())}", file=sys.stderr)
+        command = parse(words)
+    except (ValueError, OSError) as error:
+        called = f"fastprompt {words[0]}" if words and words[0] in CLASSES else "fastprompt"
+        print(f"{called}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    command = tyro.cli(
-        Command,
-        args=words,
-        prog="fastprompt",
-        description="Instance-conditioned visual prompts on frozen vision transformers.",
-    )
-    name = type(command).__name__.lower()
+    name = words[0]
     try:
         run(command)
         sys.stdout.flush()

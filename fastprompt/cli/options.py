@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import tyro
 
 if TYPE_CHECKING:
+    import torch
+
     from fastprompt.model import PromptedViT
     from fastprompt.runs.settings import RunSettings
 
@@ -35,7 +38,6 @@ def load_plugins(words: Sequence[str]) -> None:
 
 
 METHOD = tyro.conf.arg(metavar="METHOD", help_behavior_hint=_method_hint)
-KeyValues = Annotated[list[str], tyro.conf.arg(metavar="KEY=VALUE")]
 
 RECIPE_FLAGS = (
     "epochs",
@@ -53,7 +55,7 @@ RECIPE_FLAGS = (
 class NamesMethod(Protocol):
     """A command with the options of a method."""
 
-    set: list[str]
+    options: dict[str, Any]
     num_prompts: int | None
 
 
@@ -66,13 +68,11 @@ class NamesAdapter(Protocol):
 
 
 def method_options(command: NamesMethod) -> dict[str, Any]:
-    """The options of --set and --num-prompts."""
-    from fastprompt.runs.settings import parse_options
-
-    options = parse_options(command.set, "--set")
+    """The options of --options, --set and --num-prompts."""
+    options = dict(command.options)
     if command.num_prompts is not None:
         if "num_prompts" in options:
-            raise ValueError("--num-prompts: is given in --set as well")
+            raise ValueError("--num-prompts: is given in --options or --set as well")
         options["num_prompts"] = command.num_prompts
     return options
 
@@ -99,10 +99,22 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def load_adapter(command: NamesAdapter, settings: RunSettings | None) -> PromptedViT:
-    """The adapter on its backbone, which is the one of the run unless --backbone names it."""
-    import torch
+def announce(model: PromptedViT, what: str) -> None:
+    """Say on standard error what a command is about to compute, where, and in which number format."""
+    from fastprompt.runs.devices import describe
 
+    count = sum(p.numel() for p in model.parameters())
+    text = f"{describe(model.backbone.device, model.backbone_dtype)}; {what}; {count:,} parameters"
+    print(text, file=sys.stderr)
+
+
+def load_adapter(
+    command: NamesAdapter, settings: RunSettings | None, device: torch.device | None = None
+) -> PromptedViT:
+    """The adapter on its backbone, which is the one of the run unless --backbone names it.
+
+    With a `device` it is there, in the number format of --dtype, else of the run.
+    """
     import fastprompt as fp
     from fastprompt.adapters import read_adapter, source_of
     from fastprompt.runs.directory import adapter_dir
@@ -117,8 +129,12 @@ def load_adapter(command: NamesAdapter, settings: RunSettings | None) -> Prompte
         raise ValueError(f"--backbone: is needed, {command.adapter} does not say which backbone the adapter is for")
     else:
         model = fp.PromptedViT.from_pretrained(backbone_at(name, command.image_size or stored_size(config)), directory)
-    if getattr(command, "dtype", None) == "bfloat16":  # export has no such flag
-        model.set_backbone_dtype(torch.bfloat16)
+    if device is not None:
+        from fastprompt.train.fit import compute_dtype
+
+        wanted = getattr(command, "dtype", None) or (settings.recipe.get("dtype") if settings else None)
+        model = model.to(device)
+        model.set_backbone_dtype(compute_dtype(wanted or "auto", device))
     return model.eval()
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import tyro
 
-from fastprompt.cli.options import Plugins, load_adapter, set_threads
+from fastprompt.cli.options import Plugins, announce, load_adapter, set_threads
 
 
 @dataclass
@@ -27,6 +27,7 @@ class Predict:
     backbone: str | None = None
     """Needed where neither the adapter nor the run directory says."""
     image_size: int | None = None
+    """Side in pixels; that of training if not given."""
     out: Path | None = None
     """.csv or .json file; CSV on standard output if not given."""
     on_bad: Literal["error", "skip"] = "error"
@@ -35,9 +36,14 @@ class Predict:
     """Values that are black and white in grey images of more than 8 bits; the adapter's own if not given."""
     max_decoded_bytes: int | None = None
     """Memory that one image may take decoded; 2^29 if not given."""
-    dtype: Literal["bfloat16", "float32"] = "float32"
+    dtype: Literal["auto", "bfloat16", "float32"] | None = None
+    """Number format of the backbone; that of the run if not given, else auto."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one."""
     batch_size: int = 32
+    """Images per call."""
     threads: int | None = None
+    """Processor threads; all cores if not given."""
     plugin: Plugins = field(default_factory=list)
     """Module that registers methods of your own: its name or its .py file; once for each."""
     debug: bool = False
@@ -58,7 +64,8 @@ def predict(command: Predict) -> None:
     from fastprompt.data.files import check_files, read_checked
     from fastprompt.data.images import decoded_limit
     from fastprompt.files import atomic_write
-    from fastprompt.runs.directory import read_settings
+    from fastprompt.runs.devices import find_device
+    from fastprompt.runs.directory import adapter_dir, read_settings
     from fastprompt.runs.execute import square_size
     from fastprompt.runs.settings import renamed
 
@@ -66,17 +73,20 @@ def predict(command: Predict) -> None:
         raise ValueError(f"--out: takes a .csv or .json file, got {command.out}")
     if command.batch_size < 1:
         raise ValueError(f"--batch-size: takes a number from 1, got {command.batch_size}")
+    place = find_device(command.device)
+    adapter_dir(command.adapter)
     set_threads(command.threads)
     limit = decoded_limit(command.max_decoded_bytes)
     with renamed(paths="images"):
         found = list_images(command.images)
-    model = load_adapter(command, read_settings(command.adapter))
+    model = load_adapter(command, read_settings(command.adapter), place)
     preprocessing = model.preprocessing or Preprocessing()
     if command.intensity_range is not None:
         preprocessing = replace(preprocessing, intensity_range=command.intensity_range)
     size = 2 * (square_size(model.backbone),)
     with renamed(paths="images"):
         whole = check_files(found, size, preprocessing, command.on_bad, limit)
+    announce(model, f"{len(whole):,} images")
     files: list[str] = []
     rows: list[list[float]] = []
     with torch.inference_mode():
@@ -85,7 +95,7 @@ def predict(command: Predict) -> None:
             images, read = read_checked(batch, size, preprocessing, command.on_bad, limit)
             if read:
                 files += read
-                rows += model(images).double().softmax(-1).tolist()
+                rows += model(images.to(place)).cpu().double().softmax(-1).tolist()
     if not files:
         raise ValueError(f"images: none of the {len(found)} files can be read")
     skipped = sorted(set(found) - set(files))

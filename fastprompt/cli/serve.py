@@ -25,6 +25,8 @@ class Serve:
         default_factory=list
     )
     """Adapter or run directory and the name it is served under; once for each."""
+    config: Path | None = None
+    """YAML file with any of these settings; flags take the place of what it says."""
     backbone: str | None = None
     """That of the first adapter's run if not given, else clip-vit-b16."""
     image_size: int | None = None
@@ -43,7 +45,8 @@ class Serve:
     """Origin of a web page whose scripts may ask, https://example.org; once for each, or '*'."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the backbone; auto: bfloat16 where the hardware multiplies it."""
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one."""
     batch_size: int = 8
     """Images that are computed at once at most."""
     batch_wait_ms: float = 5.0
@@ -75,6 +78,7 @@ def serve(command: Serve) -> None:
 
     if find_spec("litserve") is None:
         raise ImportError("litserve is not installed: pip install 'fastprompt[serve]'")
+    from fastprompt.runs.devices import find_device
     from fastprompt.serve import host
     from fastprompt.serve.protocol import Limits
     from fastprompt.serve.routes import read_keys
@@ -92,6 +96,7 @@ def serve(command: Serve) -> None:
         value = getattr(command, flag)
         if value is not None and not math.isfinite(value):
             raise ValueError(f"--{flag.replace('_', '-')}: takes a finite number, got {value}")
+    device = find_device(command.device)
     settings = HostSettings(
         command.backbone,
         command.image_size,
@@ -100,7 +105,7 @@ def serve(command: Serve) -> None:
         command.dtype,
         command.batch_size,
         command.threads,
-        command.device,
+        str(device),
         command.plugin,
     )
     limits = Limits(

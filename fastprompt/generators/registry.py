@@ -7,6 +7,7 @@ records, so a method is one file with a configuration, a generator and a registr
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
 import importlib.metadata
 import inspect
@@ -225,7 +226,9 @@ def get_method(name: str) -> Method:
     if name not in _METHODS:
         _load_entry_points()
     if name not in _METHODS:
-        raise ValueError(f"method must be one of {', '.join(sorted(_METHODS))}, got {name!r}; {HOW_TO_REGISTER}")
+        close = difflib.get_close_matches(str(name).lower(), _METHODS, n=1)
+        hint = f"did you mean {close[0]}? Else " if close else ""
+        raise ValueError(f"method must be one of {', '.join(sorted(_METHODS))}, got {name!r}; {hint}{HOW_TO_REGISTER}")
     return _METHODS[name]
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from fastprompt.generators import PGN
@@ -430,7 +431,8 @@ def _listed(names: Sequence[str]) -> str:
 def _assemble(patches: Tensor, backbone: FrozenViT) -> Tensor:
     """(N, 3p²) patches → (3, H, W)."""
     (rows, columns), p = backbone.spec.grid, backbone.patch_size
-    return patches.view(rows, columns, 3, p, p).permute(2, 0, 3, 1, 4).reshape(3, rows * p, columns * p)
+    pattern = "(rows columns) (channel y x) -> channel (rows y) (columns x)"
+    return rearrange(patches, pattern, rows=rows, columns=columns, y=p, x=p)
 
 
 def _relative(beside: Tensor, wanted: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ from fastprompt.runs.settings import RunSettings
 
 if TYPE_CHECKING:
     pass
+
+
+HOW_TO_ADAPT = "`fastprompt adapt --data FOLDER --out {}` makes one"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -33,12 +37,33 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def adapter_dir(run_dir: Path) -> Path:
-    """The directory with the adapter's two files: the one given, or its `best/`."""
+    """The directory with the adapter's two files: the one given, or its `best/`.
+
+    Raises:
+        ValueError: `run_dir` is a file. FileNotFoundError: there is no adapter in it. Both say what to type.
+    """
     run_dir = Path(run_dir)
+    if run_dir.is_file():
+        raise ValueError(
+            f"adapter: must be the directory of a run or an adapter, got the file {run_dir}; it comes first, as in "
+            f"`fastprompt predict runs/first photo.jpg`"
+        )
     for candidate in (run_dir, run_dir / "best"):
         if (candidate / "adapter_config.json").exists():
             return candidate
-    raise FileNotFoundError(f"adapter: neither {run_dir} nor {run_dir / 'best'} holds adapter_config.json")
+    if not run_dir.exists():
+        runs = [path.name for path in run_dir.parent.glob("*") if (path / "run.json").exists()]
+        close = difflib.get_close_matches(run_dir.name, runs, n=1)
+        hint = f"did you mean {run_dir.parent / close[0]}?" if close else HOW_TO_ADAPT.format(run_dir)
+        raise FileNotFoundError(f"adapter: {run_dir} does not exist; {hint}")
+    if (run_dir / "run.json").exists():
+        raise FileNotFoundError(
+            f"adapter: the run in {run_dir} has not finished an epoch; `fastprompt adapt --config "
+            f"{run_dir / 'run.json'} --out {run_dir}` goes on with it"
+        )
+    raise FileNotFoundError(
+        f"adapter: neither {run_dir} nor {run_dir / 'best'} holds adapter_config.json; {HOW_TO_ADAPT.format(run_dir)}"
+    )
 
 
 def read_settings(run_dir: Path) -> RunSettings | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastprompt.analysis.library import has_library, library_usage
 from fastprompt.generators import get_method
 from fastprompt.memory import peak_memory_mib, reset_peak_memory
+from fastprompt.runs.devices import describe, find_device
 from fastprompt.runs.directory import adapter_dir, claimed, finished_results, write_json
 from fastprompt.runs.settings import RunSettings, renamed
 
@@ -127,6 +128,8 @@ def execute(
     test: bool = False,
     resume: bool = True,
     progress: bool = True,
+    device: str = "auto",
+    announce: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Adapt, evaluate on validation and with `test` once on the test split; returns what is written to
     results.json.
@@ -134,6 +137,9 @@ def execute(
     A finished run in `out_dir` with the same settings is not run again; an interrupted one goes on where it
     stopped. With `test` the test split is read after training, from the adapter that was best on validation,
     and only where the results have no test record yet.
+
+    `device` is a name that `fastprompt.runs.devices.find_device` takes. `announce` is called once before training,
+    with what is about to run: device, number format, sizes of the splits, parameters.
     """
     import torch
 
@@ -143,7 +149,7 @@ def execute(
     from fastprompt.train.fit import fit
     from fastprompt.train.recipes import adjusted_recipe
 
-    out_dir = Path(out_dir)
+    out_dir, place = Path(out_dir), find_device(device)
     method = get_method(settings.method)
     config = method.config(settings.options)
     recipe = adjusted_recipe(settings.method, settings.recipe)
@@ -157,11 +163,13 @@ def execute(
     if results is not None and not any((out_dir / p / CONFIG_FILE).is_file() for p in (".", "best")):
         results = None  # only the record was kept, not the adapter: train it again
 
-    backbone = backbone_at(settings.backbone, settings.image_size)
+    backbone = backbone_at(settings.backbone, settings.image_size).to(place)
     image_size = square_size(backbone)
     splits = load_run_data(settings, image_size)
     if results is None:
         model = build_model(settings, backbone, splits.class_names, recipe.seed)
+        if announce is not None:
+            announce(summary(model, splits, backbone_dtype(recipe, backbone)))
         with claimed(settings, out_dir):
             if method.solver == "lbfgs":
                 training = run_probe(model, splits, recipe, out_dir)
@@ -190,6 +198,7 @@ def execute(
             "fastprompt_version": fp.__version__,
             "torch_version": torch.__version__,
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "device": describe(place, backbone_dtype(recipe, backbone)),
             "method": settings.method,
             "title": method.title,
             "config": config.to_dict(),
@@ -214,6 +223,17 @@ def execute(
         results["test"] = evaluation_record(evaluate(model, splits.test))
         write_json(out_dir / "results.json", results)
     return results
+
+
+def summary(model: PromptedViT, splits: DataSplits, dtype: torch.dtype) -> str:
+    """One line about a run before it starts."""
+    data = splits.summary()  # the test split itself may be read only once
+    sizes = ", ".join(f"{data[name]:,} {name}" for name in ("train", "val", "test"))
+    trained, total = model.num_trainable()["total"], sum(p.numel() for p in model.parameters())
+    return (
+        f"{describe(model.backbone.device, dtype)}; {sizes} images of {len(splits.class_names)} classes; "
+        f"{trained:,} of {total:,} parameters train"
+    )
 
 
 def run_probe(model: PromptedViT, splits: DataSplits, recipe: Recipe, out_dir: Path) -> dict[str, Any]:

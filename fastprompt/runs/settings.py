@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,28 +58,6 @@ class RunSettings:
             if key not in values:
                 raise ValueError(f"run.json: has no {key!r}")
         return cls(**values)
-
-
-def parse_options(items: Sequence[str], flag: str) -> dict[str, Any]:
-    """`["num_prompts=8", "widths=(16, 32)"]` -> `{"num_prompts": 8, "widths": (16, 32)}`; words that are no
-    literal stay text.
-    """
-    options: dict[str, Any] = {}
-    for item in items:
-        key, equals, text = item.partition("=")
-        key = key.strip().replace("-", "_")
-        if not equals or not key.isidentifier():
-            raise ValueError(f"{flag}: got {item!r}, takes key=value")
-        if key in options:
-            raise ValueError(f"{flag}: {key!r} is given twice")
-        if text.strip().lower() in ("true", "false", "none"):
-            options[key] = {"true": True, "false": False, "none": None}[text.strip().lower()]
-            continue
-        try:
-            options[key] = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
-            options[key] = text
-    return options
 
 
 @contextlib.contextmanager

@@ -15,20 +15,9 @@ from fastprompt.analysis.library import library_usage
 from fastprompt.data import load_data
 from fastprompt.runs.directory import read_settings
 from fastprompt.runs.execute import PROBE_VIEWS, execute, run_probe
-from fastprompt.runs.settings import RunSettings, parse_options
+from fastprompt.runs.settings import RunSettings
 from fastprompt.train import probe as probe_module
 from fastprompt.train.recipes import adjusted_recipe
-
-
-def test_options_are_literals_or_words() -> None:
-    found = parse_options(["num-prompts=8", "widths=(4, 8)", "trunk=resnet18", "stem_pool=false", "x=None"], "--set")
-    assert found == {"num_prompts": 8, "widths": (4, 8), "trunk": "resnet18", "stem_pool": False, "x": None}
-
-
-@pytest.mark.parametrize("items", [["a"], ["=3"], ["a b=3"], ["a=1", "a=2"]])
-def test_options_that_are_none_are_refused(items: list[str]) -> None:
-    with pytest.raises(ValueError, match="--set"):
-        parse_options(items, "--set")
 
 
 def test_a_method_that_is_none_is_refused() -> None:

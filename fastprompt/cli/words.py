@@ -1,0 +1,215 @@
+"""From the words of a command line to the words that tyro parses: names, files of settings, KEY=VALUE."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypedDict, get_args, get_origin, get_type_hints
+
+import tyro
+
+COMMANDS = ("adapt", "eval", "predict", "export", "serve", "info", "report")
+ALSO_CALLED = {
+    "adapt": ("train", "fit", "finetune", "fine-tune", "tune", "run", "learn"),
+    "eval": ("evaluate", "test", "validate", "score", "accuracy"),
+    "predict": ("classify", "infer", "inference", "prediction", "label"),
+    "export": ("save", "convert", "onnx", "client"),
+    "serve": ("host", "server", "deploy", "api"),
+    "info": ("show", "list", "describe", "help", "cost", "version", "methods", "backbones"),
+    "report": ("html", "plot", "plots", "compare", "summary"),
+}
+EXAMPLES = {
+    "adapt": "fastprompt adapt --data FOLDER --out runs/first",
+    "eval": "fastprompt eval runs/first",
+    "predict": "fastprompt predict runs/first photo.jpg",
+    "export": "fastprompt export runs/first --client --out my-client",
+    "serve": "fastprompt serve --adapter NAME=runs/first",
+    "info": "fastprompt info runs/first",
+    "report": "fastprompt report runs/first runs/second",
+}
+SHORT = {"set": "options", "recipe": "recipe"}
+"""Flags that take KEY=VALUE, and the group of typed flags that they spell."""
+
+
+def check_command(words: Sequence[str]) -> None:
+    """Raises `ValueError`, saying what to type, where the first word is not a command."""
+    if words and (words[0].startswith("-") or words[0] in COMMANDS):
+        return
+    if not words:
+        raise ValueError(f"a command is needed: {', '.join(COMMANDS)}; for example `{EXAMPLES['adapt']}`")
+    names = {also: command for command, others in ALSO_CALLED.items() for also in (command, *others)}
+    close = difflib.get_close_matches(words[0].lower(), names, n=1, cutoff=0.7)
+    hint = f"did you mean `{EXAMPLES[names[close[0]]]}`?" if close else "`fastprompt --help` says what each does"
+    raise ValueError(f"{words[0]!r} is not a command ({', '.join(COMMANDS)}); {hint}")
+
+
+def value_of(words: Sequence[str], flag: str) -> str | None:
+    """The value that `--flag VALUE` or `--flag=VALUE` gives last; None: it is not given."""
+    found = None
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == flag:
+            found = value if equals else words[i + 1] if i + 1 < len(words) else None
+    return found
+
+
+def group_type(name: str, hints: Mapping[str, Any], describe: Callable[[str], str]) -> Any:
+    """A dictionary type whose keys are flags, each of them left out of the dictionary where it is not given."""
+    annotated = {}
+    for key, hint in hints.items():
+        said = tyro.conf.arg(help=describe(key), help_behavior_hint="")
+        annotated[key] = Annotated[hint, said, tyro.conf.FlagConversionOff]  # True and False, as files write them
+    return TypedDict(name, annotated, total=False)  # type: ignore[operator]
+
+
+def fields_of(cls: type, leave_out: Iterable[str] = ()) -> tuple[dict[str, Any], Callable[[str], str]]:
+    """Types of a dataclass's fields, and what to say of each: its documentation and default."""
+    hints, fields = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls) if f.init}
+    documented = _attributes(cls.__doc__ or "", fields)
+
+    def describe(name: str) -> str:
+        return f"{documented.get(name, '')} (default: {fields[name].default})".strip()
+
+    return {name: hints[name] for name in fields if name not in {*leave_out}}, describe
+
+
+def _attributes(text: str, names: Iterable[str]) -> dict[str, str]:
+    """Name -> text of the `Attributes:` section of a docstring, which may have several on a line."""
+    section = " ".join(text.partition("Attributes:")[2].split("\n\n")[0].split())
+    parts = re.split(rf"(?:^|(?<=\s))({'|'.join(map(re.escape, names))}): ", section)
+    return dict(zip(parts[1::2], (part.strip() for part in parts[2::2]), strict=True))
+
+
+def key_values(items: Sequence[str], flag: str, known: Iterable[str], owner: str) -> dict[str, list[str]]:
+    """`["num_prompts=8", "widths=(16, 32)"]` -> `{"num_prompts": ["8"], "widths": ["16", "32"]}`, still words.
+
+    Raises:
+        ValueError: an item is not KEY=VALUE, a key is given twice or is not among `known` of `owner`.
+    """
+    names, found = list(known), {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"{flag}: takes KEY=VALUE, got {item!r}")
+        if key in found:
+            raise ValueError(f"{flag}: {key!r} is given twice")
+        found[key] = _value_words(text)
+    for key in found:
+        check_key(key, names, owner)
+    return found
+
+
+def check_key(key: str, names: Sequence[str], owner: str) -> None:
+    """Raises `ValueError`, with the nearest name, where `key` is not one of `names`."""
+    if key not in names:
+        close = difflib.get_close_matches(key, names, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{key}: {owner} has no such option; it has {', '.join(names) or 'none'}{hint}")
+
+
+def _value_words(text: str) -> list[str]:
+    text = text.strip()
+    if text[:1] + text[-1:] in ("()", "[]"):
+        return [word for part in text[1:-1].split(",") for word in _value_words(part) if word]
+    if text.lower() in ("true", "false", "none"):
+        return [text.title()]
+    return [text.strip("'\"")]
+
+
+def flags(group: str, values: Mapping[str, Sequence[str]]) -> list[str]:
+    """The words of a group's typed flags: `{"widths": ["16", "32"]}` -> `--options.widths 16 32`."""
+    return [word for key, words in values.items() for word in (f"--{group}.{key.replace('_', '-')}", *words)]
+
+
+def spelled_out(words: Sequence[str], group: str, flag: str, known: Iterable[str], owner: str) -> list[str]:
+    """`--set KEY=VALUE ...` as the typed flags of `group`, in the same place."""
+    out: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word != flag:
+            out.append(word)
+            continue
+        items = []
+        while rest and not rest[0].startswith("--"):
+            items.append(rest.pop(0))
+        if not items:
+            raise ValueError(f"{flag}: takes KEY=VALUE, got nothing")
+        out += flags(group, key_values(items, flag, known, owner))
+    return out
+
+
+def with_settings_file(words: Sequence[str], command: type) -> list[str]:
+    """Replace `--config FILE` by the flags that the file's settings are, before those of the command line.
+
+    The file is YAML (a run's run.json is, too): flags without dashes, `options` and `recipe` as mappings. What the
+    command line gives as well takes the place of the file's value.
+    """
+    rest, files = [], []
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        if name != "--config":
+            rest.append(word)
+        elif equals or words:
+            files.append(Path(value if equals else words.pop(0)))
+        else:
+            raise ValueError("--config: takes a YAML file, got nothing")
+    if len(files) > 1:
+        raise ValueError(f"--config: takes one file, got {', '.join(map(str, files))}")
+    return [*_file_words(files[0], command, _given(rest)), *rest] if files else rest
+
+
+def _given(words: Sequence[str]) -> set[str]:
+    """The settings that a command line gives, in whatever spelling: --lr, --recipe.lr and --recipe lr=... are `lr`."""
+    names, items = set(), False
+    for word in words:
+        if word.startswith("--"):
+            items = word[2:] in SHORT
+            name = re.sub(r"^--(no-|options\.|recipe\.)?", "", word.partition("=")[0])
+            names |= set() if items else {name.replace("-", "_")}
+        elif items:
+            names.add(word.partition("=")[0].replace("-", "_"))
+    return names
+
+
+def _file_words(path: Path, command: type, given: set[str]) -> list[str]:
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config: {path} is not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"--config: {path} must hold settings by name, got {type(settings).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(command) if f.name not in ("config", "debug")}
+    hints, words = get_type_hints(command), []
+    for key, value in settings.items():
+        name = str(key).replace("-", "_")
+        check_key(name, [*fields], f"--config: {path}")
+        if name in given:
+            continue
+        if name in SHORT.values():
+            if not isinstance(value, dict):
+                raise ValueError(f"--config: {name} in {path} must be a mapping, got {json.dumps(value)}")
+            inner = {str(key).replace("-", "_"): _yaml_words(item) for key, item in value.items()}
+            words += flags(name, {key: item for key, item in inner.items() if key not in given})
+        elif hints[name] is bool:
+            if not isinstance(value, bool):
+                raise ValueError(f"--config: {name} in {path} must be true or false, got {json.dumps(value)}")
+            words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
+        elif get_origin(hints[name]) is list:  # a flag that is given once for each item
+            words += [word for item in _yaml_words(value) for word in (f"--{name.replace('_', '-')}", item)]
+        elif value is not None or type(None) not in get_args(hints[name]):
+            words += [f"--{name.replace('_', '-')}", *_yaml_words(value)]
+    return words
+
+
+def _yaml_words(value: Any) -> list[str]:
+    return [word for item in value for word in _yaml_words(item)] if isinstance(value, list) else [str(value)]

@@ -1,0 +1,48 @@
+"""Where a command computes, and in which number format."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = "auto, cpu, cuda, cuda:N or mps"
+
+
+def find_device(name: str = "auto") -> torch.device:
+    """The device called `name`; "auto" is the first GPU, Apple's GPU, or the CPU, in this order.
+
+    Raises:
+        ValueError: there is no such device on this machine, or torch was built without support for it.
+    """
+    import torch
+
+    found = re.fullmatch(r"(auto|cpu|mps|cuda)(?::(\d+))?", name)
+    if found is None or (found[2] and found[1] != "cuda"):
+        raise ValueError(f"device: must be {DEVICES}, got {name!r}")
+    kind, count = found[1], torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "auto":
+        kind = "cuda" if count else "mps" if torch.backends.mps.is_available() else "cpu"
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device: 'mps' must be available, this machine or this build of torch has no Metal")
+    if kind != "cuda":
+        return torch.device(kind)
+    if not count:
+        built = torch.version.cuda or torch.version.hip
+        why = "no GPU was found" if built else f"torch {torch.__version__} is built without CUDA and ROCm"
+        raise ValueError(f"device: {name!r} must be available, {why}; 'auto' and 'cpu' work")
+    index = int(found[2] or 0)
+    if index >= count:
+        raise ValueError(f"device: must be at most cuda:{count - 1} on this machine, got {name!r}")
+    return torch.device("cuda", index)
+
+
+def describe(device: torch.device, dtype: torch.dtype) -> str:
+    """Device and number format in words: "cuda:0 (NVIDIA H200), bfloat16"."""
+    import torch
+
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    name = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else name
+    return f"{device}{name}, {str(dtype).removeprefix('torch.')}"
