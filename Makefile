@@ -1,9 +1,10 @@
-# make test | browser | page | hammer | serve-ray | load | demo | table | pixels | lint | types | bench | bench-forward | bench-engine | cost | kernels-report | gpu | clean | help
+# make test | browser | page | hammer | serve-ray | load | demo | table | pixels | lint | types | bench | bench-forward | bench-engine | cost | gates | kernels-report | gpu | clean | help
 #   PYTHON=python3.12   interpreter the environment is made from
 #   VENV=path           environment to make or reuse (default .venv)
 #   PIP_FLAGS=...       more flags for pip, e.g. an extra index that has CPU builds of torch
 #   TESTS=tests/vit     run a part of the suite
 #   JOBS=2              processes that share the suite
+#   IF=changed          for gates: run nothing where results/gates.json is of these kernels
 #   FOLDER=path         for page: what `fastprompt export --client` wrote
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ STAMP := $(VENV)/.fastprompt-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint types pytest browser page hammer serve-ray load demo table pixels bench bench-forward bench-engine cost kernels-report gpu clean
+.PHONY: help install test lint types pytest browser page hammer serve-ray load demo table pixels bench bench-forward bench-engine cost gates kernels-report gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -43,7 +44,7 @@ types: $(STAMP)  ## mypy on the package, its ops and the client
 	$(PY) -m mypy
 
 pytest: $(STAMP)  ## the test suite alone
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n $(JOBS) --dist loadgroup $(TESTS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n $(JOBS) --dist loadfile --durations=20 $(TESTS)
 
 PAGE := build/page
 NODE_MODULES := .cache/page/node_modules
@@ -98,6 +99,9 @@ bench-engine: $(STAMP)  ## fp.Engine against the papers' graph in other engines;
 
 cost: $(STAMP)  ## FLOPs, saved bytes and dispatches by formula and as measured, into results/cost.md (minutes)
 	OMP_NUM_THREADS=1 $(PY) bench/cost.py
+
+gates: $(STAMP)  ## every gate of the Triton kernels, into results/gates.json (minutes, no GPU); with IF=changed where they changed
+	$(PY) tests/kernels/gates/run.py $(if $(filter changed,$(IF)),--if-changed)
 
 kernels-report: $(STAMP)  ## compile every Triton kernel for every part and write results/kernels.md (minutes, no GPU)
 	OMP_NUM_THREADS=1 $(PY) tests/kernels/gates/report.py

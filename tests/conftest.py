@@ -61,14 +61,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if config.getoption("benchmark_only", default=False) else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Processes that share the suite take whole files, and of the kernels' gates, which are long, whole ops."""
-    for item in items:
-        callspec = getattr(item, "callspec", None)
-        op = callspec.params.get("op", "") if callspec and item.path.name == "test_triton.py" else ""
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.relative_to(ROOT)} {op}".strip()))
-
-
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Seed Python, NumPy and torch before each test, so that no test depends on the ones before it."""

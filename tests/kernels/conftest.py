@@ -1,31 +1,30 @@
-"""Run the gates in processes of their own: Triton's interpreter and its compiler do not share one."""
+"""Modules of the gates, which are scripts beside each other and no package."""
 
 from __future__ import annotations
 
-import functools
-import json
-import os
-import subprocess
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@functools.cache
-def run_gate(script: str, op: str) -> dict[str, Any]:
-    environment = {**os.environ, "TRITON_INTERPRET": "0" if script == "compile" else "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "kernels" / "gates" / f"{script}.py"), op]
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return json.loads(ran.stdout)
+GATES = Path(__file__).resolve().parent / "gates"
 
 
 @pytest.fixture
-def gate() -> Callable[[str, str], dict[str, Any]]:
-    """`gate("interpret" | "mutate" | "compile", op)`: what the script reports, run once per session."""
-    return run_gate
+def gates(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """`gates(name)`: the module `tests/kernels/gates/<name>.py`, which imports others beside it."""
+
+    def load(name: str) -> ModuleType:
+        monkeypatch.syspath_prepend(str(GATES))
+        spec = importlib.util.spec_from_file_location(f"gates_{name}", GATES / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

@@ -1,4 +1,4 @@
-"""Every Triton kernel, without a GPU: interpreted, compiled for five parts, its bytes counted, its source broken.
+"""The Triton kernels without a GPU: one case of each op here, all of them in `make gates`.
 
 The machinery is in `tests/kernels/gates`, with what it knows of each op; see `tests/kernels/gates/spec.py`.
 """
@@ -6,11 +6,14 @@ The machinery is in `tests/kernels/gates`, with what it knows of each op; see `t
 from __future__ import annotations
 
 import ast
+import json
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,13 +23,8 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 ROOT = Path(__file__).resolve().parents[2]
 GATES = ROOT / "tests" / "kernels" / "gates"
 OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/triton.py"))
-PARTS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
 
-Gate = Callable[[str, str], dict[str, Any]]
-
-
-def of(rows: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
-    return [{name: row.get(name) for name in names} for row in rows]
+Load = Callable[[str], ModuleType]
 
 
 def test_every_op_with_kernels_has_a_specification() -> None:
@@ -34,74 +32,38 @@ def test_every_op_with_kernels_has_a_specification() -> None:
     assert [op for op in OPS if not (GATES / f"{op}.py").exists()] == []
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_outputs_and_gradients_match_float64(op: str, gate: Gate) -> None:
-    rows = gate("interpret", op)["parity"]
-    assert {row["dtype"] for row in rows} >= {"float32", "float16"}
-    assert any(str(row.get("tensor")).startswith("d ") for row in rows)
-    assert of([row for row in rows if not row["ok"]], "case", "dtype", "tensor", "error", "budget") == []
+def quick(interpreted: bool) -> dict[str, Any]:
+    """What `quick.py` reports: interpreter and compiler need a process each."""
+    environment = {**os.environ, "TRITON_INTERPRET": str(int(interpreted)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(GATES / "quick.py")]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return json.loads(ran.stdout)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_every_row_of_every_table_runs(op: str, gate: Gate) -> None:
-    report = gate("interpret", op)
-    ran = {(launch["kernel"], launch["row"]) for launch in report["launches"]}
-    assert ran == {(kernel, row) for kernel, count in report["rows"].items() for row in range(count)}
-    assert max(report["rows"].values()) <= 4
+def test_one_case_of_each_op_matches_float64_forward_and_backward(gates: Load) -> None:
+    verdict, reports = gates("verdict"), quick(interpreted=True)
+    assert list(reports) == OPS
+    assert {op: verdict.of_parity(report) for op, report in reports.items()} == {op: [] for op in OPS}
+    assert all(report["launches"] for report in reports.values())
+    assert all(report["mutations"] >= verdict.LEAST_MUTATIONS for report in reports.values())
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_properties(op: str, gate: Gate) -> None:
-    checks = gate("interpret", op)["checks"]
-    assert checks
-    assert {name: problem for name, problem in checks.items() if problem} == {}
+def test_one_kernel_of_each_op_compiles(gates: Load) -> None:
+    verdict, reports = gates("verdict"), quick(interpreted=False)
+    assert list(reports) == OPS
+    assert {op: verdict.of_code(report["builds"]) for op, report in reports.items()} == {op: [] for op in OPS}
+    assert all(row["registers"] > 0 for report in reports.values() for row in report["builds"])
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_bytes_touched_are_those_of_the_formula(op: str, gate: Gate) -> None:
-    rows = gate("interpret", op)["traffic"]
-    launches = [row for row in rows if row["kernel"]]
-    assert {row["kernel"] for row in launches} == set(gate("interpret", op)["rows"])
-    for row in launches:
-        assert 0.9 * row["formula"] <= row["distinct"] <= 1.05 * row["formula"], row
-        assert row["loaded_twice"] == [], row
-    assert [row for row in rows if row.get("idle")] == []
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_broken_kernels_turn_the_gates_red(op: str, gate: Gate) -> None:
-    found = gate("mutate", op)
-    assert len(found) >= 10
-    assert [mutation for mutation, red in found.items() if not red] == []
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_compiles_for_every_part(op: str, gate: Gate) -> None:
-    report = gate("compile", op)
-    assert [row for row in report["builds"] if "error" in row] == []
-    for dtype in ("float32", "float16", "bfloat16"):
-        built = {(row["kernel"], row["row"], row["part"]) for row in report["builds"] if row["dtype"] == dtype}
-        assert built == {tuple(row[:3]) for row in report["needed"] if row[3] == dtype}
-    assert {part for _, _, part, _ in report["needed"]} == set(PARTS)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_machine_code(op: str, gate: Gate) -> None:
-    names = ("kernel", "row", "part", "dtype", "constants", "registers", "spilled", "shared")
-    builds = gate("compile", op)["builds"]
-    assert of([row for row in builds if row["spilled"]], *names) == []
-    assert of([row for row in builds if row["shared"] > row["shared_limit"]], *names) == []
-    assert of([row for row in builds if row["dtype"] == "float32" and row["reduced"]], *names, "reduced") == []
-    products = [row for row in builds if row["dtype"] != "float32" and row["dots"]]
-    assert of([row for row in products if not row["matrix"]], *names) == []
-    assert of([row for row in builds if not row["wide"]], *names) == []
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_enough_programs_at_batch_32(op: str, gate: Gate) -> None:
-    grids = [row for row in gate("compile", op)["grids"] if row["batch"] == 32]
-    assert grids
-    assert of([row for row in grids if row["programs"] < 132 and not row["few"]], "case", "kernel", "row", "grid") == []
+def test_all_gates_were_green_for_these_kernels(gates: Load) -> None:
+    run = gates("run")
+    results = json.loads(run.RESULTS.read_text()) if run.RESULTS.exists() else {}
+    if results.get("digest") != run.digest():
+        pytest.skip("results/gates.json is not of these kernels and gates: run `make gates` and commit it")
+    assert list(results["ops"]) == OPS
+    assert {op: found["problems"] for op, found in results["ops"].items()} == {op: [] for op in OPS}
+    assert all(red for found in results["ops"].values() for red in found["mutations"].values())
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -125,13 +87,13 @@ def test_kernels_have_no_block_pointers_and_no_atomics(op: str) -> None:
     assert re.findall(r"make_block_ptr|tl\.advance|tl\.atomic\w*|autotune", source) == []
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_works_with_triton_absent(op: str) -> None:
+def test_ops_work_with_triton_absent() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import importlib, fastprompt.kernels.dispatch as d\n"
-        f"importlib.import_module('fastprompt.kernels.{op}')\n"
-        f"print(d.choose({op!r}, 'cpu')); print(d._decide({op!r}, 'auto', 'cuda', '').reason)"
+        f"for op in {OPS}:\n"
+        "    importlib.import_module(f'fastprompt.kernels.{op}')\n"
+        "    print(op, d.choose(op, 'cpu'), d._decide(op, 'auto', 'cuda', '').reason)"
     )
     ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert ran.stdout.splitlines() == ["reference", "Triton is not installed"], ran.stderr
+    assert ran.stdout.splitlines() == [f"{op} reference Triton is not installed" for op in OPS], ran.stderr

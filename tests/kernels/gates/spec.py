@@ -19,7 +19,8 @@ How the gates are run (each prints one JSON object):
     TRITON_INTERPRET=1 python tests/kernels/gates/mutate.py <op> [mutation ...]  each mutation and what it turned red
     python tests/kernels/gates/compile.py <op> [part ...]                        rows × parts × dtypes: spills
 
-`tests/kernels/test_triton.py` asserts on their output for each op with a triton.py: there is nothing to add there.
+`run.py` runs them for each op with a triton.py and `verdict.py` says what is wrong in their output (`make gates`);
+`quick.py` runs one case of each op (`make test`). There is nothing to add there.
 A case's inputs come from `draw`: normal float64, or uninitialised memory where only shapes matter. They are rounded to
 the dtype under test before anything reads them, so that all implementations see the same numbers.
 """
