@@ -4,10 +4,10 @@ import contextlib
 import fcntl
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -251,8 +251,7 @@ def test_a_run_can_be_interrupted_where_a_background_shell_started_it(
     """Such a shell starts its children with SIGINT ignored."""
 
     def execute(*_: Any, **__: Any) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.1)
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(table, "execute", execute)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -267,35 +266,27 @@ def test_the_parents_end_interrupts_a_run(tmp_path: Path) -> None:
     """A process that starts a watched one and dies must not leave it running."""
     watched = (
         f"import sys; sys.path.insert(0, {str(Path(table.__file__).parent)!r}); "
-        "import pathlib, signal, time; from table import stop_with; "
+        "import pathlib, signal, threading; from table import stop_with; "
         "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background shell's children ignore it
-        "pathlib.Path(sys.argv[2]).touch(); stop_with(int(sys.argv[1])); time.sleep(60)"
+        "pathlib.Path(sys.argv[2]).touch(); stop_with(int(sys.argv[1])); threading.Event().wait()"
     )
     parent = (
         "import os, subprocess, sys; null = subprocess.DEVNULL; "
         f"command = [sys.executable, '-c', {watched!r}, str(os.getpid()), {str(tmp_path / 'began')!r}]; "
-        "print(subprocess.Popen(command, stdout=null, stderr=null).pid)"
+        "print(subprocess.Popen(command, stdout=null, stderr=null, pass_fds=[int(sys.argv[1])]).pid)"
     )
-    shown = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True, timeout=60)
-    pid = int(shown.stdout)
+    ended, held = os.pipe()  # the watched process holds the writing end as long as it runs
+    command = [sys.executable, "-c", parent, str(held)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, pass_fds=[held])
+    os.close(held)
     try:
-        for _ in range(300):
-            if not alive(pid):
-                assert (tmp_path / "began").exists()
-                return
-            time.sleep(0.1)
-        pytest.fail("still running")
+        assert select.select([ended], [], [], 60)[0], "still running"
+        assert os.read(ended, 1) == b""
+        assert (tmp_path / "began").exists()
     finally:
+        os.close(ended)
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def alive(pid: int) -> bool:
-    """Whether the process runs; a dead one that nobody has waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+            os.kill(int(shown.stdout), signal.SIGKILL)
 
 
 def test_what_cannot_be_fetched_ends_the_table_without_a_traceback(

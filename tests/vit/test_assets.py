@@ -116,14 +116,14 @@ TENSORS = {"weight": torch.arange(12.0).reshape(3, 4), "bias": torch.ones(3)}
 
 # Registers a tiny asset in place of CLIP: an empty onnx graph in a wheel, whose "conversion" gives TENSORS.
 FAKE = """
-import pathlib, sys, time, torch
+import sys, torch
 from fastprompt.fetch import Wheel
 from fastprompt.vit import assets
 import dataclasses
 def convert(graph):
     with open(sys.argv[1], "a") as log:
         log.write("converted\\n")
-    time.sleep(1)
+    sys.stdin.read()  # until both processes have begun
     return {"weight": torch.arange(12.0).reshape(3, 4), "bias": torch.ones(3)}
 log, wheel_sha256, member_sha256, tensors_sha256 = sys.argv[1:]
 member = "no_such_package_of_ours/m.onnx"
@@ -131,6 +131,7 @@ wheel = Wheel("no-such-package-of-ours", "9.9", wheel_sha256, member, member_sha
 clip = assets.ASSETS["clip-vit-b16"]
 asset = dataclasses.replace(clip, wheel=wheel, convert=convert, tensors_sha256=tensors_sha256)
 assets.ASSETS = {"clip-vit-b16": asset}
+print("begun", flush=True)
 assert assets._tensors("clip-vit-b16")["weight"].sum() == 66
 """
 
@@ -224,7 +225,11 @@ def test_full_disk_leaves_no_cache_file(fake, tmp_path, monkeypatch):
 def test_two_processes_build_the_cache_once(fake, tmp_path, repository):
     arguments = [str(tmp_path / "log"), fake.wheel.sha256, fake.wheel.member_sha256, fake.tensors_sha256]
     environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
-    running = [subprocess.Popen([sys.executable, "-c", FAKE, *arguments], env=environment) for _ in range(2)]
+    command, pipe = [sys.executable, "-c", FAKE, *arguments], subprocess.PIPE
+    running = [subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
+    assert [process.stdout.readline() for process in running] == ["begun\n"] * 2
+    for process in running:
+        process.stdin.close()
     assert [process.wait(120) for process in running] == [0, 0]
     assert (tmp_path / "log").read_text().splitlines() == ["converted"]
 
