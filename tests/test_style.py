@@ -24,7 +24,7 @@ MODULES = sorted(
 )
 LAYERS = [
     {"kernels"},
-    {"changes", "extras", "fetch", "files", "locks", "memory", "package_index"},
+    {"changes", "extras", "fetch", "files", "locks", "memory", "package_index", "terminal"},
     {"vit"},
     {"generators"},
     {"heads"},
@@ -112,6 +112,18 @@ def test_annotations_are_postponed(path: Path) -> None:
     if code and isinstance(code[0], ast.Expr):  # the docstring
         code = code[1:]
     assert not code or ast.unparse(code[0]) == "from __future__ import annotations"
+
+
+def test_nothing_is_printed_but_through_the_terminal() -> None:
+    """Text of files and hosts may hold what a terminal obeys; `fastprompt.terminal.say` takes it out."""
+    printing = [
+        str(path)
+        for path in MODULES
+        if path.parts[0] == "fastprompt" and path != Path("fastprompt/terminal.py")
+        for node in ast.walk(ast.parse((ROOT / path).read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "traceback.print_exc", "sys.stderr.write")
+    ]
+    assert printing == ["fastprompt/model.py"]  # print_trainable_parameters, numbers alone
 
 
 def test_no_import_circles(graph: dict[str, set[str]]) -> None:

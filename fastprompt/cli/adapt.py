@@ -17,6 +17,7 @@ from fastprompt.cli.options import (
     set_threads,
 )
 from fastprompt.runs.settings import RunSettings
+from fastprompt.terminal import say
 
 
 @dataclass
@@ -146,7 +147,7 @@ def adapt(command: Adapt) -> None:
         resume=command.resume,
         progress=command.progress,
         device=command.device,
-        announce=lambda text: print(text, file=sys.stderr),
+        announce=lambda text: say(text, sys.stderr),
     )
-    print(results_table([results]))
-    print(f"\nadapter: {command.out / 'best'}\nresults: {command.out / 'results.json'}")
+    say(results_table([results]))
+    say(f"\nadapter: {command.out / 'best'}\nresults: {command.out / 'results.json'}")

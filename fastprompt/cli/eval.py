@@ -11,6 +11,7 @@ import tyro
 from fastprompt.cli.options import Plugins, announce, data_name, load_adapter, set_threads
 from fastprompt.cli.predict import short
 from fastprompt.runs.settings import RunSettings
+from fastprompt.terminal import printable, say
 
 _DATA_FLAGS = (
     "data",
@@ -116,17 +117,18 @@ def evaluate_adapter(command: Eval) -> None:
         "data": splits.summary(),
         "class_names": names,
     }
-    print(f"{settings.data} {command.split}: {record['num_images']} images, {record['seconds']:.1f} s")
-    print(f"accuracy        {record['accuracy']:.4f}")
-    print(f"mean per class  {record['mean_per_class']:.4f}")
-    print(f"macro F1        {record['macro_f1']:.4f}")
-    print(f"top-5 accuracy  {record['top5_accuracy']:.4f}")
-    print(f"calibration     {record['calibration_error']:.4f} (expected error, 15 bins)")
-    print("confusion (rows: true class, columns: predicted)")
+    say(f"{settings.data} {command.split}: {record['num_images']} images, {record['seconds']:.1f} s")
+    say(f"accuracy        {record['accuracy']:.4f}")
+    say(f"mean per class  {record['mean_per_class']:.4f}")
+    say(f"macro F1        {record['macro_f1']:.4f}")
+    say(f"top-5 accuracy  {record['top5_accuracy']:.4f}")
+    say(f"calibration     {record['calibration_error']:.4f} (expected error, 15 bins)")
+    say("confusion (rows: true class, columns: predicted)")
     width = max(len(str(n)) for row in record["confusion"] for n in row) + 1
-    label_width = min(24, max(map(len, names)))
-    for name, row in zip(names, record["confusion"], strict=True):
-        print(f"  {name[:label_width]:<{label_width}}" + "".join(f"{n:>{width}}" for n in row))
+    labels = [printable(name) for name in names]
+    label_width = min(24, max(map(len, labels)))
+    for name, row in zip(labels, record["confusion"], strict=True):
+        say(f"  {name[:label_width]:<{label_width}}" + "".join(f"{n:>{width}}" for n in row))
     if command.out is not None:
         write_json(command.out, record)
-        print(f"written: {command.out}")
+        say(f"written: {command.out}")

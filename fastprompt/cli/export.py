@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from fastprompt.cli.options import Plugins, load_adapter, set_threads
+from fastprompt.terminal import say
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,9 +78,9 @@ def export(command: Export) -> None:
     manifest = export_client(model, command.out, picture, resize)
     height, width = manifest["picture_size"]
     size = sum(file["bytes"] for file in manifest["files"].values())
-    print(
+    say(
         f"{command.out}: {len(manifest['files']) + 1} files, {size:,} bytes; pictures of {height} x {width} pixels "
         f"for {manifest['backbone']['name']}"
     )
     for mistake in unnoticed(manifest):
-        print(f"hardly changes the golden picture's features, so that verify may miss it: {mistake}")
+        say(f"hardly changes the golden picture's features, so that verify may miss it: {mistake}")

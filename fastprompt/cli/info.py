@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from fastprompt.cli.options import METHOD, Plugins, method_options, stored_size
+from fastprompt.terminal import printable_json, say
 
 if TYPE_CHECKING:
     from fastprompt.generators import PromptConfig
@@ -94,7 +95,7 @@ def info(command: Info) -> None:
         flag = "--cost" if command.cost else "--rgb"
         raise ValueError(f"--backbone: is needed with {flag}, the directory does not say which one its adapter is for")
     facts["software"] = software_facts()
-    print(json.dumps(facts, indent=1, ensure_ascii=False) if command.json else info_text(facts))
+    say(printable_json(facts) if command.json else info_text(facts))
 
 
 def software_facts() -> dict[str, str]:

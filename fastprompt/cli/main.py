@@ -28,6 +28,7 @@ from fastprompt.cli.words import (
     value_of,
     with_settings_file,
 )
+from fastprompt.terminal import printable_warnings, say
 
 WRONG_INPUT = (
     ValueError,
@@ -143,29 +144,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = parse(words)
     except (ValueError, OSError) as error:
         called = f"fastprompt {words[0]}" if words and words[0] in CLASSES else "fastprompt"
-        print(f"{called}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"{called}: error: {' '.join(str(error).split())}", sys.stderr)
         return 2
     name = words[0]
     try:
-        run(command)
+        with printable_warnings():
+            run(command)
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
         if isinstance(command, Adapt):
-            print(f"\ninterrupted; the same command goes on with what is in {command.out}", file=sys.stderr)
+            say(f"\ninterrupted; the same command goes on with what is in {command.out}", sys.stderr)
         else:
-            print("\ninterrupted; nothing was written", file=sys.stderr)
+            say("\ninterrupted; nothing was written", sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if command.debug:
-            traceback.print_exc()
+            say(traceback.format_exc(), sys.stderr)
         text = " ".join(str(error).split()) or type(error).__name__
         known = isinstance(error, (*WRONG_INPUT, OSError, RuntimeError, ArithmeticError, ImportError))
-        print(
+        say(
             f"fastprompt {name}: error: {text if known else f'{type(error).__name__}: {text}'}",
-            file=sys.stderr,
+            sys.stderr,
         )
         return 2 if isinstance(error, WRONG_INPUT) else 1

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import tyro
 
+from fastprompt.terminal import say
+
 if TYPE_CHECKING:
     import torch
 
@@ -105,7 +107,7 @@ def announce(model: PromptedViT, what: str) -> None:
 
     count = sum(p.numel() for p in model.parameters())
     text = f"{describe(model.backbone.device, model.backbone_dtype)}; {what}; {count:,} parameters"
-    print(text, file=sys.stderr)
+    say(text, sys.stderr)
 
 
 def load_adapter(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -14,11 +12,16 @@ from typing import Literal
 import tyro
 
 from fastprompt.cli.options import Plugins, announce, load_adapter, set_threads
+from fastprompt.terminal import say
 
 
 @dataclass
 class Predict:
-    """Predict the classes of image files; CSV or JSON with the probability of every class."""
+    """Predict the classes of image files; CSV or JSON with the probability of every class.
+
+    In CSV, a text that a spreadsheet would take for a formula (it begins with =, +, -, @, a tab or a line end) has an
+    apostrophe in front; JSON has all texts as they are.
+    """
 
     adapter: tyro.conf.Positional[Path]
     """Adapter or run directory."""
@@ -68,6 +71,7 @@ def predict(command: Predict) -> None:
     from fastprompt.runs.directory import adapter_dir, read_settings
     from fastprompt.runs.execute import square_size
     from fastprompt.runs.settings import renamed
+    from fastprompt.runs.tables import csv_table
 
     if command.out is not None and command.out.suffix.lower() not in (".csv", ".json"):
         raise ValueError(f"--out: takes a .csv or .json file, got {command.out}")
@@ -115,16 +119,14 @@ def predict(command: Predict) -> None:
         text = json.dumps(answer, indent=1, ensure_ascii=False) + "\n"
         content = text.encode("utf-8", "backslashreplace")  # a byte that is no UTF-8 in a file name: "\udcff"
     else:
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(["file", "class", "probability", *(f"p({name})" for name in names)])
-        for f, b, row in zip(files, best, rows, strict=True):
-            writer.writerow([f, names[b], f"{row[b]:.6f}", *(f"{p:.6f}" for p in row)])
-        text = buffer.getvalue()
+        header = ["file", "class", "probability", *(f"p({name})" for name in names)]
+        text = csv_table(header, [[f, names[b], row[b], *row] for f, b, row in zip(files, best, rows, strict=True)])
         content = text.encode("utf-8", "surrogateescape")  # file names as the bytes they are
-    if command.out is None:
+    if command.out is None and sys.stdout.isatty():
+        say(text.removesuffix("\n"))
+    elif command.out is None:
         sys.stdout.flush()
         sys.stdout.buffer.write(content)
     else:
         atomic_write(command.out, content)
-        print(f"{len(files)} images -> {command.out}" + (f", {len(skipped)} skipped" if skipped else ""))
+        say(f"{len(files)} images -> {command.out}" + (f", {len(skipped)} skipped" if skipped else ""))

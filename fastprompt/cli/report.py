@@ -7,6 +7,8 @@ from pathlib import Path
 
 import tyro
 
+from fastprompt.terminal import say
+
 
 @dataclass
 class Report:
@@ -24,4 +26,4 @@ def report(command: Report) -> None:
     from fastprompt.report.html import build_report
 
     build_report(command.runs, command.out)
-    print(f"written: {command.out}")
+    say(f"written: {command.out}")

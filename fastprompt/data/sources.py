@@ -35,6 +35,7 @@ from fastprompt.fetch import (
     write_cached,
 )
 from fastprompt.files import atomic_write
+from fastprompt.terminal import say
 
 BUILTIN = "builtin:"
 """Before the name of a data set: the set, even where a folder has the same name."""
@@ -351,7 +352,7 @@ def _fill_fashion_mnist(raw: Path) -> None:
     if all((_FASHION_FOLDER / f"{name}.gz").is_file() for name in _FASHION_FILES):
         _unpack_fashion_mnist(_FASHION_FOLDER, raw)
         return
-    print("fetching Fashion-MNIST (31 MB, MIT licence, Zalando Research)", file=sys.stderr)
+    say("fetching Fashion-MNIST (31 MB, MIT licence, Zalando Research)", sys.stderr)
     try:
         with tempfile.TemporaryDirectory(prefix="fastprompt-") as name:
             fetched = Path(name)

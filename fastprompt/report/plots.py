@@ -31,6 +31,12 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def literal(text: str) -> str:
+    """`text` as Matplotlib draws it letter by letter: what stands between two dollars is not a formula."""
+    drawn = "".join(letter if letter.isprintable() else "\ufffd" for letter in text).replace("$", r"\$")
+    return f" {drawn}" if drawn.startswith("_") else drawn  # a legend leaves out what begins with an underscore
+
+
 def to_png(figure: Figure) -> bytes:
     """The figure as the bytes of a PNG file, the same for the same figure."""
     buffer = io.BytesIO()
@@ -62,7 +68,7 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
         marker = MARKERS[number % len(MARKERS)]
         epochs = [entry["epoch"] for entry in history]
         for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
-            for split, style, shown in (("train", "--", None), ("val", "-", title)):
+            for split, style, shown in (("train", "--", None), ("val", "-", literal(title))):
                 values = [entry.get(f"{split}_{name}") for entry in history]
                 if not any(value is not None for value in values):
                     continue
@@ -108,8 +114,7 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[s
     side = min(12.0, 2.4 + 0.38 * size)
     figure = new_figure(side + 0.9, side)
     axes = figure.subplots()
-    names = [name if len(name) <= 16 else name[:15] + "…" for name in class_names]
-    names = [name.replace("$", r"\$") for name in names]  # text between two of them is not a formula
+    names = [literal(name if len(name) <= 16 else name[:15] + "…") for name in class_names]
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
     display = ConfusionMatrixDisplay(shares, display_labels=names)
     display.plot(
@@ -133,7 +138,7 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[s
     bar.outline.set_visible(False)
     axes.set_xlabel("Predicted class", fontsize=9)
     axes.set_ylabel("True class", fontsize=9)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(literal(title), fontsize=10)
     axes.tick_params(length=0, labelsize=7)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -162,7 +167,7 @@ def library_tokens(usage: Mapping[str, Any], title: str = "", top: int = 24) -> 
     )
     bars.set_xlabel("Library token")
     bars.set_ylabel("Mean mixture weight")
-    bars.set_title(title, fontsize=10)
+    bars.set_title(literal(title), fontsize=10)
     bars.legend(fontsize=8, frameon=False)
     total, cumulative = 0.0, [0.0]
     for i in order:
@@ -201,7 +206,7 @@ def accuracy_against_parameters(points: Sequence[tuple[str, int, float, float, f
             linestyle="none",
             elinewidth=1,
             capsize=3,
-            label=title,
+            label=literal(title),
         )
     axes.set_xscale("log")
     axes.set_xlabel("Trained parameters")
@@ -231,7 +236,7 @@ def latent_units(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
                     color=COLOURS[number % len(COLOURS)],
                     marker="o",
                     markersize=4,
-                    label=title,
+                    label=literal(title),
                 )
         axes.set_xlabel("Epoch")
         axes.set_ylabel(label)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from tabulate import tabulate
@@ -28,3 +32,32 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> str:
         for r in results
     ]
     return text_table(["method", "trained parameters", "val accuracy", "test accuracy", "img/s", "peak MiB"], rows)
+
+
+def spreadsheet_text(text: str) -> str:
+    """`text` as a cell that a spreadsheet shows and does not run.
+
+    A text that begins with =, +, -, @ (or their wide forms), a tab or a line end would be taken for a formula, so it
+    gets an apostrophe in front. A number stays as it is.
+    """
+    formula = text.lstrip(" ").startswith(_FORMULAS) and not re.fullmatch(r"[+-]?[0-9]+([.,][0-9]+)?", text)
+    return f"'{text}" if formula else text
+
+
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+
+
+def csv_table(header: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:
+    """Comma-separated values: texts as `spreadsheet_text`, numbers with six decimals.
+
+    The texts of a row are quoted where one of them has a line end, or a semicolon, tab or bar, which separate cells
+    in other countries, so that no spreadsheet finds a cell within a text.
+    """
+    stream = io.StringIO()
+    plain = csv.writer(stream, lineterminator="\n")
+    quoted = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    for row in (header, *rows):
+        cells = [spreadsheet_text(cell) if isinstance(cell, str) else Decimal(f"{cell:.6f}") for cell in row]
+        separated = any(isinstance(cell, str) and re.search(r"[;\t|\r\n]", cell) for cell in cells)
+        (quoted if separated else plain).writerow(cells)
+    return stream.getvalue()

@@ -33,6 +33,7 @@ from fastprompt.serve.connections import ImpatientProtocol, PatientServer
 from fastprompt.serve.protocol import BASE, Catalogue, Limits, Refused, Work
 from fastprompt.serve.routes import Routes, refuse
 from fastprompt.serve.tenants import HostSettings, answers, load
+from fastprompt.terminal import say
 
 logger = logging.getLogger(__name__)
 
@@ -211,10 +212,9 @@ def run(
     try:
         with wrap_litserve_start(server), socket.create_server((host, port), family=family) as listener:
             named = f"[{host}]" if ":" in host else host
-            print(
+            say(
                 f"{catalogue.name} ({catalogue.dtype}) and {len(catalogue.adapters)} adapters on "
                 f"http://{named}:{listener.getsockname()[1]}; /health tells when they are ready",
-                flush=True,
             )
             web.run([listener])
     except (KeyboardInterrupt, _Terminated):

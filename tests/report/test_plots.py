@@ -92,3 +92,15 @@ def test_class_names_are_drawn_as_they_are() -> None:
         warnings.simplefilter("error")
         picture(plots.confusion_matrix([[5, 1], [0, 6]], ["\u8d64", "red"]))  # the font has no such glyph
     picture(plots.confusion_matrix([[5, 1], [0, 6]], ["$ or ^$", "in US$, not C$ or A^"]))
+
+
+@pytest.mark.parametrize("name", ["$\\frac$", "US$ and C$", "\x1b[31m\x00", "a\udcff", "_hidden", "\\$x$"])
+def test_names_are_drawn_as_they_are(name: str) -> None:
+    """No formula, which may be a wrong one, and nothing that the font's library refuses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture(plots.confusion_matrix([[3, 1], [0, 2]], [name, "b"], name))
+        picture(plots.library_tokens(usage([0.5, 0.3, 0.2]), name))
+        picture(plots.curves({name: HISTORY}))
+        picture(plots.accuracy_against_parameters([(name, 10, 0.5, 0.4, 0.6, "test")]))
+        picture(plots.latent_units({name: [{"epoch": 1, "kl": 0.5, "active_units": 2}]}))
