@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -73,6 +74,7 @@ class Backbone(nn.Module):
             swin.keep_layouts(self.blocks, self.merges)
         if parts:
             raise ValueError(f"the reader returned unknown parts: {sorted(parts)}")
+        self._pixels_known = False  # whether floating-point images were told from raw pixels
         self._fingerprint: str | None = None
         self.kept_fold: KeptFold | None = None
         self.eval()
@@ -208,6 +210,27 @@ class Backbone(nn.Module):
             and not torch.isfinite(images).all()
         ):
             raise ValueError("images contain NaN or infinite values")
+        if not torch.compiler.is_compiling() and images.is_floating_point() and not self._pixels_known:
+            self._pixels_known = self._tells_of_raw_pixels(images)
+
+    def _tells_of_raw_pixels(self, images: Tensor) -> bool:
+        """Warn where floating-point images are in [0, 1] or [0, 255], as pixels are before they are normalised.
+
+        Returns whether there is nothing left to look for: the warning was given, or a value is below zero, as in
+        normalised images. Until then each call reads its images' extremes.
+        """
+        if images.numel() == 0 or images.is_meta or (images.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return False
+        low, high = (value.item() for value in torch.aminmax(images.detach()))
+        black = min(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
+        raw = low >= 0 and (high > 16 or (black < -0.1 and low + 0.5 < high <= 1))
+        if raw:
+            warnings.warn(
+                f"images are floating point from {low:.3g} to {high:.3g}, and taken as normalised: raw pixels must be "
+                "uint8, or normalised as (x / 255 - backbone.mean) / backbone.std",
+                stacklevel=4,
+            )
+        return raw or low < 0
 
     def any_size(self: Same) -> Same:
         """The same backbone, on the same tensors, for images of any whole number of patches.

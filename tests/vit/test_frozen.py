@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -34,6 +35,57 @@ def test_mean_and_std_can_be_given(tiny_vit: VisionTransformer) -> None:
             fp.FrozenViT(tiny_vit, mean=mean)
     with pytest.raises(ValueError, match=r"std must be three positive numbers"):
         fp.FrozenViT(tiny_vit, std=[0.5, 0.0, 0.5])
+
+
+def looked_at(backbone: fp.FrozenViT, images: Tensor) -> list[str]:
+    """The warnings about raw pixels when the backbone sees the images twice."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        backbone(images)
+        backbone(images)
+    return [str(warning.message) for warning in caught if "raw pixels must be uint8" in str(warning.message)]
+
+
+@pytest.mark.parametrize(("scale", "found"), [(1, "from 0 to 1"), (255, "from 0 to 255"), (65535, "from 0 to 6.55e")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_floats_that_are_not_normalised_are_told_once(
+    tiny_vit: VisionTransformer, scale: float, found: str, dtype: torch.dtype
+) -> None:
+    images = torch.rand(2, 3, 32, 32, dtype=dtype)
+    images = (images - images.min()) / (images.max() - images.min()) * scale
+    backbone = fp.FrozenViT(tiny_vit).to(dtype)
+    (message,) = looked_at(backbone, images)
+    assert found in message
+    assert looked_at(backbone, images) == []
+
+
+def test_normalised_images_are_no_raw_pixels(tiny_vit: VisionTransformer) -> None:
+    raw = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    backbone = fp.FrozenViT(tiny_vit)
+    for images in (raw, backbone.normalise(raw), torch.zeros(1, 3, 32, 32), torch.full((1, 3, 32, 32), 0.7)):
+        assert looked_at(fp.FrozenViT(tiny_vit), images) == []
+    identity = fp.FrozenViT(tiny_vit, mean=(0, 0, 0), std=(1, 1, 1))
+    assert looked_at(identity, raw / 255) == []
+    assert len(looked_at(identity, raw.float())) == 1
+
+
+def test_raw_pixels_after_a_batch_of_zeros_are_told(tiny_vit: VisionTransformer) -> None:
+    backbone = fp.FrozenViT(tiny_vit)
+    assert looked_at(backbone, torch.zeros(1, 3, 32, 32)) == []
+    assert len(looked_at(backbone, torch.rand(1, 3, 32, 32))) == 1
+
+
+def test_fit_tells_of_raw_pixels(tiny_vit: VisionTransformer) -> None:
+    model = fp.PromptedViT(fp.FrozenViT(tiny_vit), fp.VPTConfig(num_prompts=1), num_classes=2)
+    data = (torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 0, 1]))
+    with pytest.warns(UserWarning, match="raw pixels must be uint8"):
+        fp.fit(
+            model,
+            data,
+            data,
+            recipe=fp.Recipe(epochs=1, warmup_epochs=0, batch_size=4, dtype="float32"),
+            progress=False,
+        )
 
 
 def test_nothing_trains(tiny_vit: VisionTransformer, tiny_images: Tensor) -> None:
