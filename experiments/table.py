@@ -18,7 +18,6 @@ is finished goes there in the end (`experiments/records.py`).
 from __future__ import annotations
 
 import argparse
-import fcntl
 import itertools
 import json
 import math
@@ -40,6 +39,7 @@ import records
 from fastprompt.cli.main import recipe_values
 from fastprompt.cli.options import load_plugins
 from fastprompt.generators import get_method, list_methods
+from fastprompt.locks import DirectoryInUse
 from fastprompt.runs.directory import read_json, write_json
 from fastprompt.runs.execute import execute
 from fastprompt.runs.settings import RunSettings
@@ -238,20 +238,16 @@ def run_single(settings: RunSettings, directory: Path, test: bool, threads: int,
     if parent is not None:
         stop_with(parent)
     torch.set_num_threads(threads)
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            print(f"{directory} is being run by another process", file=sys.stderr)
-            return 3
-        try:
-            execute(settings, directory, test=test, progress=False)
-        except FloatingPointError as error:
-            write_json(
-                directory / "diverged.json",
-                {"diverged": True, "error": str(error), "method": settings.method},
-            )
+    try:
+        execute(settings, directory, test=test, progress=False)
+    except DirectoryInUse as error:
+        print(error, file=sys.stderr)
+        return 3
+    except FloatingPointError as error:
+        write_json(
+            directory / "diverged.json",
+            {"diverged": True, "error": str(error), "method": settings.method},
+        )
     return 0
 
 

@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # what `__getattr__` below finds at run time
         encode_class_texts as encode_class_texts,
     )
     from fastprompt.kernels.dispatch import use_backend as use_backend
+    from fastprompt.locks import DirectoryInUse as DirectoryInUse
     from fastprompt.model import PromptedViT as PromptedViT
     from fastprompt.official import load_official as load_official
     from fastprompt.pixels.export import export_client as export_client
@@ -119,6 +120,7 @@ _PUBLIC = {
     "Engine": "fastprompt.engine.engine",
     "explain": "fastprompt.engine.explain",
     "use_backend": "fastprompt.kernels.dispatch",
+    "DirectoryInUse": "fastprompt.locks",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

@@ -356,6 +356,18 @@ class PromptedViT(nn.Module):
         parts = ("generator.", "head.", "backbone.") if self.full else ("generator.", "head.")
         return {k: v for k, v in self.state_dict().items() if k.startswith(parts)}
 
+    def check_all_saved(self) -> None:
+        """Raise `ValueError` where a parameter trains that `adapter_state_dict` has not, as of an unfrozen backbone."""
+        held = self.adapter_state_dict().keys()
+        lost = [name for name, _ in self.trainable_parameters() if name not in held]
+        if lost:
+            raise ValueError(
+                f"model must train nothing that its adapter does not hold, got {len(lost)} such parameters: "
+                f"{', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}. Freeze them "
+                "(model.backbone.requires_grad_(False)), or train the whole backbone with fp.FullFineTuneConfig(), "
+                "whose adapter holds it"
+            )
+
     def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load `adapter_state_dict`.
 
@@ -450,8 +462,10 @@ class PromptedViT(nn.Module):
         preprocessing, and the backbone's fingerprint, so that another backbone is refused.
 
         Raises:
-            OSError: the disk is full or the place is not writable; nothing has changed then.
+            ValueError: a parameter of the backbone trains, which an adapter does not hold.
+            OSError: the disk is full or the place is not writable. Nothing has changed then, either.
         """
+        self.check_all_saved()
         backbone, optional = self.backbone, dict[str, Any]()
         for key, value in (("source", backbone.source), ("preprocessing", self.preprocessing)):
             if value is not None:

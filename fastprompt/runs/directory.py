@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fastprompt.fetch import cache_dir
+from fastprompt.files import atomic_write
 from fastprompt.runs.settings import RunSettings
 
-if TYPE_CHECKING:
-    pass
+SETTINGS_FILE, RESULTS_FILE = "run.json", "results.json"
+
+
+def json_text(value: Any) -> str:
+    """JSON to be read by people; escaped throughout where it holds text that UTF-8 cannot, as some paths."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=1) + "\n"
+    return text
 
 
 HOW_TO_ADAPT = "`fastprompt adapt --data FOLDER --out {}` makes one"
@@ -20,9 +31,7 @@ HOW_TO_ADAPT = "`fastprompt adapt --data FOLDER --out {}` makes one"
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is there whole or not at all."""
-    from fastprompt.files import atomic_write
-
-    atomic_write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    atomic_write(path, json_text(value))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -69,45 +78,57 @@ def adapter_dir(run_dir: Path) -> Path:
 def read_settings(run_dir: Path) -> RunSettings | None:
     """The settings of the run that a directory (or a run's `best/`) belongs to; None: none are recorded."""
     for candidate in (Path(run_dir), Path(run_dir).parent):
-        if (candidate / "run.json").exists():
-            return RunSettings.from_dict(read_json(candidate / "run.json"))
+        if (candidate / SETTINGS_FILE).exists():
+            return RunSettings.from_dict(read_json(candidate / SETTINGS_FILE))
     return None
 
 
-def finished_results(settings: RunSettings, out_dir: Path, resume: bool) -> dict[str, Any] | None:
-    """The results of a run with these settings that is already finished in `out_dir`; None: there is none.
+def require_same_settings(settings: RunSettings, out_dir: Path) -> None:
+    """Raise `ValueError` where `out_dir` holds a run with other settings."""
+    run_file = out_dir / SETTINGS_FILE
+    if not run_file.exists():
+        return
+    # A setting that the version which wrote the file did not have is the one it ran with, the default.
+    defaults = RunSettings(settings.method, settings.data).to_dict() | {"method": None, "data": None}
+    wanted, there = json.loads(json.dumps(settings.to_dict())), defaults | read_json(run_file)
+    different = [key for key in sorted({*wanted, *there}) if wanted.get(key) != there.get(key)]
+    if different:
+        said = "; ".join(f"{key}: {there.get(key)!r} there, {wanted.get(key)!r} now" for key in different)
+        raise ValueError(
+            f"out: {out_dir} holds a run with other settings ({said}); take another directory or --no-resume"
+        )
 
-    Raises `ValueError` where `out_dir` is a file, or holds a run with other settings and `resume` is set.
+
+def inputs_stamp(settings: RunSettings) -> str:
+    """A digest of names, sizes and times of all files that a run reads: while it stays the same, so do its inputs.
+
+    A digest that changed says nothing of the contents: files that were copied or touched have another one. Of a named
+    data set or backbone it covers the cache, or the folder in which torchvision's sets are kept.
     """
-    if out_dir.exists() and not out_dir.is_dir():
-        raise ValueError(f"out: {out_dir} is a file, a directory is needed")
-    wanted = json.loads(json.dumps(settings.to_dict()))
-    run_file, result_file = out_dir / "run.json", out_dir / "results.json"
-    if resume and run_file.exists():
-        there = {"on_bad": "error", **read_json(run_file)}  # runs from before there was a choice
-        different = [k for k in sorted({*wanted, *there}) if wanted.get(k) != there.get(k)]
-        if different:
-            said = "; ".join(f"{k}: {there.get(k)!r} there, {wanted.get(k)!r} now" for k in different)
-            raise ValueError(
-                f"out: {out_dir} holds a run with other settings ({said}); take another directory or --no-resume"
-            )
-        if result_file.exists():
-            return read_json(result_file)
-    return None
+    digest = hashlib.sha256()
+    places = [settings.data, settings.data_root or cache_dir(), settings.class_embeddings]
+    places.append(settings.backbone.removeprefix("local-dir:"))
+    for place in places:
+        path = None if place is None else Path(place).expanduser()
+        digest.update(f"{place}\n".encode("utf-8", "surrogateescape"))
+        if path is not None and path.exists():
+            for line in _files_below(path):
+                digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def claimed(settings: RunSettings, out_dir: Path) -> Iterator[None]:
-    """`out_dir` is these settings' from here on, unless wrong input ends the run before it wrote anything."""
-    made = not out_dir.exists()
-    out_dir.mkdir(parents=True, exist_ok=True)
-    write_json(out_dir / "run.json", settings.to_dict())
-    (out_dir / "results.json").unlink(missing_ok=True)
-    try:
-        yield
-    except (ValueError, TypeError):
-        if [path.name for path in out_dir.iterdir()] == ["run.json"]:
-            (out_dir / "run.json").unlink()
-            if made:
-                out_dir.rmdir()
-        raise
+def _files_below(root: Path) -> Iterator[str]:
+    """A line for a file, or for each in a folder: path, size, times and number. Links to folders are followed once."""
+    folders, seen = [root], set[tuple[int, int]]()
+    while folders:
+        path = folders.pop()
+        try:
+            status = path.stat()
+        except OSError as error:  # a link to nowhere
+            yield f"{path}\t{error.errno}\n"
+            continue
+        if not path.is_dir():
+            yield f"{path}\t{status.st_size}\t{status.st_mtime_ns}\t{status.st_ctime_ns}\t{status.st_ino}\n"
+        elif (status.st_dev, status.st_ino) not in seen:
+            seen.add((status.st_dev, status.st_ino))
+            folders += sorted(path.iterdir(), reverse=True)

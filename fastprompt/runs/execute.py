@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,16 @@ from fastprompt.analysis.library import has_library, library_usage
 from fastprompt.generators import get_method
 from fastprompt.memory import peak_memory_mib, reset_peak_memory
 from fastprompt.runs.devices import describe, find_device
-from fastprompt.runs.directory import adapter_dir, claimed, finished_results, write_json
+from fastprompt.runs.directory import (
+    RESULTS_FILE,
+    SETTINGS_FILE,
+    adapter_dir,
+    inputs_stamp,
+    json_text,
+    read_json,
+    require_same_settings,
+    write_json,
+)
 from fastprompt.runs.settings import RunSettings, renamed
 
 if TYPE_CHECKING:
@@ -20,6 +30,7 @@ if TYPE_CHECKING:
 
     from fastprompt.data import DataSplits
     from fastprompt.model import PromptedViT
+    from fastprompt.train.directory import RunDirectory
     from fastprompt.train.evaluate import Evaluation
     from fastprompt.train.recipes import Recipe
     from fastprompt.vit import FrozenViT
@@ -131,97 +142,104 @@ def execute(
     device: str = "auto",
     announce: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Adapt, evaluate on validation and with `test` once on the test split; returns what is written to
-    results.json.
+    """Adapt, evaluate on validation and with `test` once on the test split.
 
-    A finished run in `out_dir` with the same settings is not run again; an interrupted one goes on where it
-    stopped. With `test` the test split is read after training, from the adapter that was best on validation,
-    and only where the results have no test record yet.
+    A finished run in `out_dir` is not run again, and an interrupted one goes on where it stopped, where settings,
+    backbone and images are the same. With `test` the test split is read after training, from the adapter that was
+    best on validation, and only where the results have no test record yet.
 
-    `device` is a name that `fastprompt.runs.devices.find_device` takes. `announce` is called once before training,
-    with what is about to run: device, number format, sizes of the splits, parameters.
+    Args:
+        device: a name that `fastprompt.runs.devices.find_device` takes.
+        announce: called once before training, with what is about to run: device, number format, sizes of the splits,
+            parameters.
+        resume: False starts anew and replaces what is in `out_dir`.
+
+    Returns:
+        What is written to `results.json`.
+
+    Raises:
+        ValueError, TypeError: wrong settings, or `out_dir` holds another run; the message says what differs.
+        DirectoryInUse: another process writes into `out_dir`.
     """
-    import torch
-
-    import fastprompt as fp
-    from fastprompt.adapters import CONFIG_FILE
-    from fastprompt.train.evaluate import evaluate
-    from fastprompt.train.fit import fit
+    from fastprompt.train.directory import open_run
     from fastprompt.train.recipes import adjusted_recipe
 
     out_dir, place = Path(out_dir), find_device(device)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise ValueError(f"out: {out_dir} is a file, a directory is needed")
     method = get_method(settings.method)
-    config = method.config(settings.options)
+    method.config(settings.options)
     recipe = adjusted_recipe(settings.method, settings.recipe)
     if method.solver == "lbfgs":
         from fastprompt.train.probe import logistic_regression
 
         logistic_regression()  # before anything is written
-    results = finished_results(settings, out_dir, resume)
-    if results is not None and (not test or results.get("test") is not None):
+    if resume:
+        require_same_settings(settings, out_dir)
+    stamp = inputs_stamp(settings)
+    results = _finished(out_dir) if resume else None
+    if results is not None and results.get("identity", {}).get("stamp") == stamp and (not test or results["test"]):
         return results
-    if results is not None and not any((out_dir / p / CONFIG_FILE).is_file() for p in (".", "best")):
-        results = None  # only the record was kept, not the adapter: train it again
+    with open_run(out_dir) as directory:
+        return _execute_in(directory, settings, recipe, stamp, test, resume, progress, place, announce)
 
+
+def _finished(out_dir: Path) -> dict[str, Any] | None:
+    """The results of a finished run."""
+    return read_json(out_dir / RESULTS_FILE) if (out_dir / RESULTS_FILE).exists() else None
+
+
+def _execute_in(
+    directory: RunDirectory,
+    settings: RunSettings,
+    recipe: Recipe,
+    stamp: str,
+    test: bool,
+    resume: bool,
+    progress: bool,
+    place: torch.device,
+    announce: Callable[[str], None] | None,
+) -> dict[str, Any]:
+    """`execute` in a directory that is held."""
+    from fastprompt.adapters import CONFIG_FILE
+    from fastprompt.train.evaluate import evaluate
+    from fastprompt.train.fit import check_model, describe_data
+    from fastprompt.train.identity import data_identities, data_identity, run_identity
+
+    out_dir = directory.path
+    results = _finished(out_dir) if resume else None
     backbone = backbone_at(settings.backbone, settings.image_size).to(place)
-    image_size = square_size(backbone)
-    splits = load_run_data(settings, image_size)
+    splits = load_run_data(settings, square_size(backbone))
+    num_classes = len(splits.class_names)
+    model = build_model(settings, backbone, splits.class_names, recipe.seed)
+    check_model(model)
+    data = data_identities(splits.train, splits.val, num_classes)
+    describe_data(model, splits.train)
+    identity = run_identity(model, recipe, backbone_dtype(recipe, backbone), data)
+    if results is not None:
+        tested = None if results["test"] is None else data_identity(splits.test, "test", num_classes)
+        _require_same_inputs(results, identity, tested, splits, backbone, out_dir)
+        if not test or results["test"] is not None:
+            if directory.writable and "identity" in results:  # the files were copied or touched
+                results["identity"]["stamp"] = stamp
+                write_json(out_dir / RESULTS_FILE, results)
+            return results
+        if not any((out_dir / place / CONFIG_FILE).is_file() for place in (".", "best")):
+            results = None  # only the record was kept, not the adapter: train it again
     if results is None:
-        model = build_model(settings, backbone, splits.class_names, recipe.seed)
         if announce is not None:
             announce(summary(model, splits, backbone_dtype(recipe, backbone)))
-        with claimed(settings, out_dir):
-            if method.solver == "lbfgs":
-                training = run_probe(model, splits, recipe, out_dir)
-            else:
-                fitted = fit(
-                    model,
-                    splits.train,
-                    splits.val,
-                    recipe=recipe,
-                    out_dir=out_dir,
-                    resume=resume,
-                    progress=progress,
-                )
-                training = {
-                    "best_epoch": fitted.best_epoch,
-                    "best_val_loss": fitted.best_val_loss,
-                    "history": fitted.history,
-                    "seconds": fitted.seconds,
-                    "images_per_second": fitted.images_per_second,
-                    "peak_memory_mib": fitted.peak_memory_mib,
-                }
-        trainable = model.num_trainable()
-        paper_count = model.paper_parameter_count()
-        model = load_best(backbone, out_dir, recipe)
-        results = {
-            "fastprompt_version": fp.__version__,
-            "torch_version": torch.__version__,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "device": describe(place, backbone_dtype(recipe, backbone)),
-            "method": settings.method,
-            "title": method.title,
-            "config": config.to_dict(),
-            "recipe": recipe.to_dict(),
-            "backbone": settings.backbone,
-            "backbone_fingerprint": backbone.fingerprint,
-            "image_size": image_size,
-            "data": splits.summary(),
-            "class_names": list(splits.class_names),
-            "head": settings.head,
-            "trained_parameters": trainable,
-            "paper_parameter_count": paper_count,
-            **training,
-            "validation": evaluation_record(evaluate(model, splits.val)),
-            "test": None,
-        }
-        if has_library(model):
-            results["library"] = library_usage(model, splits.val)
-        write_json(out_dir / "results.json", results)
+        results = _train(
+            directory, settings, model, backbone, splits, recipe, data, resume, progress, announce is not None
+        )
+        results["identity"] = {"stamp": stamp, "run": identity}
+        write_json(out_dir / RESULTS_FILE, results)
     if test:
-        model = load_best(backbone, out_dir, recipe)
-        results["test"] = evaluation_record(evaluate(model, splits.test))
-        write_json(out_dir / "results.json", results)
+        test_split = splits.test
+        results["test"] = evaluation_record(evaluate(load_best(backbone, out_dir, recipe), test_split))
+        if "identity" in results:
+            results["identity"] |= {"stamp": stamp, "test": data_identity(test_split, "test", num_classes)}
+        write_json(out_dir / RESULTS_FILE, results)
     return results
 
 
@@ -236,10 +254,111 @@ def summary(model: PromptedViT, splits: DataSplits, dtype: torch.dtype) -> str:
     )
 
 
-def run_probe(model: PromptedViT, splits: DataSplits, recipe: Recipe, out_dir: Path) -> dict[str, Any]:
+def _require_same_inputs(
+    results: dict[str, Any],
+    identity: dict[str, Any],
+    tested: dict[str, Any] | None,
+    splits: DataSplits,
+    backbone: FrozenViT,
+    out_dir: Path,
+) -> None:
+    """Raise `ValueError` where a finished run had another backbone, other images, or another model.
+
+    Earlier versions recorded of the images only which of them are in which split.
+    """
+    from fastprompt.train.identity import require_same
+
+    if "identity" not in results:
+        there = {"backbone": results["backbone_fingerprint"], "data": results["data"]}
+        require_same({"backbone": backbone.fingerprint, "data": splits.summary()}, there, out_dir)
+        warnings.warn(
+            f"{out_dir} holds the results of an earlier version, which recorded the names of the images and not their "
+            "content: whether they are the same cannot be told",
+            stacklevel=4,
+        )
+        return
+    mine, theirs = dict(identity), dict(results["identity"]["run"])
+    if tested is not None and "test" in results["identity"]:
+        mine["test"], theirs["test"] = tested, results["identity"]["test"]
+    require_same(mine, theirs, out_dir)
+
+
+def _train(
+    directory: RunDirectory,
+    settings: RunSettings,
+    model: PromptedViT,
+    backbone: FrozenViT,
+    splits: DataSplits,
+    recipe: Recipe,
+    data: dict[str, Any],
+    resume: bool,
+    progress: bool,
+    announced: bool,
+) -> dict[str, Any]:
+    """Train the model, or go on with it, and evaluate the best adapter on validation: the results without test.
+
+    `backbone` is the pristine one, of which full fine-tuning trains a copy.
+    """
+    import torch
+
+    import fastprompt as fp
+    from fastprompt.train.evaluate import evaluate
+    from fastprompt.train.fit import fit_in
+
+    method, out_dir = get_method(settings.method), directory.path
+    files = {SETTINGS_FILE: json_text(settings.to_dict())}
+    if method.solver == "lbfgs":
+        training = run_probe(model, splits, recipe, directory, files)
+    else:
+        fitted = fit_in(directory, model, splits.train, splits.val, recipe, resume, progress, files, data, announced)
+        training = {
+            "best_epoch": fitted.best_epoch,
+            "best_val_loss": fitted.best_val_loss,
+            "history": fitted.history,
+            "seconds": fitted.seconds,
+            "images_per_second": fitted.images_per_second,
+            "peak_memory_mib": fitted.peak_memory_mib,
+        }
+    if not (out_dir / SETTINGS_FILE).exists():  # a run that `fp.fit` began
+        write_json(out_dir / SETTINGS_FILE, settings.to_dict())
+    trainable = model.num_trainable()
+    paper_count = model.paper_parameter_count()
+    model = load_best(backbone, out_dir, recipe)
+    results = {
+        "fastprompt_version": fp.__version__,
+        "torch_version": torch.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "device": describe(backbone.device, backbone_dtype(recipe, backbone)),
+        "method": settings.method,
+        "title": method.title,
+        "config": model.config.to_dict(),
+        "recipe": recipe.to_dict(),
+        "backbone": settings.backbone,
+        "backbone_fingerprint": backbone.fingerprint,
+        "image_size": square_size(backbone),
+        "data": splits.summary(),
+        "class_names": list(splits.class_names),
+        "head": settings.head,
+        "trained_parameters": trainable,
+        "paper_parameter_count": paper_count,
+        **training,
+        "validation": evaluation_record(evaluate(model, splits.val)),
+        "test": None,
+    }
+    if has_library(model):
+        results["library"] = library_usage(model, splits.val)
+    return results
+
+
+def run_probe(
+    model: PromptedViT, splits: DataSplits, recipe: Recipe, directory: RunDirectory, files: Mapping[str, str]
+) -> dict[str, Any]:
     """The L-BFGS probe, saved to `best/`. Its speed is images encoded over encoding and fitting.
 
     With an augmentation it fits `PROBE_VIEWS` augmented views of every training image.
+
+    Args:
+        directory: what is in it is replaced once the probe is fitted. files: what the run begins with, by name.
     """
     import torch
 
@@ -255,8 +374,8 @@ def run_probe(model: PromptedViT, splits: DataSplits, recipe: Recipe, out_dir: P
     features, labels = (torch.cat(parts) for parts in zip(*train, strict=True))
     probe = fit_linear_probe(model, (features, labels), val)
     seconds = time.perf_counter() - began
-    model.describe_data(splits.train)
-    model.save_pretrained(out_dir / "best")
+    directory.begin(files)
+    directory.write_best(model)
     return {
         "best_epoch": None,
         "best_val_loss": probe.best_val_loss,
@@ -270,7 +389,7 @@ def run_probe(model: PromptedViT, splits: DataSplits, recipe: Recipe, out_dir: P
 
 def backbone_dtype(recipe: Recipe, backbone: FrozenViT) -> torch.dtype:
     """The number format that `fastprompt.fit` computes the backbone in."""
-    from fastprompt.train.fit import compute_dtype
+    from fastprompt.train.evaluate import compute_dtype
 
     return compute_dtype(recipe.dtype, backbone.device)
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 CHECK_ALL_UP_TO = 20_000
 CHECKED_OF_MORE = 2_048
+_ROWS_HASHED = 1_024
 
 
 def is_tensor_pair(data: Any) -> bool:
@@ -83,17 +86,56 @@ def check_labels(labels: Tensor, where: str, num_classes: int) -> None:
         )
 
 
-def check_data(data: Any, name: str, num_classes: int) -> Tensor:
-    """Looks at the data before anything is trained on it.
+def indices_to_read(count: int) -> range:
+    """Which of `count` items are read before training: all of up to 20,000, else 2,048 or a few more, evenly spaced."""
+    return range(0, count, 1 if count <= CHECK_ALL_UP_TO else count // CHECKED_OF_MORE)
 
-    Tensors are checked in full. Of a Dataset every item is read when there are at most 20,000, else 2,048
+
+def read_item(data: Any, index: int) -> Any:
+    """`data[index]`, the random numbers of its transforms drawn from generators seeded with the index."""
+    torch.manual_seed(index)
+    np.random.seed(index % 2**32)
+    random.seed(index)
+    return data[index]
+
+
+def feed(digest: Any, value: Any) -> bool:
+    """Feed a hash with a value, or with all that a container holds; False where it holds what has no bytes to feed."""
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        digest.update(f"{value.dtype}{value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+    elif isinstance(value, Image):
+        digest.update(f"{value.mode}{value.size}".encode())
+        digest.update(value.tobytes())
+    elif isinstance(value, (bool, int, float, str, bytes, range, np.generic, type(None))):
+        digest.update(f"{type(value).__name__}{value!r}".encode("utf-8", "surrogatepass"))
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{type(value).__name__}{len(value)}".encode())
+        return all(feed(digest, part) for part in value)
+    elif isinstance(value, dict):
+        digest.update(f"dict{len(value)}".encode())
+        return all(feed(digest, key) and feed(digest, part) for key, part in value.items())
+    else:
+        return False
+    return True
+
+
+def check_data(data: Any, name: str, num_classes: int, digest: Any = None) -> Tensor:
+    """Look at the data before anything is trained on it.
+
+    Tensors are checked in full. Of a Dataset every item is read when there are at most 20,000, else some 2,048
     evenly spaced ones (what is not read here is checked in its batch). A DataLoader's own collate function is
-    not called here.
+    not called here, and its Dataset is not read.
 
     Args:
         data: see `Batches`.
         name: how messages call it.
         num_classes: labels must be below it.
+        digest: a hash of `hashlib` that is fed with the images that are read, the same bytes for a pair of tensors
+            and for a Dataset of its images; random transforms then draw from fixed seeds (`read_item`).
 
     Returns:
         The labels that were read, (N,) int64.
@@ -113,12 +155,15 @@ def check_data(data: Any, name: str, num_classes: int) -> Tensor:
         check_labels(labels, name, num_classes)
         if len(labels) != count:
             raise ValueError(f"{name} has {count} images but {len(labels)} labels")
+        if digest is not None:
+            digest.update(f"{images.dtype}{tuple(images.shape[1:])}".encode())
+            for rows in images.split(_ROWS_HASHED):
+                digest.update(rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return labels.to("cpu", torch.int64)
-    step = 1 if count <= CHECK_ALL_UP_TO else count // CHECKED_OF_MORE
     found: list[int] = []
     first: Tensor | None = None
-    for index in range(0, count, step):
-        item = data[index]
+    for index in indices_to_read(count):
+        item = data[index] if digest is None else read_item(data, index)
         where = f"{name}[{index}]"
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise TypeError(f"{where} must be an (image, label) pair, got {type(item).__name__}")
@@ -126,11 +171,15 @@ def check_data(data: Any, name: str, num_classes: int) -> Tensor:
         check_images(image, where, 3)
         if first is None:
             first = image
+            if digest is not None:
+                digest.update(f"{image.dtype}{tuple(image.shape)}".encode())
         if image.shape != first.shape or image.dtype != first.dtype:
             raise ValueError(
                 f"{where} is {tuple(image.shape)} {image.dtype}, {name}[0] is {tuple(first.shape)} "
                 f"{first.dtype}: all images must be alike"
             )
+        if digest is not None:
+            digest.update(image.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         if isinstance(label, bool) or not (
             isinstance(label, (int, np.integer))
             or (isinstance(label, Tensor) and label.ndim == 0 and not label.is_floating_point())

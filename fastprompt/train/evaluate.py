@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprompt.train.batches import Batches
+from fastprompt.vit.linear import bfloat16_is_fast
 
 if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
@@ -96,6 +98,21 @@ def summarise(logits: Tensor, labels: Tensor, seconds: float) -> Evaluation:
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter lies."""
     return next(model.parameters()).device
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that a recipe's `dtype` means on a device; warns where bfloat16 is emulated there."""
+    if device.type == "cpu" and name != "float32":
+        fast = bfloat16_is_fast(device)
+        if name == "auto":
+            return torch.bfloat16 if fast else torch.float32
+        if not fast:
+            warnings.warn(
+                "this CPU has no bfloat16 instructions: dtype='bfloat16' is emulated and slow here, "
+                "dtype='float32' or 'auto' is faster",
+                stacklevel=4,
+            )
+    return torch.float32 if name == "float32" else torch.bfloat16
 
 
 @contextlib.contextmanager

@@ -4,62 +4,44 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
+import errno
 import json
+import os
 import random
-import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastprompt.files import atomic_write, remove_stale_temporaries
-from fastprompt.generators.v2apt import ACTIVE_UNIT_NATS
+from fastprompt.files import atomic_write
 from fastprompt.heads import LinearHead
+from fastprompt.kernels import stopwatch
 from fastprompt.memory import peak_memory_mib, reset_peak_memory
-from fastprompt.train.batches import Batches, check_data, is_tensor_pair
-from fastprompt.train.checkpoint import (
-    load_state,
-    optimizer_state,
-    rng_state,
-    save_state,
-    set_optimizer_state,
-    set_rng_state,
-)
-from fastprompt.train.evaluate import backbone_precision, device_of, evaluation_mode
-from fastprompt.train.recipes import Recipe, default_recipe
-from fastprompt.vit.linear import bfloat16_is_fast
+from fastprompt.train.batches import Batches, is_tensor_pair
+from fastprompt.train.checkpoint import rng_state, set_rng_state
+from fastprompt.train.directory import BEST_DIRECTORY, RECIPE_FILE, RunDirectory, open_run
+from fastprompt.train.evaluate import backbone_precision, compute_dtype, device_of, evaluation_mode
+from fastprompt.train.identity import data_identities, not_covered, require_same, run_identity, weights_digest
+from fastprompt.train.log import choices_line, environment, progress_bar, start_line, whole_log
+from fastprompt.train.loop import Loop, TrainingDiverged
+from fastprompt.train.optimizer import make_optimizer
+from fastprompt.train.recipes import Recipe, adjusted_recipe
+from fastprompt.train.state import RunState, best_weights, holds, recorded_identity
 
 if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
 
-STATE_FILE, LOG_FILE, RECIPE_FILE, BEST_DIRECTORY = "last.safetensors", "log.jsonl", "recipe.json", "best"
+__all__ = ["FitResult", "TrainingDiverged", "check_model", "describe_data", "fit", "fit_in"]
 
-
-class TrainingDiverged(FloatingPointError):
-    """The loss or the gradient became NaN or infinite.
-
-    Attributes:
-        epoch: counted from 1. step: within the epoch, counted from 1 (0: while validating). lr: at that step.
-    """
-
-    def __init__(self, what: str, epoch: int, step: int, lr: float) -> None:
-        self.what, self.epoch, self.step, self.lr = what, epoch, step, lr
-        place = f"step {step}" if step else "validation"
-        super().__init__(
-            f"training diverged: the {what} at epoch {epoch}, {place}, with lr={lr:g}. Use a lower learning "
-            f"rate (for example a third of it), a longer warm-up or clip_grad=1.0; the model holds the best "
-            f"weights of the epochs before"
-        )
+Saved = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 @dataclass
@@ -68,7 +50,7 @@ class FitResult:
 
     Attributes:
         best_epoch: epoch (counted from 1) with the highest validation accuracy, of equals the lower
-            validation loss; or by ``recipe.select_by`` the other way round.
+            validation loss; or by `recipe.select_by` the other way round.
         best_val_accuracy, best_val_loss: of that epoch.
         history: one dict per epoch, as in the log.
         images_per_second: training images over training time (validation and saving excluded).
@@ -87,41 +69,34 @@ class FitResult:
     best_val_loss: float = float("nan")
 
 
-@dataclass
-class _Progress:
-    """What a run remembers besides tensors; written into the state file as JSON."""
-
-    epoch: int = 0
-    best_epoch: int = 0
-    best_val_accuracy: float = -1.0
-    best_val_loss: float = float("inf")
-    events: list[dict[str, Any]] = field(default_factory=list)
-    train_images: int = 0
-    train_seconds: float = 0.0
-    seconds: float = 0.0
-
-
 def fit(
     model: PromptedViT,
     train: Any,
     val: Any,
     recipe: Recipe | None = None,
-    out_dir: str | Path | None = None,
+    out_dir: str | os.PathLike[str] | None = None,
     resume: bool = True,
     progress: bool = True,
+    **fields: Any,
 ) -> FitResult:
-    """Trains the model and leaves it with the weights that were best on validation.
+    """Train the model and leave it with the weights that were best on validation.
 
     The loss is cross-entropy, plus beta · mean(KL) where the generator returns a KL (V²APT; beta from its
-    configuration). The frozen backbone runs in ``recipe.dtype`` and gets its own tensors back at the end, bit
+    configuration). The frozen backbone runs in `recipe.dtype` and gets its own tensors back at the end, bit
     for bit; in full fine-tuning its weights stay float32 and bfloat16 is autocast. A linear probe on data
     without augmentation computes its features once.
 
-    With ``out_dir`` it writes ``log.jsonl`` (one JSON object a line: start, epoch, end, resume, diverged),
-    ``recipe.json``, ``last.safetensors`` (everything needed to go on) and ``best/``
-    (`PromptedViT.save_pretrained`), each whole or not at all. A run that was killed goes on after its last
-    complete epoch and ends with the same bits as if it had not been (on CPU, and wherever the operations are
-    deterministic); a finished run returns its result at once.
+    With `out_dir` it writes what `fastprompt.train.directory` lists, each file whole or not at all: the state from
+    which a killed run goes on, the log, the recipe and the best adapter. One process at a time writes there. A run
+    that was killed goes on after its last complete epoch and ends with the same bits as if it had not been (on a CPU,
+    and wherever the operations are deterministic); implementations that were chosen by stopwatch are chosen again,
+    and the threads, processor and versions of the first process are compared with this one's. A finished run returns
+    its result at once.
+
+    A run is continued, and a result returned, only where all that it depends on is the same: recipe, configuration,
+    initial weights, head, class names, backbone with its normalisation and number formats, and the images themselves
+    as they come out of the transforms (of more than 20,000: a sample, and what the Dataset's `identity()` says). What
+    the images cannot tell is said in a warning.
 
     Args:
         model: built with num_classes. Without class names it takes those of the data set (`describe_data`).
@@ -131,54 +106,111 @@ def fit(
             of one image joins the one before.
         recipe: None is `default_recipe(model.config)`.
         out_dir: None keeps everything in memory.
-        resume: False starts anew and replaces what is in ``out_dir``.
-        progress: show a bar with loss, accuracy, images per second and remaining time (stderr).
+        resume: False starts anew and replaces what is in `out_dir`.
+        progress: show device, sizes and what trains, then a bar with loss, accuracy, images per second and remaining
+            time (stderr).
+        fields: fields of the recipe to change: `epochs=3, lr=1e-3`. Where epochs are given to the method's own
+            recipe, its warm-ups keep their share of them.
 
     Raises:
-        TypeError, ValueError: a wrong argument, wrong data, or an ``out_dir`` that holds another run; nothing
-            is trained.
+        TypeError, ValueError: a wrong argument, wrong data, trained parameters that the adapter would not hold, or an
+            `out_dir` that holds another run or is damaged; nothing is trained.
+        DirectoryInUse: another process writes into `out_dir`.
         TrainingDiverged: loss or gradient became NaN or infinite; the log has the event.
         OSError: a file could not be written; what was written before is intact.
     """
-    from fastprompt.model import PromptedViT
+    check_model(model)
+    recipe = _recipe(model, recipe, fields)
+    if out_dir is None:
+        return fit_in(None, model, train, val, recipe, progress=progress)
+    with open_run(out_dir) as directory:
+        return fit_in(directory, model, train, val, recipe, resume, progress)
 
-    if not isinstance(model, PromptedViT):
-        raise TypeError(f"model must be a PromptedViT, got {type(model).__name__}")
-    if recipe is None:
-        recipe = default_recipe(model.config)
-    if not isinstance(recipe, Recipe):
-        raise TypeError(f"recipe must be a fastprompt Recipe or None, got {type(recipe).__name__}")
-    if model.num_classes is None or model.head is None:
-        raise ValueError("model must have a head to be trained: build it with num_classes=")
+
+def fit_in(
+    directory: RunDirectory | None,
+    model: PromptedViT,
+    train: Any,
+    val: Any,
+    recipe: Recipe,
+    resume: bool = True,
+    progress: bool = True,
+    files: Mapping[str, str] | None = None,
+    data: Mapping[str, Any] | None = None,
+    announced: bool = False,
+) -> FitResult:
+    """`fit` of a checked model in a directory that is held already.
+
+    Args:
+        files: texts by name that a new run begins with, beside the recipe.
+        data: `data_identities`; None: taken here.
+        announced: device, sizes and what trains have been said.
+    """
+    assert model.head is not None
     if recipe.head_init == "probe" and model.head.kind == "linear":
         from fastprompt.train.probe import logistic_regression
 
-        logistic_regression()  # before anything is written
-    num_classes = model.num_classes
-    train_labels = check_data(train, "train", num_classes)
-    val_labels = check_data(val, "val", num_classes)
-    model.describe_data(train)
-    directory = None if out_dir is None else Path(out_dir)
-    if directory is not None and directory.exists() and not directory.is_dir():
-        raise ValueError(f"out_dir must be a directory, {directory} is a file")
+        logistic_regression()  # before anything is read or written
     before = rng_state()
     try:
-        run = _Run(model, train, val, recipe, directory, progress)
-        signature = run.signature(train_labels, val_labels)
-        saved = run.find_saved(signature) if resume and directory is not None else None
-        with backbone_precision(model, run.backbone_dtype):
-            if saved is not None and saved[1]["progress"]["events"][-1]["event"] == "end":
-                run.restore(*saved)
-                return run.result()
+        data = data_identities(train, val, model.head.num_classes) if data is None else data
+        describe_data(model, train)
+        run = _Run(model, train, val, recipe, directory, progress, data, announced)
+        saved = run.find_saved() if resume else None
+        with (
+            _deterministic_algorithms(recipe.deterministic),
+            backbone_precision(model, run.backbone_dtype),
+            stopwatch.kept(run.state.choices),
+        ):
+            if saved is not None:
+                run.recall_choices(saved[1])
+                if run.is_finished(saved):
+                    return run.result(saved)
+            if directory is not None and not directory.writable:
+                raise OSError(errno.EROFS, f"out_dir {directory.path} cannot be written, and holds no finished run")
             run.prepare_data()
             if saved is None:
-                run.start(signature)
+                run.start({**(files or {}), RECIPE_FILE: json.dumps(recipe.to_dict(), indent=2) + "\n"})
             else:
-                run.restore(*saved)
+                run.go_on(saved)
             run.train_to_the_end()
             return run.result()
     finally:
         set_rng_state(*before)
+
+
+def check_model(model: Any) -> None:
+    """Raise `TypeError` or `ValueError` unless `model` can be trained, and all that trains can be saved."""
+    from fastprompt.model import PromptedViT
+
+    if not isinstance(model, PromptedViT):
+        raise TypeError(f"model must be a PromptedViT, got {type(model).__name__}")
+    if model.num_classes is None or model.head is None:
+        raise ValueError("model must have a head to be trained: build it with num_classes=")
+    model.check_all_saved()
+
+
+def describe_data(model: PromptedViT, train: Any) -> None:
+    """`PromptedViT.describe_data`; raise `ValueError` for a class name that could not be written after training."""
+    model.describe_data(train)
+    for index, name in enumerate(model.class_names or ()):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"class_names[{index}] must be text that UTF-8 can hold, got {name!r}; a class folder of that name "
+                "has to be renamed"
+            ) from None
+
+
+def _recipe(model: PromptedViT, recipe: Recipe | None, fields: Mapping[str, Any]) -> Recipe:
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a fastprompt Recipe or None, got {type(recipe).__name__}")
+    known = Recipe.__dataclass_fields__
+    unknown = [name for name in fields if name not in known]
+    if unknown:
+        raise TypeError(f"fit takes no argument {unknown[0]!r}; fields of the recipe are {', '.join(known)}")
+    return adjusted_recipe(model.config, fields) if recipe is None else recipe.replace(**fields)
 
 
 class _Run:
@@ -188,62 +220,65 @@ class _Run:
         train: Any,
         val: Any,
         recipe: Recipe,
-        directory: Path | None,
+        directory: RunDirectory | None,
         show_progress: bool,
+        data: Mapping[str, Any],
+        announced: bool,
     ) -> None:
-        self.model, self.recipe, self.directory = model, recipe, directory
+        self.announced = announced
+        self.model, self.recipe, self.directory, self.show_progress = model, recipe, directory, show_progress
         self.device = device_of(model)
         self.train_source, self.val_source = train, val
-        self.show_progress = show_progress
         assert model.head is not None
-        self.num_classes, self.head = model.head.num_classes, model.head
-        self.beta = float(getattr(model.config, "beta", 0.0))
-        self.progress = _Progress()
-        named = list(model.trainable_parameters())
-        self.parameters = [parameter for _, parameter in named]
+        self.num_classes = model.head.num_classes
         self.backbone_dtype = compute_dtype(recipe.dtype, self.device)
-        self.optimizer = _make_optimizer(named, recipe)
-        self.best: dict[str, Tensor] = self._weights()
+        optimizer = make_optimizer(model.trainable_parameters(), recipe)
+        identity = run_identity(model, recipe, self.backbone_dtype, data)
+        self.state = RunState(model, optimizer, identity, environment(self.device), measure=not recipe.deterministic)
         self.feature_seconds = 0.0
         head_only = model.generator is None and not model.full
         self.cached = head_only and _same_every_epoch(train) and _same_every_epoch(val)
+        if directory is not None:
+            for name in ("train", "val"):
+                gap = not_covered(identity[name], name)
+                if gap is not None:
+                    warnings.warn(gap, stacklevel=4)
 
-    def signature(self, train_labels: Tensor, val_labels: Tensor) -> dict[str, Any]:
-        """What must be the same for a run to be resumed."""
-        return {
-            "recipe": self.recipe.to_dict(),
-            "config": {"kind": self.model.config.kind, **self.model.config.to_dict()},
-            "num_classes": self.num_classes,
-            "head": self.head.describe(),
-            "readout": self.model.readout,
-            "num_train": Batches(self.train_source, 1, name="train", num_classes=self.num_classes).num_images,
-            "train_labels": hashlib.sha256(train_labels.numpy().tobytes()).hexdigest(),
-            "val_labels": hashlib.sha256(val_labels.numpy().tobytes()).hexdigest(),
-            "backbone": self.model.backbone.fingerprint,
-        }
-
-    def find_saved(self, signature: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        assert self.directory is not None
-        if not (self.directory / STATE_FILE).exists():
+    def find_saved(self) -> Saved | None:
+        """The state of this run in its directory; `ValueError` where it is another run's."""
+        saved = None if self.directory is None else self.directory.read_state()
+        if saved is None or self.directory is None:
             return None
-        tensors, values = load_state(self.directory / STATE_FILE)
-        found = values["signature"]
-        differences = {
-            f"recipe.{name}": pair for name, pair in self.recipe.differences(Recipe.from_dict(found["recipe"])).items()
-        }
-        mine = json.loads(json.dumps(signature))
-        differences |= {
-            name: (mine[name], found[name])
-            for name in mine
-            if name in found and name != "recipe" and mine[name] != found[name]
-        }
-        if differences:
-            text = ", ".join(f"{name} is {new!r}, there {old!r}" for name, (new, old) in differences.items())
-            raise ValueError(
-                f"out_dir {self.directory} holds another run ({text}); choose another directory, or "
-                f"resume=False to replace it"
+        tensors, values = saved
+        # A model that holds the result of a finished run has no other weights than the run gives it.
+        holds_result = self.is_finished(saved) and weights_digest(best_weights(tensors)) == weights_digest(
+            self.state.best
+        )
+        require_same(
+            self.state.identity,
+            recorded_identity(values),
+            self.directory.path,
+            except_for=["initial_weights"] if holds_result else [],
+        )
+        if "identity" not in values:
+            warnings.warn(
+                f"{self.directory.path} holds a run of an earlier version, which recorded neither its images nor its "
+                "initial weights: whether they are the same cannot be told",
+                stacklevel=4,
             )
-        return tensors, values
+        return saved
+
+    @staticmethod
+    def is_finished(saved: Saved) -> bool:
+        """Whether a state is that of a run's end."""
+        return bool(saved[1]["progress"]["events"][-1]["event"] == "end")
+
+    def recall_choices(self, values: Mapping[str, Any]) -> None:
+        """Choose as the process did that wrote the state, and say where the rest of it was another."""
+        assert self.directory is not None
+        made = self.state.choices.made
+        made |= values.get("choices", {})
+        made |= self.directory.read_choices(values["run"]) if "run" in values else {}
 
     def prepare_data(self) -> None:
         """Batches of images, or of a linear probe's features; a trial forward before anything is written."""
@@ -280,6 +315,7 @@ class _Run:
             device=self.device,
             num_workers=self.recipe.num_workers,
         )
+        self.loop = Loop(self.model, self.state.optimizer, self.recipe, self.train, self.val, self.cached)
 
     def _check_single_images(self) -> None:
         """Raises where batches of one image come and the generator's batch norm cannot take them."""
@@ -297,14 +333,14 @@ class _Run:
                 f"here, got {size} and {first.num_images}: its batch norm cannot take a single image ({error})"
             ) from error
 
-    def start(self, signature: dict[str, Any]) -> None:
-        """A new run: seeds, the head's start, and a state file, so that the first epoch can be resumed."""
-        self._signature = signature
+    def start(self, files: Mapping[str, str]) -> None:
+        """A new run: seeds, the head's start, and a state, so that the first epoch can be resumed."""
         seed = self.recipe.seed
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
-        if self.recipe.head_init == "probe" and self.head.kind == "linear":
+        assert self.model.head is not None
+        if self.recipe.head_init == "probe" and self.model.head.kind == "linear":
             from fastprompt.train.probe import extract_features, fit_linear_probe
 
             pairs = [
@@ -312,62 +348,98 @@ class _Run:
                 for data in (self.train_source, self.val_source)
             ]
             fit_linear_probe(self.model, pairs[0], pairs[1])
-            self.best = self._weights()
-        if self.recipe.head_init == "vpt" and isinstance(self.head, LinearHead):
-            self.head.reset()
-            self.best = self._weights()
-        self.progress.seconds = self.progress.train_seconds = self.feature_seconds
-        self.progress.events = [
+            self.state.best = self.state.weights()
+        if self.recipe.head_init == "vpt" and isinstance(self.model.head, LinearHead):
+            self.model.head.reset()
+            self.state.best = self.state.weights()
+        progress = self.state.progress
+        progress.seconds = progress.train_seconds = self.feature_seconds
+        progress.events = [
             {
                 "event": "start",
                 "recipe": self.recipe.to_dict(),
-                "config": signature["config"],
+                "config": self.state.identity["config"],
                 "num_train": self.train.num_images,
                 "num_val": self.val.num_images,
-                "trained_parameters": sum(parameter.numel() for parameter in self.parameters),
+                "trained_parameters": self.model.num_trainable()["total"],
                 "device": str(self.device),
                 "backbone_dtype": str(self.backbone_dtype).removeprefix("torch."),
                 "torch": torch.__version__,
+                "environment": self.state.environment,
                 "seed": seed,
             }
         ]
         if self.directory is not None:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            remove_stale_temporaries(self.directory)
-            atomic_write(self.directory / RECIPE_FILE, json.dumps(self.recipe.to_dict(), indent=2) + "\n")
-            self._save_state()
-            self._write_log()
-            if (self.directory / BEST_DIRECTORY).exists():
-                shutil.rmtree(self.directory / BEST_DIRECTORY)
+            self.directory.begin(files)
+            self.commit()
+            self._keep_new_choices(self.directory)
+        self._say_start()
 
-    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Goes on where the state file was written."""
+    def go_on(self, saved: Saved) -> None:
+        """Go on where the state was written."""
         assert self.directory is not None
-        remove_stale_temporaries(self.directory)
-        self._signature = values["signature"]
-        self.progress = _Progress(**values["progress"])
-        self.best = _under(tensors, "best.")
-        if self.progress.best_epoch:
-            self.model.load_adapter_state_dict(self.best)
-            self.model.save_pretrained(self.directory / BEST_DIRECTORY)
-        self.model.load_adapter_state_dict(_under(tensors, "model."))
-        set_optimizer_state(self.optimizer, _under(tensors, "optimizer."), values["optimizer"])
-        set_rng_state(_under(tensors, "rng."), values["rng"])
-        if self.progress.epoch < self.recipe.epochs:
-            self.progress.events.append({"event": "resume", "epoch": self.progress.epoch})
-            self._write_log()
+        tensors, values = saved
+        self.state.restore(tensors, values)
+        changed = {
+            name: (value, values["environment"].get(name))
+            for name, value in self.state.environment.items()
+            if "environment" in values and value != values["environment"].get(name)
+        }
+        if changed:
+            said = ", ".join(f"{name} is {new}, was {old}" for name, (new, old) in changed.items())
+            warnings.warn(
+                f"{self.directory.path} is continued where the last bits may come out differently: {said}", stacklevel=4
+            )
+        progress = self.state.progress
+        progress.events = whole_log(progress.events, self.directory.read_log())
+        progress.events.append({"event": "resume", "epoch": progress.epoch, "environment": self.state.environment})
+        self._make_up(tensors)
+        self._keep_new_choices(self.directory)
+        self._say_start()
+        self._say(f"going on after epoch {progress.epoch} of {self.recipe.epochs}")
+
+    def _make_up(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write again what follows from the state, where it was lost or is not of this state."""
+        assert self.directory is not None
+        path, progress = self.directory.path, self.state.progress
+        recipe = json.dumps(self.recipe.to_dict(), indent=2) + "\n"
+        if not (path / RECIPE_FILE).exists() or (path / RECIPE_FILE).read_text() != recipe:
+            atomic_write(path / RECIPE_FILE, recipe)
+        if self.directory.read_log() != progress.events:
+            self.directory.write_log(progress.events)
+        if progress.best_epoch and not holds(path / BEST_DIRECTORY, best_weights(tensors)):
+            now = self.state.weights()
+            self.model.load_adapter_state_dict(self.state.best)
+            self.directory.write_best(self.model)
+            self.model.load_adapter_state_dict(now)
+
+    def _keep_new_choices(self, directory: RunDirectory) -> None:
+        """From here on write down what the stopwatch chooses before it counts."""
+        choices = self.state.choices
+        choices.on_choice = lambda: directory.write_choices(self.state.name, choices.made)
+
+    def _say_start(self) -> None:
+        if not self.announced:
+            self._say(start_line(self.state.progress.events[0]))
+        chosen = choices_line(self.state.choices.made)
+        if chosen is not None:
+            self._say(chosen)
+
+    def _say(self, line: str) -> None:
+        if self.show_progress:
+            print(line, file=sys.stderr)
 
     def train_to_the_end(self) -> None:
         """All epochs that are left, then the event that marks the run as finished."""
-        recipe, state = self.recipe, self.progress
-        total, done = (epochs * self.train.num_images for epochs in (recipe.epochs, state.epoch))
+        recipe, progress = self.recipe, self.state.progress
+        total, done = (epochs * self.train.num_images for epochs in (recipe.epochs, progress.epoch))
         reset_peak_memory(self.device)
-        with _bar(self.show_progress, total, done) as bar:
+        with progress_bar(self.show_progress, total, done) as bar:
             try:
-                while state.epoch < recipe.epochs:
-                    self._one_epoch(state.epoch + 1, bar)
+                while progress.epoch < recipe.epochs:
+                    self.one_epoch(progress.epoch + 1, bar)
             except TrainingDiverged as error:
-                state.events.append(
+                progress.events.append(
                     {
                         "event": "diverged",
                         "epoch": error.epoch,
@@ -376,58 +448,43 @@ class _Run:
                         "message": str(error),
                     }
                 )
-                self._write_log()
-                self.model.load_adapter_state_dict(self.best)
+                if self.directory is not None:
+                    self.directory.write_log(progress.events)
+                self.model.load_adapter_state_dict(self.state.best)
                 raise
-        state.events.append(
+        progress.events.append(
             {
                 "event": "end",
-                "best_epoch": state.best_epoch,
-                "best_val_accuracy": state.best_val_accuracy,
-                "best_val_loss": state.best_val_loss,
-                "images_per_second": state.train_images / state.train_seconds,
-                "seconds": state.seconds,
+                "best_epoch": progress.best_epoch,
+                "best_val_accuracy": progress.best_val_accuracy,
+                "best_val_loss": progress.best_val_loss,
+                "images_per_second": progress.train_images / progress.train_seconds,
+                "seconds": progress.seconds,
                 "peak_memory_mib": peak_memory_mib(self.device),
             }
         )
-        self._save_state()
-        self._write_log()
+        self.commit()
 
-    def result(self) -> FitResult:
-        """The finished run's result; the model gets the best weights."""
-        state = self.progress
-        self.model.load_adapter_state_dict(self.best)
-        self.model.eval()
-        end = state.events[-1]
-        return FitResult(
-            best_epoch=state.best_epoch,
-            best_val_accuracy=state.best_val_accuracy,
-            best_val_loss=state.best_val_loss,
-            history=[event for event in state.events if event["event"] == "epoch"],
-            images_per_second=end["images_per_second"],
-            peak_memory_mib=end["peak_memory_mib"],
-            seconds=state.seconds,
-            out_dir=self.directory,
-        )
-
-    def _one_epoch(self, epoch: int, bar: Any) -> None:
-        state = self.progress
+    def one_epoch(self, epoch: int, bar: Any) -> None:
+        """Train, validate, and commit what came out."""
+        progress = self.state.progress
         began = time.perf_counter()
-        record = self._train(epoch, bar)
+        said = f" val {progress.best_val_accuracy:.3f} (best)" if progress.epoch else ""
+        record = self.loop.train(epoch, bar, said)
         trained = time.perf_counter() - began
-        val_loss, val_accuracy = self._validate(epoch)
-        now, best = (val_accuracy, -val_loss), (state.best_val_accuracy, -state.best_val_loss)
+        val_loss, val_accuracy = self.loop.validate(epoch)
+        now, best = (val_accuracy, -val_loss), (progress.best_val_accuracy, -progress.best_val_loss)
         improved = now[::-1] > best[::-1] if self.recipe.select_by == "loss" else now > best
         improved = improved or self.recipe.select_by == "last"
         if improved:
-            state.best_epoch, state.best_val_accuracy, state.best_val_loss = epoch, val_accuracy, val_loss
-            self.best = self._weights()
-        state.epoch = epoch
-        state.train_images += self.train.num_images
-        state.train_seconds += trained
+            progress.best_epoch, progress.best_val_accuracy, progress.best_val_loss = epoch, val_accuracy, val_loss
+            self.state.best = self.state.weights()
+        progress.epoch = epoch
+        progress.train_images += self.train.num_images
+        progress.train_seconds += trained
         seconds = time.perf_counter() - began
-        state.seconds += seconds
-        state.events.append(
+        progress.seconds += seconds
+        progress.events.append(
             {
                 "event": "epoch",
                 "epoch": epoch,
@@ -439,162 +496,48 @@ class _Run:
             }
         )
         bar.set_postfix_str(bar.postfix.rsplit(" val ", 1)[0] + f" val {val_accuracy:.3f}" if bar.postfix else "")
-        if self.directory is not None:
-            self._save_state()
-            self._write_log()
-            if improved:
-                self.model.save_pretrained(self.directory / BEST_DIRECTORY)
+        self.commit()
+        if improved and self.directory is not None:
+            self.directory.write_best(self.model)
 
-    def _train(self, epoch: int, bar: Any) -> dict[str, Any]:
-        recipe, steps = self.recipe, len(self.train)
-        self.model.train()
-        total_loss = total_kl = total_norm = 0.0
-        correct = seen = 0
-        lr = recipe.lr
-        has_kl = False
-        units: Tensor | None = None
-        for index, (images, labels) in enumerate(self.train.epoch(epoch - 1)):
-            step = (epoch - 1) * steps + index
-            factor = recipe.lr_factor(step, steps)
-            lr = recipe.lr * factor
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-            logits, aux = self._forward(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-            if "kl" in aux:
-                has_kl = True
-                kl = aux["kl"].float().mean()
-                loss = loss + self.beta * recipe.kl_factor(step, steps) * kl
-                total_kl += float(kl.detach()) * len(labels)
-            if "kl_units" in aux:
-                of_batch = aux["kl_units"].detach().sum(0).cpu().double()
-                units = of_batch if units is None else units + of_batch
-            value = float(loss.detach())
-            if not np.isfinite(value):
-                raise TrainingDiverged(f"loss is {value}", epoch, index + 1, lr)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = float(
-                torch.nn.utils.clip_grad_norm_(
-                    self.parameters, float("inf") if recipe.clip_grad is None else recipe.clip_grad
+    def commit(self) -> None:
+        """Write the state, then what follows from it."""
+        if self.directory is not None:
+            self.directory.commit(*self.state.saved())
+            self.directory.write_log(self.state.progress.events)
+
+    def result(self, saved: Saved | None = None) -> FitResult:
+        """The finished run's result; the model gets the best weights.
+
+        Args:
+            saved: the state of a run that was finished before.
+        """
+        state = self.state
+        if saved is not None:
+            state.restore(*saved)
+            try:
+                self._make_up(saved[0])
+            except OSError as error:
+                assert self.directory is not None
+                warnings.warn(
+                    f"{self.directory.path} holds a finished run, whose log or best/ is not whole and could not be "
+                    f"written again: {error}",
+                    stacklevel=4,
                 )
-            )
-            if not np.isfinite(norm):
-                raise TrainingDiverged(f"gradient norm is {norm}", epoch, index + 1, lr)
-            self.optimizer.step()
-            total_loss += value * len(labels)
-            total_norm += norm
-            correct += int((logits.detach().argmax(-1) == labels).sum())
-            seen += len(labels)
-            bar.set_postfix_str(
-                f"epoch {epoch}/{recipe.epochs} loss {total_loss / seen:.3f} acc {correct / seen:.3f}"
-                + (f" val {self.progress.best_val_accuracy:.3f} (best)" if self.progress.epoch else ""),
-                refresh=False,
-            )
-            bar.update(len(labels))
-        self.optimizer.zero_grad(set_to_none=True)
-        record = {
-            "train_loss": total_loss / seen,
-            "train_accuracy": correct / seen,
-            "lr": lr,
-            "grad_norm": total_norm / steps,
-        }
-        if has_kl:
-            record["kl"] = total_kl / seen
-            record["beta"] = self.beta * recipe.kl_factor(epoch * steps - 1, steps)
-        if units is not None:
-            record["active_units"] = int((units / seen > ACTIVE_UNIT_NATS).sum())
-        return record
-
-    def _forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Float32 logits and what the loss needs besides; a cached linear probe's ``images`` are features."""
-        if self.cached:
-            return self.head(images).float(), {}
-        logits, aux = self.model(images, return_aux=True)
-        return logits.float(), aux
-
-    def _validate(self, epoch: int) -> tuple[float, float]:
-        """Mean cross-entropy and accuracy on the validation data, in eval mode."""
-        total, correct, seen = 0.0, 0, 0
-        with evaluation_mode(self.model):
-            for images, labels in self.val.epoch(epoch - 1):
-                logits, _ = self._forward(images)
-                total += float(F.cross_entropy(logits, labels, reduction="sum"))
-                correct += int((logits.argmax(-1) == labels).sum())
-                seen += len(labels)
-        loss = total / seen
-        if not np.isfinite(loss):
-            raise TrainingDiverged(f"validation loss is {loss}", epoch, 0, self.optimizer.param_groups[0]["lr"])
-        return loss, correct / seen
-
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().clone() for name, tensor in self.model.adapter_state_dict().items()}
-
-    def _save_state(self) -> None:
-        if self.directory is None:
-            return
-        optimizer_tensors, optimizer_values = optimizer_state(self.optimizer)
-        rng_tensors, rng_values = rng_state()
-        tensors = {
-            **{f"model.{name}": tensor for name, tensor in self.model.adapter_state_dict().items()},
-            **{f"best.{name}": tensor for name, tensor in self.best.items()},
-            **{f"optimizer.{name}": tensor for name, tensor in optimizer_tensors.items()},
-            **{f"rng.{name}": tensor for name, tensor in rng_tensors.items()},
-        }
-        save_state(
-            self.directory / STATE_FILE,
-            tensors,
-            {
-                "signature": self._signature,
-                "progress": vars(self.progress),
-                "optimizer": optimizer_values,
-                "rng": rng_values,
-            },
+        self.model.load_adapter_state_dict(state.best)
+        self.model.eval()
+        progress = state.progress
+        end = progress.events[-1]
+        return FitResult(
+            best_epoch=progress.best_epoch,
+            best_val_accuracy=progress.best_val_accuracy,
+            best_val_loss=progress.best_val_loss,
+            history=[event for event in progress.events if event["event"] == "epoch"],
+            images_per_second=end["images_per_second"],
+            peak_memory_mib=end["peak_memory_mib"],
+            seconds=progress.seconds,
+            out_dir=None if self.directory is None else self.directory.path,
         )
-
-    def _write_log(self) -> None:
-        if self.directory is not None:
-            atomic_write(self.directory / LOG_FILE, "".join(json.dumps(event) + "\n" for event in self.progress.events))
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _make_optimizer(named: list[tuple[str, torch.nn.Parameter]], recipe: Recipe) -> torch.optim.Optimizer:
-    """Parameter groups by part and by weight decay (`Recipe.part_of`, `Recipe.decays`)."""
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
-    for name, parameter in named:
-        decays = recipe.decays(name, parameter.ndim)
-        group = groups.setdefault(
-            (recipe.part_of(name), decays),
-            {
-                "params": [],
-                "weight_decay": recipe.weight_decay if decays else 0.0,
-                "peak_lr": recipe.peak_lr(name),
-            },
-        )
-        group["params"].append(parameter)
-    if not groups:
-        raise ValueError("model has no parameter that trains")
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(list(groups.values()), lr=recipe.lr, momentum=recipe.momentum)
-    return torch.optim.AdamW(list(groups.values()), lr=recipe.lr)
-
-
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that a recipe's ``dtype`` means on a device; warns where bfloat16 is emulated there."""
-    if device.type == "cpu" and name != "float32":
-        fast = bfloat16_is_fast(device)
-        if name == "auto":
-            return torch.bfloat16 if fast else torch.float32
-        if not fast:
-            warnings.warn(
-                "this CPU has no bfloat16 instructions: dtype='bfloat16' is emulated and slow here, "
-                "dtype='float32' or 'auto' is faster",
-                stacklevel=4,
-            )
-    return torch.float32 if name == "float32" else torch.bfloat16
 
 
 def _same_every_epoch(data: Any) -> bool:
@@ -605,12 +548,14 @@ def _same_every_epoch(data: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _bar(show: bool, total: int, initial: int) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    # A file or a pipe gets a line every ten seconds, a terminal ten a second.
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    with tqdm(
-        total=total, initial=initial, unit="img", disable=not show, mininterval=interval, dynamic_ncols=True
-    ) as bar:
-        yield bar
+def _deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """PyTorch's deterministic algorithms for a while, with a warning where an operator has none."""
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,15 @@ import numpy as np
 
 from fastprompt.extras import needed
 from fastprompt.files import atomic_write
-from fastprompt.train.fit import BEST_DIRECTORY, TrainingDiverged, fit
+from fastprompt.train.directory import BEST_DIRECTORY, GRID_RESULT_FILE, RunDirectory, open_run
+from fastprompt.train.evaluate import compute_dtype, device_of
+from fastprompt.train.fit import TrainingDiverged, check_model, describe_data, fit_in
+from fastprompt.train.identity import data_identities, require_same, run_identity
 from fastprompt.train.recipes import Recipe
+from fastprompt.train.state import recorded_identity
 
 if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
-
-RESULT_FILE = "result.json"
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,9 @@ def run_grid(
 ) -> list[RunResult]:
     """Trains one model for every learning rate and seed; what an earlier call finished is not run again.
 
-    Each run has its own directory ``lr-<lr>_seed-<seed>``. Its ``result.json`` is written last and marks it
-    as finished; an interrupted run goes on after its last epoch. A run that diverges is recorded as such and
-    the grid goes on.
+    Each run has its own directory `lr-<lr>_seed-<seed>`. Its `result.json` is written last and marks it as finished;
+    an interrupted run goes on after its last epoch. A run that diverges is recorded as such and the grid goes on. The
+    result of a finished run is returned only where data, model and recipe are those that it was trained with.
 
     Args:
         make_model: seed -> a freshly initialised model. Its initialisation should depend on the seed.
@@ -82,12 +85,14 @@ def run_grid(
         One result per learning rate and seed, learning rates outermost.
 
     Raises:
-        ValueError: an empty grid, or a finished run in ``out_dir`` with another recipe.
+        ValueError: an empty grid, or another run in a directory of this one.
+        DirectoryInUse: another process writes into one of the directories.
     """
     if len(lrs) == 0 or len(seeds) == 0:
         raise ValueError(f"lrs and seeds must not be empty, got {list(lrs)} and {list(seeds)}")
     recipes = [recipe.replace(lr=float(lr), seed=int(seed)) for lr in lrs for seed in seeds]
-    return [_one_run(make_model, train, val, each, Path(out_dir), progress) for each in recipes]
+    data: dict[str, Any] = {}
+    return [_one_run(make_model, train, val, each, Path(out_dir), progress, data) for each in recipes]
 
 
 def _one_run(
@@ -97,58 +102,94 @@ def _one_run(
     recipe: Recipe,
     out_dir: Path,
     progress: bool,
+    data: dict[str, Any],
 ) -> RunResult:
+    """One run of the grid, or what an earlier call made of it; `data` is filled by the first of them."""
     directory = out_dir / f"lr-{recipe.lr:g}_seed-{recipe.seed}"
-    finished = _read_result(directory, recipe)
-    if finished is not None:
-        return finished
-    model = make_model(recipe.seed)
-    trained = sum(parameter.numel() for _, parameter in model.trainable_parameters())
-    try:
-        fitted = fit(model, train, val, recipe, out_dir=directory, progress=progress)
-        values: dict[str, Any] = {
-            "diverged": False,
-            "best_epoch": fitted.best_epoch,
-            "best_val_accuracy": fitted.best_val_accuracy,
-            "best_val_loss": fitted.best_val_loss,
-            "images_per_second": fitted.images_per_second,
-            "peak_memory_mib": fitted.peak_memory_mib,
-            "seconds": fitted.seconds,
+    with open_run(directory) as run:
+        record = _read_record(directory, recipe)
+        model = make_model(recipe.seed)
+        check_model(model)
+        if not data:
+            assert model.num_classes is not None
+            data |= data_identities(train, val, model.num_classes)
+        describe_data(model, train)
+        identity = run_identity(model, recipe, compute_dtype(recipe.dtype, device_of(model)), data)
+        if record is not None:
+            _require_same_record(record, identity, run)
+            return _result(record, directory)
+        try:
+            fitted = fit_in(run, model, train, val, recipe, progress=progress, data=data)
+            values: dict[str, Any] = {
+                "diverged": False,
+                "best_epoch": fitted.best_epoch,
+                "best_val_accuracy": fitted.best_val_accuracy,
+                "best_val_loss": fitted.best_val_loss,
+                "images_per_second": fitted.images_per_second,
+                "peak_memory_mib": fitted.peak_memory_mib,
+                "seconds": fitted.seconds,
+            }
+        except TrainingDiverged:
+            values = {
+                "diverged": True,
+                "best_epoch": 0,
+                "best_val_accuracy": 0.0,
+                "best_val_loss": None,
+                "images_per_second": 0.0,
+                "peak_memory_mib": 0.0,
+                "seconds": 0.0,
+            }
+        record = {
+            "lr": recipe.lr,
+            "seed": recipe.seed,
+            "trained_parameters": model.num_trainable()["total"],
+            "directory": directory.name,
+            **values,
+            "recipe": recipe.to_dict(),
+            "identity": identity,
         }
-    except TrainingDiverged:
-        values = {
-            "diverged": True,
-            "best_epoch": 0,
-            "best_val_accuracy": 0.0,
-            "best_val_loss": math.inf,
-            "images_per_second": 0.0,
-            "peak_memory_mib": 0.0,
-            "seconds": 0.0,
-        }
-    result = RunResult(lr=recipe.lr, seed=recipe.seed, trained_parameters=trained, directory=directory, **values)
-    record = {**dataclasses.asdict(result), "directory": directory.name, "recipe": recipe.to_dict()}
-    if result.diverged:
-        record["best_val_loss"] = None
-    atomic_write(directory / RESULT_FILE, json.dumps(record, indent=2) + "\n")
-    return result
+        atomic_write(directory / GRID_RESULT_FILE, json.dumps(record, indent=2) + "\n")
+        return _result(record, directory)
 
 
-def _read_result(directory: Path, recipe: Recipe) -> RunResult | None:
-    path = directory / RESULT_FILE
+def _read_record(directory: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """What a finished run's `result.json` says; None: it is not finished."""
+    path = directory / GRID_RESULT_FILE
     if not path.exists():
         return None
     try:
         record = json.loads(path.read_text())
-        differences = recipe.differences(Recipe.from_dict(record.pop("recipe")))
-        if record["best_val_loss"] is None:
-            record["best_val_loss"] = math.inf
-        result = RunResult(**{**record, "directory": directory})
+        differences = recipe.differences(Recipe.from_dict(record["recipe"]))
+        _result(record, directory)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a run's result ({error}); delete {directory} to run it again") from error
     if differences:
         text = ", ".join(f"{name} is {new!r}, there {old!r}" for name, (new, old) in differences.items())
         raise ValueError(f"{directory} holds a finished run with another recipe ({text}); choose another out_dir")
-    return result
+    return record
+
+
+def _require_same_record(record: dict[str, Any], identity: dict[str, Any], run: RunDirectory) -> None:
+    """Raise `ValueError` where a finished run is another one; a record of an earlier version has only its state."""
+    if "identity" in record:
+        require_same(identity, record["identity"], run.path)
+        return
+    saved = run.read_state()
+    if saved is not None:
+        require_same(identity, recorded_identity(saved[1]), run.path)
+    warnings.warn(
+        f"{run.path} holds the result of an earlier version, which recorded neither its images nor its initial "
+        "weights: whether they are the same cannot be told",
+        stacklevel=5,
+    )
+
+
+def _result(record: Mapping[str, Any], directory: Path) -> RunResult:
+    names = {each.name for each in dataclasses.fields(RunResult)}
+    values = {name: value for name, value in record.items() if name in names}
+    if values["best_val_loss"] is None:
+        values["best_val_loss"] = math.inf
+    return RunResult(**{**values, "directory": directory})
 
 
 def best_learning_rate(results: Sequence[RunResult]) -> float:

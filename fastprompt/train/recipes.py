@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 _CHOICES = {
     "optimizer": ("adamw", "sgd"),
-    "dtype": ("bfloat16", "float32", "auto"),
+    "dtype": ("auto", "bfloat16", "float32"),
     "decay": ("matrices", "all", "all but head bias"),
     "schedule": ("step", "epoch"),
     "head_init": ("default", "probe", "vpt"),
     "select_by": ("accuracy", "loss", "last"),
 }
-_RUNTIME_FIELDS = ("num_workers",)
+RUNTIME_FIELDS = ("num_workers",)
+"""Fields that do not change the result."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Recipe:
         kl_warmup_epochs: the KL term's weight rises linearly from 0 to the configuration's ``beta`` over
             these epochs.
         seed: of shuffling, dropout, latent noise and augmentation.
-        dtype: of the frozen backbone's computation: "bfloat16", "float32", or "auto" (bfloat16 where the
-            device has bfloat16 instructions, else float32). Generator, head and losses are float32 always.
+        dtype: of the frozen backbone's computation: "auto" (bfloat16 where the device has bfloat16 instructions,
+            else float32), "bfloat16" or "float32". Generator, head and losses are float32 always.
         head_init: "default", or "probe": the linear head starts as the L-BFGS probe (C chosen on validation)
             of the features it sees before the first step, or "vpt": as VPT's and VAPT's (`LinearHead.reset`). Other
             heads have nothing to start.
@@ -60,6 +61,9 @@ class Recipe:
             "last" ones.
         num_workers: processes that load images (0: this one); does not change the result without
             augmentation.
+        deterministic: measure nothing: where two implementations of an op differ in their last bits, take the one
+            that needs no stopwatch (PyTorch's own), and use PyTorch's deterministic algorithms. So that two runs end
+            in the same bits wherever processor, threads and versions are the same, at some cost in speed.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or is out of range; the message names it.
@@ -82,10 +86,11 @@ class Recipe:
     label_smoothing: float = 0.0
     kl_warmup_epochs: float = 0.0
     seed: int = 0
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     head_init: str = "default"
     select_by: str = "accuracy"
     num_workers: int = 0
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         for name, low in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("num_workers", 0)):
@@ -94,6 +99,8 @@ class Recipe:
                 raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
             if not low <= value < 2**63:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
+        if not isinstance(self.deterministic, bool):
+            raise TypeError(f"deterministic must be True or False, got {self.deterministic!r}")
         self._check_number("lr", low=0, open_low=True)
         self._check_number("head_lr", low=0, open_low=True, optional=True)
         self._check_number("backbone_lr", low=0, open_low=True, optional=True)
@@ -173,7 +180,7 @@ class Recipe:
         return {
             name: (mine[name], theirs[name])
             for name in mine
-            if name not in _RUNTIME_FIELDS and mine[name] != theirs[name]
+            if name not in RUNTIME_FIELDS and mine[name] != theirs[name]
         }
 
     @staticmethod

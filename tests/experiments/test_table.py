@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import select
@@ -16,6 +15,7 @@ import pytest
 import table
 from table import Job, Plan
 
+from fastprompt.locks import directory_lock
 from fastprompt.runs.settings import RunSettings
 from fastprompt.train.recipes import Recipe
 
@@ -238,11 +238,9 @@ def test_from_nothing_to_the_table(
 
 def test_one_directory_is_not_run_twice_at_once(small: list[str], tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    directory.mkdir()
-    with (directory / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with directory_lock(directory):
         assert table.run_single(RunSettings(method="linear", data="x"), directory, False, 1) == 3
-    assert not (directory / "run.json").exists()
+    assert not directory.exists()
 
 
 def test_a_run_can_be_interrupted_where_a_background_shell_started_it(

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import errno
+import importlib
+import itertools
 import json
 import math
 import os
-from collections.abc import Callable
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +18,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import fastprompt as fp
 from fastprompt.adapters import Preprocessing
+from fastprompt.kernels import dispatch
+from fastprompt.train.checkpoint import load_state
 from fastprompt.train.fit import TrainingDiverged, fit
-from fastprompt.train.recipes import Recipe
+from fastprompt.train.log import environment
+from fastprompt.train.loop import Loop
+from fastprompt.train.recipes import Recipe, default_recipe
+from fastprompt.vit import linear
 
 RECIPE = Recipe(epochs=3, batch_size=16, lr=1e-2, warmup_epochs=1)
 V2APT = fp.V2APTConfig(num_prompts=4, num_instance=2, latent=8, hidden=16)
@@ -132,7 +145,7 @@ def test_the_best_epoch_is_chosen_by_accuracy_or_by_loss(
     epoch: int,
 ) -> None:
     validation = {1: (0.9, 0.8), 2: (0.5, 0.6), 3: (0.4, 0.7), 4: (0.4, 0.6)}  # loss, accuracy
-    monkeypatch.setattr("fastprompt.train.fit._Run._validate", lambda _, epoch: validation[epoch])
+    monkeypatch.setattr("fastprompt.train.loop.Loop.validate", lambda _, epoch: validation[epoch])
     recipe = RECIPE.replace(epochs=4, warmup_epochs=0.0, select_by=select_by)
     result = fit(make_model(), colours(16), colours(8, seed=1), recipe, progress=False)
     assert (result.best_epoch, result.best_val_loss, result.best_val_accuracy) == (epoch, *validation[epoch])
@@ -175,11 +188,12 @@ def test_a_killed_run_ends_with_the_same_bits(
 
         monkeypatch.setattr(fp.PromptedViT, "forward", dying)
         # A rerun starts from other random numbers; the state file has those that count.
+        model = make_model(config)
         torch.manual_seed(kills)
         with pytest.raises(Killed):
-            fit(make_model(config), train, val, recipe, out_dir=tmp_path / "killed", progress=False)
+            fit(model, train, val, recipe, out_dir=tmp_path / "killed", progress=False)
     monkeypatch.setattr(fp.PromptedViT, "forward", forward)
-    again = make_model(config, seed=7)
+    again = make_model(config)
     result = fit(again, train, val, recipe, out_dir=tmp_path / "killed", progress=False)
 
     assert_same(weights(again), weights(whole))
@@ -188,7 +202,8 @@ def test_a_killed_run_ends_with_the_same_bits(
     best = [fp.PromptedViT.from_pretrained(make_model().backbone, tmp_path / run / "best") for run in
             ("whole", "killed")]  # fmt: skip
     assert_same(weights(best[0]), weights(best[1]))
-    assert "resume" in [event["event"] for event in read_log(tmp_path / "killed")]
+    events = [event["event"] for event in read_log(tmp_path / "killed")]
+    assert events == ["start", "resume", "epoch", "resume", "epoch", "resume", "epoch", "end"]
 
 
 def test_a_kill_between_state_and_best_checkpoint_is_mended(
@@ -226,10 +241,12 @@ def test_a_finished_run_is_not_trained_again(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("trained again")
 
-    second = make_model(seed=5)
     monkeypatch.setattr(torch.optim.AdamW, "step", never)
-    assert fit(second, train, val, RECIPE, out_dir=tmp_path, progress=False) == expected
-    assert_same(weights(second), weights(first))
+    for model in (make_model(), first):  # a fresh one, and the one that holds the result
+        before = every_file(tmp_path)
+        assert fit(model, train, val, RECIPE, out_dir=tmp_path, progress=False) == expected
+        assert_same(weights(model), weights(first))
+        assert every_file(tmp_path) == before
     with pytest.raises(AssertionError, match="trained again"):
         fit(make_model(), train, val, RECIPE, out_dir=tmp_path, resume=False, progress=False)
 
@@ -252,7 +269,7 @@ def test_another_run_in_the_directory_is_refused(
             vit.cls_token.add_(1.0)
         vit._fingerprint = None
         model = fp.PromptedViT(vit.requires_grad_(False), fp.VPTConfig(num_prompts=2), num_classes=4)
-    message = {"recipe": r"recipe\.lr is 0\.5, there 0\.01", "config": "config", "data": "train_labels"}
+    message = {"recipe": r"recipe\.lr is 0\.5, there 0\.01", "config": "config", "data": r"train\.labels changed"}
     with pytest.raises(ValueError, match=message.get(what, "backbone")):
         fit(model, train, val, recipe, out_dir=tmp_path, progress=False)
     assert every_file(tmp_path) == before
@@ -529,7 +546,7 @@ def test_datasets_are_told_the_epoch_and_augmentation_resumes(
     with pytest.raises(Killed):
         fit(make_model(fp.LinearProbeConfig()), Dying(*colours(33)), val, RECIPE, out_dir=tmp_path / "killed",
             progress=False)  # fmt: skip
-    again = make_model(fp.LinearProbeConfig(), seed=9)
+    again = make_model(fp.LinearProbeConfig())
     fit(again, train, val, RECIPE, out_dir=tmp_path / "killed", progress=False)
     assert_same(weights(again), weights(whole))
 
@@ -630,7 +647,7 @@ def test_other_validation_images_are_another_run(
 ) -> None:
     recipe = RECIPE.replace(epochs=1)
     fit(make_model(), colours(16), colours(8, seed=1), recipe, tmp_path, progress=False)
-    with pytest.raises(ValueError, match="val_labels"):
+    with pytest.raises(ValueError, match=r"\(val\.num_images is 12, there 8\)"):
         fit(make_model(), colours(16), colours(12, seed=1), recipe, tmp_path, progress=False)
 
 
@@ -797,3 +814,416 @@ def test_head_and_backbone_have_rates_of_their_own(make_model: Callable[..., Any
     for key, step in steps["one"].items():
         share = 0.1 if key.startswith("head.") else 0.01
         torch.testing.assert_close(steps["own"][key], share * step, rtol=2e-2, atol=1e-6)
+
+
+SAVED = Path(__file__).parent.parent / "golden" / "saved"
+"""`run-finished` and `run-interrupted` (after two of four epochs) are run directories that commit 5c9eef2 wrote."""
+
+
+def saved_run(name: str, directory: Path) -> dict[str, Any]:
+    """The arguments of the `fit` that wrote a run of `SAVED`, whose copy is in `directory`."""
+    shutil.copytree(SAVED / name, directory)
+    vit = VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=0).eval()
+    vit.load_state_dict(load_file(SAVED / "backbone.safetensors"))
+    model = fp.PromptedViT(fp.FrozenViT(vit), fp.VPTConfig(num_prompts=2), 3, class_names=["ant", "bee", "cat"])
+    with torch.no_grad():
+        for p in (*model.generator.parameters(), *model.head.parameters()):
+            p.copy_(torch.arange(p.numel()).reshape(p.shape).sin() / 10)
+
+    def data(count: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = torch.arange(count) % 3
+        images = torch.arange(count * 3 * 16 * 16).reshape(count, 3, 16, 16) * step
+        return ((images + 60 * labels[:, None, None, None]) % 251).to(torch.uint8), labels
+
+    return {
+        "model": model, "train": data(24, 7), "val": data(12, 11), "out_dir": directory, "progress": False,
+        "recipe": Recipe(epochs=4, batch_size=8, lr=0.01, head_lr=0.02, warmup_epochs=1.0, dtype="float32"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["run-finished", "run-interrupted"])
+def test_a_run_of_an_earlier_version_is_returned_or_goes_on(name: str, tmp_path: Path) -> None:
+    arguments = saved_run(name, tmp_path / "run")
+    with pytest.warns(UserWarning, match="of an earlier version, which recorded neither its images nor its initial"):
+        result = fit(**arguments)
+    expected = [json.loads(line) for line in (SAVED / "run-finished" / "log.jsonl").read_text().splitlines()][1:-1]
+    assert len(result.history) == 4
+    for found, wanted in zip(result.history, expected, strict=True):
+        for key in ("train_loss", "val_loss", "lr"):
+            assert found[key] == pytest.approx(wanted[key], rel=1e-4)
+    assert fit(**arguments) == result
+    if name == "run-interrupted":  # written by this version now, so that images count
+        images, labels = arguments["train"]
+        with pytest.raises(ValueError, match=r"train\.images changed"):
+            fit(**{**arguments, "train": (images + 1, labels)})
+    with pytest.raises(ValueError, match=r"recipe\.lr is 0\.5, there 0\.01"):
+        fit(**{**saved_run(name, tmp_path / "other"), "lr": 0.5})
+
+
+@contextlib.contextmanager
+def killed_at(target: str, call: int, after: bool = False) -> Iterator[None]:
+    """What runs inside ends with `Killed` at the `call`-th call of a method, before or after that did its work."""
+    owner, _, name = target.rpartition(".")
+    module, _, cls = owner.rpartition(".")
+    found = getattr(importlib.import_module(module), cls)
+    original, left = getattr(found, name), [call]
+
+    def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0 and not after:
+            raise Killed
+        result = original(self, *args, **kwargs)
+        if left[0] == 0:
+            raise Killed
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(found, name, dying)
+        with pytest.raises(Killed):
+            yield
+
+
+CHANGED: dict[str, tuple[Callable[..., Any], str]] = {
+    "train": (lambda a: {**a, "train": (a["train"][0].flip(3), a["train"][1])}, r"train\.images changed"),
+    "val": (lambda a: {**a, "val": (a["val"][0].flip(3), a["val"][1])}, r"val\.images changed"),
+    "weights": (lambda a: {**a, "model": a["make"](seed=3)}, "initial_weights changed"),
+    "std": (lambda a: {**a, "std": (0.1, 0.1, 0.1)}, r"std is \[0\.1, 0\.1, 0\.1\], there \[0\.229"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+@pytest.mark.parametrize("finished", [True, False])
+def test_what_changed_is_named_and_nothing_is_returned_trained_or_written(
+    change: str,
+    finished: bool,
+    make_model: Callable[..., Any],
+    colours: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(make: Any = None, std: Any = None, model: Any = None, resume: bool = True, **data: Any) -> Any:
+        model = make_model() if model is None else model
+        if std is not None:
+            model.backbone.spec = dataclasses.replace(model.backbone.spec, std=std)
+        return fit(model, recipe=RECIPE, out_dir=tmp_path, progress=False, resume=resume, **data)
+
+    arguments = {"train": colours(16), "val": colours(8, seed=1)}
+    if finished:
+        run(**arguments)
+    else:
+        with killed_at("fastprompt.train.loop.Loop.train", 2):
+            run(**arguments)
+    before = every_file(tmp_path)
+    alter, message = CHANGED[change]
+    changed = alter({**arguments, "make": make_model})
+    with pytest.raises(ValueError, match=rf"holds another run \({message}.*--no-resume"):
+        run(**changed)
+    assert every_file(tmp_path) == before
+    changed = alter({**arguments, "make": make_model})
+    assert len(run(**changed, resume=False).history) == 3
+
+
+def test_images_that_cannot_be_compared_are_said_once_there_is_a_directory(
+    make_model: Callable[..., Any], colours: Callable[..., Any], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    class Noisy(Augmented):
+        noise = np.random.default_rng(0)
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            return self.images[index] ^ int(self.noise.integers(255)), int(self.labels[index])
+
+    train, val, recipe = Noisy(*colours(8)), colours(8, seed=1), RECIPE.replace(epochs=1, dtype="float32")
+    fit(make_model(), train, val, recipe, progress=False)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="train does not give the same images when it is read again"):
+        result = fit(make_model(), train, val, recipe, tmp_path, progress=False)
+    with pytest.warns(UserWarning, match="train does not give the same images when it is read again"):
+        assert fit(make_model(), train, val, recipe, tmp_path, progress=False) == result
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_continued_run_chooses_as_the_first_process_did(
+    call: int,
+    make_model: Callable[..., Any],
+    colours: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """oneDNN's products are a little off here, so that weights tell which were taken; killed in each epoch."""
+    train, val, recipe = colours(40), colours(20, seed=1), RECIPE.replace(dtype="float32")
+    monkeypatch.setattr(linear, "_product", lambda x, w, b: torch.nn.functional.linear(x, w, b) * 1.001)
+    monkeypatch.setattr(linear._OneDNNLinear, "apply", lambda x, w, b: torch.nn.functional.linear(x, w, b) * 1.001)
+
+    def measured(product: str, kernels: float) -> None:
+        """What the stopwatch finds in the process that starts now."""
+        monkeypatch.setattr(linear, "_faster_product", lambda: product)
+        monkeypatch.setattr(dispatch, "measured", {})
+        monkeypatch.setattr(dispatch, "seconds_on_cpu", lambda _: kernels if next(turn) % 2 == 0 else 1.0)
+
+    ends = {}
+    for first, second in (("oneDNN", "MKL"), ("MKL", "oneDNN")):
+        turn = itertools.count()
+        measured(first, 0.5 if first == "MKL" else 2.0)
+        whole = make_model()
+        fit(whole, train, val, recipe, out_dir=tmp_path / first / "whole", progress=False)
+        measured(first, 0.5 if first == "MKL" else 2.0)
+        with killed_at("fastprompt.train.loop.Loop.validate", call, after=True):
+            fit(make_model(), train, val, recipe, out_dir=tmp_path / first / "killed", progress=False)
+        measured(second, 2.0 if first == "MKL" else 0.5)
+        again = make_model()
+        fit(again, train, val, recipe, out_dir=tmp_path / first / "killed", progress=False)
+        assert_same(weights(again), weights(whole))
+        saved = load_state(tmp_path / first / "killed" / "last.safetensors")[1]["choices"]
+        assert saved == load_state(tmp_path / first / "whole" / "last.safetensors")[1]["choices"]
+        assert saved[linear.PRODUCTS] == first
+        ends[first] = weights(whole)
+    assert any(not torch.equal(ends["MKL"][name], tensor) for name, tensor in ends["oneDNN"].items())
+
+
+def test_a_deterministic_run_needs_no_stopwatch(
+    make_model: Callable[..., Any], colours: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError("something was measured")
+
+    monkeypatch.setattr(linear, "_faster_product", never)
+    monkeypatch.setattr(dispatch, "seconds_on_cpu", never)
+    monkeypatch.setattr(dispatch, "measured", {})
+    seen: list[bool] = []
+    monkeypatch.setattr(
+        fp.PromptedViT, "train", lambda self, mode=True: seen.append(torch.are_deterministic_algorithms_enabled())
+    )
+    arguments: dict[str, Any] = {"out_dir": tmp_path, "progress": False, "dtype": "float32", "epochs": 1}
+    fit(make_model(), colours(8), colours(8), deterministic=True, **arguments)
+    assert seen
+    assert all(seen)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert load_state(tmp_path / "last.safetensors")[1]["choices"] == {}
+    with pytest.raises(AssertionError, match="something was measured"):
+        fit(make_model(), colours(8), colours(8), resume=False, **arguments)
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(
+    make_model: Callable[..., Any], colours: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, val, recipe = colours(16), colours(8, seed=1), RECIPE.replace(dtype="float32")
+    with killed_at("fastprompt.train.loop.Loop.train", 2):
+        fit(make_model(), train, val, recipe, tmp_path, progress=False)
+    elsewhere = {**environment(torch.device("cpu")), "threads": 64}
+    monkeypatch.setattr("fastprompt.train.fit.environment", lambda _: elsewhere)
+    with pytest.warns(UserWarning, match="last bits may come out differently: threads is 64, was 1"):
+        fit(make_model(), train, val, recipe, tmp_path, progress=False)
+    assert read_log(tmp_path)[2] == {"event": "resume", "epoch": 1, "environment": elsewhere}
+
+
+def test_a_damaged_state_stops_the_run_and_is_not_touched(
+    make_model: Callable[..., Any], colours: Callable[..., Any], tmp_path: Path
+) -> None:
+    train, val, recipe = colours(16), colours(8, seed=1), RECIPE.replace(dtype="float32")
+    result = fit(make_model(), train, val, recipe, tmp_path, progress=False)
+    path = tmp_path / "last.safetensors"
+    whole = path.read_bytes()
+    for place in (9, len(whole) // 2, len(whole) - 3):
+        damaged = bytearray(whole)
+        damaged[place] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"last\.safetensors cannot be read, it is damaged"):
+            fit(make_model(), train, val, recipe, tmp_path, progress=False)
+        assert path.read_bytes() == damaged
+    path.write_bytes(whole)
+    assert fit(make_model(), train, val, recipe, tmp_path, progress=False) == result
+
+
+def test_rows_and_the_end_are_in_the_log_when_the_run_is_killed_between_state_and_log(
+    make_model: Callable[..., Any],
+    colours: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train, val, recipe = colours(16), colours(8, seed=1), RECIPE.replace(dtype="float32")
+    write = "fastprompt.train.directory.RunDirectory.write_log"
+    for call in (2, 2):  # after the first epoch's state, then after that of the second
+        with killed_at(write, call):
+            fit(make_model(), train, val, recipe, tmp_path, progress=False)
+    with killed_at(write, 3):  # its own "resume", the third epoch, the end
+        fit(make_model(), train, val, recipe, tmp_path, progress=False)
+    assert read_log(tmp_path)[-1]["event"] == "epoch"
+    best = tmp_path / "best" / ".adapter_model.safetensors.1-ab.tmp"
+    best.write_bytes(b"half")
+    result = fit(make_model(), train, val, recipe, tmp_path, progress=False)
+    events = [event["event"] for event in read_log(tmp_path)]
+    assert events == ["start", "epoch", "resume", "epoch", "resume", "epoch", "end"]
+    assert not best.exists()
+    assert len(result.history) == 3
+
+
+def test_rows_of_a_run_that_was_resumed_and_killed_again_stay(
+    make_model: Callable[..., Any], colours: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, val, recipe = colours(16), colours(8, seed=1), RECIPE.replace(dtype="float32")
+    for call in (2, 1, 1):
+        with killed_at("fastprompt.train.loop.Loop.train", call):
+            fit(make_model(), train, val, recipe, tmp_path, progress=False)
+    fit(make_model(), train, val, recipe, tmp_path, progress=False)
+    events = [event["event"] for event in read_log(tmp_path)]
+    assert events == ["start", "epoch", "resume", "resume", "resume", "epoch", "epoch", "end"]
+
+
+@pytest.mark.parametrize("damage", ["nothing", "log", "best"])
+def test_a_finished_run_on_a_read_only_file_system_is_returned(
+    damage: str,
+    make_model: Callable[..., Any],
+    colours: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    train, val, recipe = colours(16), colours(8, seed=1), RECIPE.replace(dtype="float32")
+    expected = fit(make_model(), train, val, recipe, tmp_path, progress=False)
+    if damage == "log":
+        (tmp_path / "log.jsonl").write_text("")
+    if damage == "best":
+        (tmp_path / "best" / "adapter_config.json").unlink()
+    before = every_file(tmp_path)
+    real = os.open, open
+
+    def refuse(path: Any) -> None:
+        if str(path).startswith(str(tmp_path)):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    def read_only_os(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if flags & (os.O_CREAT | os.O_RDWR | os.O_WRONLY):
+            refuse(path)
+        return real[0](path, flags, *rest, **more)
+
+    def read_only(path: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        if set(mode) & set("wxa+"):
+            refuse(path)
+        return real[1](path, mode, *rest, **more)
+
+    monkeypatch.setattr(os, "open", read_only_os)
+    monkeypatch.setattr("builtins.open", read_only)
+    assert fit(make_model(), train, val, recipe, tmp_path, progress=False) == expected
+    said = [str(warning.message) for warning in recwarn.list]
+    assert len(said) == (damage != "nothing")
+    assert all("holds a finished run, whose log or best/ is not whole" in text for text in said)
+    with pytest.raises(OSError, match=r"out_dir .* cannot be written, and holds no finished run"):
+        fit(make_model(), train, val, recipe, tmp_path, resume=False, progress=False)
+    assert every_file(tmp_path) == before
+
+
+def test_a_second_run_in_the_directory_is_refused_while_the_first_writes(
+    make_model: Callable[..., Any], colours: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, val, recipe = colours(16), colours(8, seed=1), RECIPE.replace(dtype="float32")
+    one_epoch, refused = Loop.train, []
+
+    def contend(self: Loop, *args: Any) -> Any:
+        with pytest.raises(fp.DirectoryInUse, match=f"process {os.getpid()}"):
+            fit(make_model(fp.LinearProbeConfig()), train, val, recipe, tmp_path, resume=False, progress=False)
+        refused.append(1)
+        return one_epoch(self, *args)
+
+    monkeypatch.setattr(Loop, "train", contend)
+    model = make_model()
+    fit(model, train, val, recipe, tmp_path, progress=False)
+    assert len(refused) == 3
+    assert_same(weights(fp.PromptedViT.from_pretrained(model.backbone, tmp_path / "best")), weights(model))
+
+
+UNFROZEN: dict[str, Callable[[str], bool]] = {
+    "last block": lambda name: name.startswith("blocks.1."),
+    "norms": lambda name: "norm" in name,
+    "biases": lambda name: name.endswith("bias"),
+    "one": lambda name: name == "cls_token",
+}
+
+
+@pytest.mark.parametrize("part", UNFROZEN)
+def test_an_unfrozen_part_of_the_backbone_is_refused_by_name(
+    part: str, make_model: Callable[..., Any], colours: Callable[..., Any], tmp_path: Path
+) -> None:
+    model, data = make_model(), colours(8)
+    picked = [name for name, p in model.backbone.named_parameters() if UNFROZEN[part](name)]
+    for name in picked:
+        model.backbone.get_parameter(name).requires_grad_(True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    message = rf"got {len(picked)} such parameters: backbone\.{picked[0]}.*FullFineTuneConfig"
+    with pytest.raises(ValueError, match=message):
+        fit(model, data, data, RECIPE, tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match=rf"backbone\.{picked[0]}"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert_same(dict(model.state_dict()), before)
+    assert not list(tmp_path.iterdir())
+    model.backbone.requires_grad_(False)
+    fit(model, data, data, RECIPE.replace(epochs=1), tmp_path / "run", progress=False)
+
+
+def test_a_module_that_the_adapter_does_not_know_is_refused(
+    make_model: Callable[..., Any], colours: Callable[..., Any]
+) -> None:
+    model, data = make_model(), colours(8)
+    model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"got 2 such parameters: extra\.weight, extra\.bias"):
+        fit(model, data, data, RECIPE, progress=False)
+
+
+def test_a_class_name_that_is_no_utf8_is_refused_before_training(
+    make_model: Callable[..., Any], colours: Callable[..., Any], tmp_path: Path
+) -> None:
+    names = ["ant", "bee", os.fsdecode(b"caf\xe9"), "dog"]
+    model = fp.PromptedViT(make_model().backbone, fp.VPTConfig(num_prompts=2), 4, class_names=names)
+    with pytest.raises(ValueError, match=r"class_names\[2\] must be text that UTF-8 can hold, got 'caf.udce9'"):
+        fit(model, colours(8), colours(8), RECIPE, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_fields_of_the_recipe_change_the_methods_own(
+    make_model: Callable[..., Any], colours: Callable[..., Any], tmp_path: Path
+) -> None:
+    data = colours(16)
+    fit(make_model(), data, data, out_dir=tmp_path, progress=False, epochs=2, lr=2e-3)
+    own = default_recipe("vpt")
+    expected = own.replace(epochs=2, lr=2e-3, warmup_epochs=own.warmup_epochs * 2 / own.epochs)
+    assert json.loads((tmp_path / "recipe.json").read_text()) == expected.to_dict()
+    assert expected.label_smoothing > 0
+    fit(make_model(), data, data, RECIPE, tmp_path, resume=False, progress=False, epochs=1)
+    assert json.loads((tmp_path / "recipe.json").read_text()) == RECIPE.replace(epochs=1).to_dict()
+    for wrong, error, message in (
+        ({"epoch": 3}, TypeError, "fit takes no argument 'epoch'; fields of the recipe are epochs, batch_size"),
+        ({"lr": -1}, ValueError, "lr must be in"),
+        ({"epochs": "3"}, TypeError, "epochs must be an integer"),
+    ):
+        with pytest.raises(error, match=message):
+            fit(make_model(), data, data, progress=False, **wrong)
+
+
+def test_device_dtype_sizes_and_parameters_are_said_at_the_start(
+    make_model: Callable[..., Any], colours: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model()
+    fit(model, colours(32), colours(8, seed=1), epochs=1, dtype="float32")
+    lines = capsys.readouterr().err.splitlines()
+    trained = model.num_trainable()["total"]
+    assert lines[0] == (
+        f"training vpt on cpu in float32: 32 training and 8 validation images, {trained:,} trained parameters"
+    )
+    assert lines[1].startswith("chosen by stopwatch and kept for this run: ")
+    assert "float32 products by " in lines[1]
+
+
+def test_the_number_format_is_the_one_that_the_processor_has(
+    make_model: Callable[..., Any], colours: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = colours(8)
+    for fast, expected in ((False, "float32"), (True, "bfloat16")):
+        monkeypatch.setattr("fastprompt.train.evaluate.bfloat16_is_fast", lambda _, fast=fast: fast)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fit(make_model(), data, data, out_dir=tmp_path / expected, progress=False, epochs=1)
+        assert read_log(tmp_path / expected)[0]["backbone_dtype"] == expected
+    monkeypatch.setattr("fastprompt.train.evaluate.bfloat16_is_fast", lambda _: False)
+    with pytest.warns(UserWarning, match="this CPU has no bfloat16 instructions"):
+        fit(make_model(), data, data, progress=False, epochs=1, dtype="bfloat16")
+    with pytest.raises(ValueError, match="backbone_dtype is 'float32', there 'bfloat16'"):
+        fit(make_model(), data, data, out_dir=tmp_path / "bfloat16", progress=False, epochs=1)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fastprompt as fp
+from fastprompt.train import grid
 from fastprompt.train.fit import TrainingDiverged
 from fastprompt.train.grid import best_learning_rate, paired_difference, run_grid, select_learning_rate
 from fastprompt.train.recipes import Recipe
@@ -40,7 +41,10 @@ def test_every_run_is_made_and_kept(
 
 
 def test_finished_runs_are_skipped_and_the_interrupted_one_goes_on(
-    make_probe: Callable[[int], Any], colours: Callable[..., Any], tmp_path: Path
+    make_probe: Callable[[int], Any],
+    colours: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     train, val = colours(64), colours(40, seed=1)
     made: list[int] = []
@@ -53,17 +57,15 @@ def test_finished_runs_are_skipped_and_the_interrupted_one_goes_on(
 
     with pytest.raises(KeyboardInterrupt):
         run_grid(interrupted, train, val, RECIPE, LRS, SEEDS, tmp_path, progress=False)
-    made.clear()
-
-    def counting(seed: int) -> Any:
-        made.append(seed)
-        return make_probe(seed)
-
-    results = run_grid(counting, train, val, RECIPE, LRS, SEEDS, tmp_path, progress=False)
-    assert made == [0, 1]  # the two that were left
-    made.clear()
-    assert run_grid(counting, train, val, RECIPE, LRS, SEEDS, tmp_path, progress=False) == results
-    assert made == []
+    trained: list[Any] = []
+    fit_in = grid.fit_in
+    monkeypatch.setattr(
+        grid, "fit_in", lambda run, *rest, **more: (trained.append(run.path), fit_in(run, *rest, **more))[1]
+    )
+    results = run_grid(make_probe, train, val, RECIPE, LRS, SEEDS, tmp_path, progress=False)
+    assert trained == [run.directory for run in results[2:]]
+    assert run_grid(make_probe, train, val, RECIPE, LRS, SEEDS, tmp_path, progress=False) == results
+    assert len(trained) == 2
 
 
 def test_a_diverged_run_is_recorded_and_loses(
@@ -91,6 +93,39 @@ def test_finished_runs_of_another_recipe_and_bad_files_are_refused(
         run_grid(make_probe, train, val, RECIPE, (0.1,), (0,), tmp_path, progress=False)
     with pytest.raises(ValueError, match="must not be empty"):
         run_grid(make_probe, train, val, RECIPE, (), (0,), tmp_path)
+
+
+@pytest.mark.parametrize("rate", [0.1, 1e38])
+def test_finished_runs_on_other_data_or_models_are_refused(
+    make_probe: Callable[[int], Any], make_model: Callable[..., Any], colours: Callable[..., Any], tmp_path: Path,
+    rate: float,
+) -> None:  # fmt: skip
+    train, val = colours(32), colours(16, seed=1)
+    arguments: dict[str, Any] = {"lrs": (rate,), "seeds": (0,), "out_dir": tmp_path, "progress": False}
+    results = run_grid(make_probe, train, val, RECIPE, **arguments)
+    assert results[0].diverged == (rate > 1)
+    for changed, data in (("train", (colours(32, seed=2), val)), ("val", (train, colours(16, seed=2)))):
+        with pytest.raises(ValueError, match=rf"holds another run \({changed}\.images changed\)"):
+            run_grid(make_probe, *data, RECIPE, **arguments)
+    with pytest.raises(ValueError, match=r"config\.kind is 'vpt', there 'linear'"):
+        run_grid(lambda seed: make_model(fp.VPTConfig(num_prompts=2), seed=seed), train, val, RECIPE, **arguments)
+    with pytest.raises(ValueError, match=r"\(initial_weights changed\)"):
+        run_grid(lambda seed: make_probe(seed + 1), train, val, RECIPE, **arguments)
+    assert run_grid(make_probe, train, val, RECIPE, **arguments) == results
+
+
+def test_a_finished_run_of_an_earlier_version_is_returned_with_a_warning(
+    make_probe: Callable[[int], Any], colours: Callable[..., Any], tmp_path: Path
+) -> None:
+    train, val = colours(32), colours(16, seed=1)
+    arguments: dict[str, Any] = {"lrs": (0.1,), "seeds": (0,), "out_dir": tmp_path, "progress": False}
+    results = run_grid(make_probe, train, val, RECIPE, **arguments)
+    path = results[0].directory / "result.json"
+    record = json.loads(path.read_text())
+    del record["identity"]
+    path.write_text(json.dumps(record))
+    with pytest.warns(UserWarning, match="the result of an earlier version"):
+        assert run_grid(make_probe, train, val, RECIPE, **arguments) == results
 
 
 def test_paired_difference_of_one_run() -> None:

@@ -78,7 +78,7 @@ def test_kl_factor_rises_linearly() -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.kind)
 def test_every_method_has_recipes(config: object) -> None:
-    assert default_recipe(config).dtype == "bfloat16"
+    assert default_recipe(config).dtype == "auto"
     assert paper_recipe(config, num_train=800).optimizer in ("sgd", "adamw")
 
 
@@ -198,3 +198,11 @@ def test_what_has_no_recipe_is_refused() -> None:
         paper_recipe(fp.RGBPGNConfig())
     with pytest.raises(ValueError, match="num_train"):
         paper_recipe(fp.PixelPromptConfig())
+
+
+def test_the_number_format_is_the_processors_own_and_runs_measure_unless_told_not_to() -> None:
+    assert Recipe().dtype == "auto"
+    assert Recipe().deterministic is False
+    assert Recipe.from_dict({"epochs": 3, "warmup_epochs": 0}).deterministic is False  # of a file without the field
+    with pytest.raises(TypeError, match="deterministic must be True or False, got 'yes'"):
+        Recipe(deterministic="yes")  # type: ignore[arg-type]

@@ -1,0 +1,244 @@
+"""What a training run is: everything that its result depends on, as JSON values that can be compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from fastprompt.train.batches import (
+    check_data,
+    feed,
+    indices_to_read,
+    is_tensor_pair,
+    num_images,
+    read_item,
+)
+from fastprompt.train.checkpoint import rng_state, set_rng_state
+from fastprompt.train.recipes import RUNTIME_FIELDS, Recipe
+
+if TYPE_CHECKING:
+    from fastprompt.model import PromptedViT
+
+_READ_TWICE = 8
+_FOLLOWS = {part: {f"{part}.labels", f"{part}.images", f"{part}.read"} for part in ("train", "val")}
+"""What differs wherever the number of images does."""
+_LONGEST_SAID = 60
+"""Characters of a value that a message repeats; a digest has 66."""
+
+
+def run_identity(
+    model: PromptedViT, recipe: Recipe, backbone_dtype: torch.dtype, data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What must be the same for a run to be continued, or for its result to be that of another call.
+
+    Recipe, configuration, head with its tensors, class names, readout, backbone (fingerprint, normalisation, number
+    formats), what trains, the initial values of generator and head, and the data.
+
+    Args:
+        model: before it is trained.
+        backbone_dtype: in which its backbone will compute.
+        data: `data_identities`.
+    """
+    assert model.head is not None
+    backbone, state = model.backbone, model.adapter_state_dict()
+    fixed = {f"head.{name}" for name, _ in model.head.named_buffers()}
+    return {
+        "recipe": {name: value for name, value in recipe.to_dict().items() if name not in RUNTIME_FIELDS},
+        "config": {"kind": model.config.kind, **model.config.to_dict()},
+        "num_classes": model.num_classes,
+        "class_names": model.class_names,
+        "head": model.head.describe(),
+        "head_tensors": {name: tensor_digest(state[name]) for name in sorted(fixed & set(state))},
+        "readout": model.readout,
+        "backbone": backbone.fingerprint,
+        "mean": list(backbone.mean),
+        "std": list(backbone.std),
+        "stored_dtype": str(backbone.dtype).removeprefix("torch."),
+        "backbone_dtype": str(backbone_dtype).removeprefix("torch."),
+        "trained": [name for name, _ in model.trainable_parameters()],
+        "initial_weights": weights_digest({name: t for name, t in state.items() if name not in fixed}),
+        **data,
+    }
+
+
+def data_identities(train: Any, val: Any, num_classes: int) -> dict[str, Any]:
+    """`data_identity` of training and validation data, as "train" and "val"; random states are left as they were."""
+    before = rng_state()
+    try:
+        return {
+            "train": data_identity(train, "train", num_classes),
+            "val": data_identity(val, "val", num_classes),
+        }
+    finally:
+        set_rng_state(*before)
+
+
+def data_identity(data: Any, name: str, num_classes: int) -> dict[str, Any]:
+    """Check labelled images (`check_data`) and take digests of what was read.
+
+    A Dataset can add to its identity what its images do not show: a method `identity()` that returns JSON values, as
+    `ImageSet` has. Of these "files" counts only where not all images were read.
+
+    Returns:
+        "num_images"; "labels", "images": sha256 of the labels and of the images as the model gets them, transforms
+        included, random ones drawing from fixed seeds; "read": how many images that covers. "images" is None where a
+        second reading gave other images, or something that is no image. "stated": what the Dataset says. "loader":
+        batch size, order and collate function of a DataLoader.
+
+    Raises:
+        TypeError, ValueError: see `check_data`.
+    """
+    source: Any = data.dataset if isinstance(data, DataLoader) else data
+    count = num_images(data, name)
+    if hasattr(source, "set_epoch"):
+        source.set_epoch(0)
+    digest = hashlib.sha256()
+    labels = check_data(data, name, num_classes, digest)
+    read = range(count) if is_tensor_pair(source) else indices_to_read(count)
+    collates = isinstance(data, DataLoader) and data.collate_fn is not default_collate
+    if collates and not is_tensor_pair(source):
+        seen = all(feed(digest, read_item(source, index)) for index in read)
+    else:
+        seen = True
+    stated = source.identity() if callable(getattr(source, "identity", None)) else {}
+    return {
+        "num_images": count,
+        "labels": hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
+        "images": digest.hexdigest() if seen and _repeats(source, read) else None,
+        "read": len(read),
+        "stated": {key: value for key, value in stated.items() if key != "files" or len(read) < count},
+        "loader": _loader_identity(data) if isinstance(data, DataLoader) else None,
+    }
+
+
+def _repeats(source: Any, read: Sequence[int]) -> bool:
+    """Whether the first images are the same when they are read again with the same seeds."""
+    if is_tensor_pair(source):
+        return True
+    readings = []
+    for _ in range(2):
+        digest = hashlib.sha256()
+        for index in read[:_READ_TWICE]:
+            feed(digest, read_item(source, index))
+        readings.append(digest.digest())
+    return readings[0] == readings[1]
+
+
+def _loader_identity(loader: DataLoader[Any]) -> dict[str, Any]:
+    return {
+        "batch_size": loader.batch_size,
+        "drop_last": loader.drop_last,
+        "collate": getattr(loader.collate_fn, "__qualname__", type(loader.collate_fn).__name__),
+        "sampler": _sampler_identity(loader.sampler if loader.batch_size is not None else loader.batch_sampler),
+    }
+
+
+def _sampler_identity(sampler: Any) -> dict[str, Any]:
+    """A sampler's type and settings, without what changes from epoch to epoch; "unknown" names those not understood."""
+    found: dict[str, Any] = {"kind": type(sampler).__qualname__, "unknown": []}
+    attributes = {"batches": sampler} if isinstance(sampler, (list, tuple)) else getattr(sampler, "__dict__", {})
+    for key, value in attributes.items():
+        digest = hashlib.sha256()
+        if key in ("data_source", "generator", "epoch"):
+            continue
+        if key == "sampler":  # of a batch sampler
+            found[key] = _sampler_identity(value)
+        elif not feed(digest, value):
+            found["unknown"].append(key)
+        else:
+            found[key] = value if isinstance(value, (bool, int, float, str, type(None))) else digest.hexdigest()
+    return found
+
+
+def not_covered(identity: Mapping[str, Any], name: str) -> str | None:
+    """What an identity of data cannot tell, as a sentence; None: a change of the images does not go unnoticed."""
+    sampler = (identity["loader"] or {}).get("sampler", {})
+    if sampler.get("unknown"):
+        return (
+            f"{name} is drawn by a {sampler['kind']} whose {', '.join(sampler['unknown'])} cannot be compared: whether "
+            "a run is continued on the same images is not known"
+        )
+    if identity["stated"].get("files") is not None:
+        return None
+    if identity["images"] is None:
+        return (
+            f"{name} does not give the same images when it is read again, so that only their number and labels tell "
+            "whether a run is continued on the same data. Give the Dataset a method identity() that returns what its "
+            "images depend on"
+        )
+    if identity["read"] < identity["num_images"]:
+        return (
+            f"{name} has {identity['num_images']:,} images, of which {identity['read']:,} tell whether a run is "
+            "continued on the same data. Give the Dataset a method identity() that returns what its images depend on"
+        )
+    return None
+
+
+def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, str]:
+    """What is not the same in two identities: the name of each part → a phrase for a message.
+
+    A part that one of the two does not have, as those of other versions, is passed over.
+    """
+    found = {}
+    for name, new, old in _unequal(json.loads(json.dumps(mine)), theirs, ""):
+        said = all(len(repr(value)) <= _LONGEST_SAID for value in (new, old))
+        found[name] = f"{name} is {new!r}, there {old!r}" if said else f"{name} changed"
+    for part in ("train", "val"):
+        if f"{part}.num_images" in found:  # which explains the rest
+            found = {name: text for name, text in found.items() if name not in _FOLLOWS[part]}
+    return found
+
+
+def require_same(
+    mine: Mapping[str, Any], theirs: Mapping[str, Any], where: Path, except_for: Sequence[str] = ()
+) -> None:
+    """Raise `ValueError` where the run in `where` has another identity than this one; the message says what differs.
+
+    Args:
+        except_for: names of parts that do not matter.
+    """
+    different = differences(mine, theirs)
+    said = [phrase for name, phrase in different.items() if name not in except_for]
+    if not said:
+        return
+    hint = ""
+    if said == [different.get("initial_weights")]:
+        hint = ". A run that is to be continued starts from the same weights: seed before the model is built"
+    raise ValueError(
+        f"out_dir {where} holds another run ({', '.join(said)}); choose another directory, or resume=False "
+        f"(--no-resume) to replace it{hint}"
+    )
+
+
+def _unequal(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    for name in mine:
+        if name not in theirs:
+            continue
+        new, old = mine[name], theirs[name]
+        if isinstance(new, dict) and isinstance(old, dict):
+            yield from _unequal(new, old, f"{prefix}{name}.")
+        elif new != old:
+            yield f"{prefix}{name}", new, old
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """sha256 of a tensor's dtype, shape and bytes."""
+    digest = hashlib.sha256()
+    feed(digest, tensor)
+    return digest.hexdigest()
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """sha256 of named tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        feed(digest, state[name])
+    return digest.hexdigest()

@@ -1,0 +1,76 @@
+"""What a training run says: rows of its log, the line it starts with, the progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fastprompt.kernels import native
+
+_BETWEEN_STATES = ("resume", "diverged")
+"""Events whose rows are written without a new state."""
+
+
+def whole_log(in_state: Sequence[dict[str, Any]], in_file: Sequence[Any]) -> list[dict[str, Any]]:
+    """The rows of a log, from those that the state holds and those that its file holds.
+
+    A process that is killed between writing the two leaves a file that lacks the state's last rows; a run that was
+    resumed or diverged after the last state has rows in the file only. The rows of any other file do not count.
+    """
+    rows = list(in_state)
+    later = list(in_file[len(rows) :])
+    if list(in_file[: len(rows)]) == rows and all(
+        isinstance(row, dict) and row.get("event") in _BETWEEN_STATES for row in later
+    ):
+        return rows + later
+    return rows
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What else the last bits depend on: torch's version, device, threads and instruction sets."""
+    found: dict[str, Any] = {"torch": torch.__version__, "device": device.type}
+    if device.type == "cpu":
+        found |= {
+            "threads": torch.get_num_threads(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "native": "none" if native.obstacle() else native.level(),
+        }
+    return found
+
+
+def start_line(event: Mapping[str, Any]) -> str:
+    """One line for people about a run that starts, from its "start" row."""
+    counts = event["trained_parameters"]
+    return (
+        f"training {event['config']['kind']} on {event['device']} in {event['backbone_dtype']}: "
+        f"{event['num_train']:,} training and {event['num_val']:,} validation images, "
+        f"{counts:,} trained parameters"
+    )
+
+
+def choices_line(choices: Mapping[str, str]) -> str | None:
+    """Which implementations a run chose by stopwatch; None: none."""
+    of_op: dict[str, set[str]] = {}
+    for signature, name in choices.items():
+        of_op.setdefault(signature.removeprefix("('").partition("'")[0], set()).add(name)
+    if not of_op:
+        return None
+    said = ", ".join(f"{op} by {' and '.join(sorted(names))}" for op, names in sorted(of_op.items()))
+    return f"chosen by stopwatch and kept for this run: {said}"
+
+
+@contextlib.contextmanager
+def progress_bar(show: bool, total: int, initial: int) -> Iterator[Any]:
+    """tqdm over images on stderr."""
+    from tqdm import tqdm
+
+    # A file or a pipe gets a line every ten seconds, a terminal ten a second.
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    with tqdm(
+        total=total, initial=initial, unit="img", disable=not show, mininterval=interval, dynamic_ncols=True
+    ) as bar:
+        yield bar

@@ -1,0 +1,139 @@
+"""What a training run has reached, in memory and in its state file."""
+
+from __future__ import annotations
+
+import secrets
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastprompt.adapters import read_adapter
+from fastprompt.kernels.stopwatch import Choices
+from fastprompt.train.checkpoint import optimizer_state, rng_state, set_optimizer_state, set_rng_state
+from fastprompt.train.recipes import RUNTIME_FIELDS, Recipe
+
+if TYPE_CHECKING:
+    from fastprompt.model import PromptedViT
+
+
+@dataclass
+class Progress:
+    """How far a run is, and what is in its log."""
+
+    epoch: int = 0
+    best_epoch: int = 0
+    best_val_accuracy: float = -1.0
+    best_val_loss: float = float("inf")
+    events: list[dict[str, Any]] = field(default_factory=list)
+    train_images: int = 0
+    train_seconds: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last row of the log says so."""
+        return bool(self.events) and self.events[-1]["event"] == "end"
+
+
+class RunState:
+    """A run between two epochs: weights, the best weights, optimizer, random numbers, progress, and whose they are.
+
+    Attributes:
+        name: of the run, by which its files are told from another's. identity: `run_identity`.
+        environment: what else the last bits depend on (`fastprompt.train.log.environment`).
+        best: `adapter_state_dict` of the best epoch, and before there is one, of the start.
+        choices: implementations chosen by stopwatch.
+    """
+
+    def __init__(
+        self,
+        model: PromptedViT,
+        optimizer: torch.optim.Optimizer,
+        identity: dict[str, Any],
+        environment: dict[str, Any],
+        measure: bool,
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.name = secrets.token_hex(8)
+        self.identity, self.environment = identity, environment
+        self.progress = Progress()
+        self.choices = Choices(measure=measure)
+        self.best = self.weights()
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of generator and head as they are now."""
+        return {name: tensor.detach().clone() for name, tensor in self.model.adapter_state_dict().items()}
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON values, as the state file holds them."""
+        optimizer_tensors, optimizer_values = optimizer_state(self.optimizer)
+        rng_tensors, rng_values = rng_state()
+        tensors = {
+            **{f"model.{name}": tensor for name, tensor in self.model.adapter_state_dict().items()},
+            **{f"best.{name}": tensor for name, tensor in self.best.items()},
+            **{f"optimizer.{name}": tensor for name, tensor in optimizer_tensors.items()},
+            **{f"rng.{name}": tensor for name, tensor in rng_tensors.items()},
+        }
+        return tensors, {
+            "run": self.name,
+            "identity": self.identity,
+            "environment": self.environment,
+            "choices": self.choices.made,
+            "progress": vars(self.progress),
+            "optimizer": optimizer_values,
+            "rng": rng_values,
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Take over what `saved` returned in another process; identity and environment stay those of this one.
+
+        A state of an earlier version has no name and no choices: it keeps those that were made here.
+        """
+        self.name = values.get("run", self.name)
+        self.progress = Progress(**values["progress"])
+        self.best = _under(tensors, "best.")
+        self.model.load_adapter_state_dict(_under(tensors, "model."))
+        set_optimizer_state(self.optimizer, _under(tensors, "optimizer."), values["optimizer"])
+        set_rng_state(_under(tensors, "rng."), values["rng"])
+
+
+def best_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the best epoch in a state's tensors."""
+    return _under(tensors, "best.")
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def recorded_identity(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity in a state's values; of an earlier version's the parts that it recorded.
+
+    A field of the recipe that a version did not have has its default.
+    """
+    if "identity" in values:
+        identity = dict(values["identity"])
+    else:
+        signature = values["signature"]
+        identity = {key: signature[key] for key in ("config", "num_classes", "head", "readout", "backbone", "recipe")}
+        identity["train"] = {"num_images": signature["num_train"], "labels": signature["train_labels"]}
+        identity["val"] = {"labels": signature["val_labels"]}
+    recipe = Recipe.from_dict(identity["recipe"]).to_dict()
+    identity["recipe"] = {name: value for name, value in recipe.items() if name not in RUNTIME_FIELDS}
+    return identity
+
+
+def holds(directory: Path, weights: Mapping[str, Tensor]) -> bool:
+    """Whether a directory has an adapter, whole and undamaged, with these tensors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            found = read_adapter(directory)[1]
+        except (OSError, ValueError, Warning):
+            return False
+    return found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)

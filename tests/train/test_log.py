@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastprompt.train.log import choices_line, environment, start_line, whole_log
+
+START, ONE, TWO, END = (
+    {"event": "start"},
+    {"event": "epoch", "epoch": 1},
+    {"event": "epoch", "epoch": 2},
+    {"event": "end"},
+)
+RESUME, DIVERGED = {"event": "resume", "epoch": 1}, {"event": "diverged", "epoch": 2}
+
+
+@pytest.mark.parametrize(
+    ("in_state", "in_file", "expected"),
+    [
+        ([START, ONE], [START, ONE], [START, ONE]),
+        ([START, ONE, END], [START, ONE], [START, ONE, END]),  # killed between the two
+        ([START, ONE], [START, ONE, RESUME, DIVERGED, RESUME], [START, ONE, RESUME, DIVERGED, RESUME]),
+        ([START, ONE, RESUME, TWO], [START, ONE, RESUME], [START, ONE, RESUME, TWO]),
+        ([START, ONE], [], [START, ONE]),
+        ([START, ONE], [START, TWO, RESUME], [START, ONE]),  # another run's
+        ([START, ONE], [START, ONE, TWO], [START, ONE]),  # no state ever said so
+        ([START, ONE], [START, ONE, END], [START, ONE]),
+        ([START, ONE], [START, ONE, "text"], [START, ONE]),
+        ([START, ONE], [START, ONE, RESUME, TWO], [START, ONE]),
+    ],
+)
+def test_no_row_is_lost_and_none_made_up(in_state: Any, in_file: Any, expected: Any) -> None:
+    assert whole_log(in_state, in_file) == expected
+
+
+def test_the_start_is_said_in_a_line() -> None:
+    event = {
+        "config": {"kind": "vpt"},
+        "device": "cuda:1",
+        "backbone_dtype": "bfloat16",
+        "num_train": 1200,
+        "num_val": 40,
+        "trained_parameters": 92160,
+    }
+    assert start_line(event) == (
+        "training vpt on cuda:1 in bfloat16: 1,200 training and 40 validation images, 92,160 trained parameters"
+    )
+
+
+def test_choices_are_said_by_op() -> None:
+    assert choices_line({}) is None
+    choices = {
+        "('prefix_attention', device(type='cpu'), torch.Size([1]))": "native",
+        "('prefix_attention', device(type='cpu'), torch.Size([2]))": "reference",
+        "float32 products": "oneDNN",
+    }
+    assert choices_line(choices) == (
+        "chosen by stopwatch and kept for this run: float32 products by oneDNN, "
+        "prefix_attention by native and reference"
+    )
+
+
+def test_the_environment_has_what_changes_last_bits() -> None:
+    found = environment(torch.device("cpu"))
+    assert found["threads"] == torch.get_num_threads()
+    assert found["torch"] == torch.__version__
+    assert {"cpu", "native"} <= set(found)
+    assert environment(torch.device("meta")) == {"torch": torch.__version__, "device": "meta"}
