@@ -7,13 +7,16 @@ split batches by adapter, which this engine need not.) A file `deploy.py` with
 
 is started on a Ray cluster by `serve run deploy:app`. Directories of adapters have to exist on every machine.
 
-Limits and API keys are the host's. Connections are the affair of Ray's proxies: requests that no replica takes yet wait
-there, and where too many do, a proxy answers 503 in words of its own.
+Limits, API keys and the budget of memory are the host's, for each replica. A replica that computes one batch for longer
+than requests may take tells Ray so, which replaces it. Connections and the end are the affair of Ray's proxies:
+requests that no replica takes yet wait there, and where too many do, a proxy answers 503 in words of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +28,7 @@ from starlette.responses import Response
 
 from fastprompt.serve.protocol import Limits, Refused, Work
 from fastprompt.serve.routes import Routes, read_keys
+from fastprompt.serve.supervisor import SHORTEST_BATCH
 from fastprompt.serve.tenants import HostSettings, answers, load
 
 try:
@@ -38,7 +42,8 @@ class Tenants:
 
     def __init__(self, settings: HostSettings, limits: Limits, keys: Sequence[str], batch_wait: float) -> None:
         self.engine, catalogue = load(settings)
-        self.routes = Routes(catalogue, limits, keys, self.compute)
+        self.routes = Routes(catalogue, limits, keys, self.compute, self.is_well)
+        self.batch_seconds, self._since = max(limits.answer_seconds, SHORTEST_BATCH), math.inf
         together: Any = self.together
         together.set_max_batch_size(settings.batch_size)
         together.set_batch_wait_timeout_s(batch_wait)
@@ -49,7 +54,20 @@ class Tenants:
     @serve.batch
     async def together(self, works: list[Work]) -> list[list[np.ndarray] | Refused]:
         """What the engine says of each request, computed in one call while the next ones come in."""
-        return await asyncio.to_thread(answers, self.engine, works)
+        self._since = time.monotonic()
+        try:
+            return await asyncio.to_thread(answers, self.engine, works)
+        finally:
+            self._since = math.inf
+
+    def is_well(self) -> bool:
+        """Whether no batch takes for longer than requests may."""
+        return time.monotonic() - self._since < self.batch_seconds
+
+    def check_health(self) -> None:
+        """What Ray asks now and then: it replaces a replica where this raises."""
+        if not self.is_well():
+            raise RuntimeError(f"one batch has been computed for {time.monotonic() - self._since:.0f} s")
 
     async def compute(self, work: Work) -> list[np.ndarray]:
         """What the engine says of one request. Raises Refused."""

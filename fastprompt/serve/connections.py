@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -248,8 +248,28 @@ class ImpatientProtocol(H11Protocol):
         await app(scope, receive, answer)
 
 
+async def _nothing() -> None:
+    """What a server does beside serving where nothing is asked for."""
+
+
 class PatientServer(uvicorn.Server):
-    """uvicorn's server. Told to end, it answers every request that had reached this machine."""
+    """uvicorn's server. Told to end, it answers every request that had reached this machine.
+
+    Args:
+        beside: runs from the start until everything is answered.
+    """
+
+    def __init__(self, config: uvicorn.Config, beside: Callable[[], Coroutine[Any, Any, None]] = _nothing) -> None:
+        super().__init__(config)
+        self.beside = beside
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve, and do what is to be done beside it."""
+        beside = asyncio.create_task(self.beside())
+        try:
+            await super().serve(sockets)
+        finally:
+            beside.cancel()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take the connections that wait to be accepted, close the door behind them, and end when all are answered."""

@@ -56,14 +56,21 @@ class Routes:
 
     Args:
         catalogue: what is served. limits: what one client may send. keys: API keys; empty: everybody may ask.
-        compute: runs the engine on a request's pictures; it can raise `Refused`.
+        compute: runs the engine on a request's pictures; it can raise `Refused`. is_well: whether the engine answers.
 
     Raises:
         ValueError: `limits` takes no picture of the backbone's size.
     """
 
-    def __init__(self, catalogue: Catalogue, limits: Limits, keys: Sequence[str], compute: Compute) -> None:
-        self.catalogue, self.limits, self.compute = catalogue, limits, compute
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        limits: Limits,
+        keys: Sequence[str],
+        compute: Compute,
+        is_well: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.catalogue, self.limits, self.compute, self.is_well = catalogue, limits, compute, is_well
         own = catalogue.spec.image_size[0] * catalogue.spec.image_size[1]
         if limits.pixels is not None and limits.pixels < own:
             raise ValueError(
@@ -89,16 +96,22 @@ class Routes:
         """POST /v1/classify: what an adapter says of pictures."""
         return await self._answered(self._pictures(request, protocol.classify_work, protocol.classify_answer))
 
+    async def health(self, request: Request) -> Response:
+        """GET /health: 200 while requests are answered, else 503."""
+        if self.is_well():
+            return Response("ok")
+        return refusal(Refused(503, "not_ready", "the engine is not ready; try again later"))
+
     async def __call__(self, request: Request) -> Response:
         """Any of the endpoints, by address and method, for a server that has no router of its own."""
         endpoints = {
             "/v1/models": ("GET", self.models),
             "/v1/embeddings": ("POST", self.embeddings),
             "/v1/classify": ("POST", self.classify),
-            "/health": ("GET", _healthy),
+            "/health": ("GET", self.health),
         }
         path = _path(request)
-        method, endpoint = endpoints.get(path, ("", _healthy))
+        method, endpoint = endpoints.get(path, ("", self.health))
         if path.startswith("/v1/models/"):
             method, endpoint = "GET", self.model
         if not method:
@@ -259,10 +272,6 @@ def _is_form(request: Request) -> bool:
             415, "unsupported_media_type", f"a body must not be packed, got Content-Encoding {packed[:100]!r}"
         )
     return kind == b"multipart/form-data"
-
-
-async def _healthy(request: Request) -> Response:
-    return Response("ok")
 
 
 def refusal(error: Refused) -> Response:

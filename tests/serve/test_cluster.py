@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import importlib
+import math
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,21 @@ def test_a_replica_answers_in_time_or_says_that_it_cannot(settings: HostSettings
 
     assert asyncio.run(everybody("other")) == [401] * 6
     assert sorted(asyncio.run(everybody("key"))) == [503] * 4 + [504] * 2
+
+
+def test_a_replica_that_hangs_tells_ray() -> None:
+    pytest.importorskip("ray", reason="pip install 'fastprompt[ray]'")
+    from fastprompt.serve import cluster
+
+    replica: Any = object.__new__(cluster.Tenants)
+    replica.batch_seconds, replica._since = 30.0, math.inf
+    replica.check_health()
+    replica._since = time.monotonic() - 29
+    replica.check_health()
+    replica._since -= 2
+    assert not replica.is_well()
+    with pytest.raises(RuntimeError, match="one batch has been computed for 31 s"):
+        replica.check_health()
 
 
 def test_tenants_share_batches_and_get_their_own_answers(url: str, settings: HostSettings, picture: Picture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import os
 import re
@@ -11,9 +12,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def servers(place: Path) -> Iterator[list[Server]]:
             "https://page.example",
             keys=",".join(KEYS),
         ),
-        Server(place, "--batch-wait-ms", "5000", adapters=(), port=0),
+        Server(place, adapters=("birds",), port=0),
     ]
     yield running
     for server in running:
@@ -334,25 +335,49 @@ def test_pages_of_allowed_origins_may_ask(server: Server, client: httpx.Client) 
             assert got.headers.get("access-control-allow-origin") == allowed
 
 
-def test_a_dead_worker_ends_the_host(servers: list[Server], picture: Picture) -> None:
+def worker_of(server: Server) -> int:
+    """The process id of the host's worker, once it is started."""
+    while True:
+        for children in Path(f"/proc/{server.process.pid}/task").glob("*/children"):
+            for pid in children.read_text().split():
+                with contextlib.suppress(FileNotFoundError):
+                    command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                    if b"spawn_main" in command and b"resource_tracker" not in command:
+                        return int(pid)
+        assert server.process.poll() is None, server.log.read_text()
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_a_worker_that_hangs_or_dies_is_replaced(servers: list[Server], engine: fp.Engine, picture: Picture) -> None:
     server = servers[1].wait()
-    answers: list[httpx.Response] = []
-    body = {"input": url(picture())}
-    waiting = threading.Thread(
-        target=lambda: answers.append(httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60))
-    )
-    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
-    if not children.exists():
-        pytest.skip("needs /proc")
-    waiting.start()
-    time.sleep(2)  # its batch waits for 5
-    for pid in children.read_text().split():
-        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            os.kill(int(pid), signal.SIGKILL)
-    waiting.join(60)
-    error_of(answers[0], 500)
-    assert server.process.wait(60) == 1
-    assert "the worker died" in server.log.read_text()
+    body = {"input": url(picture()), "model": "birds"}
+
+    def ask() -> httpx.Response:
+        return httpx.post(f"{server.url}/v1/classify", json=body, timeout=300)
+
+    assert ask().status_code == 200
+    stopped = worker_of(server)
+    os.kill(stopped, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask)
+        while httpx.get(f"{server.url}/health", timeout=60).status_code == 200:
+            time.sleep(0.1)
+        error = error_of(waiting.result(), 503)
+    assert error["code"] == "worker_lost"
+    assert waiting.result().headers["retry-after"] == "1"
+    server.wait()
+    assert worker_of(server) != stopped
+    likely = torch.from_numpy(expected(engine, picture(), "birds")).softmax(0)
+    [entry] = ask().json()["data"]
+    assert entry["probabilities"][0]["probability"] == pytest.approx(float(likely.max()), rel=1e-3)
+    died = worker_of(server)
+    os.kill(died, signal.SIGKILL)
+    while (started := worker_of(server)) == died:
+        time.sleep(0.01)
+    os.kill(started, signal.SIGKILL)  # before it is ready: a third one would not be either
+    assert server.process.wait(120) == 1
+    assert "before it was ready" in server.log.read_text()
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -397,29 +422,28 @@ def test_wrong_commands_end_before_a_server_starts(
     assert "pip install 'fastprompt[serve]'" in error_line(capsys)
 
 
-def test_shutdown_finishes_what_runs_and_takes_nothing_new(server: Server, picture: Picture) -> None:
+def test_the_end_answers_all_that_came_and_takes_nothing_new(server: Server, picture: Picture) -> None:
     """The last test of the file: it ends the server that the others share."""
     body = json.dumps({"input": url(picture())}).encode()
     head = (
         f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     ).encode()
-    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
-        connection.sendall(head + body[:100])
-        time.sleep(0.5)
+    with contextlib.ExitStack() as stack:
+        slow, *others = (
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=60)) for _ in range(61)
+        )
+        slow.sendall(head + body[:100])
+        for connection in others:
+            connection.sendall(head + body)
         server.process.send_signal(signal.SIGTERM)
-        for _ in range(300):
-            try:
-                socket.create_connection(("127.0.0.1", server.port), timeout=5).close()
-            except ConnectionRefusedError:
-                break
-            time.sleep(0.01)
-        else:
-            raise AssertionError("it goes on accepting")
-        connection.sendall(body[100:])
-        answer = b""
-        while block := connection.recv(65536):
-            answer += block
-    assert answer.startswith(b"HTTP/1.1 200"), answer[:500] + server.log.read_bytes()
+        with contextlib.suppress(ConnectionRefusedError):
+            while True:  # until it accepts nothing new
+                socket.create_connection(("127.0.0.1", server.port), timeout=60).close()
+                time.sleep(0.01)
+        slow.sendall(body[100:])
+        for connection in (slow, *others):
+            answer = b"".join(iter(lambda connection=connection: connection.recv(65536), b""))
+            assert answer.startswith(b"HTTP/1.1 200"), answer[:500] + server.log.read_bytes()
     assert server.process.wait(60) == 0
     assert "Traceback" not in server.log.read_text()
