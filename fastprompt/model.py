@@ -32,6 +32,7 @@ from fastprompt.generators import (
     PromptConfig,
     PromptGenerator,
     build_generator,
+    method_of,
 )
 from fastprompt.heads import CLIP_LOGIT_SCALE, Head, build_head
 from fastprompt.vit import FrozenViT
@@ -46,8 +47,8 @@ Features = Callable[[Tensor, Draws], tuple[Tensor, dict[str, Tensor]]]
 class PromptedViT(nn.Module):
     """A frozen ViT adapted by prompts: `model(images)` → logits.
 
-    Only generator and head train; the backbone is constant and stays in eval mode. (Full fine-tuning, a baseline,
-    trains its own copy of the backbone.)
+    Only generator and head train; the backbone is constant and stays in eval mode. (Full fine-tuning, a baseline, and
+    prompts with `train_backbone` train their own copy of the backbone.)
 
     Args:
         backbone: the frozen ViT; it is shared, not copied.
@@ -58,6 +59,7 @@ class PromptedViT(nn.Module):
             backbone's own head does, and on a Swin transformer with prompts the mean of patches and prompts (VPT).
         class_names: C names, kept in the adapter, as a list; None: those of the data set, when `fit` sees one.
         class_embeddings, logit_scale: for head "text". prototypes: for head "prototypes".
+        train_backbone: train a copy of the backbone beside prompts and head, as PGN with full fine-tuning.
 
     Raises:
         TypeError, ValueError: an argument does not fit; it is named.
@@ -75,6 +77,7 @@ class PromptedViT(nn.Module):
         class_embeddings: Any = None,
         logit_scale: float = CLIP_LOGIT_SCALE,
         prototypes: Any = None,
+        train_backbone: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(backbone, FrozenViT):
@@ -93,16 +96,17 @@ class PromptedViT(nn.Module):
                 raise ValueError(f"{name} is for head {reader!r}, head is {head!r}")
         if class_names is not None and not isinstance(class_names, Iterable):
             raise TypeError(f"class_names must be a sequence of names, got {type(class_names).__name__}")
-        generator = build_generator(config, backbone)
-        self.readout = check_readout(backbone, generator, readout)
-        self.config, self.full = config, config.trains_backbone
+        if not isinstance(train_backbone, bool):
+            raise TypeError(f"train_backbone must be True or False, got {train_backbone!r}")
+        self.config, self.full = config, train_backbone or method_of(config).config_class.trains_backbone
         backbone.pin_fingerprint()
         self.backbone = backbone
         if self.full:
             self.backbone = copy.deepcopy(backbone).requires_grad_(True)
             if self.backbone.head is not None:
                 self.backbone.head.requires_grad_(False)  # the pretrained classifier is not part of the features
-        self.generator = generator
+        self.generator = build_generator(config, self.backbone)
+        self.readout = check_readout(backbone, self.generator, readout)
         self.head: Head | None = None
         if isinstance(head, Head):
             if num_classes not in (None, head.num_classes):
@@ -282,12 +286,13 @@ class PromptedViT(nn.Module):
         return vit.graph.rewritten.static_prefixes(vit, generator, self.readout)
 
     def kept_prefixes(self) -> dict[int, Prefix] | None:
-        """`static_prefixes`, made once for an adapter and again when it changes; None where gradients are recorded and
-        in a compiler.
+        """`static_prefixes`, made once for an adapter and again when it changes; None where gradients are recorded, in
+        a compiler, and where the backbone trains, whose changes nothing here notices.
         """
         generator = self.generator
         if (
             generator is None
+            or self.full
             or generator.known_at != "static"
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
@@ -470,6 +475,8 @@ class PromptedViT(nn.Module):
         for key, value in (("source", backbone.source), ("preprocessing", self.preprocessing)):
             if value is not None:
                 optional[key] = dataclasses.asdict(value)
+        if self.full and not self.config.trains_backbone:
+            optional["train_backbone"] = True
         if (module := registered_by(self.config)) is not None:
             optional["registered_by"] = module
         config = {
@@ -527,7 +534,15 @@ class PromptedViT(nn.Module):
             method = config_from(config)
             check_sizes(method, num_classes, backbone, state)
             head: str | Head = "linear" if info is None else head_from(info, backbone, num_classes, state)
-            model = cls(backbone, method, num_classes, head, config["readout"], class_names=config["class_names"])
+            model = cls(
+                backbone,
+                method,
+                num_classes,
+                head,
+                config["readout"],
+                class_names=config["class_names"],
+                train_backbone=config["backbone"].get("optional", {}).get("train_backbone", False),
+            )
             model.load_adapter_state_dict(state)
             model.preprocessing = preprocessing_of(config)
         except (KeyError, TypeError, ValueError) as error:

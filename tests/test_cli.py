@@ -31,6 +31,8 @@ from fastprompt.data import files as data_files, read_images
 from fastprompt.generators import VPTConfig
 from fastprompt.kernels import native
 from fastprompt.runs.execute import backbone_at
+from fastprompt.runs.settings import RunSettings
+from fastprompt.train.recipes import adjusted_recipe
 
 COLOURS = {"blue": (0, 0, 200), "green": (0, 200, 0), "red": (200, 0, 0)}
 
@@ -1028,3 +1030,76 @@ def test_a_table_holds_no_formula_and_json_is_exact(place: Path, tmp_path: Path)
     written = json.loads((tmp_path / "p.json").read_text())
     assert written["class_names"] == names
     assert written["images"][0]["file"] == "=1+1.png"
+
+
+def settings_of(*words: str) -> RunSettings:
+    return adapt_settings(parse(["adapt", "--data", "images", "--out", "run", *words]))
+
+
+def test_a_published_recipe_by_name_beside_fields() -> None:
+    found = settings_of("--method", "vapt", "--recipe", "vapt-paper")
+    expected = fp.paper_recipe("vapt")
+    assert adjusted_recipe("vapt", found.recipe) == expected
+    assert (found.augment, found.resize) == ("none", "squash")
+    found = settings_of("--method", "vapt", "--recipe", "vapt-paper", "base_lr=25", "decay=all", "--batch-size", "32")
+    assert adjusted_recipe("vapt", found.recipe) == expected.replace(lr=25 * 32 / 256, batch_size=32, decay="all")
+    found = settings_of("--method", "vpt-deep", "--recipe", "vpt-paper", "--lr", "0.7", "--epochs", "20", "--seed", "3")
+    recipe = adjusted_recipe("vpt-deep", found.recipe)
+    assert (recipe.lr, recipe.epochs, recipe.warmup_epochs, recipe.seed) == (0.7, 20, 2, 3)
+    found = settings_of("--recipe", "pgn-paper-adamw", "--resize", "squash")
+    assert adjusted_recipe("pgn", found.recipe) == fp.paper_recipe("pgn-paper-adamw")
+    assert (found.augment, found.resize) == ("pgn", "squash")
+    assert settings_of("--recipe", "pgn-paper", "--augment", "flip").augment == "flip"
+    found = settings_of("--method", "pixel", "--recipe", "pixel-paper", "--num-train", "25600")
+    assert adjusted_recipe("pixel", found.recipe).warmup_epochs == 10
+    assert (settings_of().augment, settings_of().resize, settings_of().recipe) == ("none", "crop", {})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--recipe", "vapt-papr"], "recipe must be KEY=VALUE or one of .*vapt-paper.* got 'vapt-papr'"),
+        (["--recipe", "vapt-paper", "pgn-paper"], "'published' is given twice"),
+        (["--recipe", "vapt-paper", "base_lr=1", "--lr", "2"], "lr must not be given with base_lr"),
+        (["--recipe", "vapt-paper", "learning_rate=1"], "learning_rate: the recipe has no such option"),
+        (["--recipe", "vapt-paper", "base_lr=-1"], "lr must be in"),
+        (["--recipe", "pixel-paper"], "num_train must be given for 'pixel-paper'"),
+        (["--recipe", "vapt-paper", "batch_size=8", "--batch-size", "9"], "--batch-size: is given in --recipe as well"),
+    ],
+)
+def test_recipes_that_are_none_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings_of(*words)
+
+
+def test_published_recipe_squashed_images_and_a_backbone_that_trains(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PGN with full fine-tuning, from images that are not square, by VPT's recipe."""
+    random = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (tmp_path / "wide" / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = np.clip(np.array(colour) + random.integers(-40, 40, (32, 80, 3)), 0, 255).astype(np.uint8)
+            pixels[:, :24] = 0  # what a crop of the centre does not see
+            Image.fromarray(pixels).save(tmp_path / "wide" / name / f"{i}.png")
+    command = ["adapt", "--method", "pgn", "--train-backbone", "--num-prompts", "2", "--threads", "1", "--no-progress"]
+    command += ["--set", "library_size=8", "widths=(4, 4)", "--data", str(tmp_path / "wide"), "--test"]
+    command += ["--backbone", f"local-dir:{place / 'vit'}", "--out", str(tmp_path / "run")]
+    command += ["--recipe", "vpt-paper", "backbone_lr=1e-3", "--epochs", "3", "--batch-size", "6", "--lr", "0.01"]
+    assert main(command) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["data"]["resize"] == "squash"
+    assert results["trained_parameters"]["backbone"] > results["trained_parameters"]["generator"] > 0
+    assert results["history"][0]["lr"] == 0.0  # the first epoch warms up from 0
+    assert [results["recipe"][key] for key in ("schedule", "head_init", "backbone_lr")] == ["epoch", "vpt", 1e-3]
+    assert results["best_epoch"] == 3
+    model = fp.PromptedViT.from_pretrained(backbone_at(f"local-dir:{place / 'vit'}", None), tmp_path / "run" / "best")
+    assert model.full
+    assert model.preprocessing is not None
+    assert model.preprocessing.resize == "squash"
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), "--split", "test", "--out", str(tmp_path / "eval.json")]) == 0
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["data"]["resize"] == "squash"
+    assert found["predictions"] == results["test"]["predictions"]

@@ -796,3 +796,47 @@ def test_parameters_of_a_prompted_swin_are_counted(
     assert model.paper_parameter_count() == prompts
     model.print_trainable_parameters()
     assert f"trainable params: {prompts + 165:,} ||" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["pgn", "vpt-deep", "vapt", "v2apt", "free", "pixel", "rgb-pgn"])
+def test_prompts_and_backbone_train_together(
+    method: str, configs: dict[str, PromptConfig], tiny_vit: VisionTransformer, tiny_images: Tensor, tmp_path: Path
+) -> None:
+    """Exact as with a frozen backbone, and every tensor that is read has the gradient of the papers' graph."""
+    shared = fp.FrozenViT(tiny_vit).double()
+    before = {name: tensor.clone() for name, tensor in shared.state_dict().items()}
+    model = fp.PromptedViT(shared, configs[method], 5, train_backbone=True).train()
+    images = tiny_images.double()
+    gradients = []
+    draws = model.draw(4)
+    for run in (model, model.reference_forward):
+        model.zero_grad()
+        run(images, draws=draws).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.trainable_parameters() if p.grad is not None})
+    assert {"head", "generator", "backbone"} == {name.partition(".")[0] for name in gradients[0]}
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-8, atol=1e-10, msg=name)
+    optimizer = torch.optim.SGD([p for _, p in model.trainable_parameters()], lr=1e-4)
+    optimizer.step()
+    assert model.num_trainable()["backbone"] > 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in shared.state_dict().items())
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), model.reference_forward(images), rtol=1e-10, atol=1e-10)
+        first = model(images)
+        for _, parameter in model.backbone.named_parameters():
+            parameter.mul_(1.01)
+        assert not torch.equal(model(images), first)
+        torch.testing.assert_close(model(images), model.reference_forward(images), rtol=1e-10, atol=1e-10)
+        model.save_pretrained(tmp_path)
+        loaded = fp.PromptedViT.from_pretrained(shared, tmp_path)
+        assert loaded.full
+        assert torch.equal(loaded(images), model(images))
+    with pytest.raises(ValueError, match="fully fine-tuned"):
+        fp.Engine(shared, (4,), torch.float64, "eager").add_adapter("mine", model)
+
+
+def test_train_backbone_is_yes_or_no(tiny_vit: VisionTransformer) -> None:
+    with pytest.raises(TypeError, match="train_backbone must be True or False, got 'yes'"):
+        fp.PromptedViT(fp.FrozenViT(tiny_vit), fp.PGNConfig(), 5, train_backbone="yes")  # type: ignore[arg-type]

@@ -26,6 +26,7 @@ class Adapt:
 
     The same command goes on where an interrupted run stopped. The test split is read only with --test, once,
     at the end. --set KEY=VALUE ... is short for --options.KEY VALUE, --recipe KEY=VALUE ... for --recipe.KEY VALUE.
+    --recipe vapt-paper trains as the authors published it; fields and flags beside it change it.
     """
 
     data: str
@@ -72,8 +73,10 @@ class Adapt:
     """Seed of the train/validation/test split."""
     data_root: Path | None = None
     """Where torchvision sets are kept."""
-    augment: str = "none"
-    """Of training images: none, flip, crop or pgn."""
+    augment: str | None = None
+    """Of training images: none, flip, crop or pgn; that of a named recipe, else none, if not given."""
+    resize: Literal["crop", "squash"] | None = None
+    """Images are cropped or squashed to a square; as with a named recipe, else cropped, if not given."""
     on_bad: Literal["error", "skip"] = "error"
     """What to do about image files that cannot be read."""
     intensity_range: tuple[float, float] | None = None
@@ -86,6 +89,8 @@ class Adapt:
     """(classes, width) array in a .npy file for --head text or prototypes."""
     readout: str | None = None
     """cls, patches, patches+prompts, prompts or map; the backbone's own if not given."""
+    train_backbone: bool = False
+    """Train the backbone, too, beside prompts and head: --recipe backbone_lr=1e-5"""
     test: bool = False
     """Evaluate once on the test split after training."""
     resume: bool = True
@@ -104,13 +109,26 @@ class Adapt:
 
 def adapt_settings(command: Adapt) -> RunSettings:
     """The flags as settings. A recipe field given both as a flag and in --recipe is an error."""
+    from fastprompt.generators import published_recipes
+    from fastprompt.train.recipes import named_recipe
+
     recipe = dict(command.recipe)
+    published = recipe.pop("published", None)
+    if published is None and "base_lr" in recipe:
+        raise ValueError(
+            "--recipe: base_lr is for a published recipe, as in --recipe vapt-paper base_lr=25; --lr is not scaled"
+        )
     for name in RECIPE_FLAGS:
         value = getattr(command, name)
         if value is not None:
             if name in recipe:
                 raise ValueError(f"--{name.replace('_', '-')}: is given in --recipe as well")
             recipe[name] = value
+    augment, resize = "none", "crop"
+    if published is not None:
+        recipe = named_recipe(published, recipe, command.num_train)
+        found = published_recipes()[published]
+        augment, resize = found.augment, found.resize
     return RunSettings(
         method=command.method,
         data=data_name(command.data),
@@ -123,13 +141,15 @@ def adapt_settings(command: Adapt) -> RunSettings:
         num_val=command.num_val,
         num_test=command.num_test,
         data_seed=command.data_seed,
-        augment=command.augment,
+        augment=augment if command.augment is None else command.augment,
+        resize=resize if command.resize is None else command.resize,
         on_bad=command.on_bad,
         intensity_range=command.intensity_range,
         max_decoded_bytes=command.max_decoded_bytes,
         head=command.head,
         class_embeddings=None if command.class_embeddings is None else absolute(command.class_embeddings),
         readout=command.readout,
+        train_backbone=command.train_backbone,
     )
 
 

@@ -22,6 +22,7 @@ _DATA_FLAGS = (
     "on_bad",
     "intensity_range",
     "max_decoded_bytes",
+    "resize",
 )
 
 
@@ -59,6 +60,8 @@ class Eval:
     """Values that are black and white in grey images of more than 8 bits; the adapter's own if not given."""
     max_decoded_bytes: int | None = None
     """Memory that one image may take decoded; the run's own if not given."""
+    resize: Literal["crop", "squash"] | None = None
+    """How images are brought to the backbone's size; as in training if not given."""
     dtype: Literal["auto", "bfloat16", "float32"] | None = None
     """Number format of the backbone; that of the run if not given, else auto."""
     device: str = "auto"
@@ -101,6 +104,8 @@ def evaluate_adapter(command: Eval) -> None:
     settings = replace(settings, **changed, augment="none")
     if settings.intensity_range is None and model.preprocessing is not None:
         settings = replace(settings, intensity_range=model.preprocessing.intensity_range)
+    if command.resize is None and model.preprocessing is not None:
+        settings = replace(settings, resize=model.preprocessing.resize)
     splits = load_run_data(settings, square_size(model.backbone))
     names = list(splits.class_names)
     if model.class_names is not None and list(model.class_names) != names:

@@ -40,6 +40,12 @@ WRONG_INPUT = (
 )
 
 
+PUBLISHED = {
+    "published": "name of a recipe that authors published, as vapt-paper; also without published=",
+    "base_lr": "its learning rate before it is scaled by the batch size",
+}
+"""What --recipe takes beside the fields of a recipe."""
+
 CLASSES: dict[str, type] = {
     "adapt": Adapt,
     "eval": Eval,
@@ -74,9 +80,16 @@ def typed_groups(name: str, words: list[str]) -> tuple[type, list[str]]:
     if name == "adapt":
         from fastprompt.train.recipes import Recipe
 
-        hints, describe = fields_of(Recipe)
-        words = spelled_out(words, "recipe", "--recipe", hints, "the recipe")
-        groups.append(("recipe", group_type("Recipe", hints, describe), field(default_factory=dict)))
+        hints, describe_field = fields_of(Recipe)
+        hints |= {"published": str, "base_lr": float}
+        words = spelled_out(words, "recipe", "--recipe", hints, "the recipe", bare="published")
+        groups.append(
+            (
+                "recipe",
+                group_type("Recipe", hints, lambda key: PUBLISHED.get(key) or describe_field(key)),
+                field(default_factory=dict),
+            )
+        )
     typed = make_dataclass(command.__name__, groups, bases=(command,))
     typed.__doc__ = command.__doc__
     return typed, words

@@ -126,8 +126,13 @@ def flags(group: str, values: Mapping[str, Sequence[str]]) -> list[str]:
     return [word for key, words in values.items() for word in (f"--{group}.{key.replace('_', '-')}", *words)]
 
 
-def spelled_out(words: Sequence[str], group: str, flag: str, known: Iterable[str], owner: str) -> list[str]:
-    """`--set KEY=VALUE ...` as the typed flags of `group`, in the same place."""
+def spelled_out(
+    words: Sequence[str], group: str, flag: str, known: Iterable[str], owner: str, bare: str | None = None
+) -> list[str]:
+    """`--set KEY=VALUE ...` as the typed flags of `group`, in the same place.
+
+    A word without "=" is the value of the key `bare`, if there is one.
+    """
     out: list[str] = []
     rest = list(words)
     while rest:
@@ -137,7 +142,8 @@ def spelled_out(words: Sequence[str], group: str, flag: str, known: Iterable[str
             continue
         items = []
         while rest and not rest[0].startswith("--"):
-            items.append(rest.pop(0))
+            item = rest.pop(0)
+            items.append(f"{bare}={item}" if bare and "=" not in item else item)
         if not items:
             raise ValueError(f"{flag}: takes KEY=VALUE, got nothing")
         out += flags(group, key_values(items, flag, known, owner))
@@ -175,7 +181,8 @@ def _given(words: Sequence[str]) -> set[str]:
             name = re.sub(r"^--(no-|options\.|recipe\.)?", "", word.partition("=")[0])
             names |= set() if items else {name.replace("-", "_")}
         elif items:
-            names.add(word.partition("=")[0].replace("-", "_"))
+            key, equals, _ = word.partition("=")
+            names.add(key.replace("-", "_") if equals else "published")
     return names
 
 

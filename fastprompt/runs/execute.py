@@ -53,6 +53,7 @@ def load_run_data(settings: RunSettings, image_size: int) -> DataSplits:
             seed=settings.data_seed,
             root=settings.data_root,
             augment=settings.augment,
+            resize=settings.resize,
             on_bad=settings.on_bad,
             intensity_range=settings.intensity_range,
             max_decoded_bytes=settings.max_decoded_bytes,
@@ -107,6 +108,7 @@ def build_model(settings: RunSettings, backbone: FrozenViT, class_names: Sequenc
         head=settings.head,
         readout=settings.readout,
         class_names=list(class_names),
+        train_backbone=settings.train_backbone,
         **arguments,
     )
 
@@ -169,7 +171,7 @@ def execute(
         raise ValueError(f"out: {out_dir} is a file, a directory is needed")
     method = get_method(settings.method)
     method.config(settings.options)
-    recipe = adjusted_recipe(settings.method, settings.recipe)
+    recipe = adjusted_recipe(settings.method, settings.recipe, train_backbone=settings.train_backbone)
     if method.solver == "lbfgs":
         from fastprompt.train.probe import logistic_regression
 

@@ -15,7 +15,8 @@ class RunSettings:
 
     `options` are the method's configuration options (`fp.PGNConfig` and so on); `recipe` holds only the
     fields of `fastprompt.train.recipes.Recipe` that differ from `default_recipe`. `image_size` None is the
-    backbone's own.
+    backbone's own. `resize` says how image files are brought to it, and with `train_backbone` the backbone trains
+    beside the method's prompts.
     """
 
     method: str
@@ -30,12 +31,14 @@ class RunSettings:
     num_test: int | None = None
     data_seed: int = 0
     augment: str = "none"
+    resize: str = "crop"
     on_bad: str = "error"
     intensity_range: tuple[float, float] | None = None
     max_decoded_bytes: int | None = None
     head: str = "linear"
     class_embeddings: str | None = None
     readout: str | None = None
+    train_backbone: bool = False
 
     def __post_init__(self) -> None:
         from fastprompt.generators import get_method

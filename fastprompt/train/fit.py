@@ -210,7 +210,9 @@ def _recipe(model: PromptedViT, recipe: Recipe | None, fields: Mapping[str, Any]
     unknown = [name for name in fields if name not in known]
     if unknown:
         raise TypeError(f"fit takes no argument {unknown[0]!r}; fields of the recipe are {', '.join(known)}")
-    return adjusted_recipe(model.config, fields) if recipe is None else recipe.replace(**fields)
+    return (
+        adjusted_recipe(model.config, fields, train_backbone=model.full) if recipe is None else recipe.replace(**fields)
+    )
 
 
 class _Run:

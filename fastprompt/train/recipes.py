@@ -337,3 +337,24 @@ def paper_recipe(
         steps_per_epoch = math.ceil(num_train / recipe.batch_size)
         recipe = recipe.replace(warmup_epochs=published.warmup_steps / steps_per_epoch)
     return recipe
+
+
+def named_recipe(name: str, changes: Mapping[str, Any], num_train: int | None = None) -> dict[str, Any]:
+    """The fields of a published recipe with some of them changed, which any method can train with.
+
+    Args:
+        name: as "vapt-paper".
+        changes: fields of `Recipe`, or "base_lr", which is scaled by the batch size as the authors do; "lr" is not.
+        num_train: as for `paper_recipe`.
+
+    Raises:
+        TypeError, ValueError: there is no such recipe, or a change is none.
+    """
+    if name not in published_recipes():
+        raise ValueError(f"recipe must be KEY=VALUE or one of {', '.join(sorted(published_recipes()))}, got {name!r}")
+    changes = dict(changes)
+    if "lr" in changes and "base_lr" in changes:
+        raise ValueError("lr must not be given with base_lr, which sets it")
+    arguments = {key: changes.pop(key) for key in ("base_lr", "weight_decay", "batch_size") if key in changes}
+    fields = paper_recipe(name, num_train=num_train, **arguments).adjusted(changes).to_dict()
+    return {key: value for key, value in fields.items() if key in changes or key not in ("seed", *RUNTIME_FIELDS)}
