@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -184,6 +185,10 @@ def test_a_bare_adapter_stands_alone(
     of_run = capsys.readouterr().out
     assert main(["predict", str(bare), photo]) == 0
     assert capsys.readouterr().out == of_run
+    assert main(["info", str(bare)]) == 0
+    assert "fits this backbone" not in capsys.readouterr().out  # no weights are fetched to print what a file says
+    assert main(["info", str(bare), "--cost"]) == 0
+    assert re.search("fits this backbone +yes", capsys.readouterr().out)
     assert main(["eval", str(bare)]) == 2
     assert "--data" in error_line(capsys)
     assert main(["eval", str(bare), "--data", str(place / "images"), "--num-val", "6"]) == 0

@@ -67,11 +67,15 @@ def info(command: Info) -> None:
     if command.adapter is None:
         name = name or "clip-vit-b16"
     else:
+        from fastprompt.adapters import source_of
         from fastprompt.runs.directory import read_settings
 
         settings = read_settings(command.adapter)
         name = name or (settings.backbone if settings else None)
         facts["adapter"] = adapter_facts(command.adapter)
+        if name is None and (command.cost or command.rgb):  # nothing else needs the backbone, which may be fetched
+            source = source_of(facts["adapter"]["config"])
+            name = None if source is None else source.backbone_name
         image_size = image_size or stored_size(facts["adapter"]["config"])
     if name is not None:
         from fastprompt.runs.execute import backbone_at
