@@ -32,7 +32,7 @@ class Serve:
     image_size: int | None = None
     """Side in pixels; that of the first adapter, else the backbone's own, if not given."""
     any_size: bool = False
-    """Take pictures of any number of whole patches; clients with placement "extend" need it."""
+    """Compute pictures of any number of whole patches at their own size; clients with placement "extend" need it."""
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 for the whole network."""
     port: int = 8000
@@ -57,8 +57,10 @@ class Serve:
     """Bodies and pictures of all requests at once; 256, or twice --max-body-mb where that is more, if not given."""
     max_images: int = 32
     """Pictures of a request."""
+    max_decoded_mb: float = 256.0
+    """Pictures of a request as they are decoded: 4 bytes a pixel of RGB, 8 with transparency."""
     max_pixels: int | None = None
-    """Pixels of a picture, at least the backbone's; four times those if not given."""
+    """Pixels of a picture that is computed at its own size, at least the backbone's; four times those if not given."""
     body_timeout: float = 10.0
     """Seconds in which a request has to arrive."""
     timeout: float = 30.0
@@ -92,7 +94,7 @@ def serve(command: Serve) -> None:
         if name in adapters:
             raise ValueError(f"--adapter: {name!r} is given twice")
         adapters[name] = Path(directory)
-    for flag in ("batch_wait_ms", "max_body_mb", "max_held_mb", "body_timeout", "timeout"):
+    for flag in ("batch_wait_ms", "max_body_mb", "max_held_mb", "max_decoded_mb", "body_timeout", "timeout"):
         value = getattr(command, flag)
         if value is not None and not math.isfinite(value):
             raise ValueError(f"--{flag.replace('_', '-')}: takes a finite number, got {value}")
@@ -116,6 +118,7 @@ def serve(command: Serve) -> None:
         command.timeout,
         command.max_waiting,
         None if command.max_held_mb is None else int(command.max_held_mb * 2**20),
+        int(command.max_decoded_mb * 2**20),
     )
     host.run(
         settings,

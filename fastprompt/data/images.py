@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import threading
@@ -100,7 +101,7 @@ def open_image(
         with opened(path, max_decoded_bytes) as image:
             if strict:
                 decode(path, image)
-            return to_rgb(_upright(image), intensity_range)
+            return to_rgb(upright(image), intensity_range)
     except FileNotFoundError as error:
         raise ValueError(f"no such image file: {os.fspath(path)}") from error
     except Exception as error:  # of a damaged file Pillow's readers raise TypeError, struct.error and others, too
@@ -144,18 +145,18 @@ def _pillow_limit(max_decoded_bytes: int) -> Iterator[None]:
                 Image.MAX_IMAGE_PIXELS = own
 
 
-def decode(path: str | os.PathLike[str], image: Image.Image) -> None:
-    """Decode an opened image; raise an exception where its file is damaged.
+def decode(source: str | os.PathLike[str] | bytes, image: Image.Image) -> None:
+    """Decode an opened image; raise an exception where its file, or the bytes of one, is damaged.
 
     Pillow itself refuses a file that ends early. It does not look at the checksums of PNG pixels, and fills what is
     missing of a JPEG with grey: checked here.
     """
     if image.format == "PNG":
-        with Image.open(path, formats=["PNG"]) as twin:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=["PNG"]) as twin:
             twin.verify()
     image.load()
     if image.format in ("JPEG", "MPO"):
-        damage = jpeg_damage(path, progressive=bool(image.info.get("progressive")))
+        damage = jpeg_damage(source, progressive=bool(image.info.get("progressive")))
         if damage:
             raise OSError(damage)
 
@@ -168,7 +169,8 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """An opened image, decoded and turned as its EXIF orientation says."""
     image.load()
     turn = _turn(image)
     return image if turn is None else image.transpose(turn)

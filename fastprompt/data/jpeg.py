@@ -12,15 +12,15 @@ _HARMLESS = re.compile(r"ICC|Adobe")  # warnings about colours
 _PADDED = re.compile(r"\b([1-9]|1[01]) extraneous bytes before marker 0xd9")  # as some cameras do
 
 
-def jpeg_damage(path: str | os.PathLike[str], progressive: bool = False) -> str | None:
-    """What libjpeg warns of when it decodes a JPEG file, or None where the data are whole.
+def jpeg_damage(source: str | os.PathLike[str] | bytes, progressive: bool = False) -> str | None:
+    """What libjpeg warns of when it decodes a JPEG file, or the bytes of one; None where the data are whole.
 
     The image is decoded at an eighth of its size: all compressed data are read, but few pixels made of them. Compressed
     data have no checksum, so that a wrong byte after which the code finds its way again is not found. Up to 11 bytes of
     padding before the end marker are no damage, unless the image is `progressive`, where they are what is left of it.
     Files that this decoder cannot read at all are Pillow's to judge.
     """
-    data = Path(path).read_bytes()
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
     try:
         colours = simplejpeg.decode_jpeg_header(data, strict=False)[2]
     except ValueError:

@@ -7,35 +7,42 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from fastprompt.data.images import to_rgb
+from fastprompt.adapters import Preprocessing
+from fastprompt.data import images
 from fastprompt.vit.weights import ViTSpec
 
 BASE = "__base__"
 FORMATS = ("PNG", "JPEG", "WEBP")
-TOP = 5
-"""Classes whose probabilities an answer names."""
+MAX_RETURNED_CLASSES = 5
+"""Number of classes whose probabilities an answer gives, the likeliest first."""
 PIXEL_BYTES = 16
-"""Of an encoded picture for each of its pixels: twice what PNG takes for those of the most bits."""
+"""Maximum encoded bytes per pixel (twice PNG's worst case)."""
 METADATA = 2**18
-"""Bytes of an encoded picture beside those of its pixels."""
+"""Maximum bytes of a picture's metadata, beside those of its pixels."""
 SCANS = 100
-"""Of a JPEG, each of which decodes all its pixels; progressive ones have about ten."""
+"""Maximum number of scans of a JPEG. Each goes over all pixels; progressive files have about ten."""
+CHEAP_SCANS = 10
+"""Scans of a JPEG that count as one decoding; a file of ten times as many counts as ten pictures."""
 PARTS = 1000
-"""Of a form, for it to be read at all; `Limits.images` is fewer, and told by name."""
+"""Maximum number of parts of a form that is read at all. `Limits.images` is smaller, and its error says which limit."""
 PART_HEADERS = 2**13
-"""Bytes of a part's headers."""
+"""Maximum bytes of the headers of a form's part."""
 COMMAS = 1000
-"""In JSON, beside two for each picture: the start of a data URL and what is between two of them."""
+"""Maximum number of commas in a JSON body, beside two for each picture (in its data URL, and behind it)."""
+_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+"""A marker of a JPEG; within a scan FF is followed by 00 or by the number of a restart."""
 
 
 class Refused(Exception):
@@ -64,12 +71,14 @@ class Limits:
     """What a host takes of one client at most.
 
     Attributes:
-        body_bytes: of a request. images: of a request. pixels: of a picture; None: four times the backbone's.
+        body_bytes: of a request. images: of a request.
+        pixels: of a picture that is computed at its own size; None: four times the backbone's.
         body_seconds: until a request's headers, and then its body, have come.
         answer_seconds: until a request that waits for the engine is answered 504.
         waiting: requests that wait for the engine; others are answered 503 meanwhile.
         held_bytes: of the bodies and pictures of all requests at once; a request may hold as many as are then still
             free, others are answered 503 meanwhile. None: 256 MiB, or twice `body_bytes` where that is more.
+        decoded_bytes: of the pictures of a request as they are decoded (`fastprompt.data.images.decoded_bytes`).
     """
 
     body_bytes: int = 8 * 2**20
@@ -79,9 +88,10 @@ class Limits:
     answer_seconds: float = 30.0
     waiting: int = 128
     held_bytes: int | None = None
+    decoded_bytes: int = 256 * 2**20
 
     def __post_init__(self) -> None:
-        for name in ("body_bytes", "images", "body_seconds", "answer_seconds", "waiting"):
+        for name in ("body_bytes", "images", "body_seconds", "answer_seconds", "waiting", "decoded_bytes"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"Limits.{name} must be positive and finite, got {getattr(self, name)}")
         if self.held_bytes is not None and self.held_bytes < 2 * self.body_bytes:
@@ -96,6 +106,10 @@ class Limits:
         return max(256 * 2**20, 2 * self.body_bytes) if self.held_bytes is None else self.held_bytes
 
 
+Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""Mean and standard deviation of the channels."""
+
+
 @dataclass(frozen=True)
 class Catalogue:
     """What a host serves.
@@ -105,6 +119,9 @@ class Catalogue:
         spec: which sizes of images the backbone takes, among other things.
         fixed: adapters that take images of the backbone's own size alone, whatever it takes.
         created: when it was loaded, in seconds since 1970.
+        preprocessing: how a picture is brought to the backbone's size, by adapter; "crop" of those that do not say.
+        in_pixels: adapters whose prompts are pixels, which take pictures as they are.
+        pixels: mean and standard deviation by which pictures are normalised, of adapters that have others than `spec`.
     """
 
     name: str
@@ -115,6 +132,9 @@ class Catalogue:
     adapters: Mapping[str, Sequence[str]]
     fixed: Collection[str] = ()
     created: int = 0
+    preprocessing: Mapping[str, Preprocessing] = field(default_factory=dict)
+    in_pixels: Collection[str] = ()
+    pixels: Mapping[str, Normalisation] = field(default_factory=dict)
 
     def models(self) -> dict[str, Any]:
         """The answer of `GET /v1/models`."""
@@ -156,19 +176,29 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Work:
-    """What the engine has to do for a request: pictures, uint8 (3, H, W) each, and the adapter that reads them."""
+    """What the engine has to do for a request.
+
+    Attributes:
+        pictures: uint8 (3, H, W) each. adapter: that reads them.
+        pixels: mean and standard deviation by which they are normalised; None: the backbone's.
+    """
 
     pictures: list[np.ndarray]
     adapter: str
+    pixels: Normalisation | None = None
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A request as it came: encoded pictures, and what is asked of them."""
+    """A request as it came: encoded pictures, and what is asked of them.
+
+    `pixels` is "fit" (pictures of other sizes are resized) or "exact" (they are refused).
+    """
 
     files: list[bytes]
     model: str | None
     encoding_format: str
+    pixels: str = "fit"
 
 
 class _Body(BaseModel):
@@ -178,11 +208,12 @@ class _Body(BaseModel):
     input: str | list[str]
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
+    pixels: Literal["fit", "exact"] | None = None
     user: str | None = None
 
 
 def read_json(body: bytes, limits: Limits) -> Ask:
-    """A request in JSON: {"input": data URL or list of them, "model": ..., "encoding_format": ...}.
+    """A request in JSON: {"input": data URL or list of them, "model": ..., "encoding_format": ..., "pixels": ...}.
 
     Raises:
         Refused: it is no such JSON, or an input is no data URL in base64.
@@ -202,7 +233,8 @@ def read_json(body: bytes, limits: Limits) -> Ask:
         ) from error
     inputs = [asked.input] if isinstance(asked.input, str) else asked.input
     check_count(len(inputs), limits)
-    return Ask([_from_data_url(url, i) for i, url in enumerate(inputs)], asked.model, asked.encoding_format or "float")
+    files = [_from_data_url(url, i) for i, url in enumerate(inputs)]
+    return Ask(files, asked.model, asked.encoding_format or "float", asked.pixels or "fit")
 
 
 _PART_EVENTS = (
@@ -284,10 +316,10 @@ def form_fields(body: bytes, content_type: str) -> list[tuple[str, str | bytes]]
 
 
 def read_form(fields: Sequence[tuple[str, str | bytes]], limits: Limits) -> Ask:
-    """A request as the parts of multipart/form-data: `file` for each picture, `model`, `encoding_format`, `user`.
+    """A request as the parts of multipart/form-data: `file` for each picture, and what `read_json` takes beside them.
 
     Raises:
-        Refused: another part, one twice, or a value that is none.
+        Refused: a part has another name, comes twice, or has a value that is not taken.
     """
     files: list[bytes] = []
     texts: dict[str, str] = {}
@@ -300,23 +332,25 @@ def read_form(fields: Sequence[tuple[str, str | bytes]], limits: Limits) -> Ask:
                 "invalid_request",
                 "a part 'file' must have a file name, as filename=\"owl.png\" in its Content-Disposition",
             )
-        elif name in ("model", "encoding_format", "user") and isinstance(value, str) and name not in texts:
+        elif name in ("model", "encoding_format", "pixels", "user") and isinstance(value, str) and name not in texts:
             texts[name] = value
         else:
             raise Refused(
                 422,
                 "invalid_request",
-                f"part {name[:50]!r} is not taken: a form has a part 'file' for each "
-                "picture, and once at most 'model', 'encoding_format' and 'user', "
-                "without file names",
+                f"part {name[:50]!r} is not taken: a form has a part 'file' for each picture, and at most one "
+                "'model', 'encoding_format', 'pixels' and 'user', without file names",
             )
     encoding_format = texts.get("encoding_format", "float")
     if encoding_format not in ("float", "base64"):
         raise Refused(
             422, "invalid_request", f"encoding_format must be 'float' or 'base64', got {encoding_format[:20]!r}"
         )
+    pixels = texts.get("pixels", "fit")
+    if pixels not in ("fit", "exact"):
+        raise Refused(422, "invalid_request", f"pixels must be 'fit' or 'exact', got {pixels[:20]!r}")
     check_count(len(files), limits)
-    return Ask(files, texts.get("model"), encoding_format)
+    return Ask(files, texts.get("model"), encoding_format, pixels)
 
 
 def check_count(images: int, limits: Limits) -> None:
@@ -341,22 +375,44 @@ def _from_data_url(url: str, index: int) -> bytes:
         raise Refused(422, "invalid_base64", f"input {index} is no valid base64: {error}") from error
 
 
-def decode(ask: Ask, catalogue: Catalogue, limits: Limits) -> list[np.ndarray]:
+def decode(
+    ask: Ask, catalogue: Catalogue, limits: Limits, preprocessing: Preprocessing | None = None, sizes: str = "exact"
+) -> list[np.ndarray]:
     """The pictures of a request, uint8 (3, H, W) each, of sizes that the backbone takes.
 
+    Args:
+        preprocessing: how pictures become pixels of the backbone's own size; None: the default.
+        sizes: "exact" (others are refused), "kept" (others are resized), or "own" (all but the backbone's own are
+            resized, as `fastprompt predict` does it).
+
     Raises:
-        Refused: a picture is damaged, of another kind or size, or has too many pixels (of which none is decoded).
+        Refused: a picture is damaged, of another kind or size, or would take too much memory or work, of which none is
+            done then.
     """
-    return [_decode(data, i, catalogue, limits) for i, data in enumerate(ask.files)]
+    opened = [_opened(data, i, catalogue, limits, sizes) for i, data in enumerate(ask.files)]
+    total = sum(cost for _, cost in opened)
+    if total > limits.decoded_bytes:
+        named = ", ".join(f"{image.height} x {image.width}" for image, _ in opened[:5])
+        raise Refused(
+            413,
+            "too_many_pixels",
+            f"the pictures ({named}{', ...' if len(opened) > 5 else ''} pixels) take {total} bytes to decode, at most "
+            f"{limits.decoded_bytes} are taken for a request",
+        )
+    found = []
+    for i, (data, (image, _)) in enumerate(zip(ask.files, opened, strict=True)):
+        with _refusing(i), image:
+            images.decode(data, image)
+            whole = images.upright(image)
+            found.append(_brought_to_size(whole, i, catalogue, limits, preprocessing or Preprocessing(), sizes))
+    return found
 
 
-def _decode(data: bytes, index: int, catalogue: Catalogue, limits: Limits) -> np.ndarray:
-    _check_bytes(data, _most_pixels(catalogue, limits), index)
+@contextlib.contextmanager
+def _refusing(index: int) -> Iterator[None]:
+    """What a decoder raises within it is the picture's fault."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header alone
-            _check_size(image.height, image.width, index, catalogue, limits)
-            _check_bytes(data, image.height * image.width, index)
-            pixels = np.asarray(to_rgb(ImageOps.exif_transpose(image)))  # (H, W, 3)
+        yield
     except Refused:
         raise
     except Image.DecompressionBombError as error:
@@ -365,8 +421,52 @@ def _decode(data: bytes, index: int, catalogue: Catalogue, limits: Limits) -> np
         raise Refused(422, "not_an_image", f"image {index} is neither PNG, JPEG nor WebP") from error
     except Exception as error:  # a decoder can fail in any way on bytes that are made to make it fail
         raise Refused(422, "damaged_image", f"image {index} cannot be decoded") from error
-    _check_size(pixels.shape[0], pixels.shape[1], index, catalogue, limits)  # upright now
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _opened(data: bytes, index: int, catalogue: Catalogue, limits: Limits, sizes: str) -> tuple[Image.Image, int]:
+    """A picture of which the header alone is read, and the bytes that it takes to decode, more for many scans."""
+    _check_bytes(data, _most_pixels(catalogue, limits) if sizes == "exact" else limits.decoded_bytes // 4, index)
+    with _refusing(index):
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if sizes == "exact":
+            _check_size(image.height, image.width, index, catalogue, limits)
+        _check_bytes(data, image.height * image.width, index)
+        scans = jpeg_scans(data) if data.startswith(b"\xff\xd8") else 1
+        if scans > SCANS:
+            raise Refused(422, "too_many_scans", f"image {index} is a JPEG of more than {SCANS} scans")
+        return image, images.decoded_bytes(image) * max(CHEAP_SCANS, scans) // CHEAP_SCANS
+
+
+def jpeg_scans(data: bytes) -> int:
+    """The number of scans of a JPEG, up to its end marker; one more than `SCANS` stands for all larger numbers."""
+    at, scans = 2, 0
+    while scans <= SCANS and (marker := _MARKER.search(data, at)):
+        kind, at = marker[1][0], marker.end()
+        if kind == 0xD9:
+            break
+        scans += kind == 0xDA
+        if kind not in (0x01, 0xD8):  # these have no length
+            at += int.from_bytes(data[at : at + 2], "big")
+    return scans
+
+
+def _brought_to_size(
+    image: Image.Image, index: int, catalogue: Catalogue, limits: Limits, preprocessing: Preprocessing, sizes: str
+) -> np.ndarray:
+    """An upright picture as uint8 (3, H, W)."""
+    wrong = _wrong_size(image.height, image.width, index, catalogue, limits)
+    if sizes == "exact" and wrong:
+        raise wrong
+    rgb = images.to_rgb(image, preprocessing.intensity_range)
+    if sizes != "own" and not wrong:
+        return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
+    size = catalogue.spec.image_size
+    try:
+        images.covering(rgb.width, rgb.height, size, preprocessing.resize)
+    except ValueError as error:
+        said = f"image {index} is {rgb.height} x {rgb.width} pixels, which is too long and thin to be cropped"
+        raise Refused(422, "extreme_shape", said) from error
+    return images.to_tensor(rgb, size, preprocessing.resize).numpy()
 
 
 def _most_pixels(catalogue: Catalogue, limits: Limits) -> int:
@@ -380,42 +480,56 @@ def _check_bytes(data: bytes, pixels: int, index: int) -> None:
         raise Refused(
             413, "image_too_large", f"image {index} has {len(data)} bytes, at most {most} are taken for its size"
         )
-    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > SCANS:
-        raise Refused(422, "too_many_scans", f"image {index} is a JPEG of more than {SCANS} scans")
 
 
 def _check_size(height: int, width: int, index: int, catalogue: Catalogue, limits: Limits) -> None:
+    if wrong := _wrong_size(height, width, index, catalogue, limits):
+        raise wrong
+
+
+def _wrong_size(height: int, width: int, index: int, catalogue: Catalogue, limits: Limits) -> Refused | None:
+    """Why a picture is not computed at its own size; None: it is."""
     if catalogue.spec.obstacle(height, width):
-        raise Refused(
+        return Refused(
             422,
             "wrong_size",
-            f"image {index} is {height} x {width} pixels; this host resizes nothing and takes {catalogue.sizes()}",
+            f"image {index} is {height} x {width} pixels; as exact pixels this model takes {catalogue.sizes()}",
         )
     most = _most_pixels(catalogue, limits)
     if height * width > most:
-        raise Refused(
+        return Refused(
             413, "too_many_pixels", f"image {index} is {height} x {width} pixels, at most {most} in all are taken"
         )
+    return None
 
 
 def embeddings_work(ask: Ask, catalogue: Catalogue, limits: Limits) -> Work:
-    """Features of the backbone itself. Raises Refused where another model is asked for, and as `decode`."""
+    """Features of the backbone itself. Raises Refused where another model is asked for, and as `decode`.
+
+    Sizes that the backbone takes are kept: clients that send prompts as pixels rely on it.
+    """
     if ask.model not in (None, catalogue.name):
         raise Refused(
             404, "model_not_found", f"model {str(ask.model)[:100]!r} gives no embeddings here; {catalogue.name!r} does"
         )
-    return Work(decode(ask, catalogue, limits), BASE)
+    return Work(decode(ask, catalogue, limits, sizes="exact" if ask.pixels == "exact" else "kept"), BASE)
 
 
 def classify_work(ask: Ask, catalogue: Catalogue, limits: Limits) -> Work:
-    """Logits of an adapter. Raises Refused where none, or one that is not served, is named, and as `decode`."""
+    """Logits of an adapter. Raises Refused where none, or one that is not served, is named, and as `decode`.
+
+    Pictures are preprocessed as the adapter's training images were; those for an adapter in pixels are taken as they
+    are, as is every picture where exact pixels are asked for.
+    """
     if ask.model is None:
         raise Refused(422, "invalid_request", "model must name an adapter; GET /v1/models lists them")
     if ask.model not in catalogue.adapters:
         raise Refused(404, "model_not_found", f"there is no adapter {ask.model[:100]!r}; GET /v1/models lists them")
     if ask.model in catalogue.fixed:
         catalogue = replace(catalogue, spec=replace(catalogue.spec, dynamic_size=False))
-    return Work(decode(ask, catalogue, limits), ask.model)
+    sizes = "exact" if ask.pixels == "exact" or ask.model in catalogue.in_pixels else "own"
+    pictures = decode(ask, catalogue, limits, catalogue.preprocessing.get(ask.model), sizes)
+    return Work(pictures, ask.model, catalogue.pixels.get(ask.model))
 
 
 def embeddings_answer(ask: Ask, catalogue: Catalogue, outputs: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -439,7 +553,7 @@ def classify_answer(ask: Ask, catalogue: Catalogue, outputs: Sequence[np.ndarray
     for i, logits in enumerate(outputs):
         likely = np.exp(logits.astype(np.float64) - logits.max())
         likely /= likely.sum()
-        best = [int(label) for label in np.argsort(-likely, kind="stable")[:TOP]]
+        best = [int(label) for label in np.argsort(-likely, kind="stable")[:MAX_RETURNED_CLASSES]]
         data.append(
             {
                 "index": i,

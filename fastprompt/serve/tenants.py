@@ -7,17 +7,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from fastprompt.adapters import read_adapter, source_of
+from fastprompt.adapters import Preprocessing, read_adapter, source_of
 from fastprompt.engine.engine import Engine
 from fastprompt.generators import load_plugin
 from fastprompt.model import PromptedViT
 from fastprompt.runs.directory import adapter_dir, read_settings
 from fastprompt.runs.execute import backbone_at
-from fastprompt.serve.protocol import Catalogue, Refused, Work
+from fastprompt.serve.protocol import Catalogue, Normalisation, Refused, Work
+from fastprompt.vit.weights import per_channel
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +35,8 @@ class HostSettings:
         backbone: a name that `fp.load_backbone` knows; None: that of the first adapter's run, else "clip-vit-b16".
             Clients know a "local-dir:" by the folder's own name.
         image_size: side in pixels; None: that of the first adapter, else the backbone's own.
-        any_size: pictures may have any number of whole patches, with position embeddings resampled. Clients whose
-            prompts are rows below the image (placement "extend") need it; a fixed-size backbone refuses them else.
+        any_size: pictures of any number of whole patches are computed at their own size, with position embeddings
+            resampled. Clients whose prompts are rows below the image (placement "extend") need it.
         adapters: directories that `save_pretrained` or `fastprompt adapt` wrote, by the name they are served under.
         dtype: "auto" (bfloat16 where the hardware multiplies it), "bfloat16" or "float32".
         batch_size: images that the engine computes at once at most.
@@ -91,6 +93,9 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
         backbone_name = Path(backbone_name.removeprefix("local-dir:")).absolute().name or "backbone"
     engine = Engine(backbone, (settings.batch_size,), DTYPES[settings.dtype], "eager")
     class_names: dict[str, Sequence[str]] = {}
+    preprocessing: dict[str, Preprocessing] = {}
+    pixels: dict[str, Normalisation] = {}
+    in_pixels = []
     for name, directory in directories.items():
         if name == backbone_name:
             raise ValueError(f"adapter {name!r}: is the name of the backbone")
@@ -102,6 +107,13 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
         except ValueError as error:
             raise ValueError(f"adapter {name!r}: {error}") from error
         class_names[name] = list(model.class_names or map(str, range(int(model.num_classes or 0))))
+        preprocessing[name] = model.preprocessing or Preprocessing()
+        trained = read_adapter(directory)[0]["backbone"]
+        mean, std = (tuple(trained.get(key) or getattr(backbone, key)) for key in ("mean", "std"))
+        if (mean, std) != (backbone.mean, backbone.std):
+            pixels[name] = mean, std
+        if model.generator is not None and model.generator.changes_images:
+            in_pixels.append(name)
     fixed = [name for name in directories if backbone.spec.dynamic_size and not _takes_other_sizes(engine, name)]
     return engine, Catalogue(
         backbone_name,
@@ -112,6 +124,9 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
         class_names,
         fixed,
         int(time.time()),
+        preprocessing,
+        in_pixels,
+        pixels,
     )
 
 
@@ -132,15 +147,15 @@ def _takes_other_sizes(engine: Engine, name: str) -> bool:
 def answers(engine: Engine, works: Sequence[Work]) -> list[list[np.ndarray] | Refused]:
     """What the engine says of each request: float32 (C,) or (D,) for each of its pictures, or why it was refused.
 
-    Pictures of one size are one call of the engine, whosever they are. Where that fails, the requests in it are
-    computed one by one, so that nobody's request fails for another's.
+    Pictures of one size and normalisation are one call of the engine, whosever they are. Where that fails, the
+    requests in it are computed one by one, so that nobody's request fails for another's.
     """
-    sizes: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    alike: dict[Any, list[tuple[int, int]]] = {}
     for i, work in enumerate(works):
         for j, picture in enumerate(work.pictures):
-            sizes.setdefault(picture.shape, []).append((i, j))
+            alike.setdefault((picture.shape, work.pixels), []).append((i, j))
     found: dict[tuple[int, int], np.ndarray | Refused] = {}
-    for places in sizes.values():
+    for places in alike.values():
         found |= _outputs(engine, works, places)
     given: list[list[np.ndarray] | Refused] = []
     for i, work in enumerate(works):
@@ -159,10 +174,14 @@ def answers(engine: Engine, works: Sequence[Work]) -> list[list[np.ndarray] | Re
 def _outputs(
     engine: Engine, works: Sequence[Work], places: Sequence[tuple[int, int]]
 ) -> dict[tuple[int, int], np.ndarray | Refused]:
-    """Of pictures of one size, by request and picture. What an exception says is for the operator alone."""
+    """Of pictures that are alike, by request and picture. What an exception says is for the operator alone."""
     try:
         pictures = np.stack([works[i].pictures[j] for i, j in places])  # (B, 3, H, W)
         images = torch.from_numpy(pictures).to(engine.model.backbone.device)
+        normalisation = works[places[0][0]].pixels
+        if normalisation is not None:
+            mean, std = (per_channel(values, images, torch.float32) for values in normalisation)
+            images = (images.float() / 255 - mean) / std
         outputs = engine(images, adapter_names=[works[i].adapter for i, _ in places])
         return dict(zip(places, (output.float().cpu().numpy() for output in outputs), strict=True))
     except Exception as error:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import io
 import json
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +25,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fastprompt as fp
 from fastprompt.cli import main
@@ -145,10 +149,6 @@ def url(data: bytes) -> str:
 
 
 def expected(engine: fp.Engine, data: bytes, name: str = "__base__") -> np.ndarray:
-    import io
-
-    from PIL import Image
-
     image = to_tensor(Image.open(io.BytesIO(data)), Image.open(io.BytesIO(data)).size[::-1])
     return engine(image[None], adapter_names=[name])[0].numpy()
 
@@ -226,11 +226,36 @@ def test_batches_across_tenants_are_what_each_gets_alone(server: Server, engine:
             assert entry["probabilities"][0]["probability"] == pytest.approx(float(likely.max()), rel=1e-3)
 
 
+def test_any_photo_is_classified(client: httpx.Client, engine: fp.Engine, picture: Picture) -> None:
+    """As the README's curl sends it: a form with a file of any size."""
+    for options in ({"height": 300, "width": 401, "format": "JPEG"}, {"height": 20, "width": 11, "mode": "RGBA"}):
+        data = picture(**options)
+        form = {"files": {"file": ("owl.jpg", data)}, "data": {"model": "birds"}}
+        answer = client.post("/v1/classify", **form)
+        assert answer.status_code == 200, answer.text
+        image = to_tensor(Image.open(io.BytesIO(data)), (32, 32))
+        likely = torch.as_tensor(engine(image[None], adapter_names=["birds"])[0]).softmax(0)
+        [entry] = answer.json()["data"]
+        assert entry["probabilities"][0]["probability"] == pytest.approx(float(likely.max()), rel=1e-3)
+        refused = client.post("/v1/classify", files=form["files"], data={"model": "birds", "pixels": "exact"})
+        assert error_of(refused, 422)["code"] == "wrong_size"
+
+
+def huge() -> bytes:
+    """A PNG of a few bytes that says it has 12,000 x 12,000 pixels."""
+    stream = io.BytesIO()
+    Image.new("1", (1, 1)).save(stream, "PNG")
+    size = struct.pack(">II", 12000, 12000)
+    header = b"IHDR" + size + stream.getvalue()[24:29]
+    return stream.getvalue()[:12] + header + struct.pack(">I", zlib.crc32(header)) + stream.getvalue()[33:]
+
+
 def test_wrong_requests_are_refused_in_one_form(client: httpx.Client, picture: Picture) -> None:
     good = url(picture())
     for path, body, status, code in [
-        ("/v1/embeddings", {"input": url(picture(height=33))}, 422, "wrong_size"),
-        ("/v1/embeddings", {"input": url(picture(height=512, mode="1"))}, 413, "too_many_pixels"),
+        ("/v1/embeddings", {"input": url(picture(height=33)), "pixels": "exact"}, 422, "wrong_size"),
+        ("/v1/embeddings", {"input": url(picture(height=512, mode="1")), "pixels": "exact"}, 413, "too_many_pixels"),
+        ("/v1/classify", {"input": url(huge()), "model": "birds"}, 413, "too_many_pixels"),
         ("/v1/embeddings", {"input": url(picture()[:300])}, 422, "damaged_image"),
         ("/v1/embeddings", {"input": url(picture(format="GIF"))}, 422, "not_an_image"),
         ("/v1/embeddings", {"input": "data:image/png;base64,####"}, 422, "invalid_base64"),
@@ -239,7 +264,7 @@ def test_wrong_requests_are_refused_in_one_form(client: httpx.Client, picture: P
         ("/v1/embeddings", {"input": good, "model": "birds"}, 404, "model_not_found"),
         ("/v1/classify", {"input": good}, 422, "invalid_request"),
         ("/v1/classify", {"input": good, "model": "dogs"}, 404, "model_not_found"),
-        ("/v1/classify", {"input": url(picture(height=40)), "model": "cars"}, 422, "wrong_size"),
+        ("/v1/classify", {"input": url(picture(height=40)), "model": "cars", "pixels": "exact"}, 422, "wrong_size"),
         ("/v1/nothing", {}, 404, "not_found"),
     ]:
         assert error_of(client.post(path, json=body), status)["code"] == code
@@ -403,7 +428,14 @@ def test_wrong_commands_end_before_a_server_starts(
         *(
             ([flag, value], f"{flag}: takes a finite number, got {value}")
             for value in ("nan", "inf")
-            for flag in ("--max-body-mb", "--max-held-mb", "--body-timeout", "--timeout", "--batch-wait-ms")
+            for flag in (
+                "--max-body-mb",
+                "--max-held-mb",
+                "--max-decoded-mb",
+                "--body-timeout",
+                "--timeout",
+                "--batch-wait-ms",
+            )
         ),
         (["--api-keys-file", str(tmp_path / "none")], "No such file"),
     ]:

@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from PIL import Image
 from torch import nn
 
 import fastprompt as fp
+from fastprompt.adapters import Preprocessing
+from fastprompt.data.files import read_images
 from fastprompt.serve import protocol
 from fastprompt.serve.protocol import Ask, Catalogue, Limits, Refused
 from fastprompt.vit.weights import ViTSpec
@@ -34,8 +37,14 @@ def url(data: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def decode(*files: bytes, catalogue: Catalogue = CATALOGUE, **limits: Any) -> list[np.ndarray]:
-    return protocol.decode(Ask(list(files), None, "float"), catalogue, Limits(**limits))
+def decode(
+    *files: bytes,
+    catalogue: Catalogue = CATALOGUE,
+    preprocessing: Preprocessing | None = None,
+    sizes: str = "exact",
+    **limits: Any,
+) -> list[np.ndarray]:
+    return protocol.decode(Ask(list(files), None, "float"), catalogue, Limits(**limits), preprocessing, sizes)
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -61,7 +70,7 @@ def test_pictures_are_decoded_to_their_pixels(picture: Picture, format: str, mod
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_host_resizes_nothing(picture: Picture) -> None:
+def test_exact_pixels_are_not_resized(picture: Picture) -> None:
     with pytest.raises(Refused, match=r"image 1 is 40 x 32 pixels; .* takes 32 x 32 pixels") as caught:
         decode(picture(), picture(height=40))
     assert (caught.value.status, caught.value.code) == (422, "wrong_size")
@@ -74,6 +83,123 @@ def test_a_host_resizes_nothing(picture: Picture) -> None:
     assert caught.value.status == 413
     with pytest.raises(Refused, match="at most 1000 in all"):
         decode(picture(), catalogue=anything, pixels=1000)
+
+
+PHOTOS: dict[str, dict[str, Any]] = {
+    "jpeg": {"format": "JPEG"},
+    "progressive": {"format": "JPEG", "progressive": True},
+    "turned": {"format": "JPEG", "orientation": 6},
+    "cmyk": {"format": "JPEG", "mode": "CMYK"},
+    "grey": {"format": "PNG", "mode": "L"},
+    "sixteen": {"format": "PNG", "mode": "I;16"},
+    "transparent": {"format": "PNG", "mode": "RGBA"},
+    "palette": {"format": "PNG", "mode": "P"},
+    "webp": {"format": "WEBP", "lossless": True},
+    "small": {"format": "PNG", "height": 9, "width": 7},
+    "wide": {"format": "PNG", "height": 20, "width": 300},
+}
+
+
+def photo(picture: Picture, options: dict[str, Any]) -> bytes:
+    options = {"height": 77, "width": 45, **options}
+    if options.get("mode") == "I;16":
+        levels = np.random.default_rng(0).integers(0, 65536, (options["height"], options["width"]), np.uint16)
+        stream = io.BytesIO()
+        Image.fromarray(levels).save(stream, "PNG")
+        return stream.getvalue()
+    if "orientation" in options:
+        exif = Image.Exif()
+        exif[0x0112] = options.pop("orientation")
+        options["exif"] = exif
+    return picture(**options)
+
+
+@pytest.mark.parametrize("kind", PHOTOS)
+@pytest.mark.parametrize(
+    "preprocessing", [Preprocessing(), Preprocessing("squash"), Preprocessing("crop", (1000.0, 30000.0))]
+)
+@pytest.mark.filterwarnings("ignore:.*grey image")
+def test_photos_become_the_pixels_that_predict_reads(
+    picture: Picture, tmp_path: Path, kind: str, preprocessing: Preprocessing
+) -> None:
+    data = photo(picture, PHOTOS[kind])
+    (tmp_path / "photo").write_bytes(data)
+    expected, _ = read_images(
+        tmp_path / "photo", 32, resize=preprocessing.resize, intensity_range=preprocessing.intensity_range
+    )
+    catalogue = replace(CATALOGUE, preprocessing={"birds": preprocessing})
+    work = protocol.classify_work(Ask([data], "birds", "float"), catalogue, Limits())
+    np.testing.assert_array_equal(work.pictures, expected.numpy())
+    if preprocessing == Preprocessing():
+        work = protocol.embeddings_work(Ask([data], None, "float"), CATALOGUE, Limits())
+        np.testing.assert_array_equal(work.pictures, expected.numpy())
+
+
+def test_which_sizes_are_kept(picture: Picture) -> None:
+    """Embeddings keep what the backbone takes, for clients that send prompts as pixels; adapters get their own size."""
+    anything = replace(CATALOGUE, spec=replace(SPEC, dynamic_size=True), adapters={"birds": ["a"], "rgb": ["a"]})
+    pixels = replace(anything, in_pixels=["rgb"])
+    tall, odd, large = picture(height=40), picture(height=36), picture(height=64, width=72)
+
+    def shape(work: Any, data: bytes, **asked: Any) -> tuple[int, ...]:
+        ask = Ask([data], asked.get("model"), "float", asked.get("pixels", "fit"))
+        return work(ask, pixels, Limits()).pictures[0].shape[1:]
+
+    embeddings, classify = protocol.embeddings_work, protocol.classify_work
+    assert [shape(embeddings, data) for data in (tall, odd, large)] == [(40, 32), (32, 32), (32, 32)]
+    assert [shape(classify, data, model="birds") for data in (tall, odd, large)] == [(32, 32)] * 3
+    assert shape(embeddings, tall, pixels="exact") == shape(classify, tall, model="birds", pixels="exact") == (40, 32)
+    assert shape(classify, tall, model="rgb") == (40, 32)
+    for options in ({"pixels": "exact"}, {"pixels": "exact", "model": "birds"}, {"model": "rgb"}):
+        for data, code in ((odd, "wrong_size"), (large, "too_many_pixels")):
+            with pytest.raises(Refused) as caught:
+                shape(classify if "model" in options else embeddings, data, **options)
+            assert caught.value.code == code
+    with pytest.raises(Refused, match="too long and thin") as caught:
+        shape(classify, picture(height=3, width=100_000, mode="1"), model="birds")
+    assert (caught.value.status, caught.value.code) == (422, "extreme_shape")
+
+
+def test_pixels_of_another_normalisation_travel_with_their_adapter(picture: Picture) -> None:
+    other = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    catalogue = replace(CATALOGUE, pixels={"birds": other})
+    assert protocol.classify_work(Ask([picture()], "birds", "float"), catalogue, Limits()).pixels == other
+    assert protocol.classify_work(Ask([picture()], "birds", "float"), CATALOGUE, Limits()).pixels is None
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_pictures_are_limited_by_what_they_take_decoded(picture: Picture) -> None:
+    """Before anything is decoded, which would find these files damaged: one picture, and all of a request together."""
+    for files in ([bomb(13000, 13000)], [bomb(6000, 6000)] * 2, [picture(), *[bomb(2000, 2000)] * 31]):
+        with pytest.raises(Refused) as caught:
+            decode(*files, sizes="own")
+        assert (caught.value.status, caught.value.code) == (413, "too_many_pixels")
+    whole = picture(height=100, width=100)
+    assert decode(whole, sizes="own", decoded_bytes=40_000)[0].shape == (3, 32, 32)
+    with pytest.raises(Refused, match="take 40000 bytes to decode, at most 39999"):
+        decode(whole, sizes="own", decoded_bytes=39_999)
+    with pytest.raises(Refused, match=r"\(100 x 100, 100 x 100 pixels\) take 80000 bytes"):
+        decode(whole, whole, sizes="own", decoded_bytes=79_999)
+    transparent = picture(height=100, width=100, mode="RGBA")
+    with pytest.raises(Refused, match="take 80000 bytes"):
+        decode(transparent, sizes="own", decoded_bytes=79_999)
+
+
+def test_scans_of_a_jpeg_are_counted_in_the_picture_alone(picture: Picture) -> None:
+    plain = picture(format="JPEG", height=100, width=100)
+    progressive = picture(format="JPEG", height=100, width=100, progressive=True)
+    scan = progressive[progressive.rindex(b"\xff\xda") : -2]
+    assert protocol.jpeg_scans(plain) == 1
+    assert 5 < protocol.jpeg_scans(progressive) <= protocol.CHEAP_SCANS
+    assert protocol.jpeg_scans(plain + b"\xff\xda" * 1000) == 1  # as phones append films
+    commented = plain[:2] + b"\xff\xfe\x00\x0a" + b"\xff\xda" * 4 + plain[2:]
+    assert protocol.jpeg_scans(commented) == 1
+    many = progressive[:-2] + scan * 50 + progressive[-2:]
+    assert protocol.jpeg_scans(many) == protocol.jpeg_scans(progressive) + 50
+    assert protocol.jpeg_scans(progressive[:-2] + scan * 5000) == protocol.SCANS + 1
+    assert decode(plain + b"\xff\xda" * 1000, sizes="own")[0].shape == (3, 32, 32)
+    with pytest.raises(Refused, match="bytes to decode"):  # each scan goes over all pixels
+        decode(many, sizes="own", decoded_bytes=5 * 40_000)
 
 
 def test_a_picture_turned_by_its_exif_has_to_fit_upright(picture: Picture) -> None:
@@ -180,6 +306,8 @@ def test_json_requests(picture: Picture) -> None:
     assert ask == Ask([one], None, "float")
     body = {"input": [url(one), url(two, "jpeg")], "model": "m", "encoding_format": "base64", "user": "u"}
     assert protocol.read_json(json.dumps(body).encode(), Limits()) == Ask([one, two], "m", "base64")
+    exact = {"input": url(one), "pixels": "exact"}
+    assert protocol.read_json(json.dumps(exact).encode(), Limits()) == Ask([one], None, "float", "exact")
 
 
 @pytest.mark.parametrize(
@@ -196,6 +324,7 @@ def test_json_requests(picture: Picture) -> None:
         (b'{"input": []}', 422, "no picture"),
         (b'{"input": "", "dimensions": 3}', 422, "dimensions: Extra"),
         (b'{"input": "", "encoding_format": "int8"}', 422, "encoding_format"),
+        (b'{"input": "", "pixels": "some"}', 422, "pixels"),
         (b'{"input": "", "model": 7}', 422, "model"),
         (b'{"input": "cat.png"}', 422, "input 0 must be a data URL"),
         (b'{"input": "http://169.254.169.254/latest"}', 422, "fetches nothing"),
@@ -252,10 +381,12 @@ def test_forms() -> None:
         (("input", b"3"), "part 'input'"),
         (("model", b"3"), "part 'model'"),
         (("encoding_format", "hex"), "encoding_format must be"),
+        (("pixels", "some"), "pixels must be 'fit' or 'exact', got 'some'"),
     ]:
         with pytest.raises(Refused) as caught:
             protocol.read_form([*fields, extra], Limits())
         assert message in caught.value.message
+    assert protocol.read_form([*fields, ("pixels", "exact")], Limits()).pixels == "exact"
     with pytest.raises(Refused, match="no picture"):
         protocol.read_form([("model", "m")], Limits())
     with pytest.raises(Refused, match="at most 1 are"):
@@ -319,7 +450,7 @@ def test_models_say_what_clients_need() -> None:
 
 
 def test_limits_are_checked_and_errors_travel() -> None:
-    for name in ("body_bytes", "images", "pixels", "body_seconds", "answer_seconds", "waiting"):
+    for name in ("body_bytes", "images", "pixels", "body_seconds", "answer_seconds", "waiting", "decoded_bytes"):
         with pytest.raises(ValueError, match=f"Limits.{name} must be positive"):
             Limits(**{name: 0})
     for name in ("body_seconds", "answer_seconds"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import pytest
 import torch
 
 import fastprompt as fp
-from fastprompt.serve.protocol import Ask, Limits, Refused, Work, classify_work, embeddings_work
+from fastprompt.adapters import Preprocessing
+from fastprompt.cli import main
+from fastprompt.serve.protocol import Ask, Limits, Refused, Work, classify_answer, classify_work, embeddings_work
 from fastprompt.serve.tenants import HostSettings, answers, load
 
 
@@ -62,10 +66,15 @@ def test_adapters_of_one_size_are_known_and_their_pictures_refused_before_they_w
     for name in ("cars", "rgb"):
         assert classify_work(Ask([picture()], name, "float"), catalogue, Limits()).adapter == name
         for height, width in ((40, 32), (16, 64)):  # the second has as many patches
+            ask = Ask([picture(height=height, width=width)], name, "float", "exact")
             with pytest.raises(Refused, match="takes 32 x 32 pixels") as caught:
-                classify_work(Ask([picture(height=height, width=width)], name, "float"), catalogue, Limits())
+                classify_work(ask, catalogue, Limits())
             assert (caught.value.status, caught.value.code) == (422, "wrong_size")
-    assert classify_work(Ask([picture(height=40)], "birds", "float"), catalogue, Limits()).adapter == "birds"
+    assert catalogue.in_pixels == ["rgb"]
+    with pytest.raises(Refused, match="takes 32 x 32 pixels"):  # also where nothing is said
+        classify_work(Ask([picture(height=40)], "rgb", "float"), catalogue, Limits())
+    exact = classify_work(Ask([picture(height=40)], "birds", "float", "exact"), catalogue, Limits())
+    assert exact.pictures[0].shape == (3, 40, 32)
     assert embeddings_work(Ask([picture(height=40)], None, "float"), catalogue, Limits()).adapter == "__base__"
     assert not load(settings(place, "cars"))[1].fixed
 
@@ -84,6 +93,47 @@ def test_pictures_of_a_client_that_extends_them_give_its_models_answer(place: Pa
     torch.testing.assert_close(client.classify(torch.from_numpy(np.stack(features))), expected, rtol=1e-4, atol=1e-4)
     [logits] = answers(engine, [Work(list(raw.numpy()), "rgb")])
     torch.testing.assert_close(torch.from_numpy(np.stack(logits)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+def test_a_photo_gets_the_answer_of_predict(
+    place: Path, tmp_path: Path, picture: Callable[..., bytes], resize: str
+) -> None:
+    backbone = fp.load_backbone(f"local-dir:{place / 'vit'}")
+    model = fp.PromptedViT.from_pretrained(backbone, place / "birds")
+    model.preprocessing = Preprocessing(resize)
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "photo.jpg").write_bytes(picture(height=77, width=45, format="JPEG"))
+    command = ["predict", str(tmp_path / "adapter"), str(tmp_path / "photo.jpg"), "--dtype", "float32"]
+    assert main([*command, "--backbone", f"local-dir:{place / 'vit'}", "--out", str(tmp_path / "out.json")]) == 0
+    [expected] = json.loads((tmp_path / "out.json").read_text())["images"]
+    engine, catalogue = load(replace(settings(place), adapters={"birds": tmp_path / "adapter"}))
+    ask = Ask([(tmp_path / "photo.jpg").read_bytes()], "birds", "float")
+    [logits] = answers(engine, [classify_work(ask, catalogue, Limits())])
+    assert not isinstance(logits, Refused)
+    [found] = classify_answer(ask, catalogue, logits)["data"]
+    assert found["class"] == expected["class"]
+    for entry in found["probabilities"]:
+        assert entry["probability"] == pytest.approx(expected["probabilities"][entry["class"]], rel=1e-5)
+
+
+def test_an_adapter_of_other_means_gets_its_own_pixels(place: Path, tmp_path: Path) -> None:
+    backbone = fp.load_backbone(f"local-dir:{place / 'vit'}")
+    backbone.spec = replace(backbone.spec, mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.3))
+    with pytest.warns(UserWarning, match="normalised with"):
+        model = fp.PromptedViT.from_pretrained(backbone, place / "birds")
+    model.save_pretrained(tmp_path / "other")
+    raw = pictures(2)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(np.stack(raw)))
+    with pytest.warns(UserWarning, match="normalised with"):
+        engine, catalogue = load(replace(settings(place, "birds"), adapters={"other": tmp_path / "other"}))
+    assert catalogue.pixels == {"other": ((0.1, 0.2, 0.3), (0.5, 0.4, 0.3))}
+    works = [Work(raw, "other", catalogue.pixels["other"]), Work(raw, "__base__")]
+    found, features = answers(engine, works)
+    np.testing.assert_allclose(np.stack(found), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(features, answers(engine, works[1:])[0], rtol=1e-4, atol=1e-5)
+    assert load(settings(place, "birds"))[1].pixels == {}
 
 
 @pytest.mark.parametrize(
