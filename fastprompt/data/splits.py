@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from fastprompt.adapters import Preprocessing
-from fastprompt.data.augment import Augment, apply_seeded
+from fastprompt.data.augment import Augment, apply_seeded, widest_part
 from fastprompt.data.images import to_tensor
 from fastprompt.data.pools import Pool, Source
 
@@ -23,7 +23,8 @@ class ImageSet(Dataset[tuple[torch.Tensor, int]]):
 
     Up to KEEP_BYTES of resized images are kept in memory (each DataLoader worker keeps its own). ``labels``:
     the labels in order, without decoding anything. With an augmentation, image i of epoch e is the same in
-    every run (``set_epoch(e)``; workers that persist over epochs do not see it).
+    every run (``set_epoch(e)``; workers that persist over epochs do not see it). ``widest``: the images are squashed
+    from their `widest_part`, whatever ``resize`` says of those that the model will see.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class ImageSet(Dataset[tuple[torch.Tensor, int]]):
         seed: int = 0,
         class_names: Sequence[str] | None = None,
         intensity_range: tuple[float, float] | None = None,
+        widest: bool = False,
     ) -> None:
         self.class_names = class_names
+        self.widest = widest
         self.intensity_range = intensity_range
         self.pool = pool
         self.indices = list(indices)
@@ -76,11 +79,17 @@ class ImageSet(Dataset[tuple[torch.Tensor, int]]):
 
     def _image(self, index: int) -> torch.Tensor:
         if self._kept is None:
-            return to_tensor(self.pool.read(self.indices[index]), self.size, self.resize)
+            return self._read(index)
         if not self._has[index]:
-            self._kept[index] = to_tensor(self.pool.read(self.indices[index]), self.size, self.resize)
+            self._kept[index] = self._read(index)
             self._has[index] = True
         return self._kept[index].clone()
+
+    def _read(self, index: int) -> torch.Tensor:
+        image = self.pool.read(self.indices[index])
+        if self.widest:
+            return to_tensor(widest_part(image), self.size, "squash")
+        return to_tensor(image, self.size, self.resize)
 
 
 class DataSplits:
@@ -203,7 +212,7 @@ def split(
     return DataSplits(
         source.name,
         source.class_names,
-        ImageSet(source.train, train, size, resize, augment, seed, names, bounds),
+        ImageSet(source.train, train, size, resize, augment, seed, names, bounds, widest=augment_name == "pgn"),
         ImageSet(val_pool, val, size, resize, class_names=names, intensity_range=bounds),
         ImageSet(test_pool, test, size, resize, class_names=names, intensity_range=bounds),
         facts,

@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms import v2
 
-from fastprompt.data.augment import apply_seeded, make_augment
+from fastprompt.data import load_data
+from fastprompt.data.augment import apply_seeded, make_augment, widest_part
+from fastprompt.data.images import to_tensor
 
 
 @pytest.fixture
@@ -74,3 +78,38 @@ def test_none_own_function_and_unknown_kind():
     assert make_augment(torch.neg, (8, 8)) is torch.neg
     with pytest.raises(ValueError, match="augment: expected one of 'none', 'flip', 'crop', 'pgn'"):
         make_augment("mixup", (8, 8))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "exact"),
+    [
+        (32, 32, True),
+        (30, 41, False),
+        (20, 90, True),
+        (91, 23, True),
+        (33, 24, False),
+        (40, 50, False),
+        (50, 40, False),
+    ],
+)
+def test_the_widest_part_is_what_pgns_random_resized_crop_takes(height, width, exact):
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+    theirs = v2.RandomResizedCrop(24, scale=(1.0, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    ours = to_tensor(widest_part(image), (24, 24), "squash")
+    same = [torch.equal(theirs(image), ours) for _ in range(100)]
+    assert all(same) if exact else sum(same) > 80  # else it is off by a line of pixels now and then
+
+
+def test_only_training_images_are_read_as_pgn_reads_them(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(6):
+            pixels = torch.randint(0, 256, (20, 90, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    plain, pgn = (load_data(tmp_path, image_size=24, augment=augment) for augment in ("none", "pgn"))
+    assert pgn.train.preprocessing == plain.train.preprocessing  # of the images that the model will see
+    pgn.train.augment = None
+    assert not torch.equal(pgn.train[0][0], plain.train[0][0])
+    picture = pgn.train.pool.read(pgn.train.indices[0])
+    assert torch.equal(pgn.train[0][0], to_tensor(widest_part(picture), (24, 24), "squash"))
+    assert torch.equal(pgn.val[0][0], plain.val[0][0])
