@@ -439,25 +439,17 @@ class PromptedViT(nn.Module):
         Raises:
             ValueError: model and data have the same names in different orders, so that labels would mean others.
         """
-        found: dict[str, Any] = {}
-        for _ in range(8):
-            for key, value in (
-                ("names", getattr(data, "class_names", None) or getattr(data, "classes", None)),
-                ("preprocessing", getattr(data, "preprocessing", None)),
-            ):
-                if value is not None:
-                    found.setdefault(key, value)
-            data = getattr(data, "dataset", None)  # of a loader or subset
-        if isinstance(found.get("preprocessing"), Preprocessing):
-            self.preprocessing = found["preprocessing"]
-        names = found.get("names", ())
-        if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+        preprocessing = stated_by(data, "preprocessing")
+        if isinstance(preprocessing, Preprocessing):
+            self.preprocessing = preprocessing
+        names = class_names_of(data)
+        if names is None:
             return
         if self.class_names is None and len(names) == self.num_classes:
-            self.class_names = list(names)
-        if self.class_names is not None and list(names) != self.class_names and set(names) == set(self.class_names):
+            self.class_names = names
+        if self.class_names is not None and names != self.class_names and set(names) == set(self.class_names):
             raise ValueError(
-                f"class_names must be in the order of the data's labels, {list(names)[:5]}, got {self.class_names[:5]}"
+                f"class_names must be in the order of the data's labels, {names[:5]}, got {self.class_names[:5]}"
             )
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
@@ -566,6 +558,25 @@ def _load_recorded(config: Mapping[str, Any], directory: str | os.PathLike[str])
             "backbone and give it: PromptedViT.from_pretrained(backbone, directory)"
         )
     return load_source(source)
+
+
+def stated_by(data: Any, *attributes: str) -> Any:
+    """The first of the attributes that a data set has, or the data set that a DataLoader or Subset is of; else None."""
+    for _ in range(8):
+        for attribute in attributes:
+            value = getattr(data, attribute, None)
+            if value is not None:
+                return value
+        data = getattr(data, "dataset", None)
+    return None
+
+
+def class_names_of(data: Any) -> list[str] | None:
+    """The names of a data set's labels: its `class_names` or `classes` (as torchvision's have); None: it has none."""
+    names = stated_by(data, "class_names", "classes")
+    if isinstance(names, (tuple, list)) and names and all(isinstance(name, str) for name in names):
+        return list(names)
+    return None
 
 
 def check_readout(backbone: FrozenViT, generator: PromptGenerator | None, readout: str | None) -> str:

@@ -165,6 +165,27 @@ def test_eval_agrees_with_the_run(run_dir: Path, tmp_path: Path, capsys: pytest.
     assert all(name in shown for name in COLOURS)
 
 
+def test_eval_matches_classes_by_name(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main(adapt_command(place, run, method="linear")) == 0
+    for name in ("green", "red"):
+        shutil.copytree(place / "images" / name, tmp_path / "two" / name)
+    out, whole = tmp_path / "two.json", tmp_path / "whole.json"
+    with pytest.warns(UserWarning, match="no class blue of the model's 3"):
+        assert main(["eval", str(run), "--data", str(tmp_path / "two"), "--out", str(out)]) == 0
+    assert main(["eval", str(run), "--data", str(place / "images"), "--out", str(whole)]) == 0
+    found, all_three = json.loads(out.read_text()), json.loads(whole.read_text())
+    assert found["class_names"] == all_three["class_names"] == sorted(COLOURS)
+    assert set(found["labels"]) == {1, 2}
+    assert found["per_class"][0] is None
+    assert all_three["accuracy"] > 0.8
+    assert found["accuracy"] > 0.8
+    shutil.copytree(place / "images" / "red", tmp_path / "two" / "violet")
+    capsys.readouterr()
+    assert main(["eval", str(run), "--data", str(tmp_path / "two")]) == 2
+    assert "got images of violet" in capsys.readouterr().err
+
+
 def test_eval_finds_a_folder_that_was_given_relative_to_another_place(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

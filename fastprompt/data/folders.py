@@ -220,4 +220,5 @@ def _pool(
         [part.labels[path] for path in paths],
         [os.path.relpath(path, root) for path in paths],
         ReadChecked(paths, [checked[path] for path in paths], bounds, reading.max_decoded_bytes),
+        paths,
     )

@@ -17,11 +17,13 @@ class Pool:
         labels: the class of each image.
         keys: a name of each image, for the split's checksum.
         read: decodes image i: PIL, or uint8 (1 or 3, H, W).
+        files: the path of each image, where each is a file.
     """
 
     labels: Sequence[int]
     keys: Sequence[str]
     read: Callable[[int], Image.Image | torch.Tensor]
+    files: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -60,6 +61,28 @@ class ImageSet(Dataset[tuple[torch.Tensor, int]]):
     def preprocessing(self) -> Preprocessing:
         """How image files become these pixels."""
         return Preprocessing(self.resize, self.intensity_range)
+
+    def identity(self) -> dict[str, Any]:
+        """What a training run on these images depends on beside their pixels, as JSON values.
+
+        "files" is a sha256 over names, sizes and times of the files; of sets that are not read from files of their own,
+        whose contents are checked when they are opened, over the images' names.
+        """
+        digest = hashlib.sha256()
+        for i in self.indices:
+            line = self.pool.keys[i]
+            if self.pool.files is not None:
+                status = os.stat(self.pool.files[i])
+                line += f"\t{status.st_size}\t{status.st_mtime_ns}"
+            digest.update(f"{line}\n".encode("utf-8", "surrogateescape"))
+        augment = self.augment
+        named = isinstance(augment, torch.nn.Module) or augment is None
+        return {
+            "resize": self.resize,
+            "augment": repr(augment) if named else getattr(augment, "__qualname__", type(augment).__qualname__),
+            "augment_seed": None if augment is None else self.seed,
+            "files": digest.hexdigest(),
+        }
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the augmentations' random numbers: call it before each epoch with the epoch's number."""

@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
 from fastprompt.train.batches import Batches
 from fastprompt.vit.linear import bfloat16_is_fast
@@ -163,6 +164,57 @@ def latent_samples(model: PromptedViT, num_samples: int | None) -> Iterator[None
         generator.config = config
 
 
+@dataclass(frozen=True)
+class _Classes:
+    """Which class of a model each label of a data set is.
+
+    Attributes:
+        names: of the labels. index: (labels,) int64 the model's class, -1: it has none of that name.
+    """
+
+    names: list[str]
+    index: Tensor
+
+    def of(self, labels: Tensor) -> Tensor:
+        """Labels (N,) as the model's classes; `ValueError` for one that it does not have."""
+        found = self.index[labels]
+        unknown = sorted({self.names[label] for label in labels[found < 0].tolist()})
+        if unknown:
+            raise ValueError(
+                f"dataset must have images of the model's classes alone, got images of {', '.join(unknown[:10])}; pass "
+                "class_names=model.class_names if labels are the model's class numbers"
+            )
+        return found
+
+
+def _matched_classes(model: PromptedViT, dataset: Any, class_names: Sequence[str] | None) -> _Classes | None:
+    """How labels become the model's classes by name; None where they are its class numbers."""
+    from fastprompt.model import class_names_of, stated_by
+
+    names = class_names_of(dataset) if class_names is None else list(class_names)
+    if names is None or model.class_names is None or names == model.class_names:
+        return None
+    for whose, each in (("dataset", names), ("the model", model.class_names)):
+        twice = [name for name in each if each.count(name) > 1]
+        if twice:
+            raise ValueError(f"classes are matched by name, and {whose} has several called {twice[0]!r}")
+    own = {name: number for number, name in enumerate(model.class_names)}
+    classes = _Classes(names, torch.tensor([own.get(name, -1) for name in names]))
+    labels = stated_by(dataset, "labels", "targets")
+    if not own.keys() & set(names):
+        labels = range(len(names))  # not one class in common
+    if labels is not None and not isinstance(dataset.dataset if isinstance(dataset, DataLoader) else dataset, Subset):
+        classes.of(torch.as_tensor(list(labels)))
+    missing = [name for name in model.class_names if name not in names]
+    if missing:
+        warnings.warn(
+            f"dataset has no class {', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''} of the model's "
+            f"{len(own)}; its {len(names)} are matched by name",
+            stacklevel=3,
+        )
+    return classes
+
+
 def evaluate(
     model: PromptedViT,
     dataset: Any,
@@ -170,8 +222,13 @@ def evaluate(
     *,
     num_samples: int | None = None,
     num_workers: int = 0,
+    class_names: Sequence[str] | None = None,
 ) -> Evaluation:
-    """Runs the model in eval mode over the data, once, and puts the former modes back.
+    """Run the model in eval mode over the data, once, and put the former modes back.
+
+    Classes are matched by name where model and data have names: a model of `bird`, `cat` and `dog` is evaluated on a
+    folder with `cat` and `dog` alone, and what is returned counts by the model's classes. Where one of them has no
+    names, label i is the model's class i.
 
     Args:
         model: with a head (num_classes given).
@@ -180,9 +237,12 @@ def evaluate(
         num_samples: for a method with `inference_samples` (V²APT): average the class probabilities of that many
             latent samples; None: as configured.
         num_workers: loading processes of a Dataset.
+        class_names: of the data's labels; None: those that the data set states (`class_names` or torchvision's
+            `classes`). `model.class_names` says that labels are the model's own class numbers.
 
     Raises:
-        TypeError, ValueError: the model has no head, the data is empty or has wrong images or labels.
+        TypeError, ValueError: the model has no head, the data is empty, has wrong images or labels, or images of a
+            class that the model does not have.
     """
     if model.num_classes is None:
         raise ValueError("model must have a head to be evaluated: build it with num_classes=")
@@ -198,12 +258,12 @@ def evaluate(
                 f"num_samples must be None for a method that draws nothing at inference, got {num_samples}: "
                 f"{model.config.kind!r} has no option inference_samples, as V²APT has"
             )
-    num_classes = model.num_classes
+    classes = _matched_classes(model, dataset, class_names)
     batches = Batches(
         dataset,
         batch_size,
         name="dataset",
-        num_classes=num_classes,
+        num_classes=model.num_classes if classes is None else len(classes.index),
         device=device_of(model),
         num_workers=num_workers,
     )
@@ -212,6 +272,7 @@ def evaluate(
     began = time.perf_counter()
     with evaluation_mode(model), latent_samples(model, num_samples):
         for images, targets in batches.epoch():
+            of_model = targets.cpu() if classes is None else classes.of(targets.cpu())
             logits.append(model(images).float().cpu())
-            labels.append(targets.cpu())
+            labels.append(of_model)
     return summarise(torch.cat(logits), torch.cat(labels), time.perf_counter() - began)

@@ -25,6 +25,7 @@ from fastprompt.files import atomic_write
 from fastprompt.heads import LinearHead
 from fastprompt.kernels import stopwatch
 from fastprompt.memory import peak_memory_mib, reset_peak_memory
+from fastprompt.terminal import say
 from fastprompt.train.batches import Batches, is_tensor_pair
 from fastprompt.train.checkpoint import rng_state, set_rng_state
 from fastprompt.train.directory import BEST_DIRECTORY, RECIPE_FILE, RunDirectory, open_run
@@ -429,7 +430,7 @@ class _Run:
 
     def _say(self, line: str) -> None:
         if self.show_progress:
-            print(line, file=sys.stderr)
+            say(line, sys.stderr)
 
     def train_to_the_end(self) -> None:
         """All epochs that are left, then the event that marks the run as finished."""

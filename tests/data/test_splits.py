@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import json
+import os
 import pickle
 import warnings
 from collections import Counter
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from fastprompt.data import splits
+from fastprompt.data import load_data, splits
 from fastprompt.data.pools import Pool, Source
 from fastprompt.data.splits import ImageSet, draw, split
 
@@ -221,3 +226,30 @@ def test_datasets_travel_to_worker_processes(plain):
     assert torch.equal(back[3][0], data.train[3][0])
     loader = torch.utils.data.DataLoader(data.val, batch_size=8, num_workers=1)
     assert sum(len(labels) for _, labels in loader) == len(data.val)
+
+
+def test_a_split_says_what_its_images_do_not_show(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(8):
+            Image.new("RGB", (32, 32), (i, len(name), 99)).save(tmp_path / name / f"{i}.png")
+
+    def identity(**options: Any) -> dict[str, Any]:
+        return load_data(tmp_path, image_size=32, **options).train.identity()
+
+    plain = identity()
+    assert plain == identity()
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["augment_seed"] is None
+    changed = {"resize": identity(resize="squash"), "augment": identity(augment="flip"), "files": identity(seed=1)}
+    for key, found in changed.items():
+        assert found[key] != plain[key], key
+    assert identity(augment="flip") != identity(augment="crop")
+    assert identity(augment="flip", seed=1)["augment_seed"] == 1
+    assert identity(augment=torch.flipud) == identity(augment=torch.flipud)  # no address of the function in it
+    for path in tmp_path.rglob("*.png"):
+        os.utime(path, (1, 1))
+    assert identity()["files"] != plain["files"]
+    assert {key: value for key, value in identity().items() if key != "files"} == {
+        key: value for key, value in plain.items() if key != "files"
+    }

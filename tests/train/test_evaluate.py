@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import fastprompt as fp
 from fastprompt.train.evaluate import backbone_precision, evaluate, summarise
@@ -133,3 +133,78 @@ def test_precision_of_a_training_backbone_keeps_what_was_trained(make_model: Cal
         assert model.backbone.cls_token.dtype == torch.float32
         model.backbone.cls_token.fill_(3.0)
     assert (model.backbone.cls_token == 3).all()
+
+
+class Named(TensorDataset):
+    """Images whose labels have names."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> None:
+        super().__init__(images, labels)
+        self.classes = classes
+
+
+NAMES = ["ant", "bee", "cat", "dog"]
+
+
+@pytest.fixture
+def named(make_model: Callable[..., Any], colours: Callable[..., Any]) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """A model of `NAMES` that is right about every image, images (16), and which of the names each is."""
+    images, labels = colours(16)
+    model = fp.PromptedViT(make_model().backbone, fp.LinearProbeConfig(), 4, class_names=NAMES)
+    fp.fit_linear_probe(model, (images, labels), (images, labels))
+    assert evaluate(model, (images, labels)).accuracy == 1
+    return model, images, labels
+
+
+@pytest.mark.parametrize("form", ["dataset", "loader", "subset", "argument"])
+def test_classes_are_matched_by_name(form: str, named: tuple[Any, torch.Tensor, torch.Tensor]) -> None:
+    model, images, labels = named
+    some = labels >= 2
+    of_folder, names = labels[some] - 2, ["cat", "dog"]  # numbers of a folder with these two alone
+    data: Any = Named(images[some], of_folder, names)
+    options: dict[str, Any] = {}
+    if form == "loader":
+        data = DataLoader(data, 3)
+    if form == "subset":
+        data = Subset(Named(images, torch.where(some, labels - 2, 2), [*names, "emu"]), some.nonzero()[:, 0].tolist())
+    if form == "argument":
+        data, options = (images[some], of_folder), {"class_names": names}
+    with pytest.warns(UserWarning, match="no class ant, bee of the model's 4"):
+        found = evaluate(model, data, **options)
+    assert found.accuracy == 1
+    assert torch.equal(found.labels, labels[some])
+    assert found.confusion.diagonal().tolist() == [0, 0, 4, 4]
+    if form != "subset":
+        assert evaluate(model, data, class_names=NAMES).accuracy == 0  # by number, asked for
+
+
+def test_the_order_of_names_is_the_datas_own(
+    named: tuple[Any, torch.Tensor, torch.Tensor], recwarn: pytest.WarningsRecorder
+) -> None:
+    model, images, labels = named
+    order = torch.tensor([2, 0, 3, 1])
+    data = Named(images, order.argsort()[labels], [NAMES[i] for i in order])
+    found = evaluate(model, data)
+    assert found.accuracy == 1
+    assert torch.equal(found.labels, labels)
+    model.class_names = None
+    assert evaluate(model, data).accuracy < 1  # without names label i is class i
+    assert not recwarn.list
+
+
+def test_images_of_a_class_that_the_model_has_not_are_refused(named: tuple[Any, torch.Tensor, torch.Tensor]) -> None:
+    model, images, labels = named
+    message = "must have images of the model's classes alone, got images of emu"
+    data = Named(images, labels, ["ant", "bee", "cat", "emu"])
+    with pytest.raises(ValueError, match=message), pytest.warns(UserWarning, match="no class dog"):
+        evaluate(model, data)
+    data.targets = labels  # as torchvision's have it: nothing has to be read to know
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, data)
+    with pytest.raises(ValueError, match="got images of e, f, g, h"):
+        evaluate(model, Named(images, labels, list("efgh")))
+    with pytest.raises(ValueError, match="dataset has several called 'ant'"):
+        evaluate(model, Named(images, labels, ["ant", "ant", "cat", "dog"]))
+    kept = labels < 3
+    with pytest.warns(UserWarning, match="no class dog"):  # a class without images does no harm
+        assert evaluate(model, Named(images[kept], labels[kept], ["ant", "bee", "cat", "emu"])).accuracy == 1
