@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from fastprompt.generators import (
     PGN,
     VAPT,
     VPT,
+    FreePrompts,
+    FreePromptsConfig,
     Geometry,
     PGNConfig,
     PromptConfig,
@@ -30,6 +33,15 @@ from fastprompt.vit import FrozenViT
 
 State = dict[str, Tensor]
 
+_ARRAYS: list[Any] = [
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float16", "float32", "float64")),
+    (np.zeros(0).__reduce__()[0], "numpy.core.multiarray._reconstruct"),
+    (np.zeros(0).__reduce__()[0], "numpy._core.multiarray._reconstruct"),
+]
+"""What a file of NumPy arrays names, as VPT saves its prompts; none of it runs code of the file's."""
+
 
 def load_official(
     source: str | os.PathLike[str] | Mapping[str, Any],
@@ -39,6 +51,9 @@ def load_official(
     **overrides: Any,
 ) -> PromptGenerator | PromptedViT:
     """A published PGN, VPT or VAPT checkpoint as a generator, or with a backbone as a `PromptedViT`; eval mode.
+
+    PGN's input-independent baseline (`pgn_vectors`) is a `FreePrompts`, and VPT's prompts alone (`prompt_ep*.pth` with
+    `shallow_prompt` and `deep_prompt`, as NumPy arrays) are a `VPT`.
 
     The method and its sizes are read from tensor names and shapes. What a state dict does not say takes the
     authors' default and can be overridden by name (`activation=`, `stem_pool=`, `channel_dropout=`, ...).
@@ -67,7 +82,12 @@ def load_official(
         raise ValueError(f"readout={readout!r} needs a backbone: a generator alone has no readout")
     if "grid" in overrides:
         overrides["grid"] = Geometry(grid=overrides["grid"]).grid
-    for marker, reader in (("tl_vectors", _pgn), ("prompt_embeddings", _visual_prompts)):
+    for marker, reader in (
+        ("tl_vectors", _pgn),
+        ("pgn_vectors", _free),
+        ("prompt_embeddings", _visual_prompts),
+        ("shallow_prompt", _saved_prompts),
+    ):
         prefix = _prefix(state, marker)
         if prefix is not None:
             inner = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
@@ -75,8 +95,8 @@ def load_official(
             break
     else:
         raise ValueError(
-            "source is no published PGN, VPT or VAPT checkpoint: it has neither 'tl_vectors' nor "
-            f"'prompt_embeddings'; its keys start with {sorted(state)[:3]}"
+            "source is no published PGN, VPT or VAPT checkpoint: it has none of 'tl_vectors', 'pgn_vectors', "
+            f"'prompt_embeddings' and 'shallow_prompt'; its keys start with {sorted(state)[:3]}"
         )
     if backbone is None:
         return generator
@@ -97,7 +117,7 @@ def load_official(
             raise ValueError(
                 f"source has a head of shape {tuple(weight.shape)} with a bias of shape {tuple(bias.shape)}"
             )
-    if readout is None and marker == "prompt_embeddings" and backbone.spec.pool == "patches":
+    if readout is None and marker in ("prompt_embeddings", "shallow_prompt") and backbone.spec.pool == "patches":
         readout = "patches+prompts"
     model = PromptedViT(backbone, generator.config, None if weight is None else weight.shape[0], readout=readout)
     assert model.generator is not None
@@ -118,7 +138,8 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> State:
 
                 content: Any = load_file(path)
             else:
-                content = torch.load(path, map_location="cpu", weights_only=True)
+                with torch.serialization.safe_globals(_ARRAYS):
+                    content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # the unpickler fails in as many ways as a file can be broken
             how = "a whole safetensors file" if path.suffix == ".safetensors" else "plain tensors (weights_only=True)"
             raise ValueError(f"source {path} cannot be read as {how}: {error}") from error
@@ -129,7 +150,11 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> State:
             content = content[key]
     if not isinstance(content, Mapping) or not content or not all(isinstance(k, str) for k in content):
         raise TypeError(f"source must be a path or a state dict of named tensors, got {type(content).__name__}")
-    state = {k: v for k, v in content.items() if isinstance(v, Tensor)}
+    state = {
+        k: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) and v.dtype.kind == "f" else v
+        for k, v in content.items()
+    }
+    state = {k: v for k, v in state.items() if isinstance(v, Tensor)}
     if not state:
         raise TypeError("source must be a state dict of tensors, it holds none")
     for name, tensor in state.items():
@@ -232,6 +257,29 @@ def _pgn(state: State, backbone: FrozenViT | None, overrides: dict[str, Any]) ->
     return _load(PGN(config, geometry), own)
 
 
+def _free(state: State, backbone: FrozenViT | None, overrides: dict[str, Any]) -> PromptGenerator:
+    """`pgn_vectors`: PGN's input-independent baseline (their `iip.py`)."""
+    vectors = _take(state, "pgn_vectors", 2)
+    strange = sorted(name for name in state if name.startswith("model."))
+    if strange:
+        raise ValueError(
+            f"source has 'pgn_vectors' and a network beside it, which that method does not have: {strange[:5]}"
+        )
+    geometry = _geometry(backbone, vectors.shape[1], overrides)
+    config = _settings(FreePromptsConfig, {"num_prompts": vectors.shape[0]}, overrides)
+    assert isinstance(config, FreePromptsConfig)
+    return _load(FreePrompts(config, geometry), {"tokens": vectors[None]})
+
+
+def _saved_prompts(state: State, backbone: FrozenViT | None, overrides: dict[str, Any]) -> PromptGenerator:
+    """VPT's `prompt_ep*.pth`: `shallow_prompt` (1, P, D), and for VPT-deep `deep_prompt` (L − 1, P, D)."""
+    strange = sorted(set(state) - {"shallow_prompt", "deep_prompt"})
+    if strange:
+        raise ValueError(f"source has 'shallow_prompt' and unknown tensors beside it: {strange[:5]}")
+    renamed = {"shallow_prompt": "prompt_embeddings", "deep_prompt": "deep_prompt_embeddings"}
+    return _visual_prompts({renamed[name]: tensor for name, tensor in state.items()}, backbone, overrides)
+
+
 def _visual_prompts(state: State, backbone: FrozenViT | None, overrides: dict[str, Any]) -> PromptGenerator:
     """`prompt_embeddings`, `deep_prompt_embeddings`, `prompt_proj`, and VAPT's `deep_prompt_*`."""
     if any(re.fullmatch(r"deep_prompt_embeddings_\d+", name) for name in state):
@@ -314,14 +362,22 @@ def _vapt(
             "deep_prompt_downsample.{j}.linear.bias": "projector.bias",
         },
     )
-    conv = "deep_prompt_downsample.0.conv.kernel" in state
-    if not conv:
-        del names["deep_prompt_downsample.{j}.conv.kernel"]
+    conv = "deep_prompt_downsample.0.weight" not in state
+    if not conv:  # the layer is the Linear itself
+        names = {theirs.replace(".linear.", "."): ours for theirs, ours in names.items() if ours != "kernel"}
+    if backbone is not None and backbone.depth < static_layers + layers:
+        static_layers = max(0, backbone.depth - layers)
+    elif backbone is None and static_layers == layers + 2:
+        static_layers = 2
+    # VAPT on MAE keeps embeddings for blocks that have adaptive prompts: nothing reads them
+    if "static.embeddings" in own:
+        own["static.embeddings"] = own["static.embeddings"][:static_layers]
     for j in range(layers):
         for theirs, ours in names.items():
             own[f"adaptive.{j}.{ours}"] = _take(state, theirs.format(j=j))
             used.add(theirs.format(j=j))
-    positions = _take(state, "deep_prompt_downsample.0.linear.weight", 2).shape[1]
+    first = "deep_prompt_downsample.0.linear.weight" if conv else "deep_prompt_downsample.0.weight"
+    positions = _take(state, first, 2).shape[1]
     found |= {"static_layers": static_layers, "conv": conv}
     shared = "deep_prompt_embeddings_mlp.block.0.weight" in state
     each = "deep_prompt_embeddings_mlp.0.block.0.weight" in state

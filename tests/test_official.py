@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,8 +61,9 @@ def vapt_state(
         state |= {
             f"deep_prompt_norm.{j}.weight": torch.randn(width),
             f"deep_prompt_norm.{j}.bias": torch.randn(width),
-            f"deep_prompt_downsample.{j}.linear.weight": torch.randn(P, positions),
-            f"deep_prompt_downsample.{j}.linear.bias": torch.randn(P),
+            # without a convolution the authors' layer is a plain Linear, with it a module of two
+            f"deep_prompt_downsample.{j}.{'' if kernel is None else 'linear.'}weight": torch.randn(P, positions),
+            f"deep_prompt_downsample.{j}.{'' if kernel is None else 'linear.'}bias": torch.randn(P),
         }
         if kernel is not None:
             state[f"deep_prompt_downsample.{j}.conv.kernel"] = torch.randn(channels, 1, kernel, kernel)
@@ -95,7 +97,8 @@ def adaptive_by_hand(
         channels = x.shape[1]
         kernel = state[stem + "conv.kernel"].expand(channels, -1, -1, -1)
         x = F.conv2d(x.unflatten(2, grid), kernel, padding=padding, groups=channels).flatten(2)
-    x = F.linear(x, state[stem + "linear.weight"], state[stem + "linear.bias"]).transpose(1, 2)
+        stem += "linear."
+    x = F.linear(x, state[stem + "weight"], state[stem + "bias"]).transpose(1, 2)
     for mlp in ("deep_prompt_embeddings_mlp.", f"deep_prompt_embeddings_mlp.{j}."):
         if mlp + "block.0.weight" in state:
             hidden = act(F.linear(x, state[mlp + "block.0.weight"]))
@@ -203,6 +206,45 @@ def test_vapt(backbone: fp.FrozenViT, layout: dict[str, Any], options: dict[str,
     for i in range(static, L):
         expected = adaptive_by_hand(state, i - static, tokens, padding=layout.get("padding", 0))
         torch.testing.assert_close(vapt(tokens, layer=i), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["on a backbone", "alone"])
+def test_vapt_on_mae_keeps_embeddings_that_nothing_reads(backbone: fp.FrozenViT, alone: bool) -> None:
+    """Their MAE variant with VPT_DEPTH 2 saves L − 1 deep embeddings, of which block 1 reads the first."""
+    depth = 6 if alone else L
+    state = vapt_state(static=2, depth=depth)
+    kept = state["deep_prompt_embeddings"][0]
+    state["deep_prompt_embeddings"] = torch.cat([kept[None], torch.randn(depth - 2, P, D)])
+    vapt = fp.load_official(state, grid=(4, 4)) if alone else fp.load_official(state, backbone).generator
+    assert (vapt.config.static_layers, vapt.geometry.depth) == (2, depth)
+    assert torch.equal(vapt(layer=1)[0], kept)
+    tokens = torch.randn(1, 16, D)
+    torch.testing.assert_close(vapt(tokens, layer=2), adaptive_by_hand(state, 0, tokens), rtol=1e-4, atol=1e-3)
+
+
+def test_input_independent_vectors_of_pgn(backbone: fp.FrozenViT, tiny_images: Tensor, tmp_path: Path) -> None:
+    vectors = torch.randn(5, D)
+    torch.save({"state_dict": {"pgn.pgn_vectors": vectors}}, tmp_path / "iip.pt")
+    model = fp.load_official(tmp_path / "iip.pt", backbone)
+    assert isinstance(model.generator, fp.FreePrompts)
+    assert torch.equal(model.generator()[0], vectors)
+    assert model(tiny_images).shape == (4, D)
+    with pytest.raises(ValueError, match="a network beside it"):
+        fp.load_official({"pgn_vectors": vectors, "model.fc.weight": vectors})
+
+
+@pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
+def test_prompts_that_vpt_saves_alone(backbone: fp.FrozenViT, tmp_path: Path, deep: bool) -> None:
+    """`prompt_ep100.pth` holds NumPy arrays, `shallow_prompt` and, of VPT-deep, `deep_prompt`."""
+    arrays = {"shallow_prompt": np.random.rand(1, P, D).astype(np.float32)}
+    if deep:
+        arrays["deep_prompt"] = np.random.rand(L - 1, P, D).astype(np.float32)
+    torch.save(arrays, tmp_path / "prompt_ep100.pth")
+    vpt = fp.load_official(tmp_path / "prompt_ep100.pth", backbone).generator
+    assert isinstance(vpt, fp.VPT)
+    assert vpt.config == fp.VPTConfig(num_prompts=P, deep=deep)
+    for i, expected in enumerate([arrays["shallow_prompt"][0], *arrays.get("deep_prompt", [])]):
+        assert torch.equal(vpt(layer=i)[0], torch.from_numpy(expected))
 
 
 @pytest.mark.parametrize(("grid", "given"), [((14, 14), {}), ((16, 16), {}), ((7, 7), {}), ((5, 9), {"grid": (5, 9)})])
@@ -386,7 +428,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
             ValueError,
             r"is no published PGN, VPT or VAPT checkpoint.*\['fc\.weight'\]",
         ),
-        (nn.Linear(2, 2).state_dict(), ValueError, "neither 'tl_vectors' nor 'prompt_embeddings'"),
+        (nn.Linear(2, 2).state_dict(), ValueError, "none of 'tl_vectors', 'pgn_vectors', 'prompt_embeddings'"),
     ],
 )
 def test_other_sources_are_refused(source: Any, error: type[Exception], message: str) -> None:
