@@ -252,7 +252,7 @@ def plain_step(
     return step
 
 
-def timed(ways: dict[str, Callable[[], Any]], device: Capturer, until: float, calls: int = CALLS) -> Times:
+def timed(ways: dict[str, Callable[[], Any]], device: Capturer, until: float, calls: int | None = None) -> Times:
     """Microseconds per call, median and quartiles over interleaved rounds, at least one; None: no time to compile."""
     samples: dict[str, dict[str, list[float]]] = {}
     for name, way in ways.items():
@@ -265,7 +265,7 @@ def timed(ways: dict[str, Callable[[], Any]], device: Capturer, until: float, ca
         if i and time.monotonic() > until:
             break
         for name, found in samples.items():
-            for kind, repeats in (("throughput", calls), ("latency", 1)):
+            for kind, repeats in (("throughput", CALLS if calls is None else calls), ("latency", 1)):
                 device.synchronize()
                 began = time.perf_counter()
                 for _ in range(repeats):

@@ -144,6 +144,8 @@ def address(tensor: Tensor) -> int:
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree]
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
