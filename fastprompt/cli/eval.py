@@ -109,7 +109,10 @@ def evaluate_adapter(command: Eval) -> None:
     names = list(splits.class_names)
     split = getattr(splits, command.split)  # the test split can be read once
     announce(model, f"{len(split):,} {command.split} images of {len(names)} classes")
-    record = evaluation_record(evaluate(model, split, batch_size=command.batch_size))
+    try:
+        record = evaluation_record(evaluate(model, split, batch_size=command.batch_size))
+    except ValueError as error:
+        raise ValueError(f"--data: {settings.data} does not fit the adapter: {error}") from error
     names = list(model.class_names or names)  # labels are counted by the model's classes
     record |= {
         "adapter": str(command.adapter),
