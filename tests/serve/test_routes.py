@@ -152,9 +152,9 @@ def test_decoding_and_the_engine_have_one_deadline(monkeypatch: pytest.MonkeyPat
     assert post(status=504, compute=forever, **body)["code"] == "timeout"
     freed, decode = threading.Event(), protocol.decode
 
-    def stuck(*given: Any) -> list[np.ndarray]:
+    def stuck(*given: Any, **more: Any) -> list[np.ndarray]:
         freed.wait(60)
-        return decode(*given)
+        return decode(*given, **more)
 
     monkeypatch.setattr(protocol, "decode", stuck)
     threading.Timer(2, freed.set).start()
