@@ -365,8 +365,8 @@ def _vapt(
     conv = "deep_prompt_downsample.0.weight" not in state
     if not conv:  # the layer is the Linear itself
         names = {theirs.replace(".linear.", "."): ours for theirs, ours in names.items() if ours != "kernel"}
-    if backbone is not None and backbone.depth < static_layers + layers:
-        static_layers = max(0, backbone.depth - layers)
+    if backbone is not None and len(backbone.blocks) < static_layers + layers:
+        static_layers = max(0, len(backbone.blocks) - layers)
     elif backbone is None and static_layers == layers + 2:
         static_layers = 2
     # VAPT on MAE keeps embeddings for blocks that have adaptive prompts: nothing reads them
