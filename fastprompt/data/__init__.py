@@ -44,7 +44,7 @@ def load_data(
     left out is named in a warning and counted in `summary()["left_out"]`.
 
     Every file is decoded once, strictly, before anything is drawn, so that training does not meet a broken one. That
-    takes about as long as reading the images once (`bench/bench_data.py` measures it), and is remembered for folders
+    takes about as long as reading the images once (`bench/data_table.py` measures it), and is remembered for folders
     of 500 files or more, until a file changes.
 
     Args:
