@@ -86,7 +86,7 @@ table: $(STAMP)  ## every method, three seeds (hours; resumable)
 pixels: $(STAMP)  ## prompts as pixels, two data sets, three seeds, before and after PNG (hours; resumable)
 	$(PY) experiments/pixels.py
 
-bench: $(STAMP)  ## throughput of every op and method beside its peers, a table of ratios (a quarter of an hour)
+bench: $(STAMP)  ## throughput of every op and method beside its peers, a table of ratios
 	$(VENV)/bin/pytest --benchmark-only
 
 bench-forward: $(STAMP)  ## the forward and the training step against the papers' graph; writes results/forward.md
