@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 
 
 def collected(repository: Path, *arguments: str) -> set[str]:
-    """Files of the tests that pytest would run from the root."""
+    """Files of the tests that pytest would run from the root, started outside the pytest that runs this test."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-P", "-m", "pytest", "--collect-only", "-q", *arguments]
-    ran = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    ran = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
     assert ran.returncode in (0, 5), ran.stdout + ran.stderr
     return {line.partition("::")[0] for line in ran.stdout.splitlines() if "::" in line}
 
