@@ -28,6 +28,7 @@ from safetensors.torch import load as tensors_from_bytes, save as tensors_to_byt
 from torch import Tensor
 
 import fastprompt
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.files import atomic_write_many, parse_json
 from fastprompt.generators import PromptConfig, build_generator, config_from_dict, method_of
 from fastprompt.heads import Head, PrototypeHead, TextHead, build_head
@@ -63,24 +64,24 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if self.resize not in RESIZES:
-            raise ValueError(f"resize must be one of {RESIZES}, got {self.resize!r}")
+            raise ArgumentError("resize", f"must be one of {RESIZES}, got {self.resize!r}")
         if self.intensity_range is None:
             return
         both = tuple(self.intensity_range) if isinstance(self.intensity_range, (tuple, list)) else ()
         if len(both) != 2 or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in both):
-            raise TypeError(f"intensity_range must be (low, high) or None, got {self.intensity_range!r}")
+            raise ArgumentTypeError("intensity_range", f"must be (low, high) or None, got {self.intensity_range!r}")
         if not -math.inf < both[0] < both[1] < math.inf:
-            raise ValueError(f"intensity_range must be two finite numbers, the lower first, got {both}")
+            raise ArgumentError("intensity_range", f"must be two finite numbers, the lower first, got {both}")
         object.__setattr__(self, "intensity_range", (float(both[0]), float(both[1])))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
         """The inverse of `dataclasses.asdict`; an unknown key, which would change pixels, is a ValueError."""
         if not isinstance(values, Mapping):
-            raise TypeError(f"preprocessing must be a mapping, got {values!r}")
+            raise ArgumentTypeError("preprocessing", f"must be a mapping, got {values!r}")
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
-            raise ValueError(f"preprocessing has no option {unknown[0]!r}; a later version may know it")
+            raise ArgumentError("preprocessing", f"has no option {unknown[0]!r}; a later version may know it")
         return cls(**values)
 
 

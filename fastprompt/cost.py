@@ -24,6 +24,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from fastprompt.arguments import ArgumentError
 from fastprompt.generators import PromptConfig
 from fastprompt.generators.accounting import PromptCost, Sizes, Tally
 from fastprompt.generators.registry import method_of
@@ -78,10 +79,10 @@ def cost(
         ("dtype", dtype, tuple(BYTES)),
     ):
         if value not in takes:
-            raise ValueError(f"{name} must be one of {takes}, got {value!r}")
+            raise ArgumentError(name, f"must be one of {takes}, got {value!r}")
     for name, number in (("batch", batch), ("num_classes", num_classes), ("threads", threads)):
         if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
+            raise ArgumentError(name, f"must be at least 1, got {number}")
     sizes = backbone if isinstance(backbone, Sizes) else Sizes.of(backbone)
     s = dataclasses.replace(
         sizes,

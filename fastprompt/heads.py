@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.changes import changing
 from fastprompt.vit import FrozenViT
 
@@ -81,13 +82,13 @@ class TextHead(Head):
         texts = _tensor("class_embeddings", class_embeddings)
         outputs = backbone.feature_width if backbone.head is None else backbone.head.weight.shape[0]
         if texts.ndim != 2 or texts.shape[1] != outputs:
-            raise ValueError(
-                f"class_embeddings must have shape (C, {outputs}) for this backbone, got {tuple(texts.shape)}"
+            raise ArgumentError(
+                "class_embeddings", f"must have shape (C, {outputs}) for this backbone, got {tuple(texts.shape)}"
             )
         if not torch.isfinite(texts).all() or (texts.norm(dim=-1) == 0).any():
             raise ValueError("class_embeddings contain NaN, infinite or all-zero rows")
         if not isinstance(logit_scale, (int, float)) or not logit_scale > 0 or math.isinf(logit_scale):
-            raise ValueError(f"logit_scale must be positive, got {logit_scale!r}")
+            raise ArgumentError("logit_scale", f"must be positive, got {logit_scale!r}")
         self.width, self.num_classes, self.logit_scale = backbone.feature_width, texts.shape[0], float(logit_scale)
         self.register_buffer("class_embeddings", F.normalize(texts, dim=-1))
         _register_classifier(self, backbone)
@@ -113,8 +114,8 @@ class LabelMapHead(Head):
             raise ValueError("head 'label_map' needs a backbone with a pretrained classifier; this one has none")
         outputs = backbone.head.weight.shape[0]
         if num_classes > outputs:
-            raise ValueError(
-                f"num_classes must be at most the {outputs} outputs of the pretrained classifier, got {num_classes}"
+            raise ArgumentError(
+                "num_classes", f"must be at most the {outputs} outputs of the pretrained classifier, got {num_classes}"
             )
         self.width, self.num_classes = backbone.feature_width, num_classes
         _register_classifier(self, backbone, num_classes)
@@ -140,7 +141,7 @@ class PrototypeHead(Head):
         super().__init__()
         rows = _tensor("prototypes", prototypes)
         if rows.ndim != 2 or not torch.isfinite(rows).all() or (rows.norm(dim=-1) == 0).any():
-            raise ValueError(f"prototypes must be finite, non-zero rows (C, E), got {tuple(rows.shape)}")
+            raise ArgumentError("prototypes", f"must be finite, non-zero rows (C, E), got {tuple(rows.shape)}")
         self.num_classes, self.num_layers = rows.shape[0], len(layers)
         self.register_buffer("prototypes", F.normalize(rows, dim=-1))
         outputs = None
@@ -172,11 +173,11 @@ class PrototypeHead(Head):
         """
         names = [k for k in state_dict if k.endswith(("last_layer.weight_v", "last_layer.weight"))]
         if len(names) != 1:
-            raise ValueError("state_dict has no DINO head: no single key ends in 'last_layer.weight_v'")
+            raise ArgumentError("state_dict", "has no DINO head: no single key ends in 'last_layer.weight_v'")
         prefix = names[0].rpartition("last_layer.")[0]
         rows = state_dict[names[0]]
         if not 1 <= num_classes <= rows.shape[0]:
-            raise ValueError(f"num_classes must be from 1 to the {rows.shape[0]} prototypes, got {num_classes}")
+            raise ArgumentError("num_classes", f"must be from 1 to the {rows.shape[0]} prototypes, got {num_classes}")
         indices = sorted(
             {
                 int(k[len(prefix) + 4 :].split(".")[0])
@@ -221,7 +222,7 @@ def build_head(
         ValueError: unknown name, or what that head needs is missing or of another number of classes.
     """
     if head not in HEADS:
-        raise ValueError(f"head must be one of {HEADS} or a fastprompt head, got {head!r}")
+        raise ArgumentError("head", f"must be one of {HEADS} or a fastprompt head, got {head!r}")
     if head == "linear":
         return LinearHead(backbone.feature_width, num_classes)
     if head == "label_map":
@@ -231,7 +232,7 @@ def build_head(
         raise ValueError(f"head {head!r} needs {name} (C, E), one row per class")
     rows = _tensor(name, rows)
     if rows.ndim and len(rows) != num_classes:
-        raise ValueError(f"{name} has {len(rows)} rows, num_classes is {num_classes}")
+        raise ArgumentError(name, f"has {len(rows)} rows, num_classes is {num_classes}")
     return TextHead(rows, backbone, logit_scale) if head == "text" else PrototypeHead(rows)
 
 
@@ -259,19 +260,19 @@ def encode_class_texts(
         ImportError: `library` is not installed.
     """
     if isinstance(class_names, str) or not class_names or not all(isinstance(n, str) for n in class_names):
-        raise ValueError(f"class_names must be a list of names, got {class_names!r}")
+        raise ArgumentError("class_names", f"must be a list of names, got {class_names!r}")
     if not isinstance(template, str) or template.count("{}") != 1:
-        raise ValueError(f"template must have one {{}} for the class name, got {template!r}")
+        raise ArgumentError("template", f"must have one {{}} for the class name, got {template!r}")
     texts = [template.replace("{}", name.replace("_", " ").lower()) for name in class_names]
     if isinstance(encode, str):
         if library not in ("open_clip", "transformers"):
-            raise ValueError(f"library must be 'open_clip' or 'transformers', got {library!r}")
+            raise ArgumentError("library", f"must be 'open_clip' or 'transformers', got {library!r}")
         encode = _open_clip_encoder(encode, pretrained) if library == "open_clip" else _transformers_encoder(encode)
     if not callable(encode):
-        raise TypeError(f"encode must be a function or the name of a model, got {type(encode).__name__}")
+        raise ArgumentTypeError("encode", f"must be a function or the name of a model, got {type(encode).__name__}")
     embeddings = torch.as_tensor(encode(texts)).detach().float().cpu()
     if embeddings.ndim != 2 or embeddings.shape[0] != len(texts):
-        raise ValueError(f"encode must return ({len(texts)}, E), got {tuple(embeddings.shape)}")
+        raise ArgumentError("encode", f"must return ({len(texts)}, E), got {tuple(embeddings.shape)}")
     if not torch.isfinite(embeddings).all() or (embeddings.norm(dim=-1) == 0).any():
         raise ValueError("encode returned NaN, infinite or all-zero rows")
     return F.normalize(embeddings, dim=-1)
@@ -279,9 +280,9 @@ def encode_class_texts(
 
 def _open_clip_encoder(name: str, pretrained: str | None) -> Callable[[list[str]], Tensor]:
     if pretrained is None and ":" not in name:  # open_clip would initialise the tower at random
-        raise ValueError(
-            f"pretrained must name the weights of open_clip's {name!r}, as 'openai'; "
-            "open_clip.list_pretrained() lists them"
+        raise ArgumentError(
+            "pretrained",
+            f"must name the weights of open_clip's {name!r}, as 'openai'; open_clip.list_pretrained() lists them",
         )
     import open_clip
 
@@ -311,7 +312,7 @@ def _tensor(name: str, values: Any) -> Tensor:
     try:
         return torch.as_tensor(values).detach().to(torch.float32, copy=True)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be an array of numbers, got {type(values).__name__}: {error}") from error
+        raise ArgumentTypeError(name, f"must be an array of numbers, got {type(values).__name__}: {error}") from error
 
 
 def _register_classifier(head: Head, backbone: FrozenViT, rows: int | None = None) -> None:

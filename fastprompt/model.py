@@ -27,6 +27,7 @@ from fastprompt.adapters import (
     source_of,
     write_adapter,
 )
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.changes import changing
 from fastprompt.generators import (
     PromptConfig,
@@ -81,23 +82,24 @@ class PromptedViT(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(backbone, FrozenViT):
-            raise TypeError(
-                f"backbone must be a FrozenViT, got {type(backbone).__name__}; wrap a timm model as FrozenViT(module)"
+            raise ArgumentTypeError(
+                "backbone",
+                f"must be a FrozenViT, got {type(backbone).__name__}; wrap a timm model as FrozenViT(module)",
             )
         if num_classes is not None and (
             not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1
         ):
-            raise ValueError(f"num_classes must be a positive integer or None, got {num_classes!r}")
+            raise ArgumentError("num_classes", f"must be a positive integer or None, got {num_classes!r}")
         for name, rows, reader in (
             ("class_embeddings", class_embeddings, "text"),
             ("prototypes", prototypes, "prototypes"),
         ):
             if rows is not None and head != reader:
-                raise ValueError(f"{name} is for head {reader!r}, head is {head!r}")
+                raise ArgumentError(name, f"is for head {reader!r}, head is {head!r}")
         if class_names is not None and not isinstance(class_names, Iterable):
-            raise TypeError(f"class_names must be a sequence of names, got {type(class_names).__name__}")
+            raise ArgumentTypeError("class_names", f"must be a sequence of names, got {type(class_names).__name__}")
         if not isinstance(train_backbone, bool):
-            raise TypeError(f"train_backbone must be True or False, got {train_backbone!r}")
+            raise ArgumentTypeError("train_backbone", f"must be True or False, got {train_backbone!r}")
         self.config, self.full = config, train_backbone or method_of(config).config_class.trains_backbone
         backbone.pin_fingerprint()
         self.backbone = backbone
@@ -110,22 +112,23 @@ class PromptedViT(nn.Module):
         self.head: Head | None = None
         if isinstance(head, Head):
             if num_classes not in (None, head.num_classes):
-                raise ValueError(f"num_classes is {num_classes}, the given head has {head.num_classes}")
+                raise ArgumentError("num_classes", f"is {num_classes}, the given head has {head.num_classes}")
             self.head = head
         elif num_classes is not None:
             self.head = build_head(head, backbone, num_classes, class_embeddings, logit_scale, prototypes)
         elif head != "linear":
-            raise ValueError(f"head {head!r} needs num_classes; without it the model returns features")
+            raise ArgumentError("head", f"{head!r} needs num_classes; without it the model returns features")
         if self.head is not None and self.head.width != backbone.feature_width:
-            raise ValueError(
-                f"head {self.head.kind!r} reads features of width {self.head.width}, "
-                f"those of the backbone have {backbone.feature_width}"
+            raise ArgumentError(
+                "head",
+                f"{self.head.kind!r} reads features of width {self.head.width}, "
+                f"those of the backbone have {backbone.feature_width}",
             )
         self.num_classes = None if self.head is None else self.head.num_classes
         if class_names is not None:
             class_names = [str(name) for name in class_names]
             if len(class_names) != self.num_classes:
-                raise ValueError(f"class_names has {len(class_names)} names, num_classes is {self.num_classes}")
+                raise ArgumentError("class_names", f"has {len(class_names)} names, num_classes is {self.num_classes}")
         self.class_names = class_names
         self.preprocessing: Preprocessing | None = None
         self._autocast: torch.dtype | None = None
@@ -325,7 +328,7 @@ class PromptedViT(nn.Module):
         used (autocast).
         """
         if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise ValueError(f"dtype must be a floating-point dtype, got {dtype!r}")
+            raise ArgumentError("dtype", f"must be a floating-point dtype, got {dtype!r}")
         if self.full:
             self._autocast = dtype if dtype in (torch.float16, torch.bfloat16) else None
         else:
@@ -366,11 +369,12 @@ class PromptedViT(nn.Module):
         held = self.adapter_state_dict().keys()
         lost = [name for name, _ in self.trainable_parameters() if name not in held]
         if lost:
-            raise ValueError(
-                f"model must train nothing that its adapter does not hold, got {len(lost)} such parameters: "
+            raise ArgumentError(
+                "model",
+                f"must train nothing that its adapter does not hold, got {len(lost)} such parameters: "
                 f"{', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}. Freeze them "
                 "(model.backbone.requires_grad_(False)), or train the whole backbone with fp.FullFineTuneConfig(), "
-                "whose adapter holds it"
+                "whose adapter holds it",
             )
 
     def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -384,23 +388,25 @@ class PromptedViT(nn.Module):
                 model's dtype. Nothing has changed then.
         """
         if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
-            raise TypeError(f"state must be a mapping of tensors, as of adapter_state_dict, got {type(state).__name__}")
+            raise ArgumentTypeError(
+                "state", f"must be a mapping of tensors, as of adapter_state_dict, got {type(state).__name__}"
+            )
         own = self.adapter_state_dict()
         missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
         if missing or unknown:
-            raise ValueError(f"state does not fit this model: missing {missing[:5]}, unknown {unknown[:5]}")
+            raise ArgumentError("state", f"does not fit this model: missing {missing[:5]}, unknown {unknown[:5]}")
         for name, tensor in state.items():
             if tensor.shape != own[name].shape:
-                raise ValueError(
-                    f"state: {name} has shape {tuple(tensor.shape)}, this model has {tuple(own[name].shape)}"
+                raise ArgumentError(
+                    "state", f"{name} has shape {tuple(tensor.shape)}, this model has {tuple(own[name].shape)}"
                 )
             same = tensor.is_floating_point() and own[name].is_floating_point()
             if tensor.dtype != own[name].dtype and not same:
-                raise ValueError(f"state: {name} has dtype {tensor.dtype}, this model has {own[name].dtype}")
+                raise ArgumentError("state", f"{name} has dtype {tensor.dtype}, this model has {own[name].dtype}")
         cast = {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
         for name, tensor in cast.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise ValueError(f"state: {name} contains NaN or infinite values in {own[name].dtype}")
+                raise ArgumentError("state", f"{name} contains NaN or infinite values in {own[name].dtype}")
         with self.changing(), torch.no_grad():
             for name, tensor in cast.items():
                 own[name].copy_(tensor)
@@ -448,8 +454,8 @@ class PromptedViT(nn.Module):
         if self.class_names is None and len(names) == self.num_classes:
             self.class_names = names
         if self.class_names is not None and names != self.class_names and set(names) == set(self.class_names):
-            raise ValueError(
-                f"class_names must be in the order of the data's labels, {names[:5]}, got {self.class_names[:5]}"
+            raise ArgumentError(
+                "class_names", f"must be in the order of the data's labels, {names[:5]}, got {self.class_names[:5]}"
             )
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
@@ -512,12 +518,13 @@ class PromptedViT(nn.Module):
             config, state = read_adapter(directory)
             backbone = _load_recorded(config, directory)
         elif not isinstance(backbone, FrozenViT):
-            raise TypeError(
-                f"backbone must be a FrozenViT, or a directory alone, got {type(backbone).__name__}; "
-                "from_pretrained(backbone, directory) or from_pretrained(directory)"
+            raise ArgumentTypeError(
+                "backbone",
+                f"must be a FrozenViT, or a directory alone, got {type(backbone).__name__}; "
+                "from_pretrained(backbone, directory) or from_pretrained(directory)",
             )
         elif directory is None:
-            raise TypeError("directory must be that of an adapter, got None")
+            raise ArgumentTypeError("directory", "must be that of an adapter, got None")
         else:
             config, state = read_adapter(directory)
         check_backbone(f"the adapter in {directory}", config["backbone"], backbone)
@@ -585,11 +592,11 @@ def check_readout(backbone: FrozenViT, generator: PromptGenerator | None, readou
     if readout is None:
         readout = (backbone.graph.prompted_readout if prompted else None) or backbone.spec.pool
     if readout not in READOUTS:
-        raise ValueError(f"readout must be one of {READOUTS} or None, got {readout!r}")
+        raise ArgumentError("readout", f"must be one of {READOUTS} or None, got {readout!r}")
     if readout == "cls" and not backbone.spec.has_cls:
-        raise ValueError("readout 'cls' needs a class token; this backbone has none")
+        raise ArgumentError("readout", "'cls' needs a class token; this backbone has none")
     if readout == "map" and backbone.map_pool is None:
-        raise ValueError("readout 'map' needs an attention-pooling head; this backbone has none")
+        raise ArgumentError("readout", "'map' needs an attention-pooling head; this backbone has none")
     if "prompts" in readout and not prompted:
-        raise ValueError(f"readout {readout!r} needs prompt tokens; this method has none")
+        raise ArgumentError("readout", f"{readout!r} needs prompt tokens; this method has none")
     return readout

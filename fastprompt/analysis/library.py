@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
+
 if TYPE_CHECKING:
     import torch
 
@@ -27,7 +29,9 @@ def library_usage(model: PromptedViT, dataset: Any, batch_size: int = 64) -> dic
 
     generator: Any = model.generator
     if not has_library(model):
-        raise TypeError(f"model must have a token library, as PGN has one; its generator is {type(generator).__name__}")
+        raise ArgumentTypeError(
+            "model", f"must have a token library, as PGN has one; its generator is {type(generator).__name__}"
+        )
     was_training = model.training
     model.eval()
     total: torch.Tensor | None = None
@@ -44,7 +48,7 @@ def library_usage(model: PromptedViT, dataset: Any, batch_size: int = 64) -> dic
             total = batch_total if total is None else total + batch_total
     model.train(was_training)
     if total is None:
-        raise ValueError("dataset: is empty, library usage needs at least one image")
+        raise ArgumentError("dataset", "must hold at least one image, got none")
     mean_weight = total / mixtures  # (M,)
     spread = float(-(mean_weight * mean_weight.clamp_min(1e-300).log()).sum())
     return {

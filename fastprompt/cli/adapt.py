@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from fastprompt.arguments import ArgumentError
 from fastprompt.cli.options import (
     METHOD,
     RECIPE_FLAGS,
@@ -115,14 +116,15 @@ def adapt_settings(command: Adapt) -> RunSettings:
     recipe = dict(command.recipe)
     published = recipe.pop("published", None)
     if published is None and "base_lr" in recipe:
-        raise ValueError(
-            "--recipe: base_lr is for a published recipe, as in --recipe vapt-paper base_lr=25; --lr is not scaled"
+        raise ArgumentError(
+            "recipe",
+            "takes base_lr with a published recipe alone, as in --recipe vapt-paper base_lr=25; --lr is not scaled",
         )
     for name in RECIPE_FLAGS:
         value = getattr(command, name)
         if value is not None:
             if name in recipe:
-                raise ValueError(f"--{name.replace('_', '-')}: is given in --recipe as well")
+                raise ArgumentError(name, "must not be given in --recipe as well")
             recipe[name] = value
     augment, resize = "none", "crop"
     if published is not None:

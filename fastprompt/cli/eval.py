@@ -8,6 +8,7 @@ from typing import Literal
 
 import tyro
 
+from fastprompt.arguments import ArgumentError
 from fastprompt.cli.options import Plugins, announce, data_name, load_adapter, set_threads
 from fastprompt.runs.settings import RunSettings
 from fastprompt.terminal import printable, say
@@ -91,7 +92,7 @@ def evaluate_adapter(command: Eval) -> None:
     adapter_dir(command.adapter)
     settings = read_settings(command.adapter)
     if settings is None and command.data is None:
-        raise ValueError(f"--data: is needed, {command.adapter} does not say which data the adapter is for")
+        raise ArgumentError("data", f"is required: {command.adapter} does not say which data the adapter is for")
     model = load_adapter(command, settings, place)
     if settings is None:
         settings = RunSettings(method="linear", data=str(command.data))
@@ -112,7 +113,7 @@ def evaluate_adapter(command: Eval) -> None:
     try:
         record = evaluation_record(evaluate(model, split, batch_size=command.batch_size))
     except ValueError as error:
-        raise ValueError(f"--data: {settings.data} does not fit the adapter: {error}") from error
+        raise ArgumentError("data", f"must fit the adapter, got {settings.data}: {error}") from error
     names = list(model.class_names or names)  # labels are counted by the model's classes
     record |= {
         "adapter": str(command.adapter),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from fastprompt.arguments import ArgumentError
 from fastprompt.cli.options import Plugins, load_adapter, set_threads
 from fastprompt.terminal import say
 
@@ -48,7 +49,7 @@ def golden_image(file: Path, intensity_range: tuple[float, float] | None) -> Ima
     try:
         return open_image(file, intensity_range=intensity_range)
     except ValueError as error:
-        raise ValueError(f"--golden: {error}") from error
+        raise ArgumentError("golden", f"must be an image: {error}") from error
 
 
 def export(command: Export) -> None:
@@ -60,9 +61,9 @@ def export(command: Export) -> None:
     from fastprompt.runs.directory import read_settings
 
     if not command.client:
-        raise ValueError("--client: is needed, a client's folder is the only kind of export there is")
+        raise ArgumentError("client", "is required: a client's folder is the only kind of export there is")
     if command.out.exists() and not command.out.is_dir():
-        raise ValueError(f"--out: {command.out} is a file, a folder is needed")
+        raise ArgumentError("out", f"must be a folder, got the file {command.out}")
     if command.golden is not None:
         golden_image(command.golden, None)  # a wrong file is told before the adapter is loaded
     set_threads(command.threads)

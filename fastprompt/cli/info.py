@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from fastprompt.arguments import ArgumentError
 from fastprompt.cli.options import METHOD, Plugins, method_options, stored_size
 from fastprompt.terminal import printable_json, say
 
@@ -61,9 +62,9 @@ def info(command: Info) -> None:
     name, image_size = command.backbone, command.image_size
     options = method_options(command)
     if command.method is None and (command.options or (options and not command.rgb)):
-        raise ValueError("--method: is needed with --set, or with --num-prompts without --rgb")
+        raise ArgumentError("method", "is required with --set, or with --num-prompts without --rgb")
     if command.batch_size < 1:
-        raise ValueError(f"--batch-size: takes a number from 1, got {command.batch_size}")
+        raise ArgumentError("batch_size", f"must be at least 1, got {command.batch_size}")
     if command.adapter is None:
         name = name or "clip-vit-b16"
     else:
@@ -97,7 +98,9 @@ def info(command: Info) -> None:
             facts["rgb"] = rgb_facts(command, facts.get("adapter"), options, backbone)
     elif command.cost or command.rgb:
         flag = "--cost" if command.cost else "--rgb"
-        raise ValueError(f"--backbone: is needed with {flag}, the directory does not say which one its adapter is for")
+        raise ArgumentError(
+            "backbone", f"is required with {flag}: the directory does not say which one its adapter is for"
+        )
     facts["software"] = software_facts()
     say(printable_json(facts) if command.json else info_text(facts))
 
@@ -187,7 +190,7 @@ def cost_facts(
     stored = facts["adapter"]["config"] if "adapter" in facts else {}
     readout = command.readout or stored.get("readout") or backbone.spec.pool
     if readout not in READOUTS:
-        raise ValueError(f"--readout: takes one of {READOUTS} with --cost, got {readout!r}")
+        raise ArgumentError("readout", f"must be one of {READOUTS} with --cost, got {readout!r}")
     classes = command.num_classes if command.method is not None else stored.get("num_classes") or command.num_classes
     sizes = Sizes.of(backbone)
     methods: dict[str, Any] = {}
@@ -253,7 +256,7 @@ def rgb_facts(
     num_prompts, library = options.get("num_prompts"), None
     if adapter is not None and command.method is None and adapter["config"]["method"]["kind"] == "pgn":
         if num_prompts is not None:
-            raise ValueError("--num-prompts: the adapter's own is reported")
+            raise ArgumentError("num_prompts", "must not be given with an RGB adapter, whose own number is reported")
         num_prompts = adapter["config"]["method"]["num_prompts"]
         library = read_adapter(adapter["directory"])[1]["generator.library"]
     report = RGBPrompts.report(backbone, num_prompts, library)

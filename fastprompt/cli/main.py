@@ -11,6 +11,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from fastprompt.arguments import ArgumentError
 from fastprompt.cli.adapt import Adapt, adapt
 from fastprompt.cli.eval import Eval, evaluate_adapter
 from fastprompt.cli.export import Export, export
@@ -22,6 +23,7 @@ from fastprompt.cli.serve import Serve, serve
 from fastprompt.cli.words import (
     check_command,
     fields_of,
+    flags_of,
     group_type,
     key_values,
     spelled_out,
@@ -72,7 +74,7 @@ def typed_groups(name: str, words: list[str]) -> tuple[type, list[str]]:
     method = value_of(words, "--method") or ("pgn" if name == "adapt" else None)
     if method is None:
         if "--set" in words:
-            raise ValueError("--method: is needed with --set")
+            raise ArgumentError("method", "is required with --set")
         return command, words
     hints, describe = options_of(method)
     words = spelled_out(words, "options", "--set", hints, f"method {method!r}")
@@ -118,7 +120,7 @@ def parse(words: list[str]) -> Any:
     try:
         load_plugins(words)
     except ValueError as error:
-        raise ValueError(f"--plugin: {error}") from error
+        raise ArgumentError("plugin", f"cannot be loaded: {error}") from error
     if name in ("adapt", "info"):
         classes[name], words = typed_groups(name, words)
     commands: Any = Union[tuple(Annotated[cls, tyro.conf.subcommand(name)] for name, cls in classes.items())]  # noqa: UP007
@@ -148,18 +150,27 @@ def run(command: Adapt | Eval | Predict | Export | Serve | Info | Report) -> Non
         report(command)
 
 
+def described(error: BaseException, name: str | None) -> str:
+    """The error's text; an argument that the command takes as a flag is named as that flag."""
+    if isinstance(error, ArgumentError) and name is not None:
+        argument = error.argument.rpartition(".")[2]  # VPTConfig.num_prompts
+        if argument in flags_of(CLASSES[name]):
+            return f"--{argument.replace('_', '-')} {error.problem}"
+    return str(error)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Flags that do not parse leave with `SystemExit(2)`, `--help` with
     `SystemExit(0)`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    name = words[0] if words and words[0] in CLASSES else None
+    called = f"fastprompt {name}" if name else "fastprompt"
     try:
         command = parse(words)
     except (ValueError, OSError) as error:
-        called = f"fastprompt {words[0]}" if words and words[0] in CLASSES else "fastprompt"
-        say(f"{called}: error: {' '.join(str(error).split())}", sys.stderr)
+        say(f"{called}: error: {' '.join(described(error, name).split())}", sys.stderr)
         return 2
-    name = words[0]
     try:
         with printable_warnings():
             run(command)
@@ -177,10 +188,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if command.debug:
             say(traceback.format_exc(), sys.stderr)
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = " ".join(described(error, name).split()) or type(error).__name__
         known = isinstance(error, (*WRONG_INPUT, OSError, RuntimeError, ArithmeticError, ImportError))
         say(
-            f"fastprompt {name}: error: {text if known else f'{type(error).__name__}: {text}'}",
+            f"{called}: error: {text if known else f'{type(error).__name__}: {text}'}",
             sys.stderr,
         )
         return 2 if isinstance(error, WRONG_INPUT) else 1

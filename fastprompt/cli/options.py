@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import tyro
 
+from fastprompt.arguments import ArgumentError
 from fastprompt.terminal import say
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def method_options(command: NamesMethod) -> dict[str, Any]:
     options = dict(command.options)
     if command.num_prompts is not None:
         if "num_prompts" in options:
-            raise ValueError("--num-prompts: is given in --options or --set as well")
+            raise ArgumentError("num_prompts", "must not be given in --options or --set as well")
         options["num_prompts"] = command.num_prompts
     return options
 
@@ -97,7 +98,7 @@ def set_threads(threads: int | None) -> None:
         import torch
 
         if threads < 1:
-            raise ValueError(f"--threads: takes a number from 1, got {threads}")
+            raise ArgumentError("threads", f"must be at least 1, got {threads}")
         torch.set_num_threads(threads)
 
 
@@ -128,7 +129,9 @@ def load_adapter(
     if command.backbone is None and command.image_size is None and source_of(config) is not None:
         model = fp.PromptedViT.from_pretrained(directory)
     elif name is None:
-        raise ValueError(f"--backbone: is needed, {command.adapter} does not say which backbone the adapter is for")
+        raise ArgumentError(
+            "backbone", f"is required: {command.adapter} does not say which backbone the adapter is for"
+        )
     else:
         model = fp.PromptedViT.from_pretrained(backbone_at(name, command.image_size or stored_size(config)), directory)
     if device is not None:

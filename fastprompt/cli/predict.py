@@ -11,6 +11,7 @@ from typing import Literal
 
 import tyro
 
+from fastprompt.arguments import ArgumentError, argument_names
 from fastprompt.cli.options import Plugins, announce, load_adapter, set_threads
 from fastprompt.terminal import say
 
@@ -70,25 +71,24 @@ def predict(command: Predict) -> None:
     from fastprompt.runs.devices import find_device
     from fastprompt.runs.directory import adapter_dir, read_settings
     from fastprompt.runs.execute import square_size
-    from fastprompt.runs.settings import renamed
     from fastprompt.runs.tables import csv_table
 
     if command.out is not None and command.out.suffix.lower() not in (".csv", ".json"):
-        raise ValueError(f"--out: takes a .csv or .json file, got {command.out}")
+        raise ArgumentError("out", f"must end in .csv or .json, got {command.out}")
     if command.batch_size < 1:
-        raise ValueError(f"--batch-size: takes a number from 1, got {command.batch_size}")
+        raise ArgumentError("batch_size", f"must be at least 1, got {command.batch_size}")
     place = find_device(command.device)
     adapter_dir(command.adapter)
     set_threads(command.threads)
     limit = decoded_limit(command.max_decoded_bytes)
-    with renamed(paths="images"):
+    with argument_names(paths="images"):
         found = list_images(command.images)
     model = load_adapter(command, read_settings(command.adapter), place)
     preprocessing = model.preprocessing or Preprocessing()
     if command.intensity_range is not None:
         preprocessing = replace(preprocessing, intensity_range=command.intensity_range)
     size = 2 * (square_size(model.backbone),)
-    with renamed(paths="images"):
+    with argument_names(paths="images"):
         whole = check_files(found, size, preprocessing, command.on_bad, limit)
     announce(model, f"{len(whole):,} images")
     files: list[str] = []
@@ -101,7 +101,7 @@ def predict(command: Predict) -> None:
                 files += read
                 rows += model(images.to(place)).cpu().double().softmax(-1).tolist()
     if not files:
-        raise ValueError(f"images: none of the {len(found)} files can be read")
+        raise ArgumentError("images", f"must name at least one readable image, got {len(found)} unreadable files")
     skipped = sorted(set(found) - set(files))
     names = list(model.class_names or [str(i) for i in range(len(rows[0]))])
     best = [max(range(len(row)), key=row.__getitem__) for row in rows]

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from fastprompt.arguments import ArgumentError
 from fastprompt.cli.options import Plugins
 
 
@@ -90,14 +91,14 @@ def serve(command: Serve) -> None:
     for text in command.adapter:
         name, equals, directory = text.partition("=")
         if not name or not equals or not directory:
-            raise ValueError(f"--adapter: takes NAME=DIR, got {text!r}")
+            raise ArgumentError("adapter", f"must be NAME=DIR, got {text!r}")
         if name in adapters:
-            raise ValueError(f"--adapter: {name!r} is given twice")
+            raise ArgumentError("adapter", f"must not repeat a name, got {name!r} twice")
         adapters[name] = Path(directory)
     for flag in ("batch_wait_ms", "max_body_mb", "max_held_mb", "max_decoded_mb", "body_timeout", "timeout"):
         value = getattr(command, flag)
         if value is not None and not math.isfinite(value):
-            raise ValueError(f"--{flag.replace('_', '-')}: takes a finite number, got {value}")
+            raise ArgumentError(flag, f"must be finite, got {value}")
     device = find_device(command.device)
     settings = HostSettings(
         command.backbone,

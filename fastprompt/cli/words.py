@@ -12,6 +12,8 @@ from typing import Annotated, Any, TypedDict, get_args, get_origin, get_type_hin
 
 import tyro
 
+from fastprompt.arguments import ArgumentError
+
 COMMANDS = ("adapt", "eval", "predict", "export", "serve", "info", "report")
 ALSO_CALLED = {
     "adapt": ("train", "fit", "finetune", "fine-tune", "tune", "run", "learn"),
@@ -75,6 +77,12 @@ def fields_of(cls: type, leave_out: Iterable[str] = ()) -> tuple[dict[str, Any],
         return f"{documented.get(name, '')} (default: {fields[name].default})".strip()
 
     return {name: hints[name] for name in fields if name not in {*leave_out}}, describe
+
+
+def flags_of(command: type) -> set[str]:
+    """Names of the fields that a command takes as flags; the others are positional."""
+    hints = get_type_hints(command, include_extras=True)
+    return {f.name for f in dataclasses.fields(command) if tyro.conf.Positional not in get_args(hints[f.name])}
 
 
 def _attributes(text: str, names: Iterable[str]) -> dict[str, str]:
@@ -166,9 +174,9 @@ def with_settings_file(words: Sequence[str], command: type) -> list[str]:
         elif equals or words:
             files.append(Path(value if equals else words.pop(0)))
         else:
-            raise ValueError("--config: takes a YAML file, got nothing")
+            raise ArgumentError("config", "must be a YAML file, got nothing")
     if len(files) > 1:
-        raise ValueError(f"--config: takes one file, got {', '.join(map(str, files))}")
+        raise ArgumentError("config", f"must be one file, got {', '.join(map(str, files))}")
     return [*_file_words(files[0], command, _given(rest)), *rest] if files else rest
 
 
@@ -192,24 +200,29 @@ def _file_words(path: Path, command: type, given: set[str]) -> list[str]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config: {path} is not YAML ({' '.join(str(error).split())})") from None
+        raise ArgumentError("config", f"must be YAML, got {path} ({' '.join(str(error).split())})") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"--config: {path} must hold settings by name, got {type(settings).__name__}")
+        raise ArgumentError("config", f"must hold settings by name, got {path} with {type(settings).__name__}")
     fields = {f.name: f for f in dataclasses.fields(command) if f.name not in ("config", "debug")}
     hints, words = get_type_hints(command), []
     for key, value in settings.items():
         name = str(key).replace("-", "_")
-        check_key(name, [*fields], f"--config: {path}")
+        check_key(name, [*fields], str(path))
         if name in given:
             continue
         if name in SHORT.values():
             if not isinstance(value, dict):
-                raise ValueError(f"--config: {name} in {path} must be a mapping, got {json.dumps(value)}")
+                raise ArgumentError(
+                    "config", f"must be right throughout; {name} in {path} must be a mapping, got {json.dumps(value)}"
+                )
             inner = {str(key).replace("-", "_"): _yaml_words(item) for key, item in value.items()}
             words += flags(name, {key: item for key, item in inner.items() if key not in given})
         elif hints[name] is bool:
             if not isinstance(value, bool):
-                raise ValueError(f"--config: {name} in {path} must be true or false, got {json.dumps(value)}")
+                raise ArgumentError(
+                    "config",
+                    f"must be right throughout; {name} in {path} must be true or false, got {json.dumps(value)}",
+                )
             words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
         elif get_origin(hints[name]) is list:  # a flag that is given once for each item
             words += [word for item in _yaml_words(value) for word in (f"--{name.replace('_', '-')}", item)]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from fastprompt.adapters import Preprocessing
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.data.augment import AUGMENTS, Augment, make_augment
 from fastprompt.data.files import list_images, read_images
 from fastprompt.data.folders import Reading
@@ -75,11 +76,11 @@ def load_data(
     size = sides(image_size)
     for argument, value in (("num_train", num_train), ("num_val", num_val), ("num_test", num_test)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"{argument}: expected an int or None, got {value!r}")
+            raise ArgumentTypeError(argument, f"must be an integer or None, got {value!r}")
         if value is not None and value <= 0:
-            raise ValueError(f"{argument}: expected a positive number of images, got {value}")
+            raise ArgumentError(argument, f"must be a positive number of images, got {value}")
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed: expected an int, got {seed!r}")
+        raise ArgumentTypeError("seed", f"must be an integer, got {seed!r}")
     if not callable(augment):
         check_choice("augment", augment, AUGMENTS)
     check_choice("on_bad", on_bad, ("error", "skip"))

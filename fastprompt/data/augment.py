@@ -10,6 +10,8 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from fastprompt.arguments import ArgumentError
+
 AUGMENTS = ("none", "flip", "crop", "pgn")
 Augment = Callable[[torch.Tensor], torch.Tensor]
 
@@ -45,7 +47,7 @@ def make_augment(kind: str | Augment, size: tuple[int, int]) -> Augment | None:
                 flip,
             ]
         )
-    raise ValueError(f"augment: expected one of {', '.join(map(repr, AUGMENTS))} or a callable, got {kind!r}")
+    raise ArgumentError("augment", f"must be one of {', '.join(map(repr, AUGMENTS))} or a callable, got {kind!r}")
 
 
 def widest_part(image: Image.Image | torch.Tensor) -> Image.Image | torch.Tensor:

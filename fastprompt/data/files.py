@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fastprompt.adapters import Preprocessing
+from fastprompt.arguments import ArgumentError
 from fastprompt.data.checks import Checked, check_images, damage, report_bad
 from fastprompt.data.images import (
     FULL_RANGE,
@@ -44,16 +45,18 @@ def list_images(paths: Paths) -> list[str]:
             inside = list(images_below(path, left_out))
             message = left_out.message(path)
             if not inside:
-                raise ValueError(f"paths: no image in the folder {path}" + (f" ({message})" if message else ""))
+                raise ArgumentError(
+                    "paths", f"must hold images, got the folder {path}" + (f" ({message})" if message else "")
+                )
             if message:
                 warnings.warn(message, stacklevel=3)
             found += inside
         elif path.exists():
             found.append(str(path))
         else:
-            raise ValueError(f"paths: no such file or folder: {path}")
+            raise ArgumentError("paths", f"must be files or folders that exist, got {path}")
     if not found:
-        raise ValueError("paths: expected at least one image file or folder, got none")
+        raise ArgumentError("paths", "must name at least one image file or folder, got none")
     return found
 
 
@@ -76,7 +79,7 @@ def check_files(
     report_bad([(path, reason) for path, reason in bad.items() if reason is not None], on_bad)
     whole = [path for path in paths if bad[path] is None]
     if not whole:
-        raise ValueError(f"paths: none of the {len(bad)} files can be read")
+        raise ArgumentError("paths", f"must name at least one readable image, got {len(bad)} unreadable files")
     if preprocessing.intensity_range is None:
         _warn_of_other_ranges({path: found[path] for path in whole})
     return whole
@@ -159,5 +162,5 @@ def read_images(
     whole = check_files(list_images(paths), size, preprocessing, on_bad, limit)
     images, names = read_checked(whole, size, preprocessing, on_bad, limit)
     if not names:
-        raise ValueError("paths: the image files cannot be read any more")
+        raise ArgumentError("paths", "must stay readable: the files cannot be read any more")
     return images, names

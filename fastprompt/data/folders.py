@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from fastprompt.adapters import Preprocessing
+from fastprompt.arguments import ArgumentError
 from fastprompt.data.checks import Checked, check_images, damage, report_bad
 from fastprompt.data.images import FULL_RANGE, MAX_DECODED_BYTES, open_image
 from fastprompt.data.layout import find_layout, has_splits
@@ -184,9 +185,10 @@ def _intensity_range(
     if reading.preprocessing.intensity_range is not None or not deep:
         return reading.preprocessing.intensity_range
     if len(set(found.values())) > 1:
-        raise ValueError(
-            f"intensity_range: {root} has grey images of integers from {found['I']} and of floats from {found['F']}; "
-            "expected (low, high) for both"
+        raise ArgumentError(
+            "intensity_range",
+            f"must be one (low, high) for all of {root}, got grey images of integers from {found['I']} and of floats "
+            f"from {found['F']}",
         )
     example, first = next(iter(deep.items()))
     bounds = next(iter(found.values()), FULL_RANGE[str(first.kind)])

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode, functional as F
 
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.data.formats import FORMATS as FORMATS, opened_formats
 from fastprompt.data.jpeg import jpeg_damage
 
@@ -43,9 +44,9 @@ def sides(image_size: int | Sequence[int]) -> tuple[int, int]:
     """`image_size` as (height, width); an int is a square. TypeError, ValueError for anything else."""
     both = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
     if len(both) != 2 or any(isinstance(side, bool) or not isinstance(side, int) for side in both):
-        raise TypeError(f"image_size: expected an int or (height, width) in pixels, got {image_size!r}")
+        raise ArgumentTypeError("image_size", f"must be an integer or (height, width) in pixels, got {image_size!r}")
     if min(both) <= 0:
-        raise ValueError(f"image_size: expected a positive size, got {image_size!r}")
+        raise ArgumentError("image_size", f"must be positive, got {image_size!r}")
     return both[0], both[1]
 
 
@@ -54,9 +55,9 @@ def decoded_limit(max_decoded_bytes: int | None) -> int:
     if max_decoded_bytes is None:
         return MAX_DECODED_BYTES
     if isinstance(max_decoded_bytes, bool) or not isinstance(max_decoded_bytes, int):
-        raise TypeError(f"max_decoded_bytes: expected an int or None, got {max_decoded_bytes!r}")
+        raise ArgumentTypeError("max_decoded_bytes", f"must be an integer or None, got {max_decoded_bytes!r}")
     if max_decoded_bytes <= 0:
-        raise ValueError(f"max_decoded_bytes: expected a positive number of bytes, got {max_decoded_bytes}")
+        raise ArgumentError("max_decoded_bytes", f"must be a positive number of bytes, got {max_decoded_bytes}")
     return max_decoded_bytes
 
 
@@ -235,10 +236,11 @@ def covering(width: int, height: int, size: tuple[int, int], resize: str) -> tup
     scale = max(size[0] / height, size[1] / width)
     scaled = max(size[0], round(height * scale)), max(size[1], round(width * scale))
     if scaled[0] * scaled[1] > LARGEST_COVER:
-        raise ValueError(
-            f"image: {width} x {height} pixels are an aspect ratio that is too extreme to crop: "
+        raise ArgumentError(
+            "image",
+            f"has an aspect ratio too extreme to crop, got {width} x {height} pixels: "
             f"covering {size[1]} x {size[0]} pixels it would have {scaled[0] * scaled[1]:,}, at most "
-            f"{LARGEST_COVER:,} are taken; resize='squash' takes it"
+            f"{LARGEST_COVER:,} are taken; resize='squash' takes it",
         )
     return scaled
 
@@ -259,4 +261,4 @@ def to_tensor(image: Image.Image | torch.Tensor, size: tuple[int, int], resize: 
 def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
     """ValueError unless `value` is one of `choices`."""
     if value not in choices:
-        raise ValueError(f"{argument}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ArgumentError(argument, f"must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.data.folders import Reading, folder_source
 from fastprompt.data.pools import Pool, Source
 from fastprompt.fetch import (
@@ -120,13 +121,14 @@ def find_source(name: str | os.PathLike[str], root: str | os.PathLike[str] | Non
         TypeError: `name` is no text and no path. FetchError: a set cannot be had.
     """
     if not isinstance(name, (str, os.PathLike)) or name == "":
-        raise TypeError(f"name: expected the name of a data set or an image folder, got {name!r}")
+        raise ArgumentTypeError("name", f"must be the name of a data set or an image folder, got {name!r}")
     path = Path(name).expanduser()
     if isinstance(name, str) and name.removeprefix(BUILTIN) in known_names():
         if path.is_dir():
-            raise ValueError(
-                f"name: {name!r} is a data set and a folder here as well: write '{BUILTIN}{name}' for the data set, "
-                f"{os.path.join('.', name)!r} for the folder"
+            raise ArgumentError(
+                "name",
+                f"must not be ambiguous, got {name!r}, both a data set and a folder here: write '{BUILTIN}{name}' for "
+                f"the data set, {os.path.join('.', name)!r} for the folder",
             )
         _no_intensities(name, reading)
         return _builtin(name.removeprefix(BUILTIN), root)
@@ -137,14 +139,15 @@ def find_source(name: str | os.PathLike[str], root: str | os.PathLike[str] | Non
         _no_root(str(name), root)
         return folder_source(path, reading)
     if path.exists():
-        raise ValueError(f"name: {path} is a file; an image folder or the name of a data set is needed")
+        raise ArgumentError("name", f"must be an image folder or the name of a data set, got the file {path}")
     if isinstance(name, os.PathLike) or os.sep in name:
-        raise ValueError(f"name: no such folder: {path}")
+        raise ArgumentError("name", f"must be a folder that exists or the name of a data set, got {path}")
     close = difflib.get_close_matches(name.lower(), known_names(), n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(close)}? " if close else ""
-    raise ValueError(
-        f"name: {name!r} is neither a folder nor a known data set. {hint}Known: {', '.join(known_names())}, "
-        "torchvision:<ClassName>, or the path of an image folder"
+    raise ArgumentError(
+        "name",
+        f"must be a folder or a known data set, got {name!r}. {hint}Known: {', '.join(known_names())}, "
+        "torchvision:<ClassName>, or the path of an image folder",
     )
 
 
@@ -157,12 +160,12 @@ def _builtin(name: str, root: str | os.PathLike[str] | None) -> Source:
 
 def _no_root(name: str, root: object) -> None:
     if root is not None:
-        raise ValueError(f"root: is where torchvision's sets are kept; {name} does not take it")
+        raise ArgumentError("root", f"must be None for {name}: it says where torchvision's sets are kept")
 
 
 def _no_intensities(name: str, reading: Reading) -> None:
     if reading.preprocessing.intensity_range is not None:
-        raise ValueError(f"intensity_range: is for grey images of more than 8 bits in a folder; {name} has none")
+        raise ArgumentError("intensity_range", f"must be None for {name}, which has no grey images of more than 8 bits")
 
 
 def torchvision_source(class_name: str, root: str | os.PathLike[str] | None) -> Source:
@@ -175,13 +178,14 @@ def torchvision_source(class_name: str, root: str | os.PathLike[str] | None) -> 
         lower = {known.lower(): known for known in _SPLITS}
         close = [lower[key] for key in difflib.get_close_matches(class_name.lower(), lower, n=3, cutoff=0.5)]
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(
-            f"name: 'torchvision:{class_name}' is not one of torchvision's labelled image sets that can be "
-            f"read here.{hint} Known: {', '.join(sorted(_SPLITS))}"
+        raise ArgumentError(
+            "name",
+            f"must be one of torchvision's labelled image sets, got 'torchvision:{class_name}', which cannot be "
+            f"read here.{hint} Known: {', '.join(sorted(_SPLITS))}",
         )
     folder = Path(root).expanduser() if root is not None else cache_dir() / "torchvision"
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"root: {folder} is a file, not a folder")
+        raise ArgumentError("root", f"must be a folder, got the file {folder}")
     parts = [
         None if arguments is None else _open_torchvision(class_name, folder, arguments)
         for arguments in _SPLITS[class_name]
@@ -323,7 +327,7 @@ def fashion_mnist(root: str | os.PathLike[str] | None = None) -> Source:
     """
     folder = Path(root).expanduser() if root is not None else cache_dir() / "torchvision"
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"root: {folder} is a file, not a folder")
+        raise ArgumentError("root", f"must be a folder, got the file {folder}")
     raw = folder / "FashionMNIST" / "raw"
     if not _is_fashion_mnist(raw):
         with locked(raw / "unpack"):

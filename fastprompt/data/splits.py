@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from fastprompt.adapters import Preprocessing
+from fastprompt.arguments import ArgumentError
 from fastprompt.data.augment import Augment, apply_seeded, widest_part
 from fastprompt.data.images import to_tensor
 from fastprompt.data.pools import Pool, Source
@@ -204,10 +205,11 @@ def split(
     train = draw(source.train.labels, left, num_train, seed, "train", "num_train")
     for part, indices in (("train", train), ("val", val), ("test", test)):
         if not indices:
-            raise ValueError(
-                f"name: no image is left for the {part} split of {source.name}, which has {len(everything)} images of "
+            raise ArgumentError(
+                "name",
+                f"leaves no image for the {part} split: {source.name} has {len(everything)} images of "
                 f"{len(source.class_names)} classes to split. One image of every class is trained on: add images"
-                + ("" if part == "train" else f", or give num_{part}, which may take a class's only image")
+                + ("" if part == "train" else f", or give num_{part}, which may take a class's only image"),
             )
     seen = {source.train.labels[i] for i in train}
     unseen = [name for label, name in enumerate(source.class_names) if label not in seen]
@@ -278,7 +280,7 @@ def draw(
     sha256(seed, part, index): the same on every machine and version. None takes all.
     """
     if number is not None and number > len(indices):
-        raise ValueError(f"{argument}: {number} images asked for, {len(indices)} are there")
+        raise ArgumentError(argument, f"must be at most {len(indices)}, the number of images there are, got {number}")
     shuffled = sorted(indices, key=lambda i: hashlib.sha256(f"{seed} {part} {i}".encode()).digest())
     if number is None or number == len(indices):
         return shuffled

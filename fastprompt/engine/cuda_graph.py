@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.kernels import dispatch
 from fastprompt.model import PromptedViT
 from fastprompt.vit.prompts import Draws, Prefix
@@ -84,7 +85,7 @@ class CudaCapturer:
 
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
-            raise ValueError(f"model must be on a CUDA or ROCm device to be captured, it is on {device}")
+            raise ArgumentError("model", f"must be on a CUDA or ROCm device to be captured, it is on {device}")
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self._stream = torch.cuda.Stream(self.device)
         self._abandoned: list[torch.cuda.CUDAGraph] = []
@@ -178,7 +179,7 @@ class _Graphs:
 
     def __init__(self, model: PromptedViT, capturer: Capturer | None) -> None:
         if not isinstance(model, PromptedViT):
-            raise TypeError(f"model must be a PromptedViT, got {type(model).__name__}")
+            raise ArgumentTypeError("model", f"must be a PromptedViT, got {type(model).__name__}")
         self.model, self.device = model, model.backbone.device
         self.capturer: Capturer = CudaCapturer(self.device) if capturer is None else capturer
         self.eager: dict[Signature, str] = {}
@@ -341,13 +342,14 @@ class GraphedForward(_Graphs):
         try:
             sizes = sorted(set(batch_sizes), reverse=True)
         except TypeError as error:
-            raise TypeError(f"batch_sizes must be positive integers, got {batch_sizes!r}") from error
+            raise ArgumentTypeError("batch_sizes", f"must be positive integers, got {batch_sizes!r}") from error
         if not sizes or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
-            raise ValueError(f"batch_sizes must be positive integers, at least one, got {batch_sizes!r}")
+            raise ArgumentError("batch_sizes", f"must be positive integers, at least one, got {batch_sizes!r}")
         if seed is not None and not getattr(model.config, "inference_samples", 0):
-            raise ValueError(
-                "seed is for a V2APT with inference_samples of at least 1; this model draws no noise at "
-                f"inference: {model.config}"
+            raise ArgumentError(
+                "seed",
+                "is for a V2APT with inference_samples of at least 1; this model draws no noise at "
+                f"inference: {model.config}",
             )
         self.batch_sizes: tuple[int, ...] = tuple(sizes)
         self._forms: dict[tuple[Any, ...], _Form | None] = {}
@@ -401,7 +403,7 @@ class GraphedForward(_Graphs):
         """
         self.model.backbone.check_images(images)
         if not len(images):
-            raise ValueError("images must hold at least one image to capture from, got none")
+            raise ArgumentError("images", "must hold at least one image to capture from, got none")
         self(images[:1])
 
     def load_adapter(self, adapter: PromptedViT | Mapping[str, Tensor]) -> None:
@@ -415,15 +417,16 @@ class GraphedForward(_Graphs):
         """
         if isinstance(adapter, PromptedViT):
             if adapter.backbone.fingerprint != self.model.backbone.fingerprint:
-                raise ValueError(
-                    "adapter is of another backbone: fingerprint "
+                raise ArgumentError(
+                    "adapter",
+                    "is of another backbone: fingerprint "
                     f"{adapter.backbone.fingerprint[:12]}, the graphs have "
-                    f"{self.model.backbone.fingerprint[:12]}"
+                    f"{self.model.backbone.fingerprint[:12]}",
                 )
             ours, theirs = method_shape(self.model), method_shape(adapter)
             if ours != theirs:
-                raise ValueError(
-                    f"adapter has another method shape than the model that was captured: {theirs}, not {ours}"
+                raise ArgumentError(
+                    "adapter", f"has another method shape than the model that was captured: {theirs}, not {ours}"
                 )
             adapter = adapter.adapter_state_dict()
         with self._turn():
@@ -441,10 +444,10 @@ class GraphedForward(_Graphs):
             ValueError: `seed` is no integer from 0 to 2⁶³ − 1, or this manager was made without one.
         """
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
+            raise ArgumentError("seed", f"must be an integer from 0 to 2^63 - 1, got {seed!r}")
         with self._turn():
             if self._noise is None:
-                raise ValueError("seed must be given when a GraphedForward is made, this one was made without")
+                raise ArgumentError("seed", "must be given when a GraphedForward is made, this one was made without")
             self._noise[0].fill_(seed)
             self._noise[1].fill_(0)
 
@@ -570,13 +573,13 @@ class GraphedTrainStep(_Graphs):
     ) -> None:
         super().__init__(model, capturer)
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+            raise ArgumentTypeError("optimizer", f"must be a torch optimizer, got {type(optimizer).__name__}")
         if loss is not None and not callable(loss):
-            raise TypeError(f"loss must be a function of (logits, labels, aux), got {type(loss).__name__}")
+            raise ArgumentTypeError("loss", f"must be a function of (logits, labels, aux), got {type(loss).__name__}")
         own = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         self._parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         if any(id(parameter) not in own for parameter in self._parameters):
-            raise ValueError("optimizer must be over parameters of the model that train, it has others")
+            raise ArgumentError("optimizer", "must be over parameters of the model that train, it has others")
         make_capturable(optimizer)
         self.optimizer, self.loss = optimizer, cross_entropy(model) if loss is None else loss
         self._rates = [torch.zeros((), device=self.device) for _ in optimizer.param_groups]
@@ -595,11 +598,12 @@ class GraphedTrainStep(_Graphs):
         with self._turn(grad=True):
             self.model.backbone.check_images(images)
             if not isinstance(labels, Tensor):
-                raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+                raise ArgumentTypeError("labels", f"must be a tensor, got {type(labels).__name__}")
             if not len(images) or labels.shape[:1] != images.shape[:1] or labels.device != images.device:
-                raise ValueError(
-                    f"labels must be ({len(images) or 'at least 1'}, ...) on {images.device} as the "
-                    f"images, got {tuple(labels.shape)} on {labels.device}"
+                raise ArgumentError(
+                    "labels",
+                    f"must be ({len(images) or 'at least 1'}, ...) on {images.device} as the "
+                    f"images, got {tuple(labels.shape)} on {labels.device}",
                 )
             self._settle_rates()
             self._drop_if_rebound()
@@ -691,7 +695,7 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> None:
     name, groups = type(optimizer).__name__, optimizer.param_groups
     if isinstance(optimizer, torch.optim.SGD):
         if any(group["differentiable"] for group in groups):
-            raise ValueError("optimizer must not be differentiable to be captured")
+            raise ArgumentError("optimizer", "must not be differentiable to be captured")
         for group in groups:
             group["fused"], group["foreach"] = True, False
         return

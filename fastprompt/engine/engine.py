@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt.adapters import warn_of_other_pixels
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.changes import unchanging, watch_optimizers
 from fastprompt.engine import mixed
 from fastprompt.engine.backends import BACKENDS, Run
@@ -104,14 +105,14 @@ class Engine:
         backend: str = "auto",
     ) -> None:
         if not isinstance(model, (PromptedViT, FrozenViT)):
-            raise TypeError(f"model must be a PromptedViT or a FrozenViT, got {type(model).__name__}")
+            raise ArgumentTypeError("model", f"must be a PromptedViT or a FrozenViT, got {type(model).__name__}")
         sizes = tuple(batch_sizes) if isinstance(batch_sizes, (tuple, list)) else ()
         if not sizes or any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in sizes):
-            raise ValueError(f"batch_sizes must be positive integers, got {batch_sizes!r}")
+            raise ArgumentError("batch_sizes", f"must be positive integers, got {batch_sizes!r}")
         if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {DTYPES} or None, got {dtype!r}")
+            raise ArgumentError("dtype", f"must be one of {DTYPES} or None, got {dtype!r}")
         if backend != "auto" and backend not in BACKENDS:
-            raise ValueError(f"backend must be 'auto' or one of {tuple(BACKENDS)}, got {backend!r}")
+            raise ArgumentError("backend", f"must be 'auto' or one of {tuple(BACKENDS)}, got {backend!r}")
         given = model.backbone if isinstance(model, PromptedViT) else model
         self.batch_sizes, self.backend = tuple(sorted(set(sizes))), backend
         self.dtype = dtype or (torch.bfloat16 if bfloat16_is_fast(given.device) else torch.float32)
@@ -176,7 +177,7 @@ class Engine:
         """
         self._check_name(name)
         if not isinstance(model, (PromptedViT, str, os.PathLike)):
-            raise TypeError(f"model must be a PromptedViT or a directory, got {type(model).__name__}")
+            raise ArgumentTypeError("model", f"must be a PromptedViT or a directory, got {type(model).__name__}")
         with self._lock:
             self._check_open()
             backbone = self._backbone
@@ -187,10 +188,11 @@ class Engine:
         if model.full:
             raise ValueError("model was fully fine-tuned and has a backbone of its own: give it an engine of its own")
         if model.backbone.fingerprint != backbone.fingerprint:
-            raise ValueError(
-                f"model is on another backbone, {model.backbone.spec.name} with fingerprint "
+            raise ArgumentError(
+                "model",
+                f"is on another backbone, {model.backbone.spec.name} with fingerprint "
                 f"{model.backbone.fingerprint[:12]}; this engine's is {backbone.spec.name} with "
-                f"{backbone.fingerprint[:12]}"
+                f"{backbone.fingerprint[:12]}",
             )
         warn_of_other_pixels(f"adapter {name!r}", {"mean": model.backbone.mean, "std": model.backbone.std}, backbone)
         with _whole(model):
@@ -210,7 +212,9 @@ class Engine:
         with self._lock:
             self._check_open()
             if name not in self._adapters:
-                raise ValueError(f"name is {name!r}, which is no adapter of this engine; it has {self.adapter_names}")
+                raise ArgumentError(
+                    "name", f"is {name!r}, which is no adapter of this engine; it has {self.adapter_names}"
+                )
             del self._adapters[name]
 
     @property
@@ -232,7 +236,7 @@ class Engine:
             image_dtype: of the images to come, torch.uint8 (raw pixels) or a floating-point dtype.
         """
         if image_dtype != torch.uint8 and not image_dtype.is_floating_point:
-            raise ValueError(f"image_dtype must be torch.uint8 or a floating-point dtype, got {image_dtype!r}")
+            raise ArgumentError("image_dtype", f"must be torch.uint8 or a floating-point dtype, got {image_dtype!r}")
         change = self._change()
         with self.alone():
             self._follow(change)
@@ -296,7 +300,7 @@ class Engine:
     def _check_name(self, name: str) -> None:
         own = (BASE,) if self._source is None else (BASE, DEFAULT)
         if not isinstance(name, str) or name in own:
-            raise ValueError(f"name must be a text other than {own}, got {name!r}")
+            raise ArgumentError("name", f"must be a text other than {own}, got {name!r}")
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -430,7 +434,7 @@ class Engine:
 
     def _mixed(self, images: Tensor, names: Sequence[str]) -> list[Tensor]:
         if isinstance(names, str) or not isinstance(names, Sequence) or len(names) != len(images):
-            raise ValueError(f"adapter_names must be a list of {len(images)} names, one per image, got {names!r}")
+            raise ArgumentError("adapter_names", f"must be a list of {len(images)} names, one per image, got {names!r}")
         for i, name in enumerate(names):
             if name not in self._adapters:
                 raise ValueError(

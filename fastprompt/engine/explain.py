@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from fastprompt.arguments import ArgumentTypeError
 from fastprompt.engine.engine import Engine, Measured, Signature
 from fastprompt.kernels import dispatch
 from fastprompt.kernels.dispatch import Choice
@@ -62,7 +63,7 @@ def explain(model: PromptedViT | Engine) -> Explanation:
         with model.alone():
             return Explanation(_ops(model.model), model.measured, model.describe())
     if not isinstance(model, PromptedViT):
-        raise TypeError(f"model must be a PromptedViT or an Engine, got {type(model).__name__}")
+        raise ArgumentTypeError("model", f"must be a PromptedViT or an Engine, got {type(model).__name__}")
     return Explanation(_ops(model))
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.changes import changing
 from fastprompt.vit import FrozenViT
 from fastprompt.vit.prompts import Draws as Draws
@@ -56,12 +57,12 @@ class PromptConfig:
         label = f"{type(self).__name__}.{name}"
         kinds: tuple[type[Any], ...] = kind if isinstance(kind, tuple) else (kind,)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise TypeError(f"{label} must be {' or '.join(k.__name__ for k in kinds)}, got {value!r}")
+            raise ArgumentTypeError(label, f"must be {' or '.join(k.__name__ for k in kinds)}, got {value!r}")
         # written so that NaN fails
         if low is not None and not value >= low:
-            raise ValueError(f"{label} must be at least {low}, got {value!r}")
+            raise ArgumentError(label, f"must be at least {low}, got {value!r}")
         if high is not None and not value <= high:
-            raise ValueError(f"{label} must be at most {high}, got {value!r}")
+            raise ArgumentError(label, f"must be at most {high}, got {value!r}")
 
     def require_choice(self, name: str, choices: tuple[Any, ...]) -> None:
         """Raise ValueError unless option `name` is one of `choices`."""
@@ -93,7 +94,7 @@ class Geometry:
             value, pair = getattr(self, field.name), isinstance(field.default, tuple)
             if field.name != "stages" and not _is_size(value, pair):
                 takes = "two positive integers" if pair else "a positive integer"
-                raise ValueError(f"{field.name} must be {takes}, got {value!r}")
+                raise ArgumentError(field.name, f"must be {takes}, got {value!r}")
             if pair:
                 object.__setattr__(self, field.name, tuple(value))
         if self.stages is None:
@@ -103,11 +104,11 @@ class Geometry:
             or not self.stages
             or not all(_is_size(stage, True) for stage in self.stages)
         ):
-            raise ValueError(f"stages must be (width, blocks) for each stage or None, got {self.stages!r}")
+            raise ArgumentError("stages", f"must be (width, blocks) for each stage or None, got {self.stages!r}")
         stages = tuple((width, blocks) for width, blocks in self.stages)
         if stages[0][0] != self.width or sum(blocks for _, blocks in stages) != self.depth:
-            raise ValueError(
-                f"stages must start with width {self.width} and have {self.depth} blocks in all, got {stages}"
+            raise ArgumentError(
+                "stages", f"must start with width {self.width} and have {self.depth} blocks in all, got {stages}"
             )
         object.__setattr__(self, "stages", stages)
 
@@ -201,13 +202,13 @@ class PromptGenerator(nn.Module, abc.ABC):
         """
         super().__init__()
         if config is not None and type(config) is not self.config_class:
-            raise TypeError(f"config must be {self.config_class.__name__}, got {type(config).__name__}")
+            raise ArgumentTypeError("config", f"must be {self.config_class.__name__}, got {type(config).__name__}")
         if geometry is None:
             geometry = Geometry()
         elif isinstance(geometry, FrozenViT):
             geometry = Geometry.of(geometry)
         elif not isinstance(geometry, Geometry):
-            raise TypeError(f"geometry must be a Geometry or a FrozenViT, got {type(geometry).__name__}")
+            raise ArgumentTypeError("geometry", f"must be a Geometry or a FrozenViT, got {type(geometry).__name__}")
         options = {name: value for name, value in options.items() if value is not UNSET}
         sizes = {k: options.pop(k) for k in [f.name for f in dataclasses.fields(Geometry)] if k in options}
         known = {f.name for f in dataclasses.fields(self.config_class)}
@@ -280,7 +281,7 @@ class PromptGenerator(nn.Module, abc.ABC):
         """
         layer = self.layers[0] if layer is None else layer
         if layer not in self.layers:
-            raise ValueError(f"layer must be one of {self.layers}, got {layer!r}")
+            raise ArgumentError("layer", f"must be one of {self.layers}, got {layer!r}")
         if self.known_at != "static":
             self.check_input(x)
         draws = self.draw(x.shape[0] if isinstance(x, Tensor) else 1)
@@ -296,16 +297,16 @@ class PromptGenerator(nn.Module, abc.ABC):
         }[self.known_at]
         if not isinstance(x, Tensor) or not x.is_floating_point():
             found = getattr(x, "dtype", type(x).__name__)
-            raise TypeError(f"{name} must be a floating-point tensor, {what}, got {found}")
+            raise ArgumentTypeError(name, f"must be a floating-point tensor, {what}, got {found}")
         if self.known_at == "image":
             fits = x.ndim == 4 and x.shape[1] == 3
         else:
             fits = x.ndim == 3 and x.shape[2] == self.geometry.width
         if not fits:
-            raise ValueError(f"{name} must be {what}, got {tuple(x.shape)}")
+            raise ArgumentError(name, f"must be {what}, got {tuple(x.shape)}")
         device = next(self.parameters()).device
         if x.device != device:
-            raise ValueError(f"{name} must be on {device}, where the generator is, got {x.device}")
+            raise ArgumentError(name, f"must be on {device}, where the generator is, got {x.device}")
 
     def num_parameters(self) -> int:
         """Trained parameters of this generator."""

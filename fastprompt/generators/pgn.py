@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprompt.arguments import ArgumentError
 from fastprompt.generators.accounting import PromptCost, Sizes, Tally
 from fastprompt.generators.base import UNSET, Draws, Geometry, GeometryOptions, PromptConfig, PromptGenerator
 from fastprompt.generators.registry import Published, register_method
@@ -269,9 +270,10 @@ class PGN(PromptGenerator):
         try:
             logits = self.trunk(images)
         except ValueError as error:
-            raise ValueError(
-                f"images must be at least 2 while PGN trains, got {images.shape[0]} of {images.shape[2]} x "
-                f"{images.shape[3]} pixels, of which the trunk's batch norm has one value per channel ({error})"
+            raise ArgumentError(
+                "images",
+                f"must be at least 2 while PGN trains, got {images.shape[0]} of {images.shape[2]} x "
+                f"{images.shape[3]} pixels, of which the trunk's batch norm has one value per channel ({error})",
             ) from error
         return logits.view(images.shape[0], self.config.num_prompts, self.config.library_size)
 

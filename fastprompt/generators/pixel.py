@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from fastprompt.arguments import ArgumentError
 from fastprompt.generators.accounting import PromptCost, Sizes, Tally
 from fastprompt.generators.base import UNSET, Draws, Geometry, GeometryOptions, PromptConfig, PromptGenerator
 from fastprompt.generators.registry import Published, register_method
@@ -98,15 +99,15 @@ class PixelPrompt(PromptGenerator):
         """Normalised images (B, 3, H, W) with the frame added, in the wider of the two dtypes."""
         self.check_input(images, "images")
         if tuple(images.shape[2:]) != tuple(self.geometry.image_size):
-            raise ValueError(
-                f"images must have {self.geometry.image_size} pixels, as the frame, got {tuple(images.shape[2:])}"
+            raise ArgumentError(
+                "images", f"must have {self.geometry.image_size} pixels, as the frame, got {tuple(images.shape[2:])}"
             )
         return images + self.frame()
 
     def forward(self, x: Tensor | None = None, layer: int | None = None) -> Tensor:
         """Prompted images (B, 3, H, W)."""
         if layer is not None:
-            raise ValueError(f"layer must be None, pixel prompts have no layers, got {layer!r}")
+            raise ArgumentError("layer", f"must be None, pixel prompts have no layers, got {layer!r}")
         self.check_input(x)
         assert x is not None
         return self.prompt_images(x)

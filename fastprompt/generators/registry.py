@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.generators.accounting import CostFormula
 from fastprompt.generators.base import Geometry, PromptConfig, PromptGenerator
 
@@ -228,7 +229,9 @@ def get_method(name: str) -> Method:
     if name not in _METHODS:
         close = difflib.get_close_matches(str(name).lower(), _METHODS, n=1)
         hint = f"did you mean {close[0]}? Else " if close else ""
-        raise ValueError(f"method must be one of {', '.join(sorted(_METHODS))}, got {name!r}; {hint}{HOW_TO_REGISTER}")
+        raise ArgumentError(
+            "method", f"must be one of {', '.join(sorted(_METHODS))}, got {name!r}; {hint}{HOW_TO_REGISTER}"
+        )
     return _METHODS[name]
 
 
@@ -246,16 +249,17 @@ def method_of(config: PromptConfig | str) -> Method:
             _load_entry_points()
         named = [m for m in _METHODS.values() if config in (m.name, m.config_class.kind)]
         if not named:
-            raise ValueError(
-                f"config must be a method's configuration, such as fp.PGNConfig(), or one of "
-                f"{', '.join(sorted(_METHODS))}, got {config!r}; {HOW_TO_REGISTER}"
+            raise ArgumentError(
+                "config",
+                f"must be a method's configuration, such as fp.PGNConfig(), or one of "
+                f"{', '.join(sorted(_METHODS))}, got {config!r}; {HOW_TO_REGISTER}",
             )
         return next((m for m in named if m.name == config), named[0])
     for method in _METHODS.values():
         fixed = method.options.items()
         if method.config_class is type(config) and all(getattr(config, key) == value for key, value in fixed):
             return method
-    raise TypeError(f"config must be one of {', '.join(_config_names())}, got {type(config).__name__}")
+    raise ArgumentTypeError("config", f"must be one of {', '.join(_config_names())}, got {type(config).__name__}")
 
 
 def published_recipes() -> dict[str, Published]:
@@ -274,11 +278,13 @@ def load_plugin(module: str) -> None:
         ValueError: there is no such module or file, or it cannot be imported.
     """
     if not isinstance(module, str) or not module:
-        raise ValueError(f"plugin must be the name of a module or the path of a .py file, got {module!r}")
+        raise ArgumentError("plugin", f"must be the name of a module or the path of a .py file, got {module!r}")
     path = Path(module).resolve()
     name, folder = (path.stem, path.parent) if path.suffix == ".py" else (module, Path.cwd())
     if path.suffix == ".py" and not path.is_file():
-        raise ValueError(f"plugin must be the name of a module or the path of a .py file, there is no file {module}")
+        raise ArgumentError(
+            "plugin", f"must be the name of a module or the path of a .py file, there is no file {module}"
+        )
     if str(folder) not in sys.path:
         sys.path.append(str(folder))  # for what the module imports later, too
     importlib.invalidate_caches()
@@ -304,14 +310,14 @@ def config_from_dict(values: Mapping[str, Any]) -> PromptConfig:
         ValueError: `kind` is unknown or missing, or a key is not an option of that kind (the key is named).
     """
     if not isinstance(values, Mapping):
-        raise TypeError(f"values must be a mapping of options, got {type(values).__name__}")
+        raise ArgumentTypeError("values", f"must be a mapping of options, got {type(values).__name__}")
     values = dict(values)
     kind = values.pop("kind", None)
     if kind not in [method.config_class.kind for method in _METHODS.values()]:
         _load_entry_points()
     classes = {method.config_class.kind: method.config_class for method in _METHODS.values()}
     if not isinstance(kind, str) or kind not in classes:
-        raise ValueError(f"kind must be one of {sorted(classes)}, got {kind!r}; {HOW_TO_REGISTER}")
+        raise ArgumentError("kind", f"must be one of {sorted(classes)}, got {kind!r}; {HOW_TO_REGISTER}")
     return classes[kind].from_dict(values)
 
 
@@ -366,21 +372,23 @@ def _check(methods: list[Method], replace: bool) -> None:
     config_class = methods[0].config_class
     for method in methods:
         if not isinstance(method.name, str) or not _is_name(method.name):
-            raise ValueError(f"name must be lower-case letters, digits and hyphens, got {method.name!r}")
+            raise ArgumentError("name", f"must be lower-case letters, digits and hyphens, got {method.name!r}")
         if not isinstance(method.title, str) or not method.title:
-            raise ValueError(f"title must be a text, got {method.title!r}")
+            raise ArgumentError("title", f"must be a text, got {method.title!r}")
         if method.solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {SOLVERS}, got {method.solver!r}")
+            raise ArgumentError("solver", f"must be one of {SOLVERS}, got {method.solver!r}")
         if method.solver == "lbfgs" and not method.head_only:
             raise ValueError(f"solver 'lbfgs' fits a head alone; {config_class.__name__} trains more")
         if method.cost is not None and not callable(method.cost):
-            raise TypeError(f"cost must be a function of (sizes, config, tally), got {type(method.cost).__name__}")
+            raise ArgumentTypeError(
+                "cost", f"must be a function of (sizes, config, tally), got {type(method.cost).__name__}"
+            )
         if not all(isinstance(found, Published) for found in method.published.values()):
-            raise TypeError(f"published must map names to Published, got {dict(method.published)!r}")
+            raise ArgumentTypeError("published", f"must map names to Published, got {dict(method.published)!r}")
         config_class.from_dict(method.options)
     names = [method.name for method in methods]
     if len(set(names)) < len(names):
-        raise ValueError(f"variants must have names of their own, got {names}")
+        raise ArgumentError("variants", f"must have names of their own, got {names}")
     for known in _METHODS.values():
         ours = known.config_class.kind == config_class.kind
         if ours and replace:

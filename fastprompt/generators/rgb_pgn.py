@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.generators.base import UNSET, Draws, Geometry, GeometryOptions, PromptGenerator
 from fastprompt.generators.pgn import PGN, PGNConfig
 from fastprompt.generators.registry import register_method
@@ -116,9 +117,9 @@ class RGBPGN(PGN):
         **sizes: Unpack[GeometryOptions],
     ) -> None:
         if not isinstance(geometry, FrozenViT):
-            raise TypeError(
-                "geometry must be the FrozenViT that reads the pixels, got "
-                f"{type(geometry).__name__}: RGBPGN(config, backbone)"
+            raise ArgumentTypeError(
+                "geometry",
+                f"must be the FrozenViT that reads the pixels, got {type(geometry).__name__}: RGBPGN(config, backbone)",
             )
         if geometry.staged:
             raise ValueError(f"RGBPGNConfig is not defined on {SWIN}")
@@ -180,8 +181,9 @@ class RGBPGN(PGN):
         if not self.changes_images:
             raise ValueError("RGBPGNConfig.placement must be 'extend' or 'replace' for prompt_images, got 'latent'")
         if tuple(images.shape[2:]) != tuple(self.geometry.image_size):
-            raise ValueError(
-                f"images must have {self.geometry.image_size} pixels, as the backbone's, got {tuple(images.shape[2:])}"
+            raise ArgumentError(
+                "images",
+                f"must have {self.geometry.image_size} pixels, as the backbone's, got {tuple(images.shape[2:])}",
             )
         columns, p = self.geometry.grid[1], self.geometry.patch_size
         rows = self.patches(images).unflatten(1, (self.prompt_rows, columns))  # (B, rows, columns, 3, p, p)
@@ -241,7 +243,7 @@ class RGBPGN(PGN):
         if not self.changes_images:
             return super().forward(x, layer)
         if layer is not None:
-            raise ValueError(f"layer must be None, prompts that are pixels have no layers, got {layer!r}")
+            raise ArgumentError("layer", f"must be None, prompts that are pixels have no layers, got {layer!r}")
         self.check_input(x)
         assert x is not None
         return self.prompt_images(x)

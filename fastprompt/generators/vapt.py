@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprompt.arguments import ArgumentError
 from fastprompt.generators.accounting import PromptCost, Sizes, Tally
 from fastprompt.generators.base import (
     UNSET,
@@ -287,7 +288,7 @@ class VAPT(PromptGenerator):
         super().check_input(x, name)
         rows, columns = self.geometry.grid
         if x is not None and x.shape[1] != rows * columns:
-            raise ValueError(f"{name} must have the {rows} x {columns} patch tokens of the grid, got {x.shape[1]}")
+            raise ArgumentError(name, f"must have the {rows} x {columns} patch tokens of the grid, got {x.shape[1]}")
 
     def prompts(
         self, layer: int, context: Any = None, tokens: Tensor | None = None, draws: Draws | None = None

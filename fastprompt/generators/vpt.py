@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from fastprompt.arguments import ArgumentError
 from fastprompt.generators.accounting import PromptCost, Sizes, Tally
 from fastprompt.generators.base import (
     UNSET,
@@ -73,9 +74,10 @@ class StaticPrompts(nn.Module):
         widths = geometry.widths[:layers]
         self.stages = [(width, len(list(blocks))) for width, blocks in itertools.groupby(widths)]
         if len(self.stages) > 1 and project is not None:
-            raise ValueError(
-                f"project must be None where prompts have several widths "
-                f"{tuple(width for width, _ in self.stages)}, got {project}"
+            raise ArgumentError(
+                "project",
+                f"must be None where prompts have several widths "
+                f"{tuple(width for width, _ in self.stages)}, got {project}",
             )
         embeddings = []
         for width, blocks in self.stages:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fastprompt
 from fastprompt.adapters import RESIZES, Preprocessing
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.files import Content, atomic_write_many
 from fastprompt.generators.pixel import PixelPrompt
 from fastprompt.generators.rgb_pgn import RGBPGN
@@ -93,9 +94,9 @@ def export_client(
     if resize is None:
         resize = preprocessing.resize
     if resize not in RESIZES:
-        raise ValueError(f"resize must be one of {RESIZES}, got {resize!r}")
+        raise ArgumentError("resize", f"must be one of {RESIZES}, got {resize!r}")
     if not isinstance(out_dir, (str, os.PathLike)) or not os.fspath(out_dir):
-        raise TypeError(f"out_dir must be a folder's path, got {out_dir!r}")
+        raise ArgumentTypeError("out_dir", f"must be a folder's path, got {out_dir!r}")
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         raise NotADirectoryError(f"out_dir must be a folder, {os.fspath(out_dir)} is a file")
     client = RGBPrompts(model)
@@ -109,7 +110,7 @@ def export_client(
         or tuple(golden.shape) != (3, *backbone.image_size)
     ):
         got = f"{golden.dtype} {tuple(golden.shape)}" if isinstance(golden, Tensor) else type(golden).__name__
-        raise ValueError(f"golden must be a uint8 tensor {(3, *backbone.image_size)}, got {got}")
+        raise ArgumentError("golden", f"must be a uint8 tensor {(3, *backbone.image_size)}, got {got}")
     picture = client.pictures(golden[None].to(backbone.device))[0]  # (3, H', W)
     embedding = host_features(backbone, backbone.normalise(picture[None]), model.readout)
     if not embedding.isfinite().all():

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastprompt.arguments import ArgumentTypeError
 from fastprompt.extras import needed
 from fastprompt.vit import FrozenViT
 from fastprompt.vit.reference import position_embedding
@@ -51,7 +52,7 @@ class Projection:
             ValueError: it is a Swin transformer, or norms its patch embedding, which is then not linear.
         """
         if not isinstance(backbone, FrozenViT):
-            raise TypeError(f"backbone must be a FrozenViT, got {type(backbone).__name__}")
+            raise ArgumentTypeError("backbone", f"must be a FrozenViT, got {type(backbone).__name__}")
         if not before_norm and is_normed(backbone):
             raise ValueError(f"backbone {backbone.spec.name} norms its patch embedding, which has no linear inverse")
         kernel = backbone.patch_weight.detach().double().cpu()  # (D, 3, p, p)

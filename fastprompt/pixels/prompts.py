@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.generators import PGN
 from fastprompt.generators.rgb_pgn import PLACEMENTS, RGBPGN, RGBPGNConfig, placement_obstacle, round_pixels
 from fastprompt.model import PromptedViT
@@ -155,11 +156,12 @@ class RGBPrompts(nn.Module):
     def __init__(self, model: PromptedViT) -> None:
         super().__init__()
         if not isinstance(model, PromptedViT):
-            raise TypeError(f"model must be a PromptedViT, got {type(model).__name__}")
+            raise ArgumentTypeError("model", f"must be a PromptedViT, got {type(model).__name__}")
         if model.generator is None or not model.generator.changes_images:
-            raise ValueError(
-                "model must make other images (RGBPGNConfig with placement 'extend' or 'replace', or "
-                f"PixelPromptConfig), its method is {model.config}; RGBPrompts.invert makes one of a PGN"
+            raise ArgumentError(
+                "model",
+                "must make other images (RGBPGNConfig with placement 'extend' or 'replace', or "
+                f"PixelPromptConfig), its method is {model.config}; RGBPrompts.invert makes one of a PGN",
             )
         self.generator, self.head = copy.deepcopy((model.generator, model.head), {id(model.backbone): model.backbone})
         self._backbone = (model.backbone,)
@@ -183,12 +185,12 @@ class RGBPrompts(nn.Module):
     def classify(self, features: Tensor) -> Tensor:
         """(B, D) what the host returned → logits (B, C); without a head the features themselves."""
         if not isinstance(features, Tensor):
-            raise TypeError(f"features must be a torch.Tensor, got {type(features).__name__}")
+            raise ArgumentTypeError("features", f"must be a torch.Tensor, got {type(features).__name__}")
         width = self._backbone[0].feature_width
         if features.ndim != 2 or features.shape[1] != width or not features.is_floating_point():
-            raise ValueError(
-                f"features must be floats (B, {width}), as the host returns them, got {features.dtype} "
-                f"{tuple(features.shape)}"
+            raise ArgumentError(
+                "features",
+                f"must be floats (B, {width}), as the host returns them, got {features.dtype} {tuple(features.shape)}",
             )
         return features if self.head is None else self.head(features)
 
@@ -211,7 +213,7 @@ class RGBPrompts(nn.Module):
         if num_prompts is None:
             num_prompts = min(2, max(1, height - 1)) * columns
         if not isinstance(num_prompts, int) or isinstance(num_prompts, bool) or num_prompts < 1:
-            raise ValueError(f"num_prompts must be a positive whole number, got {num_prompts!r}")
+            raise ArgumentError("num_prompts", f"must be a positive whole number, got {num_prompts!r}")
         tokens = _tokens(library, d, seed)
         found = tuple(_feasibility(backbone, projection, placement, num_prompts, tokens) for placement in PLACEMENTS)
         return Report(
@@ -238,20 +240,21 @@ class RGBPrompts(nn.Module):
             TypeError, ValueError: an argument does not fit.
         """
         if not isinstance(model, PromptedViT):
-            raise TypeError(f"model must be a PromptedViT, got {type(model).__name__}")
+            raise ArgumentTypeError("model", f"must be a PromptedViT, got {type(model).__name__}")
         generator, backbone = model.generator, model.backbone
         if not isinstance(generator, PGN) or isinstance(generator, RGBPGN):
-            raise ValueError(f"model must have token prompts of PGNConfig, its method is {model.config}")
+            raise ArgumentError("model", f"must have token prompts of PGNConfig, its method is {model.config}")
         if placement not in ("latent", "extend"):
-            raise ValueError(
-                f"placement must be 'latent' or 'extend', got {placement!r}: a model for 'replace' is "
-                "trained with the shrunk image (RGBPGNConfig)"
+            raise ArgumentError(
+                "placement",
+                f"must be 'latent' or 'extend', got {placement!r}: a model for 'replace' is "
+                "trained with the shrunk image (RGBPGNConfig)",
             )
         if picture and generator.config.activation != "softmax":
-            raise ValueError("picture needs activation 'softmax': only convex mixtures of pictures are pictures")
+            raise ArgumentError("picture", "needs activation 'softmax': only convex mixtures of pictures are pictures")
         reason = _inversion_obstacle(backbone, placement, model.readout)
         if reason:
-            raise ValueError(f"model cannot be inverted with placement {placement!r}: {reason}")
+            raise ArgumentError("model", f"cannot be inverted with placement {placement!r}: {reason}")
         projection = Projection.of(backbone)
         options = {
             **generator.config.to_dict(),
@@ -304,10 +307,10 @@ class RGBPrompts(nn.Module):
         """
         for name, given in (("model", model), ("inverted", inverted)):
             if not isinstance(given, PromptedViT):
-                raise TypeError(f"{name} must be a PromptedViT, got {type(given).__name__}")
+                raise ArgumentTypeError(name, f"must be a PromptedViT, got {type(given).__name__}")
         tokens, generator, backbone = model.generator, inverted.generator, model.backbone
         if not isinstance(tokens, PGN) or isinstance(tokens, RGBPGN):
-            raise ValueError(f"model must have token prompts of PGNConfig, its method is {model.config}")
+            raise ArgumentError("model", f"must have token prompts of PGNConfig, its method is {model.config}")
         if (
             not isinstance(generator, RGBPGN)
             or not generator.config.offset
@@ -317,7 +320,9 @@ class RGBPrompts(nn.Module):
                 for name in ("num_prompts", "library_size", "activation")
             )
         ):
-            raise ValueError(f"inverted must be what RGBPrompts.invert made of model, its method is {inverted.config}")
+            raise ArgumentError(
+                "inverted", f"must be what RGBPrompts.invert made of model, its method is {inverted.config}"
+            )
         projection, places = Projection.of(backbone), torch.zeros(1, backbone.patch_width, dtype=torch.float64)
         if generator.config.placement == "extend":
             places, change = slot_positions(backbone, "extend", generator.prompt_rows)
@@ -387,7 +392,7 @@ def _tokens(library: Tensor | None, width: int, seed: int) -> Tensor:
     """The tokens that a report tries, (M, D) in float64 on the CPU."""
     if library is None:
         if not isinstance(seed, int):
-            raise TypeError(f"seed must be a whole number, got {seed!r}")
+            raise ArgumentTypeError("seed", f"must be a whole number, got {seed!r}")
         return torch.randn(16, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.02
     if (
         not isinstance(library, Tensor)
@@ -397,10 +402,10 @@ def _tokens(library: Tensor | None, width: int, seed: int) -> Tensor:
         or not len(library)
     ):
         got = f"{library.dtype} {tuple(library.shape)}" if isinstance(library, Tensor) else type(library).__name__
-        raise ValueError(f"library must be a tensor of floats (M, {width}), got {got}")
+        raise ArgumentError("library", f"must be a tensor of floats (M, {width}), got {got}")
     tokens = library.detach().double().cpu()
     if not tokens.isfinite().all() or not tokens.any():
-        raise ValueError("library must be finite and not all 0")
+        raise ArgumentError("library", "must be finite and not all 0")
     return tokens
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from fastprompt.arguments import ArgumentError, ArgumentPathError
 from fastprompt.extras import needed
 from fastprompt.report import plots
 from fastprompt.runs.directory import read_json
@@ -52,11 +53,11 @@ def load_results(run: Path | str | os.PathLike[str] | Mapping[str, Any]) -> dict
         return dict(run)
     path = Path(run) / "results.json"
     if not path.exists():
-        raise FileNotFoundError(f"runs: {path} does not exist; is {run} the directory of a finished run?")
+        raise ArgumentPathError("runs", f"must be directories of finished runs; {path} does not exist")
     results = read_json(path)
     missing = [key for key in ("title", "history", "validation", "data") if key not in results]
     if missing:
-        raise ValueError(f"runs: {path} is not the results of a run: it has no {missing[0]!r}")
+        raise ArgumentError("runs", f"must be directories of finished runs; {path} has no {missing[0]!r}")
     return results
 
 
@@ -228,7 +229,7 @@ def build_report(
     from fastprompt.files import atomic_write
 
     if not runs:
-        raise ValueError("runs: got none, takes at least one run directory")
+        raise ArgumentError("runs", "must name at least one run directory, got none")
     results = [load_results(run) for run in runs]
     path = Path(out_file)
     atomic_write(path, render(results, heading))

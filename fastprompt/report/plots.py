@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fastprompt.arguments import ArgumentError
 from fastprompt.extras import needed
 
 with needed("report", "the report"):
@@ -109,7 +110,7 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[s
     counts = np.asarray(confusion, dtype=object)
     size = len(class_names)
     if counts.shape != (size, size):
-        raise ValueError(f"confusion: must be a square matrix with a row for each of {size} classes")
+        raise ArgumentError("confusion", f"must be a square matrix with a row for each of {size} classes")
     counts = counts.astype(np.int64)
     side = min(12.0, 2.4 + 0.38 * size)
     figure = new_figure(side + 0.9, side)

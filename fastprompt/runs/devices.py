@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from fastprompt.arguments import ArgumentError
+
 if TYPE_CHECKING:
     import torch
 
@@ -21,21 +23,21 @@ def find_device(name: str = "auto") -> torch.device:
 
     found = re.fullmatch(r"(auto|cpu|mps|cuda)(?::(\d+))?", name)
     if found is None or (found[2] and found[1] != "cuda"):
-        raise ValueError(f"device: must be {DEVICES}, got {name!r}")
+        raise ArgumentError("device", f"must be {DEVICES}, got {name!r}")
     kind, count = found[1], torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "auto":
         kind = "cuda" if count else "mps" if torch.backends.mps.is_available() else "cpu"
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device: 'mps' must be available, this machine or this build of torch has no Metal")
+        raise ArgumentError("device", "must be available, got 'mps': this machine or this build of torch has no Metal")
     if kind != "cuda":
         return torch.device(kind)
     if not count:
         built = torch.version.cuda or torch.version.hip
         why = "no GPU was found" if built else f"torch {torch.__version__} is built without CUDA and ROCm"
-        raise ValueError(f"device: {name!r} must be available, {why}; 'auto' and 'cpu' work")
+        raise ArgumentError("device", f"must be available, got {name!r}: {why}; 'auto' and 'cpu' work")
     index = int(found[2] or 0)
     if index >= count:
-        raise ValueError(f"device: must be at most cuda:{count - 1} on this machine, got {name!r}")
+        raise ArgumentError("device", f"must be at most cuda:{count - 1} on this machine, got {name!r}")
     return torch.device("cuda", index)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastprompt.arguments import ArgumentError, ArgumentPathError
 from fastprompt.fetch import cache_dir
 from fastprompt.files import atomic_write
 from fastprompt.runs.settings import RunSettings
@@ -53,9 +54,10 @@ def adapter_dir(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     if run_dir.is_file():
-        raise ValueError(
-            f"adapter: must be the directory of a run or an adapter, got the file {run_dir}; it comes first, as in "
-            f"`fastprompt predict runs/first photo.jpg`"
+        raise ArgumentError(
+            "adapter",
+            f"must be the directory of a run or an adapter, got the file {run_dir}; it comes first, as in "
+            f"`fastprompt predict runs/first photo.jpg`",
         )
     for candidate in (run_dir, run_dir / "best"):
         if (candidate / "adapter_config.json").exists():
@@ -64,14 +66,16 @@ def adapter_dir(run_dir: Path) -> Path:
         runs = [path.name for path in run_dir.parent.glob("*") if (path / "run.json").exists()]
         close = difflib.get_close_matches(run_dir.name, runs, n=1)
         hint = f"did you mean {run_dir.parent / close[0]}?" if close else HOW_TO_ADAPT.format(run_dir)
-        raise FileNotFoundError(f"adapter: {run_dir} does not exist; {hint}")
+        raise ArgumentPathError("adapter", f"must be a directory that exists, got {run_dir}; {hint}")
     if (run_dir / "run.json").exists():
-        raise FileNotFoundError(
-            f"adapter: the run in {run_dir} has not finished an epoch; `fastprompt adapt --config "
-            f"{run_dir / 'run.json'} --out {run_dir}` goes on with it"
+        raise ArgumentPathError(
+            "adapter",
+            f"must hold an adapter; the run in {run_dir} has not finished an epoch: `fastprompt adapt --config "
+            f"{run_dir / 'run.json'} --out {run_dir}` goes on with it",
         )
-    raise FileNotFoundError(
-        f"adapter: neither {run_dir} nor {run_dir / 'best'} holds adapter_config.json; {HOW_TO_ADAPT.format(run_dir)}"
+    raise ArgumentPathError(
+        "adapter",
+        f"must hold adapter_config.json; neither {run_dir} nor {run_dir / 'best'} does; {HOW_TO_ADAPT.format(run_dir)}",
     )
 
 
@@ -94,8 +98,10 @@ def require_same_settings(settings: RunSettings, out_dir: Path) -> None:
     different = [key for key in sorted({*wanted, *there}) if wanted.get(key) != there.get(key)]
     if different:
         said = "; ".join(f"{key}: {there.get(key)!r} there, {wanted.get(key)!r} now" for key in different)
-        raise ValueError(
-            f"out: {out_dir} holds a run with other settings ({said}); take another directory or --no-resume"
+        raise ArgumentError(
+            "out",
+            f"must be a new directory or hold the same run; {out_dir} holds one with other settings "
+            f"({said}): take another directory or --no-resume",
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastprompt.analysis.library import has_library, library_usage
+from fastprompt.arguments import ArgumentError, ArgumentPathError, argument_names
 from fastprompt.generators import get_method
 from fastprompt.memory import peak_memory_mib, reset_peak_memory
 from fastprompt.runs.devices import describe, find_device
@@ -23,7 +24,7 @@ from fastprompt.runs.directory import (
     require_same_settings,
     write_json,
 )
-from fastprompt.runs.settings import RunSettings, renamed
+from fastprompt.runs.settings import RunSettings
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,7 @@ def load_run_data(settings: RunSettings, image_size: int) -> DataSplits:
     """The run's train, validation and test images at `image_size` pixels."""
     from fastprompt.data import load_data
 
-    with renamed(name="data", root="data_root", seed="data_seed"):
+    with argument_names(name="data", root="data_root", seed="data_seed"):
         return load_data(
             settings.data,
             image_size=image_size,
@@ -93,13 +94,15 @@ def build_model(settings: RunSettings, backbone: FrozenViT, class_names: Sequenc
         path = Path(settings.class_embeddings)
         argument = {"text": "class_embeddings", "prototypes": "prototypes"}.get(settings.head)
         if argument is None:
-            raise ValueError(f"class_embeddings: are for head 'text' or 'prototypes', the head is {settings.head!r}")
+            raise ArgumentError("class_embeddings", f"need head 'text' or 'prototypes', got head {settings.head!r}")
         if not path.is_file():
-            raise FileNotFoundError(f"class_embeddings: no file {path}")
+            raise ArgumentPathError("class_embeddings", f"must be a file that exists, got {path}")
         try:
             arguments[argument] = torch.from_numpy(np.load(path, allow_pickle=False)).float()
         except (ValueError, TypeError, AttributeError, EOFError) as error:
-            raise ValueError(f"class_embeddings: {path} is no .npy file with one array of numbers ({error})") from error
+            raise ArgumentError(
+                "class_embeddings", f"must be a .npy file with one array of numbers, got {path} ({error})"
+            ) from error
     torch.manual_seed(seed)
     return fp.PromptedViT(
         backbone,
@@ -121,8 +124,8 @@ def backbone_at(name: str, image_size: int | None, weights: bool = True) -> Froz
     from fastprompt.vit.assets import backbone_structure, load_backbone
 
     if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size: takes a number of pixels from 1, got {image_size}")
-    with renamed(name="backbone"):
+        raise ArgumentError("image_size", f"must be a positive number of pixels, got {image_size}")
+    with argument_names(name="backbone"):
         return (load_backbone if weights else backbone_structure)(name, image_size)
 
 
@@ -130,7 +133,7 @@ def square_size(backbone: FrozenViT) -> int:
     """The side of the backbone's input in pixels; data are read at one square size."""
     height, width = backbone.image_size
     if height != width:
-        raise ValueError(f"image_size: the backbone takes {height} x {width} images, data are read as squares")
+        raise ArgumentError("image_size", f"must be square, got a backbone for {height} x {width} images")
     return height
 
 
@@ -168,7 +171,7 @@ def execute(
 
     out_dir, place = Path(out_dir), find_device(device)
     if out_dir.exists() and not out_dir.is_dir():
-        raise ValueError(f"out: {out_dir} is a file, a directory is needed")
+        raise ArgumentError("out", f"must be a directory, got the file {out_dir}")
     method = get_method(settings.method)
     method.config(settings.options)
     recipe = adjusted_recipe(settings.method, settings.recipe, train_backbone=settings.train_backbone)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,15 +60,3 @@ class RunSettings:
             if key not in values:
                 raise ValueError(f"run.json: has no {key!r}")
         return cls(**values)
-
-
-@contextlib.contextmanager
-def renamed(**names: str) -> Iterator[None]:
-    """Errors about an argument of the function called inside name the setting that the argument came from."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        argument, colon, rest = str(error).partition(":")
-        if colon and argument in names:
-            raise type(error)(f"{names[argument]}:{rest}") from error
-        raise

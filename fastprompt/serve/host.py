@@ -28,6 +28,7 @@ from litserve.utils import LitAPIStatus, ResponseBufferItem, wrap_litserve_start
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from fastprompt.arguments import ArgumentError
 from fastprompt.serve.connections import ImpatientProtocol, PatientServer
 from fastprompt.serve.protocol import Catalogue, Limits, Refused, Work
 from fastprompt.serve.routes import Routes, refuse
@@ -129,7 +130,7 @@ def run(
     """
     limits = limits or Limits()
     if not 0 <= batch_wait < limits.answer_seconds:
-        raise ValueError(f"batch_wait must be seconds from 0 below {limits.answer_seconds:g}, got {batch_wait}")
+        raise ArgumentError("batch_wait", f"must be seconds from 0 below {limits.answer_seconds:g}, got {batch_wait}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     socket.create_server((host, port), family=family).close()  # before minutes of loading
     engine, catalogue = load(settings)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fastprompt.adapters import Preprocessing, read_adapter, source_of
+from fastprompt.arguments import ArgumentError
 from fastprompt.engine.engine import Engine
 from fastprompt.generators import load_plugin
 from fastprompt.model import PromptedViT
@@ -57,11 +58,11 @@ class HostSettings:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+            raise ArgumentError("dtype", f"must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         for name in ("batch_size", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be a number from 1, got {value}")
+                raise ArgumentError(name, f"must be a number from 1, got {value}")
 
 
 def load(settings: HostSettings) -> tuple[Engine, Catalogue]:

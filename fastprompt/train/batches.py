@@ -12,6 +12,8 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
+
 CHECK_ALL_UP_TO = 20_000
 CHECKED_OF_MORE = 2_048
 _ROWS_HASHED = 1_024
@@ -43,14 +45,15 @@ def num_images(data: Any, name: str) -> int:
         or not (hasattr(source, "__getitem__") and hasattr(source, "__len__"))
         or isinstance(source, (dict, str, Tensor))
     ):
-        raise TypeError(
-            f"{name} must be a Dataset with a length that yields (image, label), an (images, labels) pair of "
-            f"tensors or a DataLoader over such a Dataset, got {type(source).__name__}"
+        raise ArgumentTypeError(
+            name,
+            f"must be a Dataset with a length that yields (image, label), an (images, labels) pair of "
+            f"tensors or a DataLoader over such a Dataset, got {type(source).__name__}",
         )
     else:
         count = len(source)
     if count == 0:
-        raise ValueError(f"{name} is empty: there is no image to use")
+        raise ArgumentError(name, "is empty: there is no image to use")
     if isinstance(data, DataLoader) and len(data) == 0:
         raise ValueError(
             f"{name} gives no batch: it has {count} images, fewer than its batch size, and drop_last is set"
@@ -61,28 +64,28 @@ def num_images(data: Any, name: str) -> int:
 def check_images(images: Tensor, where: str, ndim: int) -> None:
     """Raises unless ``images`` is a uint8 or a finite floating-point tensor with three channels."""
     if not isinstance(images, Tensor):
-        raise TypeError(f"{where} must hold a torch.Tensor image, got {type(images).__name__}")
+        raise ArgumentTypeError(where, f"must hold a torch.Tensor image, got {type(images).__name__}")
     shape = "(3, H, W)" if ndim == 3 else "(N, 3, H, W)"
     if images.ndim != ndim or images.shape[-3] != 3:
-        raise ValueError(f"{where} must have images of shape {shape}, got {tuple(images.shape)}")
+        raise ArgumentError(where, f"must have images of shape {shape}, got {tuple(images.shape)}")
     if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise TypeError(
-            f"{where} must have uint8 images (raw pixels) or floating-point ones (normalised), got {images.dtype}"
+        raise ArgumentTypeError(
+            where, f"must have uint8 images (raw pixels) or floating-point ones (normalised), got {images.dtype}"
         )
     if images.is_floating_point() and not torch.isfinite(images).all():
-        raise ValueError(f"{where} has NaN or infinite pixels")
+        raise ArgumentError(where, "has NaN or infinite pixels")
 
 
 def check_labels(labels: Tensor, where: str, num_classes: int) -> None:
     """Raises when ``labels`` are no class indices below ``num_classes``."""
     if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(
-            f"{where} must have integer labels of shape (N,), got {labels.dtype} of shape {tuple(labels.shape)}"
+        raise ArgumentTypeError(
+            where, f"must have integer labels of shape (N,), got {labels.dtype} of shape {tuple(labels.shape)}"
         )
     if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
         wrong = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
-        raise ValueError(
-            f"{where} has label {wrong}, the model takes 0 to {num_classes - 1} (num_classes={num_classes})"
+        raise ArgumentError(
+            where, f"has label {wrong}, the model takes 0 to {num_classes - 1} (num_classes={num_classes})"
         )
 
 
@@ -154,7 +157,7 @@ def check_data(data: Any, name: str, num_classes: int, digest: Any = None) -> Te
         check_images(images, name, 4)
         check_labels(labels, name, num_classes)
         if len(labels) != count:
-            raise ValueError(f"{name} has {count} images but {len(labels)} labels")
+            raise ArgumentError(name, f"has {count} images but {len(labels)} labels")
         if digest is not None:
             digest.update(f"{images.dtype}{tuple(images.shape[1:])}".encode())
             for rows in images.split(_ROWS_HASHED):
@@ -166,7 +169,7 @@ def check_data(data: Any, name: str, num_classes: int, digest: Any = None) -> Te
         item = data[index] if digest is None else read_item(data, index)
         where = f"{name}[{index}]"
         if not isinstance(item, (tuple, list)) or len(item) != 2:
-            raise TypeError(f"{where} must be an (image, label) pair, got {type(item).__name__}")
+            raise ArgumentTypeError(where, f"must be an (image, label) pair, got {type(item).__name__}")
         image, label = item
         check_images(image, where, 3)
         if first is None:
@@ -174,9 +177,10 @@ def check_data(data: Any, name: str, num_classes: int, digest: Any = None) -> Te
             if digest is not None:
                 digest.update(f"{image.dtype}{tuple(image.shape)}".encode())
         if image.shape != first.shape or image.dtype != first.dtype:
-            raise ValueError(
-                f"{where} is {tuple(image.shape)} {image.dtype}, {name}[0] is {tuple(first.shape)} "
-                f"{first.dtype}: all images must be alike"
+            raise ArgumentError(
+                where,
+                f"is {tuple(image.shape)} {image.dtype}, {name}[0] is {tuple(first.shape)} "
+                f"{first.dtype}: all images must be alike",
             )
         if digest is not None:
             digest.update(image.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -184,10 +188,10 @@ def check_data(data: Any, name: str, num_classes: int, digest: Any = None) -> Te
             isinstance(label, (int, np.integer))
             or (isinstance(label, Tensor) and label.ndim == 0 and not label.is_floating_point())
         ):
-            raise TypeError(f"{where} must have an integer label, got {type(label).__name__} {label!r}")
+            raise ArgumentTypeError(where, f"must have an integer label, got {type(label).__name__} {label!r}")
         if not 0 <= int(label) < num_classes:
-            raise ValueError(
-                f"{where} has label {int(label)}, the model takes 0 to {num_classes - 1} (num_classes={num_classes})"
+            raise ArgumentError(
+                where, f"has label {int(label)}, the model takes 0 to {num_classes - 1} (num_classes={num_classes})"
             )
         found.append(int(label))
     return torch.tensor(found)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fastprompt.arguments import ArgumentError
 from fastprompt.files import atomic_write, remove, remove_stale_temporaries
 from fastprompt.locks import directory_lock
 from fastprompt.train.checkpoint import load_state, save_state
@@ -136,7 +137,7 @@ def open_run(path: str | os.PathLike[str]) -> Iterator[RunDirectory]:
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
-        raise ValueError(f"out_dir must be a directory, {path} is a file")
+        raise ArgumentError("out_dir", f"must be a directory, {path} is a file")
     with directory_lock(path) as writable:
         if writable:
             for directory in (path, path / BEST_DIRECTORY):

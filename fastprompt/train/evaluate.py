@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.train.batches import Batches
 from fastprompt.vit.linear import bfloat16_is_fast
 
@@ -180,9 +181,10 @@ class _Classes:
         found = self.index[labels]
         unknown = sorted({self.names[label] for label in labels[found < 0].tolist()})
         if unknown:
-            raise ValueError(
-                f"dataset must have images of the model's classes alone, got images of {', '.join(unknown[:10])}; pass "
-                "class_names=model.class_names if labels are the model's class numbers"
+            raise ArgumentError(
+                "dataset",
+                f"must have images of the model's classes alone, got images of {', '.join(unknown[:10])}; pass "
+                "class_names=model.class_names if labels are the model's class numbers",
             )
         return found
 
@@ -245,18 +247,19 @@ def evaluate(
             class that the model does not have.
     """
     if model.num_classes is None:
-        raise ValueError("model must have a head to be evaluated: build it with num_classes=")
+        raise ArgumentError("model", "must have a head to be evaluated: build it with num_classes=")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int):
-        raise TypeError(f"batch_size must be an integer, got {type(batch_size).__name__}")
+        raise ArgumentTypeError("batch_size", f"must be an integer, got {type(batch_size).__name__}")
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        raise ArgumentError("batch_size", f"must be at least 1, got {batch_size}")
     if num_samples is not None:
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(f"num_samples must be a positive integer or None, got {num_samples!r}")
+            raise ArgumentError("num_samples", f"must be a positive integer or None, got {num_samples!r}")
         if not hasattr(model.config, "inference_samples"):
-            raise ValueError(
-                f"num_samples must be None for a method that draws nothing at inference, got {num_samples}: "
-                f"{model.config.kind!r} has no option inference_samples, as V²APT has"
+            raise ArgumentError(
+                "num_samples",
+                f"must be None for a method that draws nothing at inference, got {num_samples}: "
+                f"{model.config.kind!r} has no option inference_samples, as V²APT has",
             )
     classes = _matched_classes(model, dataset, class_names)
     batches = Batches(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.files import atomic_write
 from fastprompt.heads import LinearHead
 from fastprompt.kernels import stopwatch
@@ -185,9 +186,9 @@ def check_model(model: Any) -> None:
     from fastprompt.model import PromptedViT
 
     if not isinstance(model, PromptedViT):
-        raise TypeError(f"model must be a PromptedViT, got {type(model).__name__}")
+        raise ArgumentTypeError("model", f"must be a PromptedViT, got {type(model).__name__}")
     if model.num_classes is None or model.head is None:
-        raise ValueError("model must have a head to be trained: build it with num_classes=")
+        raise ArgumentError("model", "must have a head to be trained: build it with num_classes=")
     model.check_all_saved()
 
 
@@ -206,7 +207,7 @@ def describe_data(model: PromptedViT, train: Any) -> None:
 
 def _recipe(model: PromptedViT, recipe: Recipe | None, fields: Mapping[str, Any]) -> Recipe:
     if recipe is not None and not isinstance(recipe, Recipe):
-        raise TypeError(f"recipe must be a fastprompt Recipe or None, got {type(recipe).__name__}")
+        raise ArgumentTypeError("recipe", f"must be a fastprompt Recipe or None, got {type(recipe).__name__}")
     known = Recipe.__dataclass_fields__
     unknown = [name for name in fields if name not in known]
     if unknown:
@@ -331,9 +332,10 @@ class _Run:
         try:
             copy.deepcopy(generator).train()(self.model.backbone.normalise(images[:1]).float())
         except ValueError as error:
-            raise ValueError(
-                f"batch_size must be at least 2 and train must hold at least 2 images for {self.model.config.kind!r} "
-                f"here, got {size} and {first.num_images}: its batch norm cannot take a single image ({error})"
+            raise ArgumentError(
+                "batch_size",
+                f"must be at least 2 and train must hold at least 2 images for {self.model.config.kind!r} "
+                f"here, got {size} and {first.num_images}: its batch norm cannot take a single image ({error})",
             ) from error
 
     def start(self, files: Mapping[str, str]) -> None:

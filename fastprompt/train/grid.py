@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastprompt.arguments import ArgumentError
 from fastprompt.extras import needed
 from fastprompt.files import atomic_write
 from fastprompt.train.directory import BEST_DIRECTORY, GRID_RESULT_FILE, RunDirectory, open_run
@@ -198,7 +199,7 @@ def best_learning_rate(results: Sequence[RunResult]) -> float:
     Of equal ones the lower mean validation loss wins, then the smaller learning rate.
     """
     if not results:
-        raise ValueError("results must hold at least one run")
+        raise ArgumentError("results", "must hold at least one run")
 
     def score(lr: float) -> tuple[float, float, float]:
         runs = [run for run in results if run.lr == lr]
@@ -276,13 +277,13 @@ def paired_difference(correct_a: Any, correct_b: Any, level: float = 0.95) -> Pa
         from scipy import stats
 
     if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1, got {level!r}")
+        raise ArgumentError("level", f"must be between 0 and 1, got {level!r}")
     a, b = (np.atleast_2d(np.asarray(each, dtype=np.float64)) for each in (correct_a, correct_b))
     for name, values in (("correct_a", a), ("correct_b", b)):
         if values.ndim != 2 or values.shape[1] < 2:
-            raise ValueError(f"{name} must have shape (N,) or (seeds, N) with at least 2 images, got {values.shape}")
+            raise ArgumentError(name, f"must have shape (N,) or (seeds, N) with at least 2 images, got {values.shape}")
         if not np.isin(values, (0, 1)).all():
-            raise ValueError(f"{name} must hold booleans")
+            raise ArgumentError(name, "must hold booleans")
     if a.shape[1] != b.shape[1] or (a.shape[0] != b.shape[0] and 1 not in (a.shape[0], b.shape[0])):
         raise ValueError(f"correct_a and correct_b must pair up, got shapes {a.shape} and {b.shape}")
     differences = a - b  # (seeds, N)

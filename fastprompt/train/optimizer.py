@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fastprompt.arguments import ArgumentError
 from fastprompt.train.recipes import Recipe
 
 _NAMES_IN_TIMM = {"adamw": "adamw", "sgd": "momentum"}  # timm's "sgd" is Nesterov's
@@ -36,7 +37,7 @@ def make_optimizer(named: Iterable[tuple[str, torch.nn.Parameter]], recipe: Reci
         )
         group["params"].append(parameter)
     if not groups:
-        raise ValueError("model has no parameter that trains")
+        raise ArgumentError("model", "has no parameter that trains")
     return create_optimizer_v2(
         list(groups.values()),
         opt=_NAMES_IN_TIMM[recipe.optimizer],

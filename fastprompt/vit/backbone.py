@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.vit import swin
 from fastprompt.vit.swin import Merge, SwinBlock
 from fastprompt.vit.weights import Block, Dense, Folded, MapPool, Norm, ViTSpec, frozen, per_channel
@@ -192,13 +193,15 @@ class Backbone(nn.Module):
     def check_images(self, images: Tensor) -> None:
         """Raise TypeError or ValueError, naming `images`, where this backbone cannot take them."""
         if not isinstance(images, Tensor):
-            raise TypeError(f"images must be a torch.Tensor, got {type(images).__name__}")
+            raise ArgumentTypeError("images", f"must be a torch.Tensor, got {type(images).__name__}")
         if images.dtype != torch.uint8 and not images.is_floating_point():
-            raise TypeError(f"images must be floating point (normalised) or uint8 (raw pixels), got {images.dtype}")
+            raise ArgumentTypeError(
+                "images", f"must be floating point (normalised) or uint8 (raw pixels), got {images.dtype}"
+            )
         if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must have shape (B, 3, H, W), got {tuple(images.shape)}")
+            raise ArgumentError("images", f"must have shape (B, 3, H, W), got {tuple(images.shape)}")
         if images.device != self.device:
-            raise ValueError(f"images are on {images.device}, the backbone is on {self.device}")
+            raise ArgumentError("images", f"are on {images.device}, the backbone is on {self.device}")
         reason = self.spec.obstacle(images.shape[2], images.shape[3])
         if reason:
             raise ValueError(reason)

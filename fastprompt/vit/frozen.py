@@ -11,6 +11,7 @@ from typing import Any, ClassVar, cast
 import torch.nn as nn
 from torch import Tensor
 
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.vit.backbone import Backbone
 from fastprompt.vit.graph import SWIN, VIT, Graph
 from fastprompt.vit.readers import image_sides, is_swin, read
@@ -79,11 +80,11 @@ class FrozenViT(Backbone):
         import timm
 
         if not isinstance(name, str):
-            raise TypeError(
-                f"name must be a timm model name, got {type(name).__name__}; a timm module goes to FrozenViT(module)"
+            raise ArgumentTypeError(
+                "name", f"must be a timm model name, got {type(name).__name__}; a timm module goes to FrozenViT(module)"
             )
         if ":" not in name and not timm.is_model(name.partition(".")[0]):
-            raise ValueError(f"name must be a timm model name, got {name!r}; timm.list_models() lists them")
+            raise ArgumentError("name", f"must be a timm model name, got {name!r}; timm.list_models() lists them")
         sized = kwargs if image_sides(image_size) is None else {**kwargs, "img_size": image_size}
         try:
             model = timm.create_model(name, pretrained=pretrained, **sized)
@@ -152,7 +153,9 @@ class FrozenViT(Backbone):
         image_sides(image_size)
         if isinstance(model, nn.Module):
             if pretrained is not None or kwargs:
-                raise ValueError(f"pretrained must be None for a model that is built, got {pretrained!r}, {kwargs}")
+                raise ArgumentError(
+                    "pretrained", f"must be None for a model that is built, got {pretrained!r}, {kwargs}"
+                )
             return cls(model, image_size=image_size, mean=mean, std=std)
         _require("open_clip", "openclip")
         from fastprompt.vit.readers import open_clip
@@ -284,9 +287,10 @@ class FrozenSwin(FrozenViT):
 
     def __init__(self, module: nn.Module, **options: Any) -> None:
         if isinstance(module, nn.Module) and not is_swin(module):
-            raise ValueError(
-                f"module must be a Swin transformer for FrozenSwin, got {type(module).__name__}; "
-                "FrozenViT(module) takes either kind"
+            raise ArgumentError(
+                "module",
+                f"must be a Swin transformer for FrozenSwin, got {type(module).__name__}; "
+                "FrozenViT(module) takes either kind",
             )
         super().__init__(module, **options)
 
@@ -328,5 +332,5 @@ def _channel_triple(name: str, value: Sequence[float]) -> tuple[float, float, fl
     except (TypeError, ValueError):
         triple = ()
     if len(triple) != 3 or not all(map(math.isfinite, triple)) or (name == "std" and min(triple) <= 0):
-        raise ValueError(f"{name} must be three {'positive ' if name == 'std' else ''}numbers, got {value!r}")
+        raise ArgumentError(name, f"must be three {'positive ' if name == 'std' else ''}numbers, got {value!r}")
     return triple

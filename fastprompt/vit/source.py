@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
+
 _MEAN_STD = {"mean", "std"}
 _OPTIONS = {
     "load_backbone": set[str](),
@@ -45,15 +47,17 @@ class BackboneSource:
 
     def __post_init__(self) -> None:
         if self.loader not in _OPTIONS:
-            raise ValueError(f"loader must be one of {tuple(_OPTIONS)}, got {self.loader!r}")
+            raise ArgumentError("loader", f"must be one of {tuple(_OPTIONS)}, got {self.loader!r}")
         if not isinstance(self.name, str) or not isinstance(self.pretrained, (bool, str, type(None))):
             raise TypeError(f"name and pretrained must be texts, got {self.name!r} and {self.pretrained!r}")
         if isinstance(self.image_size, list):
             object.__setattr__(self, "image_size", tuple(self.image_size))
         if not _is_size(self.image_size):
-            raise ValueError(f"image_size must be 1 to {LARGEST_SIDE} pixels a side, or None, got {self.image_size!r}")
+            raise ArgumentError(
+                "image_size", f"must be 1 to {LARGEST_SIDE} pixels a side, or None, got {self.image_size!r}"
+            )
         if not isinstance(self.options, Mapping):
-            raise TypeError(f"options must be a mapping, got {self.options!r}")
+            raise ArgumentTypeError("options", f"must be a mapping, got {self.options!r}")
         unknown = sorted(set(self.options) - _OPTIONS[self.loader])
         if unknown:
             raise ValueError(f"options of {self.loader} must be of {sorted(_OPTIONS[self.loader])}, got {unknown}")

@@ -15,6 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprompt.arguments import ArgumentError
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -55,7 +57,7 @@ class Norm(nn.Module):
     ) -> None:
         super().__init__()
         if kind not in ("layernorm", "rmsnorm"):
-            raise ValueError(f"kind must be 'layernorm' or 'rmsnorm', got {kind!r}")
+            raise ArgumentError("kind", f"must be 'layernorm' or 'rmsnorm', got {kind!r}")
         self.kind, self.size, self.eps, self.upcast = kind, size, eps, upcast
         self.weight, self.bias = frozen(weight), frozen(bias)
 

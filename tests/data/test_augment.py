@@ -76,7 +76,7 @@ def test_pgn_greys_and_solarizes_some():
 def test_none_own_function_and_unknown_kind():
     assert make_augment("none", (8, 8)) is None
     assert make_augment(torch.neg, (8, 8)) is torch.neg
-    with pytest.raises(ValueError, match="augment: expected one of 'none', 'flip', 'crop', 'pgn'"):
+    with pytest.raises(ValueError, match="augment must be one of 'none', 'flip', 'crop', 'pgn'"):
         make_augment("mixup", (8, 8))
 
 

@@ -109,9 +109,9 @@ def test_bad_folders(tmp_path, fill, divided):
         "wrapped": r"one class folder only \(archive\).*archive has splits: give its path",
         "partly": r"no image in the class folder\(s\) b",
         "set": "classes that .*train does not have: fox",
-        "file": "is a file",
+        "file": "got the file",
         "unlabelled": "test has images but no class folders: .* or move the folder away",
-        "absent": "no such folder",
+        "absent": "must be a folder that exists",
     }.items():
         for given in (tmp_path / name, str(tmp_path / name)):
             with pytest.raises(ValueError, match=message):
@@ -364,7 +364,7 @@ def test_a_range_that_is_asked_for_is_taken_without_a_word(tmp_path):
 def test_integers_and_floats_of_other_ranges_in_one_folder_are_refused(tmp_path):
     deep_set(tmp_path, RAMP, (RAMP * 4095).astype(np.uint16))
     with pytest.raises(
-        ValueError, match=r"intensity_range: .*integers from \(0.0, 4095.0\) and of floats from \(0.0, 1.0\)"
+        ValueError, match=r"intensity_range must be one .*integers from \(0.0, 4095.0\) and of floats from \(0.0, 1.0\)"
     ):
         folder_source(tmp_path, READING)
     assert len(folder_source(tmp_path, Reading((16, 16), Preprocessing(intensity_range=(0, 1)))).train.labels) == 6

@@ -137,7 +137,7 @@ def test_an_image_may_take_so_many_bytes(tmp_path):
 
 @pytest.mark.parametrize(("value", "error"), [(1.5, TypeError), (True, TypeError), (0, ValueError), (-7, ValueError)])
 def test_bad_limits(value, error):
-    with pytest.raises(error, match="max_decoded_bytes: expected"):
+    with pytest.raises(error, match="max_decoded_bytes must be"):
         decoded_limit(value)
     assert decoded_limit(None) == 2**29
     assert decoded_limit(7) == 7

@@ -28,7 +28,7 @@ READING = Reading((16, 16))
         ("fashion_mnist", "Did you mean fashion-mnist"),
         ("cifar", "Did you mean cifar10"),
         ("torchvision:Cifar10", "Did you mean CIFAR10"),
-        ("torchvision:CocoDetection", "not one of torchvision's labelled image sets"),
+        ("torchvision:CocoDetection", "must be one of torchvision's labelled image sets"),
         ("zzzz", "Known: .*mnist5k.*torchvision:<ClassName>"),
     ],
 )
@@ -43,11 +43,11 @@ def test_wrong_names_and_roots(tmp_path, fill):
         with pytest.raises(TypeError, match="name"):
             find_source(name, None, READING)
     for name in ("mnist5k", plain):
-        with pytest.raises(ValueError, match="root: is where torchvision's sets are kept"):
+        with pytest.raises(ValueError, match=r"root must be None for .*where torchvision's sets are kept"):
             find_source(name, tmp_path, READING)
     (tmp_path / "file").write_text("")
     for name in ("cifar10", "fashion-mnist"):
-        with pytest.raises(ValueError, match=r"root: .*file is a file"):
+        with pytest.raises(ValueError, match=r"root must be a folder, got the file"):
             find_source(name, tmp_path / "file", READING)
 
 
@@ -66,7 +66,7 @@ def test_a_folder_with_the_name_of_a_set_has_to_be_told_from_it(name, tmp_path, 
     for part in ("cat", "dog"):
         fill(tmp_path / name / part)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=rf"'{name}' is a data set and a folder here .*'builtin:{name}'"):
+    with pytest.raises(ValueError, match=rf"name must not be ambiguous, got '{name}', .*'builtin:{name}'"):
         find_source(name, None, READING)
     for folder in (f"./{name}", Path(name), tmp_path / name, str(tmp_path / name), f"{name}/"):
         assert find_source(folder, None, READING).class_names == ["cat", "dog"]
@@ -78,7 +78,7 @@ def test_a_folder_with_the_name_of_a_set_has_to_be_told_from_it(name, tmp_path, 
 
 def test_an_intensity_range_is_for_folders():
     for name in ("mnist5k", "torchvision:MNIST"):
-        with pytest.raises(ValueError, match="intensity_range: is for grey images"):
+        with pytest.raises(ValueError, match="intensity_range must be None for"):
             find_source(name, None, Reading((16, 16), Preprocessing(intensity_range=(0, 1))))
 
 

@@ -110,11 +110,11 @@ def test_test_split_can_be_read_once(plain):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_train": 161}, "num_train: 161 images asked for, 159 are there"),
-        ({"num_val": 161}, "num_val: 161 images asked for, 160 are there"),
-        ({"num_test": 201}, "num_test: 201 images asked for, 200 are there"),
-        ({"num_test": 200, "num_val": 1}, "num_val: 1 images asked for, 0 are there"),
-        ({"num_val": 160}, "no image is left for the train split"),
+        ({"num_train": 161}, "num_train must be at most 159, the number of images there are, got 161"),
+        ({"num_val": 161}, "num_val must be at most 160, the number of images there are, got 161"),
+        ({"num_test": 201}, "num_test must be at most 200, the number of images there are, got 201"),
+        ({"num_test": 200, "num_val": 1}, "num_val must be at most 0, the number of images there are, got 1"),
+        ({"num_val": 160}, "leaves no image for the train split"),
     ],
 )
 def test_more_images_than_there_are(plain, options, message):
@@ -152,7 +152,7 @@ def test_every_class_is_trained_on_before_any_is_tested(sizes, options):
 
 @pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (1, 1, 1, 1), (1,) * 50])
 def test_too_few_images_to_split_are_an_error_that_says_what_to_do(sizes):
-    with pytest.raises(ValueError, match=r"no image is left for the (test|val) split of sized.*or give num_(test|val)"):
+    with pytest.raises(ValueError, match=r"leaves no image for the (test|val) split: sized.*or give num_(test|val)"):
         make(sized(*sizes))
 
 

@@ -57,7 +57,7 @@ def test_mnist_stands_in_only_where_fashion_mnist_cannot_be_had(
     assert demo.fetch(None, "clip-vit-b16", 112) == "fashion-mnist"
 
 
-@pytest.mark.parametrize(("error", "text"), [(FetchError, "no network"), (ValueError, "name: no such folder")])
+@pytest.mark.parametrize(("error", "text"), [(FetchError, "no network"), (ValueError, "name must be a folder")])
 def test_what_cannot_be_fetched_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -292,6 +292,6 @@ def test_what_cannot_be_fetched_ends_the_table_without_a_traceback(
 ) -> None:
     assert table.main([*small, "--methods", "linear", "--workers", "2", "--data", str(tmp_path / "nowhere")]) == 1
     shown = capfd.readouterr().err
-    assert shown.startswith("table: error: data: no such folder")
+    assert shown.startswith("table: error: data must be a folder that exists")
     assert "Traceback" not in shown
     assert not (tmp_path / "runs").exists()

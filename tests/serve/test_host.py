@@ -416,8 +416,8 @@ def test_wrong_commands_end_before_a_server_starts(
 ) -> None:
     command = ["serve", "--backbone", f"local-dir:{place / 'vit'}"]
     for flags, message in [
-        (["--adapter", "birds"], "--adapter: takes NAME=DIR, got 'birds'"),
-        (["--adapter", "a=b", "--adapter", "a=c"], "--adapter: 'a' is given twice"),
+        (["--adapter", "birds"], "--adapter must be NAME=DIR, got 'birds'"),
+        (["--adapter", "a=b", "--adapter", "a=c"], "--adapter must not repeat a name, got 'a' twice"),
         (["--adapter", f"x={place / 'stranger'}"], "adapter 'x': the adapter in .* on another backbone"),
         (["--adapter", f"x={place / 'headless'}"], "has no head"),
         (["--adapter", f"x={tmp_path}"], "adapter_config.json"),

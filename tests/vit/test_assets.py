@@ -69,14 +69,14 @@ def test_vit_s14_at_its_size_and_another():
 @pytest.mark.parametrize(
     ("name", "size", "error", "message"),
     [
-        ("clip-vit-b16", 100, ValueError, "multiples of its patch size 16, got 100"),
-        ("vit-s14", 224 + 16, ValueError, "multiples of its patch size 14"),
+        ("clip-vit-b16", 100, ValueError, "multiple of the patch size 16 of clip-vit-b16, got 100"),
+        ("vit-s14", 224 + 16, ValueError, "multiple of the patch size 14"),
         ("clip-vit-b16", 0, ValueError, "got 0"),
         ("clip-vit-b16", -16, ValueError, "got -16"),
         ("clip-vit-b16", 112.0, TypeError, "image_size"),
         ("clip-vit-b16", (112, 112, 3), TypeError, "image_size"),
-        ("test_vit", 40, ValueError, "image_size: test_vit takes positive multiples of its patch size 16, got 40"),
-        ("test_vit.r160_in1k", (32, 40), ValueError, "multiples of its patch size 16"),
+        ("test_vit", 40, ValueError, "image_size must be a positive multiple of the patch size 16 of test_vit, got 40"),
+        ("test_vit.r160_in1k", (32, 40), ValueError, "multiple of the patch size 16"),
         ("resnet18", None, ValueError, "model is ResNet"),
         ("resnet18", 64, ValueError, "model is ResNet"),
         ("test_vit", 64.0, TypeError, "image_size"),

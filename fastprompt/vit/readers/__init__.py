@@ -16,6 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
+
 LIBRARIES = ("timm", "open_clip", "transformers", "torchvision")
 
 
@@ -31,7 +33,7 @@ def read(module: nn.Module, image_size: int | tuple[int, int] | None = None) -> 
         ValueError: no reader knows this class, it has a part that cannot be represented, or `image_size` does not fit.
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+        raise ArgumentTypeError("module", f"must be a torch.nn.Module, got {type(module).__name__}")
     sides = image_sides(image_size)
     if is_swin(module):
         return dict(importlib.import_module("fastprompt.vit.readers.swin").read(module, sides))
@@ -64,7 +66,7 @@ def image_sides(image_size: int | tuple[int, int] | None) -> tuple[int, int] | N
         return None
     sides = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
     if len(sides) != 2 or any(not isinstance(s, int) or isinstance(s, bool) or s < 1 for s in sides):
-        raise ValueError(f"image_size must be pixels or (height, width), got {image_size!r}")
+        raise ArgumentError("image_size", f"must be pixels or (height, width), got {image_size!r}")
     return sides[0], sides[1]
 
 
@@ -72,9 +74,9 @@ def _resize(parts: dict[str, Any], sides: tuple[int, int], rule: dict[str, bool]
     """Resample the position embedding of `parts` for images of `sides` pixels: bicubic, at least in float32."""
     spec = parts["spec"]
     if sides[0] % spec.patch_size or sides[1] % spec.patch_size:
-        raise ValueError(
-            f"image_size must have sides that are multiples of the patch size {spec.patch_size}, "
-            f"got {sides[0]} x {sides[1]}"
+        raise ArgumentError(
+            "image_size",
+            f"must have sides that are multiples of the patch size {spec.patch_size}, got {sides[0]} x {sides[1]}",
         )
     grid = (sides[0] // spec.patch_size, sides[1] // spec.patch_size)
     if parts["pos_embed"] is not None and grid != spec.grid:

@@ -14,6 +14,7 @@ from open_clip.coca_model import CoCa
 from open_clip.model import CLIP as CLIPModel, CustomTextCLIP
 from open_clip.timm_model import TimmModel
 
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.vit.readers import timm
 from fastprompt.vit.readers.parts import CLIP, activation, attention, dense, layer_norm, patch_size, refuse
 from fastprompt.vit.weights import Block, Dense, Mlp, Norm, ViTSpec
@@ -34,16 +35,18 @@ def build(name: str, pretrained: str | None = None, **kwargs: Any) -> nn.Module:
         TypeError, ValueError: `name` or `pretrained` is none of open_clip's.
     """
     if not isinstance(name, str):
-        raise TypeError(f"model must be an open_clip model name or a module, got {type(name).__name__}")
+        raise ArgumentTypeError("model", f"must be an open_clip model name or a module, got {type(name).__name__}")
     if pretrained is not None and not isinstance(pretrained, str):
-        raise TypeError(f"pretrained must be a tag of published weights, a file or None, got {pretrained!r}")
+        raise ArgumentTypeError("pretrained", f"must be a tag of published weights, a file or None, got {pretrained!r}")
     if ":" not in name:
         if name.replace("/", "-") not in open_clip.list_models():
-            raise ValueError(f"model must be an open_clip model name, got {name!r}; open_clip.list_models() lists them")
+            raise ArgumentError(
+                "model", f"must be an open_clip model name, got {name!r}; open_clip.list_models() lists them"
+            )
         if pretrained and not os.path.isfile(pretrained):
             tags = open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))
             if not open_clip.is_pretrained_cfg(name.replace("/", "-"), pretrained):
-                raise ValueError(f"pretrained must be a file or one of {tags} for {name!r}, got {pretrained!r}")
+                raise ArgumentError("pretrained", f"must be a file or one of {tags} for {name!r}, got {pretrained!r}")
         if not pretrained:
             kwargs.setdefault("text_cfg", _SMALL_TEXT)
     return open_clip.create_model(name, pretrained=pretrained, **kwargs)

@@ -12,6 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import swin_transformer as v1, swin_transformer_v2 as v2
 from torch import Tensor
 
+from fastprompt.arguments import ArgumentError
 from fastprompt.vit.readers.parts import refuse
 from fastprompt.vit.readers.timm import block_norm, dense, mlp, norm
 from fastprompt.vit.swin import Merge, SwinBlock
@@ -41,9 +42,10 @@ def read(model: Any, image_size: tuple[int, int] | None = None) -> dict[str, Any
         refuse("patch_size", str(patch), "square patches")
     if image_size is not None and tuple(embed.img_size) != image_size:
         if any(side % patch[0] for side in image_size):
-            raise ValueError(
-                f"image_size must have sides that are multiples of the patch size {patch[0]}, "
-                f"got {image_size[0]} x {image_size[1]}"
+            raise ArgumentError(
+                "image_size",
+                f"must have sides that are multiples of the patch size {patch[0]}, "
+                f"got {image_size[0]} x {image_size[1]}",
             )
         model = copy.deepcopy(model)
         model.set_input_size(img_size=image_size)

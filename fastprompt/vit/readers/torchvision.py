@@ -8,6 +8,7 @@ import torch.nn as nn
 from torchvision import models
 from torchvision.models import vision_transformer as vt
 
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.vit.readers.parts import (
     IMAGENET,
     activation,
@@ -32,19 +33,20 @@ def build(name: str, pretrained: bool | str = False, **kwargs: Any) -> nn.Module
         TypeError, ValueError: `name` or `pretrained` is none of torchvision's.
     """
     if not isinstance(name, str):
-        raise TypeError(
-            f"name must be a torchvision model name, got {type(name).__name__}; "
-            "a torchvision module goes to FrozenViT(module)"
+        raise ArgumentTypeError(
+            "name",
+            f"must be a torchvision model name, got {type(name).__name__}; "
+            "a torchvision module goes to FrozenViT(module)",
         )
     if name not in models.list_models():
         known = [n for n in models.list_models() if n.startswith("vit_")]
-        raise ValueError(f"name must be a torchvision model name ({', '.join(known)}), got {name!r}")
+        raise ArgumentError("name", f"must be a torchvision model name ({', '.join(known)}), got {name!r}")
     if not isinstance(pretrained, (bool, str)):
-        raise TypeError(f"pretrained must be a bool or the name of weights, got {type(pretrained).__name__}")
+        raise ArgumentTypeError("pretrained", f"must be a bool or the name of weights, got {type(pretrained).__name__}")
     if isinstance(pretrained, str):
         weights = {w.name for w in models.get_model_weights(name)} | {"DEFAULT"}
         if pretrained not in weights:
-            raise ValueError(f"pretrained must be one of {sorted(weights)} for {name!r}, got {pretrained!r}")
+            raise ArgumentError("pretrained", f"must be one of {sorted(weights)} for {name!r}, got {pretrained!r}")
         return models.get_model(name, weights=pretrained, **kwargs)
     return models.get_model(name, weights="DEFAULT" if pretrained else None, **kwargs)
 

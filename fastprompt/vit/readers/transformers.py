@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.vit.readers.parts import (
     CLIP,
     HALF,
@@ -65,7 +66,7 @@ def build(model: Any, pretrained: bool = True, **kwargs: Any) -> tuple[nn.Module
     import transformers
 
     if not isinstance(pretrained, bool):
-        raise TypeError(f"pretrained must be a bool, got {pretrained!r}")
+        raise ArgumentTypeError("pretrained", f"must be a bool, got {pretrained!r}")
     if isinstance(model, transformers.PretrainedConfig):
         if kwargs:
             raise ValueError(f"a config takes no options of from_pretrained, got {sorted(kwargs)}")
@@ -74,11 +75,11 @@ def build(model: Any, pretrained: bool = True, **kwargs: Any) -> tuple[nn.Module
         name = os.fspath(model)
         config = transformers.AutoConfig.from_pretrained(name, **kwargs)
     else:
-        raise TypeError(
-            f"model must be a transformers model, its config, a hub name or a folder, got {type(model).__name__}"
+        raise ArgumentTypeError(
+            "model", f"must be a transformers model, its config, a hub name or a folder, got {type(model).__name__}"
         )
     if config.model_type not in _OF_TYPE:
-        raise ValueError(f"model must be of type {', '.join(_OF_TYPE)}, got {config.model_type!r}")
+        raise ArgumentError("model", f"must be of type {', '.join(_OF_TYPE)}, got {config.model_type!r}")
     architecture = (getattr(config, "architectures", None) or [_OF_TYPE[config.model_type]])[0]
     architecture = _TOWERS.get(architecture, architecture)
     if architecture not in _READERS:
