@@ -127,9 +127,12 @@ __all__ = ["__version__", *sorted(_PUBLIC)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    elif name[0].isupper() and name in (methods := importlib.import_module("fastprompt.generators")).__dict__:
+        value = getattr(methods, name)  # a method's classes
+    else:
         raise AttributeError(f"module 'fastprompt' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
     globals()[name] = value
     return value
 

@@ -246,6 +246,13 @@ def adapter_facts(path: Path) -> dict[str, Any]:
     }
 
 
+def has_token_library(method: dict[str, Any]) -> bool:
+    """Whether an adapter's method mixes its prompts from tokens, which pixels can be asked to show."""
+    from fastprompt.generators import PGNConfig, config_from_dict
+
+    return isinstance(config_from_dict(method), PGNConfig)
+
+
 def rgb_facts(
     command: Info, adapter: dict[str, Any] | None, options: dict[str, Any], backbone: FrozenViT
 ) -> dict[str, Any]:
@@ -254,7 +261,7 @@ def rgb_facts(
     from fastprompt.pixels.prompts import RGBPrompts
 
     num_prompts, library = options.get("num_prompts"), None
-    if adapter is not None and command.method is None and adapter["config"]["method"]["kind"] == "pgn":
+    if adapter is not None and command.method is None and has_token_library(adapter["config"]["method"]):
         if num_prompts is not None:
             raise ArgumentError("num_prompts", "must not be given with an RGB adapter, whose own number is reported")
         num_prompts = adapter["config"]["method"]["num_prompts"]

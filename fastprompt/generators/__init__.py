@@ -1,6 +1,13 @@
-"""Prompt generators: one file per method, each with a configuration, a generator and its registration."""
+"""Prompt generators: one file per method, each with a configuration, a generator and its registration.
+
+A file that is put here is found: its registered configurations and generators are names of this package, and of
+`fastprompt`. The imports below are for editors and type checkers.
+"""
 
 from __future__ import annotations
+
+import importlib
+import pkgutil
 
 from fastprompt.generators.accounting import CostFormula, PromptCost, Sizes, Tally
 from fastprompt.generators.base import Geometry, PromptConfig, PromptGenerator
@@ -20,6 +27,7 @@ from fastprompt.generators.registry import (
     method_of,
     published_recipes,
     register_method,
+    registered_classes,
 )
 from fastprompt.generators.rgb_pgn import RGBPGN, RGBPGNConfig
 from fastprompt.generators.v2apt import V2APT, V2APTConfig
@@ -62,3 +70,7 @@ __all__ = [
     "published_recipes",
     "register_method",
 ]
+
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")
+globals().update(registered_classes(__name__))

@@ -218,6 +218,12 @@ def list_methods(*, on_swin: bool = False) -> list[str]:
     )
 
 
+def registered_classes(package: str) -> dict[str, type]:
+    """The configurations and generators that the modules of `package` have registered, by the names of the classes."""
+    classes = [cls for method in _METHODS.values() for cls in (method.config_class, method.generator_class) if cls]
+    return {cls.__name__: cls for cls in classes if cls.__module__.startswith(f"{package}.")}
+
+
 def get_method(name: str) -> Method:
     """The registration of a method by its name.
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -230,3 +235,18 @@ def test_installed_packages_register_by_entry_point(monkeypatch: pytest.MonkeyPa
         assert get_method("mine").title == "Mine"
     assert "mine" in fp.list_methods()
     assert [point.loaded for point in points] == [1, 1]
+
+
+def test_a_file_among_the_generators_is_a_method(tmp_path: Path, repository: Path) -> None:
+    shutil.copytree(repository / "fastprompt", tmp_path / "fastprompt", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(repository / "examples" / "own_method.py", tmp_path / "fastprompt" / "generators" / "pooled.py")
+    script = (
+        "import fastprompt as fp; print(fp.__file__, 'pooled' in fp.list_methods(), fp.PooledConfig().num_prompts, "
+        "fp.Pooled.__module__, hasattr(fp, 'PoledConfig'))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    where = tmp_path / "fastprompt" / "__init__.py"
+    assert ran.stdout.split() == [str(where), "True", "4", "fastprompt.generators.pooled", "False"]
