@@ -31,7 +31,7 @@ import fastprompt
 from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.files import atomic_write_many, parse_json
 from fastprompt.generators import PromptConfig, build_generator, config_from_dict, method_of
-from fastprompt.heads import Head, PrototypeHead, TextHead, build_head
+from fastprompt.heads import Head, LabelMapHead, PrototypeHead, TextHead, build_head
 from fastprompt.vit import FrozenViT
 from fastprompt.vit.source import BackboneSource
 
@@ -323,5 +323,8 @@ def head_from(info: Mapping[str, Any], backbone: FrozenViT, num_classes: int, st
         return PrototypeHead(
             state["head.prototypes"],
             [(state[f"head.weight{i}"], state[f"head.bias{i}"]) for i in range(info["num_layers"])],
+            normalise=info.get("normalise", True),
         )
+    if info["kind"] == "label_map":
+        return LabelMapHead(backbone, num_classes, trainable=info.get("trainable", False))
     return build_head(info["kind"], backbone, num_classes)

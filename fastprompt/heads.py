@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -103,13 +104,21 @@ class TextHead(Head):
 
 
 class LabelMapHead(Head):
-    """Class c reads output c of the pretrained classifier, frozen (PGN §4, supervised ViT)."""
+    """Class c reads output c of the pretrained classifier (PGN §4, supervised ViT).
+
+    Args:
+        num_classes: C, the first outputs of the classifier. PGN's code keeps all of them, so that its cross-entropy and
+            its predictions run over the outputs without a class, too.
+        trainable: train a copy of the classifier beside the prompts, as PGN's code does; else it is frozen.
+    """
 
     kind = "label_map"
     classifier_weight: Tensor
 
-    def __init__(self, backbone: FrozenViT, num_classes: int) -> None:
+    def __init__(self, backbone: FrozenViT, num_classes: int, *, trainable: bool = False) -> None:
         super().__init__()
+        if not isinstance(trainable, bool):
+            raise ArgumentTypeError("trainable", f"must be True or False, got {trainable!r}")
         if backbone.head is None:
             raise ValueError("head 'label_map' needs a backbone with a pretrained classifier; this one has none")
         outputs = backbone.head.weight.shape[0]
@@ -117,33 +126,39 @@ class LabelMapHead(Head):
             raise ArgumentError(
                 "num_classes", f"must be at most the {outputs} outputs of the pretrained classifier, got {num_classes}"
             )
-        self.width, self.num_classes = backbone.feature_width, num_classes
-        _register_classifier(self, backbone, num_classes)
+        self.width, self.num_classes, self.trainable = backbone.feature_width, num_classes, trainable
+        _register_classifier(self, backbone, num_classes, trainable)
 
     def forward(self, features: Tensor) -> Tensor:
         return _classifier(self, features.to(self.classifier_weight.dtype))
 
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, **({"trainable": True} if self.trainable else {})}
+
 
 class PrototypeHead(Head):
-    """Cosine similarity of projected features to C fixed prototypes, frozen (PGN §4, DINO).
+    """Projected features against C fixed prototypes, frozen (PGN §4, DINO).
 
-    logits = normalise(MLP(f)) Vᵀ with the rows of V normalised: DINO's projection head with C of its prototypes.
+    logits = normalise(MLP(f)) Vᵀ: DINO's projection head with C of its prototypes as the rows of V.
 
     Args:
         prototypes: (C, E).
         layers: [(weight, bias or None), ...] of the MLP (GELU between, none after the last); [] = features as
             they are.
+        normalise: make the rows of V unit vectors, so that logits are cosines; else they stay as they are.
     """
 
     kind = "prototypes"
 
-    def __init__(self, prototypes: Any, layers: Sequence[tuple[Any, Any]] = ()) -> None:
+    def __init__(self, prototypes: Any, layers: Sequence[tuple[Any, Any]] = (), *, normalise: bool = True) -> None:
         super().__init__()
+        if not isinstance(normalise, bool):
+            raise ArgumentTypeError("normalise", f"must be True or False, got {normalise!r}")
         rows = _tensor("prototypes", prototypes)
         if rows.ndim != 2 or not torch.isfinite(rows).all() or (rows.norm(dim=-1) == 0).any():
             raise ArgumentError("prototypes", f"must be finite, non-zero rows (C, E), got {tuple(rows.shape)}")
-        self.num_classes, self.num_layers = rows.shape[0], len(layers)
-        self.register_buffer("prototypes", F.normalize(rows, dim=-1))
+        self.num_classes, self.num_layers, self.normalise = rows.shape[0], len(layers), normalise
+        self.register_buffer("prototypes", F.normalize(rows, dim=-1) if normalise else rows)
         outputs = None
         for i, (weight, bias) in enumerate(layers):
             weight = _tensor(f"layers[{i}][0]", weight)
@@ -161,38 +176,43 @@ class PrototypeHead(Head):
         self.width = self.get_buffer("weight0").shape[1] if layers else rows.shape[1]
 
     @classmethod
-    def from_dino(cls, state_dict: Mapping[str, Tensor], num_classes: int, seed: int = 0) -> PrototypeHead:
-        """From a DINO checkpoint's projection head, with `num_classes` of its prototypes chosen at random.
+    def from_dino(
+        cls, state_dict: Mapping[str, Tensor], num_classes: int, seed: int = 0, *, rows: str = "prototypes"
+    ) -> PrototypeHead:
+        """From a DINO checkpoint's projection head, with `num_classes` rows chosen by `random.sample` under `seed`.
+
+        PGN's code means to take released prototypes and does not: it reads the last layer's `.weight` after
+        `load_state_dict` and before a forward, when weight normalisation has not yet computed it from the loaded
+        tensors. Its rows are those of the layer's random initialisation, of norm about 0.58 and nearly orthogonal to
+        the prototypes.
 
         Args:
             state_dict: has `mlp.{0,2,4}.{weight,bias}` and `last_layer.weight_v` (or `.weight`), under any prefix
                 ending in "head." ("module.head." in the released student checkpoints).
+            seed: of the choice, and of the random rows.
+            rows: "prototypes": those of the checkpoint, g v / ‖v‖. "authors": random ones, as in PGN's code: the head
+                is initialised under `seed` as DINO's code does. The random numbers that their script draws before it,
+                for the backbone it builds, are not drawn here, so its rows are others of the same distribution.
 
         Raises:
-            ValueError: the keys are not there, or fewer prototypes than classes.
+            ValueError: the keys are not there, `rows` is neither, or fewer prototypes than classes.
         """
+        if rows not in ("prototypes", "authors"):
+            raise ArgumentError("rows", f"must be 'prototypes' or 'authors', got {rows!r}")
         names = [k for k in state_dict if k.endswith(("last_layer.weight_v", "last_layer.weight"))]
         if len(names) != 1:
             raise ArgumentError("state_dict", "has no DINO head: no single key ends in 'last_layer.weight_v'")
         prefix = names[0].rpartition("last_layer.")[0]
-        rows = state_dict[names[0]]
-        if not 1 <= num_classes <= rows.shape[0]:
-            raise ArgumentError("num_classes", f"must be from 1 to the {rows.shape[0]} prototypes, got {num_classes}")
-        indices = sorted(
-            {
-                int(k[len(prefix) + 4 :].split(".")[0])
-                for k in state_dict
-                if k.startswith(prefix + "mlp.") and k.endswith(".weight")
-            }
-        )
-        layers = [
-            (state_dict[f"{prefix}mlp.{i}.weight"], state_dict.get(f"{prefix}mlp.{i}.bias"))
-            for i in indices
-            if state_dict[f"{prefix}mlp.{i}.weight"].ndim == 2
-        ]
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(rows.shape[0], generator=generator)[:num_classes]
-        return cls(rows[chosen], layers)
+        weight, scale = state_dict[names[0]], state_dict.get(f"{prefix}last_layer.weight_g")
+        if not 1 <= num_classes <= weight.shape[0]:
+            raise ArgumentError("num_classes", f"must be from 1 to the {len(weight)} prototypes, got {num_classes}")
+        layers = dino_layers(state_dict, prefix)
+        chosen = random.Random(seed).sample(range(weight.shape[0]), num_classes)
+        if rows == "authors":
+            return cls(_initial_rows([w for w, _ in layers], weight, seed)[chosen], layers, normalise=False)
+        if scale is None:
+            return cls(weight[chosen], layers)
+        return cls(F.normalize(weight[chosen].float(), dim=-1) * scale[chosen].float(), layers, normalise=False)
 
     def forward(self, features: Tensor) -> Tensor:
         rows: Tensor = self.prototypes  # type: ignore[assignment]
@@ -202,7 +222,25 @@ class PrototypeHead(Head):
         return F.normalize(x, dim=-1) @ rows.T
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": self.kind, "num_layers": self.num_layers}
+        described = {"kind": self.kind, "num_layers": self.num_layers}
+        return described if self.normalise else {**described, "normalise": False}
+
+
+def dino_layers(state_dict: Mapping[str, Tensor], prefix: str) -> list[tuple[Tensor, Tensor | None]]:
+    """(weight, bias) of the Linears of a DINO head's MLP, in order."""
+    names = [k for k in state_dict if k.startswith(prefix + "mlp.") and k.endswith(".weight")]
+    indices = sorted({int(k[len(prefix) + 4 :].split(".")[0]) for k in names})
+    stems = [f"{prefix}mlp.{i}." for i in indices if state_dict[f"{prefix}mlp.{i}.weight"].ndim == 2]
+    return [(state_dict[stem + "weight"], state_dict.get(stem + "bias")) for stem in stems]
+
+
+def _initial_rows(layers: Sequence[Tensor], last: Tensor, seed: int) -> Tensor:
+    """The last layer's rows as DINO's head starts with them under torch's seed `seed`, for weights of these shapes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in [nn.Linear(weight.shape[1], weight.shape[0]) for weight in layers]:
+            nn.init.trunc_normal_(module.weight, std=0.02)
+        return nn.Linear(last.shape[1], last.shape[0], bias=False).weight.detach()
 
 
 HEADS = ("linear", "text", "label_map", "prototypes")
@@ -315,12 +353,15 @@ def _tensor(name: str, values: Any) -> Tensor:
         raise ArgumentTypeError(name, f"must be an array of numbers, got {type(values).__name__}: {error}") from error
 
 
-def _register_classifier(head: Head, backbone: FrozenViT, rows: int | None = None) -> None:
+def _register_classifier(head: Head, backbone: FrozenViT, rows: int | None = None, trainable: bool = False) -> None:
     """Copies of the backbone's classifier rows, in float32, kept in the adapter: its fingerprint leaves them out."""
     for name in ("weight", "bias"):
         tensor = None if backbone.head is None else getattr(backbone.head, name)
         copied = None if tensor is None else tensor[:rows].detach().float().clone()
-        head.register_buffer(f"classifier_{name}", copied)
+        if trainable:
+            head.register_parameter(f"classifier_{name}", None if copied is None else nn.Parameter(copied))
+        else:
+            head.register_buffer(f"classifier_{name}", copied)
 
 
 def _classifier(head: Head, features: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ class PromptedViT(nn.Module):
         num_classes: C; None: no head, the model returns features.
         head: "linear", "text", "label_map", "prototypes", or a head of `fastprompt.heads`.
         readout: what the head sees: "cls", "patches", "patches+prompts", "prompts" or "map"; None: as the
-            backbone's own head does, and on a Swin transformer with prompts the mean of patches and prompts (VPT).
+            backbone's own head does, but the mean of patches and prompts with any prompts on a Swin transformer, and
+            with VPT's and VAPT's on a ViT that averages patches (MAE), as the authors' code.
         class_names: C names, kept in the adapter, as a list; None: those of the data set, when `fit` sees one.
         class_embeddings, logit_scale: for head "text". prototypes: for head "prototypes".
         train_backbone: train a copy of the backbone beside prompts and head, as PGN with full fine-tuning.
@@ -180,13 +181,13 @@ class PromptedViT(nn.Module):
     def _outputs(self, images: Tensor, draws: Draws | None, features: Features) -> tuple[Tensor, dict[str, Tensor]]:
         """What `forward` returns, by one of the two graphs, with the draws of the caller or of the model's mode."""
         self._check(images)
-        if draws is not None:
-            samples = [draws]
-        elif self.training or self.generator is None:
-            samples = [self.draw(len(images))]
-        else:
-            samples = self.generator.inference_draws()
-        return self._averaged(images, samples, features)
+        return self._averaged(images, self._samples(len(images)) if draws is None else [draws], features)
+
+    def _samples(self, batch: int) -> Sequence[Draws]:
+        """The draws of each forward that the model's mode asks for."""
+        if self.training or self.generator is None:
+            return [self.draw(batch)]
+        return self.generator.inference_draws()
 
     def _averaged(
         self, images: Tensor, samples: Sequence[Draws], features: Features
@@ -206,9 +207,15 @@ class PromptedViT(nn.Module):
         return stacked.mean(0) if self.head is None else stacked.softmax(-1).mean(0).log()
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """(B, D): what the head sees."""
+        """(B, D): what the head sees.
+
+        `model.head(model.forward_features(images))` is `model(images)`, with one exception: where a generator asks for
+        several samples at inference (`V2APTConfig.inference_samples` above 1), these are the samples' mean features,
+        while the model averages their class probabilities.
+        """
         self._check(images)
-        return self._features(images, self.draw(len(images)))[0]
+        samples = [self._features(images, draws)[0] for draws in self._samples(len(images))]
+        return samples[0] if len(samples) == 1 else torch.stack(samples).mean(0)
 
     def draw(self, batch: int) -> Draws:
         """The random tensors of one training step for `batch` images: dropout masks, latent noise."""
@@ -591,6 +598,8 @@ def check_readout(backbone: FrozenViT, generator: PromptGenerator | None, readou
     prompted = generator is not None and generator.num_prompts > 0
     if readout is None:
         readout = (backbone.graph.prompted_readout if prompted else None) or backbone.spec.pool
+        if readout == "patches" and generator is not None and generator.read_with_patches:
+            readout = "patches+prompts"
     if readout not in READOUTS:
         raise ArgumentError("readout", f"must be one of {READOUTS} or None, got {readout!r}")
     if readout == "cls" and not backbone.spec.has_cls:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,26 +27,30 @@ from fastprompt.generators import (
     VAPTConfig,
     VPTConfig,
 )
+from fastprompt.heads import Head, LabelMapHead, LinearHead, PrototypeHead, dino_layers
 from fastprompt.model import PromptedViT
 from fastprompt.vit import FrozenViT
+from fastprompt.vit.checkpoints import named_tensors, read_file
+from fastprompt.vit.readers.parts import CLIP, IMAGENET
+
+logger = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
-
-_ARRAYS: list[Any] = [
-    np.ndarray,
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("float16", "float32", "float64")),
-    (np.zeros(0).__reduce__()[0], "numpy.core.multiarray._reconstruct"),
-    (np.zeros(0).__reduce__()[0], "numpy._core.multiarray._reconstruct"),
-]
-"""What a file of NumPy arrays names, as VPT saves its prompts; none of it runs code of the file's."""
 
 
 def load_official(
     source: str | os.PathLike[str] | Mapping[str, Any],
     backbone: FrozenViT | None = None,
     *,
+    head: str | Head | None = None,
+    num_classes: int | None = None,
+    class_embeddings: Any = None,
+    dino: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    rows: str = "authors",
+    seed: int = 0,
     readout: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     **overrides: Any,
 ) -> PromptGenerator | PromptedViT:
     """A published PGN, VPT or VAPT checkpoint as a generator, or with a backbone as a `PromptedViT`; eval mode.
@@ -58,109 +61,154 @@ def load_official(
     The method and its sizes are read from tensor names and shapes. What a state dict does not say takes the
     authors' default and can be overridden by name (`activation=`, `stem_pool=`, `channel_dropout=`, ...).
 
+    Raw (uint8) pixels are normalised as the authors' code does it: by CLIP's mean and std for PGN on every backbone,
+    the supervised ViT and DINO too, and by ImageNet's for VPT and VAPT. Where those are not the backbone's,
+    `model.backbone` is `backbone.normalising_by(mean, std)`, on the same tensors.
+
+    The authors' classifiers, by `head`:
+
+    * "text", with `class_embeddings`: PGN on CLIP.
+    * "label_map": PGN on the supervised ViT, which reads output i of the pretrained classifier as label i, and all of
+      its outputs unless `num_classes` says how many. The authors' code trains the classifier beside the prompts; the
+      `.pt` files that they published leave it out, which is warned of. Of a file of the whole model it is taken.
+    * "prototypes", with `dino` and `num_classes`: PGN on DINO; see `PrototypeHead.from_dino` for the defect that
+      `rows="authors"` repeats. Their last layer is not in the published files, so predictions are not theirs.
+    * None: the classifier that the file has, if it has one.
+
     Args:
         source: a state dict, or a file of one (`.pt`, `.pth`, read with `weights_only=True`, or `.safetensors`).
             Wrappers ({"state_dict": ...}, {"model": ...}), prefixes and the tensors of a full model around the
             prompts are accepted.
-        backbone: the backbone the prompts were trained for; None: only the generator is returned. A linear head
-            in the checkpoint (`head.last_layer.*`) comes along.
-        readout: what the head sees, as for `PromptedViT`; None: as in the authors' code, that is the backbone's own,
-            and the mean of patches and prompts for VPT and VAPT on a backbone that averages patches (MAE).
+        backbone: the backbone the prompts were trained for; None: only the generator is returned, and what follows
+            may not be given, but for overrides.
+        head: "linear", "text", "label_map", "prototypes", a head of `fastprompt.heads`, or None, as above.
+        num_classes: C, where `head` does not say it.
+        class_embeddings: (C, E), for "text".
+        dino: DINO's full checkpoint, or a state dict of its projection head, for "prototypes".
+        rows: "authors" or "prototypes". seed: of both, and of the choice of prototypes (`random.sample`).
+        readout: what the head sees, as for `PromptedViT`; None: its default, which is that of the authors' code.
+        mean, std: per channel, by which raw pixels are normalised; None: the authors'.
         overrides: options of the method's configuration, and `grid=(rows, columns)`, `patch_size=` or
             `image_size=` for a generator without backbone.
 
     Raises:
         FileNotFoundError: no such file.
         TypeError: `source` is neither a path nor a state dict of tensors.
-        ValueError: the file or dict is no such checkpoint, a tensor is missing, unknown or misshapen, or the
-            checkpoint does not fit `backbone`.
+        ValueError: the file or dict is no such checkpoint, a tensor is missing, unknown or misshapen, the
+            checkpoint does not fit `backbone`, or an argument does not fit the others.
     """
-    state = _read(source)
     if backbone is not None and not isinstance(backbone, FrozenViT):
         raise TypeError(f"backbone must be a FrozenViT or None, got {type(backbone).__name__}")
-    if readout is not None and backbone is None:
-        raise ValueError(f"readout={readout!r} needs a backbone: a generator alone has no readout")
+    of_model = {"head": head, "num_classes": num_classes, "readout": readout, "mean": mean, "std": std}
+    for name, value in of_model.items():
+        if value is not None and backbone is None:
+            raise ValueError(f"{name}={value!r} needs a backbone: a generator alone has no {name}")
+    for name, missing, kind in (
+        ("class_embeddings", class_embeddings is None, "text"),
+        ("dino", dino is None, "prototypes"),
+    ):
+        if missing == (isinstance(head, str) and head == kind):
+            verb = "is needed for" if missing else "is for"
+            raise ValueError(f"{name} {verb} head {kind!r}, head is {head!r}")
+    state = _read(source)
     if "grid" in overrides:
         overrides["grid"] = Geometry(grid=overrides["grid"]).grid
-    for marker, reader in (
-        ("tl_vectors", _pgn),
-        ("pgn_vectors", _free),
-        ("prompt_embeddings", _visual_prompts),
-        ("shallow_prompt", _saved_prompts),
-    ):
-        prefix = _prefix(state, marker)
-        if prefix is not None:
-            inner = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-            generator = reader(inner, backbone, dict(overrides)).eval()
-            break
-    else:
+    prefixes = {marker: _prefix(state, marker) for marker in _READERS}
+    marker = next((marker for marker, prefix in prefixes.items() if prefix is not None), None)
+    if marker is None:
         raise ValueError(
             "source is no published PGN, VPT or VAPT checkpoint: it has none of 'tl_vectors', 'pgn_vectors', "
             f"'prompt_embeddings' and 'shallow_prompt'; its keys start with {sorted(state)[:3]}"
         )
+    (reader, pixels), prefix = _READERS[marker], prefixes[marker] or ""
+    inner = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+    generator = reader(inner, backbone, dict(overrides)).eval()
     if backbone is None:
         return generator
     _compare_backbone(inner, backbone)
-    outer = re.sub(r"enc\.(transformer\.)?$", "", prefix) + "head."
-    weight, bias = state.get(outer + "last_layer.weight"), state.get(outer + "last_layer.bias")
-    if weight is not None:
-        if any(k.startswith(outer + "projection.") for k in state):
+    backbone = backbone.normalising_by(pixels["mean"] if mean is None else mean, pixels["std"] if std is None else std)
+    logger.info("raw pixels are normalised by mean %s and std %s", backbone.mean, backbone.std)
+    found = _head_of(state, prefix, backbone)
+    built: str | Head = "linear" if head is None else head
+    if head == "label_map":
+        built = _label_map(found, backbone, num_classes)
+    elif head == "prototypes":
+        if num_classes is None:
+            raise ValueError("head 'prototypes' needs num_classes, got None")
+        released = _read(dino, "dino", ("student", "state_dict", "model"))
+        built = PrototypeHead.from_dino(released, num_classes, seed, rows=rows)
+    elif head == "text":
+        num_classes = len(class_embeddings) if num_classes is None else num_classes
+    elif found is not None and head in (None, "linear"):
+        if num_classes not in (None, found.num_classes):
             raise ValueError(
-                f"source has a head of several layers ({outer}projection.*); only a linear one can be "
-                "read. Without backbone its prompts can"
+                f"num_classes={num_classes} contradicts the checkpoint, whose head has {found.num_classes}"
             )
-        if weight.ndim != 2 or weight.shape[1] != backbone.feature_width:
-            raise ValueError(
-                f"source has a head of shape {tuple(weight.shape)}, backbone takes (C, {backbone.feature_width})"
-            )
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"source has a head of shape {tuple(weight.shape)} with a bias of shape {tuple(bias.shape)}"
-            )
-    if readout is None and marker in ("prompt_embeddings", "shallow_prompt") and backbone.spec.pool == "patches":
-        readout = "patches+prompts"
-    model = PromptedViT(backbone, generator.config, None if weight is None else weight.shape[0], readout=readout)
+        if head == "linear" and not isinstance(found, LinearHead):
+            raise ValueError(f"head='linear' contradicts the checkpoint, which has one of kind {found.kind!r}")
+        built = found
+    model = PromptedViT(backbone, generator.config, num_classes, built, readout, class_embeddings=class_embeddings)
     assert model.generator is not None
     model.generator.load_state_dict(generator.state_dict())
-    if weight is not None and model.head is not None:
-        model.head.load_state_dict({"weight": weight, "bias": torch.zeros(len(weight)) if bias is None else bias})
     return model.eval()
 
 
-def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> State:
-    if isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"source {path} does not exist")
-        try:
-            if path.suffix == ".safetensors":
-                from safetensors.torch import load_file
+def _label_map(found: Head | None, backbone: FrozenViT, num_classes: int | None) -> LabelMapHead:
+    """PGN's classifier on the supervised ViT: the backbone's, as trained where the file has it."""
+    outputs = 0 if backbone.head is None else len(backbone.head.weight)
+    head = LabelMapHead(backbone, outputs if num_classes is None else num_classes, trainable=True)
+    if isinstance(found, LinearHead) and found.weight.shape == (outputs, backbone.feature_width):
+        rows = head.num_classes
+        trained = {"weight": found.weight[:rows], "bias": found.bias[:rows]}
+        head.load_state_dict({f"classifier_{name}": trained[name] for name in trained})
+        return head
+    warnings.warn(
+        "source leaves out the classifier that the authors trained beside the prompts; head 'label_map' starts from "
+        "the backbone's pretrained one, and predictions are not those of the authors until it is trained",
+        stacklevel=3,
+    )
+    return head
 
-                content: Any = load_file(path)
-            else:
-                with torch.serialization.safe_globals(_ARRAYS):
-                    content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # the unpickler fails in as many ways as a file can be broken
-            how = "a whole safetensors file" if path.suffix == ".safetensors" else "plain tensors (weights_only=True)"
-            raise ValueError(f"source {path} cannot be read as {how}: {error}") from error
+
+def _head_of(state: State, prefix: str, backbone: FrozenViT) -> Head | None:
+    """The classifier beside the prompts in a file of a whole model; None: it has none.
+
+    VPT's and VAPT's is `head.last_layer`, PGN's `vit_model.heads.head`, with a new classifier `vit_model.heads.0`, and
+    on DINO `dino_head`.
+    """
+    outer = re.sub(r"(enc\.(transformer\.)?|pgn_module\.)$", "", prefix)
+    if f"{outer}dino_head.last_layer.weight" in state:
+        stem = f"{outer}dino_head."
+        return PrototypeHead(state[f"{stem}last_layer.weight"], dino_layers(state, stem), normalise=False)
+    for stem in ("head.last_layer.", "vit_model.heads.head.", "vit_model.heads.0."):
+        weight, bias = state.get(f"{outer}{stem}weight"), state.get(f"{outer}{stem}bias")
+        if weight is not None:
+            break
     else:
-        content = source
-    for key in ("state_dict", "model"):
+        return None
+    if any(k.startswith(f"{outer}head.projection.") for k in state):
+        raise ValueError(
+            f"source has a head of several layers ({outer}head.projection.*); only a linear one can be "
+            "read. Without backbone its prompts can"
+        )
+    if weight.ndim != 2 or weight.shape[1] != backbone.feature_width:
+        raise ValueError(
+            f"source has a head of shape {tuple(weight.shape)}, backbone takes (C, {backbone.feature_width})"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"source has a head of shape {tuple(weight.shape)} with a bias of shape {tuple(bias.shape)}")
+    head = LinearHead(weight.shape[1], weight.shape[0])
+    head.load_state_dict({"weight": weight, "bias": torch.zeros(len(weight)) if bias is None else bias})
+    return head
+
+
+def _read(source: Any, name: str = "source", wrappers: tuple[str, ...] = ("state_dict", "model")) -> State:
+    """The tensors of a file or a state dict, out of the first of the `wrappers` that it has, and so on."""
+    content = read_file(source, name) if isinstance(source, (str, os.PathLike)) else source
+    for key in wrappers:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(k, str) for k in content):
-        raise TypeError(f"source must be a path or a state dict of named tensors, got {type(content).__name__}")
-    state = {
-        k: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) and v.dtype.kind == "f" else v
-        for k, v in content.items()
-    }
-    state = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-    if not state:
-        raise TypeError("source must be a state dict of tensors, it holds none")
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"source: {name} contains NaN or infinite values")
-    return state
+    return named_tensors(content, name)
 
 
 def _prefix(state: State, marker: str) -> str | None:
@@ -427,6 +475,15 @@ def _padding(positions: int, grow: int, grid: Any, conv: bool, given: Any) -> tu
         f"source: the token projector reads {positions} positions, which no padding gives on a grid of "
         f"{' or '.join(map(str, grids))} patches; give grid=(rows, columns) and padding="
     )
+
+
+_READERS = {
+    "tl_vectors": (_pgn, CLIP),
+    "pgn_vectors": (_free, CLIP),
+    "prompt_embeddings": (_visual_prompts, IMAGENET),
+    "shallow_prompt": (_saved_prompts, IMAGENET),
+}
+"""By the tensor that tells a method: what reads it, and how its authors' code normalises pixels."""
 
 
 def _compare_backbone(state: State, backbone: FrozenViT) -> None:

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,6 +130,74 @@ def test_dino_s_projection_head(prefix: str, weight: str) -> None:
     torch.testing.assert_close(logits, everything[:, chosen], rtol=1e-5, atol=1e-6)
     assert torch.equal(fp.PrototypeHead.from_dino(state, 4).prototypes, head.prototypes)
     assert not torch.equal(fp.PrototypeHead.from_dino(state, 4, seed=1).prototypes, head.prototypes)
+
+
+class DinoHead(nn.Module):
+    """DINO's projection head: layers, initialisation and their order as in its code."""
+
+    def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int) -> None:
+        super().__init__()
+        sizes = [(width, hidden), (hidden, hidden), (hidden, bottleneck)]
+        self.mlp = nn.Sequential(*(layer for pair in sizes for layer in (nn.Linear(*pair), nn.GELU())))[:-1]
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self.last_layer = nn.utils.weight_norm(nn.Linear(bottleneck, prototypes, bias=False))
+        self.last_layer.weight_g.data.fill_(1)
+
+
+def test_rows_of_the_authors_are_stale_and_random() -> None:
+    """What PGN's code gets: `.weight` after `load_state_dict`, before a forward, in which it would be computed."""
+    released = {f"module.head.{k}": v for k, v in DinoHead(48, 64, 256, 3000).state_dict().items()}
+    torch.manual_seed(7)
+    theirs = DinoHead(48, 64, 256, 3000)
+    theirs.load_state_dict({k.removeprefix("module.head."): v for k, v in released.items()})
+    random.seed(7)
+    chosen = random.sample(list(range(3000)), k=40)
+    expected = theirs.last_layer.weight[chosen].detach()
+    before = torch.get_rng_state()
+    head = fp.PrototypeHead.from_dino(released, 40, seed=7, rows="authors")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(head.prototypes, expected)
+    assert 0.55 < head.prototypes.norm(dim=1).mean() < 0.61
+    meant = released["module.head.last_layer.weight_v"][chosen]
+    assert torch.cosine_similarity(head.prototypes, meant).abs().mean() < 0.1
+    x = torch.randn(2, 48)
+    torch.testing.assert_close(head(x), torch.nn.functional.normalize(theirs.mlp(x), dim=-1) @ expected.T)
+    intended = fp.PrototypeHead.from_dino(released, 40, seed=7)
+    torch.testing.assert_close(
+        intended.prototypes, theirs.last_layer.weight_v[chosen] / meant.norm(dim=1, keepdim=True)
+    )
+
+
+def test_prototypes_keep_the_scale_that_was_trained() -> None:
+    state = dino_head("head.") | {"head.last_layer.weight_g": torch.rand(20, 1) + 0.5}
+    layer = nn.Linear(5, 20, bias=False)
+    layer.weight.data = torch._weight_norm(state["head.last_layer.weight_v"], state["head.last_layer.weight_g"], 0)
+    chosen = random.Random(2).sample(range(20), 6)
+    torch.testing.assert_close(fp.PrototypeHead.from_dino(state, 6, seed=2).prototypes, layer.weight[chosen])
+
+
+def test_label_map_trains_a_copy_of_the_classifier(
+    randomised: Callable[..., nn.Module], tiny_images: Tensor, tmp_path: Path
+) -> None:
+    _, backbone = backbone_with(randomised, 7)
+    model = fp.PromptedViT(backbone, fp.LinearProbeConfig(), head=fp.LabelMapHead(backbone, 4, trainable=True))
+    assert [name for name, _ in model.trainable_parameters()] == ["head.classifier_weight", "head.classifier_bias"]
+    before = backbone.head.weight.clone()
+    torch.optim.SGD(model.head.parameters(), 0.1).zero_grad()
+    model(tiny_images.double()).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.head.parameters())
+    with torch.no_grad():
+        model.head.classifier_weight.neg_()
+    assert torch.equal(backbone.head.weight, before)
+    model.save_pretrained(tmp_path)
+    loaded = fp.PromptedViT.from_pretrained(backbone, tmp_path)
+    torch.testing.assert_close(loaded(tiny_images.double()), model.eval()(tiny_images.double()))
+    assert len(list(loaded.trainable_parameters())) == 2
 
 
 def test_bad_dino_heads_are_named() -> None:

@@ -145,6 +145,26 @@ def test_default_readout_is_that_of_the_backbone_s_own_head(
     assert fp.PromptedViT(fp.FrozenViT(tiny_vit), fp.VPTConfig()).readout == "cls"
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (fp.VPTConfig(num_prompts=2), "patches+prompts"),
+        (fp.VPTConfig(num_prompts=2, deep=False), "patches+prompts"),
+        (fp.VAPTConfig(num_prompts=2), "patches+prompts"),
+        (fp.PGNConfig(num_prompts=2, library_size=3, widths=(4,)), "patches"),
+        (fp.FreePromptsConfig(num_prompts=2), "patches"),
+        (fp.LinearProbeConfig(), "patches"),
+    ],
+)
+def test_default_readout_where_the_backbone_averages_patches(
+    make_vit: Callable[..., VisionTransformer], tmp_path: Path, config: PromptConfig, expected: str
+) -> None:
+    backbone = fp.FrozenViT(make_vit(global_pool="avg"))
+    assert fp.PromptedViT(backbone, config).readout == expected
+    fp.PromptedViT(backbone, config, readout="patches").save_pretrained(tmp_path)  # the default of earlier versions
+    assert fp.PromptedViT.from_pretrained(backbone, tmp_path).readout == "patches"
+
+
 @pytest.mark.parametrize("readout", ["cls", "patches", "map"])
 def test_linear_probe_reads_the_backbone_s_tokens(
     make_vit: Callable[..., VisionTransformer], tiny_images: Tensor, readout: str

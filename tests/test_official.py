@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import pickle
 import re
 from collections.abc import Callable
@@ -657,6 +659,153 @@ def test_mae_models_average_patches_and_prompts_as_the_authors_do(
     torch.testing.assert_close(model(tiny_images), F.linear(model.forward_features(tiny_images), head))
     assert fp.load_official(state, backbone, readout="patches").readout == "patches"
     assert fp.load_official(pgn_state(), backbone).readout == "patches"
+
+
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@pytest.mark.parametrize(
+    ("make", "pixels"),
+    [
+        (pgn_state, CLIP),
+        (lambda: {"pgn_vectors": torch.ones(2, D)}, CLIP),
+        (vpt_state, IMAGENET),
+        (vapt_state, IMAGENET),
+    ],
+)
+def test_raw_pixels_are_normalised_as_the_authors_do(
+    tiny_vit: VisionTransformer, tmp_path: Path, make: Callable[[], State], pixels: tuple[Any, Any]
+) -> None:
+    given = fp.FrozenViT(tiny_vit, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    model, raw = fp.load_official(make(), given), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert ((model.backbone.mean, model.backbone.std), given.mean) == (pixels, (0.5, 0.5, 0.5))
+    assert model.backbone.fingerprint == given.fingerprint
+    assert model.backbone.patch_weight is given.patch_weight
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in pixels)
+    torch.testing.assert_close(model(raw), model((raw / 255 - mean) / std), rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["backbone"]["mean"] == list(pixels[0])
+    other = fp.load_official(make(), given, mean=(0.1, 0.2, 0.3))
+    assert (other.backbone.mean, other.backbone.std) == ((0.1, 0.2, 0.3), pixels[1])
+
+
+def classified(outputs: int = 7) -> fp.FrozenViT:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": D, "depth": L, "num_heads": 3}
+    return fp.FrozenViT(VisionTransformer(**sizes, num_classes=outputs))
+
+
+def test_label_map_is_the_pretrained_classifier_and_trains(tiny_images: Tensor, tmp_path: Path) -> None:
+    backbone = classified()
+    with pytest.warns(UserWarning, match="leaves out the classifier that the authors trained"):
+        model = fp.load_official(pgn_state(), backbone, head="label_map")
+    assert (model.num_classes, model.head.kind) == (7, "label_map")
+    torch.testing.assert_close(model(tiny_images), backbone.head(model.forward_features(tiny_images)))
+    trained = {name for name, _ in model.trainable_parameters() if name.startswith("head.")}
+    assert trained == {"head.classifier_weight", "head.classifier_bias"}
+    with torch.no_grad():
+        model.head.classifier_bias += 1
+    model.save_pretrained(tmp_path)
+    loaded = fp.PromptedViT.from_pretrained(backbone.normalising_by(*CLIP), tmp_path)
+    assert isinstance(loaded.head.classifier_weight, nn.Parameter)
+    torch.testing.assert_close(loaded(tiny_images), model(tiny_images))
+
+
+@pytest.mark.parametrize(("key", "head"), [("heads.head", "label_map"), ("heads.head", None), ("heads.0", None)])
+def test_a_whole_pgn_model_brings_its_trained_classifier(
+    tiny_images: Tensor, recwarn: pytest.WarningsRecorder, key: str, head: str | None
+) -> None:
+    """Lightning's file of the authors' ViTPGN."""
+    weight, bias = torch.randn(7, D), torch.randn(7)
+    state = {f"pgn_module.{name}": tensor for name, tensor in pgn_state().items()}
+    state |= {f"vit_model.{key}.weight": weight, f"vit_model.{key}.bias": bias}
+    model = fp.load_official({"state_dict": state}, classified(), head=head)
+    assert [w for w in recwarn if "classifier" in str(w.message)] == []
+    torch.testing.assert_close(model(tiny_images), F.linear(model.forward_features(tiny_images), weight, bias))
+
+
+def dino_checkpoint(prototypes: int = 20) -> dict[str, Any]:
+    head = {
+        **{f"mlp.{i}.bias": torch.randn(n) for i, n in ((0, 9), (2, 9), (4, 5))},
+        "mlp.0.weight": torch.randn(9, D),
+        "mlp.2.weight": torch.randn(9, 9),
+        "mlp.4.weight": torch.randn(5, 9),
+        "last_layer.weight_g": torch.full((prototypes, 1), 2.0),
+        "last_layer.weight_v": torch.randn(prototypes, 5),
+    }
+    return {
+        "student": {f"module.head.{name}": tensor for name, tensor in head.items()},
+        "teacher": {f"head.{name}": -tensor for name, tensor in head.items()},
+        "args": argparse.Namespace(arch="vit_small"),
+        "epoch": 800,
+    }
+
+
+@pytest.mark.parametrize("rows", ["authors", "prototypes"])
+def test_prototypes_of_a_dino_checkpoint(
+    backbone: fp.FrozenViT, tiny_images: Tensor, tmp_path: Path, rows: str
+) -> None:
+    checkpoint = dino_checkpoint()
+    torch.save(checkpoint, tmp_path / "full_checkpoint.pth")
+    given = {"dino": tmp_path / "full_checkpoint.pth", "num_classes": 4, "seed": 3}
+    model = fp.load_official(pgn_state(), backbone, head="prototypes", rows=rows, **given)
+    student = checkpoint["student"]
+    expected = fp.PrototypeHead.from_dino(student, 4, 3, rows=rows)
+    assert torch.equal(model.head.prototypes, expected.prototypes)
+    features = model.forward_features(tiny_images)
+    torch.testing.assert_close(model(tiny_images), expected(features))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = fp.PromptedViT.from_pretrained(backbone.normalising_by(*CLIP), tmp_path / "adapter")
+    assert torch.equal(loaded.head.prototypes, expected.prototypes)
+
+
+def test_a_whole_dino_model_brings_its_head(backbone: fp.FrozenViT, tiny_images: Tensor) -> None:
+    head = {k.removeprefix("module."): v for k, v in dino_checkpoint()["student"].items() if "last" not in k}
+    rows = torch.randn(3, 5)
+    state = {f"pgn_module.{name}": tensor for name, tensor in pgn_state().items()}
+    state |= {f"dino_{name}": tensor for name, tensor in head.items()} | {"dino_head.last_layer.weight": rows}
+    model = fp.load_official(state, backbone)
+    mlp = nn.Sequential(nn.Linear(D, 9), nn.GELU(), nn.Linear(9, 9), nn.GELU(), nn.Linear(9, 5))
+    mlp.load_state_dict({name.removeprefix("head.mlp."): tensor for name, tensor in head.items()})
+    expected = F.normalize(mlp(model.forward_features(tiny_images)), dim=-1) @ rows.T
+    torch.testing.assert_close(model(tiny_images), expected)
+
+
+def test_the_text_head_of_pgn_on_clip(tiny_images: Tensor) -> None:
+    texts = torch.randn(5, 7)
+    model = fp.load_official(pgn_state(), classified(), head="text", class_embeddings=texts)
+    expected = model.backbone.head(model.forward_features(tiny_images))
+    torch.testing.assert_close(model(tiny_images), 100 * F.normalize(expected, dim=-1) @ F.normalize(texts, dim=-1).T)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head": "prototypes", "num_classes": 3}, "dino is needed for head 'prototypes'"),
+        ({"head": "prototypes", "dino": dino_checkpoint()}, "head 'prototypes' needs num_classes"),
+        (
+            {"head": "prototypes", "dino": dino_checkpoint(), "num_classes": 3, "rows": "mine"},
+            "rows must be 'prototypes' or 'authors', got 'mine'",
+        ),
+        ({"head": "text"}, "class_embeddings is needed for head 'text'"),
+        ({"dino": {}}, "dino is for head 'prototypes', head is None"),
+        ({"class_embeddings": [[1.0]], "head": "linear"}, "class_embeddings is for head 'text', head is 'linear'"),
+        ({"head": "label_map"}, "needs a backbone with a pretrained classifier"),
+        ({"head": "map", "num_classes": 3}, "head must be one of"),
+        ({"mean": (0.5,)}, "mean must be three numbers"),
+    ],
+)
+def test_heads_that_cannot_be_built_are_named(backbone: fp.FrozenViT, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fp.load_official(
+            pgn_state(), backbone, **{"num_classes": 3 if options.get("head") == "map" else None, **options}
+        )
+
+
+@pytest.mark.parametrize("options", [{"head": "linear"}, {"num_classes": 3}, {"mean": (0.5, 0.5, 0.5)}])
+def test_a_generator_alone_has_neither_head_nor_pixels(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"{next(iter(options))}=.* needs a backbone"):
+        fp.load_official(pgn_state(), **options)
 
 
 def test_readout_needs_a_backbone_and_must_be_one(backbone: fp.FrozenViT) -> None:

@@ -171,6 +171,7 @@ class PromptGenerator(nn.Module, abc.ABC):
         layers: indices of the blocks whose prompts this generator sets; elsewhere prompts flow on as tokens.
         num_prompts: P.
         prompts_last: the rows stand after the patches ([CLS, patches, prompts]) instead of before them.
+        read_with_patches: a head that reads the mean of the patches reads that of patches and prompts.
         before_pre_norm: block 0's prompts pass the backbone's pre-norm (CLIP's `ln_pre`), if it has one.
         takes_stages: the method is defined on backbones whose width changes between stages (Swin).
         changes_images: it makes no tokens but other images: `prompt_images`.
@@ -180,6 +181,7 @@ class PromptGenerator(nn.Module, abc.ABC):
     known_at: ClassVar[str]
     config_class: ClassVar[type[PromptConfig]]
     prompts_last: ClassVar[bool] = False
+    read_with_patches: ClassVar[bool] = False
     before_pre_norm: ClassVar[bool] = False
     takes_stages: ClassVar[bool] = False
     changes_images: bool = False

@@ -189,6 +189,7 @@ class VAPT(PromptGenerator):
     """
 
     known_at = "layer"
+    read_with_patches = True
     config_class = VAPTConfig
     config: VAPTConfig
 

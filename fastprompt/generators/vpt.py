@@ -182,6 +182,7 @@ class VPT(PromptGenerator):
     """
 
     known_at = "static"
+    read_with_patches = True
     config_class = VPTConfig
     takes_stages = True
     config: VPTConfig

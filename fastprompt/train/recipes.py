@@ -228,7 +228,7 @@ class Recipe:
         """Whether weight decay acts on the parameter of a model with this name and so many axes."""
         if self.decay == "matrices":
             return axes > 1
-        return self.decay == "all" or name != "head.bias"
+        return self.decay == "all" or name not in ("head.bias", "head.classifier_bias")
 
     def kl_factor(self, step: int, steps_per_epoch: int) -> float:
         """What ``beta`` is multiplied by at one step: rises linearly to 1 over ``kl_warmup_epochs``."""

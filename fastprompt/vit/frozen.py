@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import math
@@ -53,17 +54,22 @@ class FrozenViT(Backbone):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
+        pixels = check_pixels(mean, std)
         parts = read(module, image_size)
-        for key, value in (("mean", mean), ("std", std)):
-            if value is not None:
-                change: dict[str, Any] = {key: _channel_triple(key, value)}
-                parts["spec"] = dataclasses.replace(parts["spec"], **change)
+        parts["spec"] = dataclasses.replace(parts["spec"], **pixels)
         super().__init__(parts)
         self.register_load_state_dict_post_hook(_fold_again)
 
     @classmethod
     def from_timm(
-        cls, name: str, pretrained: bool = False, image_size: int | tuple[int, int] | None = None, **kwargs: Any
+        cls,
+        name: str,
+        pretrained: bool = False,
+        image_size: int | tuple[int, int] | None = None,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        **kwargs: Any,
     ) -> FrozenViT:
         """Build a timm model by name and freeze it.
 
@@ -71,6 +77,7 @@ class FrozenViT(Backbone):
             name: a timm model name of `timm.models.vision_transformer`, `swin_transformer` or `swin_transformer_v2`.
             pretrained: load the published weights from the hub.
             image_size: pixels (or (height, width)); the position embedding is resampled by timm.
+            mean, std: per channel; None: those that come with timm's weights.
             kwargs: passed to `timm.create_model`.
 
         Raises:
@@ -85,13 +92,15 @@ class FrozenViT(Backbone):
             )
         if ":" not in name and not timm.is_model(name.partition(".")[0]):
             raise ArgumentError("name", f"must be a timm model name, got {name!r}; timm.list_models() lists them")
+        check_pixels(mean, std)
         sized = kwargs if image_sides(image_size) is None else {**kwargs, "img_size": image_size}
         try:
             model = timm.create_model(name, pretrained=pretrained, **sized)
         except TypeError as error:
             raise ValueError(f"timm does not build {name!r} with {sized}: {error}") from error
-        backbone = cls(model)
-        backbone.source = BackboneSource.of_call("timm", name, pretrained, image_size, kwargs)
+        backbone = cls(model, mean=mean, std=std)
+        options = {**kwargs, "mean": mean, "std": std}
+        backbone.source = BackboneSource.of_call("timm", name, pretrained, image_size, options)
         return backbone
 
     @classmethod
@@ -120,6 +129,7 @@ class FrozenViT(Backbone):
         from fastprompt.vit.readers import torchvision
 
         image_sides(image_size)
+        check_pixels(mean, std)
         module = torchvision.build(name, pretrained, **kwargs)
         backbone = cls(module, image_size=image_size, mean=mean, std=std)._named(name)
         options = {**kwargs, "mean": mean, "std": std}
@@ -151,6 +161,7 @@ class FrozenViT(Backbone):
             TypeError, ValueError: an argument does not fit, or the model has a part that cannot be represented.
         """
         image_sides(image_size)
+        check_pixels(mean, std)
         if isinstance(model, nn.Module):
             if pretrained is not None or kwargs:
                 raise ArgumentError(
@@ -192,6 +203,7 @@ class FrozenViT(Backbone):
             TypeError, ValueError: an argument does not fit, or the model has a part that cannot be represented.
         """
         image_sides(image_size)
+        check_pixels(mean, std)
         if isinstance(model, nn.Module):
             if kwargs:
                 raise ValueError(f"a model takes no options of from_pretrained, got {sorted(kwargs)}")
@@ -209,6 +221,25 @@ class FrozenViT(Backbone):
         options = {**kwargs, "mean": mean, "std": std}
         backbone.source = BackboneSource.of_call("transformers", model, pretrained, image_size, options)
         return backbone
+
+    def normalising_by(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> FrozenViT:
+        """The same backbone, on the same tensors, that normalises raw (uint8) pixels by another `mean` and `std`.
+
+        It has the same fingerprint, so the same adapters fit. None: as here.
+
+        Raises:
+            ValueError: `mean` or `std` is not three numbers.
+        """
+        spec = dataclasses.replace(self.spec, **check_pixels(mean, std))
+        if spec == self.spec:
+            return self
+        self.pin_fingerprint()
+        other = copy.copy(self)
+        other.spec, other.kept_fold = spec, None  # the folded patch embedding has mean and std in it
+        if self.source is not None:
+            options = {**self.source.options, "mean": list(spec.mean), "std": list(spec.std)}
+            other.source = dataclasses.replace(self.source, options=options)
+        return other
 
     def _named(self, name: str) -> FrozenViT:
         self.spec = dataclasses.replace(self.spec, name=name)
@@ -324,6 +355,12 @@ def _fold_again(vit: FrozenViT, keys: Any) -> None:
 def _require(library: str, extra: str) -> None:
     if importlib.util.find_spec(library) is None:
         raise ImportError(f"{library} is not installed: pip install 'fastprompt[{extra}]'")
+
+
+def check_pixels(mean: Sequence[float] | None, std: Sequence[float] | None) -> dict[str, Any]:
+    """The fields of a `ViTSpec` that are given; ValueError where one is not three numbers."""
+    given = {"mean": mean, "std": std}
+    return {name: _channel_triple(name, value) for name, value in given.items() if value is not None}
 
 
 def _channel_triple(name: str, value: Sequence[float]) -> tuple[float, float, float]:

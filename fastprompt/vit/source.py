@@ -12,8 +12,8 @@ from fastprompt.arguments import ArgumentError, ArgumentTypeError
 
 _MEAN_STD = {"mean", "std"}
 _OPTIONS = {
-    "load_backbone": set[str](),
-    "timm": {"num_classes", "global_pool", "dynamic_img_size", "dynamic_img_pad", "strict_img_size"},
+    "load_backbone": _MEAN_STD,
+    "timm": _MEAN_STD | {"num_classes", "global_pool", "dynamic_img_size", "dynamic_img_pad", "strict_img_size"},
     "torchvision": _MEAN_STD,
     "open_clip": _MEAN_STD | {"force_quick_gelu"},
     "transformers": _MEAN_STD | {"revision"},
@@ -91,8 +91,9 @@ class BackboneSource:
 
     @property
     def backbone_name(self) -> str | None:
-        """The name by which `load_backbone` and the command line know it; None: they do not."""
-        return self.name if self.loader in ("load_backbone", "timm") and not self.options else None
+        """The name by which `load_backbone` and the command line know its tensors; None: they do not."""
+        known = self.loader in ("load_backbone", "timm") and set(self.options) <= _MEAN_STD
+        return self.name if known else None
 
 
 def _is_size(image_size: Any) -> bool:

@@ -142,6 +142,20 @@ def test_samples_of_the_images_are_independent(tiny_vit: VisionTransformer, tiny
     assert not torch.allclose(logits[0], logits[1])
 
 
+@pytest.mark.parametrize("samples", [0, 1, 3])
+def test_features_are_of_the_samples_that_the_model_predicts_by(
+    tiny_vit: VisionTransformer, tiny_images: Tensor, samples: int
+) -> None:
+    model, images = prompted(tiny_vit, inference_samples=samples), tiny_images.double()
+    features, logits = model.forward_features(images), model(images)
+    if samples < 2:
+        torch.testing.assert_close(model.head(features), logits)
+    each = [model._features(images, draws)[0] for draws in model.generator.inference_draws()]
+    torch.testing.assert_close(features, torch.stack(each).mean(0))
+    model.head = None
+    torch.testing.assert_close(model(images), features)
+
+
 def test_inference_samples_average_probabilities(tiny_vit: VisionTransformer, tiny_images: Tensor) -> None:
     model, images = prompted(tiny_vit, inference_samples=3), tiny_images.double()
     draws = model.generator.inference_draws()

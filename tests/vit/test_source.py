@@ -54,6 +54,51 @@ def test_the_recorded_call_gives_the_same_backbone(
         assert (other.image_size, other.source) == (backbone.image_size, backbone.source)
 
 
+def test_mean_and_std_are_recorded(folder: str) -> None:
+    pixels: Any = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    plain, image = fp.load_backbone(folder), torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    for backbone in (
+        fp.load_backbone(folder, **pixels),
+        fp.FrozenViT.from_timm(folder, pretrained=True, **pixels),
+        plain.normalising_by(**pixels),
+        plain.normalising_by(pixels["mean"]).normalising_by(std=pixels["std"]),
+    ):
+        other = again(backbone)
+        assert (other.mean, other.std) == (backbone.mean, backbone.std) == (pixels["mean"], pixels["std"])
+        assert other.fingerprint == plain.fingerprint
+        assert torch.equal(other(image), backbone(image))
+        assert not torch.equal(other(image), plain(image))
+        assert backbone.source is not None
+        assert backbone.source.backbone_name == backbone.source.name
+
+
+def test_mean_and_std_are_checked_before_any_weights_are_read(tmp_path: Path) -> None:
+    for load in (
+        lambda **pixels: fp.FrozenViT.from_timm("vit_huge_patch14_224", **pixels),
+        lambda **pixels: fp.FrozenViT.from_timm("local-dir:nothing", pretrained=True, **pixels),
+        lambda **pixels: fp.FrozenViT.from_torchvision("vit_h_14", True, **pixels),
+        lambda **pixels: fp.FrozenViT.from_open_clip("ViT-B-16", "openai", **pixels),
+        lambda **pixels: fp.FrozenViT.from_transformers(tmp_path, **pixels),
+        lambda **pixels: fp.load_backbone("local-dir:nothing", **pixels),
+    ):
+        with pytest.raises(ValueError, match="mean must be three numbers"):
+            load(mean=0.5)
+        with pytest.raises(ValueError, match="std must be three positive numbers"):
+            load(std=(0.5, 0.5, 0.0))
+
+
+def test_other_pixels_are_folded_anew(tiny_vit: torch.nn.Module) -> None:
+    backbone, image = fp.FrozenViT(tiny_vit), torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    model = fp.PromptedViT(backbone, fp.VPTConfig(num_prompts=2)).eval()
+    model(image)
+    other = fp.PromptedViT(backbone.normalising_by(std=(1, 1, 1)), fp.VPTConfig(num_prompts=2)).eval()
+    other.load_adapter_state_dict(model.adapter_state_dict())
+    torch.testing.assert_close(other(image), other.reference_forward(image), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(image), model.reference_forward(image), rtol=1e-4, atol=1e-4)
+    assert backbone.normalising_by() is backbone
+    assert backbone.normalising_by(backbone.mean, list(backbone.std)) is backbone
+
+
 def test_copies_know_it_too(folder: str) -> None:
     backbone = fp.load_backbone(folder)
     assert backbone.source == BackboneSource("load_backbone", f"local-dir:{Path('vit').absolute()}")
