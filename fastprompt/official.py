@@ -30,8 +30,8 @@ from fastprompt.generators import (
 from fastprompt.heads import Head, LabelMapHead, LinearHead, PrototypeHead, dino_layers
 from fastprompt.model import PromptedViT
 from fastprompt.vit import FrozenViT
-from fastprompt.vit.checkpoints import named_tensors, read_file
 from fastprompt.vit.readers.parts import CLIP, IMAGENET
+from fastprompt.vit.tensor_files import named_tensors, read_file
 
 logger = logging.getLogger(__name__)
 

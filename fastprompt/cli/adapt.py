@@ -39,7 +39,7 @@ class Adapt:
     method: Annotated[str, METHOD] = "pgn"
     """What trains."""
     backbone: str = "clip-vit-b16"
-    """clip-vit-b16, vit-s14 or any timm name."""
+    """clip-vit-b16, vit-s14, any timm name, or a file of published weights as checkpoint:ARCH:PATH."""
     image_size: int | None = None
     """Side in pixels; the backbone's own if not given."""
     num_prompts: int | None = None

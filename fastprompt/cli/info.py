@@ -81,8 +81,9 @@ def info(command: Info) -> None:
     if name is not None:
         from fastprompt.runs.execute import backbone_at
         from fastprompt.vit.assets import ASSETS
+        from fastprompt.vit.source import split_local
 
-        known = command.rgb or "adapter" in facts or name in ASSETS or name.startswith("local-dir:")
+        known = command.rgb or "adapter" in facts or name in ASSETS or split_local(name) is not None
         backbone = backbone_at(name, image_size, weights=known)
         facts["backbone"] = backbone_facts(name, backbone)
         if not known:

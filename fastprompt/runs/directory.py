@@ -13,6 +13,7 @@ from fastprompt.arguments import ArgumentError, ArgumentPathError
 from fastprompt.fetch import cache_dir
 from fastprompt.files import atomic_write
 from fastprompt.runs.settings import RunSettings
+from fastprompt.vit.source import split_local
 
 SETTINGS_FILE, RESULTS_FILE = "run.json", "results.json"
 
@@ -113,7 +114,8 @@ def inputs_stamp(settings: RunSettings) -> str:
     """
     digest = hashlib.sha256()
     places = [settings.data, settings.data_root or cache_dir(), settings.class_embeddings]
-    places.append(settings.backbone.removeprefix("local-dir:"))
+    local = split_local(settings.backbone)
+    places.append(settings.backbone if local is None else local[1])
     for place in places:
         path = None if place is None else Path(place).expanduser()
         digest.update(f"{place}\n".encode("utf-8", "surrogateescape"))

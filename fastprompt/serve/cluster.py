@@ -30,6 +30,7 @@ from fastprompt.serve.protocol import Limits, Refused, Work
 from fastprompt.serve.routes import Routes, read_keys
 from fastprompt.serve.supervisor import SHORTEST_BATCH
 from fastprompt.serve.tenants import HostSettings, answers, load
+from fastprompt.vit.source import split_local
 
 try:
     from ray import serve
@@ -98,11 +99,11 @@ def application(
         ValueError: FASTPROMPT_API_KEYS is set and has no key.
     """
     limits, keys = limits or Limits(), read_keys(None) if keys is None else list(keys)
-    scheme, _, folder = (settings.backbone or "").partition(":")
+    local = split_local(settings.backbone or "")
     settings = replace(
         settings,
         adapters={name: Path(path).absolute() for name, path in settings.adapters.items()},
-        backbone=f"{scheme}:{Path(folder).absolute()}" if scheme == "local-dir" else settings.backbone,
+        backbone=settings.backbone if local is None else f"{local[0]}{Path(local[1]).absolute()}",
     )
     deployment = serve.deployment(
         num_replicas=replicas,

@@ -20,6 +20,7 @@ from fastprompt.model import PromptedViT
 from fastprompt.runs.directory import adapter_dir, read_settings
 from fastprompt.runs.execute import backbone_at
 from fastprompt.serve.protocol import Catalogue, Normalisation, Refused, Work
+from fastprompt.vit.source import split_local
 from fastprompt.vit.weights import per_channel
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class HostSettings:
 
     Attributes:
         backbone: a name that `fp.load_backbone` knows; None: that of the first adapter's run, else "clip-vit-b16".
-            Clients know a "local-dir:" by the folder's own name.
+            Clients know a "local-dir:" or a "checkpoint:" by the own name of its folder or file.
         image_size: side in pixels; None: that of the first adapter, else the backbone's own.
         any_size: pictures of any number of whole patches are computed at their own size, with position embeddings
             resampled. Clients whose prompts are rows below the image (placement "extend") need it.
@@ -90,8 +91,8 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
     if settings.any_size:
         backbone = backbone.any_size()
     backbone.to(settings.device)
-    if backbone_name.startswith("local-dir:"):  # where it lies is nobody's business
-        backbone_name = Path(backbone_name.removeprefix("local-dir:")).absolute().name or "backbone"
+    if (local := split_local(backbone_name)) is not None:  # where it lies is nobody's business
+        backbone_name = Path(local[1]).absolute().name or "backbone"
     engine = Engine(backbone, (settings.batch_size,), DTYPES[settings.dtype], "eager")
     class_names: dict[str, Sequence[str]] = {}
     preprocessing: dict[str, Preprocessing] = {}

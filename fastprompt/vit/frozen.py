@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib.util
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
@@ -101,6 +102,54 @@ class FrozenViT(Backbone):
         backbone = cls(model, mean=mean, std=std)
         options = {**kwargs, "mean": mean, "std": std}
         backbone.source = BackboneSource.of_call("timm", name, pretrained, image_size, options)
+        return backbone
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        arch: str,
+        image_size: int | tuple[int, int] | None = None,
+        *,
+        checkpoint_key: str | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> FrozenViT:
+        """Freeze timm's model `arch` with the weights of a file, as their authors publish it.
+
+        Layouts: timm's own; MAE (pre-trained or fine-tuned), MoCo-v3 (encoder or linear), DINO (backbone or full
+        checkpoint), DINOv2, CLIP, Swin, and Google's `.npz` of JAX. Wrappers ("model", "state_dict", averaged weights)
+        and prefixes ("module.", "backbone.", "base_encoder.") come off. A linear classifier becomes `head`; decoders,
+        projection heads and mask tokens are left out, which a line of the log tells. Every other tensor has to fit.
+
+        With `global_pool="avg"` and a file that has `norm` but no `fc_norm`, as MAE's pre-trained ones, the norm behind
+        the mean is a new one (weight 1, bias 0) and `norm` is left out, as in the code of MAE, VPT and VAPT. A file
+        with `fc_norm` alone is read with `global_pool="avg"`.
+
+        Args:
+            path: a `.safetensors`, `.npz`, or a file of `torch.save`, of which no code is run (`weights_only=True`).
+            arch: a timm model name, "vit_base_patch16_224".
+            image_size: pixels (or (height, width)); None: those in the name of `arch`. A position embedding for another
+                size is resampled: bicubic with antialiasing, as timm's.
+            checkpoint_key: which of several networks to read ("student", "momentum_encoder", "model"); None: averaged
+                weights and teachers first, and MoCo-v3's base encoder.
+            mean, std: per channel; None: those of timm's `arch`, which may not be those of the file's authors.
+            kwargs: passed to `timm.create_model`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            TypeError, ValueError: an argument does not fit, the file cannot be read, or it does not fit `arch`: the
+                tensors that are missing or have no place are named.
+        """
+        sides = image_sides(image_size)
+        check_pixels(mean, std)
+        from fastprompt.vit import checkpoints
+
+        module, own = checkpoints.build(path, arch, sides, checkpoint_key, kwargs)
+        backbone = cls(module, image_size=None if is_swin(module) else own, mean=mean, std=std)
+        options = {**kwargs, "arch": arch, "checkpoint_key": checkpoint_key, "mean": mean, "std": std}
+        backbone.source = BackboneSource.of_call("checkpoint", path, True, image_size, options)
         return backbone
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 from fastprompt.arguments import ArgumentError, ArgumentTypeError
 
 _MEAN_STD = {"mean", "std"}
+_TIMM = _MEAN_STD | {"num_classes", "global_pool", "dynamic_img_size", "dynamic_img_pad", "strict_img_size"}
 _OPTIONS = {
     "load_backbone": _MEAN_STD,
-    "timm": _MEAN_STD | {"num_classes", "global_pool", "dynamic_img_size", "dynamic_img_pad", "strict_img_size"},
+    "timm": _TIMM,
+    "checkpoint": _TIMM | {"arch", "checkpoint_key"},
     "torchvision": _MEAN_STD,
     "open_clip": _MEAN_STD | {"force_quick_gelu"},
     "transformers": _MEAN_STD | {"revision"},
@@ -25,13 +28,24 @@ LARGEST_SIDE = 1 << 13
 """Pixels: a recorded call must not ask for a position embedding of gigabytes."""
 
 
+_LOCAL = re.compile(r"(local-dir:|checkpoint:[^:]*:)(.+)", re.DOTALL)
+
+
+def split_local(name: str) -> tuple[str, str] | None:
+    """("local-dir:" or "checkpoint:ARCH:", path) of a backbone's name that has a path in it; None: it has none."""
+    found = _LOCAL.fullmatch(name)
+    return None if found is None else (found[1], found[2])
+
+
 @dataclasses.dataclass(frozen=True)
 class BackboneSource:
     """A call that loads a backbone with its published weights; `load_source` makes it.
 
     Attributes:
-        loader: "load_backbone", or "timm", "torchvision", "open_clip" or "transformers" of `FrozenViT.from_...`.
-        name: the model's name. pretrained: which of its weights; True: the default ones; None: those of the name.
+        loader: "load_backbone", or "timm", "torchvision", "open_clip", "transformers" or "checkpoint" of
+            `FrozenViT.from_...`.
+        name: the model's name, or the path of a checkpoint.
+        pretrained: which of its weights; True: the default ones; None: those of the name.
         image_size: pixels or (height, width), as given; None: the model's own.
         options: what else was given.
 
@@ -73,7 +87,7 @@ class BackboneSource:
     ) -> BackboneSource | None:
         """The source of a call; None where it cannot be repeated: random weights, a module, other options.
 
-        A folder's path becomes absolute.
+        The path of a folder or a file becomes absolute.
         """
         given = {key: value for key, value in options.items() if value is not None}
         name = os.fspath(name) if isinstance(name, os.PathLike) else name
@@ -81,6 +95,8 @@ class BackboneSource:
             return None
         if not pretrained and not (loader == "open_clip" and name.startswith(("hf-hub:", "local-dir:"))):
             return None
+        if loader == "checkpoint":
+            name = str(Path(name).absolute())
         if isinstance(pretrained, str) and os.path.isfile(pretrained):
             pretrained = str(Path(pretrained).absolute())
         prefix, path = ("local-dir:", name[10:]) if name.startswith("local-dir:") else ("", name)
@@ -92,6 +108,8 @@ class BackboneSource:
     @property
     def backbone_name(self) -> str | None:
         """The name by which `load_backbone` and the command line know its tensors; None: they do not."""
+        if self.loader == "checkpoint" and set(self.options) <= _MEAN_STD | {"arch"}:
+            return f"checkpoint:{self.options['arch']}:{self.name}"
         known = self.loader in ("load_backbone", "timm") and set(self.options) <= _MEAN_STD
         return self.name if known else None
 
