@@ -139,7 +139,7 @@ def test_the_time_is_bounded(tmp_path: Path) -> None:
     ran = run("-c", code, str(path))
     assert ran.returncode == 0, ran.stderr[-4000:]
     found = json.loads(path.read_text())["ops"]["library_prompts"]
-    assert len(found["parity"]) == 2
+    assert set(found["parity"]) == {"odd sizes"}
     for job in ("forward", "forward and backward"):
         times = found["microseconds"]["32"][0][job]
         assert {name for name in times if times[name] is None} == TIMES - {"triton", "eager"}
@@ -147,7 +147,7 @@ def test_the_time_is_bounded(tmp_path: Path) -> None:
 
 def test_kernels_are_launched_in_processes_of_their_own() -> None:
     """As compute-sanitizer watches them, and as `warmed` compiles them beforehand, where a failure ends the run."""
-    ran = run("bench/gpu.py", "--launch-only", "--dry-run")
+    ran = run("bench/gpu.py", "--launch-only", "--dry-run", "--op", "adaptive_prompts")
     assert ran.returncode == 0, ran.stderr[-4000:]
     code = "import sys; sys.path.insert(0, 'bench'); import gpu; gpu.warmed(gpu.DRY, [{!r}])"
     assert run("-c", code.format("library_prompts")).returncode == 0
