@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprompt.arguments import ArgumentError
 from fastprompt.generators import (
     PGN,
     VAPT,
@@ -88,8 +89,9 @@ def load_official(
         rows: "authors" or "prototypes". seed: of both, and of the choice of prototypes (`random.sample`).
         readout: what the head sees, as for `PromptedViT`; None: its default, which is that of the authors' code.
         mean, std: per channel, by which raw pixels are normalised; None: the authors'.
-        overrides: options of the method's configuration, and `grid=(rows, columns)`, `patch_size=` or
-            `image_size=` for a generator without backbone.
+        overrides: options of the method's configuration, and `grid=(rows, columns)`, `patch_size=`, `image_size=` or,
+            of VPT, `depth=` (blocks) for a generator without backbone. VPT-deep with prompts for fewer blocks than the
+            backbone has is VPT with partial depth (`VPTConfig.deep_layers`).
 
     Raises:
         FileNotFoundError: no such file.
@@ -300,6 +302,7 @@ def _pgn(state: State, backbone: FrozenViT | None, overrides: dict[str, Any]) ->
         raise ValueError(f"source: {outputs} outputs are no multiple of the library's {library.shape[0]} tokens")
     found |= {"library_size": library.shape[0], "num_prompts": outputs // library.shape[0]}
     geometry = _geometry(backbone, library.shape[1], overrides)
+    overrides.setdefault("resize", "short_side")
     config = _settings(PGNConfig, found, overrides)
     assert isinstance(config, PGNConfig)
     return _load(PGN(config, geometry), own)
@@ -352,9 +355,17 @@ def _visual_prompts(state: State, backbone: FrozenViT | None, overrides: dict[st
         generator, used = _vapt(state, backbone, overrides, own, found, width, embeddings.shape[0])
         known |= used
     else:
-        depth = {} if deep is None else {"depth": embeddings.shape[0]}
-        geometry = _geometry(backbone, width, overrides, **depth)
-        config = _settings(VPTConfig, {**found, "deep": deep is not None}, overrides)
+        rows, depth = len(embeddings), overrides.pop("depth", None)
+        depth = depth if depth is None else Geometry(depth=depth).depth
+        blocks = depth if backbone is None else len(backbone.blocks)
+        if depth not in (None, blocks):
+            raise ArgumentError("depth", f"must be that of the backbone, {blocks}, got {depth}")
+        found["deep"] = deep is not None
+        if deep is not None:  # rows for the first blocks only: the prompts of the last of them flow on
+            blocks = rows if blocks is None or blocks < rows else blocks
+            found["deep_layers"] = rows if rows < blocks else None
+        geometry = _geometry(backbone, width, overrides, **({} if blocks is None else {"depth": blocks}))
+        config = _settings(VPTConfig, found, overrides)
         assert isinstance(config, VPTConfig)
         generator = _load(VPT(config, geometry), own)
     leftover = sorted(k for k in state if "prompt" in k and k not in known)
@@ -380,6 +391,7 @@ def _swin_prompts(state: State, backbone: FrozenViT | None, overrides: dict[str,
     sizes = tuple((t.shape[2], t.shape[0]) for t in stages)
     depth = sum(blocks for _, blocks in sizes)
     geometry = _geometry(backbone, first.shape[2], overrides, depth=depth, stages=sizes)
+    overrides.setdefault("dropout_per", "batch")
     config = _settings(VPTConfig, {"num_prompts": first.shape[1], "deep": True}, overrides)
     assert isinstance(config, VPTConfig)
     own = {f"static.embeddings.{s}": t for s, t in enumerate(stages)}
@@ -413,8 +425,8 @@ def _vapt(
     conv = "deep_prompt_downsample.0.weight" not in state
     if not conv:  # the layer is the Linear itself
         names = {theirs.replace(".linear.", "."): ours for theirs, ours in names.items() if ours != "kernel"}
-    if backbone is not None and len(backbone.blocks) < static_layers + layers:
-        static_layers = max(0, len(backbone.blocks) - layers)
+    if backbone is not None and static_layers == len(backbone.blocks) > layers:
+        static_layers -= layers
     elif backbone is None and static_layers == layers + 2:
         static_layers = 2
     # VAPT on MAE keeps embeddings for blocks that have adaptive prompts: nothing reads them

@@ -45,6 +45,8 @@ VARIANTS: dict[str, PromptConfig] = {
     "vapt-ablated": fp.VAPTConfig(
         num_prompts=3, channelwise=False, share_projector=False, learnable_scale=True, static_layers=2, project=6
     ),
+    "vapt-attention": fp.VAPTConfig(num_prompts=3, hidden=4, activation="attention"),
+    "vpt-partial": fp.VPTConfig(num_prompts=3, deep_layers=2, prompt_dropout=0.2, dropout_per="batch"),
     "vpt-5": fp.VPTConfig(num_prompts=5),
     "vpt-dropout": fp.VPTConfig(num_prompts=3, prompt_dropout=0.2),
     "vpt-project": fp.VPTConfig(num_prompts=3, project=5),

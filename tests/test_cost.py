@@ -96,6 +96,7 @@ def test_formula_is_what_runs(
         (fp.VPTConfig(5), "cls", {"reg_tokens": 2, "init_values": 0.1}),
         (fp.V2APTConfig(5, 5), "cls", {"pre_norm": True, "act_layer": "quick_gelu"}),
         (fp.PGNConfig(3, 16, resolution=48, stem_pool=False, widths=(8, 16)), "cls", {"pre_norm": True}),
+        (fp.VPTConfig(5, deep_layers=2), "cls", {}),
         (fp.FreePromptsConfig(5), "patches+prompts", {"pre_norm": True, "act_layer": "quick_gelu"}),
         (fp.VAPTConfig(5, kernel=3, padding=1, prompt_dropout=0.1, static_layers=2), "patches", {"global_pool": "avg"}),
         (
@@ -108,6 +109,7 @@ def test_formula_is_what_runs(
         "registers, LayerScale",
         "pre-norm, quick-GELU",
         "small trunk",
+        "partial depth",
         "free, pre-norm",
         "pooled norm",
         "no class token",

@@ -175,6 +175,25 @@ def test_vpt_without_backbone() -> None:
     assert (vpt.geometry.width, vpt.geometry.depth) == (D, L)
 
 
+def test_vpt_with_partial_depth(make_vit: Callable[..., VisionTransformer], tiny_images: Tensor) -> None:
+    """Prompts for the first blocks; those of the last of them flow on, so that the features depend on them."""
+    state = vpt_state()
+    model = fp.load_official(state, fp.FrozenViT(make_vit(depth=5)))
+    assert model.config == fp.VPTConfig(num_prompts=P, deep_layers=L)
+    assert model.generator.layers == (0, 1, 2)
+    assert torch.equal(model.generator(layer=2)[0], state["deep_prompt_embeddings"][1])
+    torch.testing.assert_close(model(tiny_images), model.reference_forward(tiny_images), rtol=1e-4, atol=1e-4)
+    alone = fp.load_official(state, depth=5)
+    assert (alone.config.deep_layers, alone.geometry.depth) == (L, 5)
+    saved = {"shallow_prompt": state["prompt_embeddings"], "deep_prompt": state["deep_prompt_embeddings"]}
+    assert fp.load_official(saved, fp.FrozenViT(make_vit(depth=5))).config == model.config
+    assert fp.load_official(state).config.deep_layers is None
+    with pytest.raises(ValueError, match="depth must be that of the backbone, 5, got 4"):
+        fp.load_official(state, fp.FrozenViT(make_vit(depth=5)), depth=4)
+    with pytest.raises(ValueError, match="deep_layers=2 contradicts the checkpoint"):
+        fp.load_official(state, depth=5, deep_layers=2)
+
+
 VAPT_LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "default": ({}, {}),
     "kernel 3": ({"kernel": 3}, {"kernel": 3}),
@@ -269,6 +288,20 @@ def test_activation_and_dropouts_are_arguments(backbone: fp.FrozenViT) -> None:
     torch.testing.assert_close(
         vapt(tokens, layer=2), adaptive_by_hand(state, 1, tokens, act=F.gelu), rtol=1e-4, atol=1e-3
     )
+
+
+def test_vapt_with_attention_for_an_activation(backbone: fp.FrozenViT) -> None:
+    state, tokens = vapt_state(), torch.randn(2, 16, D)
+    vapt = fp.load_official(state, backbone, activation="attention").generator
+    expected = adaptive_by_hand(state, 1, tokens, act=lambda x: x.softmax(dim=-1))
+    torch.testing.assert_close(vapt(tokens, layer=2), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_what_the_authors_do_and_no_tensor_says(golden: Callable[[str], State]) -> None:
+    assert fp.load_official(pgn_state(), resolution=16).config.resize == "short_side"
+    assert fp.load_official(pgn_state(), resize="square").config.resize == "square"
+    assert fp.load_official(swin_state(golden), patch_size=4).config.dropout_per == "batch"
+    assert fp.load_official(vpt_state()).config.dropout_per == "image"
 
 
 @pytest.mark.parametrize("prefix", ["enc.transformer.", "module.enc.transformer."])
@@ -617,8 +650,8 @@ def test_other_backbones_are_refused(make: Callable[[], State]) -> None:
 
     with pytest.raises(ValueError, match=r"source was trained for width 48, backbone has 24"):
         fp.load_official(make(), vit(embed_dim=24))
-    with pytest.raises(ValueError, match=r"source was trained for depth 3, backbone has 4"):
-        fp.load_official(make(), vit(depth=4))
+    with pytest.raises(ValueError, match=r"source was trained for depth 3, backbone has 2"):
+        fp.load_official(make(), vit(depth=2))
     if make is vapt_state:
         with pytest.raises(ValueError, match=r"reads 9 positions, which no padding gives on a grid of \(8, 8\)"):
             fp.load_official(make(), vit(img_size=64))

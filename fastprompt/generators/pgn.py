@@ -33,6 +33,9 @@ class PGNConfig(PromptConfig):
         trunk: "resnet10" (the authors' small network) or "resnet18" (torchvision's, with a new last layer).
         widths: of resnet10's four groups.
         resolution: pixels the generator's input is resized to (bilinear); None: as the backbone's.
+        resize: to which size and how. "square": `resolution` on both sides, with antialiasing. "short_side": the short
+            side becomes `resolution` and the other one keeps the ratio, without antialiasing, as the authors' version
+            of torchvision (0.13) resizes tensors.
         stem_pool: resnet10's 3 × 3 max-pool after the first convolution.
         pretrained_trunk: start resnet18 from torchvision's ImageNet weights (downloaded).
     """
@@ -46,6 +49,7 @@ class PGNConfig(PromptConfig):
     resolution: int | None = None
     stem_pool: bool = True
     pretrained_trunk: bool = False
+    resize: str = "square"
 
     def __post_init__(self) -> None:
         self.require("num_prompts", int, 1)
@@ -59,12 +63,22 @@ class PGNConfig(PromptConfig):
             )
         if self.resolution is not None:
             self.require("resolution", int, 1)
+        self.require_choice("resize", ("square", "short_side"))
         self.require("stem_pool", bool)
         self.require("pretrained_trunk", bool)
         if self.pretrained_trunk and self.trunk != "resnet18":
             raise ValueError(
                 f"{type(self).__name__}.trunk must be 'resnet18' with pretrained_trunk, got {self.trunk!r}"
             )
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels of what the trunk sees of images of this size."""
+        if self.resolution is None:
+            return height, width
+        if self.resize == "square":
+            return self.resolution, self.resolution
+        short = min(height, width)
+        return height * self.resolution // short, width * self.resolution // short
 
     def to_load(self) -> PGNConfig:
         return dataclasses.replace(self, pretrained_trunk=False)
@@ -127,8 +141,8 @@ def _cost(s: Sizes, config: PGNConfig, t: Tally) -> PromptCost:
     plain = s.graph == "papers"
     b, k, m = s.batch, config.num_prompts, config.library_size
     height, width = s.image_size
-    if config.resolution is not None and s.image_size != (config.resolution, config.resolution):
-        height = width = config.resolution
+    if config.resized(height, width) != s.image_size:
+        height, width = config.resized(height, width)
         t.call(1, 0, 4 * b * 3 * height * width)
 
     def convolution(inputs: int, outputs: int, kernel: int, positions: int, gradients: int = 2) -> None:
@@ -235,6 +249,7 @@ class PGN(PromptGenerator):
         resolution: int | None = UNSET,
         stem_pool: bool = UNSET,
         pretrained_trunk: bool = UNSET,
+        resize: str = UNSET,
         **sizes: Unpack[GeometryOptions],
     ) -> None:
         super().__init__(
@@ -248,6 +263,7 @@ class PGN(PromptGenerator):
             resolution=resolution,
             stem_pool=stem_pool,
             pretrained_trunk=pretrained_trunk,
+            resize=resize,
             **sizes,
         )
         cfg = self.config
@@ -264,9 +280,10 @@ class PGN(PromptGenerator):
         """Normalised images (B, 3, H, W) → selection logits (B, K, M)."""
         self.check_input(images, "images")
         images = images.to(self.library.dtype)
-        r = self.config.resolution
-        if r is not None and tuple(images.shape[2:]) != (r, r):
-            images = F.interpolate(images, size=(r, r), mode="bilinear", align_corners=False, antialias=True)
+        size = self.config.resized(*images.shape[2:])
+        if size != tuple(images.shape[2:]):
+            antialias = self.config.resize == "square"
+            images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=antialias)
         try:
             logits = self.trunk(images)
         except ValueError as error:

@@ -23,6 +23,7 @@ from fastprompt.generators.base import (
 )
 from fastprompt.generators.registry import Published, register_method
 from fastprompt.generators.vpt import VPT_RECIPE, VPT_SEARCH, StaticPrompts, static_cost
+from fastprompt.kernels import dispatch
 from fastprompt.kernels.adaptive_prompts import ACTIVATIONS, adaptive_prompts
 from fastprompt.kernels.adaptive_prompts.reference import bottleneck, position_matrix
 
@@ -43,7 +44,7 @@ class VAPTConfig(PromptConfig):
         hidden_dropout: rate on the bottleneck's hidden units.
         prompt_dropout: rate on elements of the static prompts.
         static_layers: how many first blocks have learned static prompts; the later ones are adaptive.
-        activation: of the bottleneck.
+        activation: of the bottleneck; "attention" is a softmax over its hidden units, in PyTorch on every device.
         conv: False: no convolution, the token projector reads the patches themselves.
         channelwise: True: one kernel shared by all channels; False: a kernel for each channel.
         feature_projector: False: no bottleneck.
@@ -78,7 +79,7 @@ class VAPTConfig(PromptConfig):
             self.require(name, (float, int), 0, 0.999)
         for name in ("conv", "channelwise", "feature_projector", "share_projector", "learnable_scale"):
             self.require(name, bool)
-        self.require_choice("activation", ACTIVATIONS)
+        self.require_choice("activation", (*ACTIVATIONS, "attention"))
         if self.project is not None:
             self.require("project", int, 1)
 
@@ -91,6 +92,15 @@ class FeatureProjector(nn.Module):
         self.w1 = nn.Parameter(nn.Linear(width, hidden, bias=False).weight.detach().clone())
         self.w2 = nn.Parameter(nn.Linear(hidden, width, bias=False).weight.detach().clone())
         self.scale: nn.Parameter | float = nn.Parameter(torch.ones(())) if learnable_scale else 1.0
+
+    def forward(self, prompts: Tensor, activation: str, mask: Tensor | None) -> Tensor:
+        """g(p) for prompts p (B, P, D); `mask` (B, P, r): dropout of the hidden units."""
+        if activation != "attention":
+            return bottleneck(prompts, self.w1, self.w2, self.scale, activation, mask)
+        hidden = F.linear(prompts, self.w1).softmax(dim=-1)  # (B, P, r)
+        if mask is not None:
+            hidden = hidden * mask
+        return F.linear(hidden, self.w2) * self.scale + prompts
 
 
 class AdaptiveLayer(nn.Module):
@@ -320,8 +330,9 @@ class VAPT(PromptGenerator):
             mix = weight
             if parts.kernel is not None:
                 mix = position_matrix(parts.kernel, weight, self.geometry.grid, cfg.padding)
-            w1, w2, scale = (None, None, 1.0) if g is None else (g.w1, g.w2, g.scale)
-            return adaptive_prompts(
+            within = g is not None and cfg.activation in ACTIVATIONS  # the op computes the bottleneck, too
+            w1, w2, scale = (g.w1, g.w2, g.scale) if g is not None and within else (None, None, 1.0)
+            prompts = adaptive_prompts(
                 tokens,
                 norm.weight,
                 norm.bias,
@@ -331,10 +342,17 @@ class VAPT(PromptGenerator):
                 w2,
                 scale,
                 eps=norm.eps,
-                activation=cfg.activation,
+                activation=cfg.activation if within else "relu",
                 channel_mask=channels,
-                hidden_mask=hidden,
+                hidden_mask=hidden if within else None,
             )
+            if g is None or within:
+                return prompts
+            if not torch.compiler.is_compiling():
+                dispatch.choices["bottleneck"] = dispatch.Choice(
+                    "reference", "the kernels of adaptive_prompts know no softmax over hidden units"
+                )
+            return g(prompts, cfg.activation, hidden)
         x = norm(tokens.to(norm.weight.dtype)).transpose(1, 2)  # (B, D, N)
         b, d, _ = x.shape
         if parts.kernel is not None:
@@ -344,7 +362,7 @@ class VAPT(PromptGenerator):
             if channels is not None:
                 x = x * channels[:, :, None]
         x = F.linear(x, weight, bias).transpose(1, 2)  # (B, P, D)
-        return x if g is None else bottleneck(x, g.w1, g.w2, g.scale, cfg.activation, hidden)
+        return x if g is None else g(x, cfg.activation, hidden)
 
     def paper_num_parameters(self) -> int:
         """L · P · H'W' + L · K² + 2 r D; the code has LayerNorms, biases and the first block's prompts instead."""

@@ -37,8 +37,12 @@ class VPTConfig(PromptConfig):
     Attributes:
         num_prompts: P per block.
         deep: new prompts in every block; else only in block 0.
-        prompt_dropout: rate of dropout on prompt elements, drawn per image (0.1 in the authors' deep runs).
+        prompt_dropout: rate of dropout on prompt elements (0.1 in the authors' deep runs).
         project: width k the prompts are learned in and projected from, by one Linear; None: none.
+        deep_layers: how many first blocks get new prompts where `deep`; None: all. The prompts of the last of them flow
+            on through the other blocks as tokens (the authors' NUM_DEEP_LAYERS).
+        dropout_per: "image": each image has its own dropout mask, as in the authors' ViT. "batch": from block 1 on all
+            images of a batch share one, as in their Swin.
     """
 
     kind: ClassVar[str] = "vpt"
@@ -46,6 +50,8 @@ class VPTConfig(PromptConfig):
     deep: bool = True
     prompt_dropout: float = 0.0
     project: int | None = None
+    deep_layers: int | None = None
+    dropout_per: str = "image"
 
     def __post_init__(self) -> None:
         self.require("num_prompts", int, 1)
@@ -53,6 +59,11 @@ class VPTConfig(PromptConfig):
         self.require("prompt_dropout", (float, int), 0, 0.999)
         if self.project is not None:
             self.require("project", int, 1)
+        if self.deep_layers is not None:
+            self.require("deep_layers", int, 1)
+            if not self.deep:
+                raise ArgumentError("VPTConfig.deep_layers", f"must be None without deep, got {self.deep_layers}")
+        self.require_choice("dropout_per", ("image", "batch"))
 
 
 def uniform_bound(patch_size: int, dim: int) -> float:
@@ -123,10 +134,13 @@ def static_cost(s: Sizes, t: Tally, count: int, layers: int, dropout: float) -> 
 
 
 def _cost(s: Sizes, config: VPTConfig, t: Tally) -> PromptCost:
-    """`static_cost` of all blocks, or of the first."""
+    """`static_cost` of all blocks, or of the first ones."""
     if config.project is not None:
         raise ValueError("the cost of VPTConfig.project has no formula")
-    return static_cost(s, t, config.num_prompts, s.depth if config.deep else 1, config.prompt_dropout)
+    if config.dropout_per != "image":
+        raise ValueError(f"the cost of VPTConfig.dropout_per = {config.dropout_per!r} has no formula")
+    layers = (config.deep_layers or s.depth) if config.deep else 1
+    return static_cost(s, t, config.num_prompts, layers, config.prompt_dropout)
 
 
 VPT_SEARCH: dict[str, Any] = {
@@ -174,8 +188,8 @@ VPT_RECIPE: dict[str, Any] = {
 class VPT(PromptGenerator):
     """VPT: [CLS, prompts, patches]; deep blocks drop the former prompts' outputs and insert their own.
 
-    Shallow: x₀ = [c, P, E₀]. Deep: block i reads [cᵢ₋₁, Pᵢ₋₁, Eᵢ₋₁] (VPT eq. 4–6). Prompts carry no position
-    embedding and enter behind a pre-norm, where the block reads them.
+    Shallow: x₀ = [c, P, E₀]. Deep: block i reads [cᵢ₋₁, Pᵢ₋₁, Eᵢ₋₁] (VPT eq. 4–6), all blocks or the first
+    `deep_layers`. Prompts carry no position embedding and enter behind a pre-norm, where the block reads them.
 
     Swin: every window attends to the prompts, which have the width of the block's stage; see
     `fastprompt.vit.swin_reference`.
@@ -196,6 +210,8 @@ class VPT(PromptGenerator):
         deep: bool = UNSET,
         prompt_dropout: float = UNSET,
         project: int | None = UNSET,
+        deep_layers: int | None = UNSET,
+        dropout_per: str = UNSET,
         **sizes: Unpack[GeometryOptions],
     ) -> None:
         super().__init__(
@@ -205,29 +221,43 @@ class VPT(PromptGenerator):
             deep=deep,
             prompt_dropout=prompt_dropout,
             project=project,
+            deep_layers=deep_layers,
+            dropout_per=dropout_per,
             **sizes,
         )
-        self.num_prompts = self.config.num_prompts
-        self.layers = tuple(range(self.geometry.depth)) if self.config.deep else (0,)
+        cfg, depth = self.config, self.geometry.depth
+        if cfg.deep_layers is not None and cfg.deep_layers > depth:
+            raise ArgumentError("VPTConfig.deep_layers", f"must be at most the {depth} blocks, got {cfg.deep_layers}")
+        self.num_prompts = cfg.num_prompts
+        self.layers = tuple(range(cfg.deep_layers or depth)) if cfg.deep else (0,)
         self.static = StaticPrompts(len(self.layers), self.num_prompts, self.geometry, self.config.project)
 
     def draw(self, batch: int) -> Draws:
-        """ "prompts": (layers, B, P, D) dropout masks; "prompts.s" for each stage s where there are several."""
-        rate, static = self.config.prompt_dropout, self.static
+        """ "prompts": (layers, B, P, D) dropout masks; "prompts.s" for each stage s where there are several.
+
+        With `dropout_per` "batch" these are (layers, 1, P, D), and "first" (1, B, P, D) has the masks of block 0.
+        """
+        rate, static, shared = self.config.prompt_dropout, self.static, self.config.dropout_per == "batch"
         if not self.training or rate == 0:
             return {}
-        return {
+        draws = {
             _mask_name(static, stage): dropout_mask(
-                (blocks, batch, self.num_prompts, width), rate, static.of_stage(stage)
+                (blocks, 1 if shared else batch, self.num_prompts, width), rate, static.of_stage(stage)
             )
             for stage, (width, blocks) in enumerate(static.stages)
         }
+        if shared:
+            shape = (1, batch, self.num_prompts, static.stages[0][0])
+            draws["first"] = dropout_mask(shape, rate, static.of_stage(0))
+        return draws
 
     def prompts(
         self, layer: int, context: Any = None, tokens: Tensor | None = None, draws: Draws | None = None
     ) -> Tensor:
         if not draws:
             return self.static(layer, None)
+        if layer == 0 and "first" in draws:
+            return self.static(0, draws["first"][0])
         stage, index = self.static.place(layer)
         return self.static(layer, draws[_mask_name(self.static, stage)][index])
 

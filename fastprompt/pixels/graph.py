@@ -86,9 +86,10 @@ def selection_graph(generator: PGN, backbone: FrozenViT) -> bytes:
     x = graph.node("Div", x, graph.constant(np.float32(255)))
     x = graph.node("Sub", x, graph.constant(np.asarray(backbone.mean).reshape(1, 3, 1, 1)))
     x = graph.node("Div", x, graph.constant(np.asarray(backbone.std).reshape(1, 3, 1, 1)))
-    if config.resolution is not None and (height, width) != (config.resolution, config.resolution):
-        x = graph.node("MatMul", graph.constant(resampling(height, config.resolution)), x)
-        x = graph.node("MatMul", x, graph.constant(resampling(width, config.resolution).T))
+    resized, antialias = config.resized(height, width), config.resize == "square"
+    if resized != (height, width):
+        x = graph.node("MatMul", graph.constant(resampling(height, resized[0], antialias)), x)
+        x = graph.node("MatMul", x, graph.constant(resampling(width, resized[1], antialias).T))
     trunk = generator.trunk
     x = _resnet10(graph, x, trunk) if isinstance(trunk, ResNet10) else _resnet18(graph, x, trunk)
     x = graph.node("Reshape", x, graph.constant(np.array([config.num_prompts, config.library_size])))
@@ -110,10 +111,10 @@ def selection_graph(generator: PGN, backbone: FrozenViT) -> bytes:
     return made.SerializeToString()
 
 
-def resampling(old: int, new: int) -> Tensor:
-    """(new, old): the matrix of antialiased bilinear resampling along one axis, as `F.interpolate` does it."""
+def resampling(old: int, new: int, antialias: bool) -> Tensor:
+    """(new, old): the matrix of bilinear resampling along one axis, as `F.interpolate` does it."""
     unit = torch.eye(old, dtype=torch.float64)[None, None]  # (1, 1, old, old)
-    return F.interpolate(unit, size=(new, old), mode="bilinear", align_corners=False, antialias=True)[0, 0]
+    return F.interpolate(unit, size=(new, old), mode="bilinear", align_corners=False, antialias=antialias)[0, 0]
 
 
 def _resnet10(graph: Graph, x: str, trunk: ResNet10) -> str:

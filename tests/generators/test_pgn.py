@@ -174,6 +174,21 @@ def test_resolution_resizes_what_the_generator_sees() -> None:
     assert torch.equal(seen[1], small)
 
 
+@pytest.mark.parametrize("sides", [(32, 48), (50, 33), (32, 32), (10, 20), (16, 24)])
+def test_short_side_resizes_as_the_authors_torchvision(sides: tuple[int, int]) -> None:
+    """torchvision 0.13: `resize(images, 16)` sets the short side, and does not antialias tensors."""
+    from torchvision.transforms.functional import resize
+
+    pgn, seen = tiny(resolution=16, resize="short_side").double().eval(), []
+    pgn.trunk.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    images = torch.randn(2, 3, *sides).double()
+    pgn(images)
+    expected = resize(images, [16], antialias=False)
+    torch.testing.assert_close(seen[0], expected)
+    if min(sides) > 16:
+        assert not torch.allclose(expected, resize(images, [16], antialias=True))
+
+
 def test_resnet18_trunk_is_torchvision_s() -> None:
     from torchvision.models import resnet18
 
@@ -254,6 +269,7 @@ def test_wrong_images_are_named() -> None:
         ({"widths": ()}, ValueError, "widths must be positive integers"),
         ({"widths": (16, -1)}, ValueError, "widths must be positive integers"),
         ({"resolution": 0}, ValueError, "resolution must be at least 1"),
+        ({"resize": "crop"}, ValueError, "resize must be one of"),
         ({"stem_pool": "no"}, TypeError, "stem_pool must be bool"),
         ({"pretrained_trunk": True}, ValueError, "trunk must be 'resnet18' with pretrained_trunk, got 'resnet10'"),
     ],

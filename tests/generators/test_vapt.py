@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import fastprompt as fp
@@ -95,6 +96,10 @@ def test_initial_values(small: Geometry) -> None:
         {"share_projector": False},
         {"learnable_scale": True},
         {"activation": "gelu"},
+        {"activation": "attention"},
+        {"activation": "attention", "share_projector": False, "learnable_scale": True},
+        {"activation": "attention", "channelwise": False},
+        {"activation": "attention", "feature_projector": False},
         {"static_layers": 0},
         {"hidden": 3},
         {"project": 7},
@@ -193,6 +198,21 @@ def test_activation_matters(small: Geometry) -> None:
     other = fp.VAPT(geometry=small, num_prompts=5, activation="tanh").double().eval()
     other.load_state_dict(vapt.state_dict())
     assert not torch.allclose(vapt(tokens), other(tokens))
+
+
+def test_attention_is_a_softmax_over_hidden_units(small: Geometry) -> None:
+    vapt, tokens = trained(small, activation="attention"), torch.randn(2, 12, 24).double()
+    bare = fp.VAPT(geometry=small, num_prompts=5, feature_projector=False).double().eval()
+    bare.load_state_dict({k: v for k, v in vapt.state_dict().items() if "feature" not in k})
+    p, g = bare(tokens), vapt.feature_projectors[0]
+    expected = torch.softmax(p @ g.w1.T, dim=-1) @ g.w2.T + p
+    torch.testing.assert_close(vapt(tokens), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_what_the_kernels_do_not_know_is_explained(tiny_vit: VisionTransformer) -> None:
+    model = fp.PromptedViT(fp.FrozenViT(tiny_vit), fp.VAPTConfig(num_prompts=2, activation="attention"))
+    assert "no softmax over hidden units" in fp.explain(model).ops["bottleneck"].reason
+    assert "bottleneck" not in fp.explain(fp.PromptedViT(fp.FrozenViT(tiny_vit), fp.VAPTConfig(num_prompts=2))).ops
 
 
 @pytest.mark.parametrize("static", range(4))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastprompt as fp
 from fastprompt.generators import Geometry
@@ -119,6 +119,9 @@ def test_prompts_stand_behind_prefix_and_registers_and_the_pre_norm(
         ),
         ({"project": 0}, ValueError, "VPTConfig.project must be at least 1"),
         ({"project": "16"}, TypeError, "VPTConfig.project must be int"),
+        ({"deep_layers": 0}, ValueError, "VPTConfig.deep_layers must be at least 1"),
+        ({"deep_layers": 2, "deep": False}, ValueError, "VPTConfig.deep_layers must be None without deep, got 2"),
+        ({"dropout_per": "prompt"}, ValueError, "VPTConfig.dropout_per must be one of"),
     ],
 )
 def test_bad_options_are_named(options: dict, error: type[Exception], message: str) -> None:
@@ -161,6 +164,58 @@ def test_masks_of_several_stages_are_drawn_per_image() -> None:
     }
     torch.testing.assert_close(vpt.prompts(4, draws=draws), vpt.eval()(layer=4) * draws["prompts.2"][1])
     assert 0.2 < (draws["prompts.2"] == 0).float().mean() < 0.3
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_partial_depth_by_hand(tiny_vit: VisionTransformer, tiny_images: Tensor, k: int) -> None:
+    """The authors' loop: block i < k drops the former prompt rows and inserts its own, later blocks keep them."""
+    vit, images = tiny_vit.double(), tiny_images.double()
+    model = fp.PromptedViT(fp.FrozenViT(vit), fp.VPTConfig(num_prompts=4, deep_layers=k), readout="prompts").eval()
+    vpt = model.generator
+    assert (vpt.layers, vpt.num_parameters(), vpt.paper_num_parameters()) == (tuple(range(k)), k * 4 * 48, k * 4 * 48)
+    x = vit._pos_embed(vit.patch_embed(images))
+    x = torch.cat([x[:, :1], x.new_zeros(len(x), 4, 48), x[:, 1:]], dim=1)
+    for i, block in enumerate(vit.blocks):
+        if i < k:
+            own = vpt.static.embeddings[i].expand(len(x), -1, -1)
+            x = torch.cat([x[:, :1], own, x[:, 5:]], dim=1)
+        x = block(x)
+    expected = vit.norm(x)[:, 1:5].mean(1)
+    for forward in (model, model.reference_forward):
+        torch.testing.assert_close(forward(images), expected, rtol=1e-10, atol=1e-10)
+    expected.square().sum().backward()
+    by_hand, vpt.static.embeddings.grad = vpt.static.embeddings.grad, None
+    model(images).square().sum().backward()
+    torch.testing.assert_close(vpt.static.embeddings.grad, by_hand, rtol=1e-9, atol=1e-9)
+
+
+def test_more_deep_layers_than_blocks_are_refused(small: Geometry) -> None:
+    with pytest.raises(ValueError, match=r"VPTConfig\.deep_layers must be at most the 3 blocks, got 4"):
+        fp.VPT(deep_layers=4, geometry=small)
+
+
+def test_partial_depth_on_a_swin_transformer(tiny_swin: Callable[..., nn.Module]) -> None:
+    backbone = fp.FrozenViT(tiny_swin()).double()
+    images = torch.randn(2, 3, 32, 32).double()
+    for k in (1, 3, 4):
+        model = fp.PromptedViT(backbone, fp.VPTConfig(num_prompts=3, deep_layers=k)).eval()
+        torch.testing.assert_close(model(images), model.reference_forward(images), rtol=1e-10, atol=1e-10)
+
+
+def test_dropout_masks_may_be_shared_by_a_batch() -> None:
+    """As on the authors' Swin: those of block 0 are each image's own, later blocks have one for all images."""
+    vpt = fp.VPT(num_prompts=30, prompt_dropout=0.25, dropout_per="batch", **STAGES).train()
+    draws = vpt.draw(4)
+    shapes = {"prompts.0": (2, 1, 30, 24), "prompts.1": (1, 1, 30, 48), "prompts.2": (2, 1, 30, 96)}
+    assert {name: tuple(mask.shape) for name, mask in draws.items()} == {**shapes, "first": (1, 4, 30, 24)}
+    assert not torch.equal(draws["first"][0, 0], draws["first"][0, 1])
+    plain = [vpt.static(layer, None) for layer in range(5)]
+    torch.testing.assert_close(vpt.prompts(0, draws=draws), plain[0] * draws["first"][0])
+    for layer, (name, index) in enumerate([("prompts.0", 1), ("prompts.1", 0), ("prompts.2", 0), ("prompts.2", 1)], 1):
+        found = vpt.prompts(layer, draws=draws)
+        assert len(found) == 1
+        torch.testing.assert_close(found, plain[layer] * draws[name][index])
+        assert 0.15 < (found == 0).float().mean() < 0.35
 
 
 def test_a_projection_fits_one_width_only() -> None:

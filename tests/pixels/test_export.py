@@ -69,6 +69,7 @@ def test_the_client_resizes_as_in_training(backbone: fp.FrozenViT, tmp_path: Pat
         {"stem_pool": False},
         {"resolution": 16},
         {"resolution": 32},
+        {"resolution": 16, "resize": "short_side"},
         {"trunk": "resnet18"},
         {"activation": "sigmoid", "bounded": False},
         {"widths": (4, 4, 8, 8)},
