@@ -40,7 +40,14 @@ from fastprompt.vit.prompts import Draws, Prefix
 WARM_UPS = 3  # runs before a capture: kernels get compiled, libraries choose algorithms and workspaces
 MAX_FORMS = 4  # kinds of images, dtype and size, that one manager holds graphs for
 MANY_DROPS = 3  # times that graphs were captured anew before a warning
-NO_EFFECT_AT_INFERENCE = ("beta", "channel_dropout", "hidden_dropout", "prompt_dropout", "pretrained_trunk")
+NO_EFFECT_AT_INFERENCE = (
+    "beta",
+    "channel_dropout",
+    "hidden_dropout",
+    "prompt_dropout",
+    "dropout_per",
+    "pretrained_trunk",
+)
 
 Loss = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
 

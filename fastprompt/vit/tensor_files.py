@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from fastprompt.arguments import ArgumentError, ArgumentPathError, ArgumentTypeE
 
 _PLAIN: list[Any] = [
     argparse.Namespace,
+    *((PurePosixPath, f"pathlib.{module}PosixPath") for module in ("", "_local.")),
     np.ndarray,
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("float16", "float32", "float64", "int64")),

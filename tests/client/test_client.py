@@ -267,6 +267,8 @@ def heads(backbone: fp.FrozenViT) -> dict[str, Any]:
         "text": (with_projection, {"num_classes": 3, "head": "text", "class_embeddings": texts, "logit_scale": 7.0}),
         "label_map": (with_projection, {"num_classes": 3, "head": "label_map"}),
         "prototypes": (backbone, {"head": fp.PrototypeHead(texts, layers)}),
+        "rows as they are": (backbone, {"head": fp.PrototypeHead(texts, layers, normalise=False)}),
+        "trained map": (with_projection, {"head": fp.LabelMapHead(with_projection, 3, trainable=True)}),
     }
 
 
@@ -278,7 +280,7 @@ def backbone_with(head: torch.nn.Linear) -> Any:
     return vit
 
 
-@pytest.mark.parametrize("kind", ["linear", "text", "label_map", "prototypes"])
+@pytest.mark.parametrize("kind", ["linear", "text", "label_map", "prototypes", "rows as they are", "trained map"])
 def test_every_head_gives_the_same_probabilities(backbone: fp.FrozenViT, tmp_path: Path, kind: str) -> None:
     vit, options = heads(backbone)[kind]
     model = fp.PromptedViT(vit, fp.RGBPGNConfig(num_prompts=4, library_size=3, widths=(4, 8)), **options).eval()

@@ -49,7 +49,7 @@ def noise(state: State) -> State:
 
 PROJECTION = {"head.0.weight": torch.randn(9, D), "head.1.weight": torch.ones(9), "head.1.running_mean": torch.ones(9)}
 DINO_HEAD = {"mlp.0.weight": torch.randn(9, D), "last_layer.weight_g": torch.ones(7, 1)}
-SETTINGS = argparse.Namespace(arch="vit_small", lr=np.float64(0.1))
+SETTINGS = argparse.Namespace(arch="vit_small", lr=np.float64(0.1), output_dir=Path("out"))
 WRAPPED: dict[str, Callable[[State], Any]] = {
     "timm": lambda s: s,
     "mae pretrain": lambda s: {
