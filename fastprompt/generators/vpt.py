@@ -41,8 +41,8 @@ class VPTConfig(PromptConfig):
         project: width k the prompts are learned in and projected from, by one Linear; None: none.
         deep_layers: how many first blocks get new prompts where `deep`; None: all. The prompts of the last of them flow
             on through the other blocks as tokens (the authors' NUM_DEEP_LAYERS).
-        dropout_per: "image": each image has its own dropout mask, as in the authors' ViT. "batch": from block 1 on all
-            images of a batch share one, as in their Swin.
+        dropout_per: "image", the default: each image has its own dropout mask, as in the authors' ViT. "batch": from
+            block 1 on all images of a batch share one, as in their Swin.
     """
 
     kind: ClassVar[str] = "vpt"

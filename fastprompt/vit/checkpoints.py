@@ -26,7 +26,10 @@ from fastprompt.arguments import ArgumentError
 from fastprompt.vit.tensor_files import named_tensors, read_file
 
 logger = logging.getLogger(__name__)
-_WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model", "student")
+_WRAPPERS = (
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "teacher"),
+    *("state_dict", "model_state_dict", "model", "student"),
+)
 """Where published files keep a network's tensors; of several the first is read. timm prefers averaged weights, too, and
 DINO evaluates its teacher."""
 _CHOSEN = {"base_encoder", "teacher"}
@@ -129,11 +132,19 @@ def _unwrapped(content: Any, key: str | None) -> tuple[Any, str | None]:
         if key is not None and isinstance(content.get(key), Mapping):
             content, key = content[key], None
             continue
-        found = next((name for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
-        if found is None:
+        names = [name for name in _WRAPPERS if isinstance(content.get(name), Mapping)]
+        if not names and not any(isinstance(value, Tensor) for value in content.values()):
+            names = [name for name, value in content.items() if _has_tensors(value)]
+            if len(names) > 1:
+                raise ArgumentError("checkpoint_key", f"must say which state dict to read: the file has {names}")
+        if not names:
             break
-        content = content[found]
+        content = content[names[0]]
     return content, key
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(tensor, Tensor) for tensor in value.values())
 
 
 def _backbone_tensors(state: Mapping[str, Tensor], key: str | None, where: str) -> tuple[dict[str, Tensor], list[str]]:

@@ -76,6 +76,8 @@ WRAPPED: dict[str, Callable[[State], Any]] = {
     "compiled": lambda s: prefixed(s, "_orig_mod.module."),
     "averaged": lambda s: {"state_dict": noise(s), "state_dict_ema": s, "args": SETTINGS},
     "averaged, deit": lambda s: {"model": noise(s), "model_ema": prefixed(s, "module.")},
+    "averaged, by another name": lambda s: {"model_state_dict": noise(s), "ema": {"step": 3, **s}},
+    "under an unknown name": lambda s: {"weights": s, "optimizer": {"state": {}, "param_groups": []}, "step": 3},
     "half precision": lambda s: {"model": {name: tensor.half() for name, tensor in s.items()}},
     "within a model": lambda s: {"state_dict": prefixed(s, "model.backbone.") | {"model.neck.weight": torch.ones(2)}},
 }
@@ -162,6 +164,10 @@ def test_which_network_of_several(
 
 def test_networks_that_no_rule_chooses_between(tmp_path: Path, vit: Callable[..., nn.Module]) -> None:
     state = vit().state_dict()
+    torch.save({"a": state, "b": noise(state)}, tmp_path / "dicts.pth")
+    with pytest.raises(ValueError, match=r"checkpoint_key must say which state dict to read: .*\['a', 'b'\]"):
+        load(tmp_path / "dicts.pth")
+    assert torch.equal(load(tmp_path / "dicts.pth", checkpoint_key="a").patch_weight, state["patch_embed.proj.weight"])
     torch.save(prefixed(state, "a.") | prefixed(noise(state), "b."), tmp_path / "two.pth")
     with pytest.raises(ValueError, match=r"checkpoint_key must say which network to read: .*\['a\.', 'b\.'\]"):
         load(tmp_path / "two.pth")
