@@ -1,4 +1,4 @@
-# make test | browser | page | hammer | serve-ray | load | demo | table | pixels | lint | types | bench | bench-forward | bench-engine | cost | gates | kernels-report | gpu | clean | help
+# make test | docs | browser | page | hammer | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-engine | cost | gates | kernels-report | gpu | clean | help
 #   PYTHON=python3.12   interpreter the environment is made from
 #   VENV=path           environment to make or reuse (default .venv)
 #   PIP_FLAGS=...       more flags for pip, e.g. an extra index that has CPU builds of torch
@@ -17,7 +17,7 @@ STAMP := $(VENV)/.fastprompt-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint types pytest browser page hammer serve-ray load demo table pixels bench bench-forward bench-engine cost gates kernels-report gpu clean
+.PHONY: help install test lint types pytest browser page hammer serve-ray load demo table pixels plots docs bench bench-forward bench-engine cost gates kernels-report gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -86,6 +86,14 @@ table: $(STAMP)  ## every method, three seeds (hours; resumable)
 pixels: $(STAMP)  ## prompts as pixels, two data sets, three seeds, before and after PNG (hours; resumable)
 	$(PY) experiments/pixels.py
 
+plots: $(STAMP)  ## the two plots of the README, from results/table.json and results/engine.md
+	$(PY) experiments/plots.py
+
+docs: $(STAMP)  ## the documentation site in build/docs, warnings are errors
+	@$(PY) -m pip install -qq $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[dev,docs]'
+	$(PY) docs/tables.py
+	$(VENV)/bin/mkdocs build --strict
+
 bench: $(STAMP)  ## throughput of every op and method beside its peers, a table of ratios
 	$(VENV)/bin/pytest --benchmark-only
 
@@ -93,9 +101,9 @@ bench-forward: $(STAMP)  ## the forward and the training step against the papers
 	$(VENV)/bin/pytest bench/bench_forward.py --benchmark-only -s --benchmark-json=.benchmarks/forward.json
 	$(PY) bench/forward_table.py .benchmarks/forward.json results/forward.md
 
-bench-engine: $(STAMP)  ## fp.Engine against the papers' graph in other engines; writes results/engine.md and the README's table
+bench-engine: $(STAMP)  ## fp.Engine against the papers' graph in other engines; writes results/engine.md and the table of docs/results.md
 	$(VENV)/bin/pytest bench/bench_engine.py --benchmark-only -s --benchmark-json=.benchmarks/engine.json
-	$(PY) bench/engine_table.py .benchmarks/engine.json results/engine.md README.md
+	$(PY) bench/engine_table.py .benchmarks/engine.json results/engine.md docs/results.md
 
 cost: $(STAMP)  ## FLOPs, saved bytes and dispatches by formula and as measured, into results/cost.md (minutes)
 	OMP_NUM_THREADS=1 $(PY) bench/cost.py
@@ -106,10 +114,10 @@ gates: $(STAMP)  ## every gate of the Triton kernels, into results/gates.json (m
 kernels-report: $(STAMP)  ## compile every Triton kernel for every part and write results/kernels.md (minutes, no GPU)
 	OMP_NUM_THREADS=1 $(PY) tests/kernels/gates/report.py
 
-gpu: $(STAMP)  ## on a GPU: parity, determinism and speed of every op and of CUDA graphs, into results/gpu.json and the README
+gpu: $(STAMP)  ## on a GPU: parity, determinism and speed of every op and of CUDA graphs, into results/gpu.json and docs/results.md
 	began=$$(date +%s) && $(VENV)/bin/pytest -q tests/engine/cuda_graph/test_device.py && \
 		$(PY) bench/gpu.py --began $$began
-	$(PY) bench/gpu_table.py results/gpu.json README.md
+	$(PY) bench/gpu_table.py results/gpu.json docs/results.md
 
 clean:  ## remove .venv and everything built
 	rm -rf .venv .cache build dist *.egg-info client/*.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -1,8 +1,8 @@
-"""results/engine.md and the README's table of engines from what `bench_engine.py` measured.
+"""results/engine.md and the documentation's table of engines from what `bench_engine.py` measured.
 
-    python bench/engine_table.py BENCHMARK.json OUT.md README.md
+    python bench/engine_table.py BENCHMARK.json OUT.md docs/results.md
 
-In the README it replaces what stands between the two `engine` comments.
+In the page it replaces what stands between the two `engine` comments.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def many_adapters(run: Mapping[str, Any]) -> list[str]:
 
 
 def medians(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The README's lines: the engine's fastest backend against each baseline, and the mixed batch."""
+    """The page's lines: the engine's fastest backend against each baseline, and the mixed batch."""
     baselines = (FLOAT32, COMPILED, OPENVINO, RUNTIME)
     lines = [
         f"| times as fast as the papers' graph in | {' | '.join(name.split(', ')[1] for name in baselines)} |",
@@ -116,14 +116,14 @@ def medians(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def replace_part(text: str, lines: Sequence[str]) -> str:
-    """The README with `lines` between its two comments."""
+    """The page with `lines` between its two comments."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise SystemExit(f"the README has no place for the table: {BEGIN.strip()} and {END.strip()}")
+        raise SystemExit(f"the page has no place for the table: {BEGIN.strip()} and {END.strip()}")
     before, rest = text.split(BEGIN)
     return before + BEGIN + "\n".join(lines) + "\n" + END + rest.split(END)[1]
 
 
-def main(source: Path, out: Path, readme: Path) -> None:
+def main(source: Path, out: Path, page: Path) -> None:
     """Write the tables."""
     report = json.loads(source.read_text())
     runs = [benchmark["extra_info"] for benchmark in report["benchmarks"]]
@@ -153,7 +153,7 @@ def main(source: Path, out: Path, readme: Path) -> None:
                 "",
             ]
     atomic_write(out, "\n".join(lines))
-    atomic_write(readme, replace_part(readme.read_text(encoding="utf-8"), medians(runs)))
+    atomic_write(page, replace_part(page.read_text(encoding="utf-8"), medians(runs)))
     print("\n".join(lines))
 
 

@@ -1,6 +1,6 @@
-"""README's table of GPU times from results/gpu.json: `python bench/gpu_table.py GPU.json README.md`.
+"""The documentation's table of GPU times from results/gpu.json: `python bench/gpu_table.py GPU.json docs/results.md`.
 
-It replaces what stands between the two `gpu` comments of the README.
+It replaces what stands between the two `gpu` comments of the page.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *notes, ""])
 
 
-def main(source: str, readme: str) -> None:
+def main(source: str, page: str) -> None:
     report = json.loads(Path(source).read_text(encoding="utf-8"))
     if report["dry_run"]:
         raise SystemExit(f"{source} comes from a dry run; its times say nothing")
-    text = Path(readme).read_text(encoding="utf-8")
+    text = Path(page).read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise SystemExit(f"{readme} has no place for the table: {BEGIN.strip()} and {END.strip()}")
+        raise SystemExit(f"{page} has no place for the table: {BEGIN.strip()} and {END.strip()}")
     before, rest = text.split(BEGIN)
-    atomic_write(readme, before + BEGIN + table(report) + END + rest.split(END)[1])
+    atomic_write(page, before + BEGIN + table(report) + END + rest.split(END)[1])
 
 
 if __name__ == "__main__":

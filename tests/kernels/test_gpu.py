@@ -66,22 +66,22 @@ def test_a_dry_run_writes_a_complete_report(report_of: tuple[Path, dict[str, Any
     assert report["ops"]["prefix_attention"]["microseconds"]["32"][0]["forward"][rival]["median"] > 0
 
 
-def test_the_readme_gets_the_table_of_a_real_run_alone(report_of: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_the_page_gets_the_table_of_a_real_run_alone(report_of: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     path, report = report_of
-    readme = tmp_path / "README.md"
-    original = (ROOT / "README.md").read_text()
-    readme.write_text(original)
-    refused = run("bench/gpu_table.py", str(path), str(readme))
+    page = tmp_path / "results.md"
+    original = (ROOT / "docs" / "results.md").read_text()
+    page.write_text(original)
+    refused = run("bench/gpu_table.py", str(path), str(page))
     assert refused.returncode != 0
     assert "dry run" in refused.stderr
-    assert readme.read_text() == original
+    assert page.read_text() == original
     report |= {"dry_run": False, "device": "Some GPU"}
     report["ops"]["vae_prompts"]["microseconds"]["32"][0]["forward"]["compile, max-autotune"] = None
     real = tmp_path / "gpu.json"
     real.write_text(json.dumps(report))
     for _ in range(2):  # a second time replaces what the first one wrote
-        assert run("bench/gpu_table.py", str(real), str(readme)).returncode == 0
-    text = readme.read_text()
+        assert run("bench/gpu_table.py", str(real), str(page)).returncode == 0
+    text = page.read_text()
     assert text.count("Measured by `make gpu` on Some GPU") == 1
     for op in OPS:
         assert text.count(f"| `{op}`, ") == 4  # two batches, forward and both

@@ -1,0 +1,124 @@
+"""The numbers of docs/results.md and of the plots are those of the committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib
+import plots
+import pytest
+from table import bracket
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "results.md"
+
+
+def test_the_results_are_those_of_the_committed_table() -> None:
+    table = json.loads((ROOT / "results" / "table.json").read_text(encoding="utf-8"))
+    rows = {row["title"]: row for row in table["rows"]}
+    found = re.findall(
+        r"^\| ([^|]+) \| ([\d,]+) \| (0\.\d+) (?:± (0\.\d+) )?\| ?(.*?) ?\| ?(.*?) ?\|$",
+        PAGE.read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    assert {title for title, *_ in found} == set(rows)
+    for title, parameters, accuracy, half, difference, over_seeds in found:
+        row = rows[title]
+        assert int(parameters.replace(",", "")) == row["trained_parameters"]["total"]
+        assert accuracy == f"{row['test_accuracy']:.4f}"
+        interval = row["test_interval_over_seeds"]
+        assert half == ("" if interval is None else f"{interval:.4f}")
+        if row["difference_to_probe"] is None:
+            assert (difference, over_seeds) == ("", "")
+        else:
+            low, high = row["difference_to_probe"]["image_interval"]
+            assert difference == f"{row['difference_to_probe']['mean']:+.4f} [{low:+.4f}, {high:+.4f}]"
+            assert over_seeds == bracket(row["difference_to_probe"]["seed_interval"])
+
+
+def test_the_speeds_are_those_of_the_committed_table() -> None:
+    """A row holds the medians of both jobs' rows of results/forward.md, inference first."""
+    medians: dict[str, list[str]] = {}
+    for name, *cells in (
+        line.strip("| ").split(" | ")
+        for line in (ROOT / "results" / "forward.md").read_text(encoding="utf-8").splitlines()
+        if ", × |" in line
+    ):
+        medians.setdefault(name.removesuffix(", ×"), []).extend(cell.split(" ")[0] for cell in cells)
+    found = re.findall(
+        r"^\| ((?:papers' graph|rewritten), \w+ \w+) \| (.*) \|$",
+        PAGE.read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    assert {name for name, _ in found} == set(medians)
+    for name, cells in found:
+        assert cells.split(" | ") == medians[name]
+
+
+def test_the_engines_speeds_are_those_of_the_committed_table() -> None:
+    """Column by column: what the page says a method's engine is faster by is a median of results/engine.md."""
+    expected: dict[str, list[str]] = {}
+    rows: list[str] = []
+    for line in (ROOT / "results" / "engine.md").read_text(encoding="utf-8").splitlines():
+        name, *cells = line.strip("| ").split(" | ")
+        if name.endswith(", prompts"):
+            method, batch = name.removesuffix(", prompts").split(", batch ")
+            rows = [f"{method}, {n} prompts" + (", batch 1" if batch == "1" else "") for n in cells]
+        elif name.startswith("the engine in ") and ", × " in name:
+            for row, cell in zip(rows, cells, strict=True):
+                expected.setdefault(row, []).append(cell.split(" ")[0])
+    text = PAGE.read_text(encoding="utf-8")
+    table = text[text.index("<!-- engine:") : text.index("<!-- /engine -->")]
+    found = {
+        name: [cell for cell in cells.split(" | ") if cell.strip()]
+        for name, cells in re.findall(r"^\| ((?:VPT-deep|VAPT|PGN), .*?) \| (.*) \|$", table, re.MULTILINE)
+    }
+    assert found == expected
+    assert len(found) == 8
+
+
+def test_the_pixel_prompts_accuracies_are_those_of_the_committed_table() -> None:
+    """A row holds accuracy as trained and as PNG on each data set of results/pixels.json."""
+    rows = json.loads((ROOT / "results" / "pixels.json").read_text(encoding="utf-8"))
+    titles = [row["title"] for of_data in rows.values() for row in of_data]
+    expected = {title: [""] * 2 * len(rows) for title in titles}
+    for i, of_data in enumerate(rows.values()):
+        for row in of_data:
+            png = row["pictures"].get("png")
+            expected[row["title"]][2 * i : 2 * i + 2] = [
+                f"{row['test_accuracy']:.3f}",
+                "" if png is None else f"{png['accuracy']:.3f}",
+            ]
+    text = PAGE.read_text(encoding="utf-8")
+    lines = text[text.index("| Test accuracy |") :].split("\n\n")[0].splitlines()[2:]
+    found = {title: cells for title, *cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)}
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", ["accuracy.svg", "speed.svg"])
+def test_the_plots_show_the_committed_numbers(name: str) -> None:
+    """What is drawn is in the file's description; `make plots` draws it again."""
+    if name == "speed.svg":
+        numbers: Any = plots.speeds((ROOT / "results" / "engine.md").read_text(encoding="utf-8"))
+        assert {len(rates) for rates in numbers.values()} == {3}
+        assert len(numbers) == len(plots.SPEEDS)
+    else:
+        numbers = plots.accuracies(json.loads((ROOT / "results" / "table.json").read_text(encoding="utf-8")))
+        assert len(numbers) == 10
+    tree = ElementTree.parse(ROOT / "docs" / "assets" / name)
+    description = tree.find(".//{http://purl.org/dc/elements/1.1/}description")
+    assert description is not None
+    assert json.loads(description.text or "") == numbers
+
+
+def test_the_plots_are_drawn_from_the_numbers(tmp_path: Path) -> None:
+    """Byte for byte, where Matplotlib is the version that `make` installs."""
+    plots.main(["--out", str(tmp_path)])
+    pinned = f"matplotlib=={matplotlib.__version__};" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    for name in ("accuracy.svg", "speed.svg"):
+        drawn, kept = ((folder / name).read_text(encoding="utf-8") for folder in (tmp_path, ROOT / "docs" / "assets"))
+        assert drawn == kept if pinned else len(drawn) > 10_000
