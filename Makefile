@@ -91,8 +91,8 @@ plots: $(STAMP)  ## the two plots of the README, from results/table.json and res
 
 docs: $(STAMP)  ## the documentation site in build/docs, warnings are errors
 	@$(PY) -m pip install -qq $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[dev,docs]'
-	$(PY) docs/tables.py
-	$(VENV)/bin/mkdocs build --strict
+	$(PY) experiments/method_tables.py
+	$(PY) -m mkdocs build --strict
 
 bench: $(STAMP)  ## throughput of every op and method beside its peers, a table of ratios
 	$(VENV)/bin/pytest --benchmark-only

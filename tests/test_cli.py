@@ -109,6 +109,11 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastprompt {fp.__version__}\n"
+
+
 def test_adapt_writes_the_run(run_dir: Path) -> None:
     results = json.loads((run_dir / "results.json").read_text())
     assert results["config"]["library_size"] == 16

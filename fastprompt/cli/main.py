@@ -11,6 +11,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+import fastprompt
 from fastprompt.arguments import ArgumentError
 from fastprompt.cli.adapt import Adapt, adapt
 from fastprompt.cli.eval import Eval, evaluate_adapter
@@ -128,7 +129,7 @@ def parse(words: list[str]) -> Any:
         commands,
         args=words,
         prog="fastprompt",
-        description="Instance-conditioned visual prompts on frozen vision transformers.",
+        description="Instance-conditioned visual prompts on frozen vision transformers; --version prints the version.",
     )
 
 
@@ -164,6 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     `SystemExit(0)`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words == ["--version"]:
+        say(f"fastprompt {fastprompt.__version__}")
+        return 0
     name = words[0] if words and words[0] in CLASSES else None
     called = f"fastprompt {name}" if name else "fastprompt"
     try:

@@ -69,9 +69,11 @@ def group_type(name: str, hints: Mapping[str, Any], describe: Callable[[str], st
 
 
 def fields_of(cls: type, leave_out: Iterable[str] = ()) -> tuple[dict[str, Any], Callable[[str], str]]:
-    """Types of a dataclass's fields, and what to say of each: its documentation and default."""
+    """Types of a dataclass's fields, and what to say of each: its documentation, also a base class's, and default."""
     hints, fields = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls) if f.init}
-    documented = _attributes(cls.__doc__ or "", fields)
+    documented: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        documented |= _attributes(base.__doc__ or "", fields)
 
     def describe(name: str) -> str:
         return f"{documented.get(name, '')} (default: {fields[name].default})".strip()

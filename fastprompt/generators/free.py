@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class FreePromptsConfig(PromptConfig):
-    """Options of `FreePrompts`."""
+    """Options of `FreePrompts`.
+
+    Attributes:
+        num_prompts: K.
+    """
 
     kind: ClassVar[str] = "free"
     num_prompts: int = 16

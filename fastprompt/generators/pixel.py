@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class PixelPromptConfig(PromptConfig):
-    """Options of `PixelPrompt`. border: width in pixels of the frame."""
+    """Options of `PixelPrompt`.
+
+    Attributes:
+        border: width in pixels of the frame.
+    """
 
     kind: ClassVar[str] = "pixel"
     border: int = 30

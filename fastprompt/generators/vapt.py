@@ -39,7 +39,7 @@ class VAPTConfig(PromptConfig):
 
     Attributes:
         num_prompts: P per block. hidden: r, width of the feature projector's bottleneck.
-        kernel, padding: of the convolution over the patch grid (stride 1).
+        kernel: k, side of the convolution's kernel over the patch grid (stride 1). padding: of that convolution.
         channel_dropout: rate of dropping whole channels after the convolution.
         hidden_dropout: rate on the bottleneck's hidden units.
         prompt_dropout: rate on elements of the static prompts.

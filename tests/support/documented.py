@@ -6,10 +6,12 @@ import contextlib
 import io
 import re
 import shlex
+import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,7 +23,9 @@ from fastprompt.engine import backends
 from fastprompt.train import recipes
 from fastprompt.vit import assets
 
-FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL
+)
 TINY = {"embed_dim": 48, "depth": 3, "num_heads": 3}
 
 
@@ -42,24 +46,28 @@ def blocks(page: Path) -> Iterator[Block]:
         yield Block(found["language"], textwrap.dedent(found["text"]), line)
 
 
-def run_page(page: Path, namespace: dict[str, Any]) -> int:
-    """Run the page's Python blocks in `namespace`; returns how many. A `text` block behind one is what that prints.
+def run_page(page: Path) -> int:
+    """Run the page's Python blocks in one module; returns how many. A `text` block behind one is what that prints.
 
     Raises:
         AssertionError: a block prints something else. Whatever a block raises, with the page's line in the traceback.
     """
-    printed, count = None, 0
-    for block in blocks(page):
-        if block.language == "text" and printed is not None:
-            assert printed == block.text, f"{page}:{block.line}"
-        printed = None
-        if block.language == "python":
-            count += 1
-            output = io.StringIO()
-            code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
-            with contextlib.redirect_stdout(output):
-                exec(code, namespace)
-            printed = output.getvalue()
+    printed, count, module = None, 0, ModuleType("documented_page")
+    sys.modules[module.__name__] = module  # dataclasses look there for the types that a page names
+    try:
+        for block in blocks(page):
+            if block.language == "text" and printed is not None:
+                assert printed == block.text, f"{page}:{block.line}"
+            printed = None
+            if block.language == "python":
+                count += 1
+                output = io.StringIO()
+                code = compile("\n" * (block.line - 1) + block.text, str(page), "exec", dont_inherit=True)
+                with contextlib.redirect_stdout(output):
+                    exec(code, module.__dict__)
+                printed = output.getvalue()
+    finally:
+        del sys.modules[module.__name__]
     return count
 
 

@@ -1,0 +1,72 @@
+"""The documentation is complete: every page, public name, method and option is there, tables are the registry's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import method_tables
+import pytest
+import yaml
+
+import fastprompt as fp
+from fastprompt.generators import get_method
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+
+
+def navigation(entry: object) -> list[str]:
+    if isinstance(entry, str):
+        return [entry]
+    children = entry.values() if isinstance(entry, dict) else entry
+    return [page for child in children for page in navigation(child)]  # type: ignore[union-attr]
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert sorted(navigation(settings["nav"])) == sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md"))
+
+
+def test_every_public_name_has_its_place_in_the_reference() -> None:
+    found = re.findall(r"^::: fastprompt\.(\w+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted([*found, "__version__"]) == sorted(fp.__all__)
+
+
+def test_every_method_has_a_page() -> None:
+    pages = {path: path.read_text(encoding="utf-8") for path in (DOCS / "methods").glob("*.md")}
+    shown = {name for text in pages.values() for name in re.findall(r"<!-- method: ([\w-]+) -->", text)}
+    configurations = {get_method(name).config_class for name in shown}
+    assert configurations == {get_method(name).config_class for name in fp.list_methods()}
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (DOCS / "methods").glob("*.md")))
+def test_the_tables_are_those_of_the_registry(page: str) -> None:
+    text = (DOCS / "methods" / page).read_text(encoding="utf-8")
+    assert text == method_tables.filled(text), "python experiments/method_tables.py writes them again"
+
+
+def test_every_option_is_explained() -> None:
+    """The tables take the explanations from the docstrings, as `--help` does."""
+    for name in fp.list_methods():
+        for line in method_tables.options(get_method(name)):
+            assert not re.search(r"\|\s*\|$", line), f"{name}: {line}"
+
+
+def test_what_pages_link_to_is_there() -> None:
+    """Files; `make docs` checks the anchors too."""
+    for page in DOCS.rglob("*.md"):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == fp.__version__
+    assert f"\n## {fp.__version__} - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_commits_are_checked_by_the_pinned_ruff() -> None:
+    settings = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    [ruff] = settings["repos"]
+    assert f"ruff=={ruff['rev'].removeprefix('v')}\n" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
