@@ -231,7 +231,7 @@ def _rewritten(t: Tally, s: Sizes, prompts: PromptCost | None, readout: str, pix
         t.add(step)
     if s.norm:
         _norm(t, s, b * rows, trains)
-    slices = {"cls": (0, 1), "patches": (1, 1), "prompts": (1, 1), "patches+prompts": (2, 4)}[readout]
+    slices = {"cls": (0, 1), "patches": (1, 1), "prompts": (1, 1), "patches+prompts": (1, 1)}[readout]
     t.call(slices[0], slices[1] * trains)
     return rows
 

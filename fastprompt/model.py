@@ -38,7 +38,7 @@ from fastprompt.generators import (
 from fastprompt.heads import CLIP_LOGIT_SCALE, Head, build_head
 from fastprompt.vit import FrozenViT
 from fastprompt.vit.assets import load_source
-from fastprompt.vit.prompts import NO_DRAWS, Draws, Group, Prefix
+from fastprompt.vit.prompts import NO_DRAWS, Draws, Embedding, Group, Prefix
 from fastprompt.vit.reference import READOUTS
 
 Features = Callable[[Tensor, Draws], tuple[Tensor, dict[str, Tensor]]]
@@ -247,11 +247,9 @@ class PromptedViT(nn.Module):
         vit, graph = self.backbone, self.backbone.graph
         inputs, generator = self._inputs(images)
         with self._own_autocast(images.device):
-            if generator is self.generator:
-                embedded = graph.rewritten.embed(vit, images, inputs)
-            else:
-                embedded = graph.papers.embed(vit, inputs.to(vit.dtype))
-            context = None if generator is None else self.prompt_context(inputs, embedded.patches, draws)
+            raw = images if generator is self.generator else inputs
+            embedded = graph.rewritten.embed(vit, raw, inputs)
+            context = None if generator is None else self.prompt_context(inputs, embedded, draws)
             aux = {} if generator is None else generator.aux(context)
             if prefixes is None and not draws:
                 prefixes = self.kept_prefixes()
@@ -264,7 +262,7 @@ class PromptedViT(nn.Module):
         inputs, generator = self._inputs(images)
         with self._own_autocast(images.device):
             embedded = papers.embed(vit, inputs.to(vit.dtype))
-            context = None if generator is None else self.prompt_context(inputs, embedded.patches, draws)
+            context = None if generator is None else self.prompt_context(inputs, embedded, draws)
             aux = {} if generator is None else generator.aux(context)
             sequence = papers.encode(vit, inputs, generator, context, draws, embedded)
             return papers.read_out(vit, sequence, self.readout), aux
@@ -273,14 +271,15 @@ class PromptedViT(nn.Module):
         """Where the backbone trains in float32 and computes in 16 bits; elsewhere nothing changes."""
         return contextlib.nullcontext() if self._autocast is None else torch.autocast(device.type, self._autocast)
 
-    def prompt_context(self, images: Tensor, patches: Tensor, draws: Draws) -> Any:
+    def prompt_context(self, images: Tensor, patches: Tensor | Embedding, draws: Draws) -> Any:
         """What the generator computes once for a batch: from normalised images (B, 3, H, W), or from their patch
-        embeddings (B, N, D), or nothing.
+        embeddings (B, N, D), which it may be given as `patches` of the whole embedding, or nothing.
         """
         vit, generator = self.backbone, self.generator
         if generator is not None and generator.known_at == "image":
             return generator.context(images, draws)
         if generator is not None and generator.known_at == "embeddings":
+            patches = patches if isinstance(patches, Tensor) else patches.patches
             return generator.context(patches if vit.norm_pre is None else vit.norm_pre(patches), draws)
         return None
 

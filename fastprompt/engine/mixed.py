@@ -7,7 +7,6 @@ one group, in which every image has its own prompts, keys and values.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from fastprompt.generators import PromptGenerator
 from fastprompt.model import PromptedViT
-from fastprompt.vit.prompts import NO_DRAWS, Draws, Group, Prefix, Prompts
+from fastprompt.vit.prompts import NO_DRAWS, Apart, Draws, Group, Prefix, Prompts
+from fastprompt.vit.reference import Sequence as TokenSequence
 from fastprompt.vit.weights import Norm
 
 
@@ -78,6 +78,9 @@ class JointPrompts(Prompts):
             for generator, member in self.generators
         ]
         return _in_order(parts, self.members)
+
+    def first_sequence(self, context: Any, apart: Apart, draws: Draws, norm: Norm | None) -> None:
+        """None: no member writes the rows of others."""
 
     def prefixes(self) -> dict[int, Prefix]:
         """Block → (B, heads, P, d) keys and values of prompts that depend on parameters only."""
@@ -156,7 +159,8 @@ def _together(images: Tensor, rows: list[_Row]) -> list[Tensor]:
         groups.append(Group(joint, None, NO_DRAWS, readout, prefixes, len(of_group)))
         members.append(group)
         order += of_group
-    found = graph.rewritten.features(backbone, dataclasses.replace(embedded, tokens=_take(tokens, order)), groups)
+    ordered = TokenSequence(_take(tokens, order), embedded.num_prefix, grid=embedded.grid)
+    found = graph.rewritten.features(backbone, ordered, groups)
     of_rows: list[Any] = [None] * len(rows)
     start = 0
     for group, features in zip(members, found, strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.changes import changing
 from fastprompt.vit import FrozenViT
-from fastprompt.vit.prompts import Draws as Draws
+from fastprompt.vit.prompts import Apart, Draws as Draws
 from fastprompt.vit.weights import Norm
 
 Config = TypeVar("Config", bound="PromptConfig")
@@ -264,6 +264,15 @@ class PromptGenerator(nn.Module, abc.ABC):
         """
         first = self.prompts(0, context, tokens, draws).to(tokens.dtype)
         return first if norm is None else norm(first)
+
+    def first_sequence(self, context: Any, apart: Apart, draws: Draws | None, norm: Norm | None) -> Tensor | None:
+        """Block 0's whole sequence (B, R + N + P, D), class token, registers, patches and prompts, in one pass over its
+        rows, with position embedding and behind the backbone's pre-norm.
+
+        Asked for on a GPU where `before_pre_norm` and the prompts stay rows of the sequence. None, the default: the
+        graph asks for `first_prompts`.
+        """
+        return None
 
     def plain_prompts(
         self, layer: int, context: Any, tokens: Tensor | None = None, draws: Draws | None = None

@@ -15,6 +15,8 @@ from fastprompt.generators.accounting import PromptCost, Sizes, Tally
 from fastprompt.generators.base import UNSET, Draws, Geometry, GeometryOptions, PromptConfig, PromptGenerator
 from fastprompt.generators.registry import Published, register_method
 from fastprompt.kernels.library_prompts import ACTIVATIONS, PreNorm, library_prompts, reference as library_reference
+from fastprompt.vit.prompts import Apart
+from fastprompt.vit.slots import assembled, sums
 from fastprompt.vit.weights import Norm
 
 if TYPE_CHECKING:
@@ -211,6 +213,13 @@ PGN_PAPER_ADAMW = dataclasses.replace(
 """The scripts' `--optimizer adam`: AdamW with PyTorch's weight decay; its rate has to be searched."""
 
 
+def _pre_norm(norm: Norm | None) -> PreNorm | None:
+    """The norm as `library_prompts` takes it; None: there is none, or no LayerNorm with weight and bias."""
+    if norm is None or norm.kind != "layernorm" or norm.weight is None or norm.bias is None:
+        return None
+    return PreNorm(norm.weight, norm.bias, norm.eps)
+
+
 @register_method(
     "pgn",
     title="PGN",
@@ -227,7 +236,8 @@ class PGN(PromptGenerator):
     x is the backbone's own normalised image. The prompts join once, in block 0, behind the patches:
     [CLS, patches, prompts], without position embedding and before CLIP's pre-norm.
 
-    `generator(images)` (B, 3, H, W) → (B, K, D).
+    `generator(images)` (B, 3, H, W) → (B, K, D). `generator.sequence(images, tokens)` → (B, T + K, D) for a
+    transformer of one's own.
     """
 
     known_at = "image"
@@ -308,7 +318,55 @@ class PGN(PromptGenerator):
 
     def first_prompts(self, context: Any, tokens: Tensor, draws: Draws | None, norm: Norm | None) -> Tensor:
         """`prompts` that leave the mixture with CLIP's pre-norm applied, if the backbone has one."""
-        if norm is None or norm.kind != "layernorm" or norm.weight is None or norm.bias is None:
+        pre_norm = _pre_norm(norm)
+        if pre_norm is None:
             return super().first_prompts(context, tokens, draws, norm)
-        pre_norm = PreNorm(norm.weight, norm.bias, norm.eps)
         return library_prompts(context, self.library, self.config.activation, pre_norm=pre_norm).to(tokens.dtype)
+
+    def first_sequence(self, context: Any, apart: Apart, draws: Draws | None, norm: Norm | None) -> Tensor | None:
+        """Mixture, position embedding and pre-norm in one pass over the rows of the sequence."""
+        pre_norm = _pre_norm(norm)
+        constants = (*apart, *(pre_norm or ()))
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in constants):
+            room = assembled(apart, room=self.num_prompts)
+            slot = room.shape[1] - self.num_prompts
+            sequence = library_prompts(context, self.library, self.config.activation, out=room, slot=slot)
+            return sequence if norm is None else norm(sequence)
+        sequence = library_prompts(context, self.library, self.config.activation, **apart._asdict(), pre_norm=pre_norm)
+        return sequence if norm is None or pre_norm is not None else norm(sequence)
+
+    def sequence(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """The token sequence of any transformer with the prompts in their slots: [tokens, prompts], as PGN places them.
+
+        The softmax over the library, the mixture and the place in the sequence are one pass on a GPU; no concatenation
+        follows. What reads the sequence next is block 0, or a norm before it, as CLIP's `ln_pre`.
+
+        Args:
+            images: (B, 3, H, W), normalised as the transformer's own are.
+            tokens: (B, T, D), class token and patches with position embedding.
+
+        Returns:
+            (B, T + K, D) in the dtype of `tokens`, a fresh tensor. Gradients reach the generator, and `tokens` where
+            these ask for one.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; it is named.
+        """
+        if self.changes_images:
+            raise ValueError(f"{type(self).__name__} makes other images, not prompt tokens: use prompt_images(images)")
+        self.check_input(images, "images")
+        if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
+            found = getattr(tokens, "dtype", type(tokens).__name__)
+            raise TypeError(f"tokens must be a floating-point tensor (B, T, {self.geometry.width}), got {found}")
+        if tokens.ndim != 3 or len(tokens) != len(images) or tokens.shape[2] != self.geometry.width:
+            raise ValueError(
+                f"tokens must be ({len(images)}, T, {self.geometry.width}), one sequence for each image, "
+                f"got {tuple(tokens.shape)}"
+            )
+        if tokens.device != images.device:
+            raise ValueError(f"tokens must be on {images.device}, where the images are, got {tokens.device}")
+        context = self.context(images)
+        sequence = self.first_sequence(context, Apart(tokens, None, None), None, None)
+        if sequence is None:
+            sequence = sums(tokens, None, self.prompts(0, context).to(tokens.dtype), None)
+        return sequence

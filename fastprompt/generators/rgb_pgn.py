@@ -16,6 +16,7 @@ from fastprompt.generators.pgn import PGN, PGNConfig
 from fastprompt.generators.registry import register_method
 from fastprompt.kernels.library_prompts import library_prompts
 from fastprompt.vit import FrozenViT
+from fastprompt.vit.prompts import Apart
 from fastprompt.vit.weights import Norm, per_channel
 
 if TYPE_CHECKING:
@@ -239,6 +240,9 @@ class RGBPGN(PGN):
 
     def first_prompts(self, context: Any, tokens: Tensor, draws: Draws | None, norm: Norm | None) -> Tensor:
         return PromptGenerator.first_prompts(self, context, tokens, draws, norm)  # no mixture of tokens comes before it
+
+    def first_sequence(self, context: Any, apart: Apart, draws: Draws | None, norm: Norm | None) -> None:
+        """None: as for `first_prompts`."""
 
     def forward(self, x: Tensor | None = None, layer: int | None = None) -> Tensor:
         """Prompted images, or prompt tokens with placement "latent"."""

@@ -7,8 +7,9 @@
 * The last block computes only the rows that the head reads. With one query row, W_k and W_v are absorbed into the
   query's side, and there is no key and value product at all.
 * The blocks are those of `folding.fold`: constants have moved into the Linears.
-* Prompts that stay rows of the sequence join it behind the attention of their block, so that the backward of the
-  first block reaches only them: the tokens of a frozen embedding need no gradient.
+* The backward of the first block reaches only prompts: the tokens of a frozen embedding need no gradient.
+* On a GPU prompts that stay rows of the sequence are written where the next reader wants them (`slots.py`): PGN's
+  mixture with the whole sequence, others behind the attention of their block, in the sum that is there anyway.
 * Groups of images with different prompts, prompt counts and readouts share every product with the frozen weights.
 
 All of it holds in exact arithmetic, for outputs and gradients.
@@ -30,8 +31,8 @@ from fastprompt.vit import reference
 from fastprompt.vit.backbone import Backbone
 from fastprompt.vit.folding import folded
 from fastprompt.vit.linear import linear
-from fastprompt.vit.prompts import Group, Prefix, Prompts
-from fastprompt.vit.reference import Sequence as TokenSequence
+from fastprompt.vit.prompts import Apart, Embedding, Group, Prefix, Prompts
+from fastprompt.vit.slots import LastRows, assembled, in_slots, sums
 from fastprompt.vit.weights import Block, Norm
 
 Projected = tuple[Tensor, Tensor | None, Tensor | None]
@@ -73,6 +74,7 @@ class Reads(NamedTuple):
         joining: prompts (1 or B, P, D) that are read and become rows, behind the others.
         one_query: `rows` is the first row alone, and is computed without keys and values.
         prompts: prompts (1 or B, P, D) that this one query reads.
+        constants: how many rows that enter, from the first on, are constants of the backward.
     """
 
     rows: slice | None = None
@@ -80,9 +82,32 @@ class Reads(NamedTuple):
     joining: Tensor | None = None
     one_query: bool = False
     prompts: Tensor | None = None
+    constants: int = 0
 
 
-def features(vit: Backbone, embedded: TokenSequence, groups: Sequence[Group], recompute: bool = False) -> list[Tensor]:
+class Embedded:
+    """An `Embedding` whose rows come into one sequence when that is read."""
+
+    def __init__(self, vit: Backbone, apart: Apart, grid: tuple[int, int]) -> None:
+        self.rows, self.num_prefix, self.grid = apart, vit.num_prefix, grid
+        self._tokens: Tensor | None = None
+
+    @property
+    def apart(self) -> Apart | None:
+        return self.rows if self._tokens is None else None
+
+    @property
+    def tokens(self) -> Tensor:
+        if self._tokens is None:
+            self._tokens = assembled(self.rows)
+        return self._tokens
+
+    @property
+    def patches(self) -> Tensor:
+        return self.tokens[:, self.num_prefix :]
+
+
+def features(vit: Backbone, embedded: Embedding, groups: Sequence[Group], recompute: bool = False) -> list[Tensor]:
     """What the head sees, (B, D) of each group.
 
     Args:
@@ -90,14 +115,17 @@ def features(vit: Backbone, embedded: TokenSequence, groups: Sequence[Group], re
         groups: Linears and MLPs run over the rows of all, prompts and attention for each of them.
         recompute: keep only what enters a block for the backward and compute the block again there (one group only).
     """
-    blocks, x = read_blocks(vit), embedded.tokens
-    own, last = x.shape[1], len(blocks) - 1  # the rows that are no prompts come first
+    blocks = read_blocks(vit)
+    last = len(blocks) - 1
+    whole = _first_sequence(vit, embedded.apart, groups, last)
+    x = embedded.tokens if whole is None else whole.tokens
+    own = x.shape[1] if whole is None else whole.own  # the rows that are no prompts come first
     sizes = [x.shape[0] if group.size is None else group.size for group in groups]
-    firsts = [
-        _first_prompts(vit, group, patches)
-        for group, patches in zip(groups, _split(embedded.patches, sizes), strict=True)
-    ]
-    x = x if vit.norm_pre is None else vit.norm_pre(x)
+    firsts: list[Tensor | None] = [None]
+    if whole is None:
+        patches = _split(embedded.patches, sizes)
+        firsts = [_first_prompts(vit, group, of_group) for group, of_group in zip(groups, patches, strict=True)]
+        x = x if vit.norm_pre is None else vit.norm_pre(x)
 
     def reads(i: int, group: Group, first: Tensor | None, x: Tensor) -> Reads:
         """Block i for one group; prompt rows that stay stand last."""
@@ -108,6 +136,8 @@ def features(vit: Backbone, embedded: TokenSequence, groups: Sequence[Group], re
             kept = rows_read(vit, group.readout, own)
         rows = None if kept.indices(x.shape[1]) == (0, x.shape[1], 1) else kept
         prompts = None
+        if i == 0 and whole is not None:
+            return Reads(rows, constants=own if rows is None and not whole.trains else 0)
         if generator is not None and i in layers:
             if group.prefixes is not None and i in group.prefixes:
                 return Reads(rows, prefix=group.prefixes[i])
@@ -140,14 +170,33 @@ def features(vit: Backbone, embedded: TokenSequence, groups: Sequence[Group], re
         else:
             rows = step(i, rows, None if i == last else blocks[i + 1])
     rows = rows if vit.norm is None else rows._replace(data=vit.norm(rows.data))
-    return [
-        reference.read_out(vit, rows_left(vit, group.readout, x, own), group.readout)
-        for group, x in zip(groups, rows.parts(), strict=True)
-    ]
+    return [reference.pool(vit, x, group.readout) for group, x in zip(groups, rows.parts(), strict=True)]
 
 
 def _split(x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
     return [x] if len(sizes) == 1 else x.split(sizes)
+
+
+class _Whole(NamedTuple):
+    """Block 0's sequence with its prompts: rows, how many of them are the backbone's, and whether these train."""
+
+    tokens: Tensor
+    own: int
+    trains: bool
+
+
+def _first_sequence(vit: Backbone, apart: Apart | None, groups: Sequence[Group], last: int) -> _Whole | None:
+    """Block 0's sequence where the generator writes all of it; None: it does not, or there are several."""
+    generator, context, draws, readout, *_ = groups[0]
+    if apart is None or len(groups) > 1 or generator is None or not generator.before_pre_norm:
+        return None
+    if 0 not in generator.layers or not prompts_stay(generator, 0, last, readout):
+        return None
+    tokens = generator.first_sequence(context, apart, draws, vit.norm_pre)
+    if tokens is None:
+        return None
+    trains = folded(vit) is None or any(x is not None and x.requires_grad for x in apart)
+    return _Whole(tokens, vit.num_prefix + apart.patches.shape[1], trains)
 
 
 def _first_prompts(vit: Backbone, group: Group, patches: Tensor) -> Tensor | None:
@@ -158,12 +207,17 @@ def _first_prompts(vit: Backbone, group: Group, patches: Tensor) -> Tensor | Non
     return generator.first_prompts(group.context, patches, group.draws, vit.norm_pre)
 
 
-def embed(vit: Backbone, raw: Tensor, images: Tensor) -> TokenSequence:
+def embed(vit: Backbone, raw: Tensor, images: Tensor) -> Embedding:
     """`reference.embed` of `images`, from the `raw` uint8 pixels they were made of where that is possible."""
-    parts = folded(vit)
-    if raw.dtype != torch.uint8 or parts is None or vit.spec.dynamic_pad:
-        return reference.embed(vit, images.to(vit.dtype))
-    return reference.embed(vit, raw.to(vit.dtype), parts.pixels)
+    parts, pixels = folded(vit), None
+    if raw.dtype == torch.uint8 and parts is not None and not vit.spec.dynamic_pad:
+        images, pixels = raw, parts.pixels
+    if not in_slots(images):
+        return reference.embed(vit, images.to(vit.dtype), pixels)
+    patches, grid = reference.embed_patches(vit, images.to(vit.dtype), pixels)
+    prefix: list[Tensor] = [x for x in (vit.cls_token, vit.registers) if x is not None]
+    constants = torch.cat(prefix, dim=1) if len(prefix) > 1 else prefix[0] if prefix else None
+    return Embedded(vit, Apart(patches, constants, reference.position_embedding(vit, grid)), grid)
 
 
 def read_blocks(vit: Backbone) -> Sequence[Block]:
@@ -201,16 +255,6 @@ def rows_read(vit: Backbone, readout: str, own: int) -> slice:
     return slice(0 if vit.spec.pool_prefix else vit.num_prefix, own)
 
 
-def rows_left(vit: Backbone, readout: str, x: Tensor, own: int) -> TokenSequence:
-    """The rows that `rows_read` kept, as a sequence."""
-    num_patches = own - vit.num_prefix
-    if readout in ("cls", "prompts"):
-        return TokenSequence(x, 0, x.shape[1], prompts_last=True)
-    if readout == "patches+prompts":
-        return TokenSequence(x, 0, x.shape[1] - num_patches, prompts_last=True)
-    return TokenSequence(x, x.shape[1] - num_patches)
-
-
 def one_query(block: Block, rows: slice) -> bool:
     """Whether `one_query_block` computes what leaves the block: one row, and keys that no norm changes."""
     return rows == slice(0, 1) and block.k_norm is None
@@ -228,7 +272,11 @@ def run_block(block: Block, x: Rows, reads: Sequence[Reads], following: Block | 
     """One encoder block over the rows of all groups → the rows that leave it, each group by its `Reads`, and what the
     `following` block's projections read of them.
     """
-    h = attention(block, x._replace(data=normed(block, x.data) if x.normed is None else x.normed), reads)
+    if len(reads) == 1 and reads[0].joining is not None and in_slots(x.data):
+        data = join(block, x, reads[0])
+        data, of_data = add_mlp(block, data, data if block.post_norm else block.norm2(data), following)
+        return Rows(data, normed=of_data)
+    h = attention(block, x, reads)
     if any(read.rows is not None or read.joining is not None for read in reads):
         x = Rows.pack([_leaving(part, read) for part, read in zip(x.parts(), reads, strict=True)])
     data, of_data = add_branches(block, x.data, h, following)
@@ -243,25 +291,19 @@ def _leaving(x: Tensor, read: Reads) -> Tensor:
 def attention(block: Block, x: Rows, reads: Sequence[Reads]) -> Tensor:
     """Attention of [x[:, rows], joining] over [prefix or joining, x] of each group, projected: the data of `Rows`.
 
-    x is what the block's projections read: normed, in a pre-norm block.
+    x is what enters the block.
     """
-    inner, weight, bias = block.num_heads * block.head_dim, block.qkv.weight, block.qkv.bias
-    b_q, b_kv = (None, None) if bias is None else (bias[:inner], bias[inner:])
-    parts = x.parts()
-    if all(read.rows is None for read in reads):
-        qkv = x._replace(data=block.qkv(x.data))
-        projected: list[Projected] = [(packed(block, part, 3), None, None) for part in qkv.parts()]
-    else:
-        q = Rows.pack([part if r.rows is None else part[:, r.rows] for part, r in zip(parts, reads, strict=True)])
-        queries = q._replace(data=linear(q.data, weight[:inner], b_q)).parts()
-        projected = [(packed(block, part, 1).squeeze(2).transpose(1, 2), None, None) for part in queries]
-        keyed = [i for i, read in enumerate(reads) if not read.one_query]
-        if keyed:
-            kv = Rows.pack([parts[i] for i in keyed])
-            for i, part in zip(keyed, kv._replace(data=linear(kv.data, weight[inner:], b_kv)).parts(), strict=True):
-                projected[i] = (projected[i][0], packed(block, part, 2), None)
+    constants = reads[0].constants if x.data.requires_grad else 0
+    of_x = x._replace(
+        data=x.normed if x.normed is not None else normed(block, x.data.detach() if constants else x.data)
+    )
+    projected = projections(block, of_x, reads)
+    if constants:
+        rows = block.qkv(normed(block, x.data[:, constants:]))
+        projected = [(packed(block, LastRows.apply(projected[0][0].flatten(2), rows), 3), None, None)]
+    weight, bias = block.qkv.weight, block.qkv.bias
     outs = []
-    for part, own, read in zip(parts, projected, reads, strict=True):
+    for part, own, read in zip(of_x.parts(), projected, reads, strict=True):
         if read.one_query:
             outs.append(one_query_attention(block, own[0], part, read.prompts))
             continue
@@ -276,6 +318,46 @@ def attention(block: Block, x: Rows, reads: Sequence[Reads]) -> Tensor:
         out = prefix_attention(*own, prefix_k, prefix_v, scale=block.scale)
         outs.append(out.transpose(1, 2).flatten(2))
     return block.proj(_norm(block.attn_norm, Rows.pack(outs).data))
+
+
+def projections(block: Block, x: Rows, reads: Sequence[Reads]) -> list[Projected]:
+    """Queries of x[:, rows], keys and values of x for each group. x: what the block's projections read."""
+    inner, weight, bias = block.num_heads * block.head_dim, block.qkv.weight, block.qkv.bias
+    b_q, b_kv = (None, None) if bias is None else (bias[:inner], bias[inner:])
+    if all(read.rows is None for read in reads):
+        qkv = x._replace(data=block.qkv(x.data))
+        return [(packed(block, part, 3), None, None) for part in qkv.parts()]
+    parts = x.parts()
+    q = Rows.pack([part if r.rows is None else part[:, r.rows] for part, r in zip(parts, reads, strict=True)])
+    queries = q._replace(data=linear(q.data, weight[:inner], b_q)).parts()
+    projected: list[Projected] = [(packed(block, part, 1).squeeze(2).transpose(1, 2), None, None) for part in queries]
+    keyed = [i for i, read in enumerate(reads) if not read.one_query]
+    if keyed:
+        kv = Rows.pack([parts[i] for i in keyed])
+        for i, part in zip(keyed, kv._replace(data=linear(kv.data, weight[inner:], b_kv)).parts(), strict=True):
+            projected[i] = (projected[i][0], packed(block, part, 2), None)
+    return projected
+
+
+def join(block: Block, x: Rows, read: Reads) -> Tensor:
+    """What enters the MLP, (B, R + P, D), of one group whose prompts join: x[:, rows] and the prompts, each plus its
+    projected attention over all of x and the prompts, and each written into its rows.
+    """
+    prompts, rows = read.joining, x.data if read.rows is None else x.data[:, read.rows]
+    assert prompts is not None
+    of_x = x._replace(data=normed(block, x.data) if x.normed is None else x.normed)
+    query, k, v = unpacked(*projections(block, of_x, [read])[0])
+    prompt_q, prompt_k, prompt_v = heads(block, linear(normed(block, prompts), block.qkv.weight, block.qkv.bias), 3)
+    keys = _norm(block.k_norm, k), v, _norm(block.k_norm, prompt_k), prompt_v
+
+    def attended(q: Tensor) -> Tensor:
+        out = prefix_attention(_norm(block.q_norm, q), *keys, scale=block.scale).transpose(1, 2).flatten(2)
+        h = block.proj(_norm(block.attn_norm, out))
+        if block.post_norm:
+            return block.norm1(h)
+        return h if block.ls1 is None else h * block.ls1
+
+    return sums(rows, attended(query), prompts, attended(prompt_q.expand(len(rows), -1, -1, -1)))
 
 
 def one_query_attention(block: Block, q: Tensor, rows: Tensor, prompts: Tensor | None) -> Tensor:
@@ -307,9 +389,17 @@ def add_branches(block: Block, x: Tensor, h: Tensor, following: Block | None = N
     """
     if block.post_norm:
         x = x + block.norm1(h)
-        return x + block.norm2(reference.mlp(block.mlp, x)), None
-    x, of_x = added(x, h if block.ls1 is None else h * block.ls1, block.norm2)
+        return add_mlp(block, x, x, following)
+    return add_mlp(block, *added(x, h if block.ls1 is None else h * block.ls1, block.norm2), following)
+
+
+def add_mlp(block: Block, x: Tensor, of_x: Tensor, following: Block | None = None) -> tuple[Tensor, Tensor | None]:
+    """The block's output from the rows x (B, R, D) that enter its MLP and what the MLP reads of them. The rest as
+    `add_branches`.
+    """
     h = reference.mlp(block.mlp, of_x)
+    if block.post_norm:
+        return x + block.norm2(h), None
     h = h if block.ls2 is None else h * block.ls2
     return (x + h, None) if following is None or following.post_norm else added(x, h, following.norm1)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastprompt.vit import forward, reference, swin_forward, swin_reference
 from fastprompt.vit.backbone import Backbone
-from fastprompt.vit.prompts import NO_DRAWS, Draws, Group, Prefix, Prompts
+from fastprompt.vit.prompts import NO_DRAWS, Draws, Embedding, Group, Prefix, Prompts
 from fastprompt.vit.reference import Sequence
 from fastprompt.vit.weights import Folded
 
@@ -35,10 +35,10 @@ class Papers(Protocol):
 class Rewritten(Protocol):
     """The same numbers without the work nobody reads. `forward.py` documents the functions."""
 
-    def embed(self, vit: Backbone, raw: Tensor, images: Tensor) -> Sequence: ...
+    def embed(self, vit: Backbone, raw: Tensor, images: Tensor) -> Embedding: ...
 
     def features(
-        self, vit: Backbone, embedded: Sequence, groups: Groups[Group], recompute: bool = False
+        self, vit: Backbone, embedded: Embedding, groups: Groups[Group], recompute: bool = False
     ) -> list[Tensor]: ...
 
     def static_prefixes(self, vit: Backbone, generator: Prompts, readout: str) -> dict[int, Prefix]: ...

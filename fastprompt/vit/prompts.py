@@ -19,6 +19,44 @@ Prefix = tuple[Tensor, Tensor]
 """Keys and values of prompts, each (1 or B, heads, P, d)."""
 
 
+class Apart(NamedTuple):
+    """The rows of a batch before they stand in one sequence.
+
+    Attributes:
+        patches: (B, N, D), as the patch embedding leaves them.
+        prefix: (1, R, D), class token and registers; None: the backbone has neither.
+        position: (1, N, D), the position embedding of the patches, or (1, R + N, D), that of the prefix too, or None.
+    """
+
+    patches: Tensor
+    prefix: Tensor | None
+    position: Tensor | None
+
+
+class Embedding(Protocol):
+    """Class token, registers and patches of a batch, with position embedding, without prompts."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """(B, R + N, D)."""
+
+    @property
+    def patches(self) -> Tensor:
+        """(B, N, D), a view of `tokens`."""
+
+    @property
+    def num_prefix(self) -> int:
+        """R."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the patches."""
+
+    @property
+    def apart(self) -> Apart | None:
+        """The rows, where they do not stand in one sequence until `tokens` or `patches` is read; None: they do."""
+
+
 class Prompts(Protocol):
     """Where prompts enter a backbone and which they are; `PromptGenerator` documents the members."""
 
@@ -36,6 +74,9 @@ class Prompts(Protocol):
 
     def first_prompts(self, context: Any, tokens: Tensor, draws: Draws, norm: Norm | None) -> Tensor:
         """Block 0's prompts behind the backbone's pre-norm."""
+
+    def first_sequence(self, context: Any, apart: Apart, draws: Draws, norm: Norm | None) -> Tensor | None:
+        """Block 0's whole sequence, in one pass over its rows; None: prompts alone can be had."""
 
     def plain_prompts(self, layer: int, context: Any, tokens: Tensor | None = None, draws: Draws = NO_DRAWS) -> Tensor:
         """`prompts` by the paper's own graph."""

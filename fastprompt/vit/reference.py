@@ -49,6 +49,10 @@ class Sequence:
             return self.tokens[:, self.num_prefix : self.tokens.shape[1] - self.num_prompts]
         return self.tokens[:, self.num_prefix + self.num_prompts :]
 
+    @property
+    def apart(self) -> None:
+        """None: all rows stand in `tokens`."""
+
     def without_prompts(self) -> Sequence:
         """Prefix and patches alone."""
         if self.num_prompts == 0:
@@ -68,15 +72,7 @@ def embed(vit: Backbone, images: Tensor, patches: Dense | None = None) -> Sequen
 
     `patches`: the patch embedding for images that are not normalised; None: the backbone's own.
     """
-    weight, bias = (vit.patch_weight, vit.patch_bias) if patches is None else (patches.weight, patches.bias)
-    if vit.spec.dynamic_pad:
-        pad = [-images.shape[i] % vit.patch_size for i in (2, 3)]
-        images = F.pad(images, (0, pad[1], 0, pad[0]))
-    x = F.conv2d(images, weight, bias, stride=vit.patch_size)  # (B, D, gh, gw)
-    grid = (x.shape[2], x.shape[3])
-    x = x.flatten(2).transpose(1, 2)  # (B, N, D)
-    if vit.patch_norm is not None:
-        x = vit.patch_norm(x)
+    x, grid = embed_patches(vit, images, patches)
     prefix = [t.expand(x.shape[0], -1, -1) for t in (vit.cls_token, vit.registers) if t is not None]
     pos = position_embedding(vit, grid)
     if pos is not None and not vit.spec.pos_on_prefix:
@@ -85,6 +81,20 @@ def embed(vit: Backbone, images: Tensor, patches: Dense | None = None) -> Sequen
     if pos is not None and vit.spec.pos_on_prefix:
         x = x + pos
     return Sequence(x, vit.num_prefix, grid=grid)
+
+
+def embed_patches(vit: Backbone, images: Tensor, patches: Dense | None = None) -> tuple[Tensor, tuple[int, int]]:
+    """Images (B, 3, H, W) → patches (B, N, D) without position embedding, and their (rows, columns). Arguments as for
+    `embed`.
+    """
+    weight, bias = (vit.patch_weight, vit.patch_bias) if patches is None else (patches.weight, patches.bias)
+    if vit.spec.dynamic_pad:
+        pad = [-images.shape[i] % vit.patch_size for i in (2, 3)]
+        images = F.pad(images, (0, pad[1], 0, pad[0]))
+    x = F.conv2d(images, weight, bias, stride=vit.patch_size)  # (B, D, gh, gw)
+    grid = (x.shape[2], x.shape[3])
+    x = x.flatten(2).transpose(1, 2)  # (B, N, D)
+    return (x if vit.patch_norm is None else vit.patch_norm(x)), grid
 
 
 def position_embedding(vit: Backbone, grid: tuple[int, int]) -> Tensor | None:
@@ -199,14 +209,25 @@ def read_out(vit: Backbone, sequence: Sequence, readout: str) -> Tensor:
     attention pooling of the patches. A norm that follows pooling (timm's `fc_norm`, MAE) is applied last.
     """
     if readout == "cls":
-        x = sequence.tokens[:, 0]
+        rows = sequence.tokens
     elif readout == "prompts":
-        x = sequence.prompts.mean(dim=1)
+        rows = sequence.prompts
     elif readout == "patches+prompts":
-        x = torch.cat([sequence.prompts, sequence.patches], dim=1).mean(dim=1)
+        rows = torch.cat([sequence.prompts, sequence.patches], dim=1)
+    elif vit.spec.pool_prefix:
+        rows = torch.cat([sequence.prefix, sequence.patches], dim=1)
     else:
-        patches = sequence.patches
-        if vit.spec.pool_prefix:
-            patches = torch.cat([sequence.prefix, patches], dim=1)
-        x = map_pool(vit.map_pool, patches) if readout == "map" else patches.mean(dim=1)  # type: ignore[arg-type]
+        rows = sequence.patches
+    return pool(vit, rows, readout)
+
+
+def pool(vit: Backbone, rows: Tensor, readout: str) -> Tensor:
+    """(B, D) from the rows (B, R, D) that `read_out` reads; "cls" reads the first."""
+    if readout == "cls":
+        x = rows[:, 0]
+    elif readout == "map":
+        assert vit.map_pool is not None
+        x = map_pool(vit.map_pool, rows)
+    else:
+        x = rows.mean(dim=1)
     return x if vit.fc_norm is None else vit.fc_norm(x)

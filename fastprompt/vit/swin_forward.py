@@ -12,7 +12,6 @@ All hold in exact arithmetic, for outputs and gradients.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence as Groups
 from typing import Any, cast
 
@@ -24,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastprompt.vit import swin_reference
 from fastprompt.vit.backbone import Backbone
-from fastprompt.vit.prompts import Group, Prefix, Prompts
+from fastprompt.vit.prompts import Embedding, Group, Prefix, Prompts
 from fastprompt.vit.reference import Sequence, mlp
 from fastprompt.vit.swin import Layout, SwinBlock, layouts
 from fastprompt.vit.weights import Folded
@@ -45,12 +44,12 @@ def static_prefixes(vit: Backbone, generator: Prompts, readout: str) -> dict[int
     return {}
 
 
-def features(vit: Backbone, embedded: Sequence, groups: Groups[Group], recompute: bool = False) -> list[Tensor]:
+def features(vit: Backbone, embedded: Embedding, groups: Groups[Group], recompute: bool = False) -> list[Tensor]:
     """What the head sees, (B, D) of each group. Arguments as for `forward.features`; the groups run one by one."""
     sizes = [len(embedded.tokens) if group.size is None else group.size for group in groups]
     parts = [embedded.tokens] if len(groups) == 1 else embedded.tokens.split(sizes)
     return [
-        group_features(vit, dataclasses.replace(embedded, tokens=tokens), group, recompute)
+        group_features(vit, Sequence(tokens, embedded.num_prefix, grid=embedded.grid), group, recompute)
         for tokens, group in zip(parts, groups, strict=True)
     ]
 

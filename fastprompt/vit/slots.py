@@ -1,0 +1,94 @@
+"""Token sequences on a GPU: rows are written where the next reader wants them, never concatenated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprompt.vit.prompts import Apart
+
+Summands = tuple[Tensor, Tensor | None]
+"""Rows (1 or B, R, D) and what is added to them, or None."""
+
+
+def in_slots(x: Tensor) -> bool:
+    """Whether rows like x are written into their places in a sequence: on a GPU. On a CPU the graph concatenates, which
+    exporters and compilers for CPUs know.
+    """
+    return x.is_cuda
+
+
+def assembled(apart: Apart, room: int = 0) -> Tensor:
+    """[prefix, patches] with position embedding, (B, R + N + room, D); the last `room` rows hold anything."""
+    patches, prefix, position = apart
+    front = 0 if position is None else position.shape[1] - patches.shape[1]  # rows of it that are the prefix's
+    own = (patches, None if position is None else position[:, front:])
+    if prefix is None:
+        return sums(patches[:, :0], None, *own, room)
+    return sums(prefix, position[:, :front] if position is not None and front else None, *own, room)
+
+
+def sums(first: Tensor, to_first: Tensor | None, second: Tensor, to_second: Tensor | None, room: int = 0) -> Tensor:
+    """[first + to_first, second + to_second], each written into its rows of (B, R + S + room, D).
+
+    Args:
+        first, to_first: (1 or B, R, D); None adds nothing. second, to_second: (1 or B, S, D).
+        room: rows behind them, which hold anything.
+    """
+    given = (first, to_first, second, to_second)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
+        return _Sums.apply(*given, room)
+    return _written(*given, room)
+
+
+def _written(first: Tensor, to_first: Tensor | None, second: Tensor, to_second: Tensor | None, room: int) -> Tensor:
+    given = [x for x in (first, to_first, second, to_second) if x is not None]
+    dtype = given[0].dtype
+    for x in given[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    images, (r, s, d) = max(len(x) for x in given), (first.shape[1], second.shape[1], first.shape[2])
+    out = first.new_empty(images, r + s + room, d, dtype=dtype)
+    # a compiler makes one kernel of a sum and its copy, and takes no `out` with gaps between its rows
+    plain = torch.compiler.is_compiling()
+    for rows, x, y in ((out[:, :r], first, to_first), (out[:, r : r + s], second, to_second)):
+        if y is None or plain:
+            rows.copy_(x if y is None else x + y)
+        else:
+            torch.add(x.expand(rows.shape), y, out=rows)
+    return out
+
+
+class _Sums(torch.autograd.Function):
+    """`_written`; the gradient of each summand is a view of the rows it went to."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, first: Tensor, to_first: Tensor | None, second: Tensor, to_second: Tensor | None, room: int
+    ) -> Tensor:
+        given = (first, to_first, second, to_second)
+        ctx.shapes = [None if x is None else x.shape for x in given]
+        return _written(*given, room)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        r, s = ctx.shapes[0][1], ctx.shapes[2][1]
+        rows = [grad[:, :r], grad[:, :r], grad[:, r : r + s], grad[:, r : r + s]]
+        return *[
+            part.sum_to_size(shape) if shape is not None and needed else None
+            for part, shape, needed in zip(rows, ctx.shapes, ctx.needs_input_grad, strict=False)
+        ], None
+
+
+class LastRows(torch.autograd.Function):
+    """`rows` (B, T, D) without a gradient, of which the last are `last` (B, P, D), whose gradient this is."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, last: Tensor) -> Tensor:
+        ctx.first = rows.shape[1] - last.shape[1]
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad[:, ctx.first :]
