@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -284,3 +285,42 @@ def test_one_small_image_in_training_says_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"images must be at least 2 while PGN trains, got 1 of 32 x 32 pixels"):
         generator(torch.randn(1, 3, 32, 32))
     assert generator.eval()(torch.randn(1, 3, 32, 32)).shape == (1, 3, 48)
+
+
+def test_sequence_is_tokens_and_prompts() -> None:
+    generator = fp.PGN(num_prompts=3, library_size=5, widths=(4,), width=16).double()
+    images, tokens = torch.randn(2, 3, 16, 16).double(), torch.randn(2, 7, 16).double()
+    theirs = torch.cat([tokens, generator(images)], dim=1)
+    for given in (tokens, tokens.clone().requires_grad_()):
+        ours = generator.sequence(images, given)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        weights = torch.randn_like(ours)
+        for x, y in zip(
+            torch.autograd.grad((ours * weights).sum(), list(generator.parameters()), retain_graph=True),
+            torch.autograd.grad((theirs * weights).sum(), list(generator.parameters()), retain_graph=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad((ours * weights).sum(), given)[0], weights[:, :7])
+    assert generator.sequence(images, tokens.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(given, tokens, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        ("tokens", TypeError, r"tokens must be a floating-point tensor \(B, T, 16\), got str"),
+        (
+            torch.zeros(2, 7, 16, dtype=torch.long),
+            TypeError,
+            "tokens must be a floating-point tensor .* got torch.int64",
+        ),
+        (torch.zeros(2, 7, 15), ValueError, r"tokens must be \(2, T, 16\), .* got \(2, 7, 15\)"),
+        (torch.zeros(3, 7, 16), ValueError, r"tokens must be \(2, T, 16\), .* got \(3, 7, 16\)"),
+        (torch.zeros(2, 7, 16, device="meta"), ValueError, "tokens must be on cpu, where the images are, got meta"),
+    ],
+)
+def test_sequence_takes_the_images_tokens(tokens: Any, error: type[Exception], message: str) -> None:
+    generator = fp.PGN(num_prompts=3, library_size=5, widths=(4,), width=16)
+    with pytest.raises(error, match=message):
+        generator.sequence(torch.randn(2, 3, 16, 16), tokens)

@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import fastprompt as fp
+from fastprompt.generators import PromptConfig
 from fastprompt.generators.rgb_pgn import round_pixels
 from fastprompt.vit import reference
 
@@ -155,3 +156,11 @@ def test_bad_input_is_named(backbone: fp.FrozenViT, tiny_swin: Callable[..., nn.
         generator(torch.zeros(1, 3, 32, 32, dtype=torch.float64), layer=0)
     with pytest.raises(ValueError, match="'latent'"):
         make(backbone, "latent").generator.prompt_images(torch.zeros(1, 3, 32, 32, dtype=torch.float64))
+
+
+def test_pictures_beside_an_image_have_no_sequence(
+    tiny_vit: VisionTransformer, configs: dict[str, PromptConfig]
+) -> None:
+    generator = fp.RGBPGN(configs["rgb-pgn"], fp.FrozenViT(tiny_vit))
+    with pytest.raises(ValueError, match=r"RGBPGN makes other images, not prompt tokens: use prompt_images"):
+        generator.sequence(torch.randn(2, 3, 32, 32), torch.randn(2, 17, 48))
