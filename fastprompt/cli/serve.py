@@ -48,6 +48,11 @@ class Serve:
     """Number format of the backbone; auto: bfloat16 where the hardware multiplies it."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one."""
+    backend: Literal["auto", "eager", "compile", "openvino", "cuda_graph"] = "auto"
+    """Of batches that are all of one adapter; auto: the fastest of all but compile, which takes up to a minute for each
+    batch size of each adapter."""
+    fast_adapters: int = 4
+    """The first so many adapters have that backend, most with two copies of the backbone each; others run in eager."""
     batch_size: int = 8
     """Images that are computed at once at most."""
     batch_wait_ms: float = 5.0
@@ -110,6 +115,8 @@ def serve(command: Serve) -> None:
         command.threads,
         str(device),
         command.plugin,
+        command.backend,
+        command.fast_adapters,
     )
     limits = Limits(
         int(command.max_body_mb * 2**20),

@@ -90,6 +90,7 @@ class Engine:
         dtype: the backbone computes in; None: bfloat16 where the hardware multiplies it, else float32.
         backend: "eager", "cuda_graph", "compile", "openvino", or "auto": the fastest of those that can run, measured at
             the first batch of each size and remembered. `fp.explain(engine)` tells which runs and why.
+        backends: those that "auto" chooses from, "eager" always among them; None: all.
 
     Raises:
         TypeError, ValueError: an argument does not fit; it is named.
@@ -103,6 +104,7 @@ class Engine:
         batch_sizes: Sequence[int] = (1, 8, 32),
         dtype: torch.dtype | None = None,
         backend: str = "auto",
+        backends: Sequence[str] | None = None,
     ) -> None:
         if not isinstance(model, (PromptedViT, FrozenViT)):
             raise ArgumentTypeError("model", f"must be a PromptedViT or a FrozenViT, got {type(model).__name__}")
@@ -113,14 +115,19 @@ class Engine:
             raise ArgumentError("dtype", f"must be one of {DTYPES} or None, got {dtype!r}")
         if backend != "auto" and backend not in BACKENDS:
             raise ArgumentError("backend", f"must be 'auto' or one of {tuple(BACKENDS)}, got {backend!r}")
+        if backends is not None and (isinstance(backends, str) or not set(backends) <= set(BACKENDS)):
+            raise ArgumentError("backends", f"must be a list of some of {tuple(BACKENDS)} or None, got {backends!r}")
         given = model.backbone if isinstance(model, PromptedViT) else model
         self.batch_sizes, self.backend = tuple(sorted(set(sizes))), backend
+        self.backends = None if backends is None else ("eager", *backends)
         self.dtype = dtype or (torch.bfloat16 if bfloat16_is_fast(given.device) else torch.float32)
         self._lock = threading.RLock()
         self._released = False
-        self._runs: dict[tuple[str, Signature], Run] = {}
-        self._measured: dict[Signature, Measured] = {}
+        self._runs: dict[tuple[str, str, Signature], Run] = {}  # by adapter, backend, and what it is made for
+        self._measured: dict[tuple[str, Signature], Measured] = {}
         self._source = model if isinstance(model, PromptedViT) else None
+        self._own = BASE if self._source is None else DEFAULT
+        self._unmixed: set[str] = set()
         self._states, self._state = itertools.count(1), 0
         watch_optimizers()
         self._backbone = _copy_backbone(given, self.dtype)
@@ -157,7 +164,7 @@ class Engine:
                 return self._mixed(images, adapter_names)
             outputs, start = [], 0
             for size in self._sizes(images):
-                outputs.append(self._run(images[start : start + size], size))
+                outputs.append(self._run(images[start : start + size], size, self._own))
                 start += size
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -199,6 +206,7 @@ class Engine:
             adapter = _copy_adapter(model, backbone)
         with self._lock:
             self._check_open()
+            self._forget(name)
             self._adapters[name] = adapter
 
     def delete_adapter(self, name: str) -> None:
@@ -215,6 +223,7 @@ class Engine:
                 raise ArgumentError(
                     "name", f"is {name!r}, which is no adapter of this engine; it has {self.adapter_names}"
                 )
+            self._forget(name)
             del self._adapters[name]
 
     @property
@@ -226,25 +235,49 @@ class Engine:
     @property
     def measured(self) -> dict[Signature, Measured]:
         """What is known of the backends, by signature of the batch."""
-        with self._lock:
-            return dict(self._measured)
+        return self.measured_of(self._own)
 
-    def warm_up(self, image_dtype: torch.dtype = torch.float32) -> None:
+    def measured_of(self, name: str) -> dict[Signature, Measured]:
+        """What is known of the backends for batches of this adapter alone, by signature; see `warm_up`."""
+        with self._lock:
+            return {signature: known for (adapter, signature), known in self._measured.items() if adapter == name}
+
+    def warm_up(self, image_dtype: torch.dtype = torch.float32, adapter_names: Sequence[str] = ()) -> None:
         """Make backends ready for every batch size now, not at its first batch: minutes where `torch.compile` runs.
 
         Args:
             image_dtype: of the images to come, torch.uint8 (raw pixels) or a floating-point dtype.
+            adapter_names: adapters of which batches of exactly these sizes, all of one adapter, run on a backend from
+                now on, until the adapter is replaced; others of them run mixed. Each adapter has functions of its own,
+                by the backend that was the fastest for the engine's own model; most backends put a copy of the
+                backbone into each.
+
+        Raises:
+            ValueError: an argument does not fit; more functions are asked for than an engine keeps.
+            RuntimeError: the engine was released, or the backend that was asked for failed.
         """
         if image_dtype != torch.uint8 and not image_dtype.is_floating_point:
             raise ArgumentError("image_dtype", f"must be torch.uint8 or a floating-point dtype, got {image_dtype!r}")
         change = self._change()
         with self.alone():
             self._follow(change)
+            for name in adapter_names:
+                if name not in self._adapters:
+                    raise ValueError(f"adapter_names has {name!r}, which is no adapter of this engine")
+            names = self._unmixed | {self._own, *adapter_names}
+            if len(names) * len(self.batch_sizes) > KEPT:
+                raise ValueError(
+                    f"adapter_names must be so few that {len(self.batch_sizes)} batch sizes of each, and of the "
+                    f"engine's own model, are at most {KEPT} functions, got {len(names)} names"
+                )
             for size in self.batch_sizes:
                 images = torch.zeros(
                     size, 3, *self._backbone.image_size, dtype=image_dtype, device=self._backbone.device
                 )
                 self(images)
+                for name in adapter_names:
+                    self._run(images, size, name)
+            self._unmixed |= set(adapter_names)
 
     def refresh(self) -> None:
         """Take generator and head of the model over again, however they were changed.
@@ -291,7 +324,7 @@ class Engine:
         """The engine's copy of the model, which a call without names runs; not to be changed."""
         with self._lock:
             self._check_open()
-            return self._adapters[BASE if self._source is None else DEFAULT]
+            return self._adapters[self._own]
 
     def _check_open(self) -> None:
         if self._released:
@@ -342,38 +375,50 @@ class Engine:
             return
         if change.model is not None:
             self._adapters[DEFAULT] = change.model
-            self._runs.clear()
+            self._drop_runs(DEFAULT)
         if not _fit(change.tensors, self.model):  # taken before another thread brought a replaced part
             return
         for new, old in zip(change.tensors, _tensors(self.model), strict=True):
             old.copy_(new)
-        for name, signature in list(self._runs):
-            if BACKENDS[name].bakes:
-                del self._runs[name, signature]
+        self._drop_runs(DEFAULT, only_baked=True)
         self._state, self._seen = change.number, change.versions
+
+    def _drop_runs(self, adapter: str, only_baked: bool = False) -> None:
+        """Make an adapter's functions again before they run."""
+        for key in [key for key in self._runs if key[0] == adapter]:
+            if BACKENDS[key[1]].bakes or not only_baked:
+                del self._runs[key]
+
+    def _forget(self, adapter: str) -> None:
+        """Keep nothing of an adapter's backends."""
+        self._drop_runs(adapter)
+        self._unmixed.discard(adapter)
+        for key in [key for key in self._measured if key[0] == adapter]:
+            del self._measured[key]
 
     def _sizes(self, images: Tensor) -> list[int]:
         """The sizes of the batches in which `images` run."""
         batch, largest = len(images), self.batch_sizes[-1]
         fits = next((size for size in self.batch_sizes if size >= batch), largest)
-        known = self._measured.get(_signature(images, fits))
+        known = self._measured.get((self._own, _signature(images, fits)))
         if batch == 0 or self.backend == "eager" or (known is not None and BACKENDS[known.chosen].any_batch):
             return [largest] * (batch // largest) + [fits] * (batch % largest > 0 or batch == 0)
         return cover(batch, self.batch_sizes)
 
-    def _run(self, images: Tensor, size: int) -> Tensor:
-        """The output for at most `size` images."""
+    def _run(self, images: Tensor, size: int, adapter: str) -> Tensor:
+        """An adapter's output for at most `size` images."""
+        model = self._adapters[adapter]
         if len(images) == 0:
-            return self.model(images)
+            return model(images)
         signature = _signature(images, size)
-        if signature not in self._measured:
-            self._measured[signature] = self._measure(signature)
-        measured = self._measured[signature]
+        if (adapter, signature) not in self._measured:
+            self._measured[adapter, signature] = self._measure(adapter, signature)
+        measured = self._measured[adapter, signature]
         backend, padding = BACKENDS[measured.chosen], size - len(images)
         if padding and not backend.any_batch:
             images = torch.cat([images, images.new_zeros(padding, *images.shape[1:])])
         try:
-            return self._function(measured.chosen, signature)(images)[: size - padding]
+            return self._function(adapter, measured.chosen, signature)(images)[: size - padding]
         except Exception as error:
             if measured.chosen == "eager":
                 raise
@@ -384,31 +429,37 @@ class Engine:
                 f"{measured.chosen} failed on a batch of {size}, eager runs from now on: {_first_line(error)}",
                 stacklevel=5,
             )
-            self._runs.pop((measured.chosen, signature), None)
+            self._runs.pop((adapter, measured.chosen, signature), None)
             measured.chosen = "eager"
-            return self.model(images)[: size - padding]
+            return model(images)[: size - padding]
 
-    def _function(self, name: str, signature: Signature) -> Run:
+    def _function(self, adapter: str, name: str, signature: Signature) -> Run:
         """A backend's function, made where there is none."""
-        key = (name, signature)
+        key = (adapter, name, signature)
         if key not in self._runs:
-            run = BACKENDS[name].build(self.model, _examples(signature, self._backbone.device))
+            run = BACKENDS[name].build(self._adapters[adapter], _examples(signature, self._backbone.device))
             while len(self._runs) >= KEPT:
                 del self._runs[next(iter(self._runs))]
             self._runs[key] = run
         return self._runs[key]
 
-    def _measure(self, signature: Signature) -> Measured:
-        """Try every backend on random images; the fastest that computes what eager does is the choice."""
+    def _measure(self, adapter: str, signature: Signature) -> Measured:
+        """Try every backend on random images; the fastest that computes what eager does is the choice.
+
+        Of added adapters only the backend is tried that was chosen for the engine's own model, if it was tried there.
+        """
         if self.backend != "auto":
             return Measured(self.backend)
+        own = self._measured.get((self._own, signature))
+        names = (self.backends or BACKENDS) if own is None else ("eager", own.chosen)
+        tried = {name: BACKENDS[name] for name in dict.fromkeys(names)}
         images, expected = _examples(signature, self._backbone.device), None
         found, runs = Measured("eager"), {}
-        for name, backend in BACKENDS.items():
-            reason = backend.reason(self.model)
+        for name, backend in tried.items():
+            reason = backend.reason(self._adapters[adapter])
             if not reason:
                 try:
-                    run = self._function(name, signature)
+                    run = self._function(adapter, name, signature)
                     output = run(images).double()
                     expected = output if expected is None else expected
                     error = float((output - expected).norm() / expected.norm().clamp_min(1e-30))
@@ -427,9 +478,9 @@ class Engine:
                 rounds[name].append(_seconds(functools.partial(runs[name], images), images.device))
             found.seconds = {name: statistics.median(times) for name, times in rounds.items()}
             found.chosen = min(found.seconds, key=lambda name: found.seconds[name])
-        for name in BACKENDS:
+        for name in tried:
             if name != found.chosen:
-                self._runs.pop((name, signature), None)
+                self._runs.pop((adapter, name, signature), None)
         return found
 
     def _mixed(self, images: Tensor, names: Sequence[str]) -> list[Tensor]:
@@ -441,10 +492,21 @@ class Engine:
                     f"adapter_names[{i}] is {name!r}, which is no adapter of this engine; it has "
                     f"{list(self._adapters)[:20]}"
                 )
-        models, largest, found = [self._adapters[name] for name in names], self.batch_sizes[-1], []
+        largest, found = self.batch_sizes[-1], list[Tensor]()
         for start in range(0, len(images), largest):
-            found += mixed.outputs(images[start : start + largest], models[start : start + largest])
+            part, own = images[start : start + largest], names[start : start + largest]
+            if self._runs_unmixed(part, own):
+                found += self._run(part, len(part), own[0])
+            else:
+                found += mixed.outputs(part, [self._adapters[name] for name in own])
         return found
+
+    def _runs_unmixed(self, images: Tensor, names: Sequence[str]) -> bool:
+        """Whether a backend was made ready for a batch that is all of one adapter."""
+        if len(set(names)) > 1 or names[0] not in self._unmixed:
+            return False
+        known = self._measured.get((names[0], _signature(images, len(images))))
+        return known is not None and known.chosen != "eager"
 
 
 def cover(batch: int, sizes: Sequence[int]) -> list[int]:

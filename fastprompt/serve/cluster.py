@@ -29,7 +29,7 @@ from starlette.responses import Response
 from fastprompt.serve.protocol import Limits, Refused, Work
 from fastprompt.serve.routes import Routes, read_keys
 from fastprompt.serve.supervisor import SHORTEST_BATCH
-from fastprompt.serve.tenants import HostSettings, answers, load
+from fastprompt.serve.tenants import HostSettings, answers, load, warm_up
 from fastprompt.vit.source import split_local
 
 try:
@@ -43,6 +43,7 @@ class Tenants:
 
     def __init__(self, settings: HostSettings, limits: Limits, keys: Sequence[str], batch_wait: float) -> None:
         self.engine, catalogue = load(settings)
+        warm_up(self.engine, settings, catalogue)
         self.routes = Routes(catalogue, limits, keys, self.compute, self.is_well)
         self.batch_seconds, self._since = max(limits.answer_seconds, SHORTEST_BATCH), math.inf
         together: Any = self.together

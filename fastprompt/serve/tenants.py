@@ -14,18 +14,21 @@ import torch
 
 from fastprompt.adapters import Preprocessing, read_adapter, source_of
 from fastprompt.arguments import ArgumentError
-from fastprompt.engine.engine import Engine
+from fastprompt.engine.backends import BACKENDS
+from fastprompt.engine.engine import KEPT, Engine
 from fastprompt.generators import load_plugin
 from fastprompt.model import PromptedViT
 from fastprompt.runs.directory import adapter_dir, read_settings
 from fastprompt.runs.execute import backbone_at
-from fastprompt.serve.protocol import Catalogue, Normalisation, Refused, Work
+from fastprompt.serve.protocol import BASE, Catalogue, Normalisation, Refused, Work
 from fastprompt.vit.source import split_local
 from fastprompt.vit.weights import per_channel
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_BACKBONE = "clip-vit-b16"
+MOST_FAST = KEPT // 2 - 1
+"""Maximum of `HostSettings.fast_adapters`: an engine keeps `KEPT` functions, two for each adapter and the backbone."""
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -45,6 +48,10 @@ class HostSettings:
         threads: of the processor; None: torch's choice.
         device: "cpu" or "cuda".
         plugins: modules that register methods of the adapters: their names, or paths of `.py` files.
+        backend: of the engine, for batches that are all of one adapter or of the backbone; "auto": the fastest of those
+            that are made within seconds, which is all but "compile".
+        fast_adapters: the first so many adapters have it, each with functions for one image and for `batch_size`; most
+            backends put a copy of the backbone into each function. Other batches run in "eager".
     """
 
     backbone: str | None = None
@@ -56,6 +63,8 @@ class HostSettings:
     threads: int | None = None
     device: str = "cpu"
     plugins: Sequence[str] = ()
+    backend: str = "auto"
+    fast_adapters: int = 4
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -64,6 +73,8 @@ class HostSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ArgumentError(name, f"must be a number from 1, got {value}")
+        if not 0 <= self.fast_adapters <= MOST_FAST:
+            raise ArgumentError("fast_adapters", f"must be a number from 0 to {MOST_FAST}, got {self.fast_adapters}")
 
 
 def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
@@ -93,7 +104,8 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
     backbone.to(settings.device)
     if (local := split_local(backbone_name)) is not None:  # where it lies is nobody's business
         backbone_name = Path(local[1]).absolute().name or "backbone"
-    engine = Engine(backbone, (settings.batch_size,), DTYPES[settings.dtype], "eager")
+    quick = [name for name in BACKENDS if name != "compile"]
+    engine = Engine(backbone, (1, settings.batch_size), DTYPES[settings.dtype], settings.backend, quick)
     class_names: dict[str, Sequence[str]] = {}
     preprocessing: dict[str, Preprocessing] = {}
     pixels: dict[str, Normalisation] = {}
@@ -130,6 +142,24 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
         in_pixels,
         pixels,
     )
+
+
+def warm_up(engine: Engine, settings: HostSettings, catalogue: Catalogue) -> list[str]:
+    """Make backends ready, and run every adapter once.
+
+    Returns:
+        Which backend runs for batches that are all of one adapter: a line for the backbone and each fast adapter.
+    """
+    fast = [name for name in catalogue.adapters if name not in catalogue.pixels][: settings.fast_adapters]
+    engine.warm_up(torch.uint8, (BASE, *fast))
+    picture = np.zeros((3, *catalogue.spec.image_size), np.uint8)
+    for name in (BASE, *catalogue.adapters):
+        answers(engine, [Work([picture], name, catalogue.pixels.get(name))])
+    return [
+        f"{catalogue.name if name == BASE else name}: "
+        + ", ".join(f"{known.chosen} for batches of {size}" for (size, *_), known in engine.measured_of(name).items())
+        for name in (BASE, *fast)
+    ]
 
 
 def _takes_other_sizes(engine: Engine, name: str) -> bool:

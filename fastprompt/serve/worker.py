@@ -16,9 +16,10 @@ import numpy as np
 from litserve.loops.simple_loops import BatchedLoop
 from litserve.specs.base import LitSpec
 
-from fastprompt.serve.protocol import BASE, Refused, Work
+from fastprompt.serve.protocol import Refused, Work
 from fastprompt.serve.signs import Signs
-from fastprompt.serve.tenants import HostSettings, answers, load
+from fastprompt.serve.tenants import HostSettings, answers, load, warm_up
+from fastprompt.terminal import say
 
 PULSE = 0.5
 """Seconds between two signs of life."""
@@ -61,14 +62,13 @@ class Worker(litserve.LitAPI):
         self.settings, self.signs = settings, signs
 
     def setup(self, device: str) -> None:
-        """Build the engine, and run it once."""
+        """Build the engine, make its backends ready, and run everything once."""
         for number in (signal.SIGINT, signal.SIGTERM):  # of a whole group: the web process ends this one when it can
             signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=self._live, daemon=True).start()
         self.engine, catalogue = load(self.settings)
-        picture = np.zeros((3, *catalogue.spec.image_size), np.uint8)
-        for name in (BASE, *catalogue.adapters):
-            answers(self.engine, [Work([picture], name)])
+        for line in warm_up(self.engine, self.settings, catalogue):
+            say(line)
         self.signs.set_ready()
 
     def _live(self) -> None:

@@ -16,8 +16,10 @@ import torch
 import fastprompt as fp
 from fastprompt.adapters import Preprocessing
 from fastprompt.cli import main
+from fastprompt.engine import engine as engines
+from fastprompt.engine.backends import BACKENDS, Backend
 from fastprompt.serve.protocol import Ask, Limits, Refused, Work, classify_answer, classify_work, embeddings_work
-from fastprompt.serve.tenants import HostSettings, answers, load
+from fastprompt.serve.tenants import HostSettings, answers, load, warm_up
 
 
 def settings(place: Path, *adapters: str, **options: Any) -> HostSettings:
@@ -163,6 +165,43 @@ def test_bad_names_and_settings_are_refused(place: Path) -> None:
     for options in ({"dtype": "int8"}, {"batch_size": 0}, {"threads": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             settings(place, **options)
+
+
+def test_batches_of_one_tenant_run_on_the_fastest_backend(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+
+    def build(model: fp.PromptedViT, images: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        def run(images: torch.Tensor) -> torch.Tensor:
+            batches.append(len(images))
+            return model(images)
+
+        return run
+
+    monkeypatch.setitem(BACKENDS, "fast", Backend(build))
+    monkeypatch.setitem(BACKENDS, "compile", Backend(lambda model, images: pytest.fail("takes minutes")))
+    monkeypatch.setitem(BACKENDS, "openvino", Backend(build, lambda model: "not here"))
+    monkeypatch.setattr(engines, "_seconds", lambda run, device: 1.0 - run.func.__qualname__.endswith("run"))
+    monkeypatch.setattr(fp.PromptedViT, "__qualname__", "PromptedViT", raising=False)
+    asked = replace(settings(place, "birds", "cars"), fast_adapters=1)
+    engine, catalogue = load(asked)
+    said = warm_up(engine, asked, catalogue)
+    assert said == [f"{name}: fast for batches of 1, fast for batches of 4" for name in ("vit", "birds")]
+    for works, expected in [
+        ([Work(pictures(4), "birds")], [4]),
+        ([Work(pictures(1), "birds")], [1]),
+        ([Work(pictures(2), "birds"), Work(pictures(2), "birds")], [4]),
+        ([Work(pictures(4), "__base__")], [4]),
+        ([Work(pictures(4), "cars")], []),
+        ([Work(pictures(3), "birds"), Work(pictures(1), "cars")], []),
+    ]:
+        batches.clear()
+        found = answers(engine, works)
+        assert batches == expected
+        alone = load(replace(asked, backend="eager"))[0]
+        for ours, theirs in zip(found, answers(alone, works), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="fast_adapters must be a number from 0 to 15, got 16"):
+        replace(asked, fast_adapters=16)
 
 
 def test_a_batch_of_everybody_is_what_each_would_get_alone(place: Path) -> None:
