@@ -49,10 +49,11 @@ class Serve:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one."""
     backend: Literal["auto", "eager", "compile", "openvino", "cuda_graph"] = "auto"
-    """Of batches that are all of one adapter; auto: the fastest of all but compile, which takes up to a minute for each
-    batch size of each adapter."""
-    fast_adapters: int = 4
-    """The first so many adapters have that backend, most with two copies of the backbone each; others run in eager."""
+    """Runs batches that are all of one adapter; auto: the fastest here, of all but compile, which takes up to a minute
+    for each batch size of each adapter."""
+    fast_adapters: int = 1
+    """How many adapters have that backend, the first ones given; others run in eager. Each takes seconds at the start
+    and, with openvino and compile, about five times the memory of the backbone."""
     batch_size: int = 8
     """Images that are computed at once at most."""
     batch_wait_ms: float = 5.0

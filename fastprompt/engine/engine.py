@@ -90,7 +90,7 @@ class Engine:
         dtype: the backbone computes in; None: bfloat16 where the hardware multiplies it, else float32.
         backend: "eager", "cuda_graph", "compile", "openvino", or "auto": the fastest of those that can run, measured at
             the first batch of each size and remembered. `fp.explain(engine)` tells which runs and why.
-        backends: those that "auto" chooses from, "eager" always among them; None: all.
+        backends: names of those that "auto" chooses from, beside "eager"; None: all.
 
     Raises:
         TypeError, ValueError: an argument does not fit; it is named.
@@ -156,9 +156,7 @@ class Engine:
         """
         change = self._change()
         with self.alone():
-            self._backbone.check_images(images)
-            if images.is_floating_point():
-                images = images.to(torch.promote_types(self.dtype, torch.float32))
+            images = self._taken(images)
             self._follow(change)
             if adapter_names is not None:
                 return self._mixed(images, adapter_names)
@@ -247,10 +245,10 @@ class Engine:
 
         Args:
             image_dtype: of the images to come, torch.uint8 (raw pixels) or a floating-point dtype.
-            adapter_names: adapters of which batches of exactly these sizes, all of one adapter, run on a backend from
-                now on, until the adapter is replaced; others of them run mixed. Each adapter has functions of its own,
-                by the backend that was the fastest for the engine's own model; most backends put a copy of the
-                backbone into each.
+            adapter_names: adapters to make ready. From now on, until such an adapter is replaced, a batch of exactly
+                one of these sizes that is all of this adapter runs on a backend; other batches run as before. Each
+                adapter has functions of its own, of the backend that was the fastest for the engine's own model;
+                "compile" and "openvino" put a copy of the backbone into each function.
 
         Raises:
             ValueError: an argument does not fit; more functions are asked for than an engine keeps.
@@ -267,12 +265,13 @@ class Engine:
             names = self._unmixed | {self._own, *adapter_names}
             if len(names) * len(self.batch_sizes) > KEPT:
                 raise ValueError(
-                    f"adapter_names must be so few that {len(self.batch_sizes)} batch sizes of each, and of the "
-                    f"engine's own model, are at most {KEPT} functions, got {len(names)} names"
+                    f"adapter_names must be at most {KEPT // len(self.batch_sizes) - 1} names: an engine keeps {KEPT} "
+                    f"functions, one for each of its {len(self.batch_sizes)} batch sizes of each adapter and of its "
+                    f"own model, got {len(names - {self._own})}"
                 )
             for size in self.batch_sizes:
-                images = torch.zeros(
-                    size, 3, *self._backbone.image_size, dtype=image_dtype, device=self._backbone.device
+                images = self._taken(
+                    torch.zeros(size, 3, *self._backbone.image_size, dtype=image_dtype, device=self._backbone.device)
                 )
                 self(images)
                 for name in adapter_names:
@@ -383,6 +382,11 @@ class Engine:
         self._drop_runs(DEFAULT, only_baked=True)
         self._state, self._seen = change.number, change.versions
 
+    def _taken(self, images: Tensor) -> Tensor:
+        """Images that fit the backbone, in the dtype that backends are made for."""
+        self._backbone.check_images(images)
+        return images.to(torch.promote_types(self.dtype, torch.float32)) if images.is_floating_point() else images
+
     def _drop_runs(self, adapter: str, only_baked: bool = False) -> None:
         """Make an adapter's functions again before they run."""
         for key in [key for key in self._runs if key[0] == adapter]:
@@ -446,7 +450,7 @@ class Engine:
     def _measure(self, adapter: str, signature: Signature) -> Measured:
         """Try every backend on random images; the fastest that computes what eager does is the choice.
 
-        Of added adapters only the backend is tried that was chosen for the engine's own model, if it was tried there.
+        For an added adapter, only eager and the choice for the engine's own model are tried, once that is known.
         """
         if self.backend != "auto":
             return Measured(self.backend)

@@ -48,10 +48,11 @@ class HostSettings:
         threads: of the processor; None: torch's choice.
         device: "cpu" or "cuda".
         plugins: modules that register methods of the adapters: their names, or paths of `.py` files.
-        backend: of the engine, for batches that are all of one adapter or of the backbone; "auto": the fastest of those
-            that are made within seconds, which is all but "compile".
-        fast_adapters: the first so many adapters have it, each with functions for one image and for `batch_size`; most
-            backends put a copy of the backbone into each function. Other batches run in "eager".
+        backend: runs batches of one image or of `batch_size` that are all of one adapter, or all of the backbone;
+            "auto": the fastest here, of all but "compile", which needs up to a minute for each function.
+        fast_adapters: how many adapters have that backend, the first ones given. Each takes two functions, which are
+            made before the host is ready; "compile" and "openvino" hold two to three times the backbone's weights in
+            each. All other batches run in "eager".
     """
 
     backbone: str | None = None
@@ -64,7 +65,7 @@ class HostSettings:
     device: str = "cpu"
     plugins: Sequence[str] = ()
     backend: str = "auto"
-    fast_adapters: int = 4
+    fast_adapters: int = 1
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -148,7 +149,7 @@ def warm_up(engine: Engine, settings: HostSettings, catalogue: Catalogue) -> lis
     """Make backends ready, and run every adapter once.
 
     Returns:
-        Which backend runs for batches that are all of one adapter: a line for the backbone and each fast adapter.
+        A line for the backbone and each fast adapter: the backend that runs batches that are all of it.
     """
     fast = [name for name in catalogue.adapters if name not in catalogue.pixels][: settings.fast_adapters]
     engine.warm_up(torch.uint8, (BASE, *fast))

@@ -583,22 +583,22 @@ def test_batches_of_one_adapter_run_on_a_backend_once_it_is_ready(
     """Of exactly the sizes that were made ready; mixed batches, other sizes and adapters, and replaced ones do not."""
     recorder, names = Recorder(monkeypatch), ["a", "b", "__base__"]
     engine = eager(build("linear").backbone, backend="recorded", batch_sizes=(1, 4))
-    models = {name: build(method).double() for name, method in (("a", "vpt"), ("b", "pgn"), ("c", "vapt"))}
+    models = {name: build(method).double() for name, method in (("a", "vpt-deep"), ("b", "pgn"), ("c", "vapt"))}
     for name, model in models.items():
         engine.add_adapter(name, model)
     engine(images[:4], adapter_names=["a"] * 4)
     assert recorder.batches == []
     engine.warm_up(images.dtype, names)
-    assert set(engine.measured_of("a")) == {(1, (32, 32), torch.float32), (4, (32, 32), torch.float32)}
+    assert set(engine.measured_of("a")) == {(1, (32, 32), torch.float64), (4, (32, 32), torch.float64)}
     assert engine.measured_of("c") == {}
 
     def runs(*batch: str) -> list[int]:
         recorder.batches.clear()
         found = engine(images[: len(batch)], adapter_names=batch)
         for i, name in enumerate(batch):
-            expected = engine._backbone.forward_features if name == "__base__" else models[name]
+            model = engine.model if name == "__base__" else models[name]
             with torch.no_grad():
-                right = expected(images[i : i + 1].double())[0]
+                right = model(images[i : i + 1].double())[0]
             torch.testing.assert_close(found[i], right, rtol=1e-10, atol=1e-10)
         return list(recorder.batches)
 
@@ -619,7 +619,7 @@ def test_batches_of_one_adapter_run_on_a_backend_once_it_is_ready(
     with pytest.raises(ValueError, match="adapter_names has 'none', which is no adapter"):
         engine.warm_up(images.dtype, ["none"])
     monkeypatch.setattr(module, "KEPT", 5)
-    with pytest.raises(ValueError, match="adapter_names must be so few"):
+    with pytest.raises(ValueError, match="adapter_names must be at most 1 names: an engine keeps 5 functions"):
         engine.warm_up(images.dtype, ["a", "b"])
 
 
@@ -629,8 +629,9 @@ def test_added_adapters_try_the_backend_that_was_the_fastest_for_the_engine_s_ow
     fast, slow = Recorder(monkeypatch, "fast"), Recorder(monkeypatch, "slow")
     times = iter([3.0, 1.0, 2.0] * module.ROUNDS + [3.0, 1.0] * module.ROUNDS)
     monkeypatch.setattr(module, "_seconds", lambda run, device: next(times))
-    engine = eager(build("vpt").backbone, backend="auto", batch_sizes=(2,), backends=["fast", "slow"])
-    engine.add_adapter("a", build("vpt"))
+    monkeypatch.setitem(BACKENDS, "left out", Backend(lambda model, images: pytest.fail("it is not among backends")))
+    engine = eager(build("vpt-deep").backbone, backend="auto", batch_sizes=(2,), backends=["fast", "slow"])
+    engine.add_adapter("a", build("vpt-deep"))
     engine.warm_up(images.dtype, ["a"])
     [own], [added] = engine.measured.values(), engine.measured_of("a").values()
     assert (own.chosen, set(own.seconds)) == ("fast", {"eager", "fast", "slow"})
@@ -638,7 +639,7 @@ def test_added_adapters_try_the_backend_that_was_the_fastest_for_the_engine_s_ow
     assert (fast.built, slow.built) == (2, 1)
     for wrong in ("fast", ["none"]):
         with pytest.raises(ValueError, match="backends must be a list of some of"):
-            eager(build("vpt"), backends=wrong)
+            eager(build("vpt-deep"), backends=wrong)
 
 
 def test_auto_leaves_out_what_is_wrong_broken_or_missing(
