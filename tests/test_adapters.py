@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from crashes import in_a_child, killed_at
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -66,42 +66,6 @@ def test_an_adapter_of_an_earlier_version_still_loads(
     model.save_pretrained(tmp_path)
     again = fp.PromptedViT.from_pretrained(saved_backbone, tmp_path)
     assert torch.equal(again(expected["images"]), model(expected["images"]))
-
-
-def in_a_child(work: Callable[[], Any]) -> int:
-    """Run `work` in a fork of this process; how that ended, 0 or minus a signal."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def killed_at(number: int, directory: Path, work: Callable[[], Any]) -> int:
-    """Run `work` in a process that is killed before its file operation of that number below `directory`."""
-
-    def counted() -> None:
-        count = 0
-
-        def step() -> None:
-            nonlocal count
-            count += 1
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        def audit(event: str, arguments: tuple[Any, ...]) -> None:
-            if event.startswith(("os.", "open")) and any(str(directory) in str(part) for part in arguments):
-                step()
-
-        fsync = os.fsync
-        os.fsync = lambda descriptor: (step(), fsync(descriptor))[1]
-        sys.addaudithook(audit)
-        work()
-
-    return in_a_child(counted)
 
 
 posix = pytest.mark.skipif(os.name != "posix", reason="forks a process and kills it")

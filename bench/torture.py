@@ -1,0 +1,441 @@
+"""Runs, adapters, engines and a host under kills, full disks, flipped bits and hostile clients.
+
+    python bench/torture.py [--kills 50] [--flips 800] [--hostile 500] [--out results/torture.md]
+
+Nothing may be lost, half written or wrong: a run that was killed ends in the bits of one that was not, a flipped bit is
+refused or changes nothing, and every answer of the host is right. `make torture` writes results/torture.md. Linux, one
+thread: the processes that are killed are forks of this one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cpuinfo
+import crashes
+import load_serve
+import numpy as np
+import timm
+import torch
+import tyro
+from PIL import Image
+from safetensors.torch import save_file
+
+import fastprompt as fp
+from fastprompt.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from fastprompt.files import atomic_write
+from fastprompt.locks import DirectoryInUse
+from fastprompt.runs.execute import execute
+from fastprompt.runs.settings import RunSettings
+from fastprompt.serve.tenants import HostSettings
+from fastprompt.train.checkpoint import load_state
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+EPOCHS = 3
+TIMES = {"seconds", "images_per_second", "peak_memory_mib", "train_seconds", "environment", "stamp"}
+"""What two runs of the same bits may differ in."""
+REFUSED = 3
+"""Exit code of a writer that found the directory in use."""
+
+
+@dataclass
+class Flags:
+    """Torture test of what fastprompt writes and serves."""
+
+    seed: int = 0
+    kills: int = 50
+    """Runs are killed at a random moment so often."""
+    every: int = 1
+    """Of a run's operations on files, kill and fill the disk at each, or at every second, third ..."""
+    writers: int = 6
+    """Processes that run in one directory at once."""
+    flips: int = 800
+    """Bits that are flipped in each of weights, configuration and state."""
+    hostile: int = 500
+    """Hostile requests, at least."""
+    idle: int = 40
+    """Connections beside them that say nothing, or half of a request."""
+    turns: int = 500
+    """Calls of each thread of an engine whose states are swapped."""
+    out: Path = ROOT / "results" / "torture.md"
+
+
+@dataclass
+class Found:
+    """What one part saw.
+
+    Attributes:
+        tried: what was done, for people. outcomes: how often what came of it. wrong: what must not be.
+    """
+
+    part: str
+    tried: str
+    outcomes: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Place:
+    """A folder with a tiny backbone, images of two classes, and a run that nobody disturbed."""
+
+    def __init__(self, root: Path, seed: int = 0) -> None:
+        self.root, self.vit, self.log = root, root / "vit", root / "log.txt"
+        torch.manual_seed(seed)
+        module = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, **SIZES)
+        self.vit.mkdir()
+        save_file(module.state_dict(), self.vit / "model.safetensors")
+        pretrained = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.25] * 3, "num_classes": 0}
+        described = {"architecture": "vit_tiny_patch16_224", "model_args": SIZES, "pretrained_cfg": pretrained}
+        (self.vit / "config.json").write_text(json.dumps({**described, "num_classes": 0}))
+        levels = np.random.default_rng(seed)
+        for split, count in (("train", 12), ("val", 4), ("test", 4)):
+            for label, name in enumerate(("cat", "dog")):
+                (root / "images" / split / name).mkdir(parents=True)
+                for i in range(count):
+                    pixels = levels.integers(0, 160, (32, 32, 3)) + 60 * label
+                    Image.fromarray(pixels.astype(np.uint8)).save(root / "images" / split / name / f"{i}.png")
+        self.settings = RunSettings(
+            "vpt-deep",
+            str(root / "images"),
+            f"local-dir:{self.vit}",
+            options={"num_prompts": 2},
+            recipe={"epochs": EPOCHS, "dtype": "float32", "batch_size": 8},
+        )
+        self.run("undisturbed")  # in this process: forks know what it measured, and choose as it did
+        self.expected = contents(root / "undisturbed")
+
+    def run(self, name: str) -> None:
+        """Train, evaluate and test in a directory, or go on there."""
+        execute(self.settings, self.root / name, test=True, progress=False, device="cpu")
+
+    def write(self, name: str) -> None:
+        """`run`; exits with `REFUSED` where another process writes there."""
+        try:
+            self.run(name)
+        except DirectoryInUse:
+            os._exit(REFUSED)
+
+    def finish(self, name: str, found: Found, what: str) -> None:
+        """Let the run go on to its end in a process that nobody kills, compare all that it wrote, and remove it."""
+        status = crashes.in_a_child(lambda: self.run(name), self.log)
+        if status != 0:
+            found.wrong.append(f"{what}: it does not go on, exit code {status}: {self.log.read_text()[-500:]}")
+            return
+        different = [f"{what}: {text}" for text in differences(contents(self.root / name), self.expected)]
+        found.wrong += different
+        found.outcomes["other bits, or files that are not whole" if different else "the same bits in the end"] += 1
+        if not different:
+            shutil.rmtree(self.root / name)
+
+
+def contents(directory: Path) -> dict[str, Any]:
+    """All that a finished run wrote, without times."""
+    tensors, values = load_state(directory / "last.safetensors")
+    config, weights = read_adapter(directory / "best")
+    rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    state = {key: values[key] for key in ("identity", "optimizer", "rng", "choices")}
+    return {
+        "tensors of the state": tensors,
+        "values of the state": state,
+        "best/": weights,
+        "its configuration": config,
+        "log": [without_times(row) for row in rows if row["event"] != "resume"],
+        "log of the state": [without_times(row) for row in values["progress"]["events"] if row["event"] != "resume"],
+        "results.json": without_times(json.loads((directory / "results.json").read_text())),
+        "run.json": (directory / "run.json").read_text(),
+        "recipe.json": (directory / "recipe.json").read_text(),
+        "temporary files": sorted(str(path) for path in directory.rglob("*.tmp")),
+    }
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_times(inner) for key, inner in value.items() if key not in TIMES}
+    return [without_times(inner) for inner in value] if isinstance(value, list) else value
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values are the same, tensors bit for bit."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return bool(a == b)
+
+
+def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Which parts of two `contents` are not the same."""
+    return [f"{name} differs" for name in expected if not same(found[name], expected[name])]
+
+
+def random_kills(place: Place, count: int, seed: int) -> Found:
+    """SIGKILL at random moments of a run and of its continuations, until it was killed `count` times in all."""
+    found, chance = Found("Runs killed at random", "SIGKILL"), random.Random(seed)
+    began = time.perf_counter()
+    if crashes.in_a_child(lambda: place.run("timed"), place.log) != 0:
+        raise RuntimeError(place.log.read_text())
+    whole, runs = time.perf_counter() - began, 0
+    while found.outcomes["kills"] < count:
+        name, ended = f"killed {runs}", False
+        for _ in range(chance.randint(1, 3)):
+            ended = ended or crashes.killed_after(chance.uniform(0, whole), lambda to=name: place.run(to)) == 0
+            found.outcomes["kills"] += not ended
+        place.finish(name, found, name)
+        runs += 1
+    found.tried = f"{found.outcomes['kills']} × SIGKILL in {runs} runs of {EPOCHS} epochs, each then finished"
+    return found
+
+
+def every_operation(place: Place, every: int) -> Found:
+    """A run killed before its first operation on files, another one before its second, and so on to the last."""
+    found, number = Found("Every operation on files killed", ""), 1
+    while True:
+        name = f"killed at {number}"
+        ended = crashes.killed_at(number, place.root / name, lambda to=name: place.run(to), place.log)
+        if ended == 1:
+            found.wrong.append(f"{name}: {place.log.read_text()[-500:]}")
+        place.finish(name, found, name)
+        if ended != -9:
+            break
+        number += every
+    found.tried = f"{number - 1} operations on files of a run (training, adapter, results), every {ordinal(every)}"
+    return found
+
+
+def ordinal(number: int) -> str:
+    return "one" if number == 1 else f"{number}th"
+
+
+def full_disk(place: Place, every: int) -> Found:
+    """A disk that is full from a run's first write on, from its second, and so on: an error that says it."""
+    found, number = Found("Full disk", ""), 1
+    while True:
+        name = f"full at {number}"
+        ended = crashes.full_from(number, place.root / name, lambda to=name: place.run(to), place.log)
+        if ended not in (0, 1) or (ended == 1 and "No space left on device" not in place.log.read_text()):
+            found.wrong.append(f"{name}: exit code {ended}: {place.log.read_text()[-500:]}")
+        place.finish(name, found, name)
+        if ended == 0:
+            break
+        found.outcomes["an error that names the full disk"] += 1
+        number += every
+    found.tried = f"full from each of {number - 1} writes on, every {ordinal(every)}, then space again"
+    return found
+
+
+def many_writers(place: Place, writers: int, seed: int) -> Found:
+    """Processes that run in one directory at once: one writes, the others are refused; some writers are killed."""
+    found, chance = (
+        Found("Several writers in one directory", f"{writers} processes at once, 3 times"),
+        random.Random(seed),
+    )
+    for turn in range(3):
+        name = f"shared {turn}"
+        with contextlib.ExitStack() as stack:
+            running = [stack.enter_context(crashes.Child(lambda to=name: place.write(to))) for _ in range(writers)]
+            if turn:
+                time.sleep(chance.uniform(0.1, 0.5))
+                for process in chance.sample(running, writers // 2):
+                    process.kill()
+            ended = Counter(process.wait() for process in running)
+        found.outcomes["finished, or found it finished"] += ended.pop(0, 0)
+        found.outcomes["refused: the directory is in use"] += ended.pop(REFUSED, 0)
+        found.outcomes["killed"] += ended.pop(-9, 0)
+        if ended:
+            found.wrong.append(f"{name}: exit codes {dict(ended)}")
+        place.finish(name, found, name)
+    return found
+
+
+def flipped_bits(place: Place, count: int, seed: int) -> list[Found]:
+    """Single bits of an adapter's two files and of a run's state flipped: refused by name, or nothing changes."""
+    adapter, state = place.root / "flipped", place.root / "last.safetensors"
+    shutil.copytree(place.root / "undisturbed" / "best", adapter)
+    shutil.copy(place.root / "undisturbed" / "last.safetensors", state)
+    readers: dict[Path, tuple[str, Callable[[], Any]]] = {
+        adapter / WEIGHTS_FILE: ("weights", lambda: read_adapter(adapter)),
+        adapter / CONFIG_FILE: ("configuration", lambda: read_adapter(adapter)),
+        state: ("state of a run", lambda: load_state(state)),
+    }
+    parts = []
+    for path, (title, read) in readers.items():
+        content, expected, found = path.read_bytes(), read(), Found(f"Flipped bits: {title}", f"{count} bits, one each")
+        for place_of_bit in random.Random(seed).sample(range(8 * len(content)), min(count, 8 * len(content))):
+            flipped = bytearray(content)
+            flipped[place_of_bit // 8] ^= 1 << place_of_bit % 8
+            path.write_bytes(flipped)
+            try:
+                got = read()
+            except ValueError as error:
+                named = str(path) in str(error)
+                found.outcomes["refused by name"] += named
+                if not named:
+                    found.wrong.append(f"bit {place_of_bit}: the file is not named: {error}")
+                continue
+            unchanged = all(same(a, b) for a, b in zip(got, expected, strict=True))
+            found.outcomes["read as it was"] += unchanged
+            if not unchanged:
+                found.wrong.append(f"bit {place_of_bit} changes what is read")
+        path.write_bytes(content)
+        parts.append(found)
+    return parts
+
+
+def hostile_clients(place: Place, hostile: int, idle: int, seconds: float = 5.0) -> Found:
+    """Hostile requests, slow and idle connections beside clients whose every answer is checked."""
+    name, shown = f"local-dir:{place.vit}", load_serve.pictures(32)[:8]
+    flags = load_serve.Flags(name, 32, batch_size=8, seconds=seconds)
+    adapters = load_serve.make_adapters(place.root, fp.load_backbone(name), shown)
+    check = load_serve.Check(HostSettings(name, 32, False, adapters, "float32", 8, 1), shown)
+    files, outcomes = [load_serve.png(picture) for picture in shown], Counter[str]()
+    found, answers = Found("Hostile clients of a host", ""), 0
+    with load_serve.host(flags, adapters, 8) as url:
+        while sum(outcomes.values()) < hostile:
+            seen = asyncio.run(_beside_idle(url, idle, load_serve.load_round(url, flags, files, check, 4, 8)))
+            outcomes += Counter(outcome for of_kind in seen.refused.values() for outcome in of_kind)
+            answers += len(seen.latencies)
+            found.wrong += [f"a valid client's request failed: {text}" for text in seen.failed]
+            found.wrong += ["a valid client got a wrong answer"] * seen.wrong
+    found.tried = (
+        f"{sum(outcomes.values())} hostile requests, {idle} idle connections, {answers} requests of valid clients"
+    )
+    found.outcomes["right answers"] = answers
+    for outcome, times in sorted(outcomes.items()):
+        found.outcomes[f"hostile: {outcome}"] = times
+        if not outcome.startswith(("4", "closed")):
+            found.wrong.append(f"{times} hostile requests were answered {outcome}")
+    return found
+
+
+async def _beside_idle(url: str, count: int, load: Any) -> load_serve.Round:
+    """`load` while connections are open that say nothing, or half of a request line, and are opened again if closed."""
+    port = int(url.rpartition(":")[2])
+
+    async def stay(number: int) -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(b"POST /v1/emb" if number % 2 else b"")
+                await reader.read()
+                writer.close()
+            await asyncio.sleep(0.1)
+
+    staying = [asyncio.ensure_future(stay(number)) for number in range(count)]
+    try:
+        return await load
+    finally:
+        for task in staying:
+            task.cancel()
+        await asyncio.gather(*staying, return_exceptions=True)
+
+
+def swapped_states(turns: int) -> Found:
+    """The engine's own tests of threads that swap states while others ask, with more turns."""
+    found = Found("An engine whose states are swapped", f"{turns} turns of each thread, three methods and a mixture")
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "tests/engine/test_engine.py",
+            "-k",
+            "hammered",
+        ],
+        cwd=ROOT,
+        env={**os.environ, "FASTPROMPT_HAMMER_TURNS": str(turns), "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+    )
+    passed = re.search(r"(\d+) passed", ran.stdout)
+    found.outcomes["tests in which every answer was of one state"] = int(passed[1]) if passed else 0
+    if ran.returncode != 0:
+        found.wrong.append(ran.stdout[-2000:])
+    return found
+
+
+def report(parts: list[Found], flags: Flags) -> str:
+    """The table, and what went wrong, as Markdown."""
+    info = cpuinfo.get_cpu_info()
+    lines = [
+        "# fastprompt under torture",
+        "",
+        f"`make torture` on {info.get('brand_raw', 'an unknown processor')}, {os.cpu_count()} cores, Linux "
+        f"{platform.release()}, Python {platform.python_version()}, torch {torch.__version__}, timm "
+        f"{timm.__version__}, fastprompt {fp.__version__}; seed {flags.seed}. A tiny ViT, VPT-deep in float32, one "
+        "thread.",
+        "",
+        "| part | tried | outcomes | wrong | seconds |",
+        "|---|---|---|---:|---:|",
+        *(
+            f"| {found.part} | {found.tried} | "
+            f"{', '.join(f'{name}: {times}' for name, times in found.outcomes.items() if times)} | "
+            f"{len(found.wrong)} | {found.seconds:.0f} |"
+            for found in parts
+        ),
+        "",
+        "A run counts as the same where state, random numbers, best adapter, results and every row of the log are "
+        "those of a run that nobody disturbed, tensors bit for bit, and no temporary file is left. Valid clients' "
+        "answers are compared with the engine's for that picture and tenant alone.",
+    ]
+    lines += ["", *(f"* {found.part}: {text}" for found in parts for text in found.wrong)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def tortured(flags: Flags, root: Path) -> Iterator[Found]:
+    """Every part, as it ends."""
+    place = Place(root)
+    for act in (
+        functools.partial(random_kills, place, flags.kills, flags.seed),
+        functools.partial(every_operation, place, flags.every),
+        functools.partial(full_disk, place, flags.every),
+        functools.partial(many_writers, place, flags.writers, flags.seed),
+        functools.partial(flipped_bits, place, flags.flips, flags.seed),
+        functools.partial(hostile_clients, place, flags.hostile, flags.idle),
+        functools.partial(swapped_states, flags.turns),
+    ):
+        began = time.perf_counter()
+        found = act()
+        parts = found if isinstance(found, list) else [found]
+        for part in parts:
+            part.seconds = (time.perf_counter() - began) / len(parts)
+            yield part
+
+
+def main() -> None:
+    flags, parts = tyro.cli(Flags, description=__doc__), []
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["FASTPROMPT_CACHE"] = str(Path(folder) / "cache")
+        for found in tortured(flags, Path(folder)):
+            parts.append(found)
+            print(f"{found.part}: {found.tried}: {dict(found.outcomes)}, {len(found.wrong)} wrong", flush=True)
+    text = report(parts, flags)
+    print(text)
+    atomic_write(flags.out, text)
+    if any(found.wrong for found in parts):
+        sys.exit("something was lost or wrong; see above")
+
+
+if __name__ == "__main__":
+    main()
