@@ -1,12 +1,12 @@
-"""Processes that are killed, and disks that fill up, at a chosen operation on files (POSIX alone)."""
+"""Processes that are killed, and disks that fill up, at a chosen operation on files (Linux alone)."""
 
 from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +68,11 @@ def in_a_child(work: Callable[[], Any], log: Path | None = None) -> int:
 def killed_after(seconds: float, work: Callable[[], Any], log: Path | None = None) -> int:
     """Do `work` in a `Child` that is killed after so many seconds; how it ended."""
     with Child(work, log) as process:
-        time.sleep(seconds)
+        handle = os.pidfd_open(process.pid)
+        try:
+            select.select([handle], [], [], seconds)  # until it ends, at the latest then
+        finally:
+            os.close(handle)
         process.kill()
         return process.wait()
 

@@ -49,7 +49,7 @@ from fastprompt.train.checkpoint import load_state
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
-EPOCHS = 3
+EPOCHS = 2
 TIMES = {"seconds", "images_per_second", "peak_memory_mib", "train_seconds", "environment", "stamp"}
 """What two runs of the same bits may differ in."""
 REFUSED = 3

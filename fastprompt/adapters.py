@@ -18,7 +18,6 @@ import json
 import math
 import os
 import sys
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,8 @@ from fastprompt.vit.source import BackboneSource
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 LARGEST_CONFIG = 16 << 20
 """Bytes of a configuration; the names of 100,000 classes take a few millions."""
+_SHORT = 8
+"""Entries of an option that is a list: so many, a pair or a triple among them, need not be one for each tensor."""
 _FORMAT = 1
 _KEYS = {"format", "fastprompt_version", "method", "num_classes", "head", "readout", "class_names", "backbone"}
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)
@@ -243,8 +244,12 @@ def preprocessing_of(config: Mapping[str, Any]) -> Preprocessing | None:
     return None if recorded is None else Preprocessing.from_dict(recorded)
 
 
-def check_backbone(who: str, stored: Mapping[str, Any], backbone: FrozenViT) -> None:
-    """Raise `ValueError` where `backbone` is not the one that an adapter's configuration describes."""
+def as_trained(who: str, stored: Mapping[str, Any], backbone: FrozenViT) -> FrozenViT:
+    """`backbone`, normalising raw pixels by the mean and std that the adapter was trained with.
+
+    Raises:
+        ValueError: it is not the backbone that the adapter's configuration, `stored`, describes.
+    """
     if backbone.fingerprint != stored["fingerprint"]:
         raise ValueError(
             f"{who} was trained on another backbone: {stored['name']} at "
@@ -252,32 +257,27 @@ def check_backbone(who: str, stored: Mapping[str, Any], backbone: FrozenViT) -> 
             f"{backbone.spec.name} at {'x'.join(map(str, backbone.image_size))} px, fingerprint "
             f"{backbone.fingerprint[:12]}"
         )
-    warn_of_other_pixels(who, stored, backbone)
-
-
-def warn_of_other_pixels(who: str, trained: Mapping[str, Any], backbone: FrozenViT) -> None:
-    """Warn where an adapter trained with another "mean" and "std" than those by which `backbone` normalises."""
-    ours = {"mean": list(backbone.mean), "std": list(backbone.std)}
-    theirs = {key: None if trained.get(key) is None else list(trained[key]) for key in ours}
-    if ours != theirs:
-        warnings.warn(
-            f"{who} was trained on images normalised with {theirs}, this backbone normalises raw (uint8) "
-            f"ones with {ours}",
-            stacklevel=4,
-        )
+    try:
+        return backbone.normalising(*(stored.get(key) or getattr(backbone, key) for key in ("mean", "std")))
+    except ValueError as error:
+        raise ValueError(f"{who} is corrupted: backbone.{error}") from error
 
 
 def check_sizes(config: PromptConfig, num_classes: Any, backbone: FrozenViT, state: Mapping[str, Tensor]) -> None:
     """Raise `ValueError` where the tensors that a configuration asks for are not those of `state`.
 
-    Nothing is allocated for it, so that a configuration cannot ask for more memory than its own file has.
+    Nothing is allocated for it, so that a configuration cannot ask for more memory than its own file has. Nor can it
+    ask for more modules: each entry of an option that is a list makes a module with tensors of its own.
     """
     expected: dict[str, torch.Size] = {}
+    for option, value in config.to_dict().items():
+        if isinstance(value, (list, tuple)) and len(value) > max(len(state), _SHORT):
+            raise ValueError(f"{option} has {len(value):,} entries, but there are only {len(state)} tensors")
     try:
         with torch.device("meta"):
             generator = build_generator(config, backbone)
     except (RuntimeError, TypeError, OverflowError, MemoryError) as error:  # sizes that overflow
-        raise ValueError(f"no tensor can have the sizes of {config}") from error
+        raise ValueError(f"no tensor can have the sizes of {str(config)[:200]}") from error
     if generator is not None:
         expected = {f"generator.{name}": tensor.shape for name, tensor in generator.state_dict().items()}
     if num_classes is not None and "head.weight" in state:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastprompt.adapters import (
     Preprocessing,
-    check_backbone,
+    as_trained,
     check_sizes,
     config_from,
     head_from,
@@ -510,7 +510,8 @@ class PromptedViT(nn.Module):
         """The model that `save_pretrained` wrote into a directory, in eval mode.
 
         `from_pretrained(directory)` loads the backbone as the adapter records it; `from_pretrained(backbone,
-        directory)` takes one that is loaded, which adapters may share.
+        directory)` takes one that is loaded, which adapters may share. Raw pixels are normalised by the mean and std
+        of the adapter's training, whatever those of `backbone` are.
 
         Raises:
             TypeError: `backbone` is neither a FrozenViT nor, alone, a directory.
@@ -533,7 +534,7 @@ class PromptedViT(nn.Module):
             raise ArgumentTypeError("directory", "must be that of an adapter, got None")
         else:
             config, state = read_adapter(directory)
-        check_backbone(f"the adapter in {directory}", config["backbone"], backbone)
+        backbone = as_trained(f"the adapter in {directory}", config["backbone"], backbone)
         try:
             info, num_classes = config["head"], config["num_classes"]
             method = config_from(config)

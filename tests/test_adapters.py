@@ -318,8 +318,9 @@ def test_a_configuration_that_could_not_be_read_is_not_written(tmp_path: Path) -
         (fp.VPTConfig(num_prompts=10**10), "has shape|missing"),
         (fp.V2APTConfig(num_prompts=3, num_instance=1, latent=2, hidden=10**9), "has shape|missing"),
         (fp.VAPTConfig(num_prompts=10**9, hidden=3), "has shape|missing"),
+        (fp.PGNConfig(widths=(1,) * 10**6), "widths has 1,000,000 entries, but there are only"),
     ],
-    ids=repr,
+    ids=lambda value: repr(value)[:60],
 )
 def test_a_configuration_cannot_ask_for_memory(
     config: Any, message: str, saved_backbone: fp.FrozenViT, tmp_path: Path

@@ -258,10 +258,24 @@ def test_another_backbone_is_refused(
         fp.PromptedViT.from_pretrained(fp.FrozenViT(tiny_vit), tmp_path)
 
 
-def test_other_mean_and_std_warn(tiny_vit: VisionTransformer, tmp_path: Path) -> None:
-    fp.PromptedViT(fp.FrozenViT(tiny_vit), fp.VPTConfig(num_prompts=3), 5).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"trained on images normalised with .*0\.485.* this backbone .*0\.5"):
-        fp.PromptedViT.from_pretrained(fp.FrozenViT(tiny_vit, mean=(0.5, 0.5, 0.5)), tmp_path)
+def test_raw_pixels_are_normalised_as_the_adapter_was_trained(tiny_vit: VisionTransformer, tmp_path: Path) -> None:
+    trained = fp.PromptedViT(fp.FrozenViT(tiny_vit), fp.VPTConfig(num_prompts=3), 5).eval()
+    trained.save_pretrained(tmp_path)
+    other = fp.FrozenViT(tiny_vit, mean=(0.5, 0.5, 0.5))
+    loaded = fp.PromptedViT.from_pretrained(other, tmp_path)
+    raw = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        other.forward_features(raw)  # which keeps what it folded
+        torch.testing.assert_close(loaded(raw), trained(raw))
+        assert (other.forward_features(raw) - loaded.backbone.forward_features(raw)).abs().max() > 1e-3
+    assert loaded.backbone.patch_weight is other.patch_weight
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["backbone"]["mean"] == list(loaded.backbone.mean)
+    stored, state = read_adapter(tmp_path)
+    write_adapter(tmp_path, {**stored, "backbone": {**stored["backbone"], "std": [1, 0, 1]}}, state)
+    with pytest.raises(ValueError, match=r"corrupted: backbone\.std must be three positive numbers") as caught:
+        fp.PromptedViT.from_pretrained(other, tmp_path)
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_an_adapter_loads_its_backbone(

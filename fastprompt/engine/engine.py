@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastprompt.adapters import warn_of_other_pixels
 from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.changes import unchanging, watch_optimizers
 from fastprompt.engine import mixed
@@ -128,6 +127,7 @@ class Engine:
         self._source = model if isinstance(model, PromptedViT) else None
         self._own = BASE if self._source is None else DEFAULT
         self._unmixed: set[str] = set()
+        self._pixels: dict[str, FrozenViT] = {}  # what normalises raw pixels for each adapter that was added
         self._states, self._state = itertools.count(1), 0
         watch_optimizers()
         self._backbone = _copy_backbone(given, self.dtype)
@@ -169,7 +169,8 @@ class Engine:
     def add_adapter(self, name: str, model: PromptedViT | str | os.PathLike[str]) -> None:
         """Serve images of adapter `name` by `model` from the next call on; an adapter of that name is replaced.
 
-        The engine takes a copy: of a model that trained on, add it again.
+        The engine takes a copy: of a model that trained on, add it again. Raw pixels of its images are normalised by
+        the mean and std of the model's own backbone.
 
         Args:
             name: any text but "__base__", and "default" where the engine was made with a model.
@@ -199,13 +200,13 @@ class Engine:
                 f"{model.backbone.fingerprint[:12]}; this engine's is {backbone.spec.name} with "
                 f"{backbone.fingerprint[:12]}",
             )
-        warn_of_other_pixels(f"adapter {name!r}", {"mean": model.backbone.mean, "std": model.backbone.std}, backbone)
         with _whole(model):
             adapter = _copy_adapter(model, backbone)
         with self._lock:
             self._check_open()
             self._forget(name)
             self._adapters[name] = adapter
+            self._pixels[name] = backbone.normalising(model.backbone.mean, model.backbone.std)
 
     def delete_adapter(self, name: str) -> None:
         """Serve this adapter no longer and free its memory.
@@ -261,13 +262,14 @@ class Engine:
             self._follow(change)
             for name in adapter_names:
                 if name not in self._adapters:
-                    raise ValueError(f"adapter_names has {name!r}, which is no adapter of this engine")
+                    raise ArgumentError("adapter_names", f"has {name!r}, which is no adapter of this engine")
             names = self._unmixed | {self._own, *adapter_names}
             if len(names) * len(self.batch_sizes) > KEPT:
-                raise ValueError(
-                    f"adapter_names must be at most {KEPT // len(self.batch_sizes) - 1} names: an engine keeps {KEPT} "
-                    f"functions, one for each of its {len(self.batch_sizes)} batch sizes of each adapter and of its "
-                    f"own model, got {len(names - {self._own})}"
+                raise ArgumentError(
+                    "adapter_names",
+                    f"must be at most {KEPT // len(self.batch_sizes) - 1} names: an engine keeps {KEPT} functions, one "
+                    f"for each of its {len(self.batch_sizes)} batch sizes of each adapter and of its own model, got "
+                    f"{len(names - {self._own})}",
                 )
             for size in self.batch_sizes:
                 images = self._taken(
@@ -275,7 +277,7 @@ class Engine:
                 )
                 self(images)
                 for name in adapter_names:
-                    self._run(images, size, name)
+                    self._run(self._normalised(images, [name] * size), size, name)
             self._unmixed |= set(adapter_names)
 
     def refresh(self) -> None:
@@ -295,7 +297,7 @@ class Engine:
         """Free what the engine holds, behind the call that runs; from then on calls raise RuntimeError."""
         with self._lock:
             self._released, self._source = True, None
-            for held in (self._runs, self._measured, self._adapters):
+            for held in (self._runs, self._measured, self._adapters, self._pixels):
                 held.clear()
             self.__dict__.pop("_backbone", None)
 
@@ -387,6 +389,13 @@ class Engine:
         self._backbone.check_images(images)
         return images.to(torch.promote_types(self.dtype, torch.float32)) if images.is_floating_point() else images
 
+    def _normalised(self, images: Tensor, names: Sequence[str]) -> Tensor:
+        """Raw pixels as each image's own adapter normalises them, where one does otherwise than the backbone."""
+        own = [self._pixels.get(name, self._backbone) for name in names]
+        if images.dtype != torch.uint8 or all(backbone is self._backbone for backbone in own):
+            return images
+        return torch.cat([backbone.normalise(images[i : i + 1]) for i, backbone in enumerate(own)])
+
     def _drop_runs(self, adapter: str, only_baked: bool = False) -> None:
         """Make an adapter's functions again before they run."""
         for key in [key for key in self._runs if key[0] == adapter]:
@@ -397,6 +406,7 @@ class Engine:
         """Keep nothing of an adapter's backends."""
         self._drop_runs(adapter)
         self._unmixed.discard(adapter)
+        self._pixels.pop(adapter, None)
         for key in [key for key in self._measured if key[0] == adapter]:
             del self._measured[key]
 
@@ -496,6 +506,7 @@ class Engine:
                     f"adapter_names[{i}] is {name!r}, which is no adapter of this engine; it has "
                     f"{list(self._adapters)[:20]}"
                 )
+        images = self._normalised(images, names)
         largest, found = self.batch_sizes[-1], list[Tensor]()
         for start in range(0, len(images), largest):
             part, own = images[start : start + largest], names[start : start + largest]

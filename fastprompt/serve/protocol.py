@@ -106,10 +106,6 @@ class Limits:
         return max(256 * 2**20, 2 * self.body_bytes) if self.held_bytes is None else self.held_bytes
 
 
-Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
-"""Mean and standard deviation of the channels."""
-
-
 @dataclass(frozen=True)
 class Catalogue:
     """What a host serves.
@@ -121,7 +117,6 @@ class Catalogue:
         created: when it was loaded, in seconds since 1970.
         preprocessing: how a picture is brought to the backbone's size, by adapter; "crop" of those that do not say.
         in_pixels: adapters whose prompts are pixels, which take pictures as they are.
-        pixels: mean and standard deviation by which pictures are normalised, of adapters that have others than `spec`.
     """
 
     name: str
@@ -134,7 +129,6 @@ class Catalogue:
     created: int = 0
     preprocessing: Mapping[str, Preprocessing] = field(default_factory=dict)
     in_pixels: Collection[str] = ()
-    pixels: Mapping[str, Normalisation] = field(default_factory=dict)
 
     def models(self) -> dict[str, Any]:
         """The answer of `GET /v1/models`."""
@@ -180,12 +174,10 @@ class Work:
 
     Attributes:
         pictures: uint8 (3, H, W) each. adapter: that reads them.
-        pixels: mean and standard deviation by which they are normalised; None: the backbone's.
     """
 
     pictures: list[np.ndarray]
     adapter: str
-    pixels: Normalisation | None = None
 
 
 @dataclass(frozen=True)
@@ -529,7 +521,7 @@ def classify_work(ask: Ask, catalogue: Catalogue, limits: Limits) -> Work:
         catalogue = replace(catalogue, spec=replace(catalogue.spec, dynamic_size=False))
     sizes = "exact" if ask.pixels == "exact" or ask.model in catalogue.in_pixels else "own"
     pictures = decode(ask, catalogue, limits, catalogue.preprocessing.get(ask.model), sizes)
-    return Work(pictures, ask.model, catalogue.pixels.get(ask.model))
+    return Work(pictures, ask.model)
 
 
 def embeddings_answer(ask: Ask, catalogue: Catalogue, outputs: Sequence[np.ndarray]) -> dict[str, Any]:

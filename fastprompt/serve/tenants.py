@@ -20,9 +20,8 @@ from fastprompt.generators import load_plugin
 from fastprompt.model import PromptedViT
 from fastprompt.runs.directory import adapter_dir, read_settings
 from fastprompt.runs.execute import backbone_at
-from fastprompt.serve.protocol import BASE, Catalogue, Normalisation, Refused, Work
+from fastprompt.serve.protocol import BASE, Catalogue, Refused, Work
 from fastprompt.vit.source import split_local
-from fastprompt.vit.weights import per_channel
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +108,6 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
     engine = Engine(backbone, (1, settings.batch_size), DTYPES[settings.dtype], settings.backend, quick)
     class_names: dict[str, Sequence[str]] = {}
     preprocessing: dict[str, Preprocessing] = {}
-    pixels: dict[str, Normalisation] = {}
     in_pixels = []
     for name, directory in directories.items():
         if name == backbone_name:
@@ -123,10 +121,6 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
             raise ValueError(f"adapter {name!r}: {error}") from error
         class_names[name] = list(model.class_names or map(str, range(int(model.num_classes or 0))))
         preprocessing[name] = model.preprocessing or Preprocessing()
-        trained = read_adapter(directory)[0]["backbone"]
-        mean, std = (tuple(trained.get(key) or getattr(backbone, key)) for key in ("mean", "std"))
-        if (mean, std) != (backbone.mean, backbone.std):
-            pixels[name] = mean, std
         if model.generator is not None and model.generator.changes_images:
             in_pixels.append(name)
     fixed = [name for name in directories if backbone.spec.dynamic_size and not _takes_other_sizes(engine, name)]
@@ -141,7 +135,6 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
         int(time.time()),
         preprocessing,
         in_pixels,
-        pixels,
     )
 
 
@@ -151,11 +144,11 @@ def warm_up(engine: Engine, settings: HostSettings, catalogue: Catalogue) -> lis
     Returns:
         A line for the backbone and each fast adapter: the backend that runs batches that are all of it.
     """
-    fast = [name for name in catalogue.adapters if name not in catalogue.pixels][: settings.fast_adapters]
+    fast = list(catalogue.adapters)[: settings.fast_adapters]
     engine.warm_up(torch.uint8, (BASE, *fast))
     picture = np.zeros((3, *catalogue.spec.image_size), np.uint8)
     for name in (BASE, *catalogue.adapters):
-        answers(engine, [Work([picture], name, catalogue.pixels.get(name))])
+        answers(engine, [Work([picture], name)])
     return [
         f"{catalogue.name if name == BASE else name}: "
         + ", ".join(f"{known.chosen} for batches of {size}" for (size, *_), known in engine.measured_of(name).items())
@@ -180,13 +173,13 @@ def _takes_other_sizes(engine: Engine, name: str) -> bool:
 def answers(engine: Engine, works: Sequence[Work]) -> list[list[np.ndarray] | Refused]:
     """What the engine says of each request: float32 (C,) or (D,) for each of its pictures, or why it was refused.
 
-    Pictures of one size and normalisation are one call of the engine, whosever they are. Where that fails, the
+    Pictures of one size are one call of the engine, whosever they are. Where that fails, the
     requests in it are computed one by one, so that nobody's request fails for another's.
     """
     alike: dict[Any, list[tuple[int, int]]] = {}
     for i, work in enumerate(works):
         for j, picture in enumerate(work.pictures):
-            alike.setdefault((picture.shape, work.pixels), []).append((i, j))
+            alike.setdefault(picture.shape, []).append((i, j))
     found: dict[tuple[int, int], np.ndarray | Refused] = {}
     for places in alike.values():
         found |= _outputs(engine, works, places)
@@ -211,10 +204,6 @@ def _outputs(
     try:
         pictures = np.stack([works[i].pictures[j] for i, j in places])  # (B, 3, H, W)
         images = torch.from_numpy(pictures).to(engine.model.backbone.device)
-        normalisation = works[places[0][0]].pixels
-        if normalisation is not None:
-            mean, std = (per_channel(values, images, torch.float32) for values in normalisation)
-            images = (images.float() / 255 - mean) / std
         outputs = engine(images, adapter_names=[works[i].adapter for i, _ in places])
         return dict(zip(places, (output.float().cpu().numpy() for output in outputs), strict=True))
     except Exception as error:

@@ -475,12 +475,23 @@ def test_an_adapter_of_another_backbone_is_refused(
     assert "x" not in engine.adapter_names
 
 
-def test_another_normalisation_of_pixels_warns(
-    backbone: fp.FrozenViT, build: Build, make_backbone: Callable[..., fp.FrozenViT]
+def test_raw_pixels_are_normalised_as_each_adapter_was_trained(
+    backbone: fp.FrozenViT, build: Build, tmp_path: Path
 ) -> None:
-    other = make_backbone(mean=(0.5, 0.5, 0.5))
-    with pytest.warns(UserWarning, match=r"adapter 'x' was trained on images normalised with .*0\.5"):
-        eager(backbone).add_adapter("x", build("vpt-deep", backbone=other))
+    other = backbone.normalising((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    models = {"a": build("vpt-deep"), "b": build("vpt-deep", backbone=other), "c": build("pgn", backbone=other)}
+    engine = eager(backbone, dtype=torch.float32)
+    models["b"].save_pretrained(tmp_path)
+    for name, model in models.items():
+        engine.add_adapter(name, tmp_path if name == "b" else model)
+    raw = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    found = engine(raw, adapter_names=["a", "b", "c", "b"])
+    for i, name in enumerate("abcb"):
+        with torch.no_grad():
+            right = models[name](raw[i : i + 1])[0]
+        torch.testing.assert_close(found[i], right, rtol=1e-4, atol=1e-4)
+    engine.add_adapter("b", models["a"])
+    torch.testing.assert_close(engine(raw[:1], adapter_names=["b"]), found[:1], rtol=1e-4, atol=1e-4)
 
 
 def test_a_cast_backbone_is_still_the_same(build: Build, images: Tensor) -> None:

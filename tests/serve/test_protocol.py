@@ -160,13 +160,6 @@ def test_which_sizes_are_kept(picture: Picture) -> None:
     assert (caught.value.status, caught.value.code) == (422, "extreme_shape")
 
 
-def test_pixels_of_another_normalisation_travel_with_their_adapter(picture: Picture) -> None:
-    other = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    catalogue = replace(CATALOGUE, pixels={"birds": other})
-    assert protocol.classify_work(Ask([picture()], "birds", "float"), catalogue, Limits()).pixels == other
-    assert protocol.classify_work(Ask([picture()], "birds", "float"), CATALOGUE, Limits()).pixels is None
-
-
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_pictures_are_limited_by_what_they_take_decoded(picture: Picture) -> None:
     """Before anything is decoded, which would find these files damaged: one picture, and all of a request together."""

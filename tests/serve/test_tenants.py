@@ -119,23 +119,35 @@ def test_a_photo_gets_the_answer_of_predict(
         assert entry["probability"] == pytest.approx(expected["probabilities"][entry["class"]], rel=1e-5)
 
 
-def test_an_adapter_of_other_means_gets_its_own_pixels(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fast_adapters", [0, 1])
+def test_an_adapter_of_other_means_gets_its_own_pixels(
+    place: Path, tmp_path: Path, fast_adapters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from_pretrained's model does, whether its batches run on a backend or beside the backbone's."""
+    monkeypatch.setitem(BACKENDS, "fast", Backend(lambda model, images: model, bakes=False))
     backbone = fp.load_backbone(f"local-dir:{place / 'vit'}")
-    backbone.spec = replace(backbone.spec, mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.3))
-    with pytest.warns(UserWarning, match="normalised with"):
-        model = fp.PromptedViT.from_pretrained(backbone, place / "birds")
-    model.save_pretrained(tmp_path / "other")
-    raw = pictures(2)
+    model = fp.PromptedViT.from_pretrained(backbone, place / "birds")
+    assert model.backbone is backbone
+    own = fp.PromptedViT(backbone.normalising((0.1, 0.2, 0.3), (0.5, 0.4, 0.3)), model.config, 3)
+    own.load_adapter_state_dict(model.adapter_state_dict())
+    own.eval().save_pretrained(tmp_path / "other")
+    raw = pictures(4)
     with torch.no_grad():
-        expected = model(torch.from_numpy(np.stack(raw)))
-    with pytest.warns(UserWarning, match="normalised with"):
-        engine, catalogue = load(replace(settings(place, "birds"), adapters={"other": tmp_path / "other"}))
-    assert catalogue.pixels == {"other": ((0.1, 0.2, 0.3), (0.5, 0.4, 0.3))}
-    works = [Work(raw, "other", catalogue.pixels["other"]), Work(raw, "__base__")]
+        expected = own(torch.from_numpy(np.stack(raw)))
+        assert (model(torch.from_numpy(np.stack(raw))) - expected).abs().max() > 1e-2
+        torch.testing.assert_close(
+            fp.PromptedViT.from_pretrained(backbone, tmp_path / "other")(torch.from_numpy(np.stack(raw))), expected
+        )
+    asked = replace(
+        settings(place), adapters={"other": tmp_path / "other"}, backend="fast", fast_adapters=fast_adapters
+    )
+    engine, catalogue = load(asked)
+    warm_up(engine, asked, catalogue)
+    works = [Work(raw, "other"), Work(raw, "__base__")]
     found, features = answers(engine, works)
     np.testing.assert_allclose(np.stack(found), expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(features, answers(engine, works[1:])[0], rtol=1e-4, atol=1e-5)
-    assert load(settings(place, "birds"))[1].pixels == {}
+    np.testing.assert_allclose(answers(engine, works[:1])[0], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
