@@ -1,4 +1,4 @@
-# make test | docs | browser | page | hammer | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-engine | cost | gates | kernels-report | gpu | clean | help
+# make test | docs | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-engine | cost | gates | kernels-report | gpu | clean | help
 #   PYTHON=python3.12   interpreter the environment is made from
 #   VENV=path           environment to make or reuse (default .venv)
 #   PIP_FLAGS=...       more flags for pip, e.g. an extra index that has CPU builds of torch
@@ -17,7 +17,7 @@ STAMP := $(VENV)/.fastprompt-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint types pytest browser page hammer serve-ray load demo table pixels plots docs bench bench-forward bench-engine cost gates kernels-report gpu clean
+.PHONY: help install test lint types pytest browser page hammer torture serve-ray load demo table pixels plots docs bench bench-forward bench-engine cost gates kernels-report gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -69,6 +69,9 @@ browser: $(STAMP)  ## the page in a real headless Chromium, beside the Python cl
 
 hammer: $(STAMP)  ## an engine under eight threads, thousands of calls, adapters swapped and failures injected
 	FASTPROMPT_HAMMER_TURNS=500 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q tests/engine/test_engine.py -k hammered
+
+torture: $(STAMP)  ## kills, full disks, flipped bits, hostile clients, swapped states; writes results/torture.md (a quarter of an hour)
+	OMP_NUM_THREADS=1 $(PY) bench/torture.py
 
 serve-ray: $(STAMP)  ## the host on a local Ray, which this installs into the environment (a minute)
 	@$(PY) -m pip install -qq $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[dev,ray]'

@@ -89,6 +89,10 @@ class Preprocessing:
 def write_adapter(directory: str | os.PathLike[str], config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Write an adapter's configuration and tensors into `directory`, both or neither.
 
+    As with a commit of SQLite, whoever reads, also after a kill or a power failure, finds the adapter before or this
+    one and never a mixture: the weights file holds the configuration too, under one digest. An `fsync` that fails is an
+    error. Of two that write at once, one is last.
+
     Args:
         config: everything but the format, the version and the digest, which are added here.
         state: the tensors by name (`PromptedViT.adapter_state_dict`).

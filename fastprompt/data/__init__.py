@@ -65,7 +65,8 @@ def load_data(
             the narrowest usual range that holds all values of the train images (8, 10, 12, 14 or 16 bits; for floats
             0 to 1, -1 to 1, 0 to 255, 0 to 65535) and of which they fill a quarter, else their least and largest
             value; a warning names it unless it is that of 16 bits. It is `DataSplits.intensity_range`, the same for
-            all images, and `read_images` takes it.
+            all images, and `read_images` takes it. Colour images of 16 bits a channel are read as their upper 8, with
+            a warning.
         max_decoded_bytes: memory in bytes that one image of a folder may take decoded (width x height x 4, and as
             much again where it is not RGB); None: 2²⁹, 134 megapixels of RGB.
 

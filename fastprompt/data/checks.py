@@ -26,6 +26,7 @@ from fastprompt.data.images import (
     decoded_bytes,
     deep_kind,
     lies_on_its_side,
+    loses_bits,
     opened,
     to_rgb,
 )
@@ -50,6 +51,7 @@ class Checked:
         low, high: the least and largest value of such an image.
         sha256: of the file.
         size, mtime_ns: of the file when it was checked.
+        cut: only the upper 8 bits of its 16 a channel are read (see `loses_bits`).
     """
 
     damage: str | None = None
@@ -62,6 +64,7 @@ class Checked:
     sha256: str = ""
     size: int = -1
     mtime_ns: int = -1
+    cut: bool = False
 
     def still_holds(self, path: str | os.PathLike[str]) -> bool:
         """Whether the file is the one that was checked, by its size and the time of its last change."""
@@ -78,7 +81,7 @@ def check_image(path: str | os.PathLike[str], max_decoded_bytes: int = MAX_DECOD
     try:
         info = os.stat(path)
         with opened(path, max_decoded_bytes) as image:
-            width, height, needed = image.width, image.height, decoded_bytes(image)
+            width, height, needed, cut = image.width, image.height, decoded_bytes(image), loses_bits(image)
             image.draft(image.mode, (max(1, width // 8), max(1, height // 8)))  # has an effect on JPEG alone
             with _one_large if needed > _LARGE else nullcontext():
                 decode(path, image)
@@ -86,7 +89,8 @@ def check_image(path: str | os.PathLike[str], max_decoded_bytes: int = MAX_DECOD
             to_rgb(image.crop((0, 0, 1, 1)))  # Pillow reads modes that it does not convert
             if lies_on_its_side(image):
                 width, height = height, width
-        return Checked(None, width, height, needed, kind, low, high, file_sha256(path), info.st_size, info.st_mtime_ns)
+        digest = file_sha256(path)
+        return Checked(None, width, height, needed, kind, low, high, digest, info.st_size, info.st_mtime_ns, cut)
     except Exception as error:
         return Checked(str(error) or type(error).__name__)
 
@@ -140,7 +144,7 @@ def _cache_file(root: str | os.PathLike[str]) -> Path:
 
 
 def _decoders() -> list[str]:
-    return ["1", PIL.__version__, simplejpeg.__version__]  # the first: of the check itself
+    return ["2", PIL.__version__, simplejpeg.__version__]  # the first: of the check itself
 
 
 def _remembered(root: str | os.PathLike[str]) -> dict[str, Checked]:
@@ -165,6 +169,17 @@ def _remember(root: str | os.PathLike[str], found: Mapping[str, Checked]) -> Non
         atomic_write(_cache_file(root), json.dumps({"decoders": _decoders(), "files": files}))
     except OSError as error:
         warnings.warn(f"the check of {os.fspath(root)} is not remembered: {error}", stacklevel=2)
+
+
+def warn_of_cut_bits(checked: Mapping[str, Checked], stacklevel: int) -> None:
+    """Warn of colour images, by path, of whose 16 bits a channel only the upper 8 are read."""
+    cut = [path for path, known in checked.items() if known.cut]
+    if cut:
+        warnings.warn(
+            f"{len(cut)} images have colours of 16 bits a channel, e.g. {cut[0]}: the upper 8 bits of each are read, "
+            "and intensity_range does not apply to them",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def damage(checked: Checked, size: tuple[int, int], resize: str) -> str | None:

@@ -11,7 +11,7 @@ import torch
 
 from fastprompt.adapters import Preprocessing
 from fastprompt.arguments import ArgumentError
-from fastprompt.data.checks import Checked, check_images, damage, report_bad
+from fastprompt.data.checks import Checked, check_images, damage, report_bad, warn_of_cut_bits
 from fastprompt.data.images import (
     FULL_RANGE,
     MAX_DECODED_BYTES,
@@ -69,7 +69,8 @@ def check_files(
 ) -> list[str]:
     """Those of `paths` that can be read and brought to `size`; the others are an error or skipped with a warning.
 
-    Grey images of more than 8 bits whose values do not fit the range that they are read with are named in a warning.
+    Grey images of more than 8 bits whose values do not fit the range that they are read with are named in a warning,
+    and so are colour images of 16 bits a channel, of which the upper 8 are read.
 
     Raises:
         ValueError: a file cannot be read and `on_bad` is "error", or none can.
@@ -80,6 +81,7 @@ def check_files(
     whole = [path for path in paths if bad[path] is None]
     if not whole:
         raise ArgumentError("paths", f"must name at least one readable image, got {len(bad)} unreadable files")
+    warn_of_cut_bits({path: found[path] for path in whole}, stacklevel=3)
     if preprocessing.intensity_range is None:
         _warn_of_other_ranges({path: found[path] for path in whole})
     return whole

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastprompt.adapters import Preprocessing
 from fastprompt.arguments import ArgumentError
-from fastprompt.data.checks import Checked, check_images, damage, report_bad
+from fastprompt.data.checks import Checked, check_images, damage, report_bad, warn_of_cut_bits
 from fastprompt.data.images import FULL_RANGE, MAX_DECODED_BYTES, open_image
 from fastprompt.data.layout import find_layout, has_splits
 from fastprompt.data.pools import Pool, Source
@@ -90,6 +90,7 @@ def folder_source(root: Path, reading: Reading) -> Source:
     if message:
         warnings.warn(message, stacklevel=4)
     checked = _check(root, parts, reading)
+    warn_of_cut_bits(checked, stacklevel=4)
     for name, part in parts.items():
         present = {label for path, label in part.labels.items() if path in checked}
         empty = [label for label in range(len(classes)) if label not in present]

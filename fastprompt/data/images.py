@@ -192,12 +192,21 @@ def deep_kind(image: Image.Image) -> str | None:
     return "I" if image.mode.startswith("I") else "F" if image.mode == "F" else None
 
 
+def loses_bits(image: Image.Image) -> bool:
+    """Whether an image that is not decoded yet has 16 bits a channel of which Pillow decodes the upper 8.
+
+    It has no mode for more: those of PNG and TIFF in colour, or grey with transparency, are cut. Grey ones are not.
+    """
+    return not image.mode.startswith("I") and any(";16" in str(tile[3]) for tile in image.tile)
+
+
 def to_rgb(image: Image.Image, intensity_range: tuple[float, float] | None = None) -> Image.Image:
     """Any PIL image as RGB, over white where it is transparent.
 
     Grey images of more than 8 bits (modes I;16, I and F) are scaled: `intensity_range` = (low, high) becomes 0 and
     255, what is beyond is cut off. Integers are rounded down, floats to the nearest. Without it the range is that of
-    the mode, `FULL_RANGE`, and never depends on the image.
+    the mode, `FULL_RANGE`, and never depends on the image. Of colour images of 16 bits a channel Pillow keeps the
+    upper 8 (`loses_bits`): the full range, rounded down, whatever `intensity_range` is.
 
     Raises:
         ValueError: values are NaN or infinite.

@@ -8,8 +8,13 @@
     best/             the adapter of the best epoch
     run.json, results.json, result.json   what the command line and grids add: what was asked for, what came out
 
-Whoever writes holds the directory's lock. A new run takes an old one away before it writes anything: its result first,
-then its state, then the rest. So whenever the process is killed, all files belong to one run.
+Its commits keep what SQLite's do. They are atomic: the state is replaced as one file under one digest, a process that
+is killed at any moment leaves the state before or after, and other files are made whole when the run goes on. They are
+durable: files and their directory are synchronised, and an `fsync` that fails is an error. One process writes at a
+time: it holds the directory's lock, and others are refused.
+
+A new run takes an old one away before it writes anything: its result first, then its state, then the rest. So whenever
+the process is killed, all files belong to one run.
 """
 
 from __future__ import annotations

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import threading
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fastprompt.data import checks
+from fastprompt.data import checks, load_data, read_images
 from fastprompt.data.checks import Checked, check_image, check_images, damage
-from fastprompt.data.images import MAX_DECODED_BYTES, decoded_bytes
+from fastprompt.data.images import MAX_DECODED_BYTES, decoded_bytes, open_image
 
 
 def test_what_is_known_of_an_image(tmp_path, photo):
@@ -245,3 +248,50 @@ def test_a_mode_that_is_read_and_not_converted_is_damage(tmp_path, photo, monkey
 
     monkeypatch.setattr(Image.Image, "convert", convert)
     assert check_image(tmp_path / "a.png").damage == "conversion from XYZ to RGB not supported"
+
+
+def colours_of_16_bits(values: np.ndarray, kind: str) -> bytes:
+    """A PNG or a TIFF of (H, W, 3) numbers below 65536, which Pillow does not write."""
+    height, width, channels = values.shape
+    if kind == "png":
+        pixels = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+        colour = {2: 4, 3: 2, 4: 6}[channels]
+        header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+        chunks = (header, b"IDAT" + zlib.compress(pixels), b"IEND")
+        return b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
+        )
+    data, bits = values.astype("<u2").tobytes(), 8 + 2 + 12 * 9 + 4
+    tags = [
+        *((256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, bits), (259, 3, 1, 1), (262, 3, 1, 2)),
+        *((273, 4, 1, bits + 6), (277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, len(data))),
+    ]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)  # little-endian: a short fills the lower half
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<IHHH", 0, 16, 16, 16) + data
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("png", 3), ("png", 4), ("png", 2), ("tiff", 3)])
+def test_colours_of_16_bits_are_their_upper_8_and_told(kind: str, channels: int, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (12, 16, channels))
+    if channels in (2, 4):
+        values[..., -1] = 65535  # opaque
+    folder = tmp_path / "images"
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for i in range(5):
+            (folder / name / f"{i}.{kind}").write_bytes(colours_of_16_bits(values, kind))
+    file = folder / "cat" / f"0.{kind}"
+    expected = values[..., :3] >> 8 if channels > 2 else np.repeat(values[..., :1] >> 8, 3, 2)
+    np.testing.assert_array_equal(np.asarray(open_image(file)), expected)
+    full_range = np.floor(values[..., :1] * 255 / 65535)
+    assert np.abs(expected[..., :1] - full_range).max() <= 1
+    with pytest.warns(UserWarning, match=r"10 images have colours of 16 bits a channel, e\.g\. .*upper 8 bits"):
+        load_data(str(folder), image_size=16)
+    with pytest.warns(UserWarning, match=r"1 images have colours of 16 bits a channel"):
+        read_images([file], image_size=16)
+    assert not check_image(plain(tmp_path / "plain.png")).cut
+
+
+def plain(path: Path) -> Path:
+    Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16)).save(path)  # grey: all bits are read
+    return path
