@@ -90,7 +90,6 @@ class Found:
     tried: str
     outcomes: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-    seconds: float = 0.0
 
 
 class Place:
@@ -216,12 +215,8 @@ def every_operation(place: Place, every: int) -> Found:
         if ended != -9:
             break
         number += every
-    found.tried = f"{number - 1} operations on files of a run (training, adapter, results), every {ordinal(every)}"
+    found.tried = f"{number - 1} operations on files of a run (training, adapter, results), in steps of {every}"
     return found
-
-
-def ordinal(number: int) -> str:
-    return "one" if number == 1 else f"{number}th"
 
 
 def full_disk(place: Place, every: int) -> Found:
@@ -237,16 +232,14 @@ def full_disk(place: Place, every: int) -> Found:
             break
         found.outcomes["an error that names the full disk"] += 1
         number += every
-    found.tried = f"full from each of {number - 1} writes on, every {ordinal(every)}, then space again"
+    found.tried = f"full from each of {number - 1} writes on, in steps of {every}, then space again"
     return found
 
 
 def many_writers(place: Place, writers: int, seed: int) -> Found:
     """Processes that run in one directory at once: one writes, the others are refused; some writers are killed."""
-    found, chance = (
-        Found("Several writers in one directory", f"{writers} processes at once, 3 times"),
-        random.Random(seed),
-    )
+    found = Found("Several writers in one directory", f"{writers} processes at once, 3 times")
+    chance = random.Random(seed)
     for turn in range(3):
         name = f"shared {turn}"
         with contextlib.ExitStack() as stack:
@@ -385,12 +378,12 @@ def report(parts: list[Found], flags: Flags) -> str:
         f"{timm.__version__}, fastprompt {fp.__version__}; seed {flags.seed}. A tiny ViT, VPT-deep in float32, one "
         "thread.",
         "",
-        "| part | tried | outcomes | wrong | seconds |",
-        "|---|---|---|---:|---:|",
+        "| part | tried | outcomes | wrong |",
+        "|---|---|---|---:|",
         *(
             f"| {found.part} | {found.tried} | "
             f"{', '.join(f'{name}: {times}' for name, times in found.outcomes.items() if times)} | "
-            f"{len(found.wrong)} | {found.seconds:.0f} |"
+            f"{len(found.wrong)} |"
             for found in parts
         ),
         "",
@@ -414,12 +407,8 @@ def tortured(flags: Flags, root: Path) -> Iterator[Found]:
         functools.partial(hostile_clients, place, flags.hostile, flags.idle),
         functools.partial(swapped_states, flags.turns),
     ):
-        began = time.perf_counter()
         found = act()
-        parts = found if isinstance(found, list) else [found]
-        for part in parts:
-            part.seconds = (time.perf_counter() - began) / len(parts)
-            yield part
+        yield from found if isinstance(found, list) else [found]
 
 
 def main() -> None:

@@ -176,7 +176,7 @@ def warn_of_cut_bits(checked: Mapping[str, Checked], stacklevel: int) -> None:
     cut = [path for path, known in checked.items() if known.cut]
     if cut:
         warnings.warn(
-            f"{len(cut)} images have colours of 16 bits a channel, e.g. {cut[0]}: the upper 8 bits of each are read, "
+            f"{len(cut)} image(s) have colours of 16 bits a channel, e.g. {cut[0]}: the upper 8 bits of each are read, "
             "and intensity_range does not apply to them",
             stacklevel=stacklevel + 1,
         )

@@ -197,7 +197,7 @@ def loses_bits(image: Image.Image) -> bool:
 
     It has no mode for more: those of PNG and TIFF in colour, or grey with transparency, are cut. Grey ones are not.
     """
-    return not image.mode.startswith("I") and any(";16" in str(tile[3]) for tile in image.tile)
+    return not image.mode.startswith("I") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
 
 
 def to_rgb(image: Image.Image, intensity_range: tuple[float, float] | None = None) -> Image.Image:

@@ -285,9 +285,9 @@ def test_colours_of_16_bits_are_their_upper_8_and_told(kind: str, channels: int,
     np.testing.assert_array_equal(np.asarray(open_image(file)), expected)
     full_range = np.floor(values[..., :1] * 255 / 65535)
     assert np.abs(expected[..., :1] - full_range).max() <= 1
-    with pytest.warns(UserWarning, match=r"10 images have colours of 16 bits a channel, e\.g\. .*upper 8 bits"):
+    with pytest.warns(UserWarning, match=r"10 image\(s\) have colours of 16 bits a channel, e\.g\. .*upper 8 bits"):
         load_data(str(folder), image_size=16)
-    with pytest.warns(UserWarning, match=r"1 images have colours of 16 bits a channel"):
+    with pytest.warns(UserWarning, match=r"1 image\(s\) have colours of 16 bits a channel"):
         read_images([file], image_size=16)
     assert not check_image(plain(tmp_path / "plain.png")).cut
 
