@@ -104,14 +104,13 @@ def load_official(
     of_model = {"head": head, "num_classes": num_classes, "readout": readout, "mean": mean, "std": std}
     for name, value in of_model.items():
         if value is not None and backbone is None:
-            raise ValueError(f"{name}={value!r} needs a backbone: a generator alone has no {name}")
+            raise ArgumentError(name, f"must be None without a backbone: a generator alone has none, got {value!r}")
     for name, missing, kind in (
         ("class_embeddings", class_embeddings is None, "text"),
         ("dino", dino is None, "prototypes"),
     ):
         if missing == (isinstance(head, str) and head == kind):
-            verb = "is needed for" if missing else "is for"
-            raise ValueError(f"{name} {verb} head {kind!r}, head is {head!r}")
+            raise ArgumentError(name, f"{'is needed' if missing else 'is only'} for head {kind!r}, head is {head!r}")
     state = _read(source)
     if "grid" in overrides:
         overrides["grid"] = Geometry(grid=overrides["grid"]).grid
@@ -136,18 +135,16 @@ def load_official(
         built = _label_map(found, backbone, num_classes)
     elif head == "prototypes":
         if num_classes is None:
-            raise ValueError("head 'prototypes' needs num_classes, got None")
+            raise ArgumentError("num_classes", "must be given for head 'prototypes', got None")
         released = _read(dino, "dino", ("student", "state_dict", "model"))
         built = PrototypeHead.from_dino(released, num_classes, seed, rows=rows)
     elif head == "text":
         num_classes = len(class_embeddings) if num_classes is None else num_classes
     elif found is not None and head in (None, "linear"):
         if num_classes not in (None, found.num_classes):
-            raise ValueError(
-                f"num_classes={num_classes} contradicts the checkpoint, whose head has {found.num_classes}"
-            )
+            raise ArgumentError("num_classes", f"must be the {found.num_classes} of the file's head, got {num_classes}")
         if head == "linear" and not isinstance(found, LinearHead):
-            raise ValueError(f"head='linear' contradicts the checkpoint, which has one of kind {found.kind!r}")
+            raise ArgumentError("head", f"must be None or {found.kind!r}, as the file's is, got 'linear'")
         built = found
     model = PromptedViT(backbone, generator.config, num_classes, built, readout, class_embeddings=class_embeddings)
     assert model.generator is not None

@@ -802,6 +802,10 @@ def test_a_whole_dino_model_brings_its_head(backbone: fp.FrozenViT, tiny_images:
     mlp.load_state_dict({name.removeprefix("head.mlp."): tensor for name, tensor in head.items()})
     expected = F.normalize(mlp(model.forward_features(tiny_images)), dim=-1) @ rows.T
     torch.testing.assert_close(model(tiny_images), expected)
+    with pytest.raises(ValueError, match="num_classes must be the 3 of the file's head, got 4"):
+        fp.load_official(state, backbone, num_classes=4)
+    with pytest.raises(ValueError, match="head must be None or 'prototypes', as the file's is, got 'linear'"):
+        fp.load_official(state, backbone, head="linear")
 
 
 def test_the_text_head_of_pgn_on_clip(tiny_images: Tensor) -> None:
@@ -815,14 +819,14 @@ def test_the_text_head_of_pgn_on_clip(tiny_images: Tensor) -> None:
     ("options", "message"),
     [
         ({"head": "prototypes", "num_classes": 3}, "dino is needed for head 'prototypes'"),
-        ({"head": "prototypes", "dino": dino_checkpoint()}, "head 'prototypes' needs num_classes"),
+        ({"head": "prototypes", "dino": dino_checkpoint()}, "num_classes must be given for head 'prototypes'"),
         (
             {"head": "prototypes", "dino": dino_checkpoint(), "num_classes": 3, "rows": "mine"},
             "rows must be 'prototypes' or 'authors', got 'mine'",
         ),
         ({"head": "text"}, "class_embeddings is needed for head 'text'"),
-        ({"dino": {}}, "dino is for head 'prototypes', head is None"),
-        ({"class_embeddings": [[1.0]], "head": "linear"}, "class_embeddings is for head 'text', head is 'linear'"),
+        ({"dino": {}}, "dino is only for head 'prototypes', head is None"),
+        ({"class_embeddings": [[1.0]], "head": "linear"}, "class_embeddings is only for head 'text', head is 'linear'"),
         ({"head": "label_map"}, "needs a backbone with a pretrained classifier"),
         ({"head": "map", "num_classes": 3}, "head must be one of"),
         ({"mean": (0.5,)}, "mean must be three numbers"),
@@ -837,12 +841,12 @@ def test_heads_that_cannot_be_built_are_named(backbone: fp.FrozenViT, options: d
 
 @pytest.mark.parametrize("options", [{"head": "linear"}, {"num_classes": 3}, {"mean": (0.5, 0.5, 0.5)}])
 def test_a_generator_alone_has_neither_head_nor_pixels(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=rf"{next(iter(options))}=.* needs a backbone"):
+    with pytest.raises(ValueError, match=rf"{next(iter(options))} must be None without a backbone"):
         fp.load_official(pgn_state(), **options)
 
 
 def test_readout_needs_a_backbone_and_must_be_one(backbone: fp.FrozenViT) -> None:
-    with pytest.raises(ValueError, match=r"readout='cls' needs a backbone"):
+    with pytest.raises(ValueError, match=r"readout must be None without a backbone: .* got 'cls'"):
         fp.load_official(vpt_state(), readout="cls")
     with pytest.raises(ValueError, match=r"readout must be one of .* got 'mean'"):
         fp.load_official(vpt_state(), backbone, readout="mean")
