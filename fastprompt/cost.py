@@ -203,6 +203,8 @@ def _rewritten(t: Tally, s: Sizes, prompts: PromptCost | None, readout: str, pix
     """`fastprompt.vit.forward.features`: the rows of an image that are normed."""
     b, rows, trains = s.batch, s.own, pixels
     _embed(t, s, pixels)
+    if prompts is not None and prompts.known and not s.training:
+        t.call(1)  # the prompts are compared with those whose keys and values are kept
     if prompts is not None and prompts.first:
         prompts.make(t, 0)
         t.call(s.cast, s.cast)

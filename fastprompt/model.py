@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ from fastprompt.generators import (
     method_of,
 )
 from fastprompt.heads import CLIP_LOGIT_SCALE, Head, build_head
+from fastprompt.kept import Kept, SeenObjects, SeenValues, autocast_facts, can_compare, tensors_of
 from fastprompt.vit import FrozenViT
 from fastprompt.vit.assets import load_source
 from fastprompt.vit.prompts import NO_DRAWS, Draws, Embedding, Group, Prefix
@@ -134,7 +136,8 @@ class PromptedViT(nn.Module):
         self.preprocessing: Preprocessing | None = None
         self._autocast: torch.dtype | None = None
         self._recompute = False
-        self._static: tuple[Any, Any, dict[int, Prefix] | None] | None = None
+        self._prefixes: Kept[dict[int, Prefix]] = Kept()
+        self._private = False
         self.backbone.folded()
         for module in (self.generator, self.head):
             if module is not None:
@@ -286,38 +289,34 @@ class PromptedViT(nn.Module):
     def static_prefixes(self) -> dict[int, Prefix] | None:
         """Block → keys and values of prompts that depend on parameters only, computed now.
 
-        None: the method has none, or a parameter was made in inference mode, so that nobody could
-        tell when it changes.
+        None: the method has none.
         """
         vit, generator = self.backbone, self.generator
-        if generator is None or generator.known_at != "static" or any(p.is_inference() for p in generator.parameters()):
+        if generator is None or generator.known_at != "static":
             return None
         return vit.graph.rewritten.static_prefixes(vit, generator, self.readout)
 
     def kept_prefixes(self) -> dict[int, Prefix] | None:
-        """`static_prefixes`, made once for an adapter and again when it changes; None where gradients are recorded, in
-        a compiler, and where the backbone trains, whose changes nothing here notices.
+        """`static_prefixes`, made once for an adapter and again when anything changes that they depend on.
+
+        None where nothing is kept: gradients are recorded, the backbone trains, or nobody can look at values (in a
+        compiler, a transform of `torch.func`, the capture of a CUDA graph).
         """
         generator = self.generator
-        if (
-            generator is None
-            or self.full
-            or generator.known_at != "static"
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or any(p.is_inference() for p in generator.parameters())
-        ):
+        if generator is None or generator.known_at != "static" or torch.is_grad_enabled() or not can_compare():
             return None
-        folded, key = self.backbone.folded(), tuple((p.data_ptr(), p._version) for p in generator.parameters())
-        if self._static is None or self._static[0] is not folded or self._static[1] != key:
-            self._static = (folded, key, self.static_prefixes())
-        return self._static[2]
+        folded = self.backbone.folded()
+        if folded is None:
+            return None
+        facts = (weakref.ref(folded.pixels), self.readout, *autocast_facts(self.backbone.device))
+        seen = SeenObjects if self._private else SeenValues
+        return self._prefixes.get(seen, tensors_of(generator), facts, lambda: self.static_prefixes() or {})
 
-    def train(self, mode: bool = True) -> PromptedViT:
-        """Training or eval mode of generator and head; the backbone stays in eval mode."""
-        self._static = None
-        super().train(mode)
-        return self
+    def keep_private(self) -> None:
+        """Say that only its owner writes to this copy's tensors, and never through `.data`: PyTorch then tells of every
+        change, and nothing is compared or copied to find out.
+        """
+        self._private = True
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only what enters each block for the backward pass and compute the blocks again there.

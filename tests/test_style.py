@@ -24,7 +24,7 @@ MODULES = sorted(
 )
 LAYERS = [
     {"kernels"},
-    {"arguments", "changes", "extras", "fetch", "files", "locks", "memory", "package_index", "terminal"},
+    {"arguments", "changes", "extras", "fetch", "files", "kept", "locks", "memory", "package_index", "terminal"},
     {"vit"},
     {"generators"},
     {"heads"},

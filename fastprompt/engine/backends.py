@@ -107,7 +107,7 @@ def _openvino(model: PromptedViT, images: Tensor) -> Run:
 
 def in_float32(model: PromptedViT) -> PromptedViT:
     """A copy of the model that computes in float32."""
-    copied = copy.deepcopy(model, {id(model.backbone.kept_fold): None, id(model._static): None}).float()
+    copied = copy.deepcopy(model).float()
     copied.backbone.folded()
     return copied
 

@@ -6,11 +6,11 @@ repeats what was captured, on the same memory. So everything that a graph reads 
 * Images and outputs in static buffers, as long as the largest batch size. A batch is padded to the next size that was
   captured; no row of an inference batch reads another, so what stands in the rows behind it does not matter.
 * Parameters where they are. One that was changed in place is read by the next replay as it is. One that was rebound
-  (`p.data = ...`, a load with `assign=True`, `model.to(...)`) is noticed by its address before the replay, and so are
+  (`p.data = ...`, a load with `assign=True`, `model.to(...)`) is noticed by its memory before the replay, and so are
   new folded weights of a backbone that was changed; the graphs are captured again then.
 * Keys and values of static prompts (VPT) beside the graphs, as inference computes them once for an adapter and not once
-  for a batch. They are computed again, in place, before a replay that finds a parameter's version changed. A write
-  through `.data` has no version: call `refresh` after one.
+  for a batch. Before a replay the model tells whether they still hold (`PromptedViT.kept_prefixes`, which compares the
+  prompts by value and so waits for the device); new ones are copied into their place.
 * The noise of a sampling V²APT in a (seed, offset) tensor, which the graph itself advances.
 
 The graphs of one manager share a memory pool, the largest batch first, and run one at a time: every call takes the
@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -33,9 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprompt.arguments import ArgumentError, ArgumentTypeError
+from fastprompt.kept import SeenObjects
 from fastprompt.kernels import dispatch
 from fastprompt.model import PromptedViT
-from fastprompt.vit.prompts import Draws, Prefix
+from fastprompt.vit.prompts import NO_DRAWS, Draws, Prefix
 
 WARM_UPS = 3  # runs before a capture: kernels get compiled, libraries choose algorithms and workspaces
 MAX_FORMS = 4  # kinds of images, dtype and size, that one manager holds graphs for
@@ -73,9 +75,6 @@ class Capturer(Protocol):
 
     def capture(self, function: Callable[[], None], pool: Any) -> Graph:
         """Record what `function` launches, without running it. Raises what kept it from being recorded."""
-
-    def addresses(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
-        """Where the memory of each starts."""
 
     def mark(self) -> Any:
         """This point of the current stream."""
@@ -132,9 +131,6 @@ class CudaCapturer:
         with contextlib.suppress(RuntimeError):  # it had ended
             torch._C._cuda_endAllocateToPool(self.device.index, pool)
             torch._C._cuda_releasePool(self.device.index, pool)
-
-    def addresses(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
-        return tuple(map(Tensor.data_ptr, tensors))
 
     def mark(self) -> Any:
         stream = torch.cuda.current_stream(self.device)
@@ -198,7 +194,7 @@ class _Graphs:
         self._mark: Any = None
         self._drops = 0
         self._slots: list[tuple[dict[str, Any], str]] = []
-        self._read: tuple[Any, ...] | None = None  # what `_reads` was when the graphs were captured
+        self._read: SeenObjects | None = None  # what the graphs were captured of
 
     @contextlib.contextmanager
     def _turn(self, grad: bool = False) -> Iterator[None]:
@@ -228,14 +224,14 @@ class _Graphs:
         head = "no head" if model.head is None else f"head {model.head.kind!r} of {model.num_classes} classes"
         return Signature(batch, form, model.backbone_dtype, f"{model.config}, {head}, readout {model.readout!r}")
 
-    def _reads(self) -> tuple[Any, ...]:
-        """All that graphs take for granted: modules, switches, and where the tensors lie.
+    def _facts(self) -> tuple[Any, ...]:
+        """What graphs take for granted beside the tensors' places: modules and switches.
 
         Folded blocks stand for the backbone's own, of which `folded` notices changes.
         """
         model, generator = self.model, self.model.generator
         folded = model.backbone.folded()
-        parts = (model.backbone, generator, model.head, folded)
+        parts = (model.backbone, generator, model.head, None if folded is None else folded.pixels)
         if self._read is None:
             modules = list(model.modules())
             if folded is not None:
@@ -246,12 +242,20 @@ class _Graphs:
                 (slots, name) for module in modules for slots in (module._parameters, module._buffers) for name in slots
             ]
         return (
-            *parts,
+            *(None if part is None else weakref.ref(part) for part in parts),
             None if generator is None else generator.config,
             model.readout,
             model.backbone_dtype,
-            self.capturer.addresses(self._tensors()),
         )
+
+    def _look(self) -> SeenObjects:
+        """What graphs that are captured now are captured of."""
+        facts = self._facts()  # finds the places, too
+        return SeenObjects(self._read_tensors(), facts, contents=False)
+
+    def _read_tensors(self) -> list[Tensor]:
+        """All tensors whose memory a graph reads."""
+        return self._tensors()
 
     def _tensors(self) -> list[Tensor]:
         """What stands in the places of parameters and buffers; fewer or more, where one went or came."""
@@ -259,7 +263,7 @@ class _Graphs:
 
     def _drop_if_rebound(self) -> None:
         """Forget the graphs where something that they read lies elsewhere now."""
-        if self._read is None or self._read == self._reads():
+        if self._read is None or self._read.same(self._read_tensors(), self._facts()):
             return
         self._drop()
         self._drops += 1
@@ -362,7 +366,7 @@ class GraphedForward(_Graphs):
         self._forms: dict[tuple[Any, ...], _Form | None] = {}
         self._samples: Sequence[Draws] = ()
         self._prefixes: dict[int, Prefix] | None = None
-        self._versions: list[int] = []
+        self._source: dict[int, Prefix] | None = None  # what the model kept when `_prefixes` were written
         self._borrower: int | None = None
         self._noise: Tensor | None = None  # (2,) int64, seed and offset
         if seed is not None:
@@ -440,9 +444,9 @@ class GraphedForward(_Graphs):
             self.model.load_adapter_state_dict(adapter)
 
     def refresh(self) -> None:
-        """Compute what is kept beside the graphs from the parameters again; only a write through `.data` needs it."""
+        """Take over what no call notices: a write through `.data` to a frozen backbone (`FrozenViT.refold`)."""
         with self._turn():
-            self._versions = []
+            self.model.backbone.refold()
 
     def manual_seed(self, seed: int) -> None:
         """Start the noise again from `seed`, at offset 0.
@@ -461,22 +465,17 @@ class GraphedForward(_Graphs):
     def _settle(self) -> None:
         """Bring what is kept beside the graphs up to date."""
         self._drop_if_rebound()
-        generator = self.model.generator
+        generator, current = self.model.generator, self.model.kept_prefixes()
         if self._read is None:
-            self._samples = [{}] if generator is None else generator.inference_draws()
-            self._prefixes = self.model.static_prefixes()
-            self._versions = self._prompt_versions()
-            self._read = self._reads()
-        elif self._prefixes is not None and self._versions != self._prompt_versions():
-            fresh = self.model.static_prefixes() or {}
-            for layer, pair in self._prefixes.items():
-                for kept, new in zip(pair, fresh[layer], strict=True):
+            self._samples = [NO_DRAWS] if generator is None else generator.inference_draws()
+            self._source = current
+            self._prefixes = None if current is None else {i: (k.clone(), v.clone()) for i, (k, v) in current.items()}
+            self._read = self._look()
+        elif self._prefixes is not None and current is not self._source:
+            for layer, pair in (current or {}).items():
+                for kept, new in zip(self._prefixes[layer], pair, strict=True):
                     kept.copy_(new)
-            self._versions = self._prompt_versions()
-
-    def _prompt_versions(self) -> list[int]:
-        generator = self.model.generator
-        return [] if self._prefixes is None or generator is None else [p._version for p in generator.parameters()]
+            self._source = current
 
     def _replay(self, images: Tensor) -> tuple[Tensor, bool]:
         """Outputs of 1 to `batch_sizes[0]` images, and whether they lie in the static buffer."""
@@ -537,7 +536,7 @@ class GraphedForward(_Graphs):
     def _drop(self) -> None:
         super()._drop()
         self._forms.clear()
-        self._samples, self._prefixes, self._versions = (), None, []
+        self._samples, self._prefixes, self._source = (), None, None
 
 
 class _Step:
@@ -651,7 +650,7 @@ class GraphedTrainStep(_Graphs):
             parameter.grad = grad
         if step.graph is None and step.eager_steps == WARM_UPS:
             step.graph = self._capture(step.signature, function)
-            self._read = self._reads() if self._graphs else None
+            self._read = self._look() if self._graphs else None
         if step.graph is None:
             self.capturer.warm_up(function)
             self._grads = {p: p.grad for p in self.model.parameters() if p.requires_grad}
@@ -677,13 +676,18 @@ class GraphedTrainStep(_Graphs):
                     rate.fill_(given)
             group["lr"] = rate
 
-    def _reads(self) -> tuple[Any, ...]:
-        reads, optimizer = super()._reads(), self.optimizer
-        state = [value for parameter in self._parameters for value in optimizer.state.get(parameter, {}).values()]
-        options = [value for group in optimizer.param_groups for name, value in group.items() if name != "params"]
-        places = self.capturer.addresses([value for value in state + options if isinstance(value, Tensor)])
+    def _facts(self) -> tuple[Any, ...]:
+        facts, options = super()._facts(), self._options()
         trains = [tensor.requires_grad for tensor in self._tensors()]
-        return (*reads, places, trains, [value for value in options if not isinstance(value, Tensor)])
+        return (*facts, trains, [value for value in options if not isinstance(value, Tensor)])
+
+    def _read_tensors(self) -> list[Tensor]:
+        states = (self.optimizer.state.get(parameter, {}) for parameter in self._parameters)
+        others = [value for state in states for value in state.values()] + self._options()
+        return super()._read_tensors() + [value for value in others if isinstance(value, Tensor)]
+
+    def _options(self) -> list[Any]:
+        return [value for group in self.optimizer.param_groups for name, value in group.items() if name != "params"]
 
     def _drop(self) -> None:
         super()._drop()

@@ -11,6 +11,7 @@ import statistics
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -24,6 +25,7 @@ from fastprompt.changes import unchanging, watch_optimizers
 from fastprompt.engine import mixed
 from fastprompt.engine.backends import BACKENDS, Run
 from fastprompt.generators import LinearProbeConfig
+from fastprompt.kept import Seen, SeenObjects, SeenValues, tensors_of
 from fastprompt.model import PromptedViT
 from fastprompt.vit import FrozenViT
 from fastprompt.vit.linear import bfloat16_is_fast, pack
@@ -60,13 +62,13 @@ class Measured:
 
 
 class _Change(NamedTuple):
-    """A state of the model to run: the copies' number in order, the tensors' versions, the tensors.
+    """A state of the model to run: the copies' number in order, what was seen of it, copies of the tensors.
 
-    `model` is a copy of all of it where the tensors are not the same ones any more.
+    `model` is a copy of all of it where a part or the readout was replaced.
     """
 
     number: int
-    versions: list[tuple[int, int]]
+    seen: Seen
     tensors: list[Tensor]
     model: PromptedViT | None
 
@@ -74,9 +76,10 @@ class _Change(NamedTuple):
 class Engine:
     """Runs a `PromptedViT`, or a bare backbone, in production: `engine(images)`.
 
-    It computes on its own copies of backbone and adapters, in its own dtype. What changes the model's generator and
-    head in place (an optimizer's step, `load_adapter_state_dict`) is seen at the next call; a write through `.data` is
-    not, until `refresh()`. The backbone is frozen: the engine keeps the one it was made with.
+    It computes on its own copies of backbone and adapters, in its own dtype. Whatever changes the model's generator,
+    head or readout is seen at the next call, a write through `.data` and a part that was replaced too; of a fully
+    fine-tuned backbone, only such writes through `.data` as `fastprompt.kept.SeenObjects` notices, until `refresh()`.
+    A frozen backbone is the one that the engine was made with.
 
     Threads may share an engine. One call runs at a time, on all of torch's threads, and others wait. Adapters are
     added, replaced and deleted between two calls. The model may change while other threads call: every answer is that
@@ -134,7 +137,7 @@ class Engine:
         self._adapters = {BASE: _copy_adapter(PromptedViT(self._backbone, LinearProbeConfig()), self._backbone)}
         if self._source is not None:
             with _whole(self._source):
-                self._seen = _versions(self._source)
+                self._seen = _look(self._source)
                 self._adapters[DEFAULT] = _copy_adapter(self._source, self._backbone)
         if backend != "auto":
             reason = BACKENDS[backend].reason(self.model)
@@ -356,19 +359,20 @@ class Engine:
     def _change(self) -> _Change | None:
         """What the model has become, where it has changed; taken before the engine is locked, since it may wait."""
         source = self._open_source()
-        if source is None or _versions(source) == self._seen:
+        if source is None or self._seen.same(tensors_of(*source.own_parts()), _facts(source)):
             return None
         with unchanging(source, source.own_parts(), PATIENCE) as whole:
             return self._take(source) if whole else None
 
     def _take(self, source: PromptedViT) -> _Change:
         """The state of the model, which nobody changes meanwhile."""
-        number, versions, model = next(self._states), _versions(source), None
+        number, model = next(self._states), None
         with torch.inference_mode(False), torch.no_grad():
-            tensors = [tensor.clone() for tensor in _tensors(source)]
-            if not _fit(tensors, self.model):  # a part was replaced by another
+            seen, current = _look(source), tensors_of(*source.own_parts())
+            tensors = seen.copies if isinstance(seen, SeenValues) else [tensor.clone() for tensor in current]
+            if seen.facts != self._seen.facts or not _fit(tensors, self.model):
                 model = _copy_adapter(source, self._backbone)
-        return _Change(number, versions, tensors, model)
+        return _Change(number, seen, tensors, model)
 
     def _follow(self, change: _Change | None) -> None:
         """Run the model in its changed state from now on, unless another thread came with a later one."""
@@ -379,10 +383,10 @@ class Engine:
             self._drop_runs(DEFAULT)
         if not _fit(change.tensors, self.model):  # taken before another thread brought a replaced part
             return
-        for new, old in zip(change.tensors, _tensors(self.model), strict=True):
+        for new, old in zip(change.tensors, tensors_of(*self.model.own_parts()), strict=True):
             old.copy_(new)
         self._drop_runs(DEFAULT, only_baked=True)
-        self._state, self._seen = change.number, change.versions
+        self._state, self._seen = change.number, change.seen
 
     def _taken(self, images: Tensor) -> Tensor:
         """Images that fit the backbone, in the dtype that backends are made for."""
@@ -563,7 +567,7 @@ def _first_line(error: Exception) -> str:
 def _copy_backbone(backbone: FrozenViT, dtype: torch.dtype) -> FrozenViT:
     """The engine's own backbone, which nobody casts, moves or trains."""
     backbone.pin_fingerprint()
-    copied = copy.deepcopy(backbone, {id(backbone.kept_fold): None}).requires_grad_(False).to(dtype)
+    copied = copy.deepcopy(backbone).requires_grad_(False).to(dtype)
     folded = copied.folded()
     if folded is not None:
         for block in folded.blocks:
@@ -575,9 +579,10 @@ def _copy_adapter(model: PromptedViT, backbone: FrozenViT) -> PromptedViT:
     """The model on the engine's backbone, frozen; prompts that are parameters are kept in the backbone's dtype, with
     their keys and values.
     """
-    copied = copy.deepcopy(model, {id(model.backbone): backbone, id(model._static): None})
+    copied = copy.deepcopy(model, {id(model.backbone): backbone})
     copied.eval().requires_grad_(False).set_grad_checkpointing(False)
     copied._autocast = None
+    copied.keep_private()
     for part in (copied.generator, copied.head):
         if part is not None:
             part.to(backbone.device)
@@ -602,20 +607,18 @@ def _whole(model: PromptedViT) -> Iterator[None]:
         yield
 
 
-def _tensors(model: PromptedViT) -> Iterator[Tensor]:
-    """What of a model can change."""
-    for part in model.own_parts():
-        yield from itertools.chain(part.parameters(), part.buffers())
+def _look(model: PromptedViT) -> Seen:
+    """What the model is now. A backbone that trains is too large to be compared by value in every call."""
+    return (SeenObjects if model.full else SeenValues)(tensors_of(*model.own_parts()), _facts(model))
 
 
-def _versions(model: PromptedViT | None) -> list[tuple[int, int]]:
-    """Where each tensor is and how often it was written to."""
-    if model is None:
-        return []
-    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(model)]
+def _facts(model: PromptedViT) -> tuple[Any, ...]:
+    """What else of a model its copy depends on."""
+    parts = (model.generator, model.head, model.backbone)
+    return (model.readout, *(None if part is None else weakref.ref(part) for part in parts))
 
 
 def _fit(tensors: Sequence[Tensor], model: PromptedViT) -> bool:
     """Whether these can be copied into the model's own."""
-    pairs = itertools.zip_longest(tensors, _tensors(model))
+    pairs = itertools.zip_longest(tensors, tensors_of(*model.own_parts()))
     return all(new is not None and old is not None and new.shape == old.shape for new, old in pairs)

@@ -9,26 +9,19 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from fastprompt.arguments import ArgumentError, ArgumentTypeError
+from fastprompt.kept import Kept
 from fastprompt.vit import swin
 from fastprompt.vit.swin import Merge, SwinBlock
 from fastprompt.vit.weights import Block, Dense, Folded, MapPool, Norm, ViTSpec, frozen, per_channel
 
 Same = TypeVar("Same", bound="Backbone")
-
-
-class KeptFold(NamedTuple):
-    """Folded blocks, the tensors they were made of, and the sum of their versions then."""
-
-    tensors: tuple[nn.Parameter, ...]
-    version: int
-    folded: Folded
 
 
 class Backbone(nn.Module):
@@ -47,6 +40,7 @@ class Backbone(nn.Module):
         blocks: in order, `SwinBlock`s in a Swin transformer. norm: follows the last block. map_pool, fc_norm: pooling.
         merges: for each block the patch merging before it, if there is one.
         staged: whether its width changes between stages: a Swin transformer.
+        kept_fold: what `folding.folded` made of it.
         head: the pretrained classifier or projection.
     """
 
@@ -77,7 +71,7 @@ class Backbone(nn.Module):
             raise ValueError(f"the reader returned unknown parts: {sorted(parts)}")
         self._pixels_known = False  # whether floating-point images were told from raw pixels
         self._fingerprint: str | None = None
-        self.kept_fold: KeptFold | None = None
+        self.kept_fold: Kept[Folded] = Kept()
         self.eval()
 
     @property

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprompt.vit.backbone import Backbone, KeptFold
+from fastprompt.kept import SeenObjects, tensors_of
+from fastprompt.vit.backbone import Backbone
 from fastprompt.vit.linear import FrozenLinear
 from fastprompt.vit.weights import Block, Dense, Folded, Mlp, Norm
 
@@ -17,31 +18,29 @@ QUICK_GELU_SLOPE = 1.702
 
 
 def folded(vit: Backbone) -> Folded | None:
-    """The backbone with its constants folded, made once and again when they change; None while they train."""
-    kept = vit.kept_fold
-    if torch.compiler.is_compiling():
-        return None if kept is None else kept.folded
-    if (
-        kept is None
-        or kept.version != sum(p._version for p in kept.tensors)
-        or any(p.requires_grad for p in kept.tensors)
-    ):
-        vit.kept_fold = kept = _fold_backbone(vit)
-    return None if kept is None else kept.folded
+    """The backbone with its constants folded, made once and again when they change; None while they train.
 
-
-def _fold_backbone(vit: Backbone) -> KeptFold | None:
-    """Nothing that is folded shares memory that a later change of the backbone writes to, but for the tensors that
-    folding leaves as they are.
+    Inside `torch.compile` it is what was made last.
     """
-    tensors = tuple(vit.parameters())
-    if any(p.requires_grad for p in tensors) or vit.device.type == "meta":
+    if torch.compiler.is_compiling():
+        return vit.kept_fold.value
+    tensors, facts = tensors_of(vit), (vit.spec.mean, vit.spec.std)
+    if vit.device.type == "meta" or any(tensor.requires_grad for tensor in tensors):
+        vit.kept_fold.clear()
         return None
-    tensors = tuple(p for p in tensors if not p.is_inference())  # others have no version, and cannot change
-    with torch.inference_mode(False), torch.no_grad():
+    if torch._C._are_functorch_transforms_active():  # what stands in for the tensors there is not kept
+        return vit.kept_fold.current(tensors, facts)
+    return vit.kept_fold.get(SeenObjects, tensors, facts, lambda: fold_backbone(vit))
+
+
+def fold_backbone(vit: Backbone) -> Folded:
+    """Everything of a backbone that folds, in full precision under autocast too.
+
+    What is folded shares memory with the backbone only in the tensors that folding leaves as they are.
+    """
+    with torch.autocast(vit.device.type, enabled=False):
         blocks = tuple(fold(block) for block in vit.blocks)
-        pixels = fold_pixels(Dense(vit.patch_weight, vit.patch_bias), vit.mean, vit.std)
-        return KeptFold(tensors, sum(p._version for p in tensors), Folded(blocks, pixels))
+        return Folded(blocks, fold_pixels(Dense(vit.patch_weight, vit.patch_bias), vit.mean, vit.std))
 
 
 def fold(block: Block) -> Block:

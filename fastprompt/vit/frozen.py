@@ -330,10 +330,15 @@ class FrozenViT(Backbone):
     def folded(self) -> Folded | None:
         """The blocks with their constants folded; None while the weights train, and of a Swin transformer.
 
-        Made at the first call and again when tensors were cast, moved, loaded or changed in place. A write through
-        `.data` and a parameter that is replaced go unnoticed; inside `torch.compile`, so does a change in place.
+        Made at the first call and again when tensors were cast, moved, loaded, replaced or changed in place. A write
+        through `.data` is noticed on a CPU where it changes the first row of a tensor; after another one, or on a GPU,
+        call `refold`. Inside `torch.compile` the blocks are those of the last call outside.
         """
         return self.graph.rewritten.folded(self)
+
+    def refold(self) -> None:
+        """Fold again what was folded, whatever is noticed of changes."""
+        self._fold_again()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenViT:
         super()._apply(fn, recurse)
@@ -344,8 +349,8 @@ class FrozenViT(Backbone):
         """Fold now what was folded before: a compiled model reads the folded blocks and cannot see that they are out of
         date.
         """
-        if self.kept_fold is not None:
-            self.kept_fold = None
+        if self.kept_fold.value is not None:
+            self.kept_fold.clear()
             self.folded()
 
     def forward(self, images: Tensor) -> Tensor:

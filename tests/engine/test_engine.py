@@ -170,12 +170,20 @@ def test_changes_of_the_model_are_seen(
     expect()
     expect(changed=False)
     assert recorder.built == (3 if bakes else 1)
-    model.head.weight.data = 2 * model.head.weight.data  # rebound: another address
+    model.head.weight.data = 2 * model.head.weight.data  # other memory, the same version
     expect()
-    model.head.bias.data.add_(1)  # unseen
-    with pytest.raises(AssertionError):
+    model.head.bias.data.add_(1)  # the same memory and version
+    expect()
+    for scale in (2, 3, 4):  # what was freed is used again: neither address nor version tells
+        model.head.weight = nn.Parameter(scale * torch.ones_like(model.head.weight))
+        expect()
+    for scale in (2, 3, 4):
+        state = {name: scale * torch.ones_like(value) for name, value in model.head.state_dict().items()}
+        model.head.load_state_dict(state, assign=True)
         expect()
     engine.refresh()
+    expect(changed=False)
+    model.readout = "patches"
     expect()
     model.head = fp.LinearHead(48, 7).double()
     expect_shape = engine(x).shape

@@ -90,7 +90,7 @@ def test_equals_the_reference_at_inference(
         with torch.no_grad():
             for _ in range(2):  # the second time with keys and values made before
                 torch.testing.assert_close(model(images), plain, rtol=1e-10, atol=1e-10)
-        kept = model._static[2] if model._static else {}
+            kept = model.kept_prefixes() or {}
         deep = method == "vpt-dropout"
         assert len(kept) == (
             model.backbone.depth - ((readout != "patches" and backbone != "all norms") or readout == "patches+prompts")

@@ -60,15 +60,38 @@ def test_prompts_get_keys_and_values_once_for_an_adapter(
         change(model)
 
 
-def test_written_through_data_needs_a_refresh(build: Build, images: Tensor) -> None:
-    model = build("vpt-deep")
+@pytest.mark.parametrize("method", ["vpt-deep", "pgn", "vapt"])
+def test_written_through_data(build: Build, images: Tensor, method: str) -> None:
+    model = build(method)
     graphed, _ = graphed_of(model)
     before = graphed(images[:2])
-    model.generator.static.embeddings.data[1].copy_(torch.randn(3, 48))
-    assert torch.equal(graphed(images[:2]), before)
-    graphed.refresh()
-    close(graphed(images[:2]), eager(model.train(), images[:2]))
+    for tensor in model.generator.parameters():
+        tensor.data.copy_(1.5 * tensor.data + 0.1)
+    found = graphed(images[:2])
+    assert not torch.allclose(found, before)
+    close(found, eager(model, images[:2]))
     assert graphed.captures == 3
+
+
+def test_prompts_whose_memory_is_used_again(build: Build, images: Tensor) -> None:
+    """Neither address nor version tells the third tensor from the first."""
+    model = build("vpt-deep")
+    graphed, _ = graphed_of(model, (2,))
+    for scale in (1.0, 2.0, 3.0):
+        model.generator.static.embeddings.data = scale * torch.ones_like(model.generator.static.embeddings)
+        close(graphed(images[:2]), eager(model, images[:2]))
+
+
+def test_a_backbone_written_through_data_is_captured_again(build: Build, images: Tensor) -> None:
+    model = build("vpt-deep")
+    graphed, _ = graphed_of(model, (2,))
+    before = graphed(images[:2])
+    for tensor in model.backbone.parameters():
+        tensor.data.mul_(1.1)
+    found = graphed(images[:2])
+    assert not torch.allclose(found, before)
+    with torch.no_grad():
+        close(found, model.reference_forward(images[:2]))
 
 
 @pytest.mark.parametrize("method", ["vpt-deep", "pgn", "vapt", "v2apt", "linear"])
