@@ -10,7 +10,8 @@ backbone are compared by value (`SeenValues`), which misses nothing. A frozen ba
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-ROW = 16
-"""Values of each tensor that `SeenObjects` compares on a CPU."""
+SAMPLES = 16
+"""Values of each tensor that `SeenObjects` compares; of a tensor of at most `SAMPLES`² all."""
 
 T = TypeVar("T")
 Facts = tuple[Any, ...]
@@ -36,7 +37,10 @@ class Seen(Protocol):
 
 
 class SeenValues:
-    """Tensors by their values, of which copies are kept: exact however they were written."""
+    """Tensors by their values, of which copies are kept: exact however they were written.
+
+    Comparing tensors on a GPU makes the host wait for it.
+    """
 
     def __init__(self, tensors: Sequence[Tensor], facts: Facts = ()) -> None:
         self.facts = facts
@@ -50,40 +54,53 @@ class SeenValues:
             return False
         if all(tensor.device.type == "cpu" for tensor in tensors):
             return all(torch.equal(a, b) for a, b in pairs)
-        return not torch.stack([(a != b).any() for a, b in pairs]).any().item()  # one wait for the device
+        dtypes = {tensor.dtype for tensor in tensors}  # few launches and one wait for each
+        return all(torch.equal(_flat(tensors, dtype), _flat(self.copies, dtype)) for dtype in dtypes)
 
 
 class SeenObjects:
-    """Tensors by identity, memory and version, all held weakly, and on a CPU by the first values of each.
+    """Tensors by identity, memory and version, all held weakly, and by samples of their values.
 
-    The values notice a write through `.data` that changes a tensor as a whole. One that leaves the first row alone goes
-    unnoticed, as does every such write on a GPU, where looking would make the host wait in each forward.
+    The samples, along the diagonal of each tensor, notice a write through `.data` to a whole tensor, or to a sixteenth
+    of its rows or columns that lie together. One that changes less goes unnoticed, and so does every such write on a
+    GPU, unless the host may wait for it. Tensors made in inference mode have no version: they are never the same.
 
     Args:
         contents: False: only where the tensors lie counts, as for a CUDA graph, which reads what is there.
+        waits: compare samples on a GPU too.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], facts: Facts = (), contents: bool = True) -> None:
+    def __init__(
+        self, tensors: Sequence[Tensor], facts: Facts = (), contents: bool = True, waits: bool = False
+    ) -> None:
         self.facts, self._contents = facts, contents
         self._objects = [weakref.ref(tensor) for tensor in tensors] if contents else []
         self._memory = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
-        self._layouts = [_layout(tensor) for tensor in tensors]
+        self._places = _places(tensors)
         self._versions = _versions(tensors) if contents else []
-        self._rows = [row for tensor in tensors if contents and (row := _first_bytes(tensor)) is not None]
-        self._first = _joined(self._rows)
+        views = [_sample(tensor) for tensor in tensors if contents and (waits or tensor.device.type == "cpu")]
+        self._views = [view for view in views if view is not None and view.device.type != "cpu"]
+        self._arrays = [np.from_dlpack(view) for view in views if view is not None and view.device.type == "cpu"]
+        self._values = self._look()
 
     def same(self, tensors: Sequence[Tensor], facts: Facts = ()) -> bool:
-        return (
-            facts == self.facts
-            and len(tensors) == len(self._memory)
-            and all(seen() is tensor for seen, tensor in zip(self._objects, tensors, strict=False))
-            and all(
-                seen.cdata == tensor.untyped_storage()._cdata
-                for seen, tensor in zip(self._memory, tensors, strict=True)
-            )
-            and self._layouts == [_layout(tensor) for tensor in tensors]
-            and (not self._contents or (self._versions == _versions(tensors) and self._first == _joined(self._rows)))
-        )
+        if facts != self.facts or len(tensors) != len(self._memory):
+            return False
+        if self._contents and (
+            None in self._versions
+            or not all(map(is_, [seen() for seen in self._objects], tensors))
+            or self._versions != _versions(tensors)
+        ):
+            return False
+        memory = [seen.cdata for seen in self._memory]
+        if memory != [tensor.untyped_storage()._cdata for tensor in tensors] or self._places != _places(tensors):
+            return False
+        return self._values == self._look()
+
+    def _look(self) -> bytes:
+        """The samples now; read where the tensors lie, so behind the comparison of their places."""
+        values = b"".join(view.cpu().numpy().tobytes() for view in _joined(self._views))
+        return values + (np.concatenate(self._arrays).tobytes() if self._arrays else b"")
 
 
 class Kept(Generic[T]):
@@ -131,24 +148,21 @@ class Kept(Generic[T]):
 
 def tensors_of(*modules: nn.Module | None) -> list[Tensor]:
     """All parameters and buffers in a fixed order, shared ones as often as they occur."""
-    return [tensor for module in modules if module is not None for tensor in _walk(module)]
-
-
-def _walk(module: nn.Module) -> Iterator[Tensor]:
-    waiting = [module]
+    tensors: list[Tensor | None] = []
+    waiting = list(modules)
     while waiting:
         module = waiting.pop()
-        for slots in (module._parameters, module._buffers):
-            for tensor in slots.values():
-                if tensor is not None:
-                    yield tensor
-        waiting += [child for child in module._modules.values() if child is not None]
+        if module is not None:
+            tensors += module._parameters.values()
+            tensors += module._buffers.values()
+            waiting += module._modules.values()
+    return [tensor for tensor in tensors if tensor is not None]
 
 
-def autocast_facts(device: torch.device) -> Facts:
-    """What of the autocast that is on changes a result."""
+def arithmetic(device: torch.device) -> Facts:
+    """The switches of PyTorch that change in which precision a product is computed."""
     on = torch.is_autocast_enabled(device.type)
-    return (on, torch.get_autocast_dtype(device.type) if on else None)
+    return (on and torch.get_autocast_dtype(device.type), torch.get_float32_matmul_precision())
 
 
 def can_compare() -> bool:
@@ -160,21 +174,42 @@ def can_compare() -> bool:
     )
 
 
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+def _places(tensors: Sequence[Tensor]) -> list[Any]:
+    """Where each tensor's values lie. An address alone names no memory, which may have been freed and used again."""
+    return [
+        list(map(Tensor.data_ptr, tensors)),
+        [tensor.dtype for tensor in tensors],
+        list(map(Tensor.size, tensors)),
+        list(map(Tensor.stride, tensors)),
+    ]
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int | None]:
     return [None if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def _first_bytes(tensor: Tensor) -> np.ndarray | None:
-    """A view of a tensor's first values, on its own memory; None: it is on no CPU, or has none that lie together."""
-    if tensor.device.type != "cpu" or not tensor.numel() or type(tensor.data) is not Tensor:
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _sample(tensor: Tensor) -> Tensor | None:
+    """(values,): a view of values along the tensor's diagonal, as integers; None: it has none that can be read."""
+    if not tensor.numel() or type(tensor.data) is not Tensor or tensor.layout != torch.strided or tensor.is_complex():
         return None
-    row = tensor.detach()[(0,) * (tensor.ndim - 1)][:ROW] if tensor.ndim else tensor.detach()[None]
-    return row.view(torch.uint8).numpy() if row.stride(0) == 1 or len(row) == 1 else None
+    values = tensor.detach()
+    sides = list(zip(values.shape, values.stride(), strict=True))
+    step = sum(size // SAMPLES * stride for size, stride in sides if size >= SAMPLES)
+    if values.numel() > SAMPLES**2 and step:
+        values = values.as_strided((SAMPLES,), (step,))
+    values = values.permute(sorted(range(values.ndim), key=values.stride, reverse=True))  # as they lie in memory
+    values = values.reshape(-1) if values.is_contiguous() else values[(0,) * (values.ndim - 1)]
+    return values.view(_INTEGERS[values.element_size()])
 
 
-def _joined(rows: list[np.ndarray]) -> bytes:
-    return np.concatenate(rows).tobytes() if rows else b""
+def _flat(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """All values of the tensors of this dtype, in order."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors if tensor.dtype == dtype])
+
+
+def _joined(views: Sequence[Tensor]) -> list[Tensor]:
+    """The views as one for each size of number: few launches on a GPU."""
+    return [_flat(views, dtype) for dtype in _INTEGERS.values() if any(view.dtype == dtype for view in views)]

@@ -37,11 +37,12 @@ from fastprompt.generators import (
     method_of,
 )
 from fastprompt.heads import CLIP_LOGIT_SCALE, Head, build_head
-from fastprompt.kept import Kept, SeenObjects, SeenValues, autocast_facts, can_compare, tensors_of
+from fastprompt.kept import Kept, SeenValues, arithmetic, can_compare, tensors_of
 from fastprompt.vit import FrozenViT
 from fastprompt.vit.assets import load_source
 from fastprompt.vit.prompts import NO_DRAWS, Draws, Embedding, Group, Prefix
 from fastprompt.vit.reference import READOUTS
+from fastprompt.vit.weights import Folded
 
 Features = Callable[[Tensor, Draws], tuple[Tensor, dict[str, Tensor]]]
 """(images, draws) → what the head sees, and what a loss needs beside it."""
@@ -64,6 +65,9 @@ class PromptedViT(nn.Module):
         class_names: C names, kept in the adapter, as a list; None: those of the data set, when `fit` sees one.
         class_embeddings, logit_scale: for head "text". prototypes: for head "prototypes".
         train_backbone: train a copy of the backbone beside prompts and head, as PGN with full fine-tuning.
+
+    Attributes:
+        private: only its owner changes it, and calls `refresh` then: nobody looks whether it has changed.
 
     Raises:
         TypeError, ValueError: an argument does not fit; it is named.
@@ -136,8 +140,8 @@ class PromptedViT(nn.Module):
         self.preprocessing: Preprocessing | None = None
         self._autocast: torch.dtype | None = None
         self._recompute = False
+        self.private = False
         self._prefixes: Kept[dict[int, Prefix]] = Kept()
-        self._private = False
         self.backbone.folded()
         for module in (self.generator, self.head):
             if module is not None:
@@ -250,14 +254,15 @@ class PromptedViT(nn.Module):
         vit, graph = self.backbone, self.backbone.graph
         inputs, generator = self._inputs(images)
         with self._own_autocast(images.device):
+            folded = vit.folded()
             raw = images if generator is self.generator else inputs
-            embedded = graph.rewritten.embed(vit, raw, inputs)
+            embedded = graph.rewritten.embed(vit, raw, inputs, folded)
             context = None if generator is None else self.prompt_context(inputs, embedded, draws)
             aux = {} if generator is None else generator.aux(context)
             if prefixes is None and not draws:
-                prefixes = self.kept_prefixes()
+                prefixes = self.kept_prefixes(folded)
             group = Group(generator, context, draws, self.readout, prefixes)
-            return graph.rewritten.features(vit, embedded, [group], self._recompute)[0], aux
+            return graph.rewritten.features(vit, embedded, [group], folded, self._recompute)[0], aux
 
     def _papers_features(self, images: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """`_features` by the papers' own graph."""
@@ -294,29 +299,33 @@ class PromptedViT(nn.Module):
         vit, generator = self.backbone, self.generator
         if generator is None or generator.known_at != "static":
             return None
-        return vit.graph.rewritten.static_prefixes(vit, generator, self.readout)
+        return vit.graph.rewritten.static_prefixes(vit, generator, self.readout, vit.folded())
 
-    def kept_prefixes(self) -> dict[int, Prefix] | None:
+    def kept_prefixes(self, folded: Folded | None = None) -> dict[int, Prefix] | None:
         """`static_prefixes`, made once for an adapter and again when anything changes that they depend on.
 
         None where nothing is kept: gradients are recorded, the backbone trains, or nobody can look at values (in a
         compiler, a transform of `torch.func`, the capture of a CUDA graph).
+
+        Args:
+            folded: what `backbone.folded()` returned just now, so that the backbone is not looked at again; None: ask.
         """
-        generator = self.generator
+        generator, vit = self.generator, self.backbone
         if generator is None or generator.known_at != "static" or torch.is_grad_enabled() or not can_compare():
             return None
-        folded = self.backbone.folded()
+        folded = vit.folded() if folded is None else folded
         if folded is None:
             return None
-        facts = (weakref.ref(folded.pixels), self.readout, *autocast_facts(self.backbone.device))
-        seen = SeenObjects if self._private else SeenValues
-        return self._prefixes.get(seen, tensors_of(generator), facts, lambda: self.static_prefixes() or {})
+        switches = (vit.spec, self.readout, generator.config, generator.layers, *arithmetic(vit.device))
+        facts = (weakref.ref(folded.pixels), weakref.ref(generator), *switches)
+        tensors = [] if self.private else tensors_of(generator)
+        return self._prefixes.get(SeenValues, tensors, facts, lambda: self.static_prefixes() or {})
 
-    def keep_private(self) -> None:
-        """Say that only its owner writes to this copy's tensors, and never through `.data`: PyTorch then tells of every
-        change, and nothing is compared or copied to find out.
-        """
-        self._private = True
+    def refresh(self) -> None:
+        """Make again what is kept of the parameters. Only a `private` model needs it, after each change."""
+        self._prefixes.clear()
+        if self.full:
+            self.backbone.refold()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only what enters each block for the backward pass and compute the blocks again there.

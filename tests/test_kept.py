@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from recorded_graphs import graphed_of
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -72,6 +73,31 @@ def test_other_tensors_are_seen(seen: Any) -> None:
     assert not held.same([*tensors, tensors[0]], ("readout",))
     for other in (tensors[0].double(), tensors[0].view(3, 4), tensors[0].to("meta")):
         assert not held.same([other, tensors[1]], ("readout",))
+
+
+SIXTEENTHS: dict[str, Callable[[Tensor], Tensor]] = {
+    "first rows": lambda t: t[: len(t) // 16],
+    "last rows": lambda t: t[-(len(t) // 16) :],
+    "some rows": lambda t: t[37 : 37 + len(t) // 16],
+    "first columns": lambda t: t[:, : t.shape[1] // 16],
+    "last columns": lambda t: t[:, -(t.shape[1] // 16) :],
+}
+
+
+@pytest.mark.parametrize("part", SIXTEENTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
+@pytest.mark.parametrize("layout", ["rows", "columns", "with gaps"])
+def test_samples_notice_a_sixteenth_of_a_large_tensor(part: str, dtype: torch.dtype, layout: str) -> None:
+    """As where LoRA is merged into queries and values by `.data`."""
+    tensor = torch.zeros(192, 96, dtype=dtype)
+    if layout == "columns":
+        tensor = torch.zeros(96, 192, dtype=dtype).T
+    elif layout == "with gaps":
+        tensor = torch.zeros(192, 200, dtype=dtype)[:, :96]
+    held = SeenObjects([tensor])
+    assert held.same([tensor])
+    SIXTEENTHS[part](tensor.data).add_(1)
+    assert not held.same([tensor])
 
 
 @pytest.mark.parametrize("contents", [True, False])
@@ -288,17 +314,44 @@ MODES: dict[str, Callable[[fp.PromptedViT], Any]] = {
 
 @pytest.mark.parametrize("config", [DEEP, fp.VPTConfig(num_prompts=3, project=5)], ids=["deep", "projected"])
 def test_every_mode_after_every_other(backbone: fp.FrozenViT, tiny_images: Tensor, config: Any) -> None:
-    """In each mode the answer is, to the bit, that of a copy which has kept nothing from any other."""
+    """In each mode the answer is, to the bit, that of a copy which has kept nothing from any other; engines follow."""
     model = fp.PromptedViT(backbone, config, 3, readout="cls").eval()
-    for pair in itertools.permutations(MODES, 2):
-        for name in pair:
-            model.eval()
-            model.readout = "cls"
-            model.backbone.requires_grad_(False)
-            with MODES[name](model):
-                images = tiny_images[:1].to(model.backbone.dtype)
+    for name in itertools.chain(*itertools.combinations(MODES, 2)):  # each of any two before the other
+        model.eval()
+        model.readout = "cls"
+        model.backbone.requires_grad_(False)
+        with MODES[name](model):
+            images = tiny_images[:1].to(model.backbone.dtype)
+            with torch.inference_mode(False):
                 fresh = copy.deepcopy(model)
-                assert torch.equal(model(images), fresh(images)), pair
+            assert torch.equal(model(images), fresh(images)), name
+
+
+@pytest.mark.parametrize("runs", ["engine", "graphs"])
+def test_engines_and_graphs_answer_alike_in_every_mode(backbone: fp.FrozenViT, tiny_images: Tensor, runs: str) -> None:
+    """Whatever mode was on when a function was made, or an input of it was."""
+    for first, second in itertools.permutations(
+        ["grad", "no grad", "inference", "autocast", "inference and autocast"], 2
+    ):
+        model = fp.PromptedViT(backbone, DEEP, 3, readout="cls").eval()
+        images, answers = tiny_images[:1], []
+        for name in (first, second, first):
+            with MODES[name](model):
+                if not answers:
+                    run = (
+                        fp.Engine(model, (1,), dtype=torch.float32, backend="eager")
+                        if runs == "engine"
+                        else graphed_of(model, (1,))[0]
+                    )
+                answers.append(run(images).clone())
+        assert all(torch.equal(answer, answers[0]) for answer in answers), (first, second)
+        with torch.no_grad():
+            torch.testing.assert_close(answers[0], model.reference_forward(images), rtol=1e-4, atol=1e-5)
+            model.generator.static.embeddings.data.mul_(-1)  # by `.data`, and in the mode that made the function
+        with MODES[first](model):
+            changed = run(images).clone()
+        with torch.no_grad():
+            torch.testing.assert_close(changed, model.reference_forward(images), rtol=1e-4, atol=1e-5)
 
 
 def test_tensors_made_in_inference_mode_are_followed(tiny_vit: VisionTransformer, tiny_images: Tensor) -> None:
@@ -309,6 +362,38 @@ def test_tensors_made_in_inference_mode_are_followed(tiny_vit: VisionTransformer
             torch.testing.assert_close(model(images), model.reference_forward(images), rtol=1e-10, atol=1e-10)
             model.generator.static.embeddings.add_(1)
             model.backbone.blocks[0].qkv.weight.mul_(1.5)
+
+
+@pytest.mark.parametrize("change", ["load", "copy"])
+def test_tensors_of_inference_mode_are_not_folded(backbone: fp.FrozenViT, tiny_images: Tensor, change: str) -> None:
+    """PyTorch tells of no write to them, not even of one to a single value."""
+    model, images = fp.PromptedViT(backbone.double(), DEEP).eval(), tiny_images.double()
+    with torch.inference_mode():
+        model(images)
+        if change == "copy":
+            model = copy.deepcopy(model)
+        else:
+            state = {name: tensor + 0 for name, tensor in backbone.state_dict().items()}
+            backbone.load_state_dict(state, assign=True)
+        for value in (1, 2, 3):
+            model.backbone.blocks[0].qkv.weight[5, 7] = 100 * value
+            torch.testing.assert_close(model(images), model.reference_forward(images), rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_memory_that_moves_under_a_tensor_is_not_read(backbone: fp.FrozenViT, tiny_images: Tensor) -> None:
+    """`resize_` and `share_memory` give the same storages other memory, and free what they had."""
+    model, images = fp.PromptedViT(backbone.double(), DEEP).eval(), tiny_images.double()
+    model(images)
+    weight = backbone.blocks[0].qkv.weight
+    values, storage = 2 * weight, weight.untyped_storage()
+    storage.resize_(0)
+    storage.resize_(values.nbytes)
+    weight.data.copy_(values)
+    expected = model.reference_forward(images)
+    torch.testing.assert_close(model(images), expected, rtol=1e-10, atol=1e-10)
+    model.share_memory()
+    torch.testing.assert_close(model(images), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_transforms_keep_nothing(backbone: fp.FrozenViT, tiny_images: Tensor) -> None:

@@ -254,8 +254,8 @@ class _Graphs:
         return SeenObjects(self._read_tensors(), facts, contents=False)
 
     def _read_tensors(self) -> list[Tensor]:
-        """All tensors whose memory a graph reads."""
-        return self._tensors()
+        """All tensors whose memory a graph reads; none of a private model, whose owner leaves them where they are."""
+        return [] if self.model.private else self._tensors()
 
     def _tensors(self) -> list[Tensor]:
         """What stands in the places of parameters and buffers; fewer or more, where one went or came."""

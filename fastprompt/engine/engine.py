@@ -385,6 +385,7 @@ class Engine:
             return
         for new, old in zip(change.tensors, tensors_of(*self.model.own_parts()), strict=True):
             old.copy_(new)
+        self.model.refresh()
         self._drop_runs(DEFAULT, only_baked=True)
         self._state, self._seen = change.number, change.seen
 
@@ -567,8 +568,9 @@ def _first_line(error: Exception) -> str:
 def _copy_backbone(backbone: FrozenViT, dtype: torch.dtype) -> FrozenViT:
     """The engine's own backbone, which nobody casts, moves or trains."""
     backbone.pin_fingerprint()
-    copied = copy.deepcopy(backbone).requires_grad_(False).to(dtype)
-    folded = copied.folded()
+    with torch.inference_mode(False):
+        copied = copy.deepcopy(backbone).requires_grad_(False).to(dtype)
+    folded, copied.private = copied.folded(), True
     if folded is not None:
         for block in folded.blocks:
             pack(block)
@@ -579,10 +581,10 @@ def _copy_adapter(model: PromptedViT, backbone: FrozenViT) -> PromptedViT:
     """The model on the engine's backbone, frozen; prompts that are parameters are kept in the backbone's dtype, with
     their keys and values.
     """
-    copied = copy.deepcopy(model, {id(model.backbone): backbone})
+    with torch.inference_mode(False):
+        copied = copy.deepcopy(model, {id(model.backbone): backbone})
     copied.eval().requires_grad_(False).set_grad_checkpointing(False)
-    copied._autocast = None
-    copied.keep_private()
+    copied._autocast, copied.private = None, True
     for part in (copied.generator, copied.head):
         if part is not None:
             part.to(backbone.device)
@@ -609,7 +611,10 @@ def _whole(model: PromptedViT) -> Iterator[None]:
 
 def _look(model: PromptedViT) -> Seen:
     """What the model is now. A backbone that trains is too large to be compared by value in every call."""
-    return (SeenObjects if model.full else SeenValues)(tensors_of(*model.own_parts()), _facts(model))
+    tensors, facts = tensors_of(*model.own_parts()), _facts(model)
+    if model.full and not any(tensor.is_inference() for tensor in tensors):
+        return SeenObjects(tensors, facts, waits=True)
+    return SeenValues(tensors, facts)
 
 
 def _facts(model: PromptedViT) -> tuple[Any, ...]:

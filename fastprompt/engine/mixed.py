@@ -17,7 +17,7 @@ from fastprompt.generators import PromptGenerator
 from fastprompt.model import PromptedViT
 from fastprompt.vit.prompts import NO_DRAWS, Apart, Draws, Group, Prefix, Prompts
 from fastprompt.vit.reference import Sequence as TokenSequence
-from fastprompt.vit.weights import Norm
+from fastprompt.vit.weights import Folded, Norm
 
 
 class _Row(NamedTuple):
@@ -82,9 +82,9 @@ class JointPrompts(Prompts):
     def first_sequence(self, context: Any, apart: Apart, draws: Draws, norm: Norm | None) -> None:
         """None: no member writes the rows of others."""
 
-    def prefixes(self) -> dict[int, Prefix]:
+    def prefixes(self, folded: Folded | None) -> dict[int, Prefix]:
         """Block → (B, heads, P, d) keys and values of prompts that depend on parameters only."""
-        known = [member.model.kept_prefixes() or {} for member in self.members]
+        known = [member.model.kept_prefixes(folded) or {} for member in self.members]
         return {
             layer: (
                 _in_order([prefixes[layer][0] for prefixes in known], self.members),
@@ -136,7 +136,8 @@ def _together(images: Tensor, rows: list[_Row]) -> list[Tensor]:
     """(C,) or (D,) of each row, by one pass through the backbone."""
     backbone, graph = rows[0].model.backbone, rows[0].model.backbone.graph
     pixels = backbone.normalise(images)
-    embedded = graph.rewritten.embed(backbone, images, pixels)
+    folded = backbone.folded()
+    embedded = graph.rewritten.embed(backbone, images, pixels, folded)
     tokens = _take(embedded.tokens, [row.image for row in rows])  # (rows, T, D)
     for of_model in _by(range(len(rows)), lambda i: id(rows[i].model)):
         generator = rows[of_model[0]].model.generator
@@ -155,12 +156,14 @@ def _together(images: Tensor, rows: list[_Row]) -> list[Tensor]:
             group.append(_Member(row.model, row.model.generator, row.draws, positions, context))
         generator, readout = row.model.generator, row.model.readout
         joint = None if generator is None or generator.num_prompts == 0 else JointPrompts(group)
-        prefixes = None if generator is None or joint is None or generator.known_at != "static" else joint.prefixes()
+        prefixes = (
+            None if generator is None or joint is None or generator.known_at != "static" else joint.prefixes(folded)
+        )
         groups.append(Group(joint, None, NO_DRAWS, readout, prefixes, len(of_group)))
         members.append(group)
         order += of_group
     ordered = TokenSequence(_take(tokens, order), embedded.num_prefix, grid=embedded.grid)
-    found = graph.rewritten.features(backbone, ordered, groups)
+    found = graph.rewritten.features(backbone, ordered, groups, folded)
     of_rows: list[Any] = [None] * len(rows)
     start = 0
     for group, features in zip(members, found, strict=True):

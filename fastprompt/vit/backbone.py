@@ -41,6 +41,8 @@ class Backbone(nn.Module):
         merges: for each block the patch merging before it, if there is one.
         staged: whether its width changes between stages: a Swin transformer.
         kept_fold: what `folding.folded` made of it.
+        private: only its owner changes it, and forgets then what was kept of it (`FrozenViT.refold`): nobody looks
+            whether it has changed.
         head: the pretrained classifier or projection.
     """
 
@@ -72,6 +74,7 @@ class Backbone(nn.Module):
         self._pixels_known = False  # whether floating-point images were told from raw pixels
         self._fingerprint: str | None = None
         self.kept_fold: Kept[Folded] = Kept()
+        self.private = False
         self.eval()
 
     @property
@@ -158,7 +161,8 @@ class Backbone(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
         if fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype != self.dtype:
             self.pin_fingerprint()
-        super()._apply(fn, recurse)
+        with torch.inference_mode(False):  # PyTorch does not tell of changes of tensors that are made in it
+            super()._apply(fn, recurse)
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprompt.kept import SeenObjects, tensors_of
+from fastprompt.kept import SeenObjects, arithmetic, tensors_of
 from fastprompt.vit.backbone import Backbone
 from fastprompt.vit.linear import FrozenLinear
 from fastprompt.vit.weights import Block, Dense, Folded, Mlp, Norm
@@ -18,14 +18,16 @@ QUICK_GELU_SLOPE = 1.702
 
 
 def folded(vit: Backbone) -> Folded | None:
-    """The backbone with its constants folded, made once and again when they change; None while they train.
+    """The backbone with its constants folded, made once and again when they change.
 
-    Inside `torch.compile` it is what was made last.
+    None while they train, and where they were made in inference mode: PyTorch does not tell when those change. Inside
+    `torch.compile`, and of a private backbone, it is what was made last.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (vit.private and vit.kept_fold.value is not None):
         return vit.kept_fold.value
-    tensors, facts = tensors_of(vit), (vit.spec.mean, vit.spec.std)
-    if vit.device.type == "meta" or any(tensor.requires_grad for tensor in tensors):
+    tensors = tensors_of(vit)
+    facts = (vit.spec.mean, vit.spec.std, *arithmetic(vit.device))
+    if vit.device.type == "meta" or any(tensor.requires_grad or tensor.is_inference() for tensor in tensors):
         vit.kept_fold.clear()
         return None
     if torch._C._are_functorch_transforms_active():  # what stands in for the tensors there is not kept

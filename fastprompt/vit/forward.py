@@ -29,11 +29,11 @@ from fastprompt.kernels.prefix_attention import prefix_attention
 from fastprompt.kernels.prefix_attention.reference import unpacked
 from fastprompt.vit import reference
 from fastprompt.vit.backbone import Backbone
-from fastprompt.vit.folding import folded
+from fastprompt.vit.folding import folded as folded
 from fastprompt.vit.linear import linear
 from fastprompt.vit.prompts import Apart, Embedding, Group, Prefix, Prompts
 from fastprompt.vit.slots import LastRows, assembled, in_slots, sums
-from fastprompt.vit.weights import Block, Norm
+from fastprompt.vit.weights import Block, Folded, Norm
 
 Projected = tuple[Tensor, Tensor | None, Tensor | None]
 """Queries, keys and values of tokens as `prefix_attention` takes them, packed or not."""
@@ -107,17 +107,24 @@ class Embedded:
         return self.tokens[:, self.num_prefix :]
 
 
-def features(vit: Backbone, embedded: Embedding, groups: Sequence[Group], recompute: bool = False) -> list[Tensor]:
+def features(
+    vit: Backbone,
+    embedded: Embedding,
+    groups: Sequence[Group],
+    parts: Folded | None,
+    recompute: bool = False,
+) -> list[Tensor]:
     """What the head sees, (B, D) of each group.
 
     Args:
         embedded: class token, registers and patches of `embed`, the groups one after the other.
         groups: Linears and MLPs run over the rows of all, prompts and attention for each of them.
+        parts: what `folded` made of the backbone.
         recompute: keep only what enters a block for the backward and compute the block again there (one group only).
     """
-    blocks = read_blocks(vit)
+    blocks = read_blocks(vit, parts)
     last = len(blocks) - 1
-    whole = _first_sequence(vit, embedded.apart, groups, last)
+    whole = _first_sequence(vit, embedded.apart, groups, last, parts)
     x = embedded.tokens if whole is None else whole.tokens
     own = x.shape[1] if whole is None else whole.own  # the rows that are no prompts come first
     sizes = [x.shape[0] if group.size is None else group.size for group in groups]
@@ -185,7 +192,9 @@ class _Whole(NamedTuple):
     trains: bool
 
 
-def _first_sequence(vit: Backbone, apart: Apart | None, groups: Sequence[Group], last: int) -> _Whole | None:
+def _first_sequence(
+    vit: Backbone, apart: Apart | None, groups: Sequence[Group], last: int, parts: Folded | None
+) -> _Whole | None:
     """Block 0's sequence where the generator writes all of it; None: it does not, or there are several."""
     generator, context, draws, readout, *_ = groups[0]
     if apart is None or len(groups) > 1 or generator is None or not generator.before_pre_norm:
@@ -195,7 +204,7 @@ def _first_sequence(vit: Backbone, apart: Apart | None, groups: Sequence[Group],
     tokens = generator.first_sequence(context, apart, draws, vit.norm_pre)
     if tokens is None:
         return None
-    trains = folded(vit) is None or any(x is not None and x.requires_grad for x in apart)
+    trains = parts is None or any(x is not None and x.requires_grad for x in apart)
     return _Whole(tokens, vit.num_prefix + apart.patches.shape[1], trains)
 
 
@@ -207,9 +216,9 @@ def _first_prompts(vit: Backbone, group: Group, patches: Tensor) -> Tensor | Non
     return generator.first_prompts(group.context, patches, group.draws, vit.norm_pre)
 
 
-def embed(vit: Backbone, raw: Tensor, images: Tensor) -> Embedding:
+def embed(vit: Backbone, raw: Tensor, images: Tensor, parts: Folded | None) -> Embedding:
     """`reference.embed` of `images`, from the `raw` uint8 pixels they were made of where that is possible."""
-    parts, pixels = folded(vit), None
+    pixels = None
     if raw.dtype == torch.uint8 and parts is not None and not vit.spec.dynamic_pad:
         images, pixels = raw, parts.pixels
     if not in_slots(images):
@@ -220,15 +229,14 @@ def embed(vit: Backbone, raw: Tensor, images: Tensor) -> Embedding:
     return Embedded(vit, Apart(patches, constants, reference.position_embedding(vit, grid)), grid)
 
 
-def read_blocks(vit: Backbone) -> Sequence[Block]:
+def read_blocks(vit: Backbone, parts: Folded | None) -> Sequence[Block]:
     """The blocks that the forward reads: folded, where the weights do not train."""
-    parts = folded(vit)
     return vit.blocks if parts is None else parts.blocks
 
 
-def static_prefixes(vit: Backbone, generator: Prompts, readout: str) -> dict[int, Prefix]:
+def static_prefixes(vit: Backbone, generator: Prompts, readout: str, parts: Folded | None) -> dict[int, Prefix]:
     """Block → keys and values of prompts that depend on parameters only, for all blocks that only read theirs."""
-    blocks = read_blocks(vit)
+    blocks = read_blocks(vit, parts)
     last = len(blocks) - 1
     return {
         i: prompt_keys(blocks[i], generator.prompts(i, None).to(vit.dtype))

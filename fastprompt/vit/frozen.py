@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -56,9 +57,10 @@ class FrozenViT(Backbone):
         std: Sequence[float] | None = None,
     ) -> None:
         pixels = check_pixels(mean, std)
-        parts = read(module, image_size)
-        parts["spec"] = dataclasses.replace(parts["spec"], **pixels)
-        super().__init__(parts)
+        with torch.inference_mode(False):  # PyTorch does not tell of changes of tensors that are made in it
+            parts = read(module, image_size)
+            parts["spec"] = dataclasses.replace(parts["spec"], **pixels)
+            super().__init__(parts)
         self.register_load_state_dict_post_hook(_fold_again)
 
     def normalising(self, mean: Sequence[float], std: Sequence[float]) -> FrozenViT:
@@ -331,8 +333,9 @@ class FrozenViT(Backbone):
         """The blocks with their constants folded; None while the weights train, and of a Swin transformer.
 
         Made at the first call and again when tensors were cast, moved, loaded, replaced or changed in place. A write
-        through `.data` is noticed on a CPU where it changes the first row of a tensor; after another one, or on a GPU,
-        call `refold`. Inside `torch.compile` the blocks are those of the last call outside.
+        through `.data` is noticed on a CPU where it changes a tensor as a whole, or a sixteenth of its rows or columns
+        that lie together; after another one, or on a GPU, call `refold`. Inside `torch.compile` the blocks are those of
+        the last call outside.
         """
         return self.graph.rewritten.folded(self)
 

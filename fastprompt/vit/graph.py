@@ -35,13 +35,20 @@ class Papers(Protocol):
 class Rewritten(Protocol):
     """The same numbers without the work nobody reads. `forward.py` documents the functions."""
 
-    def embed(self, vit: Backbone, raw: Tensor, images: Tensor) -> Embedding: ...
+    def embed(self, vit: Backbone, raw: Tensor, images: Tensor, parts: Folded | None) -> Embedding: ...
 
     def features(
-        self, vit: Backbone, embedded: Embedding, groups: Groups[Group], recompute: bool = False
+        self,
+        vit: Backbone,
+        embedded: Embedding,
+        groups: Groups[Group],
+        parts: Folded | None,
+        recompute: bool = False,
     ) -> list[Tensor]: ...
 
-    def static_prefixes(self, vit: Backbone, generator: Prompts, readout: str) -> dict[int, Prefix]: ...
+    def static_prefixes(
+        self, vit: Backbone, generator: Prompts, readout: str, parts: Folded | None
+    ) -> dict[int, Prefix]: ...
 
     def folded(self, vit: Backbone) -> Folded | None: ...
 

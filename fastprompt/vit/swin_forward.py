@@ -29,7 +29,7 @@ from fastprompt.vit.swin import Layout, SwinBlock, layouts
 from fastprompt.vit.weights import Folded
 
 
-def embed(vit: Backbone, raw: Tensor, images: Tensor) -> Sequence:
+def embed(vit: Backbone, raw: Tensor, images: Tensor, parts: Folded | None) -> Sequence:
     """Normalised `images` (B, 3, H, W) → patches; the `raw` pixels are not read, as nothing is folded."""
     return swin_reference.embed(vit, images.to(vit.dtype))
 
@@ -39,12 +39,18 @@ def folded(vit: Backbone) -> Folded | None:
     return None
 
 
-def static_prefixes(vit: Backbone, generator: Prompts, readout: str) -> dict[int, Prefix]:
+def static_prefixes(vit: Backbone, generator: Prompts, readout: str, parts: Folded | None) -> dict[int, Prefix]:
     """Empty: nothing is kept from one batch to the next."""
     return {}
 
 
-def features(vit: Backbone, embedded: Embedding, groups: Groups[Group], recompute: bool = False) -> list[Tensor]:
+def features(
+    vit: Backbone,
+    embedded: Embedding,
+    groups: Groups[Group],
+    parts: Folded | None,
+    recompute: bool = False,
+) -> list[Tensor]:
     """What the head sees, (B, D) of each group. Arguments as for `forward.features`; the groups run one by one."""
     sizes = [len(embedded.tokens) if group.size is None else group.size for group in groups]
     parts = [embedded.tokens] if len(groups) == 1 else embedded.tokens.split(sizes)

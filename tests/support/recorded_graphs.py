@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -124,9 +124,6 @@ class RecordingCapturer:
                 recording.undo()
         self.graphs.append(RecordedGraph(recording, pool, self.pause))
         return self.graphs[-1]
-
-    def addresses(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
-        return tuple(tensor.data_ptr() for tensor in tensors)
 
     def mark(self) -> Any:
         return threading.get_ident()

@@ -125,7 +125,9 @@ def test_raw_pixels_go_through_one_folded_embedding(
     vit = frozen(randomised, embed_layer=partial(tl.PatchEmbed, bias=bias))
     raw = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     plain = reference.embed(vit, vit.normalise(raw).double())
-    torch.testing.assert_close(forward.embed(vit, raw, vit.normalise(raw)).tokens, plain.tokens, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(
+        forward.embed(vit, raw, vit.normalise(raw), vit.folded()).tokens, plain.tokens, rtol=1e-10, atol=1e-11
+    )
     model, seen, original = fp.PromptedViT(vit, fp.VPTConfig(num_prompts=2)).eval(), [], reference.embed
     monkeypatch.setattr(reference, "embed", lambda v, x, *p: seen.append(float(x.max())) or original(v, x, *p))
     model(raw)

@@ -106,11 +106,11 @@ def test_groups_of_images_equal_each_alone(model_of: Build, tiny_images: Tensor,
     vit, images = models[0].backbone, torch.cat([tiny_images] * 2)[: 2 + len(models)].double()
     sizes, groups = [2, 1, 2, 1, 1, 1], []
     owned = list(torch.arange(len(images)).split(sizes))
-    embedded = forward.embed(vit, images, images)
+    embedded = forward.embed(vit, images, images, vit.folded())
     for model, own in zip(models, owned, strict=True):
         context = model.eval().prompt_context(images[own], embedded.patches[own], {})
         groups.append(forward.Group(model.generator, context, {}, model.readout, None, len(own)))
-    together = forward.features(vit, embedded, groups)
+    together = forward.features(vit, embedded, groups, vit.folded())
     for model, own, ours in zip(models, owned, together, strict=True):
         theirs = model.reference_forward(images[own])
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
