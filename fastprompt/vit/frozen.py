@@ -15,6 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from fastprompt.arguments import ArgumentError, ArgumentTypeError
+from fastprompt.kept import Kept
 from fastprompt.vit.backbone import Backbone
 from fastprompt.vit.graph import SWIN, VIT, Graph
 from fastprompt.vit.readers import image_sides, is_swin, read
@@ -303,7 +304,7 @@ class FrozenViT(Backbone):
             return self
         self.pin_fingerprint()
         other = copy.copy(self)
-        other.spec, other.kept_fold = spec, None  # the folded patch embedding has mean and std in it
+        other.spec, other.kept_fold = spec, Kept()  # the folded patch embedding has mean and std in it
         if self.source is not None:
             options = {**self.source.options, "mean": list(spec.mean), "std": list(spec.std)}
             other.source = dataclasses.replace(self.source, options=options)

@@ -53,10 +53,10 @@ def features(
 ) -> list[Tensor]:
     """What the head sees, (B, D) of each group. Arguments as for `forward.features`; the groups run one by one."""
     sizes = [len(embedded.tokens) if group.size is None else group.size for group in groups]
-    parts = [embedded.tokens] if len(groups) == 1 else embedded.tokens.split(sizes)
+    tokens_of = [embedded.tokens] if len(groups) == 1 else embedded.tokens.split(sizes)
     return [
         group_features(vit, Sequence(tokens, embedded.num_prefix, grid=embedded.grid), group, recompute)
-        for tokens, group in zip(parts, groups, strict=True)
+        for tokens, group in zip(tokens_of, groups, strict=True)
     ]
 
 
