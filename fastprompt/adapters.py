@@ -6,6 +6,9 @@ whenever the process is killed. `adapter_config.json` is a copy of the configura
 for versions that read nothing else; it has a digest of its own, by which one that was edited or damaged is told from
 one of another save.
 
+Tensors called "resampled.…" are no part of the model: they are the backbone's, resampled by its library, and tell it
+from others (`fastprompt.vit.backbone.Identity`).
+
 A configuration's keys are all required, except those of `backbone.optional`: a reader ignores what it does not know
 there, and refuses an unknown key anywhere else by name.
 """
@@ -41,6 +44,7 @@ _SHORT = 8
 """Entries of an option that is a list: so many, a pair or a triple among them, need not be one for each tensor."""
 _FORMAT = 1
 _KEYS = {"format", "fastprompt_version", "method", "num_classes", "head", "readout", "class_names", "backbone"}
+_RESAMPLED = "resampled."
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)
 
 
@@ -248,18 +252,33 @@ def preprocessing_of(config: Mapping[str, Any]) -> Preprocessing | None:
     return None if recorded is None else Preprocessing.from_dict(recorded)
 
 
-def as_trained(who: str, stored: Mapping[str, Any], backbone: FrozenViT) -> FrozenViT:
+def with_resampled(state: Mapping[str, Tensor], backbone: FrozenViT) -> dict[str, Tensor]:
+    """`state` and what tells the backbone beside its fingerprint: tensors that its library had resampled."""
+    resampled = backbone.identity.resampled
+    return {**state, **{f"{_RESAMPLED}{name}": tensor for name, tensor in resampled.items()}}
+
+
+def without_resampled(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of an adapter, and those that tell its backbone (`with_resampled`)."""
+    resampled = {name.removeprefix(_RESAMPLED): t for name, t in state.items() if name.startswith(_RESAMPLED)}
+    return {name: tensor for name, tensor in state.items() if not name.startswith(_RESAMPLED)}, resampled
+
+
+def as_trained(
+    who: str, stored: Mapping[str, Any], resampled: Mapping[str, Tensor], backbone: FrozenViT
+) -> FrozenViT:
     """`backbone`, normalising raw pixels by the mean and std that the adapter was trained with.
 
     Raises:
-        ValueError: it is not the backbone that the adapter's configuration, `stored`, describes.
+        ValueError: it is not the backbone that the adapter's configuration, `stored`, and `resampled` tensors describe.
     """
-    if backbone.fingerprint != stored["fingerprint"]:
+    if not backbone.fits(stored["fingerprint"], resampled):
         raise ValueError(
             f"{who} was trained on another backbone: {stored['name']} at "
             f"{'x'.join(map(str, stored['image_size']))} px, fingerprint {stored['fingerprint'][:12]}; this one is "
             f"{backbone.spec.name} at {'x'.join(map(str, backbone.image_size))} px, fingerprint "
             f"{backbone.fingerprint[:12]}"
+            + (", resampled otherwise" if backbone.fingerprint == stored["fingerprint"] else "")
         )
     try:
         return backbone.normalising(*(stored.get(key) or getattr(backbone, key) for key in ("mean", "std")))

@@ -26,6 +26,10 @@ class ArgumentPathError(ArgumentError, FileNotFoundError):
     """An argument names a file or a directory that does not exist, or that lacks what it must hold."""
 
 
+class NotFiniteError(ArgumentError):
+    """An argument leads to NaN or infinite numbers, or holds some."""
+
+
 @contextlib.contextmanager
 def argument_names(**names: str) -> Iterator[None]:
     """Rename arguments in the errors raised inside: with `root="data_root"`, errors about `root` name `data_root`."""

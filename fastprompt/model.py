@@ -26,9 +26,11 @@ from fastprompt.adapters import (
     read_adapter,
     registered_by,
     source_of,
+    with_resampled,
+    without_resampled,
     write_adapter,
 )
-from fastprompt.arguments import ArgumentError, ArgumentTypeError
+from fastprompt.arguments import ArgumentError, ArgumentTypeError, NotFiniteError
 from fastprompt.changes import changing
 from fastprompt.generators import (
     PromptConfig,
@@ -42,7 +44,7 @@ from fastprompt.vit import FrozenViT
 from fastprompt.vit.assets import load_source
 from fastprompt.vit.prompts import NO_DRAWS, Draws, Embedding, Group, Prefix
 from fastprompt.vit.reference import READOUTS
-from fastprompt.vit.weights import Folded
+from fastprompt.vit.weights import Folded, is_finite
 
 Features = Callable[[Tensor, Draws], tuple[Tensor, dict[str, Tensor]]]
 """(images, draws) → what the head sees, and what a loss needs beside it."""
@@ -212,6 +214,24 @@ class PromptedViT(nn.Module):
             return outputs[0]
         stacked = torch.stack(list(outputs))
         return stacked.mean(0) if self.head is None else stacked.softmax(-1).mean(0).log()
+
+    def check_outputs(self, images: Tensor, outputs: Tensor) -> None:
+        """Raise `NotFiniteError`, a `ValueError`, where outputs (B, C) of `images` are NaN or infinite.
+
+        It waits for the device, so callers ask where they read the outputs on the host anyway.
+        """
+        if is_finite(outputs):
+            return
+        for name, tensor in itertools.chain(self.named_parameters(), self.named_buffers()):
+            if not is_finite(tensor):
+                raise NotFiniteError("model", f"must have finite parameters, got NaN or infinite values in {name}")
+        position = next(i for i, output in enumerate(outputs) if not is_finite(output))
+        largest = float(images[position].abs().max())
+        raise NotFiniteError(
+            "images",
+            f"must give finite outputs, got NaN or infinite ones for image {position}, whose values reach "
+            f"{largest:.3g}: the forward overflows in {str(self.backbone_dtype).removeprefix('torch.')}",
+        )
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, D): what the head sees.
@@ -509,7 +529,7 @@ class PromptedViT(nn.Module):
                 "optional": optional,
             },
         }
-        write_adapter(directory, config, self.adapter_state_dict())
+        write_adapter(directory, config, with_resampled(self.adapter_state_dict(), backbone))
 
     @classmethod
     def from_pretrained(
@@ -542,7 +562,8 @@ class PromptedViT(nn.Module):
             raise ArgumentTypeError("directory", "must be that of an adapter, got None")
         else:
             config, state = read_adapter(directory)
-        backbone = as_trained(f"the adapter in {directory}", config["backbone"], backbone)
+        state, resampled = without_resampled(state)
+        backbone = as_trained(f"the adapter in {directory}", config["backbone"], resampled, backbone)
         try:
             info, num_classes = config["head"], config["num_classes"]
             method = config_from(config)

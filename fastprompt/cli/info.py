@@ -89,8 +89,11 @@ def info(command: Info) -> None:
         if not known:
             facts["backbone"]["fingerprint"] = "not known without the weights, which info does not fetch"
         if "adapter" in facts:
+            from fastprompt.adapters import read_adapter, without_resampled
+
             stored = facts["adapter"]["config"]["backbone"]["fingerprint"]
-            facts["adapter"]["fits this backbone"] = stored == backbone.fingerprint
+            _, resampled = without_resampled(read_adapter(facts["adapter"]["directory"])[1])
+            facts["adapter"]["fits this backbone"] = backbone.fits(stored, resampled)
         configs = chosen_configs(command, facts.get("adapter"), options)
         facts["methods"] = methods_facts(command, facts.get("adapter"), configs, backbone)
         if command.cost:

@@ -99,7 +99,9 @@ def predict(command: Predict) -> None:
             images, read = read_checked(batch, size, preprocessing, command.on_bad, limit)
             if read:
                 files += read
-                rows += model(images.to(place)).cpu().double().softmax(-1).tolist()
+                logits = model(images.to(place)).cpu()
+                model.check_outputs(images, logits)
+                rows += logits.double().softmax(-1).tolist()
     if not files:
         raise ArgumentError("images", f"must name at least one readable image, got {len(found)} unreadable files")
     skipped = sorted(set(found) - set(files))

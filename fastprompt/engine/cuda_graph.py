@@ -427,7 +427,7 @@ class GraphedForward(_Graphs):
             TypeError, ValueError: it has another `method_shape` or backbone; nothing has changed then.
         """
         if isinstance(adapter, PromptedViT):
-            if adapter.backbone.fingerprint != self.model.backbone.fingerprint:
+            if not self.model.backbone.is_same(adapter.backbone):
                 raise ArgumentError(
                     "adapter",
                     "is of another backbone: fingerprint "

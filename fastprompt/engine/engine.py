@@ -155,6 +155,8 @@ class Engine:
 
         Raises:
             TypeError, ValueError: `images` do not fit the backbone, or `adapter_names` do not fit images or adapters.
+                On a CPU: an output is NaN or infinite. (On a GPU the call does not wait for the outputs: see
+                `PromptedViT.check_outputs`.)
             RuntimeError: the engine was released, or the backend that was asked for failed.
         """
         change = self._change()
@@ -162,12 +164,19 @@ class Engine:
             images = self._taken(images)
             self._follow(change)
             if adapter_names is not None:
-                return self._mixed(images, adapter_names)
+                found = self._mixed(images, adapter_names)
+                if images.device.type == "cpu":
+                    for i, (name, output) in enumerate(zip(adapter_names, found, strict=True)):
+                        self._adapters[name].check_outputs(images[i : i + 1], output[None])
+                return found
             outputs, start = [], 0
             for size in self._sizes(images):
                 outputs.append(self._run(images[start : start + size], size, self._own))
                 start += size
-            return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            if images.device.type == "cpu":
+                self.model.check_outputs(images, whole)
+            return whole
 
     def add_adapter(self, name: str, model: PromptedViT | str | os.PathLike[str]) -> None:
         """Serve images of adapter `name` by `model` from the next call on; an adapter of that name is replaced.
@@ -196,7 +205,7 @@ class Engine:
             model = PromptedViT.from_pretrained(backbone, model)
         if model.full:
             raise ValueError("model was fully fine-tuned and has a backbone of its own: give it an engine of its own")
-        if model.backbone.fingerprint != backbone.fingerprint:
+        if not backbone.is_same(model.backbone):
             raise ArgumentError(
                 "model",
                 f"is on another backbone, {model.backbone.spec.name} with fingerprint "

@@ -314,7 +314,7 @@ class RGBPrompts(nn.Module):
         if (
             not isinstance(generator, RGBPGN)
             or not generator.config.offset
-            or backbone.fingerprint != inverted.backbone.fingerprint
+            or not backbone.is_same(inverted.backbone)
             or any(
                 getattr(tokens.config, name) != getattr(generator.config, name)
                 for name in ("num_prompts", "library_size", "activation")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastprompt.adapters import read_adapter, without_resampled
 from fastprompt.analysis.library import has_library, library_usage
 from fastprompt.arguments import ArgumentError, ArgumentPathError, argument_names
 from fastprompt.generators import get_method
@@ -271,10 +272,13 @@ def _require_same_inputs(
 
     Earlier versions recorded of the images only which of them are in which split.
     """
-    from fastprompt.train.identity import require_same
+    from fastprompt.train.identity import as_recorded_here, require_same
 
+    told_by_tensors = bool(backbone.identity.resampled)
+    resampled = without_resampled(read_adapter(adapter_dir(out_dir))[1])[1] if told_by_tensors else {}
     if "identity" not in results:
         there = {"backbone": results["backbone_fingerprint"], "data": results["data"]}
+        there = as_recorded_here(there, resampled, backbone)
         require_same({"backbone": backbone.fingerprint, "data": splits.summary()}, there, out_dir)
         warnings.warn(
             f"{out_dir} holds the results of an earlier version, which recorded the names of the images and not their "
@@ -282,7 +286,7 @@ def _require_same_inputs(
             stacklevel=4,
         )
         return
-    mine, theirs = dict(identity), dict(results["identity"]["run"])
+    mine, theirs = dict(identity), as_recorded_here(results["identity"]["run"], resampled, backbone)
     if tested is not None and "test" in results["identity"]:
         mine["test"], theirs["test"] = tested, results["identity"]["test"]
     require_same(mine, theirs, out_dir)

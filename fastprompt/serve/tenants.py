@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fastprompt.adapters import Preprocessing, read_adapter, source_of
-from fastprompt.arguments import ArgumentError
+from fastprompt.arguments import ArgumentError, NotFiniteError
 from fastprompt.engine.backends import BACKENDS
 from fastprompt.engine.engine import KEPT, Engine
 from fastprompt.generators import load_plugin
@@ -22,6 +22,7 @@ from fastprompt.runs.directory import adapter_dir, read_settings
 from fastprompt.runs.execute import backbone_at
 from fastprompt.serve.protocol import BASE, Catalogue, Refused, Work
 from fastprompt.vit.source import split_local
+from fastprompt.vit.weights import is_finite
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +206,10 @@ def _outputs(
         pictures = np.stack([works[i].pictures[j] for i, j in places])  # (B, 3, H, W)
         images = torch.from_numpy(pictures).to(engine.model.backbone.device)
         outputs = engine(images, adapter_names=[works[i].adapter for i, _ in places])
-        return dict(zip(places, (output.float().cpu().numpy() for output in outputs), strict=True))
+        on_host = [output.float().cpu() for output in outputs]
+        if not all(map(is_finite, on_host)):  # a call on a GPU does not look at its outputs
+            raise NotFiniteError("pictures", "must give finite outputs, got NaN or infinite ones")
+        return dict(zip(places, (output.numpy() for output in on_host), strict=True))
     except Exception as error:
         requests = sorted({i for i, _ in places})
         if len(requests) > 1:
@@ -215,7 +219,7 @@ def _outputs(
             return found
         logger.exception("a request failed")
         refused = Refused(500, "internal_error", "the host failed to compute this request")
-        if isinstance(error, ValueError):
+        if isinstance(error, ValueError) and not isinstance(error, NotFiniteError):
             i, j = places[0]
             height, width = works[i].pictures[j].shape[1:]
             refused = Refused(422, "refused_by_model", f"the model takes no picture of {height} x {width} pixels")

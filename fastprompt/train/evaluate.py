@@ -244,7 +244,7 @@ def evaluate(
 
     Raises:
         TypeError, ValueError: the model has no head, the data is empty, has wrong images or labels, or images of a
-            class that the model does not have.
+            class that the model does not have; or a logit is NaN or infinite.
     """
     if model.num_classes is None:
         raise ArgumentError("model", "must have a head to be evaluated: build it with num_classes=")
@@ -277,5 +277,6 @@ def evaluate(
         for images, targets in batches.epoch():
             of_model = targets.cpu() if classes is None else classes.of(targets.cpu())
             logits.append(model(images).float().cpu())
+            model.check_outputs(images, logits[-1])
             labels.append(of_model)
     return summarise(torch.cat(logits), torch.cat(labels), time.perf_counter() - began)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from fastprompt.adapters import without_resampled
 from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.files import atomic_write
 from fastprompt.heads import LinearHead
@@ -31,7 +32,14 @@ from fastprompt.train.batches import Batches, is_tensor_pair
 from fastprompt.train.checkpoint import rng_state, set_rng_state
 from fastprompt.train.directory import BEST_DIRECTORY, RECIPE_FILE, RunDirectory, open_run
 from fastprompt.train.evaluate import backbone_precision, compute_dtype, device_of, evaluation_mode
-from fastprompt.train.identity import data_identities, not_covered, require_same, run_identity, weights_digest
+from fastprompt.train.identity import (
+    as_recorded_here,
+    data_identities,
+    not_covered,
+    require_same,
+    run_identity,
+    weights_digest,
+)
 from fastprompt.train.log import choices_line, environment, progress_bar, start_line, whole_log
 from fastprompt.train.loop import Loop, TrainingDiverged
 from fastprompt.train.optimizer import make_optimizer
@@ -260,7 +268,7 @@ class _Run:
         )
         require_same(
             self.state.identity,
-            recorded_identity(values),
+            as_recorded_here(recorded_identity(values), without_resampled(tensors)[1], self.model.backbone),
             self.directory.path,
             except_for=["initial_weights"] if holds_result else [],
         )

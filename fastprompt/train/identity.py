@@ -25,6 +25,7 @@ from fastprompt.train.recipes import RUNTIME_FIELDS, Recipe
 
 if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
+    from fastprompt.vit import FrozenViT
 
 _READ_TWICE = 8
 _FOLLOWS = {part: {f"{part}.labels", f"{part}.images", f"{part}.read"} for part in ("train", "val")}
@@ -194,6 +195,22 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str,
         if f"{part}.num_images" in found:  # which explains the rest
             found = {name: text for name, text in found.items() if name not in _FOLLOWS[part]}
     return found
+
+
+def as_recorded_here(
+    recorded: Mapping[str, Any], resampled: Mapping[str, Tensor], backbone: FrozenViT
+) -> dict[str, Any]:
+    """A recorded identity with this backbone's own fingerprint, where it is the backbone that was recorded.
+
+    The fingerprint may be one as earlier versions took it, and tensors that a library has resampled may differ in their
+    last bits (`Backbone.fits`).
+    """
+    named = recorded["backbone"]
+    if backbone.fits(named, resampled):
+        named = backbone.fingerprint
+    elif named == backbone.fingerprint:
+        named = f"{named}, resampled otherwise"
+    return {**recorded, "backbone": named}
 
 
 def require_same(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastprompt.adapters import read_adapter
+from fastprompt.adapters import read_adapter, with_resampled, without_resampled
 from fastprompt.kernels.stopwatch import Choices
 from fastprompt.train.checkpoint import optimizer_state, rng_state, set_optimizer_state, set_rng_state
 from fastprompt.train.recipes import RUNTIME_FIELDS, Recipe
@@ -79,7 +79,7 @@ class RunState:
             **{f"optimizer.{name}": tensor for name, tensor in optimizer_tensors.items()},
             **{f"rng.{name}": tensor for name, tensor in rng_tensors.items()},
         }
-        return tensors, {
+        return with_resampled(tensors, self.model.backbone), {
             "run": self.name,
             "identity": self.identity,
             "environment": self.environment,
@@ -133,7 +133,7 @@ def holds(directory: Path, weights: Mapping[str, Tensor]) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
-            found = read_adapter(directory)[1]
+            found, _ = without_resampled(read_adapter(directory)[1])
         except (OSError, ValueError, Warning):
             return False
     return found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)

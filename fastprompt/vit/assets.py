@@ -65,7 +65,8 @@ def load_backbone(
             raise ArgumentError("name", f"must be 'checkpoint:ARCH:PATH' for a file of weights, got {name!r}")
         return FrozenViT.from_checkpoint(path, arch, image_size, mean=mean, std=std)
     if name in ASSETS:
-        backbone = FrozenViT(_module(name, image_size))
+        sides = _sides(name, image_size, ASSETS[name].patch_size)
+        backbone = FrozenViT(_module(name, None), image_size=sides)  # resampled here: the fingerprint is of what it was
     else:
         backbone = _timm_backbone(name, image_size)
     backbone.source = BackboneSource.of_call("load_backbone", name, True, image_size, {})
@@ -325,6 +326,8 @@ def _module(name: str, image_size: int | tuple[int, int] | None) -> nn.Module:
         pretrained_cfg_overlay=overlay,
     )
     module.load_state_dict(tensors, strict=True)
+    if image_size is not None:
+        module.pretrained_cfg["resampled"] = True
     return module.eval()
 
 

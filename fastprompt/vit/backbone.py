@@ -6,22 +6,41 @@ import copy
 import dataclasses
 import hashlib
 import json
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fastprompt.arguments import ArgumentError, ArgumentTypeError
+from fastprompt.arguments import ArgumentError, ArgumentTypeError, NotFiniteError
 from fastprompt.kept import Kept
 from fastprompt.vit import swin
 from fastprompt.vit.swin import Merge, SwinBlock
-from fastprompt.vit.weights import Block, Dense, Folded, MapPool, Norm, ViTSpec, frozen, per_channel
+from fastprompt.vit.weights import Block, Dense, Folded, MapPool, Norm, ViTSpec, frozen, is_finite, per_channel
 
 Same = TypeVar("Same", bound="Backbone")
+RESAMPLED_TOLERANCE = 1e-6
+"""By how much tensors that another library resampled may differ between processors, of their largest value."""
+
+
+class Identity(NamedTuple):
+    """Which backbone it is, whatever is done to its tensors later.
+
+    Attributes:
+        fingerprint: sha256 of structure and float32 tensors as they were loaded. Of a tensor that was resampled when
+            the backbone was read: of what it was made of, the rule and the new size.
+        earlier: the same as earlier versions took it, of what came of resampling.
+        resampled: tensors that another library had resampled before, in float32. Their last bits differ between
+            processors, so they are not in the fingerprint, but compared.
+        tolerance: by how much they may differ, of their largest value.
+    """
+
+    fingerprint: str
+    earlier: str
+    resampled: dict[str, Tensor]
+    tolerance: float
 
 
 class Backbone(nn.Module):
@@ -61,6 +80,7 @@ class Backbone(nn.Module):
         self.map_pool: MapPool | None = parts.pop("map_pool", None)
         self.fc_norm: Norm | None = parts.pop("fc_norm", None)
         self.head: Dense | None = parts.pop("head", None)
+        self._loaded: dict[str, str | None] = parts.pop("loaded", {})  # of computed tensors; None: by others
         merges: list[Any] | None = parts.pop("merges", None)
         self.staged = merges is not None
         self.merges: Sequence[Merge | None]
@@ -72,10 +92,11 @@ class Backbone(nn.Module):
         if parts:
             raise ValueError(f"the reader returned unknown parts: {sorted(parts)}")
         self._pixels_known = False  # whether floating-point images were told from raw pixels
-        self._fingerprint: str | None = None
+        self._identity: Identity | None = None
         self.kept_fold: Kept[Folded] = Kept()
         self.private = False
         self.eval()
+        _check_weights("module", self.state_dict())
 
     @property
     def patch_width(self) -> int:
@@ -136,27 +157,74 @@ class Backbone(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over structure and float32 tensors; the classifier is left out, since adapters rarely read it."""
-        if self._fingerprint is None:
-            structure = dataclasses.asdict(self.spec)
-            for key in ("name", "mean", "std", "antialias"):  # an image of the backbone's own size depends on none
-                del structure[key]
-            structure["blocks"] = [(b.mlp.act, b.mlp.glu, b.post_norm, b.norm1.kind, b.norm1.eps) for b in self.blocks]
-            if self.staged:
-                windowed = cast("Sequence[SwinBlock]", self.blocks)
-                structure |= {"windows": [(b.grid, b.window, b.shift) for b in windowed], "stages": self.stages}
-            digest = hashlib.sha256(json.dumps(structure, sort_keys=True).encode())
-            for name, tensor in sorted(self.state_dict().items()):
-                if not name.startswith("head."):
-                    digest.update(f"{name}{tuple(tensor.shape)}".encode())
-                    digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+        """sha256 over structure and float32 tensors as they were loaded, before any resampling, and over the rule by
+        which they were resampled; the classifier is left out, since adapters rarely read it.
+        """
+        return self.identity.fingerprint
+
+    @property
+    def identity(self) -> Identity:
+        """Taken once, and again when other tensors are loaded."""
+        if self._identity is None:
+            self._identity = self._identify()
+        return self._identity
+
+    def _identify(self) -> Identity:
+        structure = dataclasses.asdict(self.spec)
+        for key in ("name", "mean", "std", "antialias"):  # an image of the backbone's own size depends on none
+            del structure[key]
+        structure["blocks"] = [(b.mlp.act, b.mlp.glu, b.post_norm, b.norm1.kind, b.norm1.eps) for b in self.blocks]
+        if self.staged:
+            windowed = cast("Sequence[SwinBlock]", self.blocks)
+            structure |= {"windows": [(b.grid, b.window, b.shift) for b in windowed], "stages": self.stages}
+        digest = hashlib.sha256(json.dumps(structure, sort_keys=True).encode())
+        earlier, resampled = digest.copy(), dict[str, Tensor]()
+        for name, tensor in sorted(self.state_dict().items()):
+            if name.startswith("head."):
+                continue
+            described = f"{name}{tuple(tensor.shape)}".encode()
+            values = tensor.detach().to("cpu", torch.float32).contiguous()
+            digest.update(described)
+            if name not in self._loaded:
+                digest.update(values.numpy().data)
+            elif (loaded := self._loaded[name]) is None:
+                resampled[name] = values.clone()
+                digest.update(b" resampled")
+            else:
+                digest.update(f" {loaded}".encode())
+            if self._loaded:
+                earlier.update(described)
+                earlier.update(values.numpy().data)
+        eps = torch.finfo(self.dtype).eps if self.dtype in (torch.float16, torch.bfloat16) else 0.0
+        fingerprint = digest.hexdigest()
+        return Identity(
+            fingerprint, earlier.hexdigest() if self._loaded else fingerprint, resampled, max(RESAMPLED_TOLERANCE, eps)
+        )
+
+    def fits(self, fingerprint: str, resampled: Mapping[str, Tensor]) -> bool:
+        """Whether this is the backbone of that fingerprint, of this or an earlier version, and of tensors that another
+        library had resampled (`Identity.resampled`).
+        """
+        own = self.identity
+        if fingerprint == own.earlier:
+            return True
+        if fingerprint != own.fingerprint or own.resampled.keys() != resampled.keys():
+            return False
+        pairs = [(tensor, resampled[name]) for name, tensor in own.resampled.items()]
+        return all(
+            ours.shape == theirs.shape
+            and bool((ours - theirs.to(ours)).abs().max() <= own.tolerance * ours.abs().max())
+            for ours, theirs in pairs
+        )
+
+    def is_same(self, other: Backbone) -> bool:
+        """Whether another backbone is this one, in whatever number format, so that an adapter of one fits the other."""
+        return self.fits(other.identity.fingerprint, other.identity.resampled)
 
     def pin_fingerprint(self) -> None:
         """Compute the fingerprint now, before the tensors are cast or trained."""
         if not self.device.type == "meta":
-            self.fingerprint  # noqa: B018
+            self.identity  # noqa: B018
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
         if fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype != self.dtype:
@@ -166,12 +234,17 @@ class Backbone(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        _check_weights("state_dict", {name: state_dict.get(prefix + name) for name in self.state_dict()})
         if not any(p.requires_grad for p in self.parameters()):  # a fine-tuned copy stays that of its original
-            given = ((tensor, state_dict.get(prefix + name)) for name, tensor in self.state_dict().items())
-            if self.device.type == "meta" or any(
-                isinstance(new, Tensor) and not torch.equal(new.to(old), old) for old, new in given
-            ):
-                self._fingerprint = None
+            other = [
+                name
+                for name, old in self.state_dict().items()
+                if isinstance(new := state_dict.get(prefix + name), Tensor)
+                and (old.is_meta or not torch.equal(new.to(old), old))
+            ]
+            if other or self.device.type == "meta":
+                self._identity = None
+                self._loaded = {name: loaded for name, loaded in self._loaded.items() if name not in other}
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.staged:
             swin.keep_layouts(self.blocks, self.merges)
@@ -203,14 +276,8 @@ class Backbone(nn.Module):
         reason = self.spec.obstacle(images.shape[2], images.shape[3])
         if reason:
             raise ValueError(reason)
-        if (
-            images.device.type == "cpu"
-            and images.is_floating_point()
-            and not torch.compiler.is_compiling()
-            and not math.isfinite(images.detach().sum().item())  # one pass; a sum of finite numbers can overflow
-            and not torch.isfinite(images).all()
-        ):
-            raise ValueError("images contain NaN or infinite values")
+        if images.device.type == "cpu" and not torch.compiler.is_compiling() and not is_finite(images):
+            raise NotFiniteError("images", "contain NaN or infinite values")
         if not torch.compiler.is_compiling() and images.is_floating_point() and not self._pixels_known:
             self._pixels_known = self._tells_of_raw_pixels(images)
 
@@ -244,3 +311,10 @@ class Backbone(nn.Module):
         other = copy.copy(self)
         other.spec = dataclasses.replace(self.spec, dynamic_size=True)
         return other
+
+
+def _check_weights(argument: str, state: Mapping[str, Any]) -> None:
+    """Raise `ValueError`, naming the tensor, where weights are NaN or infinite."""
+    for name, tensor in state.items():
+        if isinstance(tensor, Tensor) and not is_finite(tensor):
+            raise NotFiniteError(argument, f"must have finite weights, got NaN or infinite values in {name}")

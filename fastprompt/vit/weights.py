@@ -7,6 +7,7 @@ Every reader (`fastprompt/vit/readers/`) fills the same few containers, so each 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple, overload
 
@@ -215,6 +216,13 @@ class ViTSpec:
         elif not self.dynamic_pad and (height % p or width % p or not height or not width):
             return f"images must have sides that are multiples of the patch size {p}, got {height} x {width}"
         return ""
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinite values: one pass, and another where its sum overflows."""
+    if not tensor.is_floating_point() or tensor.is_meta:
+        return True
+    return math.isfinite(tensor.detach().sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def per_channel(values: tuple[float, float, float], images: Tensor, dtype: torch.dtype) -> Tensor:

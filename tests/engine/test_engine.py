@@ -817,3 +817,23 @@ def test_hammered_by_eight_threads(build: Build, images: Tensor, monkeypatch: py
     engine.add_adapter("swapped", versions[0])
     torch.testing.assert_close(engine(images), expected["default"], rtol=1e-10, atol=1e-10)
     assert live() <= before + 8
+
+
+@pytest.mark.parametrize("adapter_names", [None, ["default"] * 3, ["__base__"] * 3], ids=["one", "mixed", "base"])
+def test_images_that_overflow_are_an_error(
+    backbone: fp.FrozenViT, tiny_images: Tensor, adapter_names: list[str] | None
+) -> None:
+    model = fp.PromptedViT(backbone, fp.VPTConfig(num_prompts=2), 3)
+    engine = fp.Engine(model, dtype=torch.float32, backend="eager")
+    images = tiny_images[:3].float().clone()
+    engine(images, adapter_names)
+    images[1] = 1e38 * images[1].sign()
+    with pytest.raises(ValueError, match=r"images must give finite outputs, got .* whose values reach 1e\+38"):
+        engine(images, adapter_names)
+    with torch.no_grad():
+        model.head.weight[1, 5] = torch.nan
+    if adapter_names is None:
+        with pytest.raises(
+            ValueError, match=r"model must have finite parameters, got NaN or infinite values in head\.weight"
+        ):
+            engine(tiny_images[:3].float())

@@ -267,7 +267,7 @@ def test_another_run_in_the_directory_is_refused(
         vit = make_model(fp.FullFineTuneConfig()).backbone
         with torch.no_grad():
             vit.cls_token.add_(1.0)
-        vit._fingerprint = None
+        vit._identity = None
         model = fp.PromptedViT(vit.requires_grad_(False), fp.VPTConfig(num_prompts=2), num_classes=4)
     message = {"recipe": r"recipe\.lr is 0\.5, there 0\.01", "config": "config", "data": r"train\.labels changed"}
     with pytest.raises(ValueError, match=message.get(what, "backbone")):

@@ -289,3 +289,27 @@ def test_any_size_takes_taller_images_on_the_same_tensors(tiny_vit: VisionTransf
     torch.testing.assert_close(other.forward_features(images), dynamic(images))
     assert other.fingerprint == fixed.fingerprint
     assert other.patch_weight is fixed.patch_weight
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["patch_embed.proj.weight", "pos_embed", "blocks.1.attn.qkv.bias", "head.weight"])
+def test_weights_that_are_not_finite_are_refused_by_name(tiny_vit: VisionTransformer, name: str, bad: float) -> None:
+    own = {"patch_embed.proj.weight": "patch_weight", "blocks.1.attn.qkv.bias": "blocks.1.qkv.bias"}.get(name, name)
+    backbone = fp.FrozenViT(tiny_vit)
+    before = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
+    with torch.no_grad():
+        tiny_vit.get_parameter(name).view(-1)[-1] = bad
+    with pytest.raises(ValueError, match=f"module must have finite weights, got NaN or infinite values in {own}$"):
+        fp.FrozenViT(tiny_vit)
+    state = {key: tensor.clone() for key, tensor in before.items()}
+    state[own].view(-1)[-1] = bad
+    with pytest.raises(ValueError, match=f"state_dict must have finite weights, got .* in {own}$"):
+        backbone.load_state_dict(state)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in backbone.state_dict().items())
+
+
+def test_large_weights_are_finite(tiny_vit: VisionTransformer) -> None:
+    """Their sum is not."""
+    with torch.no_grad():
+        tiny_vit.blocks[0].mlp.fc1.weight.fill_(3e38)
+    fp.FrozenViT(tiny_vit)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprompt.arguments import ArgumentError, ArgumentTypeError
+from fastprompt.vit.readers.parts import loaded_as
 
 LIBRARIES = ("timm", "open_clip", "transformers", "torchvision")
 
@@ -82,6 +83,7 @@ def _resize(parts: dict[str, Any], sides: tuple[int, int], rule: dict[str, bool]
     if parts["pos_embed"] is not None and grid != spec.grid:
         prefix = int(spec.has_cls) + spec.num_registers if spec.pos_on_prefix else 0
         pos: Tensor = parts["pos_embed"].detach()  # (1, [prefix +] patches, D)
+        parts["loaded"] = {"pos_embed": loaded_as(pos, grid=spec.grid, to=grid, **rule)}
         rows = pos[:, prefix:].unflatten(1, spec.grid).permute(0, 3, 1, 2)  # (1, D, rows, columns)
         rows = F.interpolate(rows.to(torch.promote_types(pos.dtype, torch.float32)), size=grid, mode="bicubic", **rule)
         parts["pos_embed"] = torch.cat([pos[:, :prefix], rows.flatten(2).transpose(1, 2).to(pos.dtype)], dim=1)

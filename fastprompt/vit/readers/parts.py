@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, NoReturn
 
 import torch
@@ -34,6 +35,18 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
 def refuse(part: str, got: str, takes: str) -> NoReturn:
     """Raise the ValueError of a model that cannot be represented, which names the part."""
     raise ValueError(f"this model cannot be frozen: {part} is {got}; supported: {takes}")
+
+
+def loaded_as(*tensors: Tensor, **rule: Any) -> str:
+    """What a fingerprint takes for a tensor that was computed from `tensors` by `rule`.
+
+    Its own last bits differ between processors; those that were loaded are the same everywhere.
+    """
+    digest = hashlib.sha256(repr(sorted(rule.items())).encode())
+    for tensor in tensors:
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def patch_size(conv: Any) -> int:

@@ -13,7 +13,8 @@ from timm.models import swin_transformer as v1, swin_transformer_v2 as v2
 from torch import Tensor
 
 from fastprompt.arguments import ArgumentError
-from fastprompt.vit.readers.parts import refuse
+from fastprompt.vit.readers import timm
+from fastprompt.vit.readers.parts import loaded_as, refuse
 from fastprompt.vit.readers.timm import block_norm, dense, mlp, norm
 from fastprompt.vit.swin import Merge, SwinBlock
 from fastprompt.vit.weights import Dense, ViTSpec
@@ -34,7 +35,7 @@ def read(model: Any, image_size: tuple[int, int] | None = None) -> dict[str, Any
     """
     if type(model) not in MODELS:
         refuse("model", f"{type(model).__name__} of {type(model).__module__}", "SwinTransformer, SwinTransformerV2")
-    embed = model.patch_embed
+    before, embed = model, model.patch_embed
     if type(embed) is not tl.PatchEmbed:
         refuse("patch_embed", type(embed).__name__, "PatchEmbed")
     patch = tuple(embed.patch_size)
@@ -47,7 +48,7 @@ def read(model: Any, image_size: tuple[int, int] | None = None) -> dict[str, Any
                 f"must have sides that are multiples of the patch size {patch[0]}, "
                 f"got {image_size[0]} x {image_size[1]}",
             )
-        model = copy.deepcopy(model)
+        before, model = model, copy.deepcopy(model)
         model.set_input_size(img_size=image_size)
         embed = model.patch_embed
     if min(embed.grid_size) < 1:
@@ -84,6 +85,7 @@ def read(model: Any, image_size: tuple[int, int] | None = None) -> dict[str, Any
     head = model.head.fc
     return {
         "spec": spec,
+        "loaded": _loaded(before, model),
         "patch_weight": embed.proj.weight,
         "patch_bias": embed.proj.bias,
         "patch_norm": norm(embed.norm),
@@ -95,6 +97,23 @@ def read(model: Any, image_size: tuple[int, int] | None = None) -> dict[str, Any
         "norm": norm(model.norm),
         "head": None if isinstance(head, nn.Identity) else dense(head),
     }
+
+
+def _loaded(before: Any, model: Any) -> dict[str, str | None]:
+    """What was loaded of the tensors that are computed here; None: timm has resampled them before."""
+    loaded: dict[str, str | None] = {}
+    attentions = [[block.attn for stage in each.layers for block in stage.blocks] for each in (before, model)]
+    for i, (old, new) in enumerate(zip(*attentions, strict=True)):
+        window = {"window": _pair(old.window_size), "to": _pair(new.window_size)}
+        if type(model) is v2.SwinTransformerV2:
+            window["pretrained"] = _pair(new.pretrained_window_size)
+            loaded[f"blocks.{i}.bias_table"] = loaded_as(*old.cpb_mlp.parameters(), **window)
+            loaded[f"blocks.{i}.logit_scale"] = loaded_as(old.logit_scale)
+        elif timm.resampled(before):
+            loaded[f"blocks.{i}.bias_table"] = None
+        elif window["window"] != window["to"]:
+            loaded[f"blocks.{i}.bias_table"] = loaded_as(old.relative_position_bias_table, **window)
+    return loaded
 
 
 def _merge(module: Any) -> Merge | None:

@@ -87,6 +87,7 @@ def read(model: nn.Module) -> dict[str, Any]:
     )
     return {
         "spec": spec,
+        "loaded": {"pos_embed": None} if resampled(model) and model.pos_embed is not None else {},
         "patch_weight": embed.proj.weight,
         "patch_bias": embed.proj.bias,
         "patch_norm": norm(embed.norm),
@@ -100,6 +101,14 @@ def read(model: nn.Module) -> dict[str, Any]:
         "fc_norm": norm(model.fc_norm),
         "head": None if isinstance(model.head, nn.Identity) else dense(model.head),
     }
+
+
+def resampled(model: Any) -> bool:
+    """Whether the model is built for another image size than its weights are published for: timm has resampled what
+    depends on it, if it has loaded any.
+    """
+    cfg, built = getattr(model, "pretrained_cfg", None) or {}, tuple(model.patch_embed.img_size)
+    return bool(cfg.get("resampled")) or tuple(cfg.get("input_size") or (3, *built))[1:] != built
 
 
 def _refuse(part: str, got: str, takes: str) -> NoReturn:
