@@ -318,7 +318,7 @@ def _module(name: str, image_size: int | tuple[int, int] | None) -> nn.Module:
         "notes": (asset.description,),
         "input_size": (3, height, width),
     }
-    module = timm.create_model(
+    module: Any = timm.create_model(
         asset.architecture,
         pretrained=False,
         num_classes=asset.num_classes,
@@ -327,7 +327,7 @@ def _module(name: str, image_size: int | tuple[int, int] | None) -> nn.Module:
     )
     module.load_state_dict(tensors, strict=True)
     if image_size is not None:
-        module.pretrained_cfg["resampled"] = True
+        module.pretrained_cfg = {**module.pretrained_cfg, "resampled": True}
     return module.eval()
 
 

@@ -40,7 +40,8 @@ class FrozenViT(Backbone):
         patch_size: pixels. grid: (rows, columns) of patches. image_size: (height, width) in pixels.
         num_prefix: class and register tokens. mean, std: per channel, of pixels in [0, 1].
         source: the call that loaded it by name, with published weights; None: it was made otherwise.
-        fingerprint: sha256 of the tensors (in float32, without the classifier) and the structure.
+        fingerprint: sha256 of the structure and of the tensors as they were loaded (in float32, without the
+            classifier), before any resampling, and of the rule that resampled them.
     """
 
     graph: ClassVar[Graph] = VIT

@@ -305,3 +305,17 @@ def test_backbone_and_size_come_from_the_first_adapter(
     with pytest.raises(ValueError, match="enough"):
         load(HostSettings(adapters={"a": run}))
     assert asked == [("clip-vit-b16", None), (f"local-dir:{place / 'vit'}", 32), ("vit-s14", 32)]
+
+
+def test_outputs_that_are_not_finite_are_no_answer(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of the request alone whose adapter gives them."""
+    engine, _ = load(settings(place, "birds", "cars"))
+    broken = fp.PromptedViT.from_pretrained(fp.load_backbone(f"local-dir:{place / 'vit'}"), place / "birds")
+    with torch.no_grad():
+        broken.head.weight.fill_(3e38)
+    engine.add_adapter("birds", broken)
+    refused, [logits] = answers(engine, [Work(pictures(1), "birds"), Work(pictures(1), "cars")])
+    assert isinstance(refused, Refused)
+    assert (refused.status, refused.code) == (500, "internal_error")
+    assert np.isfinite(logits).all()
+    assert "finite outputs" in caplog.text

@@ -208,3 +208,15 @@ def test_images_of_a_class_that_the_model_has_not_are_refused(named: tuple[Any, 
     kept = labels < 3
     with pytest.warns(UserWarning, match="no class dog"):  # a class without images does no harm
         assert evaluate(model, Named(images[kept], labels[kept], ["ant", "bee", "cat", "emu"])).accuracy == 1
+
+
+def test_logits_that_are_not_finite_are_an_error(make_model: Callable[..., Any], colours: Callable[..., Any]) -> None:
+    model, (images, labels) = make_model(), colours(6)
+    images = images.float() / 64 - 2
+    images[4] = 3e38 * images[4].sign()
+    with pytest.raises(ValueError, match=r"images must give finite outputs, got .* for image 1, whose values reach 3e"):
+        evaluate(model, (images, labels), batch_size=3)
+    with torch.no_grad():
+        model.head.bias[0] = math.inf
+    with pytest.raises(ValueError, match=r"model must have finite parameters, got .* in head\.bias"):
+        evaluate(model, colours(6))
