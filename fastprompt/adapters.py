@@ -264,9 +264,7 @@ def without_resampled(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], d
     return {name: tensor for name, tensor in state.items() if not name.startswith(_RESAMPLED)}, resampled
 
 
-def as_trained(
-    who: str, stored: Mapping[str, Any], resampled: Mapping[str, Tensor], backbone: FrozenViT
-) -> FrozenViT:
+def as_trained(who: str, stored: Mapping[str, Any], resampled: Mapping[str, Tensor], backbone: FrozenViT) -> FrozenViT:
     """`backbone`, normalising raw pixels by the mean and std that the adapter was trained with.
 
     Raises:

@@ -159,7 +159,7 @@ def test_the_first_block_needs_no_gradient_of_its_tokens(
     method: str,
 ) -> None:
     model, rows = model_of(make_vit, configs[method], "plain", "patches").train(), []
-    mode, block = on_gpu_path(model), forward.read_blocks(model.backbone)[0]
+    mode, block = on_gpu_path(model), forward.read_blocks(model.backbone, model.backbone.folded())[0]
     weight = block.qkv.weight
 
     class Products(torch.utils._python_dispatch.TorchDispatchMode):
