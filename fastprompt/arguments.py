@@ -1,4 +1,4 @@
-"""Errors about arguments. Each carries the name of its argument, so that a caller can rename it for its own users."""
+"""Errors about arguments. Each carries the name of its argument, so that callers can rename it for their users."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 class ArgumentError(ValueError):
-    """An argument has a wrong value. Its message is `argument` and `problem`: "epochs must be positive, got 0"."""
+    """An argument has a wrong value. The message is `argument` and `problem`: "epochs must be positive, got 0"."""
 
     def __init__(self, argument: str, problem: str) -> None:
         super().__init__(argument, problem)
@@ -23,7 +23,7 @@ class ArgumentTypeError(ArgumentError, TypeError):
 
 
 class ArgumentPathError(ArgumentError, FileNotFoundError):
-    """An argument names a file or a directory that does not exist, or that lacks what it must hold."""
+    """An argument names a file or directory that does not exist or lacks required contents."""
 
 
 class NotFiniteError(ArgumentError):

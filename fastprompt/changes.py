@@ -1,4 +1,4 @@
-"""Whole states of a module: nobody copies its tensors while another thread is half way through writing them."""
+"""Consistent states of a module: prevent copying its tensors while another thread is writing them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from torch.optim.optimizer import (
 )
 
 _POLL = 0.05
-"""Seconds after which a waiting thread looks again whether an optimizer's step has ended by an exception."""
+"""Seconds between a waiting thread's checks for optimizer steps that ended with an exception."""
 
 
 class _Access:
-    """One thread's writing or copying of tensors and modules, which are known by their ids."""
+    """One thread's access (writing or copying) to tensors and modules, identified by their ids."""
 
     def __init__(self, ids: frozenset[int], frame: FrameType | None = None) -> None:
         self.ids, self.frame = ids, frame
         self.thread, self.since = threading.get_ident(), time.monotonic()
 
     def is_over(self) -> bool:
-        """Whether the step that this stands for has ended; an exception ends it without its hook."""
+        """Whether the optimizer step has ended; a step that raises ends without calling its hook."""
         if self.frame is None:
             return False
         running = sys._current_frames().get(self.thread)
@@ -46,9 +46,10 @@ _copying: list[_Access] = []
 
 @contextlib.contextmanager
 def changing(module: nn.Module, parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Write tensors of `parts`, or replace parts of `module`, as one change: `unchanging` waits until it has ended.
+    """Context for writing tensors of `parts`, or replacing parts of `module`, as one change.
 
-    Waits itself while another thread is in `unchanging`. Blocks may be nested.
+    `unchanging` waits until the change has ended, and this waits while another thread is in `unchanging`. Contexts may
+    be nested.
     """
     access = _Access(_ids(module, parts))
     _begin_writing(access)
@@ -60,18 +61,18 @@ def changing(module: nn.Module, parts: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unchanging(module: nn.Module, parts: Sequence[nn.Module], patience: float | None = None) -> Iterator[bool]:
-    """Keep other threads from changing `module` and `parts`, so that what is copied here is one state of them.
+    """Keep other threads from changing `module` and `parts`, so that a copy made here is consistent.
 
     Args:
-        patience: seconds that a change by another thread is waited for, counted from its begin; None: as long as it
-            takes.
+        patience: maximum time in seconds to wait for another thread's change, counted from its start; None waits
+            without limit.
 
     Yields:
-        Whether nobody is writing: False where a change takes longer, or is this thread's own.
+        Whether nobody is writing: False if a change takes longer, or is this thread's own.
     """
     access = _Access(_ids(module, parts))
     with _changed:
-        _copying.append(access)  # now, so that nobody begins another change meanwhile
+        _copying.append(access)  # now, so that nobody starts another change meanwhile
     try:
         yield _wait_for_writers(access, patience)
     finally:
@@ -79,7 +80,7 @@ def unchanging(module: nn.Module, parts: Sequence[nn.Module], patience: float | 
 
 
 def _ids(module: nn.Module, parts: Sequence[nn.Module]) -> frozenset[int]:
-    """What is written in place is known by the tensor, what is replaced by the module that it is a part of."""
+    """Return the ids of all tensors that may be written in place and of all modules with replaceable parts."""
     inside = (found for part in parts for found in (part.modules(), part.parameters(), part.buffers()))
     return frozenset([id(module), *(id(thing) for found in inside for thing in found)])
 
@@ -106,7 +107,7 @@ def _begin_writing(access: _Access) -> None:
 
 
 def _meeting(accesses: list[_Access], own: _Access) -> list[_Access]:
-    """Those that have tensors in common with `own`. Steps that have ended without their hook are forgotten."""
+    """Return the accesses that share tensors with `own`; drop steps that ended without their hook."""
     accesses[:] = [access for access in accesses if not access.is_over()]
     return [access for access in accesses if access.ids & own.ids]
 
@@ -138,7 +139,7 @@ _hooked = False
 
 
 def watch_optimizers() -> None:
-    """Let the steps of torch's optimizers be changes; called before a model is first copied behind their back."""
+    """Register the steps of torch's optimizers as changes. Call this before a model is first copied."""
     global _hooked
     with _changed:
         if not _hooked:

@@ -1,21 +1,21 @@
-"""What a forward and a training step cost, by formula: FLOPs, bytes kept for the backward, dispatches.
+"""The cost of a forward and of a training step by formula: FLOPs, bytes saved for the backward, dispatches.
 
-Every function here is the arithmetic of one function elsewhere, in the same order: `_block` is that of `run_block` of
-`fastprompt.vit.forward`, `_papers_block` that of `fastprompt.vit.reference`, and so on. Nothing runs. A change of
-those graphs is a change here; `tests/report/test_cost.py` holds the two together.
+Every function here does the arithmetic of one function elsewhere, in the same order: `_block` that of `run_block` in
+`fastprompt.vit.forward`, `_papers_block` that of `fastprompt.vit.reference`, and so on. No model runs. A change to
+those graphs needs a change here; `tests/test_cost.py` keeps the two consistent.
 
-* FLOPs: matrix products and convolutions, two for a multiplication and its addition. Norms, activations, softmax and
-  sums do not count.
-* Saved bytes: what a training step's forward leaves allocated for its backward: each tensor once, however many
-  operators keep it. Parameters and the images are there anyway.
-* Dispatches: ATen operators below autograd, views left out (`bench/cost.py` says which those are), for a batch of at
-  least 2 images: of a batch of 1 some copies are views. In float32, of a machine where oneDNN is not the faster
-  library (`fastprompt.vit.linear`); where it is, some copies fall away, and "recompute" runs the
-  last product of each block again.
+* FLOPs: matrix products and convolutions, with two FLOPs for a multiplication and its addition. Norms, activations,
+  softmax and sums do not count.
+* Saved bytes: what a training step's forward leaves allocated for its backward, with each tensor counted once however
+  many operators keep it. Parameters and images are not counted.
+* Dispatches: ATen operators below autograd, without views (`bench/cost.py` lists them), for a batch of at least 2
+  images; with a batch of 1, some copies are views. The float32 numbers hold on a machine where oneDNN is not the
+  faster library (`fastprompt.vit.linear`). Where it is, there are fewer copies, and "recompute" runs the last product
+  of each block again.
 
-A training step is a forward and its backward from the logits, with gradients that start at None, and no loss. The
-numbers are those of PyTorch on a CPU: `fastprompt.kernels` has fused kernels for GPUs, which keep and dispatch less. A
-Linear is taken to have its bias, as after pretraining: one that is all zeros folds away.
+A training step is a forward and its backward from the logits, without a loss and with gradients that start at None.
+The numbers are those of PyTorch on a CPU; the fused GPU kernels of `fastprompt.kernels` save and dispatch less. Linears
+are assumed to have a non-zero bias, as after pretraining; an all-zero bias folds away.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def cost(
     num_classes: int = 10,
     threads: int = 1,
 ) -> Cost:
-    """What one call costs: a forward without graph, or, `training`, a forward and its backward.
+    """Return the cost of one call: a forward without autograd, or with `training` a forward and its backward.
 
     Args:
         backbone: a frozen ViT of the plain family (pre-norm blocks with LayerNorm), or its `Sizes`.
@@ -66,12 +66,13 @@ def cost(
         readout: "cls", "patches", "patches+prompts" or "prompts".
         graph: "papers" (`reference_forward`), "rewritten" (`forward`) or "recompute" (the same with
             `set_grad_checkpointing()`).
-        dtype: of the backbone: "float32", "bfloat16" or "float16".
-        batch: images per call. What they share (static prompts) is divided by it.
-        threads: of PyTorch; they change dispatches of the rewritten graph's training step, nothing else.
+        dtype: dtype of the backbone: "float32", "bfloat16" or "float16".
+        batch: images per call. The cost of what they share (static prompts) is divided by it.
+        threads: PyTorch's threads. They affect only the dispatches of the rewritten graph's training step.
 
     Raises:
-        ValueError: an argument is none of these, or backbone or method have a part without formula; it is named.
+        ValueError: an argument is not one of the values above, or a part of the backbone or method has no formula; the
+            message names it.
     """
     for name, value, takes in (
         ("readout", readout, READOUTS),

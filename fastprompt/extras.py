@@ -1,4 +1,4 @@
-"""Packages that only a part of the library needs, and the extra that installs them."""
+"""Optional packages and the extras that install them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def needed(extra: str, by: str) -> Iterator[None]:
-    """Import what `extra` installs within this context.
+    """Context in which to import the packages of `extra`.
 
     Args:
         extra: an extra of pyproject.toml.
-        by: what needs it, as the subject of a sentence.
+        by: what needs the packages, as the subject of a sentence.
 
     Raises:
-        ImportError: a package is missing; the message names it, and the command that installs it.
+        ImportError: a package is missing; the message names it and the command that installs it.
     """
     try:
         yield

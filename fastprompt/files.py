@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Atomic and durable file operations."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from typing import Any, BinaryIO
 
 Content = bytes | str | Callable[[BinaryIO], Any]
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-"""What `fsync` of a directory says on file systems that have none."""
+"""Errors of `fsync` on a directory if the file system does not support it."""
 
 
 def _sync_directory(directory: Path) -> None:
-    """Make the names in `directory` last through a power failure."""
+    """Make the file names in `directory` survive a power failure."""
     if os.name != "posix":
         return
     try:
         descriptor = os.open(directory, os.O_RDONLY)
-    except PermissionError:  # one may be allowed to write into a directory that one may not read
+    except PermissionError:  # a directory may be writable but not readable
         return
     try:
         os.fsync(descriptor)
@@ -32,18 +32,18 @@ def _sync_directory(directory: Path) -> None:
         if error.errno not in _NO_DIRECTORY_SYNC:
             raise OSError(
                 error.errno,
-                f"could not make what was written into {directory} durable: {error.strerror}; it may be lost when "
-                "the machine loses power",
+                f"could not make the files written into {directory} durable: {error.strerror}; they may be lost in a "
+                "power failure",
             ) from error
     finally:
         os.close(descriptor)
 
 
 def make_directory(directory: str | os.PathLike[str]) -> list[Path]:
-    """Make a directory and its missing parents, durably.
+    """Create a directory and its missing parents durably.
 
     Returns:
-        The directories that were made, the innermost first.
+        The directories that were created, innermost first.
     """
     directory = Path(directory)
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
@@ -58,14 +58,14 @@ def make_directory(directory: str | os.PathLike[str]) -> list[Path]:
 
 
 def remove_empty(directories: Iterable[Path]) -> None:
-    """Remove those of the directories that are empty, e.g. what `make_directory` made for nothing."""
+    """Remove the empty ones of the given directories, for example unused ones from `make_directory`."""
     for path in directories:
         with contextlib.suppress(OSError):
             path.rmdir()
 
 
 def remove(directory: str | os.PathLike[str], names: Iterable[str]) -> None:
-    """Remove files and folders of a directory, in the order given and durably; absent ones are passed over.
+    """Remove files and folders of a directory durably, in the given order; ignore missing ones.
 
     Raises:
         OSError: one of them could not be removed; those before it are gone.
@@ -102,18 +102,18 @@ def _second_name(path: Path, backup: Path) -> None:
 
 
 def atomic_write_many(directory: str | os.PathLike[str], files: Mapping[str, Content]) -> None:
-    """Writes several files of one directory together: all of them are replaced, or none is.
+    """Write several files of one directory together: either all of them are replaced or none.
 
-    Every file is first written in full and fsynced under a hidden temporary name, and only then are they
-    renamed over the old ones, in the order given. An exception between two renames (Ctrl-C included) puts the
-    old files back. Other files of the directory are left alone; the directory is made if it is missing.
+    Every file is first written in full and fsynced under a hidden temporary name. Then all files are renamed over the
+    old ones, in the given order. An exception between two renames (including Ctrl-C) restores the old files. Other
+    files of the directory are left alone; the directory is created if it is missing.
 
     Args:
         directory: where to write.
-        files: file name -> bytes, text (UTF-8), or a function that is given the open binary file.
+        files: file name -> bytes, text (UTF-8), or a function that takes the open binary file.
 
     Raises:
-        OSError: the disk is full or the place is not writable; the message names the file, and nothing has
+        OSError: the disk is full or the directory is not writable; the message names the file, and nothing has
             changed. Or the directory could not be synchronised after the files were replaced; the message says so.
     """
     directory = Path(directory)
@@ -155,14 +155,14 @@ def atomic_write_many(directory: str | os.PathLike[str], files: Mapping[str, Con
 
 
 def atomic_write(path: str | os.PathLike[str], content: Content) -> None:
-    """Writes one file so that a reader sees the old content or the new, never a part.
+    """Write one file so that readers see either the old or the new content, never a part.
 
-    Temporary file in the same directory, fsync, ``os.replace``, fsync of the directory. The temporary file is
-    removed on any exception, a full disk and Ctrl-C included, and the old file stays.
+    The content goes into a temporary file in the same directory, followed by fsync, `os.replace` and fsync of the
+    directory. On any exception, including a full disk and Ctrl-C, the temporary file is removed and the old file stays.
 
     Args:
-        path: the file to write; its directory is made if missing.
-        content: bytes, text (UTF-8), or a function that is given the open binary file and writes to it.
+        path: the file to write; its directory is created if missing.
+        content: bytes, text (UTF-8), or a function that takes the open binary file and writes to it.
 
     Raises:
         OSError: the file could not be written; the message names it. The old content is intact.
@@ -172,17 +172,17 @@ def atomic_write(path: str | os.PathLike[str], content: Content) -> None:
 
 
 def remove_stale_temporaries(directory: str | os.PathLike[str]) -> None:
-    """Removes the temporary files a killed process left in ``directory`` (not in those below it)."""
+    """Remove the temporary files that a killed process left in `directory`, but not in its subdirectories."""
     for path in Path(directory).glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def parse_json(content: bytes | str, path: str | os.PathLike[str]) -> Any:
-    """The value that JSON text says, of a file that may be damaged or made to do harm.
+    """Parse JSON from a file that may be damaged or malicious.
 
     Raises:
-        ValueError: it is not UTF-8 or no JSON, says a key of an object twice, holds a number that is not finite or an
-            integer beyond 64 bits, or is nested too deeply; the message names `path`.
+        ValueError: the content is not UTF-8 or not JSON, repeats a key of an object, holds a number that is not finite
+            or an integer beyond 64 bits, or is nested too deeply; the message names `path`.
     """
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")

@@ -1,4 +1,4 @@
-"""From backbone features (B, D) to class logits (B, C)."""
+"""Heads: from backbone features (B, D) to class logits (B, C)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Head(nn.Module):
     """Features (B, D) → logits (B, num_classes), in the dtype of the head's own tensors.
 
     Attributes:
-        kind: its name in files and on the command line. width: D.
+        kind: name of the head in files and on the command line. width: D.
     """
 
     kind: ClassVar[str]
@@ -34,17 +34,17 @@ class Head(nn.Module):
     classifier_bias: Tensor | None
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
-        """As torch's, and one change for an engine that follows the model."""
+        """Load as torch does, as one atomic change for an engine that follows the model."""
         with changing(self, [self]):
             return super().load_state_dict(*args, **options)
 
     def describe(self) -> dict[str, Any]:
-        """What `build_head` needs, beside the tensors, to make this head again."""
+        """Return what is needed, beside the tensors, to rebuild this head."""
         return {"kind": self.kind}
 
 
 class LinearHead(Head):
-    """W f + b, trained. W ~ truncated N(0, 0.01²), b = 0."""
+    """A trained linear head, W f + b, initialised with W ~ truncated N(0, 0.01²) and b = 0."""
 
     kind = "linear"
 
@@ -56,9 +56,9 @@ class LinearHead(Head):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Start as VPT's and VAPT's code does: W Kaiming-normal over the outputs, N(0, 2 / C), and b = −log 99.
+        """Initialise as VPT's and VAPT's code does: W Kaiming-normal over the outputs, N(0, 2 / C), and b = −log 99.
 
-        With this bias every class has probability 0.01 by a sigmoid, as in RetinaNet.
+        With this bias, a sigmoid gives every class probability 0.01, as in RetinaNet.
         """
         nn.init.kaiming_normal_(self.weight, a=0, mode="fan_out")
         nn.init.constant_(self.bias, -math.log(99))
@@ -68,11 +68,11 @@ class LinearHead(Head):
 
 
 class TextHead(Head):
-    """CLIP: scale · cos(P f, t_c) against class-text embeddings, nothing trained (PGN §4, CLIP).
+    """CLIP's frozen head: scale · cos(P f, t_c) with class-text embeddings t_c (PGN §4, CLIP).
 
     Args:
-        class_embeddings: (C, E), one per class, computed once; normalised here and stored in the adapter.
-        backbone: its classifier is the projection P (E, D); without classifier E must be D.
+        class_embeddings: (C, E), one per class; normalised here and stored in the adapter.
+        backbone: its classifier is the projection P (E, D); without a classifier, E must be D.
         logit_scale: exp of CLIP's logit scale, frozen.
     """
 
@@ -87,7 +87,7 @@ class TextHead(Head):
                 "class_embeddings", f"must have shape (C, {outputs}) for this backbone, got {tuple(texts.shape)}"
             )
         if not torch.isfinite(texts).all() or (texts.norm(dim=-1) == 0).any():
-            raise ValueError("class_embeddings contain NaN, infinite or all-zero rows")
+            raise ValueError("class_embeddings must be finite, non-zero rows, got NaN, infinite or all-zero rows")
         if not isinstance(logit_scale, (int, float)) or not logit_scale > 0 or math.isinf(logit_scale):
             raise ArgumentError("logit_scale", f"must be positive, got {logit_scale!r}")
         self.width, self.num_classes, self.logit_scale = backbone.feature_width, texts.shape[0], float(logit_scale)
@@ -107,9 +107,9 @@ class LabelMapHead(Head):
     """Class c reads output c of the pretrained classifier (PGN §4, supervised ViT).
 
     Args:
-        num_classes: C, the first outputs of the classifier. PGN's code keeps all of them, so that its cross-entropy and
-            its predictions run over the outputs without a class, too.
-        trainable: train a copy of the classifier beside the prompts, as PGN's code does; else it is frozen.
+        num_classes: C, the number of first outputs of the classifier to use. PGN's code keeps all outputs, so its
+            cross-entropy and predictions also run over outputs without a class.
+        trainable: train a copy of the classifier along with the prompts, as PGN's code does; otherwise it is frozen.
     """
 
     kind = "label_map"
@@ -137,15 +137,15 @@ class LabelMapHead(Head):
 
 
 class PrototypeHead(Head):
-    """Projected features against C fixed prototypes, frozen (PGN §4, DINO).
+    """A frozen head that compares projected features with C fixed prototypes (PGN §4, DINO).
 
     logits = normalise(MLP(f)) Vᵀ: DINO's projection head with C of its prototypes as the rows of V.
 
     Args:
         prototypes: (C, E).
-        layers: [(weight, bias or None), ...] of the MLP (GELU between, none after the last); [] = features as
-            they are.
-        normalise: make the rows of V unit vectors, so that logits are cosines; else they stay as they are.
+        layers: [(weight, bias or None), ...] of the MLP, with GELU between layers but not after the last; [] uses the
+            features themselves.
+        normalise: make the rows of V unit vectors, so that logits are cosines; otherwise keep the rows unchanged.
     """
 
     kind = "prototypes"
@@ -172,36 +172,36 @@ class PrototypeHead(Head):
             self.register_buffer(f"weight{i}", weight)
             self.register_buffer(f"bias{i}", bias)
         if outputs not in (None, rows.shape[1]):
-            raise ValueError(f"prototypes have width {rows.shape[1]}, the last of layers gives {outputs}")
+            raise ValueError(f"prototypes must have the width of the last of layers, {outputs}, got {rows.shape[1]}")
         self.width = self.get_buffer("weight0").shape[1] if layers else rows.shape[1]
 
     @classmethod
     def from_dino(
         cls, state_dict: Mapping[str, Tensor], num_classes: int, seed: int = 0, *, rows: str = "prototypes"
     ) -> PrototypeHead:
-        """From a DINO checkpoint's projection head, with `num_classes` rows chosen by `random.sample` under `seed`.
+        """Build the head from a DINO checkpoint, with `num_classes` rows chosen by `random.sample` under `seed`.
 
-        PGN's code means to take released prototypes and does not: it reads the last layer's `.weight` after
+        PGN's code intends to use the released prototypes but does not: it reads the last layer's `.weight` after
         `load_state_dict` and before a forward, when weight normalisation has not yet computed it from the loaded
-        tensors. Its rows are those of the layer's random initialisation, of norm about 0.58 and nearly orthogonal to
-        the prototypes.
+        tensors. Its rows are therefore the layer's random initialisation, with norm about 0.58 and nearly orthogonal
+        to the prototypes.
 
         Args:
             state_dict: has `mlp.{0,2,4}.{weight,bias}` and `last_layer.weight_v` (or `.weight`), under any prefix
                 ending in "head." ("module.head." in the released student checkpoints).
-            seed: of the choice, and of the random rows.
-            rows: "prototypes": those of the checkpoint, g v / ‖v‖. "authors": random ones, as in PGN's code: the head
-                is initialised under `seed` as DINO's code does. The random numbers that their script draws before it,
-                for the backbone it builds, are not drawn here, so its rows are others of the same distribution.
+            seed: seed of the choice and of random rows.
+            rows: "prototypes" uses those of the checkpoint, g v / ‖v‖. "authors" uses random ones, as PGN's code does:
+                the head is initialised under `seed` as in DINO's code. Their script first draws random numbers for its
+                backbone; these are not drawn here, so the rows differ but have the same distribution.
 
         Raises:
-            ValueError: the keys are not there, `rows` is neither, or fewer prototypes than classes.
+            ValueError: the keys are missing, `rows` is unknown, or there are fewer prototypes than classes.
         """
         if rows not in ("prototypes", "authors"):
             raise ArgumentError("rows", f"must be 'prototypes' or 'authors', got {rows!r}")
         names = [k for k in state_dict if k.endswith(("last_layer.weight_v", "last_layer.weight"))]
         if len(names) != 1:
-            raise ArgumentError("state_dict", "has no DINO head: no single key ends in 'last_layer.weight_v'")
+            raise ArgumentError("state_dict", "must hold a DINO head: no single key ends in 'last_layer.weight_v'")
         prefix = names[0].rpartition("last_layer.")[0]
         weight, scale = state_dict[names[0]], state_dict.get(f"{prefix}last_layer.weight_g")
         if not 1 <= num_classes <= weight.shape[0]:
@@ -227,7 +227,7 @@ class PrototypeHead(Head):
 
 
 def dino_layers(state_dict: Mapping[str, Tensor], prefix: str) -> list[tuple[Tensor, Tensor | None]]:
-    """(weight, bias) of the Linears of a DINO head's MLP, in order."""
+    """Return (weight, bias) of the Linears of a DINO head's MLP, in order."""
     names = [k for k in state_dict if k.startswith(prefix + "mlp.") and k.endswith(".weight")]
     indices = sorted({int(k[len(prefix) + 4 :].split(".")[0]) for k in names})
     stems = [f"{prefix}mlp.{i}." for i in indices if state_dict[f"{prefix}mlp.{i}.weight"].ndim == 2]
@@ -235,7 +235,7 @@ def dino_layers(state_dict: Mapping[str, Tensor], prefix: str) -> list[tuple[Ten
 
 
 def _initial_rows(layers: Sequence[Tensor], last: Tensor, seed: int) -> Tensor:
-    """The last layer's rows as DINO's head starts with them under torch's seed `seed`, for weights of these shapes."""
+    """Return the last layer's initial rows in DINO's head under torch's seed `seed`, for weights of these shapes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in [nn.Linear(weight.shape[1], weight.shape[0]) for weight in layers]:
@@ -254,10 +254,10 @@ def build_head(
     logit_scale: float = CLIP_LOGIT_SCALE,
     prototypes: Any = None,
 ) -> Head:
-    """A head by name; `class_embeddings` (C, E) for "text", `prototypes` (C, E) for "prototypes".
+    """Build a head by name; "text" needs `class_embeddings` (C, E), "prototypes" needs `prototypes` (C, E).
 
     Raises:
-        ValueError: unknown name, or what that head needs is missing or of another number of classes.
+        ValueError: the name is unknown, or the rows are missing or do not match the number of classes.
     """
     if head not in HEADS:
         raise ArgumentError("head", f"must be one of {HEADS} or a fastprompt head, got {head!r}")
@@ -270,7 +270,7 @@ def build_head(
         raise ValueError(f"head {head!r} needs {name} (C, E), one row per class")
     rows = _tensor(name, rows)
     if rows.ndim and len(rows) != num_classes:
-        raise ArgumentError(name, f"has {len(rows)} rows, num_classes is {num_classes}")
+        raise ArgumentError(name, f"must have one row for each of {num_classes} classes, got {len(rows)} rows")
     return TextHead(rows, backbone, logit_scale) if head == "text" else PrototypeHead(rows)
 
 
@@ -282,19 +282,19 @@ def encode_class_texts(
     library: str = "open_clip",
     pretrained: str | None = None,
 ) -> Tensor:
-    """Class-text embeddings (C, E), computed once, for `head="text"` (PGN §4: one template per data set).
+    """Compute class-text embeddings (C, E) for `head="text"` (PGN §4: one template per data set).
 
     Args:
-        class_names: names; underscores become spaces, letters lower case.
-        encode: a function list of C texts → (C, E), or the name of a model of `library`.
+        class_names: names; underscores become spaces, and letters become lower case.
+        encode: a function from a list of C texts to (C, E), or the name of a model of `library`.
         template: a text with one {} for the class name.
-        library: "open_clip" (`encode="ViT-B-16"`, `pretrained="openai"`) or "transformers"
-            (`encode="openai/clip-vit-base-patch16"`); needed only for a name.
-        pretrained: which of open_clip's weights; needed unless `encode` names a hub or a directory ("hf-hub:...").
+        library: library of the named model: "open_clip" (`encode="ViT-B-16"`, `pretrained="openai"`) or "transformers"
+            (`encode="openai/clip-vit-base-patch16"`).
+        pretrained: name of open_clip's weights; required unless `encode` names a hub or a directory ("hf-hub:...").
 
     Raises:
         TypeError: `encode` is neither a function nor a name.
-        ValueError: no class names, a template without {}, or no weights to encode with.
+        ValueError: there are no class names, the template has no {}, or there are no weights to encode with.
         ImportError: `library` is not installed.
     """
     if isinstance(class_names, str) or not class_names or not all(isinstance(n, str) for n in class_names):
@@ -312,7 +312,7 @@ def encode_class_texts(
     if embeddings.ndim != 2 or embeddings.shape[0] != len(texts):
         raise ArgumentError("encode", f"must return ({len(texts)}, E), got {tuple(embeddings.shape)}")
     if not torch.isfinite(embeddings).all() or (embeddings.norm(dim=-1) == 0).any():
-        raise ValueError("encode returned NaN, infinite or all-zero rows")
+        raise ValueError("encode must return finite, non-zero rows, got NaN, infinite or all-zero rows")
     return F.normalize(embeddings, dim=-1)
 
 
@@ -320,7 +320,7 @@ def _open_clip_encoder(name: str, pretrained: str | None) -> Callable[[list[str]
     if pretrained is None and ":" not in name:  # open_clip would initialise the tower at random
         raise ArgumentError(
             "pretrained",
-            f"must name the weights of open_clip's {name!r}, as 'openai'; open_clip.list_pretrained() lists them",
+            f"must name the weights of open_clip's {name!r}, such as 'openai'; open_clip.list_pretrained() lists them",
         )
     import open_clip
 
@@ -344,7 +344,7 @@ def _without_gradient(function: Callable[[Any], Tensor], argument: Any) -> Tenso
 
 
 def _tensor(name: str, values: Any) -> Tensor:
-    """A float32 copy of `values`; TypeError where they are no array of numbers."""
+    """Return a float32 copy of `values`; raise TypeError unless they are an array of numbers."""
     if isinstance(values, (list, tuple)) and values and all(isinstance(v, Tensor) for v in values):
         values = torch.stack(list(values))
     try:
@@ -354,7 +354,10 @@ def _tensor(name: str, values: Any) -> Tensor:
 
 
 def _register_classifier(head: Head, backbone: FrozenViT, rows: int | None = None, trainable: bool = False) -> None:
-    """Copies of the backbone's classifier rows, in float32, kept in the adapter: its fingerprint leaves them out."""
+    """Register float32 copies of the backbone's classifier rows, to be stored in the adapter.
+
+    They are stored because the backbone's fingerprint does not cover the classifier.
+    """
     for name in ("weight", "bias"):
         tensor = None if backbone.head is None else getattr(backbone.head, name)
         copied = None if tensor is None else tensor[:rows].detach().float().clone()

@@ -1,4 +1,4 @@
-"""One writer at a time in a directory, and who it is."""
+"""Allow one writer at a time in a directory, and record who it is."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 class DirectoryInUse(RuntimeError):
-    """Another process, or another thread of this one, writes into the directory.
+    """Another process, or another thread of this one, is writing into the directory.
 
     Attributes:
-        directory: the one that was asked for.
-        owner: "host", "pid", "command" and "since" of the process that writes; None where it cannot be told.
+        directory: the requested directory.
+        owner: "host", "pid", "command" and "since" of the writing process; None if unknown.
     """
 
     def __init__(self, directory: Path, owner: dict[str, Any] | None) -> None:
@@ -36,29 +36,27 @@ class DirectoryInUse(RuntimeError):
         who = "another process"
         if owner is not None:
             who = f"process {owner['pid']} on {owner['host']} ({owner['command']}, since {owner['since']})"
-        super().__init__(
-            f"{directory} is being written by {who}: wait until it ends, end it, or choose another directory"
-        )
+        super().__init__(f"{directory} is being written by {who}: wait for it, stop it, or choose another directory")
 
 
 @contextlib.contextmanager
 def directory_lock(directory: str | os.PathLike[str]) -> Iterator[bool]:
-    """Hold the lock of a directory, which is made if it is missing; never wait for it.
+    """Hold the lock of a directory, creating the directory if it is missing; never wait for the lock.
 
-    The kernel keeps the lock and drops it when the process ends, however that happens. So a lock is never stale,
-    nobody has to guess whether a process id was reused, and of several contenders exactly one gets it. `.owner.json`
-    beside the lock tells the others who that is. On file systems without locks a file with the owner's host, process
-    id and start takes the lock's place, which the next contender on that host removes once the owner is gone.
+    The kernel keeps the lock and releases it when the process ends for any reason. A lock is therefore never stale,
+    reused process ids do not matter, and exactly one of several contenders gets it. `.owner.json` beside the lock
+    tells the others who that is. On file systems without locks, a file with the owner's host, process id and start
+    time replaces the lock; the next contender on that host removes it once the owner is gone.
 
-    A directory that was made here and in which nothing was written is removed at the end.
+    If the directory was created here and nothing was written into it, it is removed at the end.
 
     Yields:
-        Whether the directory can be written: False on a read-only file system or without permission, where no lock
-        can be held and none is needed.
+        Whether the directory is writable. False on a read-only file system or without permission, where no lock can
+        be held and none is needed.
 
     Raises:
         DirectoryInUse: somebody else holds the lock.
-        OSError: the directory cannot be made.
+        OSError: the directory cannot be created.
     """
     directory = Path(directory)
     made = make_directory(directory)
@@ -79,14 +77,14 @@ def directory_lock(directory: str | os.PathLike[str]) -> Iterator[bool]:
         yield False
         return
     try:
-        with contextlib.suppress(OSError):  # on a full disk nobody learns who holds it, and it is held all the same
+        with contextlib.suppress(OSError):  # on a full disk the lock is held without naming its owner
             atomic_write(directory / OWNER_FILE, json.dumps(_this_process()) + "\n")
         yield True
     finally:
         with contextlib.suppress(OSError):
             (directory / OWNER_FILE).unlink(missing_ok=True)
             if made and all(path.name in (LOCK_FILE, _SOFT_LOCK_FILE) for path in directory.iterdir()):
-                # While the lock is held: who has opened the file finds out that it has no name any more.
+                # Unlink while holding the lock, so that others who opened the file notice that it is gone.
                 (directory / LOCK_FILE).unlink(missing_ok=True)
         lock.release()
         remove_empty(made)
@@ -103,7 +101,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _owner_of(directory: Path) -> dict[str, Any] | None:
-    """What the owner's file says; None where it is not there yet or is left from a process that is gone."""
+    """Return the contents of the owner's file; None if it does not exist yet or its process is gone."""
     try:
         owner = json.loads((directory / OWNER_FILE).read_text())
         here = owner["host"] == socket.gethostname()
@@ -114,9 +112,9 @@ def _owner_of(directory: Path) -> dict[str, Any] | None:
 
 
 def _identity(pid: int) -> str | None:
-    """The boot and the clock tick in which a process started, which no later process with its id shares.
+    """Return boot id and start tick of a process, which no later process with the same id shares.
 
-    None: there is no such process, or the system does not say.
+    Returns None if there is no such process or the system does not tell.
     """
     try:
         status = Path(f"/proc/{pid}/stat").read_text(errors="replace")

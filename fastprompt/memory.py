@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def reset_peak_memory(device: torch.device | None = None) -> None:
-    """Measure `peak_memory_mib` from here on. On a CPU only Linux can do this; elsewhere the peak is the process's."""
+    """Restart the measurement of `peak_memory_mib`. On a CPU this works only on Linux; elsewhere the peak remains."""
     if device is not None and device.type == "cuda":
         import torch
 
@@ -23,10 +23,10 @@ def reset_peak_memory(device: torch.device | None = None) -> None:
 
 
 def peak_memory_mib(device: torch.device | None = None) -> float:
-    """MiB: the peak that PyTorch allocated on a CUDA device, else the peak resident memory of this process.
+    """Return in MiB PyTorch's peak allocation on a CUDA device, else the peak resident memory of this process.
 
-    psutil knows the peak on Windows alone. Linux has it in /proc as `VmHWM`, which belongs to the program that runs
-    now; `ru_maxrss` starts at the parent's peak in a spawned process, and is read only where there is nothing better.
+    psutil reports the peak only on Windows. Linux has it in /proc as `VmHWM`, which covers the current program.
+    `ru_maxrss` starts at the parent's peak in a spawned process, so it is only the last resort.
     """
     if device is not None and device.type == "cuda":
         import torch

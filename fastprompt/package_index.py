@@ -1,8 +1,8 @@
-"""One pinned file from a package index, for environments without pip (those of uv, for example).
+"""Download one pinned file from a package index in environments without pip (those of uv, for example).
 
-The index is the one that pip or uv would ask: their environment variables, then pip's configuration files. Its pages
-are read by the simple API (PEP 503 and 691). What is found counts only if it has the pinned sha256, so it does not
-matter which index or mirror has it.
+The index is the one that pip or uv would use: it is taken from their environment variables, then from pip's
+configuration files. Its pages are read through the simple API (PEP 503 and 691). A file is accepted only if it has the
+pinned sha256, so it does not matter which index or mirror serves it.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+ht
 
 
 class NotOnIndex(RuntimeError):
-    """No index that was asked has the file with the pinned sha256; the message says what each of them answered."""
+    """No index has the file with the pinned sha256; the message says what each of them answered."""
 
 
 @dataclass
 class Places:
-    """Where to look: indexes in the order they are asked, and folders or pages of links before them."""
+    """Where to look: first `links` (folders or pages of links), then `indexes`, in order."""
 
     indexes: list[str] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
 
 
 def places() -> Places:
-    """What the environment and pip's configuration files name; PyPI where they name no index."""
+    """Return the places named by the environment and pip's configuration files; PyPI if they name no index."""
     config = pip_configuration()
 
     def words(key: str, *variables: str) -> list[str]:
@@ -64,7 +64,7 @@ def _words(variable: str) -> list[str]:
 
 
 def pip_configuration() -> dict[str, str]:
-    """The options of pip's configuration files for `pip download`; a later file overrides an earlier one."""
+    """Return the options of pip's configuration files for `pip download`; later files override earlier ones."""
     named = os.environ.get("PIP_CONFIG_FILE")
     if named == os.devnull:
         return {}
@@ -83,10 +83,10 @@ def pip_configuration() -> dict[str, str]:
 
 
 def download(package: str, filename: str, sha256: str, target: Path) -> None:
-    """Write the file to `target`, checked.
+    """Download the file to `target` and verify it.
 
     Raises:
-        NotOnIndex: it could not be had.
+        NotOnIndex: no place has the file.
         OSError: `target` could not be written.
     """
     where, reasons = places(), []
@@ -102,14 +102,14 @@ def download(package: str, filename: str, sha256: str, target: Path) -> None:
                 if found == sha256:
                     target.write_bytes(content)
                     return
-                reasons.append(f"{_shown(url)} has sha256 {found}, not the pinned one")
-        except (OSError, ValueError) as error:  # URLError, HTTPError and time-outs are OSErrors
+                reasons.append(f"{_shown(url)} has sha256 {found} instead of the pinned one")
+        except (OSError, ValueError) as error:  # URLError, HTTPError and timeouts are OSErrors
             reasons.append(f"{_shown(page)}: {error}")
     raise NotOnIndex("; ".join(reasons) or "no index is configured")
 
 
 def links(page: str) -> Iterator[tuple[str, str]]:
-    """(file name, address) of the files that a folder, or a page of an index, lists."""
+    """Yield (file name, address) of the files listed by a folder or an index page."""
     if "://" not in page:
         page = Path(page).expanduser().resolve().as_uri()
     if urlsplit(page).scheme == "file":
@@ -140,17 +140,17 @@ class _Anchors(HTMLParser):
 
 
 def _get(url: str, credentials_of: str) -> tuple[bytes, str, str]:
-    """Content, content type and final address. `credentials_of`: the index, whose user and password its files share."""
+    """Return content, content type and final address. User and password of the index `credentials_of` are used too."""
     parts, index = urlsplit(url), urlsplit(credentials_of)
     if parts.scheme not in ("https", "http", "file"):
-        raise ValueError(f"{_shown(url)} must be an http, https or file address")
+        raise ValueError(f"address must be http, https or file, got {_shown(url)}")
     host = parts.netloc.rpartition("@")[2]
     request = Request(urlunsplit(parts._replace(netloc=host, fragment="")), headers={"Accept": ACCEPT})
     login = _netrc(parts.hostname)
     for user in (index, parts):
         if user.username is not None and user.netloc.rpartition("@")[2] == host:
             login = (unquote(user.username), unquote(user.password or ""))
-    if login is not None:  # not repeated to a host that this one redirects to
+    if login is not None:  # not sent to a host that this one redirects to
         pair = base64.b64encode(":".join(login).encode()).decode()
         request.add_unredirected_header("Authorization", f"Basic {pair}")
     context = ssl.create_default_context(cafile=os.environ.get("PIP_CERT") or pip_configuration().get("cert"))
@@ -176,6 +176,6 @@ def _normalised(package: str) -> str:
 
 
 def _shown(url: str) -> str:
-    """The address without user and password."""
+    """Return the address without user and password."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))

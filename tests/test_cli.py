@@ -176,7 +176,7 @@ def test_eval_matches_classes_by_name(place: Path, tmp_path: Path, capsys: pytes
     for name in ("green", "red"):
         shutil.copytree(place / "images" / name, tmp_path / "two" / name)
     out, whole = tmp_path / "two.json", tmp_path / "whole.json"
-    with pytest.warns(UserWarning, match="no class blue of the model's 3"):
+    with pytest.warns(UserWarning, match="lacks blue of the model's 3"):
         assert main(["eval", str(run), "--data", str(tmp_path / "two"), "--out", str(out)]) == 0
     assert main(["eval", str(run), "--data", str(place / "images"), "--out", str(whole)]) == 0
     found, all_three = json.loads(out.read_text()), json.loads(whole.read_text())
@@ -377,7 +377,7 @@ def test_info_of_a_timm_name_needs_no_hub(monkeypatch: pytest.MonkeyPatch, capsy
     assert main(["info", "--backbone", "vit_tiny_patch16_224", "--method", "vpt-deep", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["backbone"]["width"] == 192
-    assert "not known" in facts["backbone"]["fingerprint"]
+    assert "unknown" in facts["backbone"]["fingerprint"]
     assert facts["methods"]["VPT-deep"]["generator"] == 12 * 10 * 192
 
 
@@ -388,7 +388,7 @@ def test_info_of_a_swin_transformer_has_the_sizes_of_each_stage(capsys: pytest.C
     assert facts["backbone"]["depth"] == [2, 2, 6, 2]
     assert facts["backbone"]["patch grid"] == [[56, 56], [28, 28], [14, 14], [7, 7]]
     assert facts["methods"]["VPT-deep"]["generator"] == 10 * (2 * 96 + 2 * 192 + 6 * 384 + 2 * 768)
-    assert "VAPTConfig is not defined on a Swin transformer" in facts["methods"]["VAPT"]["does not fit"]
+    assert "VAPTConfig is not defined on Swin transformers" in facts["methods"]["VAPT"]["does not fit"]
 
 
 def test_info_shows_the_cost_of_both_graphs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -439,7 +439,7 @@ def test_info_reports_the_pixels_of_an_adapters_own_tokens(run_dir: Path, capsys
         for name, value in wanted._asdict().items():
             assert found[name] == (pytest.approx(value) if value == value else None)
     assert main(["info", str(run_dir), "--rgb", "--num-prompts", "4"]) == 2
-    assert "--num-prompts must not be given with an RGB adapter" in error_line(capsys)
+    assert "--num-prompts must not be given with --rgb and a PGN adapter" in error_line(capsys)
 
 
 def test_info_takes_method_and_readout_of_the_cost_from_the_adapter(
@@ -542,14 +542,14 @@ def test_interrupted_run_goes_on_to_the_same_result(
         (["evaluate", "runs/a"], "did you mean `fastprompt eval runs/first`?"),
         (["Predict"], "did you mean `fastprompt predict runs/first photo.jpg`?"),
         (["classfy"], "did you mean `fastprompt predict"),
-        (["xyzzy"], "`fastprompt --help` says what each does"),
+        (["xyzzy"], "see `fastprompt --help`"),
         ([], "a command is needed: adapt, eval, predict"),
         (["adapt", "--method", "vptdeep"], "did you mean vpt-deep?"),
         (["adapt", "--method=vapd"], "did you mean vapt?"),
         (["adapt", "--set", "librarysize=3"], "did you mean library_size?"),
         (["info", "--backbone", "vit_base_patch16_24"], "vit_base_patch16_224"),
         (["eval", "{root}/rnu"], "did you mean {root}/run?"),
-        (["eval", "{root}/nothing"], "`fastprompt adapt --data FOLDER --out {root}/nothing` makes one"),
+        (["eval", "{root}/nothing"], "create one with `fastprompt adapt --data FOLDER --out {root}/nothing`"),
         (["predict", "{root}/images", "{root}/run"], "neither {root}/images nor"),
         (["predict", "{root}/images/red/0.png", "{root}/run"], "the directory of a run or an adapter, got the file"),
         (
@@ -619,9 +619,9 @@ def test_a_file_of_settings(run_dir: Path, tmp_path: Path, capsys: pytest.Captur
     for text, message in (
         ("num_trian: 3", "num_trian: {file} has no such option; it has data"),
         ("num_trian: 3", "did you mean num_train?"),
-        ("recipe: 3", "recipe in {file} must be a mapping, got 3"),
-        ("test: 3", "test in {file} must be true or false, got 3"),
-        ("- a", "must hold settings by name, got {file} with list"),
+        ("recipe: 3", "--config must have a mapping as recipe, got 3 in {file}"),
+        ("test: 3", "--config must have true or false as test, got 3 in {file}"),
+        ("- a", "must be a mapping of settings, got {file} with list"),
         ("a: [", "--config must be YAML, got {file}"),
     ):
         file.write_text(text)
@@ -660,7 +660,7 @@ def test_a_file_of_settings(run_dir: Path, tmp_path: Path, capsys: pytest.Captur
             "error: --backbone must be the name of a backbone, got 'vit_no_such_model'",
         ),
         (["--head", "text"], "class_embeddings"),
-        (["--class-embeddings", __file__], "--class-embeddings need head 'text' or 'prototypes'"),
+        (["--class-embeddings", __file__], "--class-embeddings must be None unless head is 'text' or 'prototypes'"),
         (
             ["--head", "text", "--class-embeddings", "no.npy"],
             "--class-embeddings must be a file that exists, got no.npy",

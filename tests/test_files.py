@@ -121,7 +121,7 @@ def test_a_directory_that_fails_to_synchronise_is_an_error(
     monkeypatch.setattr(os, "fsync", failing)
     for act in (lambda: atomic_write(tmp_path / "a", b"1"), lambda: remove(tmp_path, ["a"])):
         if raises:
-            with pytest.raises(OSError, match=f"could not make what was written into {tmp_path} durable") as raised:
+            with pytest.raises(OSError, match=f"could not make the files written into {tmp_path} durable") as raised:
                 act()
             assert raised.value.errno == number
         else:

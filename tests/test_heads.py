@@ -201,7 +201,7 @@ def test_label_map_trains_a_copy_of_the_classifier(
 
 
 def test_bad_dino_heads_are_named() -> None:
-    with pytest.raises(ValueError, match=r"no DINO head: no single key ends in 'last_layer\.weight_v'"):
+    with pytest.raises(ValueError, match=r"must hold a DINO head: no single key ends in 'last_layer\.weight_v'"):
         fp.PrototypeHead.from_dino({"head.weight": torch.ones(3, 3)}, 2)
     with pytest.raises(ValueError, match=r"num_classes must be from 1 to the 20 prototypes, got 21"):
         fp.PrototypeHead.from_dino(dino_head(""), 21)
@@ -214,9 +214,9 @@ def test_bad_dino_heads_are_named() -> None:
         (lambda b: fp.TextHead(torch.ones(7), b), r"class_embeddings must have shape \(C, 7\).*got \(7,\)"),
         (
             lambda b: fp.TextHead(torch.zeros(3, 7), b),
-            "class_embeddings contain NaN, infinite or all-zero rows",
+            "class_embeddings must be finite, non-zero rows, got NaN, infinite or all-zero rows",
         ),
-        (lambda b: fp.TextHead(torch.full((3, 7), float("nan")), b), "class_embeddings contain NaN"),
+        (lambda b: fp.TextHead(torch.full((3, 7), float("nan")), b), "class_embeddings must be finite"),
         (
             lambda b: fp.TextHead(torch.ones(3, 7), b, logit_scale=0.0),
             r"logit_scale must be positive, got 0\.0",
@@ -238,7 +238,7 @@ def test_bad_dino_heads_are_named() -> None:
         (lambda b: fp.PrototypeHead(torch.ones(6)), r"prototypes must be finite, non-zero rows"),
         (
             lambda b: fp.PrototypeHead(torch.ones(2, 6), [(torch.ones(5, 9), None)]),
-            "prototypes have width 6.*gives 5",
+            "prototypes must have the width of the last of layers, 5, got 6",
         ),
         (
             lambda b: fp.PrototypeHead(torch.ones(2, 6), [(torch.ones(5, 9), None), (torch.ones(6, 4), None)]),
@@ -247,7 +247,7 @@ def test_bad_dino_heads_are_named() -> None:
         (lambda b: build_head("cosine", b, 3), "head must be one of .* got 'cosine'"),
         (
             lambda b: build_head("prototypes", b, 3, prototypes=torch.ones(2, 4)),
-            "prototypes has 2 rows, num_classes is 3",
+            "prototypes must have one row for each of 3 classes, got 2 rows",
         ),
     ],
 )
@@ -343,7 +343,7 @@ def test_class_texts_by_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             (["a"], lambda t: torch.full((1, 4), float("nan"))),
             {},
-            "encode returned NaN, infinite or all-zero rows",
+            "encode must return finite, non-zero rows",
         ),
     ],
 )

@@ -672,7 +672,7 @@ def test_counts(backbone: fp.FrozenViT, capsys: pytest.CaptureFixture[str]) -> N
         (
             {"num_classes": 5, "head": "text", "class_embeddings": torch.ones(4, 7)},
             ValueError,
-            "class_embeddings has 4 rows, num_classes is 5",
+            "class_embeddings must have one row for each of 5 classes, got 4 rows",
         ),
         (
             {"num_classes": 5, "head": "text", "class_embeddings": torch.ones(5, 6)},

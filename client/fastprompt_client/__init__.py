@@ -1,4 +1,4 @@
-"""Images to prompted pictures for a hosted frozen vision transformer, and what it returns to classes: no torch."""
+"""Client of a hosted frozen vision transformer: images to prompted pictures, embeddings to classes, without torch."""
 
 from __future__ import annotations
 

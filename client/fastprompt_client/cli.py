@@ -17,30 +17,32 @@ KEY = "FASTPROMPT_API_KEY"
 
 
 def parser() -> argparse.ArgumentParser:
-    """What the command takes."""
+    """Build the command's argument parser."""
     made = argparse.ArgumentParser(
         prog="fastprompt-client",
         description="Classify images with a frozen vision transformer that a host runs.",
-        epilog=f"Exit codes: 0 done, 1 the host failed or was refused, 2 wrong input. The host's key, if it wants one, "
-        f"is read from the environment variable {KEY}.",
+        epilog=f"Exit codes: 0 success, 1 the host failed or was refused, 2 wrong input. The host's API key, if it "
+        f"requires one, is read from the environment variable {KEY}.",
     )
-    made.add_argument("folder", type=Path, help="what `fastprompt export --client` wrote")
-    made.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="image files; none: the host is verified")
-    made.add_argument("--url", help="the host; it is verified before anything else is sent to it")
-    made.add_argument("--model", help="which of the host's models")
-    made.add_argument("--png", type=Path, help="write the picture with prompts of the (one) image to this file")
-    made.add_argument("--timeout", type=float, default=30.0, help="seconds (default 30)")
+    made.add_argument("folder", type=Path, help="folder written by `fastprompt export --client`")
+    made.add_argument(
+        "images", type=Path, nargs="*", metavar="IMAGE", help="image files to classify; without any, verify the host"
+    )
+    made.add_argument("--url", help="address of the host; it is verified before anything else is sent to it")
+    made.add_argument("--model", help="name of the host's model to use")
+    made.add_argument("--png", type=Path, help="write the prompted picture of the only image to this file")
+    made.add_argument("--timeout", type=float, default=30.0, help="seconds to wait for the host (default 30)")
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return its exit code."""
     given = parser().parse_args(arguments)
     try:
         if given.png is not None and len(given.images) != 1:
-            raise ValueError(f"--png: takes one image, got {len(given.images)}")
+            raise ValueError(f"--png must be given with one image, got {len(given.images)}")
         if given.url is None and given.png is None:
-            raise ValueError("--url or --png: one of them is needed")
+            raise ValueError("--url or --png must be given")
         client = Client(given.folder, model=given.model, api_key=os.environ.get(KEY) or None, timeout=given.timeout)
         if given.png is not None:
             given.png.write_bytes(client.png(given.images[0]))
@@ -58,6 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def json_line(value: Any) -> str:
-    """JSON on one line, in which characters that a terminal would obey, or not show, are escaped."""
+    """Format JSON on one line with control and invisible characters escaped."""
     text = json.dumps(value, ensure_ascii=False)
     return "".join(letter if letter.isprintable() else json.dumps(letter)[1:-1] for letter in text)

@@ -1,4 +1,4 @@
-"""`Client`: an image, the picture with its prompts, the host's embedding of that, the class."""
+"""`Client`: from an image to the prompted picture, to the host's embedding of it, to the class."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ from fastprompt_client.folder import Folder, FolderError, Head, read_folder
 from fastprompt_client.host import Host, HostError, HostMismatch, check_key, check_timeout, printable
 
 SURE, LIKELY = 0.5, 0.6
-"""A host's distance from a mistake's embedding, as a part of that from the right one: up to the first a host is refused
-for that alone, up to the second a host that is refused anyway is said to make the mistake."""
+"""Ratio of a host's distances to a mistake's embedding and to the right one. Up to SURE, a host is refused for that
+alone; up to LIKELY, the mistake is named as the likely cause of a refusal."""
 NEAR = 0.6
 """Distance of normalised embeddings beyond which a mistake explains nothing."""
 NOISE = 1e-3
-"""Distance of normalised embeddings up to which two of them are equal."""
+"""Distance up to which two normalised embeddings count as equal."""
 LENGTH = 0.02
-"""Part by which the length of an embedding may differ."""
+"""Relative difference by which the length of an embedding may deviate."""
 PICTURES_PER_CALL, BYTES_PER_CALL = 16, 4 << 20
 
 
 class Prediction(NamedTuple):
-    """name: of the most probable class. probability: its. probabilities: (C,) of all, in the order of `class_names`."""
+    """The class of one image.
+
+    Attributes:
+        name: the most probable class. probability: its probability.
+        probabilities: (C,) probabilities of all classes, in the order of `class_names`.
+    """
 
     name: str
     probability: float
@@ -34,13 +39,13 @@ class Prediction(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """What a host returned for the golden picture.
+    """The result of verifying a host with the golden picture.
 
     Attributes:
-        ok: whether the client goes on. cosine: of the embedding and the one the model was trained with; NaN where the
-            widths differ.
-        likely: the mistake that the host seems to make, None where there is none or none that is clearly the nearest.
-        message: all of it in words.
+        ok: whether the client accepts the host.
+        cosine: cosine of the host's embedding and the one the model was trained with; NaN if the widths differ.
+        likely: the mistake that the host seems to make; None if there is none, or none is clearly the nearest.
+        message: the result in words.
     """
 
     ok: bool
@@ -50,21 +55,20 @@ class Verification(NamedTuple):
 
 
 class Client:
-    """What `fastprompt export --client` wrote, ready to work with a host.
+    """Classifies images with a model exported by `fastprompt export --client` and a host.
 
     Args:
-        folder: that folder.
-        model: which of the host's models to ask for; None: the one that it lists with the backbone's fingerprint, else
-            its only one.
+        folder: the exported folder.
+        model: name of the host's model; None picks the one listed with the backbone's fingerprint, else the only one.
         api_key: sent to the host as a bearer token.
-        timeout: seconds that `predict`, `verify` and `check` wait for a host in all, however slowly it answers;
-            `embed` waits as long for each 16 pictures.
-        threads: of onnxruntime.
-        max_pixels: of an image.
+        timeout: total seconds that `predict`, `verify` and `check` wait for a host, however slowly it answers. `embed`
+            waits that long for every 16 pictures.
+        threads: number of onnxruntime's threads.
+        max_pixels: maximum number of pixels of an image.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
-        FileNotFoundError: the folder or a file of it is missing.
+        FileNotFoundError: the folder or a file in it is missing.
         FolderError: a file is damaged or does not fit the others.
     """
 
@@ -86,7 +90,7 @@ class Client:
             if isinstance(count, bool) or not isinstance(count, int):
                 raise TypeError(f"{name} must be a whole number, got {count!r}")
             if count < 1:
-                raise ValueError(f"{name} must be from 1, got {count}")
+                raise ValueError(f"{name} must be at least 1, got {count}")
         self.folder = read_folder(folder)
         self.class_names = self.folder.class_names
         self.model, self.api_key, self.timeout, self.max_pixels = model, api_key, timeout, max_pixels
@@ -100,11 +104,10 @@ class Client:
         self._verified: dict[str, str | None] = {}
 
     def picture(self, image: pictures.ImageLike) -> np.ndarray:
-        """The picture for the host, uint8 (H', W, 3), exactly the size that it takes.
+        """Return the prompted picture for the host, uint8 (H', W, 3), in exactly the size that the host takes.
 
         Args:
-            image: a file's path or bytes, a PIL image or a uint8 array (H, W, 3), of any size: it is resized as in
-                training.
+            image: a file's path or bytes, a PIL image or a uint8 array (H, W, 3). Any size is resized as in training.
 
         Raises:
             TypeError, ValueError: `image` is none of these, cannot be read, or is too large.
@@ -113,11 +116,11 @@ class Client:
         return self.prompt(pictures.resized(opened, self.folder.size, self.folder.resize))
 
     def prompt(self, pixels: np.ndarray) -> np.ndarray:
-        """`picture` of an image that already has the backbone's size, uint8 (H, W, 3).
+        """Return the `picture` of an image that already has the backbone's size, uint8 (H, W, 3).
 
         Raises:
-            ValueError: `pixels` are something else.
-            FolderError: the folder's generator makes weights of the library that are not finite.
+            ValueError: `pixels` have another type or shape.
+            FolderError: the folder's generator returns library weights that are not finite.
         """
         folder = self.folder
         if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != (*folder.size, 3):
@@ -133,26 +136,26 @@ class Client:
         except Exception as error:  # onnxruntime's errors have no common class
             raise FolderError(f"generator.onnx cannot be run: {error}") from error
         if not np.isfinite(weights).all():
-            raise FolderError("generator.onnx made weights that are not finite")
+            raise FolderError("generator.onnx must return finite weights, got NaN or infinity")
         mixed = weights @ folder.library  # (K, 3p²)
         if folder.offset is not None:
             mixed = mixed + folder.offset
         return np.concatenate([image, pictures.assemble(mixed, folder.rows, folder.patch)])
 
     def png(self, image: pictures.ImageLike) -> bytes:
-        """`picture` as a PNG file: what is sent."""
+        """Return `picture` as a PNG file, as it is sent to the host."""
         return pictures.png(self.picture(image))
 
     def embed(self, url: str, images: Any) -> np.ndarray:
-        """Pictures of one image or a list of them, embedded by the host: (n, D) float32. The host is not verified.
+        """Let the host embed the pictures of one image or a list of images: (n, D) float32. The host is not verified.
 
         Raises:
-            HostError: it cannot be reached, refuses, or answers something else.
-            TypeError, ValueError: an image cannot be used, or `url` is no address.
+            HostError: the host cannot be reached, refuses the request, or returns something else.
+            TypeError, ValueError: an image cannot be used, or `url` is not an address.
         """
         host, sent = Host(url, self.api_key, self.timeout), [self.png(image) for image in _several(images)]
         if not sent:
-            raise ValueError("images: expected at least one, got none")
+            raise ValueError("images must hold at least one image, got none")
         return self._embedded(host, sent)
 
     def _embedded(self, host: Host, sent: Sequence[bytes], deadline: float | None = None) -> np.ndarray:
@@ -161,12 +164,13 @@ class Client:
         found = np.concatenate(parts) if len({part.shape[1] for part in parts}) == 1 else parts[0]
         if found.shape != (len(sent), self.folder.width):
             raise HostError(
-                f"{host.base} returned embeddings of width {found.shape[1]}, {self.folder.name} has {self.folder.width}"
+                f"{host.base} must return embeddings of {self.folder.name}'s width {self.folder.width}, got width "
+                f"{found.shape[1]}"
             )
         return found
 
     def classify(self, features: np.ndarray) -> list[Prediction]:
-        """(n, D) features of the host, or one (D,) → a `Prediction` each.
+        """Map the host's features (n, D), or one (D,), to one `Prediction` each.
 
         Raises:
             ValueError: the model has no head, or `features` have another shape.
@@ -182,17 +186,17 @@ class Client:
 
     def _head(self) -> tuple[Head, tuple[str, ...]]:
         if self.folder.head is None or self.class_names is None:
-            raise ValueError("the model in this folder has no head; `embed` gives its features")
+            raise ValueError("the model in this folder has no head; use `embed` to get features")
         return self.folder.head, self.class_names
 
     def predict(self, url: str, image: pictures.ImageLike) -> Prediction:
-        """The class of one image. The host is verified at the first call, and refused if it fails.
+        """Predict the class of one image. The first call verifies the host and refuses it if that fails.
 
-        What can be wrong with the image, or the folder, is found before the host is asked anything.
+        Errors in the image or the folder are raised before anything is sent to the host.
 
         Raises:
-            HostMismatch: the host's embedding of the golden picture is not the right one.
-            HostError, TypeError, ValueError: as `embed` and `classify`.
+            HostMismatch: the host's embedding of the golden picture is wrong.
+            HostError, TypeError, ValueError: as in `embed` and `classify`.
         """
         self._head()
         host, sent = Host(url, self.api_key, self.timeout), self.png(image)
@@ -204,12 +208,12 @@ class Client:
         return self.classify(self._embedded(host, [sent], deadline))[0]
 
     def verify(self, url: str) -> Verification:
-        """Send the golden picture; return when the host's embedding is the one that the model was trained with.
+        """Send the golden picture and check that the host's embedding is the one the model was trained with.
 
         Raises:
-            HostMismatch: it is not; the message says which mistake is likely.
-            HostError: the host cannot be reached, refuses, or answers something else.
-            ValueError: `url` is no address.
+            HostMismatch: the embedding is wrong; the message says which mistake is likely.
+            HostError: the host cannot be reached, refuses the request, or returns something else.
+            ValueError: `url` is not an address.
         """
         found = self.check(url)
         if not found.ok:
@@ -217,7 +221,7 @@ class Client:
         return found
 
     def check(self, url: str) -> Verification:
-        """`verify`, with a mismatch returned and not raised."""
+        """Do as `verify`, but return a mismatch instead of raising it."""
         host = Host(url, self.api_key, self.timeout)
         return self._check(host, host.deadline())
 
@@ -234,14 +238,14 @@ class Client:
         listed = sorted({printable(str(entry["fingerprint"])[:12]) for entry in models if entry.get("fingerprint")})
         if listed and self.folder.fingerprint[:12] not in listed:
             message = (
-                f"{found.message} It lists backbones with the fingerprints {', '.join(listed)}, the model was "
+                f"{found.message} It lists backbones with the fingerprints {', '.join(listed)}, but the model was "
                 f"trained on {self.folder.fingerprint[:12]}."
             )
             return found._replace(likely=found.likely or "another model", message=message)
         return found
 
     def judge(self, embedding: np.ndarray, who: str = "the host") -> Verification:
-        """What a host's embedding (D,) of the golden picture says about it."""
+        """Judge a host by its embedding (D,) of the golden picture."""
         folder, name = self.folder, self.folder.name
         if embedding.shape != (folder.width,):
             return Verification(
@@ -272,8 +276,8 @@ class Client:
                 False,
                 cosine,
                 None,
-                f"{who} is refused: {measured}, {folder.threshold} is the least. Likely: unknown; none "
-                "of the mistakes that were tried is clearly nearer. The nearest is "
+                f"{who} is refused: {measured}, below the threshold {folder.threshold}. Likely: unknown; none "
+                "of the known mistakes is clearly nearer. The nearest is "
                 f"{folder.mistake_names[nearest]} ({folder.mistake_details[nearest]}).",
             )
         if cosine < folder.threshold:
@@ -281,9 +285,9 @@ class Client:
                 False,
                 cosine,
                 "another model",
-                f"{who} is refused: {measured}, {folder.threshold} is the least. No resizing, "
-                "cropping, compression or normalisation that was tried explains it. Likely: another "
-                f"model, other weights, or another layer than {name}'s {folder.readout!r}.",
+                f"{who} is refused: {measured}, below the threshold {folder.threshold}. No known resizing, "
+                "cropping, compression or normalisation explains it. Likely: another model, other weights, or "
+                f"another layer than {name}'s {folder.readout!r}.",
             )
         if abs(length - 1) > LENGTH and not (folder.head is not None and folder.head.ignores_length):
             return Verification(
@@ -296,25 +300,25 @@ class Client:
         return Verification(True, cosine, None, f"{who} is right: {measured}.")
 
     def _check_own_picture(self) -> None:
-        """That this machine makes the golden picture that the exporting one made, to one level."""
+        """Check that this machine makes the same golden picture as the exporting one, up to one level."""
         golden = np.asarray(pictures.open_image(self.folder.golden_picture)).astype(int)
         own = self.prompt(np.asarray(pictures.open_image(self.folder.golden_image))).astype(int)
         if own.shape != golden.shape or np.abs(own - golden).max() > 1:
             raise FolderError(
-                "golden_picture.png is not the picture that this machine makes of golden_image.png: the "
+                "golden_picture.png is not the picture that this machine makes from golden_image.png: the "
                 f"folder's files do not belong together, or onnxruntime {onnxruntime.__version__} "
                 "computes something else"
             )
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis, in float64."""
+    """Compute the softmax over the last axis in float64."""
     exp = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
     return exp / exp.sum(axis=-1, keepdims=True)
 
 
 def _calls(sent: Sequence[bytes]) -> list[list[bytes]]:
-    """The pictures in requests of a number and size that a host takes, in their order."""
+    """Group pictures, in order, into requests of a number and size that a host accepts."""
     calls: list[list[bytes]] = []
     for picture in sent:
         if not calls or len(calls[-1]) == PICTURES_PER_CALL or sum(map(len, calls[-1])) + len(picture) > BYTES_PER_CALL:
@@ -333,7 +337,7 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def _asked_for(models: list[dict[str, Any]], fingerprint: str) -> str | None:
-    """The id of the host's backbone with that fingerprint, else of its only one."""
+    """Return the id of the host's backbone with that fingerprint, else of its only backbone."""
     backbones = [
         entry for entry in models if entry.get("object", "model") == "model" and isinstance(entry.get("id"), str)
     ]
@@ -359,5 +363,5 @@ def _session(folder: Folder, threads: int) -> onnxruntime.InferenceSession:
     ]
     found = [(value.name, value.type, tuple(value.shape)) for value in (*session.get_inputs(), *session.get_outputs())]
     if found != wanted:
-        raise FolderError(f"generator.onnx must go from {wanted[0]} to {wanted[1]}, it has {found}")
+        raise FolderError(f"generator.onnx must map {wanted[0]} to {wanted[1]}, got {found}")
     return session

@@ -1,7 +1,7 @@
-"""HTTP connections on which everything together ends by one point in time.
+"""HTTP connections with one deadline for all of their operations.
 
-A socket's timeout is one for every wait: a host that sends a byte now and then is never late. Here each operation of a
-socket gets what is left until the deadline, from looking up the name to the last byte, and none is begun after it.
+A socket's timeout applies to each wait, so a host that sends a byte now and then never times out. Here, every operation
+from looking up the name to reading the last byte gets only the time left until the deadline, and none starts after it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 
 class _Timed:
-    """A socket whose operations end by `deadline`, in seconds of `time.monotonic`."""
+    """A socket with a `deadline` for all its operations, in seconds of `time.monotonic`."""
 
     deadline = math.inf
 
@@ -51,7 +51,7 @@ class _TLSSocket(_Timed, ssl.SSLSocket):
 
 
 def remaining(deadline: float) -> float:
-    """Seconds until `deadline`; TimeoutError after it."""
+    """Return the seconds until `deadline`; raise TimeoutError after it."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError("timed out")
@@ -59,7 +59,7 @@ def remaining(deadline: float) -> float:
 
 
 def _addresses(host: str, port: int, deadline: float) -> list[Any]:
-    """`socket.getaddrinfo`, which knows no timeout: in a thread that is left behind where it takes too long."""
+    """Run `socket.getaddrinfo`, which has no timeout, in a thread that is abandoned if it takes too long."""
     found: list[Any] = []
 
     def look_up() -> None:
@@ -79,7 +79,7 @@ def _addresses(host: str, port: int, deadline: float) -> list[Any]:
 
 
 def _connected(deadline: float, address: tuple[str, int], *_: Any) -> _Socket:
-    """A connection to the first of a host's addresses that takes one."""
+    """Connect to the first of a host's addresses that accepts a connection."""
     failed: OSError | None = None
     addresses = _addresses(*address, deadline)
     for tried, (family, kind, protocol, _name, place) in enumerate(addresses):
@@ -112,7 +112,7 @@ class _TLSConnection(_Connection):
         self.context = context
 
     def connect(self) -> None:
-        super().connect()  # and through a proxy's tunnel
+        super().connect()  # also sets up a proxy's tunnel
         name = getattr(self, "_tunnel_host", None) or self.host
         wrapped = self.context.wrap_socket(self.sock, server_hostname=name, do_handshake_on_connect=False)
         assert isinstance(wrapped, _TLSSocket)
@@ -121,7 +121,7 @@ class _TLSConnection(_Connection):
 
 
 class Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
-    """Opens http and https addresses; a request's attribute `deadline` says until when."""
+    """Opens http and https addresses by the deadline in a request's attribute `deadline`."""
 
     def __init__(self) -> None:
         urllib.request.HTTPHandler.__init__(self)

@@ -1,4 +1,4 @@
-"""The folder that `fastprompt export --client` wrote, read with suspicion."""
+"""Read and validate the untrusted folder written by `fastprompt export --client`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class FolderError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """How features (n, D) become logits (n, C).
+    """Maps features (n, D) to logits (n, C).
 
     Attributes:
-        kind: "linear": W f + b. "cosine": scale · cos(MLP(f), rows), GELU between the layers of the MLP.
-        rows: (C, E). bias: (C,), of "linear". scale: of "cosine".
+        kind: "linear" is W f + b. "cosine" is scale · cos(MLP(f), rows), with GELU between the layers of the MLP.
+        rows: (C, E). bias: (C,), for "linear". scale: for "cosine".
         layers: [(weight (out, in), bias (out,)), ...] of the MLP.
     """
 
@@ -46,7 +46,7 @@ class Head:
 
     @property
     def ignores_length(self) -> bool:
-        """Whether features of another length, e.g. normalised ones, give the same logits."""
+        """Whether features of another length, for example normalised ones, give the same logits."""
         return self.kind == "cosine" and len(self.layers) <= 1 and not any(bias.any() for _, bias in self.layers)
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
@@ -61,21 +61,22 @@ class Head:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """What a folder holds. Pixels are in levels from 0 to 255; p is the patch size.
+    """The contents of a folder. Pixels are levels from 0 to 255; p is the patch size.
 
     Attributes:
-        name, fingerprint, readout: of the backbone that the host has to run. width: D of its features.
-        size: (H, W) of the images that the client starts from. picture_size: (H', W) of what the host gets.
+        name, fingerprint, readout: the backbone that the host must run. width: D of its features.
+        size: (H, W) of the resized images. picture_size: (H', W) of the pictures for the host.
         patch: p. resize: "crop" or "squash".
-        intensity_range: the values of grey images of more than 8 bits that are black and white; None: see `open_image`.
-        kind: "patches" or "border". placement: "extend" or "replace", of patches. rows: of patches.
+        intensity_range: the values of grey images with more than 8 bits that become black and white; None is the
+            default of `open_image`.
+        kind: "patches" or "border". placement: "extend" or "replace", for patches. rows: number of rows of patches.
         round_pixels: whether training rounded pixels to levels.
-        graph: the ONNX file, None without patches. library: (M, 3p²) float32. offset: (K, 3p²) or None.
+        graph: the ONNX file; None without patches. library: (M, 3p²) float32. offset: (K, 3p²) or None.
         added: (H, W, 3) levels added to the image, or None.
-        head: None for a model without one. class_names: C names, or None.
-        golden_image, golden_picture: PNG files. golden_embedding: (D,). threshold: least cosine.
+        head: None for a model without a head. class_names: C names, or None.
+        golden_image, golden_picture: PNG files. golden_embedding: (D,). threshold: lowest accepted cosine.
         mistakes: (n, D) embeddings. mistake_names, mistake_details: n texts each.
-        manifest: all of it.
+        manifest: the whole manifest.
     """
 
     name: str
@@ -108,19 +109,22 @@ class Folder:
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
-    """x Φ(x), by the error function."""
+    """Compute x Φ(x) with the error function."""
     return (x * 0.5 * (1 + np.vectorize(math.erf, otypes=[float])(x / math.sqrt(2)))).astype(np.float32)
 
 
 def read_folder(folder: str | os.PathLike[str]) -> Folder:
-    """
+    """Read and validate a folder.
+
     Raises:
-        FileNotFoundError: `folder` is none, or a file of it is missing.
-        FolderError: a file is damaged, or of a format that this client does not read.
+        FileNotFoundError: `folder` is not a folder, or a file in it is missing.
+        FolderError: a file is damaged, or has a format that this client does not read.
     """
     path = Path(folder)
     if not path.is_dir():
-        raise FileNotFoundError(f"folder: {path} is no folder; `fastprompt export RUN --client --out {path}` makes it")
+        raise FileNotFoundError(
+            f"folder must be a folder, got {path}; create it with `fastprompt export RUN --client --out {path}`"
+        )
     manifest = _read_manifest(path)
     fields = _Fields(manifest, path / MANIFEST)
     if type(fields.get("format")) is not int or manifest["format"] != FORMAT:
@@ -141,7 +145,7 @@ def read_folder(folder: str | os.PathLike[str]) -> Folder:
             f"got {list(picture_size)}"
         )
     if placement == "replace" and rows * patch >= height:
-        raise FolderError(f"{path / MANIFEST}: prompts.rows leave nothing of the image: {rows}")
+        raise FolderError(f"{path / MANIFEST}: prompts.rows must leave rows for the image, got {rows}")
 
     def array(name: str, shape: tuple[int | None, ...], *dtypes: str) -> np.ndarray:
         return _array(path / name, _content(path, name, manifest), shape, dtypes or ("float32",))
@@ -164,16 +168,16 @@ def read_folder(folder: str | os.PathLike[str]) -> Folder:
         try:
             check_graph(graph, (1, height, width, 3), (count, entries))
         except GraphError as error:
-            raise FolderError(f"{path / 'generator.onnx'} is none that fastprompt writes: {error}") from error
+            raise FolderError(f"{path / 'generator.onnx'} is not a graph that fastprompt writes: {error}") from error
     if fields.get("prompts.added", bool):
         added = array("added.npy", (height, width, 3))
     least = fields.number("golden.threshold")
     if not 0 < least <= 1:
-        raise FolderError(f"{path / MANIFEST}: golden.threshold must be over 0 and at most 1, got {least}")
+        raise FolderError(f"{path / MANIFEST}: golden.threshold must be above 0 and at most 1, got {least}")
     head = _head(fields, array, features)
     names = fields.texts("class_names") if manifest.get("class_names") is not None else None
     if (head is None) != (names is None) or (head is not None and names is not None and len(head.rows) != len(names)):
-        raise FolderError(f"{path / MANIFEST}: class_names must be one for each class of the head")
+        raise FolderError(f"{path / MANIFEST}: class_names must have one name for each class of the head")
     mistakes = fields.get("golden.mistakes", list)
     for i, mistake in enumerate(mistakes):
         if not isinstance(mistake, dict) or not all(isinstance(mistake.get(k), str) for k in ("name", "detail")):
@@ -210,7 +214,7 @@ def read_folder(folder: str | os.PathLike[str]) -> Folder:
 
 
 class _Fields:
-    """The manifest's values by dotted name; FolderError names the one that is missing or of another kind."""
+    """Access to the manifest's values by dotted name; raises a FolderError naming a missing or invalid value."""
 
     def __init__(self, manifest: dict[str, Any], path: Path) -> None:
         self.manifest, self.path = manifest, path
@@ -222,13 +226,13 @@ class _Fields:
                 raise FolderError(f"{self.path}: {name} is missing")
             value = value[key]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
-            raise FolderError(f"{self.path}: {name} must be of kind {kind.__name__}, got {value!r}")
+            raise FolderError(f"{self.path}: {name} must be of type {kind.__name__}, got {value!r}")
         return value
 
     def whole(self, name: str) -> int:
         value = self.get(name, int)
         if not 1 <= value <= 1 << 20:
-            raise FolderError(f"{self.path}: {name} must be a whole number from 1, got {value!r}")
+            raise FolderError(f"{self.path}: {name} must be a whole number of at least 1, got {value!r}")
         return value
 
     def number(self, name: str) -> float:
@@ -244,7 +248,7 @@ class _Fields:
         return value[0], value[1]
 
     def range(self, name: str) -> tuple[float, float] | None:
-        """Two numbers, the lower first; None where there is none, as in folders of earlier versions."""
+        """Return two numbers, the lower first; None if the value is missing, as in folders of earlier versions."""
         if self.get(name.rpartition(".")[0], dict).get(name.rpartition(".")[2]) is None:
             return None
         value = self.get(name, list)
@@ -270,35 +274,35 @@ class _Fields:
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not file.is_file():
-        raise FileNotFoundError(f"folder: {path} is none of fastprompt's client, {MANIFEST} is missing")
+        raise FileNotFoundError(f"folder must be one for fastprompt's client, got {path} without {MANIFEST}")
     if file.stat().st_size > LARGEST_MANIFEST:
-        raise FolderError(f"{file} has {file.stat().st_size} bytes, a manifest at most {LARGEST_MANIFEST}")
+        raise FolderError(f"{file} must have at most {LARGEST_MANIFEST} bytes, got {file.stat().st_size}")
     try:
         manifest = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise FolderError(f"{file} is damaged: {error}") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise FolderError(f"{file} is no manifest of fastprompt's client")
+        raise FolderError(f"{file} is not a manifest of fastprompt's client")
     return manifest
 
 
 def _content(path: Path, name: str, manifest: dict[str, Any]) -> bytes:
-    """The bytes of a file whose size and sha256 are those of the manifest."""
+    """Return the bytes of a file after checking its size and sha256 against the manifest."""
     stated, file = manifest["files"].get(name), path / name
     if not isinstance(stated, dict) or type(stated.get("bytes")) is not int:
-        raise FolderError(f"{path / MANIFEST}: files lacks {name}")
+        raise FolderError(f"{path / MANIFEST}: files must list {name}")
     if not file.is_file():
         raise FileNotFoundError(f"folder: {file} is missing")
     if file.stat().st_size != stated["bytes"] or stated["bytes"] > LARGEST_FILE:
         raise FolderError(f"{file} is damaged: it has {file.stat().st_size} bytes, the manifest says {stated['bytes']}")
     content = file.read_bytes()
     if hashlib.sha256(content).hexdigest() != stated.get("sha256"):
-        raise FolderError(f"{file} is damaged: its sha256 is not the manifest's")
+        raise FolderError(f"{file} is damaged: its sha256 differs from the manifest's")
     return content
 
 
 def _png(path: Path, name: str, manifest: dict[str, Any], size: tuple[int, int]) -> bytes:
-    """The bytes of a PNG file whose picture has the size (H, W)."""
+    """Return the bytes of a PNG file after checking that its picture has the size (H, W)."""
     content = _content(path, name, manifest)
     try:
         opened = pictures.open_image(content, size[0] * size[1])
@@ -312,14 +316,14 @@ def _png(path: Path, name: str, manifest: dict[str, Any], size: tuple[int, int])
 def _array(file: Path, content: bytes, shape: tuple[int | None, ...], dtypes: tuple[str, ...]) -> np.ndarray:
     try:
         array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    except Exception as error:  # numpy reads a header by tokenizing Python: what a garbled one raises differs
+    except Exception as error:  # numpy tokenizes the header as Python, so errors vary
         raise FolderError(f"{file} is damaged: {error}") from error
     fits = array.ndim == len(shape) and all(want in (None, got) for got, want in zip(array.shape, shape, strict=True))
     if not fits or array.dtype.name not in dtypes:
         wanted = ", ".join("any" if side is None else str(side) for side in shape)
         raise FolderError(f"{file} must be ({wanted}) of {' or '.join(dtypes)}, got {array.shape} of {array.dtype}")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise FolderError(f"{file} contains NaN or infinite values")
+        raise FolderError(f"{file} must be finite, got NaN or infinite values")
     return array
 
 

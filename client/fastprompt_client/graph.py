@@ -1,9 +1,9 @@
-"""What `generator.onnx` may be: the operators that fastprompt's exporter writes, on tensors of bounded size.
+"""Validate `generator.onnx`: only operators that fastprompt's exporter writes, on tensors of bounded size.
 
-A folder may come from anywhere, and onnxruntime does what a graph says: it reads tensors from other files, runs loops
-without end and asks for any amount of memory. So the file is read here first, by the wire format of protocol buffers
-and the field numbers of onnx.proto, and every field that the exporter does not write is refused: external data,
-subgraphs, functions, other operators. The sizes of all values are computed from the operators before one is allocated.
+A folder may come from an untrusted source, and onnxruntime does whatever a graph says: read tensors from other files,
+loop without end, allocate any amount of memory. The file is therefore parsed here first, by the wire format of protocol
+buffers and the field numbers of onnx.proto. Every field that the exporter does not write is refused: external data,
+subgraphs, functions, other operators. The sizes of all values are computed from the operators before any is allocated.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 LARGEST_GRAPH = 512 << 20
-"""Bytes of the file."""
+"""Maximum size of the file in bytes."""
 MOST_ELEMENTS = 1 << 28
-"""Elements of all values that are computed, 1 GiB; those of a ResNet-18 at 1024 x 1024 pixels are half of that."""
+"""Maximum number of elements of all computed values, 1 GiB; a ResNet-18 at 1024 x 1024 pixels has half of that."""
 MOST_PRODUCTS = 1 << 40
-"""Multiplications of one run; a ResNet-18 at 1024 x 1024 pixels takes 1/28 of that."""
+"""Maximum number of multiplications of one run; a ResNet-18 at 1024 x 1024 pixels needs 1/28 of that."""
 MOST_NODES = 1000
 IR_VERSIONS, OPSETS = range(8, 11), range(17, 18)
 
@@ -32,11 +32,11 @@ Shape = tuple[int, ...]
 
 
 class GraphError(ValueError):
-    """The file is none that fastprompt's exporter writes; the message says where."""
+    """The file is not one that fastprompt's exporter writes; the message says where."""
 
 
 class Field(NamedTuple):
-    """How a message's field is written: its name, its wire type, and whether it occurs more than once."""
+    """Name and wire type of a message's field, and whether it may be repeated."""
 
     name: str
     wire: int
@@ -81,16 +81,16 @@ VALUE = {1: Field("name", BYTES), 2: Field("type", BYTES)}
 
 
 class Constant(NamedTuple):
-    """An initializer: its shape and, of whole numbers, its values."""
+    """An initializer: its shape and, for integers, its values."""
 
     shape: Shape
     whole: tuple[int, ...] | None
 
 
 def check_graph(content: bytes, image: Shape, weights: Shape) -> None:
-    """Raise `GraphError` unless an ONNX file is one of the exporter's, from "image" to "weights" of these shapes."""
+    """Raise `GraphError` unless the file could be the exporter's, with "image" and "weights" of these shapes."""
     if len(content) > LARGEST_GRAPH:
-        raise GraphError(f"it has {len(content):,} bytes, a graph at most {LARGEST_GRAPH:,}")
+        raise GraphError(f"it must have at most {LARGEST_GRAPH:,} bytes, got {len(content):,}")
     if content[4:8] == b"ORTM":  # onnxruntime would read it in its own format
         raise GraphError("it is in onnxruntime's own format")
     model = _message(memoryview(content), MODEL, "model")
@@ -103,7 +103,7 @@ def check_graph(content: bytes, image: Shape, weights: Shape) -> None:
     for kind, name in (("input", "image"), ("output", "weights")):
         names = [_text(_message(value, VALUE, kind), "name") for value in graph.get(kind, [])]
         if names != [name]:
-            raise GraphError(f"graph.{kind} must be {name!r} alone, got {names}")
+            raise GraphError(f"graph.{kind} must be only {name!r}, got {names}")
     constants: dict[str, Constant] = {}
     for part in graph.get("initializer", []):
         name, constant = _constant(part)
@@ -112,7 +112,7 @@ def check_graph(content: bytes, image: Shape, weights: Shape) -> None:
         constants[name] = constant
     nodes = graph.get("node", [])
     if len(nodes) > MOST_NODES:
-        raise GraphError(f"it has {len(nodes)} nodes, at most {MOST_NODES} are taken")
+        raise GraphError(f"it must have at most {MOST_NODES} nodes, got {len(nodes)}")
     shapes: dict[str, Shape] = {"image": image, **{name: constant.shape for name, constant in constants.items()}}
     elements = products = 0
     for part in nodes:
@@ -123,13 +123,13 @@ def check_graph(content: bytes, image: Shape, weights: Shape) -> None:
         if elements > MOST_ELEMENTS:
             raise GraphError(f"its values have more than {MOST_ELEMENTS:,} elements")
         if products > MOST_PRODUCTS:
-            raise GraphError(f"one run takes more than {MOST_PRODUCTS:,} multiplications")
+            raise GraphError(f"one run needs more than {MOST_PRODUCTS:,} multiplications")
     if "weights" in constants or shapes.get("weights") != weights:
         raise GraphError(f"'weights' must be computed, of shape {weights}, got {shapes.get('weights')}")
 
 
 def _fields(content: memoryview, known: dict[int, Field], where: str) -> Iterator[tuple[Field, Any]]:
-    """(field, value) of a message in their order: an int, or the bytes; whole numbers may be packed."""
+    """Yield (field, value) of a message in order, as ints or bytes; repeated integers may be packed."""
     place = 0
     while place < len(content):
         key, place = _varint(content, place)
@@ -153,13 +153,13 @@ def _fields(content: memoryview, known: dict[int, Field], where: str) -> Iterato
                     value, inside = _varint(part, inside)
                     yield field, _signed(value)
             else:
-                raise GraphError(f"{where}.{field.name} is of another type")
+                raise GraphError(f"{where}.{field.name} has the wrong type")
         else:
-            raise GraphError(f"{where}.{field.name} is of another type")
+            raise GraphError(f"{where}.{field.name} has the wrong type")
 
 
 def _message(content: memoryview, known: dict[int, Field], where: str) -> dict[str, Any]:
-    """A message's fields by name: lists of those that are repeated. A single field that occurs twice is refused."""
+    """Return a message's fields by name, repeated ones as lists. Other fields that occur twice are refused."""
     found: dict[str, Any] = {}
     for field, value in _fields(content, known, where):
         if field.repeated:
@@ -172,7 +172,7 @@ def _message(content: memoryview, known: dict[int, Field], where: str) -> dict[s
 
 
 def _varint(content: memoryview, place: int) -> tuple[int, int]:
-    """(the number at `place`, where it ends)."""
+    """Return (the number at `place`, where it ends)."""
     value = 0
     for shift in range(0, 70, 7):
         if place >= len(content):
@@ -196,7 +196,7 @@ def _text(message: dict[str, Any], name: str) -> str:
 
 
 def _constant(content: memoryview) -> tuple[str, Constant]:
-    """(name, shape and whole numbers) of an initializer, whose data are all in the file."""
+    """Return (name, constant) of an initializer after checking that its data are in the file."""
     tensor = _message(content, TENSOR, "initializer")
     name, shape = _text(tensor, "name"), tuple(tensor.get("dims", []))
     kind, data = tensor.get("data_type"), tensor.get("raw_data", memoryview(b""))
@@ -209,16 +209,16 @@ def _constant(content: memoryview) -> tuple[str, Constant]:
 
 
 def _node(content: memoryview, shapes: dict[str, Shape], constants: dict[str, Constant]) -> tuple[str, Shape, int]:
-    """(output's name, its shape, multiplications) of a node."""
+    """Return (output's name, its shape, multiplications) of a node."""
     node = _message(content, NODE, "node")
     kind = _text(node, "op_type")
     if kind not in OPERATORS:
-        raise GraphError(f"operator {kind!r} is none of those that fastprompt writes, {', '.join(OPERATORS)}")
+        raise GraphError(f"operator must be one that fastprompt writes, {', '.join(OPERATORS)}, got {kind!r}")
     names = [bytes(name).decode("utf-8", "replace") for name in node.get("input", [])]
     outputs = [bytes(name).decode("utf-8", "replace") for name in node.get("output", [])]
     unknown = [name for name in names if name not in shapes]
     if unknown or len(outputs) != 1:
-        raise GraphError(f"{kind} must go from known values to one, got {names} and {outputs}")
+        raise GraphError(f"{kind} must map known values to one value, got {names} and {outputs}")
     attributes: dict[str, tuple[int, ...]] = {}
     for part in node.get("attribute", []):
         attribute = _message(part, ATTRIBUTE, f"{kind}'s attribute")
@@ -244,7 +244,7 @@ def _node(content: memoryview, shapes: dict[str, Shape], constants: dict[str, Co
     try:
         shape, products = shape_of(inputs, attributes)
     except (ValueError, IndexError, TypeError) as error:
-        raise GraphError(f"{kind} cannot go from {inputs} with {attributes}") from error
+        raise GraphError(f"{kind} cannot take inputs {inputs} with {attributes}") from error
     return outputs[0], shape, products
 
 
@@ -289,7 +289,7 @@ def _matmul(inputs: list[Shape], attributes: Attributes) -> Result:
 
 
 def _windows(shape: Shape, attributes: Attributes) -> tuple[int, int]:
-    """Rows and columns of a convolution's or pooling's output."""
+    """Return rows and columns of a convolution's or pooling's output."""
     (kernel_y, kernel_x), (top, left, bottom, right) = attributes["kernel_shape"], attributes["pads"]
     (stride_y, stride_x), (height, width) = attributes["strides"], shape[2:]
     _need(min(kernel_y, kernel_x, stride_y, stride_x) >= 1 and min(top, left, bottom, right) >= 0)
@@ -352,5 +352,4 @@ OPERATORS: dict[str, tuple[int, set[str], Callable[[list[Shape], Attributes], Re
     "Sub": (2, set(), _broadcast),
     "Transpose": (1, {"perm"}, _transpose),
 }
-"""Operator → how many inputs it takes, its attributes, and (shapes, attributes) → its output's shape and its
-multiplications."""
+"""Operator → number of inputs, attributes, and a function (shapes, attributes) → (output's shape, multiplications)."""

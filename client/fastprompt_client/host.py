@@ -1,4 +1,4 @@
-"""HTTP with a host of `POST /v1/embeddings`: bounded in time and size, nothing followed, every answer checked."""
+"""HTTP client for `POST /v1/embeddings`: bounded in time and size, no redirects, every answer checked."""
 
 from __future__ import annotations
 
@@ -23,30 +23,31 @@ LONGEST_TIMEOUT = 86_400.0
 
 
 class HostError(RuntimeError):
-    """The host cannot be reached, refuses, or answers something else than embeddings; the message says which."""
+    """The host cannot be reached, refuses the request, or does not return embeddings; the message says which."""
 
 
 class HostMismatch(HostError):
-    """The host answers, but its embedding of the golden picture is not the one that the model was trained with."""
+    """The host's embedding of the golden picture is not the one that the model was trained with."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirected request would carry the key and the pictures to another place, and lose its body."""
+    """Refuses redirects, which would send key and pictures to another place and lose the request's body."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
 class Host:
-    """One host.
+    """A connection to one host.
 
     Args:
-        url: "http://host:8000", with or without "/v1" or "/v1/embeddings" behind it.
-        api_key: sent as `Authorization: Bearer`. timeout: seconds for a request, from looking up the host's name to
-            the last byte of its answer.
+        url: "http://host:8000", optionally followed by "/v1" or "/v1/embeddings".
+        api_key: sent as `Authorization: Bearer`.
+        timeout: seconds for a request, from looking up the host's name to the last byte of its answer.
 
     Raises:
-        TypeError, ValueError: `url` is no http or https address, `api_key` cannot be sent, `timeout` is no time.
+        TypeError, ValueError: `url` is not an http or https address, `api_key` cannot be sent, or `timeout` is not a
+            valid time.
     """
 
     def __init__(self, url: str, api_key: str | None = None, timeout: float = 30.0) -> None:
@@ -57,7 +58,7 @@ class Host:
         except ValueError as error:
             raise ValueError(f"url must be http://HOST or https://HOST, got {url!r}: {error}") from error
         if parts.username is not None or parts.password is not None:
-            raise ValueError("url must not hold a user or password; a key is given as api_key")
+            raise ValueError("url must not hold a user or password; pass a key as api_key")
         if parts.query:
             raise ValueError("url must not have a query (?...): a host's address ends with its path")
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -81,11 +82,11 @@ class Host:
         self.opener = urllib.request.build_opener(_NoRedirects(), Handler())
 
     def deadline(self) -> float:
-        """When `timeout` from now is over, of `time.monotonic`; requests that get it end by then together."""
+        """Return the `time.monotonic` at which `timeout` from now ends, to share between requests."""
         return time.monotonic() + self.timeout
 
     def models(self, deadline: float | None = None) -> list[dict[str, Any]]:
-        """What the host lists under `GET /v1/models`; empty where it lists nothing that can be read."""
+        """Return what the host lists under `GET /v1/models`; empty if the list cannot be read."""
         try:
             answer = self._call("/v1/models", None, deadline)
         except HostError:
@@ -94,10 +95,10 @@ class Host:
         return [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
 
     def embed(self, pictures: Sequence[bytes], model: str | None = None, deadline: float | None = None) -> np.ndarray:
-        """PNG files → (n, D) float32, by one request.
+        """Embed PNG files in one request: (n, D) float32.
 
         Raises:
-            HostError: no embedding for each of them, all of one width and finite.
+            HostError: the host does not return one finite embedding for each of them, all of the same width.
         """
         texts = ["data:image/png;base64," + base64.b64encode(picture).decode() for picture in pictures]
         body: dict[str, Any] = {"input": texts, "encoding_format": "base64"}
@@ -120,7 +121,7 @@ class Host:
             vectors[index] = self._vector(entry.get("embedding"), index)
         found = [vector for vector in vectors if vector is not None]
         if len({len(vector) for vector in found}) > 1:
-            raise HostError(f"{self.base} returned embeddings of several widths")
+            raise HostError(f"{self.base} returned embeddings of different widths")
         return np.stack(found)
 
     def _vector(self, value: Any, index: int) -> np.ndarray:
@@ -133,7 +134,7 @@ class Host:
             else:
                 raise ValueError("neither a list of numbers nor base64")
         except (ValueError, OverflowError, binascii.Error) as error:
-            raise HostError(f"{self.base} returned no embedding for picture {index}: {error}") from error
+            raise HostError(f"{self.base} returned an invalid embedding for picture {index}: {error}") from error
         if not len(vector) or not np.isfinite(vector).all():
             raise HostError(f"{self.base} returned an embedding for picture {index} that is empty or not finite")
         return vector
@@ -163,22 +164,22 @@ class Host:
         try:
             answer = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise HostError(f"{self.base}{path} answered no JSON: {error}") from error
+            raise HostError(f"{self.base}{path} must answer with JSON: {error}") from error
         if not isinstance(answer, dict):
-            raise HostError(f"{self.base}{path} answered {type(answer).__name__}, a JSON object is needed")
+            raise HostError(f"{self.base}{path} must answer with a JSON object, got {type(answer).__name__}")
         return answer
 
 
 def check_timeout(timeout: float) -> None:
-    """TypeError or ValueError unless it is a number of seconds."""
+    """Raise TypeError or ValueError unless `timeout` is a valid number of seconds."""
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
         raise TypeError(f"timeout must be a number of seconds, got {timeout!r}")
     if not 0 < timeout <= LONGEST_TIMEOUT:
-        raise ValueError(f"timeout must be over 0 and at most {LONGEST_TIMEOUT:,.0f} seconds, got {timeout}")
+        raise ValueError(f"timeout must be above 0 and at most {LONGEST_TIMEOUT:,.0f} seconds, got {timeout}")
 
 
 def check_key(api_key: str | None) -> None:
-    """ValueError, which does not show the key, unless it is None or can be sent."""
+    """Raise a ValueError that does not show the key unless it is None or can be sent."""
     if api_key is not None and not (
         isinstance(api_key, str) and api_key and api_key.isascii() and api_key.isprintable()
     ):
@@ -186,7 +187,7 @@ def check_key(api_key: str | None) -> None:
 
 
 def _body(response: http.client.HTTPResponse, limit: int) -> bytes:
-    """Up to `limit` bytes of an answer, of which the rest is not waited for."""
+    """Read up to `limit` bytes of an answer without waiting for the rest."""
     parts, size = [], 0
     while size < limit:
         part = response.read1(min(1 << 16, limit - size))
@@ -198,15 +199,15 @@ def _body(response: http.client.HTTPResponse, limit: int) -> bytes:
 
 
 def printable(text: str) -> str:
-    """Without control characters, which a terminal would obey, and others that are not seen."""
+    """Replace control and invisible characters by spaces."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
-    """The message of an OpenAI-style error, or what else the answer says."""
+    """Return the message of an OpenAI-style error, or the text of another answer."""
     if 300 <= error.code < 400:
         return printable(
-            f"it redirects to {error.headers.get('Location')}, which is not followed; give that address as url"
+            f"it redirects to {error.headers.get('Location')}, which is not followed; pass that address as url"
         )
     try:
         content = _body(error.fp, LARGEST_ERROR)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Images to the pixels that the host gets: opened, resized as in training, prompts mixed and put in their place."""
+"""From images to the pixels that the host gets: open, resize as in training, and place prompts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from PIL import Image
 
 MAX_PIXELS = 100_000_000
 LARGEST_COVER = 1 << 25
-"""Pixels that an image may have after it was scaled to be cropped: a line of pixels would need gigabytes."""
+"""Maximum number of pixels of an image scaled for cropping; scaling a very thin image would need gigabytes."""
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""What Pillow is let read: some of its other formats start programs, EPS Ghostscript."""
+"""Formats that Pillow may read; some of its other formats start programs, as EPS starts Ghostscript."""
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -24,11 +24,11 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""By the EXIF orientation."""
+"""EXIF orientation → transposition that turns the image upright."""
 ROWS_AT_ONCE = 1 << 20
-"""Values of a grey image of more than 8 bits that are scaled at a time: bounds the memory of the copies."""
+"""Values of a grey image with more than 8 bits that are scaled at a time; bounds the memory of the copies."""
 TIE = 1e-3
-"""Levels taken off a shrunk pixel before it is rounded, where training rounds: half way between two goes down."""
+"""Levels subtracted from a shrunk pixel before rounding, as in training, so that ties are rounded down."""
 
 ImageLike = Any
 """A file's path, its bytes, a PIL image, or a uint8 array (H, W, 3)."""
@@ -37,15 +37,15 @@ ImageLike = Any
 def open_image(
     image: ImageLike, max_pixels: int = MAX_PIXELS, intensity_range: tuple[float, float] | None = None
 ) -> Image.Image:
-    """An upright RGB image; transparent pixels come out as over white.
+    """Open an image as upright RGB, with transparent pixels composited over white.
 
     Args:
-        intensity_range: the values of grey images of more than 8 bits that are black and white; None: 0 and 65535 of
-            integers, 0 and 1 of floats.
+        intensity_range: the values of grey images with more than 8 bits that become black and white; None uses 0 and
+            65535 for integers, 0 and 1 for floats.
 
     Raises:
-        TypeError: `image` is none of the kinds above.
-        ValueError: it cannot be read, has no pixels, or more than `max_pixels`.
+        TypeError: `image` is not an `ImageLike`.
+        ValueError: `image` cannot be read, or has no pixels or more than `max_pixels`.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -58,7 +58,7 @@ def open_image(
     if isinstance(image, (str, os.PathLike)):
         name, source = f"image {os.fspath(image)}", image
         if not os.path.isfile(image):
-            raise ValueError(f"{name} is no file")
+            raise ValueError(f"{name} is not a file")
     elif isinstance(image, (bytes, bytearray, memoryview)):
         name, source = "image", io.BytesIO(image)  # type: ignore[assignment]
     else:
@@ -69,7 +69,7 @@ def open_image(
             opened = Image.open(source, formats=_formats())
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} has too many pixels: {error}") from error
-    except Exception as error:  # of a damaged file Pillow's readers raise TypeError, struct.error and others, too
+    except Exception as error:  # on damaged files, Pillow also raises TypeError, struct.error and others
         raise ValueError(f"{name} cannot be read: {error}") from error
     with opened:
         _check_pixels(name, opened.width, opened.height, max_pixels)
@@ -77,14 +77,14 @@ def open_image(
 
 
 def _formats() -> list[str]:
-    """Those of FORMATS that the installed Pillow knows."""
+    """Return those of FORMATS that the installed Pillow supports."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _check_pixels(name: str, width: int, height: int, max_pixels: int) -> None:
     if not 1 <= width * height <= max_pixels:
-        raise ValueError(f"{name} has {width} x {height} pixels, from 1 to {max_pixels:,} are taken")
+        raise ValueError(f"{name} must have from 1 to {max_pixels:,} pixels, got {width} x {height}")
 
 
 def _rgb(name: str, image: Image.Image, intensity_range: tuple[float, float] | None) -> Image.Image:
@@ -101,7 +101,7 @@ def _rgb(name: str, image: Image.Image, intensity_range: tuple[float, float] | N
 
 
 def _grey(image: Image.Image, bounds: tuple[float, float]) -> Image.Image:
-    """A grey image of more than 8 bits in 8, as training reads it: integers rounded down, floats to the nearest."""
+    """Convert a grey image to 8 bits as in training: integers are rounded down, floats to the nearest."""
     values = np.asarray(image)
     levels = np.empty(values.shape, np.uint8)
     rows = max(1, ROWS_AT_ONCE // max(1, values.shape[1]))
@@ -115,7 +115,7 @@ def _grey(image: Image.Image, bounds: tuple[float, float]) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says; EXIF data that cannot be read say nothing."""
+    """Rotate an image as its EXIF orientation says; ignore unreadable EXIF data."""
     image.load()
     try:
         turn = UPRIGHT.get(image.getexif().get(0x0112, 1))
@@ -125,12 +125,12 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def resized(image: Image.Image, size: tuple[int, int], resize: str) -> np.ndarray:
-    """An RGB image as uint8 (*size, 3), bicubic with antialiasing.
+    """Resize an RGB image to uint8 (*size, 3), bicubic with antialiasing.
 
-    "crop" scales it so that it just covers `size` and cuts out the middle; "squash" scales both sides on their own.
+    "crop" scales it so that it just covers `size` and crops the middle; "squash" scales both sides independently.
 
     Raises:
-        ValueError: the image is so long and thin that it would have more than `LARGEST_COVER` pixels before it is cut.
+        ValueError: the image is so thin that it would have more than `LARGEST_COVER` pixels before cropping.
     """
     (height, width), covering = size, size
     if resize == "crop":
@@ -138,11 +138,14 @@ def resized(image: Image.Image, size: tuple[int, int], resize: str) -> np.ndarra
         covering = max(height, round(image.height * scale)), max(width, round(image.width * scale))
         if covering[0] * covering[1] > LARGEST_COVER:
             raise ValueError(
-                f"image has {image.width} x {image.height} pixels, an aspect ratio that is too extreme to "
-                f"crop: covering {width} x {height} pixels it would have {covering[0] * covering[1]:,}, "
-                f"at most {LARGEST_COVER:,} are taken"
+                f"image has an aspect ratio too extreme to crop, got {image.width} x {image.height} pixels: "
+                f"scaled to cover {width} x {height} pixels it would have {covering[0] * covering[1]:,}, "
+                f"more than {LARGEST_COVER:,}"
             )
-    for sides in ((covering[1], image.height), (covering[1], covering[0])):  # first the columns, in every Pillow
+    for sides in (
+        (covering[1], image.height),
+        (covering[1], covering[0]),
+    ):  # columns first, whatever the Pillow version
         if image.size != sides:
             image = image.resize(sides, Image.Resampling.BICUBIC)
     top, left = round((covering[0] - height) / 2), round((covering[1] - width) / 2)
@@ -150,13 +153,13 @@ def resized(image: Image.Image, size: tuple[int, int], resize: str) -> np.ndarra
 
 
 class Shrink:
-    """(old, W, 3) levels → (new, W, 3): antialiased bilinear resampling of the rows alone, rounded to whole levels.
+    """Antialiased bilinear resampling of the rows only, (old, W, 3) levels → (new, W, 3), rounded to whole levels.
 
-    Row i of the result is a weighted mean of the rows within `scale` = old / new of its middle, (i + ½) · scale, the
-    weights falling linearly with the distance.
+    Row i of the result is a weighted mean of the rows within `scale` = old / new of its middle, (i + ½) · scale. The
+    weights fall linearly with the distance.
 
     Args:
-        tie: levels taken off before rounding: `TIE`, or 0 for a model that was trained without rounding.
+        tie: levels subtracted before rounding: `TIE`, or 0 for a model that was trained without rounding.
     """
 
     def __init__(self, old: int, new: int, tie: float = TIE) -> None:
@@ -178,19 +181,19 @@ class Shrink:
 
 
 def to_uint8(levels: np.ndarray) -> np.ndarray:
-    """Levels cut off at 0 and 255 and rounded; half way goes to the even one."""
+    """Round levels, ties to even, and clip them to 0 and 255."""
     return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
 
 
 def assemble(patches: np.ndarray, rows: int, patch: int) -> np.ndarray:
-    """(K, 3p²) levels, channel by channel → uint8 (rows · p, W, 3)."""
+    """Assemble patches (K, 3p²) of levels, ordered by channel, to uint8 (rows · p, W, 3)."""
     columns = len(patches) // rows
     grid = to_uint8(patches).reshape(rows, columns, 3, patch, patch)
     return grid.transpose(0, 3, 1, 4, 2).reshape(rows * patch, columns * patch, 3)
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """uint8 (H, W, 3) as a PNG file."""
+    """Encode uint8 (H, W, 3) as a PNG file."""
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()

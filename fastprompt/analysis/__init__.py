@@ -1,1 +1,1 @@
-"""What a trained generator does: the papers' figures as functions."""
+"""Analysis of trained generators: the papers' figures as functions."""

@@ -1,4 +1,4 @@
-"""How a PGN uses its token library."""
+"""Measure how a PGN uses its token library."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
 
 
 def has_library(model: PromptedViT) -> bool:
-    """Whether the model's prompts are mixtures of a token library, as PGN's: its generator has `mixture(images)`."""
+    """Whether the model mixes its prompts from a token library, as PGN does: its generator has `mixture(images)`."""
     return callable(getattr(model.generator, "mixture", None))
 
 
 def library_usage(model: PromptedViT, dataset: Any, batch_size: int = 64) -> dict[str, Any]:
-    """How a PGN uses its library over a data set.
+    """Measure how a PGN uses its library over a data set.
 
-    `mean_weight` (M,) is each token's mixture weight averaged over images and prompts. `entropy` (nats) is
-    the mean entropy of one mixture and `effective_tokens` = exp(entropy) the number of tokens one prompt is
-    made of; `effective_library` is the same of `mean_weight`: the number of tokens in use over all images.
-    Sigmoid mixtures are normalised to sum to 1 first.
+    `mean_weight` (M,) is each token's mixture weight, averaged over images and prompts. `entropy` (nats) is the mean
+    entropy of one mixture, and `effective_tokens` = exp(entropy) the number of tokens that make up one prompt.
+    `effective_library` is exp(entropy of `mean_weight`), the number of tokens in use over all images. Sigmoid mixtures
+    are first normalised to sum to 1.
     """
     import torch
 
     generator: Any = model.generator
     if not has_library(model):
         raise ArgumentTypeError(
-            "model", f"must have a token library, as PGN has one; its generator is {type(generator).__name__}"
+            "model", f"must have a token library, as PGN does, got a {type(generator).__name__} generator"
         )
     was_training = model.training
     model.eval()

@@ -1,7 +1,6 @@
 """The command line: `fastprompt adapt | eval | predict | export | serve | info | report`, a thin shell over the API.
 
-Exit codes: 0 done, 1 failed while working (disk, network, training that diverged), 2 wrong input, 130
-interrupted.
+Exit codes: 0 success, 1 failure at run time (disk, network, diverged training), 2 wrong input, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -25,25 +25,25 @@ from fastprompt.terminal import say
 class Adapt:
     """Adapt a frozen backbone to a data set and write a run directory.
 
-    The same command goes on where an interrupted run stopped. The test split is read only with --test, once,
-    at the end. --set KEY=VALUE ... is short for --options.KEY VALUE, --recipe KEY=VALUE ... for --recipe.KEY VALUE.
-    --recipe vapt-paper trains as the authors published it; fields and flags beside it change it.
+    Run the same command again to resume an interrupted run. The test split is read only with --test, once, at the
+    end. --set KEY=VALUE ... is short for --options.KEY VALUE, and --recipe KEY=VALUE ... for --recipe.KEY VALUE.
+    --recipe vapt-paper selects the authors' published recipe; further fields and flags override it.
     """
 
     data: str
     """Image folder, torchvision data set, mnist5k or fashion-mnist."""
     out: Path
-    """Run directory: adapter, log, results."""
+    """Run directory for the adapter, log and results."""
     config: Path | None = None
-    """YAML file with any of these settings, or a run.json; flags take the place of what it says."""
+    """YAML file with any of these settings, or a run.json; flags override it."""
     method: Annotated[str, METHOD] = "pgn"
-    """What trains."""
+    """Method to train."""
     backbone: str = "clip-vit-b16"
     """clip-vit-b16, vit-s14, any timm name, or a file of published weights as checkpoint:ARCH:PATH."""
     image_size: int | None = None
-    """Side in pixels; the backbone's own if not given."""
+    """Image side in pixels; the backbone's own if not given."""
     num_prompts: int | None = None
-    """Prompts, short for --options.num-prompts."""
+    """Number of prompts; short for --options.num-prompts."""
     epochs: int | None = None
     """Passes over the training images."""
     batch_size: int | None = None
@@ -53,63 +53,63 @@ class Adapt:
     head_lr: float | None = None
     """Peak learning rate of the head."""
     weight_decay: float | None = None
-    """On tensors with two or more axes."""
+    """Weight decay of tensors with two or more axes."""
     optimizer: Literal["adamw", "sgd"] | None = None
-    """The method's own if not given, as for all of the recipe."""
+    """Optimizer; like every recipe setting, the method's own if not given."""
     warmup_epochs: float | None = None
-    """Epochs in which the learning rate rises."""
+    """Epochs of learning-rate warmup."""
     dtype: Literal["auto", "bfloat16", "float32"] | None = None
-    """Number format of the frozen backbone."""
+    """Data type of the frozen backbone."""
     seed: int | None = None
-    """Initial values, batch order, dropout."""
+    """Seed of initial values, batch order and dropout."""
     options: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     num_train: int | None = None
-    """Training images; all that are left if not given."""
+    """Number of training images; all remaining ones if not given."""
     num_val: int | None = None
-    """Validation images."""
+    """Number of validation images."""
     num_test: int | None = None
-    """Test images; all if not given."""
+    """Number of test images; all if not given."""
     data_seed: int = 0
     """Seed of the train/validation/test split."""
     data_root: Path | None = None
-    """Where torchvision sets are kept."""
+    """Folder of torchvision's data sets."""
     augment: str | None = None
-    """Of training images: none, flip, crop or pgn; that of a named recipe, else none, if not given."""
+    """Augmentation of training images: none, flip, crop or pgn; if not given, that of a named recipe, else none."""
     resize: Literal["crop", "squash"] | None = None
-    """Images are cropped or squashed to a square; as with a named recipe, else cropped, if not given."""
+    """Crop or squash images to a square; if not given, as a named recipe does, else crop."""
     on_bad: Literal["error", "skip"] = "error"
     """What to do about image files that cannot be read."""
     intensity_range: tuple[float, float] | None = None
-    """Values that are black and white in grey images of more than 8 bits; by the train images if not given."""
+    """Black and white level of grey images with more than 8 bits; taken from the training images if not given."""
     max_decoded_bytes: int | None = None
-    """Memory that one image may take decoded; 2^29 if not given."""
+    """Maximum size of one decoded image in bytes; 2^29 if not given."""
     head: Literal["linear", "text", "label_map", "prototypes"] = "linear"
-    """How features become classes."""
+    """Head that turns features into logits."""
     class_embeddings: Path | None = None
-    """(classes, width) array in a .npy file for --head text or prototypes."""
+    """.npy file with a (classes, width) array, for --head text or prototypes."""
     readout: str | None = None
     """cls, patches, patches+prompts, prompts or map; the backbone's own if not given."""
     train_backbone: bool = False
-    """Train the backbone, too, beside prompts and head: --recipe backbone_lr=1e-5"""
+    """Train the backbone along with prompts and head; --recipe backbone_lr=1e-5 sets its learning rate."""
     test: bool = False
     """Evaluate once on the test split after training."""
     resume: bool = True
-    """Go on with what is in --out; --no-resume starts over."""
+    """Resume the run in --out; --no-resume starts over."""
     progress: bool = True
-    """Progress bar on standard error."""
+    """Show a progress bar on standard error."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one."""
+    """auto, cpu, cuda, cuda:N or mps; auto uses a GPU if there is one."""
     threads: int | None = None
-    """Processor threads; all cores if not given."""
+    """Number of CPU threads; all cores if not given."""
     plugin: Plugins = field(default_factory=list)
-    """Module that registers methods of your own: its name or its .py file; once for each."""
+    """Module that registers your own methods, as a name or .py file; repeat for several."""
     debug: bool = False
     """Show the traceback of an error."""
 
 
 def adapt_settings(command: Adapt) -> RunSettings:
-    """The flags as settings. A recipe field given both as a flag and in --recipe is an error."""
+    """Return the flags as settings. Giving a recipe field both as a flag and in --recipe is an error."""
     from fastprompt.generators import published_recipes
     from fastprompt.train.recipes import named_recipe
 
@@ -118,7 +118,7 @@ def adapt_settings(command: Adapt) -> RunSettings:
     if published is None and "base_lr" in recipe:
         raise ArgumentError(
             "recipe",
-            "takes base_lr with a published recipe alone, as in --recipe vapt-paper base_lr=25; --lr is not scaled",
+            "must name a published recipe to take base_lr, as in --recipe vapt-paper base_lr=25; --lr is not scaled",
         )
     for name in RECIPE_FLAGS:
         value = getattr(command, name)

@@ -30,50 +30,50 @@ _DATA_FLAGS = (
 class Eval:
     """Evaluate an adapter: accuracy, mean per class, confusion matrix.
 
-    For a run directory of `adapt`, backbone, data and split are those of the run unless given. Other data are split
-    anew: how many images and with which seed is not taken from the run.
+    For a run directory of `adapt`, backbone, data and split default to those of the run. Different --data are split
+    anew: the numbers of images and the seed are then not taken from the run.
     """
 
     adapter: tyro.conf.Positional[Path]
     """Adapter or run directory."""
     data: str | None = None
-    """Image folder or name of a data set; that of the run if not given."""
+    """Image folder or name of a data set; the run's if not given."""
     backbone: str | None = None
-    """Needed where neither the adapter nor the run directory says."""
+    """Backbone; required if neither the adapter nor the run directory names it."""
     image_size: int | None = None
-    """Side in pixels; that of training if not given."""
+    """Image side in pixels; the one used in training if not given."""
     split: Literal["val", "test", "train"] = "val"
     """Part of the data to evaluate on."""
     num_train: int | None = None
-    """Training images of the split."""
+    """Number of training images in the split."""
     num_val: int | None = None
-    """Validation images of the split."""
+    """Number of validation images in the split."""
     num_test: int | None = None
-    """Test images of the split."""
+    """Number of test images in the split."""
     data_seed: int | None = None
     """Seed of the train/validation/test split."""
     data_root: Path | None = None
-    """Where torchvision sets are kept."""
+    """Folder of torchvision's data sets."""
     on_bad: Literal["error", "skip"] | None = None
     """What to do about image files that cannot be read."""
     intensity_range: tuple[float, float] | None = None
-    """Values that are black and white in grey images of more than 8 bits; the adapter's own if not given."""
+    """Black and white level of grey images with more than 8 bits; the adapter's if not given."""
     max_decoded_bytes: int | None = None
-    """Memory that one image may take decoded; the run's own if not given."""
+    """Maximum size of one decoded image in bytes; the run's if not given."""
     resize: Literal["crop", "squash"] | None = None
-    """How images are brought to the backbone's size; as in training if not given."""
+    """Crop or squash images to the backbone's size; as in training if not given."""
     dtype: Literal["auto", "bfloat16", "float32"] | None = None
-    """Number format of the backbone; that of the run if not given, else auto."""
+    """Data type of the backbone; if not given, the run's, else auto."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one."""
+    """auto, cpu, cuda, cuda:N or mps; auto uses a GPU if there is one."""
     batch_size: int = 64
     """Images per call."""
     out: Path | None = None
-    """JSON file; otherwise only a summary is printed."""
+    """JSON file to write; only a summary is printed if not given."""
     threads: int | None = None
-    """Processor threads; all cores if not given."""
+    """Number of CPU threads; all cores if not given."""
     plugin: Plugins = field(default_factory=list)
-    """Module that registers methods of your own: its name or its .py file; once for each."""
+    """Module that registers your own methods, as a name or .py file; repeat for several."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -108,7 +108,7 @@ def evaluate_adapter(command: Eval) -> None:
         settings = replace(settings, resize=model.preprocessing.resize)
     splits = load_run_data(settings, square_size(model.backbone))
     names = list(splits.class_names)
-    split = getattr(splits, command.split)  # the test split can be read once
+    split = getattr(splits, command.split)  # the test split can be read only once
     announce(model, f"{len(split):,} {command.split} images of {len(names)} classes")
     try:
         record = evaluation_record(evaluate(model, split, batch_size=command.batch_size))

@@ -18,32 +18,34 @@ if TYPE_CHECKING:
 
 @dataclass
 class Export:
-    """Write an adapter whose prompts are pixels as a folder for `fastprompt-client`, which needs no torch."""
+    """Export an adapter with pixel prompts as a folder for `fastprompt-client`, which needs no torch."""
 
     adapter: tyro.conf.Positional[Path]
     """Adapter or run directory: method rgb-pgn (placement extend or replace), pixel, or pgn with --invert."""
     out: Path
     """Folder to write."""
     client: bool = False
-    """Has to be given: a client's folder is the only kind of export there is."""
+    """Export a client's folder. Required, because there is no other kind of export."""
     invert: bool = False
-    """Make pictures of the token prompts of a PGN first; `fastprompt info --rgb` says what is lost."""
+    """Turn the token prompts of a PGN into pictures first; `fastprompt info --rgb` reports the loss."""
     golden: Path | None = None
-    """Image file that hosts are verified with; one made of gradients, edges and noise if not given."""
+    """Image file to verify hosts with; a synthetic one of gradients, edges and noise if not given."""
     resize: Literal["crop", "squash"] | None = None
-    """How the client brings images to the backbone's size; as in training if not given."""
+    """How the client fits images to the backbone's size; as in training if not given."""
     backbone: str | None = None
-    """Needed where neither the adapter nor the run directory says."""
+    """Backbone; required if neither the adapter nor the run directory names it."""
     image_size: int | None = None
+    """Image side in pixels; the one used in training if not given."""
     threads: int | None = None
+    """Number of CPU threads; all cores if not given."""
     plugin: Plugins = field(default_factory=list)
-    """Module that registers methods of your own: its name or its .py file; once for each."""
+    """Module that registers your own methods, as a name or .py file; repeat for several."""
     debug: bool = False
     """Show the traceback of an error."""
 
 
 def golden_image(file: Path, intensity_range: tuple[float, float] | None) -> Image.Image:
-    """The image of --golden, which errors name."""
+    """Read the image of --golden; errors name that flag."""
     from fastprompt.data.images import open_image
 
     try:
@@ -61,11 +63,11 @@ def export(command: Export) -> None:
     from fastprompt.runs.directory import read_settings
 
     if not command.client:
-        raise ArgumentError("client", "is required: a client's folder is the only kind of export there is")
+        raise ArgumentError("client", "is required: there is no other kind of export")
     if command.out.exists() and not command.out.is_dir():
         raise ArgumentError("out", f"must be a folder, got the file {command.out}")
     if command.golden is not None:
-        golden_image(command.golden, None)  # a wrong file is told before the adapter is loaded
+        golden_image(command.golden, None)  # reject a wrong file before loading the adapter
     set_threads(command.threads)
     model = load_adapter(command, read_settings(command.adapter))
     preprocessing = model.preprocessing or Preprocessing()
@@ -84,4 +86,4 @@ def export(command: Export) -> None:
         f"for {manifest['backbone']['name']}"
     )
     for mistake in unnoticed(manifest):
-        say(f"hardly changes the golden picture's features, so that verify may miss it: {mistake}")
+        say(f"verify may miss a mistake that hardly changes the golden picture's features: {mistake}")

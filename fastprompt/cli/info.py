@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Info:
-    """Show a backbone, what each method would train and cost on it, and what an adapter directory holds.
+    """Show a backbone, what each method would train and cost on it, and the contents of an adapter directory.
 
     With --method, --set KEY=VALUE ... is short for --options.KEY VALUE.
     """
@@ -29,29 +29,31 @@ class Info:
     adapter: tyro.conf.Positional[Path | None] = None
     """Adapter or run directory."""
     backbone: str | None = None
-    """clip-vit-b16 if neither this nor an adapter is given."""
+    """Backbone; if not given, the adapter's, else clip-vit-b16."""
     image_size: int | None = None
+    """Image side in pixels; if not given, the one the adapter was trained at, else the backbone's own."""
     method: Annotated[str | None, METHOD] = None
-    """One method; all of them if not given."""
+    """Show this method only; all of them if not given."""
     num_prompts: int | None = None
-    """Prompts, short for --options.num-prompts."""
+    """Number of prompts; short for --options.num-prompts."""
     options: dict[str, Any] = field(default_factory=dict)
     num_classes: int = 10
+    """Number of classes of the head; an adapter's own number takes precedence."""
     cost: bool = False
-    """FLOPs, saved bytes and dispatches of each method, by formula: the papers' graph and the rewritten one."""
+    """Show FLOPs, saved bytes and dispatches of each method by formula, for the papers' and the rewritten graph."""
     readout: str | None = None
-    """Of --cost: cls, patches, patches+prompts or prompts; the adapter's or backbone's own if not given."""
+    """Readout for --cost: cls, patches, patches+prompts or prompts; the adapter's or backbone's own if not given."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of --cost: number format of the backbone."""
+    """Data type of the backbone for --cost."""
     batch_size: int = 8
-    """Of --cost: images per call."""
+    """Images per call for --cost."""
     rgb: bool = False
-    """Whether prompts can be pixels on this backbone: what inversion would lose at each placement, of a PGN adapter's
-    own tokens where one is given, with --num-prompts otherwise."""
+    """Show whether prompts can be pixels on this backbone, and what inversion would lose at each placement: for the
+    tokens of a PGN adapter if one is given, else for --num-prompts."""
     json: bool = False
     """Print JSON."""
     plugin: Plugins = field(default_factory=list)
-    """Module that registers methods of your own: its name or its .py file; once for each."""
+    """Module that registers your own methods, as a name or .py file; repeat for several."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -74,7 +76,7 @@ def info(command: Info) -> None:
         settings = read_settings(command.adapter)
         name = name or (settings.backbone if settings else None)
         facts["adapter"] = adapter_facts(command.adapter)
-        if name is None and (command.cost or command.rgb):  # nothing else needs the backbone, which may be fetched
+        if name is None and (command.cost or command.rgb):  # only these need the backbone, which may be a download
             source = source_of(facts["adapter"]["config"])
             name = None if source is None else source.backbone_name
         image_size = image_size or stored_size(facts["adapter"]["config"])
@@ -87,7 +89,7 @@ def info(command: Info) -> None:
         backbone = backbone_at(name, image_size, weights=known)
         facts["backbone"] = backbone_facts(name, backbone)
         if not known:
-            facts["backbone"]["fingerprint"] = "not known without the weights, which info does not fetch"
+            facts["backbone"]["fingerprint"] = "unknown without the weights, which info does not download"
         if "adapter" in facts:
             from fastprompt.adapters import read_adapter, without_resampled
 
@@ -102,15 +104,13 @@ def info(command: Info) -> None:
             facts["rgb"] = rgb_facts(command, facts.get("adapter"), options, backbone)
     elif command.cost or command.rgb:
         flag = "--cost" if command.cost else "--rgb"
-        raise ArgumentError(
-            "backbone", f"is required with {flag}: the directory does not say which one its adapter is for"
-        )
+        raise ArgumentError("backbone", f"is required with {flag}: the adapter directory does not name its backbone")
     facts["software"] = software_facts()
     say(printable_json(facts) if command.json else info_text(facts))
 
 
 def software_facts() -> dict[str, str]:
-    """Versions, and what the ops can run on here."""
+    """Return versions, devices and whether the C++ kernels are available."""
     import torch
 
     import fastprompt as fp
@@ -128,7 +128,7 @@ def software_facts() -> dict[str, str]:
 
 
 def backbone_facts(name: str, backbone: FrozenViT) -> dict[str, Any]:
-    """Size, structure and normalisation of a backbone, and what a user of bundled weights has to know."""
+    """Return size, structure and normalisation of a backbone, and the notice that comes with bundled weights."""
     from fastprompt.vit.assets import ASSETS
 
     return {
@@ -150,7 +150,7 @@ def backbone_facts(name: str, backbone: FrozenViT) -> dict[str, Any]:
 
 
 def chosen_configs(command: Info, adapter: dict[str, Any] | None, options: dict[str, Any]) -> dict[str, PromptConfig]:
-    """By name: the method asked for, else the adapter's, else all."""
+    """Return configurations by name: that of --method, else the adapter's, else those of all methods."""
     from fastprompt.adapters import config_from
     from fastprompt.generators import get_method, list_methods
 
@@ -163,7 +163,7 @@ def chosen_configs(command: Info, adapter: dict[str, Any] | None, options: dict[
     configs: dict[str, PromptConfig] = {}
     for method in map(get_method, list_methods()):
         config = method.config()
-        if config not in configs.values():  # the second linear probe trains the same
+        if config not in configs.values():  # two names of the linear probe share a configuration
             configs[method.title] = config
     return configs
 
@@ -171,7 +171,10 @@ def chosen_configs(command: Info, adapter: dict[str, Any] | None, options: dict[
 def methods_facts(
     command: Info, adapter: dict[str, Any] | None, configs: dict[str, PromptConfig], backbone: FrozenViT
 ) -> dict[str, Any]:
-    """Trained parameters of each method; of several, one that does not fit the backbone is listed with the reason."""
+    """Return trained parameters of each method, or the reason why it does not fit the backbone.
+
+    A single method that does not fit raises instead.
+    """
     stored = adapter is not None and command.method is None
     num_classes = adapter["config"]["num_classes"] if stored and adapter else command.num_classes
     facts: dict[str, Any] = {}
@@ -188,7 +191,10 @@ def methods_facts(
 def cost_facts(
     command: Info, facts: dict[str, Any], configs: dict[str, PromptConfig], backbone: FrozenViT
 ) -> dict[str, Any]:
-    """What a forward and a training step of each method cost, by graph; of several, a reason where none is known."""
+    """Return the cost of a forward and of a training step of each method, by graph, or why there is no formula.
+
+    A single method without a formula raises instead.
+    """
     from fastprompt.cost import GRAPHS, READOUTS, Sizes, cost
 
     stored = facts["adapter"]["config"] if "adapter" in facts else {}
@@ -224,7 +230,7 @@ def cost_facts(
 
 
 def method_facts(config: Any, backbone: FrozenViT, num_classes: int | None) -> dict[str, Any]:
-    """Trained parameters by our count and by the paper's formula."""
+    """Return trained parameters, counted and by the paper's formula."""
     import fastprompt as fp
 
     model = fp.PromptedViT(backbone, config, num_classes=num_classes)
@@ -236,7 +242,7 @@ def method_facts(config: Any, backbone: FrozenViT, num_classes: int | None) -> d
 
 
 def adapter_facts(path: Path) -> dict[str, Any]:
-    """What an adapter directory holds; the backbone is not needed."""
+    """Return the contents of an adapter directory; needs no backbone."""
     from fastprompt.adapters import WEIGHTS_FILE, read_adapter
     from fastprompt.runs.directory import adapter_dir
 
@@ -251,7 +257,7 @@ def adapter_facts(path: Path) -> dict[str, Any]:
 
 
 def has_token_library(method: dict[str, Any]) -> bool:
-    """Whether an adapter's method mixes its prompts from tokens, which pixels can be asked to show."""
+    """Whether an adapter's method mixes its prompts from a library of tokens, which can be inverted to pixels."""
     from fastprompt.generators import PGNConfig, config_from_dict
 
     return isinstance(config_from_dict(method), PGNConfig)
@@ -260,14 +266,14 @@ def has_token_library(method: dict[str, Any]) -> bool:
 def rgb_facts(
     command: Info, adapter: dict[str, Any] | None, options: dict[str, Any], backbone: FrozenViT
 ) -> dict[str, Any]:
-    """`RGBPrompts.report` as facts, of a PGN adapter's tokens or of those at the start of training."""
+    """Return `RGBPrompts.report` as facts, for a PGN adapter's tokens or for freshly initialised ones."""
     from fastprompt.adapters import read_adapter
     from fastprompt.pixels.prompts import RGBPrompts
 
     num_prompts, library = options.get("num_prompts"), None
     if adapter is not None and command.method is None and has_token_library(adapter["config"]["method"]):
         if num_prompts is not None:
-            raise ArgumentError("num_prompts", "must not be given with an RGB adapter, whose own number is reported")
+            raise ArgumentError("num_prompts", "must not be given with --rgb and a PGN adapter, which has its own")
         num_prompts = adapter["config"]["method"]["num_prompts"]
         library = read_adapter(adapter["directory"])[1]["generator.library"]
     report = RGBPrompts.report(backbone, num_prompts, library)
@@ -279,7 +285,7 @@ def rgb_facts(
 
 
 def info_text(facts: dict[str, Any]) -> str:
-    """The facts of `info` as text."""
+    """Format the facts of `info` as text."""
     from fastprompt.runs.tables import text_table
 
     lines: list[str] = []
@@ -298,7 +304,7 @@ def info_text(facts: dict[str, Any]) -> str:
         lines += [f"  {key:<26} {value}" for key, value in facts["backbone"].items() if key != "name"]
         lines += [
             "",
-            "Trained parameters: our count, and the generator's by the paper's formula where it prints one",
+            "Trained parameters as counted, and the generator's by the paper's formula if it prints one",
         ]
         rows = []
         for title, method in facts["methods"].items():
@@ -311,7 +317,7 @@ def info_text(facts: dict[str, Any]) -> str:
         lines.append(text_table(["method", "generator", "head", "backbone", "total", "by the paper"], rows))
         for title, method in facts["methods"].items():
             if "does not fit" in method:
-                lines.append(f"{title} does not fit this backbone as it is: {method['does not fit']}")
+                lines.append(f"{title} does not fit this backbone: {method['does not fit']}")
     if "cost" in facts:
         lines += ["", *cost_text(facts["cost"])]
     if "rgb" in facts:
@@ -321,7 +327,7 @@ def info_text(facts: dict[str, Any]) -> str:
 
 
 def cost_text(facts: dict[str, Any]) -> list[str]:
-    """The costs of `cost_facts` as lines of text."""
+    """Format the costs of `cost_facts` as lines of text."""
     from fastprompt.runs.tables import text_table
 
     rows, reasons = [], []

@@ -1,4 +1,4 @@
-"""The entry point: which command, and its exit code."""
+"""The entry point: parse a command, run it, return its exit code."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ WRONG_INPUT = (
 
 
 PUBLISHED = {
-    "published": "name of a recipe that authors published, as vapt-paper; also without published=",
-    "base_lr": "its learning rate before it is scaled by the batch size",
+    "published": "name of a published recipe, such as vapt-paper; published= may be omitted",
+    "base_lr": "learning rate of the published recipe before it is scaled by the batch size",
 }
-"""What --recipe takes beside the fields of a recipe."""
+"""Keys that --recipe takes in addition to the fields of a recipe, and their help."""
 
 CLASSES: dict[str, type] = {
     "adapt": Adapt,
@@ -61,7 +61,7 @@ CLASSES: dict[str, type] = {
 
 
 def options_of(method: str) -> tuple[dict[str, Any], Callable[[str], str]]:
-    """Types of the options that a method takes on the command line, and what to say of each."""
+    """Return the types of a method's command-line options, and a function that describes an option."""
     from fastprompt.generators import get_method
 
     found = get_method(method)
@@ -69,7 +69,10 @@ def options_of(method: str) -> tuple[dict[str, Any], Callable[[str], str]]:
 
 
 def typed_groups(name: str, words: list[str]) -> tuple[type, list[str]]:
-    """The class of `adapt` or `info` with the method's options and the recipe as typed flags, and the words for it."""
+    """Extend the class of `adapt` or `info` by typed flags for the method's options and the recipe.
+
+    Returns that class and the words to parse with it.
+    """
     command: type = CLASSES[name]
     groups: list[tuple[str, Any, Any]] = []
     method = value_of(words, "--method") or ("pgn" if name == "adapt" else None)
@@ -99,7 +102,7 @@ def typed_groups(name: str, words: list[str]) -> tuple[type, list[str]]:
 
 
 def recipe_values(items: Sequence[str]) -> dict[str, Any]:
-    """Typed values of a recipe's fields from `["label_smoothing=0.1", ...]`, for programs with flags of their own."""
+    """Parse `["label_smoothing=0.1", ...]` into typed recipe fields, for programs that parse their own flags."""
     from fastprompt.train.recipes import Recipe
 
     hints, describe = fields_of(Recipe)
@@ -109,10 +112,10 @@ def recipe_values(items: Sequence[str]) -> dict[str, Any]:
 
 
 def parse(words: list[str]) -> Any:
-    """The command that the words are. A usage error leaves with `SystemExit(2)`, `--help` with `SystemExit(0)`.
+    """Parse the words of a command line. Usage errors raise `SystemExit(2)`, `--help` raises `SystemExit(0)`.
 
     Raises:
-        ValueError: the first word is not a command, a method or an option is unknown, a file of settings is wrong.
+        ValueError: the first word is not a command, a method or option is unknown, or a settings file is wrong.
     """
     check_command(words)
     classes, name = dict(CLASSES), words[0]
@@ -152,7 +155,7 @@ def run(command: Adapt | Eval | Predict | Export | Serve | Info | Report) -> Non
 
 
 def described(error: BaseException, name: str | None) -> str:
-    """The error's text; an argument that the command takes as a flag is named as that flag."""
+    """Return the error's text; if the command takes the argument as a flag, name the flag."""
     if isinstance(error, ArgumentError) and name is not None:
         argument = error.argument.rpartition(".")[2]  # VPTConfig.num_prompts
         if argument in flags_of(CLASSES[name]):
@@ -161,8 +164,9 @@ def described(error: BaseException, name: str | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. Flags that do not parse leave with `SystemExit(2)`, `--help` with
-    `SystemExit(0)`.
+    """Run one command and return its exit code.
+
+    Flags that do not parse raise `SystemExit(2)`, `--help` raises `SystemExit(0)`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words == ["--version"]:
@@ -182,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         if isinstance(command, Adapt):
-            say(f"\ninterrupted; the same command goes on with what is in {command.out}", sys.stderr)
+            say(f"\ninterrupted; run the same command again to resume from {command.out}", sys.stderr)
         else:
             say("\ninterrupted; nothing was written", sys.stderr)
         return 130

@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 
 def _method_hint(default: str) -> str:
-    """What `--help` says of --method; asked for then, since listing the methods imports torch."""
+    """Describe --method in `--help`. Called only for `--help`, because listing the methods imports torch."""
     from fastprompt.generators import list_methods
 
     return f"(default: {default}; {', '.join(list_methods())})"
 
 
 Plugins = Annotated[list[str], tyro.conf.arg(metavar="MODULE"), tyro.conf.UseAppendAction]
-"""Of --plugin: modules that register methods, once for each."""
+"""Type of --plugin: modules that register methods; the flag may be repeated."""
 
 
 def load_plugins(words: Sequence[str]) -> None:
-    """Import what --plugin names among the words of a command line, before these are parsed."""
+    """Import the modules of --plugin, before the command line is parsed."""
     for i, word in enumerate(words):
         flag, equals, value = word.partition("=")
         if flag == "--plugin" and (equals or i + 1 < len(words)):
@@ -56,7 +56,7 @@ RECIPE_FLAGS = (
 
 
 class NamesMethod(Protocol):
-    """A command with the options of a method."""
+    """A command that takes a method's options."""
 
     options: dict[str, Any]
     num_prompts: int | None
@@ -71,7 +71,7 @@ class NamesAdapter(Protocol):
 
 
 def method_options(command: NamesMethod) -> dict[str, Any]:
-    """The options of --options, --set and --num-prompts."""
+    """Merge the method options of --options, --set and --num-prompts."""
     options = dict(command.options)
     if command.num_prompts is not None:
         if "num_prompts" in options:
@@ -81,19 +81,22 @@ def method_options(command: NamesMethod) -> dict[str, Any]:
 
 
 def absolute(name: str | Path) -> str:
-    """A path that exists as an absolute one, so that `eval` finds it from anywhere; another name as it is."""
+    """Make an existing path absolute, so that `eval` finds it from any folder; return other names unchanged."""
     return str(Path(name).resolve()) if Path(name).exists() else str(name)
 
 
 def data_name(name: str) -> str:
-    """--data as a run keeps it: a folder as an absolute path, the name of a known set as it is, whatever is here."""
+    """Return --data as a run records it: the name of a known data set unchanged, a folder as an absolute path.
+
+    A known name wins over a folder of the same name.
+    """
     from fastprompt.data import known_names
 
     return name if name in known_names() else absolute(name)
 
 
 def set_threads(threads: int | None) -> None:
-    """Use that many threads; None leaves PyTorch's choice."""
+    """Set the number of CPU threads; None keeps PyTorch's default."""
     if threads is not None:
         import torch
 
@@ -103,7 +106,7 @@ def set_threads(threads: int | None) -> None:
 
 
 def announce(model: PromptedViT, what: str) -> None:
-    """Say on standard error what a command is about to compute, where, and in which number format."""
+    """Print to standard error what a command is about to compute, on which device and in which data type."""
     from fastprompt.runs.devices import describe
 
     count = sum(p.numel() for p in model.parameters())
@@ -114,9 +117,9 @@ def announce(model: PromptedViT, what: str) -> None:
 def load_adapter(
     command: NamesAdapter, settings: RunSettings | None, device: torch.device | None = None
 ) -> PromptedViT:
-    """The adapter on its backbone, which is the one of the run unless --backbone names it.
+    """Load the adapter on the backbone of --backbone, else of the run.
 
-    With a `device` it is there, in the number format of --dtype, else of the run.
+    With `device`, move the model there and set the data type of --dtype, else of the run.
     """
     import fastprompt as fp
     from fastprompt.adapters import read_adapter, source_of
@@ -129,9 +132,7 @@ def load_adapter(
     if command.backbone is None and command.image_size is None and source_of(config) is not None:
         model = fp.PromptedViT.from_pretrained(directory)
     elif name is None:
-        raise ArgumentError(
-            "backbone", f"is required: {command.adapter} does not say which backbone the adapter is for"
-        )
+        raise ArgumentError("backbone", f"is required: {command.adapter} does not name the adapter's backbone")
     else:
         model = fp.PromptedViT.from_pretrained(backbone_at(name, command.image_size or stored_size(config)), directory)
     if device is not None:
@@ -144,5 +145,5 @@ def load_adapter(
 
 
 def stored_size(config: dict[str, Any]) -> int:
-    """The image size that an adapter was trained at, in pixels."""
+    """Return the image side, in pixels, that an adapter was trained at."""
     return int(config["backbone"]["image_size"][0])

@@ -18,44 +18,44 @@ from fastprompt.terminal import say
 
 @dataclass
 class Predict:
-    """Predict the classes of image files; CSV or JSON with the probability of every class.
+    """Predict the classes of image files; write CSV or JSON with the probability of every class.
 
-    In CSV, a text that a spreadsheet would take for a formula (it begins with =, +, -, @, a tab or a line end) has an
-    apostrophe in front; JSON has all texts as they are.
+    In CSV, an apostrophe is put before text that a spreadsheet would read as a formula (text that begins with =, +,
+    -, @, a tab or a line end). JSON keeps all text unchanged.
     """
 
     adapter: tyro.conf.Positional[Path]
     """Adapter or run directory."""
     images: tyro.conf.Positional[list[Path]]
-    """Image files, or folders that are searched for images."""
+    """Image files, or folders to search for images."""
     backbone: str | None = None
-    """Needed where neither the adapter nor the run directory says."""
+    """Backbone; required if neither the adapter nor the run directory names it."""
     image_size: int | None = None
-    """Side in pixels; that of training if not given."""
+    """Image side in pixels; the one used in training if not given."""
     out: Path | None = None
-    """.csv or .json file; CSV on standard output if not given."""
+    """.csv or .json file to write; CSV on standard output if not given."""
     on_bad: Literal["error", "skip"] = "error"
     """What to do about image files that cannot be read."""
     intensity_range: tuple[float, float] | None = None
-    """Values that are black and white in grey images of more than 8 bits; the adapter's own if not given."""
+    """Black and white level of grey images with more than 8 bits; the adapter's if not given."""
     max_decoded_bytes: int | None = None
-    """Memory that one image may take decoded; 2^29 if not given."""
+    """Maximum size of one decoded image in bytes; 2^29 if not given."""
     dtype: Literal["auto", "bfloat16", "float32"] | None = None
-    """Number format of the backbone; that of the run if not given, else auto."""
+    """Data type of the backbone; if not given, the run's, else auto."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one."""
+    """auto, cpu, cuda, cuda:N or mps; auto uses a GPU if there is one."""
     batch_size: int = 32
     """Images per call."""
     threads: int | None = None
-    """Processor threads; all cores if not given."""
+    """Number of CPU threads; all cores if not given."""
     plugin: Plugins = field(default_factory=list)
-    """Module that registers methods of your own: its name or its .py file; once for each."""
+    """Module that registers your own methods, as a name or .py file; repeat for several."""
     debug: bool = False
     """Show the traceback of an error."""
 
 
 def short(names: Sequence[str]) -> str:
-    """How many names and the first five of them."""
+    """Format the number of names and the first five of them."""
     return f"{len(names)}: " + ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
@@ -119,11 +119,11 @@ def predict(command: Predict) -> None:
         ]
         answer = {"class_names": names, "images": entries, "skipped": skipped}
         text = json.dumps(answer, indent=1, ensure_ascii=False) + "\n"
-        content = text.encode("utf-8", "backslashreplace")  # a byte that is no UTF-8 in a file name: "\udcff"
+        content = text.encode("utf-8", "backslashreplace")  # a byte of a file name that is not UTF-8 becomes "\udcff"
     else:
         header = ["file", "class", "probability", *(f"p({name})" for name in names)]
         text = csv_table(header, [[f, names[b], row[b], *row] for f, b, row in zip(files, best, rows, strict=True)])
-        content = text.encode("utf-8", "surrogateescape")  # file names as the bytes they are
+        content = text.encode("utf-8", "surrogateescape")  # keeps the bytes of file names
     if command.out is None and sys.stdout.isatty():
         say(text.removesuffix("\n"))
     elif command.out is None:

@@ -17,6 +17,7 @@ class Report:
     runs: tyro.conf.Positional[list[Path]]
     """Run directories of `adapt`."""
     out: Path = Path("report.html")
+    """HTML file to write."""
     debug: bool = False
     """Show the traceback of an error."""
 

@@ -17,66 +17,69 @@ from fastprompt.cli.options import Plugins
 class Serve:
     """Serve a frozen backbone and adapters over HTTP: /v1/embeddings, /v1/classify, /v1/models, /health.
 
-    API keys, if clients need one, stand in the environment variable FASTPROMPT_API_KEYS, separated by commas, or in
-    --api-keys-file, one in a line. Clients send "Authorization: Bearer KEY" or "X-API-Key: KEY". Without TLS: put a
-    proxy in front where the network is not yours.
+    To require API keys, list them in the environment variable FASTPROMPT_API_KEYS, separated by commas, or in
+    --api-keys-file, one per line. Clients send "Authorization: Bearer KEY" or "X-API-Key: KEY". The host does not
+    speak TLS: put a proxy in front of it on a network that you do not trust.
     """
 
     adapter: Annotated[list[str], tyro.conf.arg(metavar="NAME=DIR"), tyro.conf.UseAppendAction] = field(
         default_factory=list
     )
-    """Adapter or run directory and the name it is served under; once for each."""
+    """Name to serve an adapter under, and its adapter or run directory; repeat for several."""
     config: Path | None = None
-    """YAML file with any of these settings; flags take the place of what it says."""
+    """YAML file with any of these settings; flags override it."""
     backbone: str | None = None
-    """That of the first adapter's run if not given, else clip-vit-b16."""
+    """Backbone; if not given, that of the first adapter's run, else clip-vit-b16."""
     image_size: int | None = None
-    """Side in pixels; that of the first adapter, else the backbone's own, if not given."""
+    """Image side in pixels; if not given, the first adapter's, else the backbone's own."""
     any_size: bool = False
     """Compute pictures of any number of whole patches at their own size; clients with placement "extend" need it."""
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 for the whole network."""
+    """Address to listen on; 0.0.0.0 for the whole network."""
     port: int = 8000
-    """0: any that is free; the host prints it."""
+    """Port to listen on; 0 picks a free one, which the host prints."""
     api_keys_file: Path | None = None
-    """One key in a line; lines that start with '#' are none."""
+    """File with one API key per line; lines that start with '#' are comments."""
     allow_origin: Annotated[list[str], tyro.conf.arg(metavar="URL"), tyro.conf.UseAppendAction] = field(
         default_factory=list
     )
-    """Origin of a web page whose scripts may ask, https://example.org; once for each, or '*'."""
+    """Origin of a web page that may call the host, such as https://example.org, or '*'; repeat for several."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Number format of the backbone; auto: bfloat16 where the hardware multiplies it."""
+    """Data type of the backbone; auto uses bfloat16 if the hardware multiplies it."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one."""
+    """auto, cpu, cuda, cuda:N or mps; auto uses a GPU if there is one."""
     backend: Literal["auto", "eager", "compile", "openvino", "cuda_graph"] = "auto"
-    """Runs batches that are all of one adapter; auto: the fastest here, of all but compile, which takes up to a minute
-    for each batch size of each adapter."""
+    """Backend for batches of a single adapter. auto picks the fastest one here, without compile, which takes up to a
+    minute per batch size and adapter."""
     fast_adapters: int = 1
-    """How many adapters have that backend, the first ones given; others run in eager. Each takes seconds at the start
-    and, with openvino and compile, about five times the memory of the backbone."""
+    """Number of adapters that use that backend, in the order given; the others run in eager. Each takes seconds to
+    prepare and, with openvino and compile, about five times the backbone's memory."""
     batch_size: int = 8
-    """Images that are computed at once at most."""
+    """Maximum number of images per batch."""
     batch_wait_ms: float = 5.0
-    """How long a request waits for others to join its batch."""
+    """Milliseconds that a request waits for others to join its batch."""
     max_body_mb: float = 8.0
-    """Size of a request."""
+    """Maximum size of a request in MiB."""
     max_held_mb: float | None = None
-    """Bodies and pictures of all requests at once; 256, or twice --max-body-mb where that is more, if not given."""
+    """Maximum size of all bodies and pictures held at once, in MiB; 256 or twice --max-body-mb, whichever is larger, if
+    not given."""
     max_images: int = 32
-    """Pictures of a request."""
+    """Maximum number of pictures per request."""
     max_decoded_mb: float = 256.0
-    """Pictures of a request as they are decoded: 4 bytes a pixel of RGB, 8 with transparency."""
+    """Maximum size of a request's decoded pictures in MiB, at 4 bytes per RGB pixel, 8 with transparency."""
     max_pixels: int | None = None
-    """Pixels of a picture that is computed at its own size, at least the backbone's; four times those if not given."""
+    """Maximum number of pixels of a picture computed at its own size: at least the backbone's own number, four times
+    that if not given."""
     body_timeout: float = 10.0
-    """Seconds in which a request has to arrive."""
+    """Seconds within which a request must arrive."""
     timeout: float = 30.0
-    """Seconds in which a request has to be answered."""
+    """Seconds within which a request must be answered."""
     max_waiting: int = 128
-    """Requests that wait at once; others are answered 503."""
+    """Maximum number of waiting requests; further ones are answered with status 503."""
     threads: int | None = None
+    """Number of CPU threads; all cores if not given."""
     plugin: Plugins = field(default_factory=list)
-    """Module that registers methods of your own: its name or its .py file; once for each."""
+    """Module that registers your own methods, as a name or .py file; repeat for several."""
     debug: bool = False
     """Show the traceback of an error."""
 

@@ -1,4 +1,4 @@
-"""From the words of a command line to the words that tyro parses: names, files of settings, KEY=VALUE."""
+"""Rewrite the words of a command line for tyro: command names, settings files, KEY=VALUE."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ EXAMPLES = {
     "report": "fastprompt report runs/first runs/second",
 }
 SHORT = {"set": "options", "recipe": "recipe"}
-"""Flags that take KEY=VALUE, and the group of typed flags that they spell."""
+"""Flags that take KEY=VALUE, and the group of typed flags that each stands for."""
 
 
 def check_command(words: Sequence[str]) -> None:
-    """Raises `ValueError`, saying what to type, where the first word is not a command."""
+    """Raise `ValueError` with a suggestion unless the first word is a command."""
     if words and (words[0].startswith("-") or words[0] in COMMANDS):
         return
     if not words:
         raise ValueError(f"a command is needed: {', '.join(COMMANDS)}; for example `{EXAMPLES['adapt']}`")
     names = {also: command for command, others in ALSO_CALLED.items() for also in (command, *others)}
     close = difflib.get_close_matches(words[0].lower(), names, n=1, cutoff=0.7)
-    hint = f"did you mean `{EXAMPLES[names[close[0]]]}`?" if close else "`fastprompt --help` says what each does"
+    hint = f"did you mean `{EXAMPLES[names[close[0]]]}`?" if close else "see `fastprompt --help`"
     raise ValueError(f"{words[0]!r} is not a command ({', '.join(COMMANDS)}); {hint}")
 
 
 def value_of(words: Sequence[str], flag: str) -> str | None:
-    """The value that `--flag VALUE` or `--flag=VALUE` gives last; None: it is not given."""
+    """Return the last value of `--flag VALUE` or `--flag=VALUE`, or None if the flag is absent."""
     found = None
     for i, word in enumerate(words):
         name, equals, value = word.partition("=")
@@ -60,16 +60,19 @@ def value_of(words: Sequence[str], flag: str) -> str | None:
 
 
 def group_type(name: str, hints: Mapping[str, Any], describe: Callable[[str], str]) -> Any:
-    """A dictionary type whose keys are flags, each of them left out of the dictionary where it is not given."""
+    """Build a `TypedDict` with one optional key per flag; a flag that is not given is absent from the dictionary."""
     annotated = {}
     for key, hint in hints.items():
         said = tyro.conf.arg(help=describe(key), help_behavior_hint="")
-        annotated[key] = Annotated[hint, said, tyro.conf.FlagConversionOff]  # True and False, as files write them
+        annotated[key] = Annotated[hint, said, tyro.conf.FlagConversionOff]  # booleans are words, as in files
     return TypedDict(name, annotated, total=False)  # type: ignore[operator]
 
 
 def fields_of(cls: type, leave_out: Iterable[str] = ()) -> tuple[dict[str, Any], Callable[[str], str]]:
-    """Types of a dataclass's fields, and what to say of each: its documentation, also a base class's, and default."""
+    """Return the types of a dataclass's fields, and a function that gives a field's documentation and default.
+
+    Documentation of base classes counts, too.
+    """
     hints, fields = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls) if f.init}
     documented: dict[str, str] = {}
     for base in reversed(cls.__mro__):
@@ -82,30 +85,30 @@ def fields_of(cls: type, leave_out: Iterable[str] = ()) -> tuple[dict[str, Any],
 
 
 def flags_of(command: type) -> set[str]:
-    """Names of the fields that a command takes as flags; the others are positional."""
+    """Return the names of a command's fields that are flags; the others are positional."""
     hints = get_type_hints(command, include_extras=True)
     return {f.name for f in dataclasses.fields(command) if tyro.conf.Positional not in get_args(hints[f.name])}
 
 
 def _attributes(text: str, names: Iterable[str]) -> dict[str, str]:
-    """Name -> text of the `Attributes:` section of a docstring, which may have several on a line."""
+    """Parse a docstring's `Attributes:` section into name -> text; one line may document several names."""
     section = " ".join(text.partition("Attributes:")[2].split("\n\n")[0].split())
     parts = re.split(rf"(?:^|(?<=\s))({'|'.join(map(re.escape, names))}): ", section)
     return dict(zip(parts[1::2], (part.strip() for part in parts[2::2]), strict=True))
 
 
 def key_values(items: Sequence[str], flag: str, known: Iterable[str], owner: str) -> dict[str, list[str]]:
-    """`["num_prompts=8", "widths=(16, 32)"]` -> `{"num_prompts": ["8"], "widths": ["16", "32"]}`, still words.
+    """Split `["num_prompts=8", "widths=(16, 32)"]` into `{"num_prompts": ["8"], "widths": ["16", "32"]}`.
 
     Raises:
-        ValueError: an item is not KEY=VALUE, a key is given twice or is not among `known` of `owner`.
+        ValueError: an item is not KEY=VALUE, or a key is given twice or is not in `known`, the keys of `owner`.
     """
     names, found = list(known), {}
     for item in items:
         key, equals, text = item.partition("=")
         key = key.strip().replace("-", "_")
         if not equals or not key.isidentifier():
-            raise ValueError(f"{flag}: takes KEY=VALUE, got {item!r}")
+            raise ValueError(f"{flag} must be KEY=VALUE, got {item!r}")
         if key in found:
             raise ValueError(f"{flag}: {key!r} is given twice")
         found[key] = _value_words(text)
@@ -115,7 +118,7 @@ def key_values(items: Sequence[str], flag: str, known: Iterable[str], owner: str
 
 
 def check_key(key: str, names: Sequence[str], owner: str) -> None:
-    """Raises `ValueError`, with the nearest name, where `key` is not one of `names`."""
+    """Raise `ValueError` with the nearest name unless `key` is one of `names`."""
     if key not in names:
         close = difflib.get_close_matches(key, names, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
@@ -132,16 +135,16 @@ def _value_words(text: str) -> list[str]:
 
 
 def flags(group: str, values: Mapping[str, Sequence[str]]) -> list[str]:
-    """The words of a group's typed flags: `{"widths": ["16", "32"]}` -> `--options.widths 16 32`."""
+    """Write a group's values as typed flags: `{"widths": ["16", "32"]}` -> `--options.widths 16 32`."""
     return [word for key, words in values.items() for word in (f"--{group}.{key.replace('_', '-')}", *words)]
 
 
 def spelled_out(
     words: Sequence[str], group: str, flag: str, known: Iterable[str], owner: str, bare: str | None = None
 ) -> list[str]:
-    """`--set KEY=VALUE ...` as the typed flags of `group`, in the same place.
+    """Replace `--set KEY=VALUE ...` by the typed flags of `group`, in place.
 
-    A word without "=" is the value of the key `bare`, if there is one.
+    A word without "=" is the value of the key `bare`, if `bare` is given.
     """
     out: list[str] = []
     rest = list(words)
@@ -155,16 +158,16 @@ def spelled_out(
             item = rest.pop(0)
             items.append(f"{bare}={item}" if bare and "=" not in item else item)
         if not items:
-            raise ValueError(f"{flag}: takes KEY=VALUE, got nothing")
+            raise ValueError(f"{flag} must be KEY=VALUE, got nothing")
         out += flags(group, key_values(items, flag, known, owner))
     return out
 
 
 def with_settings_file(words: Sequence[str], command: type) -> list[str]:
-    """Replace `--config FILE` by the flags that the file's settings are, before those of the command line.
+    """Replace `--config FILE` by the file's settings, written as flags in front of those of the command line.
 
-    The file is YAML (a run's run.json is, too): flags without dashes, `options` and `recipe` as mappings. What the
-    command line gives as well takes the place of the file's value.
+    The file is YAML (a run's run.json is valid YAML): flag names without dashes, `options` and `recipe` as mappings.
+    Flags on the command line override the file.
     """
     rest, files = [], []
     words = list(words)
@@ -183,7 +186,7 @@ def with_settings_file(words: Sequence[str], command: type) -> list[str]:
 
 
 def _given(words: Sequence[str]) -> set[str]:
-    """The settings that a command line gives, in whatever spelling: --lr, --recipe.lr and --recipe lr=... are `lr`."""
+    """Return the settings given on a command line, in any spelling: --lr, --recipe.lr and --recipe lr=... are `lr`."""
     names, items = set(), False
     for word in words:
         if word.startswith("--"):
@@ -204,7 +207,7 @@ def _file_words(path: Path, command: type, given: set[str]) -> list[str]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ArgumentError("config", f"must be YAML, got {path} ({' '.join(str(error).split())})") from None
     if not isinstance(settings, dict):
-        raise ArgumentError("config", f"must hold settings by name, got {path} with {type(settings).__name__}")
+        raise ArgumentError("config", f"must be a mapping of settings, got {path} with {type(settings).__name__}")
     fields = {f.name: f for f in dataclasses.fields(command) if f.name not in ("config", "debug")}
     hints, words = get_type_hints(command), []
     for key, value in settings.items():
@@ -214,19 +217,14 @@ def _file_words(path: Path, command: type, given: set[str]) -> list[str]:
             continue
         if name in SHORT.values():
             if not isinstance(value, dict):
-                raise ArgumentError(
-                    "config", f"must be right throughout; {name} in {path} must be a mapping, got {json.dumps(value)}"
-                )
+                raise ArgumentError("config", f"must have a mapping as {name}, got {json.dumps(value)} in {path}")
             inner = {str(key).replace("-", "_"): _yaml_words(item) for key, item in value.items()}
             words += flags(name, {key: item for key, item in inner.items() if key not in given})
         elif hints[name] is bool:
             if not isinstance(value, bool):
-                raise ArgumentError(
-                    "config",
-                    f"must be right throughout; {name} in {path} must be true or false, got {json.dumps(value)}",
-                )
+                raise ArgumentError("config", f"must have true or false as {name}, got {json.dumps(value)} in {path}")
             words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
-        elif get_origin(hints[name]) is list:  # a flag that is given once for each item
+        elif get_origin(hints[name]) is list:  # a flag that is repeated for each item
             words += [word for item in _yaml_words(value) for word in (f"--{name.replace('_', '-')}", item)]
         elif value is not None or type(None) not in get_args(hints[name]):
             words += [f"--{name.replace('_', '-')}", *_yaml_words(value)]

@@ -32,43 +32,43 @@ def load_data(
     intensity_range: tuple[float, float] | None = None,
     max_decoded_bytes: int | None = None,
 ) -> DataSplits:
-    """A data set split into train, val and test, images as uint8 (3, image_size, image_size).
+    """Load a data set, split into train, val and test, with images as uint8 (3, image_size, image_size).
 
-    Splits are stratified and fixed. The publisher's test split is kept; without one a fifth of all images is. The
-    test images are the same for every `seed`, which picks the train and val images. One image of every class is
-    trained on before any is held out.
+    Splits are stratified and fixed. The test split is the publisher's, or a fifth of all images if there is none. It
+    does not depend on `seed`, which picks the train and val images. Every class keeps one image for training before
+    any is held out.
 
-    In an image folder the usual names of splits are recognised in any case (train, training, val, valid, dev, test,
-    eval, seg_train, train_images, ...); what looks like a split and is none is an error. Every format of Pillow's that
-    starts no program is read, of several images in a file the first. Hidden and system files and folders are left
-    out, links are followed, and every file is taken once: one that is in two classes or splits is an error. What is
-    left out is named in a warning and counted in `summary()["left_out"]`.
+    In an image folder, the usual names of splits are recognised in any case (train, training, val, valid, dev, test,
+    eval, seg_train, train_images, ...). A folder that looks like a split but cannot be one is an error. All Pillow
+    formats are read except those that start a program; a file with several images contributes the first. Hidden and
+    system files and folders are left out and links are followed. Every file is used once: one that is in two classes
+    or splits is an error. A warning names what was left out, and `summary()["left_out"]` counts it.
 
-    Every file is decoded once, strictly, before anything is drawn, so that training does not meet a broken one. That
-    takes about as long as reading the images once (`bench/data_table.py` measures it), and is remembered for folders
-    of 500 files or more, until a file changes.
+    Every file is decoded once, strictly, before anything is drawn, so that training does not run into a broken file.
+    This check takes about as long as reading the images once (`bench/data_table.py` measures it). Its result is cached
+    for folders of 500 files or more, until a file changes.
 
     Args:
         name: the path of an image folder (root/train, root/val, root/test with one folder per class each; or
-            root/<class>, split here), "fashion-mnist", "mnist5k", a torchvision set ("cifar10", "flowers102", ...: see
-            `known_names`, or "torchvision:<ClassName>"). Where a folder has the name of a set, "./cifar10" is the
+            root/<class>, split here), "fashion-mnist", "mnist5k", or a torchvision set ("cifar10", "flowers102", ...:
+            see `known_names`, or "torchvision:<ClassName>"). If a folder and a set share a name, "./cifar10" is the
             folder and "builtin:cifar10" the set.
-        num_train, num_val, num_test: take that many images; by default all, and for val (where the publisher has
-            none) a quarter of `num_train`, or a fifth of the train images.
-        root: where torchvision's files are or go; None: the cache.
-        augment: of train only: "none", "flip", "crop", "pgn" or a callable on uint8 (3, H, W); its randomness
-            depends on (seed, epoch, index) only, see `ImageSet.set_epoch`.
+        num_train, num_val, num_test: number of images; by default all. If the publisher has no val split, num_val
+            defaults to a quarter of `num_train`, or to a fifth of the train images.
+        root: folder of torchvision's files; None uses the cache.
+        augment: augmentation of the train images: "none", "flip", "crop", "pgn" or a callable on uint8 (3, H, W).
+            Its randomness depends on (seed, epoch, index) only, see `ImageSet.set_epoch`.
         resize: "crop" (short side, centre crop) or "squash".
-        on_bad: what to do about image files in a folder that cannot be read or brought to size: "error" names them,
-            "skip" leaves them out with a warning that does.
-        intensity_range: (low, high), the values of grey images of more than 8 bits that become black and white. None:
-            the narrowest usual range that holds all values of the train images (8, 10, 12, 14 or 16 bits; for floats
-            0 to 1, -1 to 1, 0 to 255, 0 to 65535) and of which they fill a quarter, else their least and largest
-            value; a warning names it unless it is that of 16 bits. It is `DataSplits.intensity_range`, the same for
-            all images, and `read_images` takes it. Colour images of 16 bits a channel are read as their upper 8, with
-            a warning.
-        max_decoded_bytes: memory in bytes that one image of a folder may take decoded (width x height x 4, and as
-            much again where it is not RGB); None: 2²⁹, 134 megapixels of RGB.
+        on_bad: what to do about image files in a folder that cannot be read or resized: "error" raises an error that
+            names them, "skip" leaves them out with a warning that names them.
+        intensity_range: (low, high), the values of grey images with more than 8 bits that become black and white.
+            None picks the narrowest usual range (8, 10, 12, 14 or 16 bits; for floats 0 to 1, -1 to 1, 0 to 255,
+            0 to 65535) that holds all values of the train images and of which they fill at least a quarter, else
+            their minimum and maximum. A warning names the range unless it is that of 16 bits. The same range applies
+            to all images. It is available as `DataSplits.intensity_range`; pass it to `read_images`. Of
+            colour images with 16 bits per channel the upper 8 bits are read, with a warning.
+        max_decoded_bytes: maximum size in bytes of one decoded image of a folder (width x height x 4, and as much
+            again if it is not RGB); None is 2²⁹, 134 megapixels of RGB.
 
     Raises:
         ValueError, TypeError: a wrong argument or a bad folder. FetchError (a RuntimeError): a set cannot be

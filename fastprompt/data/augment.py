@@ -1,4 +1,4 @@
-"""Random changes of training images, from torchvision, repeatable image by image."""
+"""Augmentations of training images, from torchvision, reproducible for each image."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ Augment = Callable[[torch.Tensor], torch.Tensor]
 
 
 def make_augment(kind: str | Augment, size: tuple[int, int]) -> Augment | None:
-    """uint8 (3, H, W) -> uint8 (3, H, W) drawing from torch's global CPU generator; None for "none".
+    """Return an augmentation uint8 (3, H, W) -> uint8 (3, H, W), or None for "none".
+
+    It draws from torch's global CPU generator.
 
     "flip"  left-right with probability 0.5.
     "crop"  pad by an eighth of the side (reflected), random crop back to size, flip.
-    "pgn"   PGN's training recipe: RandomResizedCrop at scale 1 (of an image as it is read, `widest_part` squashed; of
-            a square none), ColorJitter(0.4, 0.4, 0.4, 0.4) with probability 0.8, grey 0.2, solarize 0.2, flip.
-    A callable is used as it is.
+    "pgn"   PGN's training recipe: RandomResizedCrop at scale 1, ColorJitter(0.4, 0.4, 0.4, 0.4) with probability 0.8,
+            grey 0.2, solarize 0.2, flip. The crop leaves square images unchanged; images that are read for it are
+            squashed from their `widest_part`.
+    A callable is returned unchanged.
     """
     if callable(kind):
         return kind
@@ -51,10 +54,10 @@ def make_augment(kind: str | Augment, size: tuple[int, int]) -> Augment | None:
 
 
 def widest_part(image: Image.Image | torch.Tensor) -> Image.Image | torch.Tensor:
-    """The largest part of an image whose width is from 3/4 to 4/3 of its height, from the centre; most often all of it.
+    """Crop an image centrally to the largest part with an aspect ratio from 3/4 to 4/3; usually the whole image.
 
-    It is what torchvision's RandomResizedCrop takes at scale 1, give or take a line of pixels, by which that is off now
-    and then where an image is not square.
+    torchvision's RandomResizedCrop takes the same part at scale 1, except that it is sometimes off by one line of
+    pixels on images that are not square.
     """
     height, width = F.get_size(image)
     wide, high = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
@@ -62,9 +65,9 @@ def widest_part(image: Image.Image | torch.Tensor) -> Image.Image | torch.Tensor
 
 
 def apply_seeded(augment: Augment, image: torch.Tensor, seed: int, epoch: int, index: int) -> torch.Tensor:
-    """``augment(image)``, its randomness from (seed, epoch, index) only.
+    """Return `augment(image)` with randomness that depends on (seed, epoch, index) only.
 
-    torch's CPU generator is left as it was.
+    The state of torch's CPU generator is restored afterwards.
     """
     key = hashlib.sha256(f"{seed} {epoch} {index}".encode()).digest()
     generator = torch.default_generator

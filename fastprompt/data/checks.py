@@ -1,4 +1,4 @@
-"""Every image file is decoded once, strictly, before it is used; what was found is remembered."""
+"""Check every image file by decoding it once, strictly, before it is used; cache the results."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ from fastprompt.data.images import (
 from fastprompt.fetch import cache_dir, file_sha256
 from fastprompt.files import atomic_write
 
-REMEMBERED_FROM = 500  # files: so many are worth a file in the cache
-_AT_ONCE = 512  # files between two looks at whether the user has interrupted
-_LARGE = 1 << 26  # decoded bytes: larger images are checked one at a time, whatever the number of threads
+REMEMBERED_FROM = 500  # number of files from which results are cached
+_AT_ONCE = 512  # files per batch; an interrupt takes effect between batches
+_LARGE = 1 << 26  # decoded bytes; larger images are checked one at a time, whatever the number of threads
 _one_large = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What is known of an image file.
+    """The result of checking one image file.
 
     Attributes:
-        damage: why it cannot be read, or None; then the rest is known.
-        width, height: pixels, upright.
-        decoded: bytes of memory that it takes, see `decoded_bytes`.
+        damage: why the file cannot be read, or None. The other attributes are valid only if this is None.
+        width, height: in pixels, after rotation to upright.
+        decoded: size of the decoded image in bytes, see `decoded_bytes`.
         kind: "I" or "F" for a grey image of more than 8 bits (see `deep_kind`), else None.
-        low, high: the least and largest value of such an image.
-        sha256: of the file.
-        size, mtime_ns: of the file when it was checked.
-        cut: only the upper 8 bits of its 16 a channel are read (see `loses_bits`).
+        low, high: minimum and maximum value of such an image.
+        sha256: digest of the file.
+        size, mtime_ns: size and modification time of the file when it was checked.
+        cut: whether only the upper 8 of its 16 bits per channel are read (see `loses_bits`).
     """
 
     damage: str | None = None
@@ -67,26 +67,26 @@ class Checked:
     cut: bool = False
 
     def still_holds(self, path: str | os.PathLike[str]) -> bool:
-        """Whether the file is the one that was checked, by its size and the time of its last change."""
+        """Whether size and modification time of the file are those of the checked file."""
         info = os.stat(path)
         return (info.st_size, info.st_mtime_ns) == (self.size, self.mtime_ns)
 
 
 def check_image(path: str | os.PathLike[str], max_decoded_bytes: int = MAX_DECODED_BYTES) -> Checked:
-    """Decode an image file and say what it is or what is wrong with it; raises nothing.
+    """Decode an image file and report what it is or what is wrong with it; never raises.
 
-    A JPEG is decoded at an eighth of its size, by Pillow and once more strictly (see `jpeg_damage`); of a PNG all
-    checksums are compared; other formats are decoded as for use.
+    A JPEG is decoded at an eighth of its size, by Pillow and then strictly (see `jpeg_damage`). All checksums of a PNG
+    are verified. Other formats are decoded in full.
     """
     try:
         info = os.stat(path)
         with opened(path, max_decoded_bytes) as image:
             width, height, needed, cut = image.width, image.height, decoded_bytes(image), loses_bits(image)
-            image.draft(image.mode, (max(1, width // 8), max(1, height // 8)))  # has an effect on JPEG alone
+            image.draft(image.mode, (max(1, width // 8), max(1, height // 8)))  # affects JPEG only
             with _one_large if needed > _LARGE else nullcontext():
                 decode(path, image)
                 kind, (low, high) = deep_kind(image), _extremes(image)
-            to_rgb(image.crop((0, 0, 1, 1)))  # Pillow reads modes that it does not convert
+            to_rgb(image.crop((0, 0, 1, 1)))  # Pillow reads some modes that it cannot convert
             if lies_on_its_side(image):
                 width, height = height, width
         digest = file_sha256(path)
@@ -96,7 +96,7 @@ def check_image(path: str | os.PathLike[str], max_decoded_bytes: int = MAX_DECOD
 
 
 def _extremes(image: Image.Image) -> tuple[float, float]:
-    """The least and the largest value of a grey image of more than 8 bits; (0, 0) of another image."""
+    """Return minimum and maximum of a grey image of more than 8 bits; (0, 0) for other images."""
     if deep_kind(image) is None:
         return 0.0, 0.0
     values = np.asarray(image)
@@ -109,10 +109,11 @@ def _extremes(image: Image.Image) -> tuple[float, float]:
 def check_images(
     paths: Sequence[str], max_decoded_bytes: int = MAX_DECODED_BYTES, root: str | os.PathLike[str] | None = None
 ) -> list[Checked]:
-    """`check_image` of each file, on several threads.
+    """Run `check_image` on each file, on several threads.
 
-    With `root`, the folder of a data set of at least `REMEMBERED_FROM` files, what was found is kept in the user's
-    cache: a file is decoded again when its size, the time of its last change, or the version of a decoder differs.
+    If `root`, the folder of the data set, is given and there are at least `REMEMBERED_FROM` files, the results are
+    kept in the user's cache. A file is decoded again when its size, its modification time or the version of a decoder
+    differs.
     """
     known = {} if root is None or len(paths) < REMEMBERED_FROM else _remembered(root)
     found = {
@@ -144,11 +145,11 @@ def _cache_file(root: str | os.PathLike[str]) -> Path:
 
 
 def _decoders() -> list[str]:
-    return ["2", PIL.__version__, simplejpeg.__version__]  # the first: of the check itself
+    return ["2", PIL.__version__, simplejpeg.__version__]  # the first entry is the version of this check
 
 
 def _remembered(root: str | os.PathLike[str]) -> dict[str, Checked]:
-    """What earlier checks of a data set found, by path; nothing where they used other decoders."""
+    """Return cached results of a data set by path; empty if they come from other decoder versions."""
     try:
         stored = json.loads(_cache_file(root).read_text(encoding="utf-8"))
         if stored["decoders"] != _decoders():
@@ -159,7 +160,7 @@ def _remembered(root: str | os.PathLike[str]) -> dict[str, Checked]:
 
 
 def _remember(root: str | os.PathLike[str], found: Mapping[str, Checked]) -> None:
-    """Keep what was found of the files that can be read."""
+    """Cache the results of the readable files."""
     files = {
         os.path.relpath(path, root): [*asdict(checked).values()][1:]
         for path, checked in found.items()
@@ -168,7 +169,7 @@ def _remember(root: str | os.PathLike[str], found: Mapping[str, Checked]) -> Non
     try:
         atomic_write(_cache_file(root), json.dumps({"decoders": _decoders(), "files": files}))
     except OSError as error:
-        warnings.warn(f"the check of {os.fspath(root)} is not remembered: {error}", stacklevel=2)
+        warnings.warn(f"the check of {os.fspath(root)} could not be cached: {error}", stacklevel=2)
 
 
 def warn_of_cut_bits(checked: Mapping[str, Checked], stacklevel: int) -> None:
@@ -183,7 +184,7 @@ def warn_of_cut_bits(checked: Mapping[str, Checked], stacklevel: int) -> None:
 
 
 def damage(checked: Checked, size: tuple[int, int], resize: str) -> str | None:
-    """Why an image cannot be brought to `size`, or None."""
+    """Return why an image cannot be read or resized to `size`, or None."""
     if checked.damage is not None:
         return checked.damage
     try:
@@ -194,7 +195,7 @@ def damage(checked: Checked, size: tuple[int, int], resize: str) -> str | None:
 
 
 def report_bad(bad: Sequence[tuple[str, str]], on_bad: str) -> None:
-    """Raise ValueError for a list of (file, reason), or with `on_bad="skip"` warn; up to ten are named."""
+    """Raise ValueError for a list of (file, reason), or warn with `on_bad="skip"`; names up to ten files."""
     if not bad:
         return
     listed = "; ".join(f"{path} ({reason})" for path, reason in bad[:10]) + (

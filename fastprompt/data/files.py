@@ -1,4 +1,4 @@
-"""Image files without labels, for prediction: found, checked, read."""
+"""Find, check and read image files without labels, for prediction."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 
 def list_images(paths: Paths) -> list[str]:
-    """The image files named by `paths`: files as they are, folders searched through and through, sorted.
+    """Return the image files named by `paths`. Files are returned as given, folders are searched recursively.
 
-    In folders hidden and system files and folders are left out, links followed, and every file taken once. What else
-    is left out is named in a warning.
+    In folders, hidden and system files and folders are left out, links are followed, and every file is returned once.
+    The files of a folder are sorted. A warning names whatever else is left out.
 
     Raises:
-        ValueError: a path does not exist, a folder cannot be read or has no image, or there is no path.
+        ValueError: a path does not exist, a folder cannot be read or has no image, or `paths` is empty.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -67,13 +67,13 @@ def check_files(
     on_bad: str = "error",
     max_decoded_bytes: int = MAX_DECODED_BYTES,
 ) -> list[str]:
-    """Those of `paths` that can be read and brought to `size`; the others are an error or skipped with a warning.
+    """Return those of `paths` that can be read and resized to `size`; raise or warn about the others.
 
-    Grey images of more than 8 bits whose values do not fit the range that they are read with are named in a warning,
-    and so are colour images of 16 bits a channel, of which the upper 8 are read.
+    A warning names grey images of more than 8 bits with values that do not fit the range they are read with, and colour
+    images with 16 bits per channel, of which the upper 8 bits are read.
 
     Raises:
-        ValueError: a file cannot be read and `on_bad` is "error", or none can.
+        ValueError: a file cannot be read and `on_bad` is "error", or no file can be read.
     """
     found = dict(zip(paths, check_images(paths, max_decoded_bytes), strict=True))
     bad = {path: damage(checked, size, preprocessing.resize) for path, checked in found.items()}
@@ -94,9 +94,9 @@ def read_checked(
     on_bad: str = "error",
     max_decoded_bytes: int = MAX_DECODED_BYTES,
 ) -> tuple[torch.Tensor, list[str]]:
-    """Files that `check_files` has passed -> (uint8 (N, 3, *size), their names).
+    """Read files that passed `check_files` -> (uint8 (N, 3, *size), their names).
 
-    One that was damaged or taken away since is an error or skipped, as there.
+    A file that has been damaged or removed since is an error or is skipped, as in `check_files`.
     """
     tensors, names, bad = [], [], []
     for path in paths:
@@ -116,7 +116,7 @@ def read_checked(
 
 
 def _warn_of_other_ranges(images: Mapping[str, Checked]) -> None:
-    """Warn of grey images of more than 8 bits whose levels a mode's range cuts off or squeezes."""
+    """Warn about grey images of more than 8 bits with values that the mode's range would clip or squeeze."""
     strange = []
     for path, image in images.items():
         if image.kind is None:
@@ -128,7 +128,7 @@ def _warn_of_other_ranges(images: Mapping[str, Checked]) -> None:
         warnings.warn(
             f"{len(strange)} grey image(s) of more than 8 bits have values that do not fill the usual range: "
             f"{'; '.join(strange[:3])}{'; ...' if len(strange) > 3 else ''}. intensity_range=(low, high) "
-            "(--intensity-range) says which are black and white",
+            "(--intensity-range) sets the values that become black and white",
             stacklevel=4,
         )
 
@@ -142,18 +142,18 @@ def read_images(
     intensity_range: tuple[float, float] | None = None,
     max_decoded_bytes: int | None = None,
 ) -> tuple[torch.Tensor, list[str]]:
-    """Image files and folders of them -> (uint8 (N, 3, S, S), the N file names), for prediction.
+    """Read image files and folders for prediction -> (uint8 (N, 3, S, S), the N file names).
 
-    The EXIF orientation is honoured. For more images than fit in memory call `list_images` and hand this function a
+    The EXIF orientation is applied. For more images than fit in memory, call `list_images` and pass this function one
     slice at a time.
 
     Args:
         resize: "crop" (short side, centre crop) or "squash".
         on_bad: "error" raises a ValueError naming the files that cannot be read, "skip" leaves them out with a
             warning.
-        intensity_range: the values of grey images of more than 8 bits that become black and white: what
-            `DataSplits.intensity_range` of the training data says. None: 0 and 65535 of integers, 0 and 1 of floats.
-        max_decoded_bytes: memory that one image may take decoded; None: `MAX_DECODED_BYTES`.
+        intensity_range: the values of grey images with more than 8 bits that become black and white; pass
+            `DataSplits.intensity_range` of the training data. None uses 0 and 65535 for integers, 0 and 1 for floats.
+        max_decoded_bytes: maximum size of one decoded image in bytes; None is `MAX_DECODED_BYTES`.
 
     Raises:
         ValueError, TypeError: an argument is wrong, or a file cannot be read.
@@ -164,5 +164,5 @@ def read_images(
     whole = check_files(list_images(paths), size, preprocessing, on_bad, limit)
     images, names = read_checked(whole, size, preprocessing, on_bad, limit)
     if not names:
-        raise ArgumentError("paths", "must stay readable: the files cannot be read any more")
+        raise ArgumentError("paths", "must stay readable, got files that can no longer be read")
     return images, names

@@ -1,4 +1,4 @@
-"""Image folders as sources: a folder for each class, in splits or to be split here."""
+"""Image folders as sources: one folder per class, inside folders per split or to be split here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ USUAL_RANGES = {
     "I": tuple((0.0, float(2**bits - 1)) for bits in (8, 10, 12, 14, 16)),
     "F": ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0), (0.0, 65535.0)),
 }
-"""Ranges that grey images of integers and of floats usually have, narrow ones first."""
+"""Usual value ranges of integer and float grey images, narrowest first."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class ReadChecked:
-    """Reads image i of files that were checked; one that has changed since is decoded strictly again."""
+    """Reads image i of checked files; a file that has changed since is decoded strictly again."""
 
     paths: Sequence[str]
     checked: Sequence[Checked]
@@ -49,7 +49,7 @@ class ReadChecked:
         try:
             unchanged = self.checked[i].still_holds(path)
         except OSError:
-            unchanged = False  # open_image says what is wrong
+            unchanged = False  # open_image raises the error
         return open_image(
             path,
             intensity_range=self.intensity_range,
@@ -60,7 +60,7 @@ class ReadChecked:
 
 @dataclass(frozen=True)
 class _Part:
-    """The images of one split: the class of each and what identifies its file, by path."""
+    """The images of one split: class and file identity of each, by path."""
 
     folder: Path
     labels: dict[str, int]
@@ -68,14 +68,15 @@ class _Part:
 
 
 def folder_source(root: Path, reading: Reading) -> Source:
-    """An image folder: root/train, root/val, root/test with folders per class (see `find_layout`), or root/<class>.
+    """Return the source of an image folder.
 
-    Hidden and system folders are left out, links followed, every file taken once. Each file is decoded (see
-    `check_images`); what cannot be read is an error or left out, as `reading.on_bad` says. What else was left out is
-    named in a warning.
+    The folder holds root/train, root/val, root/test with one folder per class (see `find_layout`), or root/<class>.
+    Hidden and system folders are left out, links are followed, and every file is used once. Each file is decoded (see
+    `check_images`); unreadable files are an error or left out, depending on `reading.on_bad`. A warning names what
+    else was left out.
 
     Raises:
-        ValueError: the folders are not as above, an image is in two classes or splits, or cannot be read.
+        ValueError: the folders are not as above, or an image is in two classes or splits or cannot be read.
     """
     left_out = LeftOut()
     layout = find_layout(root, left_out)
@@ -118,8 +119,8 @@ def _class_names(folder: Path, left_out: LeftOut) -> list[str]:
     if len(classes) == 1:
         only = folder / classes[0]
         raise ValueError(
-            f"{folder} has one class folder only ({classes[0]}); at least two are needed to tell apart"
-            + (f". {only} has splits: give its path" if has_splits(only) else "")
+            f"{folder} has only one class folder ({classes[0]}); at least two are needed"
+            + (f". {only} has splits: pass its path instead" if has_splits(only) else "")
         )
     return classes
 
@@ -129,7 +130,7 @@ def _part(root: Path, folder: Path, classes: Sequence[str], train: Path, left_ou
     if not own:
         raise ValueError(
             f"{folder} has images but no class folders: put them in {folder}/<class name>/, or move the folder away "
-            "if it is not known what they show"
+            "if the images have no labels"
             if loose_images(folder)
             else f"{folder} has no class folders and no images: expected {folder}/<class name>/<image files>"
         )
@@ -148,7 +149,7 @@ def _part(root: Path, folder: Path, classes: Sequence[str], train: Path, left_ou
 
 
 def _check_each_file_is_once(parts: Mapping[str, _Part]) -> None:
-    """Raise ValueError where one file, by links, is in two classes or in two splits."""
+    """Raise ValueError if links put one file into two classes or two splits."""
     seen: dict[Identity, str] = {}
     twice = []
     for part in parts.values():
@@ -157,14 +158,14 @@ def _check_each_file_is_once(parts: Mapping[str, _Part]) -> None:
                 twice.append(f"{seen[this]} and {path}")
     if twice:
         raise ValueError(
-            f"{len(twice)} image file(s) are in two classes or splits by links: {'; '.join(twice[:5])}"
+            f"links put {len(twice)} image file(s) into two classes or splits: {'; '.join(twice[:5])}"
             + ("; ..." if len(twice) > 5 else "")
-            + ". Keep each in one"
+            + ". Keep each file in one"
         )
 
 
 def _check(root: Path, parts: Mapping[str, _Part], reading: Reading) -> dict[str, Checked]:
-    """What is known of the images that can be read, by path; the others are reported."""
+    """Check all images and return the results of the readable ones by path; report the others."""
     paths = [path for part in parts.values() for path in part.labels]
     found = dict(zip(paths, check_images(paths, reading.max_decoded_bytes, root), strict=True))
     bad = {path: damage(checked, reading.size, reading.preprocessing.resize) for path, checked in found.items()}
@@ -175,10 +176,10 @@ def _check(root: Path, parts: Mapping[str, _Part], reading: Reading) -> dict[str
 def _intensity_range(
     root: Path, paths: Sequence[str], checked: Mapping[str, Checked], reading: Reading
 ) -> tuple[float, float] | None:
-    """What is black and white in the data set's grey images of more than 8 bits; None where there is none.
+    """Return the black and white level of the data set's grey images of more than 8 bits; None if it has none.
 
-    Unless `reading` says it, it is the narrowest of `USUAL_RANGES` that holds all values of the train images
-    and of which they fill a quarter, else their least and largest value.
+    If `reading` does not set it, it is the narrowest of `USUAL_RANGES` that holds all values of the train images and
+    of which they fill at least a quarter, else their minimum and maximum.
     """
     ranges = {kind: _range_of([checked[path] for path in paths if checked[path].kind == kind], kind) for kind in "IF"}
     found = {kind: bounds for kind, bounds in ranges.items() if bounds is not None}
@@ -188,8 +189,8 @@ def _intensity_range(
     if len(set(found.values())) > 1:
         raise ArgumentError(
             "intensity_range",
-            f"must be one (low, high) for all of {root}, got grey images of integers from {found['I']} and of floats "
-            f"from {found['F']}",
+            f"must be one (low, high) for all of {root}, got integer grey images in {found['I']} and float ones in "
+            f"{found['F']}",
         )
     example, first = next(iter(deep.items()))
     bounds = next(iter(found.values()), FULL_RANGE[str(first.kind)])
@@ -197,9 +198,9 @@ def _intensity_range(
     if bounds != FULL_RANGE["I"] or first.kind == "F" or beyond:
         warnings.warn(
             f"{root} has {len(deep)} grey images of more than 8 bits, e.g. {os.path.relpath(example, root)}: black and "
-            f"white are set to {bounds[0]:g} and {bounds[1]:g} for all of them, by the values of the train images"
-            + (f"; {len(beyond)} go beyond, e.g. {os.path.relpath(beyond[0], root)}" if beyond else "")
-            + ". intensity_range=(low, high) (--intensity-range) sets them otherwise",
+            f"white are set to {bounds[0]:g} and {bounds[1]:g} for all of them, from the values of the train images"
+            + (f"; {len(beyond)} exceed this range, e.g. {os.path.relpath(beyond[0], root)}" if beyond else "")
+            + ". Set intensity_range=(low, high) (--intensity-range) to change this",
             stacklevel=5,
         )
     return bounds

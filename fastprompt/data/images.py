@@ -1,4 +1,4 @@
-"""Image files to uint8 tensors: opened upright, decoded strictly, made RGB, resized once."""
+"""Image files to uint8 tensors: rotate upright, decode strictly, convert to RGB, resize once."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fastprompt.data.formats import FORMATS as FORMATS, opened_formats
 from fastprompt.data.jpeg import jpeg_damage
 
 LARGEST_COVER = 1 << 25
-"""Pixels that an image may have after it was scaled to be cropped: a line of pixels would need gigabytes."""
+"""Maximum number of pixels of an image scaled for cropping; scaling a very thin image would need gigabytes."""
 MAX_DECODED_BYTES = 1 << 29
-"""Memory that one image may take decoded, see `decoded_bytes`; 134 megapixels in RGB."""
+"""Default maximum size of one decoded image in bytes, see `decoded_bytes`; 134 megapixels in RGB."""
 FULL_RANGE = {"I": (0.0, 65535.0), "F": (0.0, 1.0)}
-"""What is black and white in grey images of integers (of 16 bits) and of floats, where nothing else is said."""
+"""Default black and white level of integer (16-bit) and of float grey images."""
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -33,15 +33,15 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_ROWS_AT_ONCE = 1 << 20  # values of a deep grey image that are scaled at a time: bounds the memory of the copies
+_ROWS_AT_ONCE = 1 << 20  # values of a deep grey image scaled at a time; bounds the memory of the copies
 
 
 class TooLarge(ValueError):
-    """An image would take more memory than is allowed."""
+    """A decoded image would exceed the memory limit."""
 
 
 def sides(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """`image_size` as (height, width); an int is a square. TypeError, ValueError for anything else."""
+    """Return `image_size` as (height, width); an int means a square. Raises TypeError or ValueError otherwise."""
     both = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
     if len(both) != 2 or any(isinstance(side, bool) or not isinstance(side, int) for side in both):
         raise ArgumentTypeError("image_size", f"must be an integer or (height, width) in pixels, got {image_size!r}")
@@ -51,7 +51,7 @@ def sides(image_size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def decoded_limit(max_decoded_bytes: int | None) -> int:
-    """`max_decoded_bytes`, or `MAX_DECODED_BYTES` for None. TypeError, ValueError for anything else."""
+    """Return `max_decoded_bytes`, or `MAX_DECODED_BYTES` for None. Raises TypeError or ValueError otherwise."""
     if max_decoded_bytes is None:
         return MAX_DECODED_BYTES
     if isinstance(max_decoded_bytes, bool) or not isinstance(max_decoded_bytes, int):
@@ -62,18 +62,21 @@ def decoded_limit(max_decoded_bytes: int | None) -> int:
 
 
 def decoded_bytes(image: Image.Image) -> int:
-    """Memory in bytes that an opened image takes decoded, and again as RGB if it is not: from its header alone."""
+    """Return the bytes an opened image needs when decoded, plus those of an RGB copy if it is not RGB.
+
+    Reads only the header.
+    """
     per_pixel = {"1": 1, "L": 1, "P": 1}.get(image.mode, 2 if image.mode.startswith("I;16") else 4)
     as_rgb = 0 if image.mode == "RGB" and not image.has_transparency_data else 4
     return image.width * image.height * (per_pixel + as_rgb)
 
 
 def check_decoded_bytes(image: Image.Image, max_decoded_bytes: int = MAX_DECODED_BYTES) -> None:
-    """Raise `TooLarge` where an opened image would take more memory than `max_decoded_bytes`; decodes nothing."""
+    """Raise `TooLarge` if an opened image would exceed `max_decoded_bytes`; does not decode it."""
     needed = decoded_bytes(image)
     if needed > max_decoded_bytes:
         raise TooLarge(
-            f"{image.width} x {image.height} pixels in mode {image.mode} take {needed:,} bytes decoded, more than "
+            f"{image.width} x {image.height} pixels in mode {image.mode} need {needed:,} bytes when decoded, more than "
             f"max_decoded_bytes={max_decoded_bytes:,}"
         )
 
@@ -85,18 +88,18 @@ def open_image(
     max_decoded_bytes: int = MAX_DECODED_BYTES,
     strict: bool = True,
 ) -> Image.Image:
-    """The image of a file, decoded, turned upright by its EXIF orientation, in mode RGB; of several the first.
+    """Open an image file, rotate it upright by its EXIF orientation, and convert it to mode RGB.
 
-    Transparent pixels come out as over white.
+    The first image is taken from a file with several. Transparent pixels are composited over white.
 
     Args:
-        intensity_range: the values of grey images of more than 8 bits that become black and white; see `to_rgb`.
-        max_decoded_bytes: what one image may take, see `decoded_bytes`.
-        strict: refuse files whose pixels are damaged in ways that Pillow passes over (see `decode`). Only files
-            that were checked before are opened without.
+        intensity_range: the values of grey images with more than 8 bits that become black and white; see `to_rgb`.
+        max_decoded_bytes: maximum size of the decoded image, see `decoded_bytes`.
+        strict: refuse files with damaged pixels that Pillow ignores (see `decode`). Pass False only for files that
+            have been checked before.
 
     Raises:
-        ValueError: naming the file: it does not exist, is no regular file, is damaged or too large.
+        ValueError: the file does not exist, is not a regular file, is damaged or is too large. The error names it.
     """
     try:
         with opened(path, max_decoded_bytes) as image:
@@ -105,32 +108,32 @@ def open_image(
             return to_rgb(upright(image), intensity_range)
     except FileNotFoundError as error:
         raise ValueError(f"no such image file: {os.fspath(path)}") from error
-    except Exception as error:  # of a damaged file Pillow's readers raise TypeError, struct.error and others, too
+    except Exception as error:  # on damaged files, Pillow also raises TypeError, struct.error and others
         raise ValueError(f"cannot read the image {os.fspath(path)}: {error}") from error
 
 
 @contextmanager
 def opened(path: str | os.PathLike[str], max_decoded_bytes: int) -> Iterator[Image.Image]:
-    """A regular file as an image of which nothing but the header is read yet."""
+    """Open a regular file as an image, reading only its header."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("it is not a regular file")
     with _pillow_limit(max_decoded_bytes):
         try:
             image = Image.open(path, formats=opened_formats(path))
         except Image.DecompressionBombError as error:
-            raise TooLarge(f"it takes more than max_decoded_bytes={max_decoded_bytes:,} decoded ({error})") from error
+            raise TooLarge(f"it needs more than max_decoded_bytes={max_decoded_bytes:,} decoded ({error})") from error
         with image:
             check_decoded_bytes(image, max_decoded_bytes)
             yield image
 
 
 _lifting = threading.Lock()
-_lifted: list[int | None] = []  # Pillow's own limit, once for each image that is opened without it
+_lifted: list[int | None] = []  # Pillow's own limit, once per image opened while it is lifted
 
 
 @contextmanager
 def _pillow_limit(max_decoded_bytes: int) -> Iterator[None]:
-    """Lift Pillow's limit on pixels where ours, which holds in its place, is above the default."""
+    """Lift Pillow's pixel limit if our limit, which replaces it, is above the default."""
     if max_decoded_bytes <= MAX_DECODED_BYTES:
         yield
         return
@@ -147,10 +150,10 @@ def _pillow_limit(max_decoded_bytes: int) -> Iterator[None]:
 
 
 def decode(source: str | os.PathLike[str] | bytes, image: Image.Image) -> None:
-    """Decode an opened image; raise an exception where its file, or the bytes of one, is damaged.
+    """Decode an opened image; raise an exception if `source`, its path or bytes, is damaged.
 
-    Pillow itself refuses a file that ends early. It does not look at the checksums of PNG pixels, and fills what is
-    missing of a JPEG with grey: checked here.
+    Pillow itself refuses a file that ends early. It does not verify the checksums of PNG pixels and fills missing
+    parts of a JPEG with grey, so both are checked here.
     """
     if image.format == "PNG":
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=["PNG"]) as twin:
@@ -163,7 +166,7 @@ def decode(source: str | os.PathLike[str] | bytes, image: Image.Image) -> None:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """How a decoded image is turned upright; EXIF data that cannot be read say nothing."""
+    """Return the transposition that turns a decoded image upright; unreadable EXIF data are ignored."""
     try:
         return _UPRIGHT.get(image.getexif().get(0x0112, 1))
     except Exception:
@@ -171,14 +174,14 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """An opened image, decoded and turned as its EXIF orientation says."""
+    """Decode an opened image and rotate it as its EXIF orientation says."""
     image.load()
     turn = _turn(image)
     return image if turn is None else image.transpose(turn)
 
 
 def lies_on_its_side(image: Image.Image) -> bool:
-    """Whether width and height of a decoded image change places when it is turned upright."""
+    """Whether rotating a decoded image upright swaps its width and height."""
     return _turn(image) in (
         Image.Transpose.TRANSPOSE,
         Image.Transpose.ROTATE_270,
@@ -188,7 +191,7 @@ def lies_on_its_side(image: Image.Image) -> bool:
 
 
 def deep_kind(image: Image.Image) -> str | None:
-    """ "I" for grey images of integers of more than 8 bits, "F" for those of floats, None for all others."""
+    """Return "I" for integer grey images of more than 8 bits, "F" for float ones, None for all others."""
     return "I" if image.mode.startswith("I") else "F" if image.mode == "F" else None
 
 
@@ -201,12 +204,12 @@ def loses_bits(image: Image.Image) -> bool:
 
 
 def to_rgb(image: Image.Image, intensity_range: tuple[float, float] | None = None) -> Image.Image:
-    """Any PIL image as RGB, over white where it is transparent.
+    """Convert any PIL image to RGB, compositing transparent pixels over white.
 
-    Grey images of more than 8 bits (modes I;16, I and F) are scaled: `intensity_range` = (low, high) becomes 0 and
-    255, what is beyond is cut off. Integers are rounded down, floats to the nearest. Without it the range is that of
-    the mode, `FULL_RANGE`, and never depends on the image. Of colour images of 16 bits a channel Pillow keeps the
-    upper 8 (`loses_bits`): the full range, rounded down, whatever `intensity_range` is.
+    Grey images of more than 8 bits (modes I;16, I and F) are scaled: `intensity_range` = (low, high) maps to 0 and
+    255, and values outside are clipped. Integers are rounded down, floats to the nearest. Without `intensity_range`
+    the mode's `FULL_RANGE` is used; the range never depends on the image. Colour images with 16 bits per channel keep
+    the upper 8 bits, as Pillow reads them (`loses_bits`); `intensity_range` does not apply to them.
 
     Raises:
         ValueError: values are NaN or infinite.
@@ -222,7 +225,7 @@ def to_rgb(image: Image.Image, intensity_range: tuple[float, float] | None = Non
 
 
 def _levels(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """(H, W) numbers → (H, W) uint8, low → 0 and high → 255."""
+    """Scale (H, W) numbers to (H, W) uint8, with low → 0 and high → 255."""
     levels = np.empty(values.shape, np.uint8)
     rows = max(1, _ROWS_AT_ONCE // max(1, values.shape[1]))
     for start in range(0, len(values), rows):
@@ -235,10 +238,10 @@ def _levels(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def covering(width: int, height: int, size: tuple[int, int], resize: str) -> tuple[int, int]:
-    """(height, width) that an image is scaled to before it is cut to `size`.
+    """Return the (height, width) to scale an image to before it is cropped to `size`.
 
-    "crop" scales so that the image just covers `size`, "squash" scales both sides independently. ValueError where
-    "crop" would scale an image, long and thin, to more than `LARGEST_COVER` pixels.
+    "crop" scales so that the image just covers `size`; "squash" scales both sides independently. Raises ValueError if
+    "crop" would scale a long, thin image to more than `LARGEST_COVER` pixels.
     """
     if resize != "crop":
         return size
@@ -248,17 +251,17 @@ def covering(width: int, height: int, size: tuple[int, int], resize: str) -> tup
         raise ArgumentError(
             "image",
             f"has an aspect ratio too extreme to crop, got {width} x {height} pixels: "
-            f"covering {size[1]} x {size[0]} pixels it would have {scaled[0] * scaled[1]:,}, at most "
-            f"{LARGEST_COVER:,} are taken; resize='squash' takes it",
+            f"scaled to cover {size[1]} x {size[0]} pixels it would have {scaled[0] * scaled[1]:,}, more than "
+            f"{LARGEST_COVER:,}; use resize='squash'",
         )
     return scaled
 
 
 def to_tensor(image: Image.Image | torch.Tensor, size: tuple[int, int], resize: str = "crop") -> torch.Tensor:
-    """A PIL image, or a uint8 (1 or 3, H, W) tensor, as a uint8 (3, *size) tensor, bicubic with antialiasing.
+    """Resize a PIL image or a uint8 (1 or 3, H, W) tensor to a uint8 (3, *size) tensor, bicubic with antialiasing.
 
-    `resize`: "crop" scales so that the image just covers `size` and cuts out the centre (for a square size: short
-    side, then centre crop); "squash" scales both sides independently. ValueError as `covering`.
+    `resize`: "crop" scales so that the image just covers `size` and crops the centre (for a square size: short side,
+    then centre crop); "squash" scales both sides independently. Raises ValueError as `covering` does.
     """
     tensor = image if isinstance(image, torch.Tensor) else F.pil_to_tensor(to_rgb(image))
     scaled = covering(tensor.shape[2], tensor.shape[1], size, resize)
@@ -268,6 +271,6 @@ def to_tensor(image: Image.Image | torch.Tensor, size: tuple[int, int], resize: 
 
 
 def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
-    """ValueError unless `value` is one of `choices`."""
+    """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ArgumentError(argument, f"must be one of {', '.join(map(repr, choices))}, got {value!r}")

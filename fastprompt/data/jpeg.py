@@ -1,4 +1,4 @@
-"""Whether the pixels of a JPEG file are all there: libjpeg fills what is missing with grey and says so in warnings."""
+"""Detect JPEG files with missing pixels, which libjpeg fills with grey and reports in warnings."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 import simplejpeg
 
 _HARMLESS = re.compile(r"ICC|Adobe")  # warnings about colours
-_PADDED = re.compile(r"\b([1-9]|1[01]) extraneous bytes before marker 0xd9")  # as some cameras do
+_PADDED = re.compile(r"\b([1-9]|1[01]) extraneous bytes before marker 0xd9")  # some cameras write them
 
 
 def jpeg_damage(source: str | os.PathLike[str] | bytes, progressive: bool = False) -> str | None:
-    """What libjpeg warns of when it decodes a JPEG file, or the bytes of one; None where the data are whole.
+    """Return libjpeg's warning when decoding a JPEG (a path or bytes), or None if the data are intact.
 
-    The image is decoded at an eighth of its size: all compressed data are read, but few pixels made of them. Compressed
-    data have no checksum, so that a wrong byte after which the code finds its way again is not found. Up to 11 bytes of
-    padding before the end marker are no damage, unless the image is `progressive`, where they are what is left of it.
-    Files that this decoder cannot read at all are Pillow's to judge.
+    The image is decoded at an eighth of its size, which reads all compressed data but computes few pixels. JPEG data
+    have no checksum, so a wrong byte after which the decoder resynchronises goes unnoticed. Up to 11 bytes of padding
+    before the end marker do not count as damage, except in a `progressive` image, where they are the rest of a scan.
+    Files that this decoder cannot read at all return None and are left to Pillow.
     """
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     try:
@@ -35,7 +35,7 @@ def jpeg_damage(source: str | os.PathLike[str] | bytes, progressive: bool = Fals
 
 
 def _decodes(data: bytes, colours: str) -> bool:
-    """Whether the decoder makes an image of the data when it passes over damage."""
+    """Whether the decoder produces an image if it ignores damage."""
     try:
         simplejpeg.decode_jpeg(data, colours, min_factor=8, strict=False)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What the folders of a data set are: splits, recognised by their names, or classes."""
+"""Tell whether the folders of a data set are splits, recognised by their names, or classes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SPLIT_WORDS = {
     **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "devel", "development"), "val"),
     **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation"), "test"),
 }
-"""What the usual names of splits mean."""
+"""The usual names of splits, and the split each one means."""
 _BESIDE_SPLIT_WORDS = frozenset(
     "set sets data dataset split image images img imgs picture pictures photo photos file files folder folders "
     "sample samples jpg jpeg png seg".split()
 )
-"""Words that the name of a split may have besides: train_images, seg_train, TestSet."""
+"""Further words that the name of a split may contain: train_images, seg_train, TestSet."""
 _PART_WORDS = frozenset("fold folds holdout split partition part subset batch chunk shard labeled labelled".split())
 _UNLABELLED_WORDS = frozenset(
     "pred predict prediction predictions inference submission unlabeled unlabelled unsup unsupervised".split()
@@ -32,10 +32,10 @@ _GLUED = re.compile(
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the splits of a data set are.
+    """The folders of a data set's splits.
 
     Attributes:
-        train: the folder with a folder for each class; the data set's own where there are no splits.
+        train: the folder with one folder per class; the data set's own folder if there are no splits.
         val, test: folders of the same kind, or None.
     """
 
@@ -45,7 +45,7 @@ class Layout:
 
 
 def words(name: str) -> list[str]:
-    """The words of a folder's name in lower case, without numbers: "seg_trainSet2" → ["seg", "train", "set"]."""
+    """Split a folder's name into lower-case words, without numbers: "seg_trainSet2" → ["seg", "train", "set"]."""
     found = []
     for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name):
         glued = _GLUED.fullmatch(word.lower())
@@ -54,29 +54,29 @@ def words(name: str) -> list[str]:
 
 
 def split_of(name: str) -> tuple[str | None, tuple[str, ...]]:
-    """Which split a folder's name says that it is, and the words of the name that say nothing of it.
+    """Return the split that a folder's name means, and the words of the name that do not describe a split.
 
     "train_images" → ("train", ()), "cars_test" → ("test", ("cars",)), "cat" → (None, ("cat",)).
     """
     found = words(name)
     named = {SPLIT_WORDS[word] for word in found if word in SPLIT_WORDS}
     rest = tuple(word for word in found if word not in SPLIT_WORDS and word not in _BESIDE_SPLIT_WORDS)
-    if named == {"train", "val"}:  # both in one, for us to divide
+    if named == {"train", "val"}:  # one folder with both, to be split here
         named = {"train"}
     return (named.pop() if len(named) == 1 else None), rest
 
 
 def find_layout(root: Path, left_out: LeftOut) -> Layout:
-    """The splits in `root`, or `root` itself where its folders are classes.
+    """Find the splits in `root`, or return `root` itself if its folders are classes.
 
-    A folder is a split by its name, in any case: train, training, val, valid, validation, dev, test, testing, eval,
-    alone or with such words as set, data, images, seg and numbers (seg_train, TrainSet, train2017), or with a word
-    that all splits share (cars_train, cars_test). `root`/train needs a folder for each class; a split that holds
-    nothing but a folder of the same split (seg_train/seg_train) is that one.
+    A folder is recognised as a split by its name, in any case: train, training, val, valid, validation, dev, test,
+    testing, eval; alone, with words such as set, data, images, seg or numbers (seg_train, TrainSet, train2017), or
+    with a word that all splits share (cars_train, cars_test). `root`/train needs one folder per class. A split folder
+    that holds nothing but a folder of the same split (seg_train/seg_train) is replaced by that folder.
 
     Raises:
-        ValueError: what looks like a split and is none: two folders for one split, splits without train, folders
-            beside the splits that hold images, classes beside a folder that is called like a split.
+        ValueError: the layout is ambiguous: two folders for one split, splits without train, folders with images
+            beside the splits, or classes beside a folder that is named like a split.
     """
     names = subfolders(root, left_out)
     inside = {name: set(subfolders(root / name, left_out)) for name in names}
@@ -102,17 +102,17 @@ def find_layout(root: Path, left_out: LeftOut) -> Layout:
 
 
 def has_splits(folder: Path) -> bool:
-    """Whether a folder holds folders that are called like splits."""
+    """Whether a folder holds folders that are named like splits."""
     return any(split_of(name)[0] is not None for name in subfolders(folder, LeftOut()))
 
 
 def _named_splits(root: Path, inside: dict[str, set[str]]) -> dict[str, str]:
-    """Which folders are splits by their names, and which split each is."""
+    """Return the folders that are splits by their names, and the split each one is."""
     meanings = {name: split_of(name) for name in inside}
     plain = {name: split for name, (split, rest) in meanings.items() if split is not None and not rest}
     if plain:
         return plain
-    groups = []  # of folders whose names have all but the split in common: cars_train, cars_test
+    groups = []  # folders with names that differ only in the split: cars_train, cars_test
     for shared in sorted({rest for split, rest in meanings.values() if split is not None}):
         group = {name: split for name, (split, rest) in meanings.items() if split is not None and rest == shared}
         if len(set(group.values())) > 1 and (any(map(inside.get, group)) or len(group) == len(inside)):
@@ -126,7 +126,7 @@ def _named_splits(root: Path, inside: dict[str, set[str]]) -> dict[str, str]:
 
 
 def _unwrapped(folder: Path, split: str, left_out: LeftOut) -> Path:
-    """The one folder in a split's folder that is called like the split too, or the split's folder."""
+    """Return the only folder inside a split's folder if it is named like the split too, else the split's folder."""
     inside = subfolders(folder, left_out)
     if len(inside) == 1 and split_of(inside[0])[0] == split and subfolders(folder / inside[0], left_out):
         return _unwrapped(folder / inside[0], split, left_out)
@@ -134,7 +134,7 @@ def _unwrapped(folder: Path, split: str, left_out: LeftOut) -> Path:
 
 
 def _refuse_stray_splits(root: Path, splits: dict[str, str], inside: dict[str, set[str]]) -> None:
-    """Raise ValueError where classes and splits are mixed, or splits have names that are not recognised."""
+    """Raise ValueError if classes and splits are mixed, or if splits have unrecognised names."""
     if splits and set(splits) == set(inside):
         raise ValueError(
             f"{root} has the folders {_listed(splits)}, but no train/<class name>/: images are expected in "
@@ -143,9 +143,9 @@ def _refuse_stray_splits(root: Path, splits: dict[str, str], inside: dict[str, s
     mixed = [name for name in splits if inside[name] or not _is_class(name, splits, inside)]
     if mixed:
         raise ValueError(
-            f"{root} has folders that are called like splits, {_listed(mixed)}, beside others, "
+            f"{root} has folders that are named like splits, {_listed(mixed)}, beside others, "
             f"{_listed(set(inside) - set(splits))}: put the classes to train on in {root / 'train'}/<class name>/, or "
-            f"move {_listed(mixed)} away; rename what is a class"
+            f"move {_listed(mixed)} away; rename any of them that is a class"
         )
     parts = [name for name in inside if inside[name] and (_PART_WORDS | set(SPLIT_WORDS)) & set(words(name))]
     for name in parts:
@@ -158,19 +158,19 @@ def _refuse_stray_splits(root: Path, splits: dict[str, str], inside: dict[str, s
 
 
 def _is_class(name: str, splits: dict[str, str], inside: dict[str, set[str]]) -> bool:
-    """Whether a folder without folders that is called like a split is a class: trains, or valid beside invalid."""
+    """Whether a folder without subfolders that is named like a split is a class: trains, or valid beside invalid."""
     return len(splits) == 1 and (name.lower() == "train" or f"in{name.lower()}" in map(str.lower, inside))
 
 
 def _check_beside(folder: Path, shared: set[str], splits: Sequence[str], left_out: LeftOut) -> None:
-    """Leave out a folder beside the splits; ValueError where it may hold images to train or test on."""
+    """Leave out a folder beside the splits; raise ValueError if it may hold images to train or test on."""
     images = images_below(folder, LeftOut())
     unlabelled = len(splits) > 1 or bool(_UNLABELLED_WORDS & set(words(folder.name)))
     if images and (shared or split_of(folder.name)[0] is not None or not unlabelled):
         raise ValueError(
-            f"{folder} holds {len(images)} images, beside {_listed(splits)}, and is no split by its name"
-            + (f", but has folders of the same names ({_listed(shared)})" if shared else "")
-            + ": call it train, val or test, or move it away; rename what is a class"
+            f"{folder} holds {len(images)} images beside {_listed(splits)}, but its name is not that of a split"
+            + (f", although it has folders of the same names ({_listed(shared)})" if shared else "")
+            + ": name it train, val or test, or move it away; rename any split that is a class"
         )
     for path in images or [folder]:
         left_out.add(BESIDE if images else EMPTY, path)

@@ -1,4 +1,4 @@
-"""Labelled images before they are split: a pool of them, and a source of pools."""
+"""Labelled images before they are split: a pool of images, and a source with one pool per published split."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Pool:
 
     Attributes:
         labels: the class of each image.
-        keys: a name of each image, for the split's checksum.
-        read: decodes image i: PIL, or uint8 (1 or 3, H, W).
-        files: the path of each image, where each is a file.
+        keys: a name for each image, used in the split's checksum.
+        read: decodes image i to a PIL image or uint8 (1 or 3, H, W).
+        files: the path of each image, or None if the images are not files of their own.
     """
 
     labels: Sequence[int]
@@ -28,12 +28,12 @@ class Pool:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set before it is split here: the publisher's train images and, where there are some, val and test.
+    """A data set before it is split here: the publisher's train images, and its val and test images if it has them.
 
     Attributes:
-        intensity_range: the values of grey images of more than 8 bits that become black and white, None where there
+        intensity_range: the values of grey images with more than 8 bits that become black and white; None if there
             is no such image.
-        left_out: how many files and folders were not read, by reason.
+        left_out: number of files and folders that were not read, by reason.
     """
 
     name: str

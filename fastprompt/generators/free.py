@@ -1,4 +1,4 @@
-"""Free input-independent prompts: PGN's control without the generator."""
+"""Free input-independent prompts, PGN's control without the generator."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FreePromptsConfig(PromptConfig):
 
 
 def _cost(s: Sizes, config: FreePromptsConfig, t: Tally) -> PromptCost:
-    """A parameter as it is."""
+    """The prompts are a parameter and need no computation."""
     kept = s.tokens(config.num_prompts) * (s.cast or s.norm_pre)
     return PromptCost(config.num_prompts, range(1), 1, first=True, known=True, kept=kept)
 
@@ -53,8 +53,8 @@ def _cost(s: Sizes, config: FreePromptsConfig, t: Tally) -> PromptCost:
 class FreePrompts(PromptGenerator):
     """K learned vectors, the same for every image (PGN's input-independent baseline, "IIP").
 
-    Initialised N(0, 0.02²); placed as PGN's prompts are: last, before CLIP's pre-norm, in block 0 only.
-    On a Swin transformer they flow through windows and patch merging as VPT-shallow's do.
+    They are initialised N(0, 0.02²) and placed like PGN's prompts: last, before CLIP's pre-norm, in block 0 only. On a
+    Swin transformer they flow through windows and patch merging like VPT-shallow's.
     """
 
     known_at = "static"

@@ -33,13 +33,13 @@ class PGNConfig(PromptConfig):
         num_prompts: K per image. library_size: M tokens (the authors use 8 to 16 times K).
         activation: "softmax" over the library, or "sigmoid".
         trunk: "resnet10" (the authors' small network) or "resnet18" (torchvision's, with a new last layer).
-        widths: of resnet10's four groups.
-        resolution: pixels the generator's input is resized to (bilinear); None: as the backbone's.
-        resize: to which size and how. "square": `resolution` on both sides, with antialiasing. "short_side": the short
-            side becomes `resolution` and the other one keeps the ratio, without antialiasing, as the authors' version
-            of torchvision (0.13) resizes tensors.
-        stem_pool: resnet10's 3 × 3 max-pool after the first convolution.
-        pretrained_trunk: start resnet18 from torchvision's ImageNet weights (downloaded).
+        widths: channels of resnet10's groups.
+        resolution: side in pixels that the generator's input is resized to (bilinear); None is the backbone's.
+        resize: how the input is resized. "square" resizes both sides to `resolution`, with antialiasing. "short_side"
+            resizes the short side to `resolution` and keeps the aspect ratio, without antialiasing, as the authors'
+            version of torchvision (0.13) resizes tensors.
+        stem_pool: whether resnet10 has a 3 × 3 max-pool after the first convolution.
+        pretrained_trunk: whether resnet18 starts from torchvision's ImageNet weights (downloaded).
     """
 
     kind: ClassVar[str] = "pgn"
@@ -87,7 +87,7 @@ class PGNConfig(PromptConfig):
 
 
 class BasicBlock(nn.Module):
-    """relu(conv-BN-ReLU-conv-BN (x) + skip(x)); the skip is a biased 1 × 1 stride-2 convolution, without norm."""
+    """relu(conv-BN-ReLU-conv-BN (x) + skip(x)), where skip is a biased 1 × 1 stride-2 convolution without norm."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class BasicBlock(nn.Module):
 class ResNet10(nn.Module):
     """The authors' generator network: stem, one `BasicBlock` per width, global average pool, Linear.
 
-    (B, 3, h, w) → (B, outputs). Convolutions start Kaiming-normal (fan out), the Linear as PyTorch does.
+    (B, 3, h, w) → (B, outputs). Convolutions are initialised Kaiming-normal (fan out), the Linear by PyTorch's default.
     """
 
     def __init__(self, widths: tuple[int, ...], outputs: int, stem_pool: bool) -> None:
@@ -163,7 +163,7 @@ def _cost(s: Sizes, config: PGNConfig, t: Tally) -> PromptCost:
     t.call(1, 1, kept(channels, height * width))
     if config.stem_pool:
         height, width = (height + 1) // 2, (width + 1) // 2
-        t.call(1, 1, 3 * kept(channels, height * width))  # its output and the int64 place of each maximum
+        t.call(1, 1, 3 * kept(channels, height * width))  # its output and the int64 index of each maximum
     for i, outputs in enumerate(config.widths):
         if i > 0:
             height, width = (height + 1) // 2, (width + 1) // 2
@@ -175,12 +175,12 @@ def _cost(s: Sizes, config: PGNConfig, t: Tally) -> PromptCost:
         batch_norm(outputs, positions)
         if i > 0 or channels != outputs:
             convolution(channels, outputs, 1, positions)
-        t.call(2, 2, kept(outputs, positions))  # sum and ReLU; backwards the sum of the two paths
+        t.call(2, 2, kept(outputs, positions))  # sum and ReLU; in the backward, the sum of the two paths
         channels = outputs
     t.call(1, 1, 4 * b * channels)  # mean over positions
     t.product(2 * b * channels * k * m, 2)
-    t.call(1 + 1, 1 + 1, 4 * b * k * m)  # bias; softmax or sigmoid, which keep their output
-    copied = plain and not s.cast  # the gradient, rows of the sequence's, which a cast would have copied
+    t.call(1 + 1, 1 + 1, 4 * b * k * m)  # bias; softmax or sigmoid, which save their output
+    copied = plain and not s.cast  # the gradient is a slice of the sequence's, which a cast would have copied
     t.product(2 * b * k * m * s.width, 2, backward=2 + copied)
     wide = 4 * b * k * s.width
     t.saved += wide * (not s.cast and not s.norm_pre and not plain)
@@ -210,7 +210,7 @@ PGN_PAPER = Published(
 PGN_PAPER_ADAMW = dataclasses.replace(
     PGN_PAPER, recipe={**PGN_PAPER.recipe, "optimizer": "adamw", "weight_decay": 0.01}
 )
-"""The scripts' `--optimizer adam`: AdamW with PyTorch's weight decay; its rate has to be searched."""
+"""The scripts' `--optimizer adam`: AdamW with PyTorch's weight decay. The learning rate must be searched."""
 
 
 def _pre_norm(norm: Norm | None) -> PreNorm | None:
@@ -233,7 +233,7 @@ class PGN(PromptGenerator):
     """PGN: prompts are per-image mixtures over a learned token library (PGN §3).
 
     A = softmax(g_θ(x)) over the library, A ∈ R^{K × M}; P = A L, with library L ∈ R^{M × D} ~ N(0, 0.02²).
-    x is the backbone's own normalised image. The prompts join once, in block 0, behind the patches:
+    x is the backbone's own normalised image. The prompts join once, in block 0, after the patches:
     [CLS, patches, prompts], without position embedding and before CLIP's pre-norm.
 
     `generator(images)` (B, 3, H, W) → (B, K, D). `generator.sequence(images, tokens)` → (B, T + K, D) for a
@@ -287,7 +287,7 @@ class PGN(PromptGenerator):
         self.library = nn.Parameter(torch.randn(cfg.library_size, self.geometry.width) * 0.02)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) → selection logits (B, K, M)."""
+        """Map normalised images (B, 3, H, W) to selection logits (B, K, M)."""
         self.check_input(images, "images")
         images = images.to(self.library.dtype)
         size = self.config.resized(*images.shape[2:])
@@ -300,16 +300,16 @@ class PGN(PromptGenerator):
             raise ArgumentError(
                 "images",
                 f"must be at least 2 while PGN trains, got {images.shape[0]} of {images.shape[2]} x "
-                f"{images.shape[3]} pixels, of which the trunk's batch norm has one value per channel ({error})",
+                f"{images.shape[3]} pixels, which gives the trunk's batch norm one value per channel ({error})",
             ) from error
         return logits.view(images.shape[0], self.config.num_prompts, self.config.library_size)
 
     def mixture(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) → weights of the library tokens (B, K, M)."""
+        """Map normalised images (B, 3, H, W) to weights of the library tokens (B, K, M)."""
         return library_reference.mixture(self.logits(images), self.config.activation)
 
     def context(self, x: Tensor | None, draws: Draws | None = None) -> Tensor:
-        """The selection logits (B, K, M)."""
+        """Return the selection logits (B, K, M)."""
         assert x is not None
         return self.logits(x)
 
@@ -317,7 +317,7 @@ class PGN(PromptGenerator):
         return library_prompts(context, self.library, self.config.activation)
 
     def first_prompts(self, context: Any, tokens: Tensor, draws: Draws | None, norm: Norm | None) -> Tensor:
-        """`prompts` that leave the mixture with CLIP's pre-norm applied, if the backbone has one."""
+        """Return `prompts` with the backbone's pre-norm, such as CLIP's, fused into the mixture."""
         pre_norm = _pre_norm(norm)
         if pre_norm is None:
             return super().first_prompts(context, tokens, draws, norm)

@@ -65,11 +65,11 @@ def _cost(s: Sizes, config: PixelPromptConfig, t: Tally) -> PromptCost:
     cost=_cost,
 )
 class PixelPrompt(PromptGenerator):
-    """x + δ with δ zero inside and learned on a frame of `border` pixels, N(0, 1) at the start.
+    """x + δ, where δ is learned on a frame of `border` pixels and zero inside it; initialised N(0, 1).
 
-    Four strips, top and bottom (1, 3, b, W), left and right (1, 3, H − 2b, b): 2·3·b·(W + H − 2b) parameters
-    (69,840 for 30 px at 224). Added to the normalised image. It makes no tokens: `generator(images)` returns
-    prompted images (B, 3, H, W).
+    The frame has four strips, top and bottom (1, 3, b, W), left and right (1, 3, H − 2b, b): 2·3·b·(W + H − 2b)
+    parameters (69,840 for 30 px at 224). It is added to the normalised image. There are no prompt tokens:
+    `generator(images)` returns prompted images (B, 3, H, W).
     """
 
     known_at = "image"
@@ -94,24 +94,24 @@ class PixelPrompt(PromptGenerator):
         self.left, self.right = (nn.Parameter(torch.randn(1, 3, h - 2 * b, b)) for _ in range(2))
 
     def frame(self) -> Tensor:
-        """δ (1, 3, H, W)."""
+        """Return δ (1, 3, H, W)."""
         rows, inside = self.left.shape[2], self.geometry.image_size[1] - 2 * self.config.border
         middle = torch.cat([self.left, self.left.new_zeros(1, 3, rows, inside), self.right], dim=3)
         return torch.cat([self.top, middle, self.bottom], dim=2)
 
     def prompt_images(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) with the frame added, in the wider of the two dtypes."""
+        """Return normalised images (B, 3, H, W) with the frame added, in the wider of the two dtypes."""
         self.check_input(images, "images")
         if tuple(images.shape[2:]) != tuple(self.geometry.image_size):
             raise ArgumentError(
-                "images", f"must have {self.geometry.image_size} pixels, as the frame, got {tuple(images.shape[2:])}"
+                "images", f"must have {self.geometry.image_size} pixels like the frame, got {tuple(images.shape[2:])}"
             )
         return images + self.frame()
 
     def forward(self, x: Tensor | None = None, layer: int | None = None) -> Tensor:
-        """Prompted images (B, 3, H, W)."""
+        """Return prompted images (B, 3, H, W)."""
         if layer is not None:
-            raise ArgumentError("layer", f"must be None, pixel prompts have no layers, got {layer!r}")
+            raise ArgumentError("layer", f"must be None because pixel prompts have no layers, got {layer!r}")
         self.check_input(x)
         assert x is not None
         return self.prompt_images(x)

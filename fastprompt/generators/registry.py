@@ -1,7 +1,7 @@
-"""Every method by name: its configuration and generator, how it is trained, what it costs.
+"""The registry of methods: configuration, generator, recipe and cost of each, by name.
 
-`register_method` is all that a new method needs. Recipes, the command line, tables and cost formulas read what it
-records, so a method is one file with a configuration, a generator and a registration.
+A new method needs only `register_method`. Recipes, the command line, tables and cost formulas read the registry, so a
+method is one file with a configuration, a generator and a registration.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from fastprompt.vit import FrozenViT
 
 ENTRY_POINTS = "fastprompt.methods"
-"""Group of entry points: an installed package that names a module there has its methods registered."""
+"""Group of entry points in which an installed package names a module that registers methods."""
 
 HOW_TO_REGISTER = (
-    "a method of your own has to be registered first: import its module, pass --plugin MODULE to the command line, or "
+    "your own method must be registered first: import its module, pass --plugin MODULE to the command line, or "
     f"install a package with an entry point in the group {ENTRY_POINTS!r}"
 )
 
@@ -44,12 +44,13 @@ class Published:
     """Training settings that a method's authors published.
 
     Attributes:
-        source: where they are published, and what is not known.
+        source: where they are published, and what is unknown.
         recipe: fields of `fastprompt.train.recipes.Recipe` that differ from its defaults; "lr" is the base rate.
-        lr_per: number of images per step that "lr" is for: it is scaled by batch_size / lr_per. None: never scaled.
-        lrs, weight_decays: the base rates and weight decays that the authors search; empty: they search none.
-        warmup_steps: length of the warm-up where the authors count optimizer steps; None: "warmup_epochs" counts.
-        augment, resize: how the authors change and read training images, as `fastprompt.load_data` names it.
+        lr_per: number of images per step that "lr" is for; the rate is scaled by batch_size / lr_per. None does not
+            scale it.
+        lrs, weight_decays: the base rates and weight decays that the authors search; empty if they search none.
+        warmup_steps: length of the warmup if the authors count it in optimizer steps; None uses "warmup_epochs".
+        augment, resize: the authors' augmentation and resizing of training images, as in `fastprompt.load_data`.
     """
 
     source: str
@@ -64,14 +65,14 @@ class Published:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Another name of a method, with the title it has in tables and what differs from the registration.
+    """Another name of a method, with what differs from the method's registration.
 
     Attributes:
-        title: for people.
+        title: title in tables and other output.
         options: options of the configuration that the name fixes.
         recipe: fields of the recipe that differ from the method's.
-        lrs: learning rates to try; None: the method's.
-        solver: None: the method's.
+        lrs: learning rates to try; None uses the method's.
+        solver: as in `register_method`; None uses the method's.
     """
 
     title: str
@@ -83,10 +84,10 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What `register_method` records for one name; its arguments are explained there.
+    """What `register_method` records for one name; see its arguments.
 
     Attributes:
-        generator_class: None: the method has no prompts.
+        generator_class: the method's `PromptGenerator`; None if the method has no prompts.
     """
 
     name: str
@@ -103,7 +104,7 @@ class Method:
 
     @property
     def head_only(self) -> bool:
-        """Whether nothing but the head trains, so that features can be computed once."""
+        """Whether only the head is trained, so that features can be computed once."""
         return self.generator_class is None and not self.config_class.trains_backbone
 
     @property
@@ -112,10 +113,10 @@ class Method:
         return tuple(f.name for f in dataclasses.fields(self.config_class) if f.init and f.name not in self.options)
 
     def config(self, options: Mapping[str, Any] | None = None) -> PromptConfig:
-        """The configuration with `options` and those that the name fixes; lists become tuples.
+        """Return the configuration with `options` and those that the name fixes; lists become tuples.
 
         Raises:
-            TypeError, ValueError: an option is unknown, fixed by the name, or has a value that does not fit.
+            TypeError, ValueError: an option is unknown, is fixed by the name, or has an invalid value.
         """
         for key in options or {}:
             if key not in self.free_options:
@@ -141,10 +142,10 @@ def register_method(
     variants: Mapping[str, Variant] | None = None,
     replace: bool = False,
 ) -> Callable[[Registered], Registered]:
-    """Class decorator that makes a method known to recipes, command line, tables, cost, saving and loading.
+    """Class decorator that registers a method for recipes, command line, tables, cost, saving and loading.
 
-    It decorates the method's `PromptGenerator`, whose `config_class` is its configuration, or, where a method has no
-    prompts, the `PromptConfig` itself:
+    It decorates the method's `PromptGenerator`, with the configuration as its `config_class`. For a method without
+    prompts it decorates the `PromptConfig` itself:
 
         @dataclass(frozen=True)
         class MeanPromptsConfig(fp.PromptConfig):
@@ -157,25 +158,25 @@ def register_method(
             ...
 
     Args:
-        name: of the method on the command line and in run directories: lower-case letters, digits and hyphens. The
-            configuration's `kind` is the name in adapter files; the two differ only where a method has variants.
-        title: for people, as in tables.
+        name: name of the method on the command line and in run directories: lower-case letters, digits and hyphens.
+            The configuration's `kind` is the name in adapter files; they differ only for methods with variants.
+        title: title in tables and other output.
         paper: authors, venue and arXiv number.
         options: options of the configuration that this name fixes.
         recipe: fields of `fastprompt.Recipe` that differ from the recipe that all methods share.
-        lrs: learning rates that a comparison tries. Empty: it leaves the method out unless it is named, and trains at
-            the recipe's rate then.
+        lrs: learning rates that a comparison tries. If empty, the comparison includes the method only if it is named,
+            and then trains at the recipe's rate.
         published: recipes of the authors by name, for `fastprompt.paper_recipe` (the first) and `adapt --recipe NAME`.
-        cost: the formula of the prompts' cost, `cost(sizes, config, tally)`; see
-            `fastprompt.generators.accounting.PromptCost`. None: `fastprompt info --cost` says that there is none.
-        solver: "gradient", or "lbfgs" where the head is fitted to frozen features by `fastprompt.fit_linear_probe`.
+        cost: formula of the prompts' cost, `cost(sizes, config, tally)`; see
+            `fastprompt.generators.accounting.PromptCost`. None if there is no formula for `fastprompt info --cost`.
+        solver: "gradient", or "lbfgs" to fit the head to frozen features with `fastprompt.fit_linear_probe`.
         variants: further names of the method; see `Variant`.
-        replace: take the place of a registration of the same name, as when a notebook's cell is run again.
+        replace: replace a registration of the same name, for example when a notebook cell is run again.
 
     Raises:
         TypeError: the decorated class is neither a generator with a configuration nor a configuration, or an argument
             has the wrong type.
-        ValueError: a name is malformed or taken, or options, recipe or variants do not fit; nothing is registered.
+        ValueError: a name is malformed or taken, or options, recipe or variants do not fit. Nothing is registered.
     """
 
     def register(cls: Registered) -> Registered:
@@ -205,10 +206,10 @@ def register_method(
 
 
 def list_methods(*, on_swin: bool = False) -> list[str]:
-    """The names of all methods, sorted, as `fastprompt adapt --method` takes them.
+    """Return the sorted names of all methods, for `fastprompt adapt --method`.
 
     Args:
-        on_swin: only those that are defined on a Swin transformer.
+        on_swin: return only the methods that are defined on Swin transformers.
     """
     _load_entry_points()
     return sorted(
@@ -219,22 +220,22 @@ def list_methods(*, on_swin: bool = False) -> list[str]:
 
 
 def registered_classes(package: str) -> dict[str, type]:
-    """The configurations and generators that the modules of `package` have registered, by the names of the classes."""
+    """Return the configurations and generators that modules of `package` have registered, by class name."""
     classes = [cls for method in _METHODS.values() for cls in (method.config_class, method.generator_class) if cls]
     return {cls.__name__: cls for cls in classes if cls.__module__.startswith(f"{package}.")}
 
 
 def get_method(name: str) -> Method:
-    """The registration of a method by its name.
+    """Return the registration of a method by its name.
 
     Raises:
-        ValueError: no method has this name; the names are listed.
+        ValueError: no method has this name; the message lists the names.
     """
     if name not in _METHODS:
         _load_entry_points()
     if name not in _METHODS:
         close = difflib.get_close_matches(str(name).lower(), _METHODS, n=1)
-        hint = f"did you mean {close[0]}? Else " if close else ""
+        hint = f"did you mean {close[0]}? Otherwise, " if close else ""
         raise ArgumentError(
             "method", f"must be one of {', '.join(sorted(_METHODS))}, got {name!r}; {hint}{HOW_TO_REGISTER}"
         )
@@ -242,12 +243,12 @@ def get_method(name: str) -> Method:
 
 
 def method_of(config: PromptConfig | str) -> Method:
-    """The registration of a configuration, of its kind, or of a method's name.
+    """Return the registration for a configuration, a kind or a method's name.
 
-    Where several names share a configuration's class, it is the first whose fixed options the configuration has.
+    If several names share the configuration's class, the first one with matching fixed options is returned.
 
     Raises:
-        TypeError: `config` is neither a registered configuration nor a text.
+        TypeError: `config` is neither a registered configuration nor a string.
         ValueError: no method has this kind or name.
     """
     if isinstance(config, str):
@@ -269,16 +270,16 @@ def method_of(config: PromptConfig | str) -> Method:
 
 
 def published_recipes() -> dict[str, Published]:
-    """The recipes of all methods' authors, by name."""
+    """Return the published recipes of all methods, by name."""
     _load_entry_points()
     return {name: found for method in _METHODS.values() for name, found in method.published.items()}
 
 
 def load_plugin(module: str) -> None:
-    """Import a module that registers methods; one that is imported already is not imported again.
+    """Import a module that registers methods, unless it is already imported.
 
     Args:
-        module: its name, which is looked up in the working directory, too, or the path of a `.py` file.
+        module: name of the module, also searched in the working directory, or the path of a `.py` file.
 
     Raises:
         ValueError: there is no such module or file, or it cannot be imported.
@@ -289,21 +290,21 @@ def load_plugin(module: str) -> None:
     name, folder = (path.stem, path.parent) if path.suffix == ".py" else (module, Path.cwd())
     if path.suffix == ".py" and not path.is_file():
         raise ArgumentError(
-            "plugin", f"must be the name of a module or the path of a .py file, there is no file {module}"
+            "plugin", f"must be the name of a module or the path of a .py file, got {module}, which does not exist"
         )
     if str(folder) not in sys.path:
-        sys.path.append(str(folder))  # for what the module imports later, too
+        sys.path.append(str(folder))  # also for imports that the module does later
     importlib.invalidate_caches()
     try:
         imported = importlib.import_module(name)
     except Exception as error:
         raise ValueError(f"plugin {module!r} cannot be imported: {type(error).__name__}: {error}") from error
     if path.suffix == ".py" and Path(imported.__file__ or "").resolve() != path:
-        raise ValueError(f"plugin {module!r} has the name of another module, {imported.__file__}; rename the file")
+        raise ValueError(f"plugin {module!r} has the same name as the module {imported.__file__}; rename the file")
 
 
 def build_generator(config: PromptConfig, geometry: Geometry | FrozenViT) -> PromptGenerator | None:
-    """The generator of `config` for a backbone or its geometry; None where the method has no prompts."""
+    """Build the generator of `config` for a backbone or its geometry; return None if the method has no prompts."""
     generator = method_of(config).generator_class
     return None if generator is None else generator(config, geometry)
 
@@ -312,8 +313,8 @@ def config_from_dict(values: Mapping[str, Any]) -> PromptConfig:
     """The inverse of `PromptConfig.to_dict`.
 
     Raises:
-        TypeError: `values` is no mapping.
-        ValueError: `kind` is unknown or missing, or a key is not an option of that kind (the key is named).
+        TypeError: `values` is not a mapping.
+        ValueError: `kind` is unknown or missing, or a key is not an option of that kind; the message names the key.
     """
     if not isinstance(values, Mapping):
         raise ArgumentTypeError("values", f"must be a mapping of options, got {type(values).__name__}")
@@ -328,12 +329,12 @@ def config_from_dict(values: Mapping[str, Any]) -> PromptConfig:
 
 
 def _parts(cls: Any) -> tuple[type[PromptConfig], type[PromptGenerator] | None]:
-    """Configuration and generator of what `register_method` decorates."""
+    """Return configuration and generator of the class that `register_method` decorates."""
     config_class, generator_class = cls, None
     if isinstance(cls, type) and issubclass(cls, PromptGenerator):
         config_class, generator_class = getattr(cls, "config_class", None), cls
         if config_class is None:
-            raise TypeError(f"{cls.__name__}.config_class must be the method's PromptConfig, there is none")
+            raise TypeError(f"{cls.__name__}.config_class must be the method's PromptConfig, got none")
         if getattr(cls, "known_at", None) not in KNOWN_AT:
             raise ValueError(
                 f"{cls.__name__}.known_at must be one of {KNOWN_AT}, got {getattr(cls, 'known_at', None)!r}"
@@ -349,17 +350,17 @@ def _parts(cls: Any) -> tuple[type[PromptConfig], type[PromptGenerator] | None]:
         raise TypeError(f"{label} must be decorated with @dataclass(frozen=True)")
     if not isinstance(getattr(config_class, "kind", None), str) or not _is_name(config_class.kind):
         raise ValueError(
-            f"{label}.kind must be a ClassVar of lower-case letters, digits and hyphens, the name of the method in "
-            f"files, got {getattr(config_class, 'kind', None)!r}"
+            f"{label}.kind must be a ClassVar, the method's name in files, of lower-case letters, digits and hyphens, "
+            f"got {getattr(config_class, 'kind', None)!r}"
         )
     for field in dataclasses.fields(config_class):
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise TypeError(f"{label}.{field.name} must have a default, as every option has")
+            raise TypeError(f"{label}.{field.name} must have a default, like every option")
     return config_class, generator_class
 
 
 def _variant(base: Method, name: str, variant: Variant) -> Method:
-    """The method `base` under another name."""
+    """Return the method `base` under another name."""
     if not isinstance(variant, Variant):
         raise TypeError(f"variants[{name!r}] must be a Variant, got {type(variant).__name__}")
     return dataclasses.replace(
@@ -374,7 +375,7 @@ def _variant(base: Method, name: str, variant: Variant) -> Method:
 
 
 def _check(methods: list[Method], replace: bool) -> None:
-    """Raise unless all of one registration's names can be registered."""
+    """Raise an error unless all names of one registration can be registered."""
     config_class = methods[0].config_class
     for method in methods:
         if not isinstance(method.name, str) or not _is_name(method.name):
@@ -384,7 +385,7 @@ def _check(methods: list[Method], replace: bool) -> None:
         if method.solver not in SOLVERS:
             raise ArgumentError("solver", f"must be one of {SOLVERS}, got {method.solver!r}")
         if method.solver == "lbfgs" and not method.head_only:
-            raise ValueError(f"solver 'lbfgs' fits a head alone; {config_class.__name__} trains more")
+            raise ValueError(f"solver 'lbfgs' fits only a head, but {config_class.__name__} trains more")
         if method.cost is not None and not callable(method.cost):
             raise ArgumentTypeError(
                 "cost", f"must be a function of (sizes, config, tally), got {type(method.cost).__name__}"
@@ -394,7 +395,7 @@ def _check(methods: list[Method], replace: bool) -> None:
         config_class.from_dict(method.options)
     names = [method.name for method in methods]
     if len(set(names)) < len(names):
-        raise ArgumentError("variants", f"must have names of their own, got {names}")
+        raise ArgumentError("variants", f"must have distinct names, got {names}")
     for known in _METHODS.values():
         ours = known.config_class.kind == config_class.kind
         if ours and replace:
@@ -402,12 +403,12 @@ def _check(methods: list[Method], replace: bool) -> None:
         where = f"{known.config_class.__module__}.{known.config_class.__name__}"
         if ours:
             raise ValueError(
-                f"kind {config_class.kind!r} is registered already, by {where}; {config_class.__name__} needs a kind "
-                "of its own, or replace=True to take its place"
+                f"kind {config_class.kind!r} is registered already, by {where}; give {config_class.__name__} another "
+                "kind, or pass replace=True"
             )
         for name in (*names, config_class.kind):
             if name in (known.name, known.config_class.kind):
-                raise ValueError(f"name {name!r} is registered already, by {where}; choose another one")
+                raise ValueError(f"name {name!r} is registered already, by {where}; choose another name")
         for name in methods[0].published:
             if name in known.published:
                 raise ValueError(f"published recipe {name!r} is registered already, by {where}; choose another name")
@@ -425,7 +426,7 @@ _loaded_entry_points: set[str] = set()
 
 
 def _load_entry_points() -> None:
-    """Import the modules that installed packages name as ours, each once; one that fails is warned about."""
+    """Import each module that installed packages name in our entry points once; warn about failures."""
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         if point.value in _loaded_entry_points:
             continue

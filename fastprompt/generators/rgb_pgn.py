@@ -1,4 +1,4 @@
-"""PGN whose prompts are pictures: a library of RGB patches (PGN's prompt inversion, and prompts born as pixels)."""
+"""PGN with picture prompts: a library of RGB patches, trained as pixels or from PGN's prompt inversion."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 PLACEMENTS = ("latent", "extend", "replace")
-SWIN = "a Swin transformer, which has no class token that would read more patches; use a ViT, or PixelPromptConfig"
+SWIN = "a Swin transformer, which has no class token to read more patches; use a ViT, or PixelPromptConfig"
 
 TIE = 1e-3 / 255
-"""Taken off the pixels of a shrunk image before they are rounded. Many of them are half way between two levels, where
-float noise would decide; so they go down, on every device and at a client.
+"""Subtracted from the pixels of a shrunk image before rounding. Many of them lie half way between two levels, where
+float noise would decide; with this they are rounded down on every device and in every client.
 """
 
 
@@ -36,22 +36,21 @@ class RGBPGNConfig(PGNConfig):
     """Options of `RGBPGN`, beside those of `PGNConfig`.
 
     Attributes:
-        placement: where the K patches go.
-            "latent": behind the image's own patches, without position embedding, as PGN's tokens; needs a host that
+        placement: where the K patches go. K must fill whole rows, except for "latent".
+            "latent": after the image's own patches, without position embedding, like PGN's tokens; needs a host that
             takes more tokens.
             "extend": whole rows of patches below the image; needs a host that takes taller images and resamples its
             position embedding.
-            "replace": the lowest rows of an image of the backbone's own size, into whose rest the image is shrunk;
-            any host takes it.
-            K must fill whole rows, except for "latent".
-        bounded: the library holds pixels in [0, 1], the sigmoid of its parameters, so that every mixture is a picture.
-            False: any value, as inversion gives.
-        round_pixels: mixed patches, and an image that was shrunk, are cut off at 0 and 1 and rounded to 8 bits, with
-            the gradient of neither.
-        offset: a constant is added to the patch at each of the K places; inversion puts there what makes up for the
-            place's position embedding.
-        compensate: a constant picture is added to the image ("extend" alone), which undoes what resampling the
-            position embedding changes.
+            "replace": the bottom rows of an image of the backbone's own size; the image is shrunk into the remaining
+            rows. Any host takes it.
+        bounded: whether the library holds pixels in [0, 1], the sigmoid of its parameters, so that every mixture is a
+            picture. False allows any value, as inversion gives.
+        round_pixels: whether mixed patches and shrunk images are clipped to [0, 1] and rounded to 8 bits, with a
+            straight-through gradient.
+        offset: whether a constant is added to the patch at each of the K places; inversion uses it to compensate for
+            the position embedding there.
+        compensate: whether a constant picture is added to the image (only with "extend") to undo the effect of
+            resampling the position embedding.
     """
 
     kind: ClassVar[str] = "rgb-pgn"
@@ -85,13 +84,13 @@ class RGBPGNConfig(PGNConfig):
 class RGBPGN(PGN):
     """PGN with a library of RGB patches, R ∈ R^{M × 3p²}: patches = round(softmax(g_θ(x)) R), each a p × p picture.
 
-    The same trunk and mixture as `PGN`; what is mixed are pixels, in [0, 1] and so for every image, and the frozen
-    patch embedding makes tokens of them: token = W norm(patch) + b. Nothing has to be inverted afterwards: what
-    training saw, 8-bit rounding and placement included, is what a host sees that gets the picture. (The paper inverts
-    a library of tokens, which `fastprompt.pixels` does where W allows it.)
+    Trunk and mixture are those of `PGN`, but pixels in [0, 1] are mixed, and the frozen patch embedding turns them into
+    tokens: token = W norm(patch) + b. Nothing is inverted afterwards: a host that gets the picture sees exactly what
+    training saw, including 8-bit rounding and placement. (The paper inverts a library of tokens; `fastprompt.pixels`
+    does that if W allows it.)
 
-    `generator(images)` (B, 3, H, W), normalised → prompted images (B, 3, H', W), normalised, or with placement "latent"
-    prompt tokens (B, K, D). `patches(images)` → (B, K, 3, p, p) pixels in [0, 1].
+    `generator(images)` maps normalised images (B, 3, H, W) to normalised prompted images (B, 3, H', W), or with
+    placement "latent" to prompt tokens (B, K, D). `patches(images)` returns (B, K, 3, p, p) pixels in [0, 1].
     """
 
     config_class = RGBPGNConfig
@@ -125,7 +124,7 @@ class RGBPGN(PGN):
             )
         if geometry.staged:
             raise ValueError(f"RGBPGNConfig is not defined on {SWIN}")
-        super().__init__(  # type: ignore[call-arg]  # PGN hands on what it does not name
+        super().__init__(  # type: ignore[call-arg]  # PGN passes on what it does not name
             config,
             geometry,
             num_prompts=num_prompts,
@@ -145,7 +144,9 @@ class RGBPGN(PGN):
             **sizes,
         )
         cfg, g = self.config, self.geometry
-        self._backbone = (geometry,)  # not a submodule: its tensors are the model's, and no part of an adapter
+        self._backbone = (
+            geometry,
+        )  # a tuple, so that it is not a submodule: its tensors belong to the model, not to the adapter
         obstacle = placement_obstacle(geometry, cfg.placement, cfg.num_prompts)
         if obstacle:
             raise ValueError(f"RGBPGNConfig.{obstacle}")
@@ -162,11 +163,11 @@ class RGBPGN(PGN):
             self.compensation = nn.Parameter(torch.zeros(3, *g.image_size))
 
     def pixel_library(self) -> Tensor:
-        """(M, 3p²): the patches, channel by channel and row by row; 0 is black and 1 is white."""
+        """Return the patches (M, 3p²), ordered by channel, then by row; 0 is black and 1 is white."""
         return torch.sigmoid(self.library) if self.config.bounded else self.library
 
     def patches(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) → the patches chosen for them, (B, K, 3, p, p), 0 is black and 1 is white."""
+        """Map normalised images (B, 3, H, W) to their mixed patches (B, K, 3, p, p); 0 is black and 1 is white."""
         mixed = library_prompts(self.logits(images), self.pixel_library(), self.config.activation)  # (B, K, 3p²)
         if self.config.offset:
             mixed = mixed + self.offset
@@ -175,7 +176,7 @@ class RGBPGN(PGN):
         return mixed.unflatten(-1, (3, self.geometry.patch_size, self.geometry.patch_size))
 
     def prompt_images(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) → the normalised images that the host gets, (B, 3, H', W).
+        """Map normalised images (B, 3, H, W) to the normalised images that the host gets, (B, 3, H', W).
 
         Raises:
             TypeError, ValueError: `images` do not fit, or the placement is "latent".
@@ -186,7 +187,7 @@ class RGBPGN(PGN):
         if tuple(images.shape[2:]) != tuple(self.geometry.image_size):
             raise ArgumentError(
                 "images",
-                f"must have {self.geometry.image_size} pixels, as the backbone's, got {tuple(images.shape[2:])}",
+                f"must have {self.geometry.image_size} pixels like the backbone's, got {tuple(images.shape[2:])}",
             )
         columns, p = self.geometry.grid[1], self.geometry.patch_size
         rows = self.patches(images).unflatten(1, (self.prompt_rows, columns))  # (B, rows, columns, 3, p, p)
@@ -199,27 +200,27 @@ class RGBPGN(PGN):
         return torch.cat([images.to(rows.dtype), rows], dim=2)
 
     def compensated(self, images: Tensor) -> Tensor:
-        """Normalised images → the same with the constant picture; rounded where the prompts are."""
+        """Add the constant picture to normalised images; round if prompts are rounded."""
         mean, std = self._channels(images)
         if not self.config.round_pixels:
             return images + self.compensation / std  # a difference of pixels has no mean
         return self.normalised(round_pixels(images * std + mean + self.compensation))
 
     def shrink(self, images: Tensor) -> Tensor:
-        """Normalised images → the same, squeezed into the rows that prompts leave; rounded where the prompts are."""
+        """Shrink normalised images to the rows without prompts; round if prompts are rounded."""
         mean, std = self._channels(images)
         height, width = self.geometry.image_size
         size = (height - self.prompt_rows * self.geometry.patch_size, width)
         pixels = images * std + mean
-        if pixels.device.type != "mps":  # has no float64
-            pixels = pixels.double()  # float32 weights are off by thousandths of a level
+        if pixels.device.type != "mps":  # MPS has no float64
+            pixels = pixels.double()  # float32 weights would be off by thousandths of a level
         small = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
         if self.config.round_pixels:
             small = round_pixels(small - TIE)
         return (small.to(images.dtype) - mean) / std
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Pixels (..., 3, h, w), 0 is black and 1 is white → what the backbone takes."""
+        """Normalise pixels (..., 3, h, w), where 0 is black and 1 is white, for the backbone."""
         mean, std = self._channels(pixels)
         return (pixels - mean) / std
 
@@ -228,7 +229,7 @@ class RGBPGN(PGN):
         return per_channel(backbone.mean, like, like.dtype), per_channel(backbone.std, like, like.dtype)
 
     def context(self, x: Tensor | None, draws: Draws | None = None) -> Tensor:
-        """Prompt tokens (B, K, D): the patch embedding of the chosen patches, without position embedding."""
+        """Return the prompt tokens (B, K, D): the patch embedding of the mixed patches, without position embedding."""
         assert x is not None
         backbone = self._backbone[0]
         weight, bias = backbone.patch_weight, backbone.patch_bias
@@ -239,17 +240,17 @@ class RGBPGN(PGN):
         return context
 
     def first_prompts(self, context: Any, tokens: Tensor, draws: Draws | None, norm: Norm | None) -> Tensor:
-        return PromptGenerator.first_prompts(self, context, tokens, draws, norm)  # no mixture of tokens comes before it
+        return PromptGenerator.first_prompts(self, context, tokens, draws, norm)  # there is no mixture to fuse it with
 
     def first_sequence(self, context: Any, apart: Apart, draws: Draws | None, norm: Norm | None) -> None:
         """None: as for `first_prompts`."""
 
     def forward(self, x: Tensor | None = None, layer: int | None = None) -> Tensor:
-        """Prompted images, or prompt tokens with placement "latent"."""
+        """Return prompted images, or prompt tokens with placement "latent"."""
         if not self.changes_images:
             return super().forward(x, layer)
         if layer is not None:
-            raise ArgumentError("layer", f"must be None, prompts that are pixels have no layers, got {layer!r}")
+            raise ArgumentError("layer", f"must be None because pixel prompts have no layers, got {layer!r}")
         self.check_input(x)
         assert x is not None
         return self.prompt_images(x)
@@ -259,9 +260,9 @@ class RGBPGN(PGN):
 
 
 def placement_obstacle(backbone: FrozenViT, placement: str, num_prompts: int) -> str:
-    """Why K prompts of pixels cannot be placed so on a backbone; empty: they can."""
+    """Return why K pixel prompts cannot be placed on a backbone in this way, or an empty string."""
     if backbone.staged:
-        return f"placement must be on a ViT, this is {SWIN}"
+        return f"placement must be on a ViT, got {SWIN}"
     if placement == "latent":
         return ""
     (rows, columns), p = backbone.spec.grid, backbone.patch_size
@@ -274,12 +275,12 @@ def placement_obstacle(backbone: FrozenViT, placement: str, num_prompts: int) ->
     if (rows * p, columns * p) != tuple(backbone.image_size):
         height, width = backbone.image_size
         return (
-            f"placement {placement!r} needs images of whole patches, this backbone takes {height} x {width} pixels "
+            f"placement {placement!r} needs images of whole patches, but this backbone takes {height} x {width} pixels "
             f"in patches of {p}; FrozenViT(module, image_size=({rows * p}, {columns * p})) has the same patches"
         )
     return ""
 
 
 def round_pixels(pixels: Tensor) -> Tensor:
-    """Pixels to the nearest of 256 levels from 0 to 1; the gradient is that of no rounding."""
+    """Round pixels to the nearest of 256 levels from 0 to 1, with a straight-through gradient."""
     return pixels + ((pixels * 255).round().clamp(0, 255) / 255 - pixels).detach()

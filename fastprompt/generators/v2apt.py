@@ -30,15 +30,16 @@ NOISE_CALLS = 2 + 1 + 3 * 3 + 10 * 30 + 1 + 13  # seed, counters, ten rounds of 
 
 @dataclasses.dataclass(frozen=True)
 class V2APTConfig(PromptConfig):
-    """Options of `V2APT`; every one of them is a choice of this library, see there.
+    """Options of `V2APT`. All of them are choices of this library, explained there.
 
     Attributes:
         num_prompts: P per block, domain and instance prompts together.
-        num_instance: m of them come from the VAE; P − m are learned domain prompts of the block.
+        num_instance: m, the number of prompts from the VAE; the other P − m are learned domain prompts of the block.
         latent: Z, size of the Gaussian latent. hidden: h, width of encoder and decoder.
         beta: weight of the KL term (nats per image) in the loss.
-        share: "all": one decoder, the same instance prompts in every block; "per_layer": a decoder per block.
-        inference_samples: K; 0: the latent's mean at inference, else class probabilities averaged over K draws.
+        share: "all" uses one decoder and the same instance prompts in every block, "per_layer" a decoder per block.
+        inference_samples: K, the number of draws over which class probabilities are averaged at inference; 0 uses the
+            latent's mean.
     """
 
     kind: ClassVar[str] = "v2apt"
@@ -63,7 +64,7 @@ class V2APTConfig(PromptConfig):
 
 
 class PromptDecoder(nn.Module):
-    """z (Z) → m · D: Linear, GELU, Linear; the last Linear starts at zero, so instance prompts start at zero."""
+    """z (Z) → m · D: Linear, GELU, Linear. The last Linear starts at zero, so instance prompts start at zero."""
 
     def __init__(self, latent: int, hidden: int, outputs: int) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ class PromptDecoder(nn.Module):
 
 
 class StagedDecoder(nn.Module):
-    """`PromptDecoder` for blocks of several widths: one hidden layer, an output layer for each stage."""
+    """`PromptDecoder` for blocks of several widths: one hidden layer and an output layer per stage."""
 
     def __init__(self, latent: int, hidden: int, outputs: list[int]) -> None:
         super().__init__()
@@ -93,7 +94,7 @@ class StagedDecoder(nn.Module):
 
 
 class Latent(NamedTuple):
-    """What one forward pass computes once: prompts (blocks, B, P, D) of each stage, KL (B,), KL of each unit (B, Z)."""
+    """Computed once per forward pass: prompts (blocks, B, P, D) of each stage, KL (B,), KL of each unit (B, Z)."""
 
     prompts: list[Tensor]
     kl: Tensor
@@ -101,7 +102,7 @@ class Latent(NamedTuple):
 
 
 def _cost(s: Sizes, config: V2APTConfig, t: Tally) -> PromptCost:
-    """Encoder, noise and decoders in float32; the prompts (L, B, P, D) of all layers as the backbone takes them."""
+    """Encoder, noise and decoders in float32; the prompts (L, B, P, D) of all layers in the backbone's dtype."""
     if config.inference_samples:
         raise ValueError("the cost of V2APTConfig.inference_samples has no formula")
     b, d, z, h, m, depth = s.batch, s.width, config.latent, config.hidden, config.num_instance, s.depth
@@ -109,10 +110,10 @@ def _cost(s: Sizes, config: V2APTConfig, t: Tally) -> PromptCost:
     t.call(s.norm_pre + s.cast + 2)  # norm and mean over patches
     t.call(2, 3, 2 * 4 * b * d)  # the norm's affine
     t.product(2 * b * d * h, 2, backward=3)
-    t.call(1, 1, 2 * 4 * b * h)  # a GELU keeps its input, the Linear behind it the output
+    t.call(1, 1, 2 * 4 * b * h)  # the GELU saves its input, the next Linear its output
     t.product(2 * b * h * 2 * z, 2, backward=3)
     t.call(2 * 2 + 2 * 7, 0, 4 * b * 2 * z)  # clamped statistics and KL, for the loss and for the prompts
-    t.call(0, 5 + 1)  # of the clamp and of the split into mean and log variance
+    t.call(0, 5 + 1)  # the clamp, and the split into mean and log variance
     if s.training:
         t.call(NOISE_CALLS + 4, 3, 2 * 4 * b * z + 16 * math.ceil(b * z / 4))  # σ, z and the noise
     for _ in range(decoders):
@@ -122,7 +123,7 @@ def _cost(s: Sizes, config: V2APTConfig, t: Tally) -> PromptCost:
     t.call(2 * s.cast, 2 * s.cast)  # domain and instance prompts
     wide = s.tokens(depth * b * config.num_prompts)
     t.call(2, (b > 1) + (decoders < depth) + decoders - 1, wide * (s.graph != "papers"))
-    kept = 2 * 4 * b * z + 4 * b + 16  # the KL and the seed are held, too
+    kept = 2 * 4 * b * z + 4 * b + 16  # including the KL and the seed
 
     def make(t: Tally, i: int) -> None:
         t.call(0, 1 + (i > 0))
@@ -146,18 +147,19 @@ def _cost(s: Sizes, config: V2APTConfig, t: Tally) -> PromptCost:
     cost=_cost,
 )
 class V2APT(PromptGenerator):
-    """V²APT: every block reads [CLS, domain prompts, instance prompts, patches], P prompts in all, as VPT-deep.
+    """V²APT: every block reads [CLS, domain prompts, instance prompts, patches] with P prompts, like VPT-deep.
 
-    From the paper (abstract, Fig. 1): a VAE on the image's embeddings gives instance prompts; they join learned
-    domain prompts in every block with VPT's token count; loss = CE + β KL(N(μ, σ²) ‖ N(0, I)).
+    From the paper (abstract, Fig. 1): a VAE on the image's embeddings gives instance prompts. They join learned domain
+    prompts in every block, with VPT's token count. The loss is CE + β KL(N(μ, σ²) ‖ N(0, I)).
 
-    The authors published neither code nor sizes. Ours: the encoder reads the patch embeddings E with position
-    embedding (behind CLIP's pre-norm), without class token: stats = W_s GELU(W_e mean(LN(E)) + b_e) + b_s,
-    (μ, log σ²) = stats, log σ² clamped; z = μ + σ ε in training, z = μ at inference (or `inference_samples`
-    draws); P_inst = W₂ GELU(W₁ z + b₁) + b₂; no reconstruction loss; domain prompts start like VPT's; KL summed
-    over the latent, mean over the batch. On a Swin transformer the encoder reads the patch embeddings of the first
-    stage, prompts have the width of their block's stage, and with share="all" the decoder has one hidden layer W₁
-    and an output layer W₂ for each stage, so that the blocks of a stage share their instance prompts.
+    The authors published neither code nor sizes. Our choices: the encoder reads the patch embeddings E with position
+    embedding (after CLIP's pre-norm), without the class token: stats = W_s GELU(W_e mean(LN(E)) + b_e) + b_s and
+    (μ, log σ²) = stats, with log σ² clamped. z = μ + σ ε in training, z = μ at inference (or `inference_samples`
+    draws). P_inst = W₂ GELU(W₁ z + b₁) + b₂. There is no reconstruction loss. Domain prompts are initialised like
+    VPT's. The KL is summed over the latent and averaged over the batch. On a Swin transformer, the encoder reads the
+    patch embeddings of the first stage, and prompts have the width of their block's stage. With share="all", the
+    decoder then has one hidden layer W₁ and an output layer W₂ per stage, so that the blocks of a stage share their
+    instance prompts.
 
     `generator(embeddings, layer)` (B, N, D) → (B, P, D), in the embeddings' dtype.
     """
@@ -210,7 +212,7 @@ class V2APT(PromptGenerator):
         self.decoders = nn.ModuleList(decoders)
 
     def decoders_of(self, stage: int) -> list[Decoder]:
-        """The decoder that all blocks of a stage share, or one for each of its blocks."""
+        """Return the decoder that all blocks of a stage share, or one for each of its blocks."""
         if self.config.share == "all":
             decoder: Any = self.decoders[0]
             return [decoder.tensors(stage) if isinstance(decoder, StagedDecoder) else decoder.tensors()]
@@ -219,25 +221,25 @@ class V2APT(PromptGenerator):
         return [decoder.tensors() for decoder in own]
 
     def stats(self, embeddings: Tensor) -> Tensor:
-        """(B, N, D) patch embeddings → (B, 2Z) = [μ, log σ²], not yet clamped."""
+        """Map patch embeddings (B, N, D) to (B, 2Z) = [μ, log σ²], not yet clamped."""
         self.check_input(embeddings, "embeddings")
         norm = self.norm
         x = F.layer_norm(embeddings.to(norm.weight.dtype), norm.normalized_shape, eps=norm.eps).mean(dim=1)  # (B, D)
-        x = x * norm.weight + norm.bias  # behind the mean, so that the backward needs (B, D) and not the embeddings
+        x = x * norm.weight + norm.bias  # after the mean, so that the backward needs (B, D) instead of the embeddings
         return self.to_stats(F.gelu(self.encoder(x)))
 
     def draw(self, batch: int) -> Draws:
-        """ "noise": (2,) int64, seed and offset of the latent's noise; {} in eval mode, where z is the mean."""
+        """Draw "noise": (2,) int64, seed and offset of the latent's noise; {} in eval mode, where z is the mean."""
         if not self.training:
             return {}
         noise = torch.randint(2**62, (2,), device=self.norm.weight.device)
-        noise[1].fill_(0)  # an item that is assigned is copied from the host, which a CUDA graph cannot capture
+        noise[1].fill_(0)  # item assignment would copy from the host, which a CUDA graph cannot capture
         return {"noise": noise}
 
     def inference_draws(self) -> list[Draws]:
-        """Draws of the K inference samples, one forward each; [{}] (the mean) when `inference_samples` is 0.
+        """Return the draws of the K inference samples, one per forward; [{}] (the mean) if `inference_samples` is 0.
 
-        "epsilon": (Z,), fixed, the same for every image, so that a prediction does not depend on the batch.
+        "epsilon" (Z,) is fixed and the same for every image, so that a prediction does not depend on the batch.
         """
         cfg, like = self.config, self.norm.weight
         if cfg.inference_samples == 0:
@@ -266,10 +268,10 @@ class V2APT(PromptGenerator):
         return context.prompts[stage][index]
 
     def aux(self, context: Latent) -> dict[str, Tensor]:
-        """ "kl": (B,) nats; "kl_units": (B, Z), to see posterior collapse."""
+        """Return "kl", (B,) in nats, and "kl_units", (B, Z), which shows posterior collapse."""
         return {"kl": context.kl, "kl_units": context.kl_units}
 
 
 def active_units(kl_units: Tensor) -> int:
-    """Latent units whose mean KL over the images (B, Z) is above 0.01 nats (Burda et al., ICLR 2016)."""
+    """Count latent units with a mean KL over the images (B, Z) above 0.01 nats (Burda et al., ICLR 2016)."""
     return int((kl_units.mean(dim=0) > ACTIVE_UNIT_NATS).sum())

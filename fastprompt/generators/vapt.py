@@ -39,18 +39,19 @@ class VAPTConfig(PromptConfig):
 
     Attributes:
         num_prompts: P per block. hidden: r, width of the feature projector's bottleneck.
-        kernel: k, side of the convolution's kernel over the patch grid (stride 1). padding: of that convolution.
-        channel_dropout: rate of dropping whole channels after the convolution.
-        hidden_dropout: rate on the bottleneck's hidden units.
-        prompt_dropout: rate on elements of the static prompts.
-        static_layers: how many first blocks have learned static prompts; the later ones are adaptive.
-        activation: of the bottleneck; "attention" is a softmax over its hidden units, in PyTorch on every device.
-        conv: False: no convolution, the token projector reads the patches themselves.
-        channelwise: True: one kernel shared by all channels; False: a kernel for each channel.
-        feature_projector: False: no bottleneck.
-        share_projector: False: a bottleneck for each block.
-        learnable_scale: the bottleneck's output is scaled by a learned number, which starts at 1.
-        project: width the static prompts are learned in and projected from; None: none.
+        kernel, padding: kernel size and padding of the convolution over the patch grid (stride 1).
+        channel_dropout: dropout rate of whole channels after the convolution.
+        hidden_dropout: dropout rate of the bottleneck's hidden units.
+        prompt_dropout: dropout rate of the elements of static prompts.
+        static_layers: number of first blocks with learned static prompts; the later blocks are adaptive.
+        activation: activation of the bottleneck; "attention" is a softmax over its hidden units, computed in PyTorch on
+            every device.
+        conv: whether there is a convolution; otherwise the token projector reads the patches themselves.
+        channelwise: whether all channels share one kernel; otherwise each channel has its own.
+        feature_projector: whether there is a bottleneck.
+        share_projector: whether all blocks share the bottleneck; otherwise each block has its own.
+        learnable_scale: whether the bottleneck's output is scaled by a learned number, initially 1.
+        project: width in which static prompts are learned before they are projected to D; None does not project.
     """
 
     kind: ClassVar[str] = "vapt"
@@ -85,7 +86,7 @@ class VAPTConfig(PromptConfig):
 
 
 class FeatureProjector(nn.Module):
-    """g(p) = scale · W₂ σ(W₁ p) + p: W₁ (r, D), W₂ (D, r), no biases, PyTorch's Linear initialisation."""
+    """g(p) = scale · W₂ σ(W₁ p) + p with W₁ (r, D), W₂ (D, r), no biases, and PyTorch's Linear initialisation."""
 
     def __init__(self, width: int, hidden: int, learnable_scale: bool) -> None:
         super().__init__()
@@ -117,7 +118,7 @@ class AdaptiveLayer(nn.Module):
 
 
 def _cost(s: Sizes, config: VAPTConfig, t: Tally) -> PromptCost:
-    """Static prompts of the first blocks; from then on M · LN(X), the bottleneck and its residual, in float32."""
+    """Static prompts in the first blocks; in the others M · LN(X), the bottleneck and its residual, in float32."""
     for name, plainest in (
         ("conv", True),
         ("channelwise", True),
@@ -193,9 +194,10 @@ class VAPT(PromptGenerator):
     pⱼ = Σ_k α_{j,k} x_k^conv (+ bias), the token projector of the block;
     P = W₂ σ(W₁ p) + p, the feature projector shared by all blocks.
 
-    The residual, the projector's bias, the LayerNorm's affine and the static prompts of the first block are the
-    released code's; the paper's g has no residual. Placement as VPT-deep: [CLS, prompts, patches], replaced in
-    every block. Any patch grid is taken. With one shared kernel, F and α are applied as one (P, N) matrix.
+    The residual, the projector's bias, the LayerNorm's affine and the static prompts of the first block come from the
+    released code; the paper's g has no residual. Prompts are placed like VPT-deep's, [CLS, prompts, patches], and
+    replaced in every block. Any patch grid is supported. With one shared kernel, F and α are applied as one (P, N)
+    matrix.
     """
 
     known_at = "layer"
@@ -267,7 +269,7 @@ class VAPT(PromptGenerator):
         )
 
     def draw(self, batch: int) -> Draws:
-        """Dropout masks: "prompts" (static, B, P, D), "channels" (adaptive, B, D), "hidden" (adaptive, B, P, r)."""
+        """Draw dropout masks "prompts" (static, B, P, D), "channels" (adaptive, B, D), "hidden" (adaptive, B, P, r)."""
         cfg, like = self.config, next(self.parameters())
         draws: dict[str, Tensor] = {}
         if not self.training:
@@ -287,7 +289,7 @@ class VAPT(PromptGenerator):
         return draws
 
     def forward(self, x: Tensor | None = None, layer: int | None = None) -> Tensor:
-        """(1 or B, P, D) prompts of block `layer`; `x` (B, N, D) is read by the adaptive blocks only."""
+        """Return the prompts (1 or B, P, D) of block `layer`; only adaptive blocks read `x` (B, N, D)."""
         first = self.config.static_layers
         layer = (first if x is not None and first < len(self.layers) else 0) if layer is None else layer
         if layer in self.layers and layer < first:
@@ -295,7 +297,7 @@ class VAPT(PromptGenerator):
         return super().forward(x, layer)
 
     def check_input(self, x: Tensor | None, name: str = "x") -> None:
-        """As every generator's, and `x` must have as many patch tokens as the grid."""
+        """Check `x` as every generator does, and that it has as many patch tokens as the grid."""
         super().check_input(x, name)
         rows, columns = self.geometry.grid
         if x is not None and x.shape[1] != rows * columns:
@@ -309,7 +311,7 @@ class VAPT(PromptGenerator):
     def plain_prompts(
         self, layer: int, context: Any = None, tokens: Tensor | None = None, draws: Draws | None = None
     ) -> Tensor:
-        """`prompts` as released: depthwise convolution, channel dropout, Linear over positions, bottleneck."""
+        """Compute `prompts` as released: depthwise convolution, channel dropout, Linear over positions, bottleneck."""
         return self._prompts(layer, tokens, draws, plain=True)
 
     def _prompts(self, layer: int, tokens: Tensor | None, draws: Draws | None, plain: bool) -> Tensor:
@@ -365,7 +367,7 @@ class VAPT(PromptGenerator):
         return x if g is None else g(x, cfg.activation, hidden)
 
     def paper_num_parameters(self) -> int:
-        """L · P · H'W' + L · K² + 2 r D; the code has LayerNorms, biases and the first block's prompts instead."""
+        """Return L · P · H'W' + L · K² + 2 r D. The code also has LayerNorms, biases and static prompts."""
         cfg, depth = self.config, self.geometry.depth
         positions = self.conv_grid[0] * self.conv_grid[1]
         return depth * cfg.num_prompts * positions + depth * cfg.kernel**2 + 2 * cfg.hidden * self.geometry.width

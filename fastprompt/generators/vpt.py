@@ -36,13 +36,13 @@ class VPTConfig(PromptConfig):
 
     Attributes:
         num_prompts: P per block.
-        deep: new prompts in every block; else only in block 0.
-        prompt_dropout: rate of dropout on prompt elements (0.1 in the authors' deep runs).
-        project: width k the prompts are learned in and projected from, by one Linear; None: none.
-        deep_layers: how many first blocks get new prompts where `deep`; None: all. The prompts of the last of them flow
-            on through the other blocks as tokens (the authors' NUM_DEEP_LAYERS).
-        dropout_per: "image", the default: each image has its own dropout mask, as in the authors' ViT. "batch": from
-            block 1 on all images of a batch share one, as in their Swin.
+        deep: whether every block has its own prompts; otherwise only block 0 has prompts.
+        prompt_dropout: dropout rate of prompt elements (0.1 in the authors' deep runs).
+        project: width k in which prompts are learned before one Linear projects them to D; None does not project.
+        deep_layers: number of first blocks with their own prompts if `deep`; None is all. The prompts of the last one
+            flow on through the other blocks as tokens (the authors' NUM_DEEP_LAYERS).
+        dropout_per: "image" (default) draws a dropout mask for each image, as the authors' ViT does. "batch" shares one
+            mask among all images of a batch from block 1 on, as their Swin does.
     """
 
     kind: ClassVar[str] = "vpt"
@@ -67,15 +67,15 @@ class VPTConfig(PromptConfig):
 
 
 def uniform_bound(patch_size: int, dim: int) -> float:
-    """v = √(6 / (3 p² + dim)): the authors' Xavier-like bound for prompts U(−v, v)."""
+    """Return v = √(6 / (3 p² + dim)), the authors' Xavier-like bound for prompts U(−v, v)."""
     return math.sqrt(6 / (3 * patch_size**2 + dim))
 
 
 class StaticPrompts(nn.Module):
-    """Learned prompts (L, P, k) of the first L blocks, U(−v, v), with VPT's optional projection k → D.
+    """Learned prompts (L, P, k) of the first L blocks, initialised U(−v, v), with VPT's optional projection k → D.
 
-    Where those blocks are of several stages, `embeddings` is a list with (blocks, P, width) for each stage, v from the
-    stage's width.
+    If the blocks belong to several stages, `embeddings` is a list with (blocks, P, width) per stage, and v depends on
+    the stage's width.
     """
 
     embeddings: nn.Parameter | nn.ParameterList
@@ -87,7 +87,7 @@ class StaticPrompts(nn.Module):
         if len(self.stages) > 1 and project is not None:
             raise ArgumentError(
                 "project",
-                f"must be None where prompts have several widths "
+                f"must be None if prompts have several widths "
                 f"{tuple(width for width, _ in self.stages)}, got {project}",
             )
         embeddings = []
@@ -102,18 +102,18 @@ class StaticPrompts(nn.Module):
             nn.init.kaiming_normal_(self.projection.weight, a=0, mode="fan_out")
 
     def place(self, layer: int) -> tuple[int, int]:
-        """(stage, index within the stage) of block `layer`."""
+        """Return (stage, index within the stage) of block `layer`."""
         stage = 0
         while layer >= self.stages[stage][1]:
             layer, stage = layer - self.stages[stage][1], stage + 1
         return stage, layer
 
     def of_stage(self, stage: int) -> Tensor:
-        """(blocks, P, k): the embeddings of one stage."""
+        """Return the embeddings (blocks, P, k) of one stage."""
         return self.embeddings[stage] if isinstance(self.embeddings, nn.ParameterList) else self.embeddings
 
     def forward(self, layer: int, mask: Tensor | None) -> Tensor:
-        """(1, P, D), or (B, P, D) with a dropout mask of that shape."""
+        """Return the prompts (1, P, D) of block `layer`, or (B, P, D) with a dropout mask of that shape."""
         stage, index = self.place(layer)
         prompts = self.of_stage(stage)[index : index + 1]
         if self.projection is not None:
@@ -122,7 +122,7 @@ class StaticPrompts(nn.Module):
 
 
 def static_cost(s: Sizes, t: Tally, count: int, layers: int, dropout: float) -> PromptCost:
-    """`StaticPrompts`: each layer's slice of one parameter, masked for each image where there is dropout."""
+    """The cost of `StaticPrompts`: each layer's slice of one parameter, masked for each image if there is dropout."""
     masked = s.training and dropout > 0
     mask = 4 * s.batch * count * s.width * masked
     t.call(3 * masked, 0, layers * mask)
@@ -149,8 +149,8 @@ VPT_SEARCH: dict[str, Any] = {
     "lrs": (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05),
     "weight_decays": (0.01, 0.001, 0.0001, 0.0),
 }
-"""How VPT's and VAPT's code scales its learning rates, what it searches on VTAB-1k (tune_vtab.py, "prompt"; on the five
-fine-grained sets without base rate 0.05), and how it reads VTAB-1k's images, which it does not augment.
+"""VPT's and VAPT's code: scaling of the learning rates, search space on VTAB-1k (tune_vtab.py, "prompt"; the five
+fine-grained sets omit base rate 0.05), and resizing of VTAB-1k's images, which are not augmented.
 """
 
 VPT_RECIPE: dict[str, Any] = {
@@ -165,7 +165,7 @@ VPT_RECIPE: dict[str, Any] = {
     "select_by": "last",
     "dtype": "float32",
 }
-"""What VPT's and VAPT's code trains every task with. Their first epoch runs at rate 0."""
+"""The recipe of VPT's and VAPT's code for every task. The first epoch has learning rate 0."""
 
 
 @register_method(
@@ -186,10 +186,11 @@ VPT_RECIPE: dict[str, Any] = {
     variants={"vpt-shallow": Variant("VPT-shallow", {"deep": False}, lrs=(0.01,))},
 )
 class VPT(PromptGenerator):
-    """VPT: [CLS, prompts, patches]; deep blocks drop the former prompts' outputs and insert their own.
+    """VPT: [CLS, prompts, patches]; deep blocks drop the outputs of earlier prompts and insert their own.
 
-    Shallow: x₀ = [c, P, E₀]. Deep: block i reads [cᵢ₋₁, Pᵢ₋₁, Eᵢ₋₁] (VPT eq. 4–6), all blocks or the first
-    `deep_layers`. Prompts carry no position embedding and enter behind a pre-norm, where the block reads them.
+    Shallow: x₀ = [c, P, E₀]. Deep: block i reads [cᵢ₋₁, Pᵢ₋₁, Eᵢ₋₁] (VPT eq. 4–6), in all blocks or the first
+    `deep_layers`. Prompts have no position embedding and are inserted after a pre-norm (such as CLIP's), directly
+    before the block.
 
     Swin: every window attends to the prompts, which have the width of the block's stage; see
     `fastprompt.vit.swin_reference`.
@@ -233,9 +234,9 @@ class VPT(PromptGenerator):
         self.static = StaticPrompts(len(self.layers), self.num_prompts, self.geometry, self.config.project)
 
     def draw(self, batch: int) -> Draws:
-        """ "prompts": (layers, B, P, D) dropout masks; "prompts.s" for each stage s where there are several.
+        """Draw dropout masks "prompts" (layers, B, P, D), or "prompts.s" for each stage s if there are several.
 
-        With `dropout_per` "batch" these are (layers, 1, P, D), and "first" (1, B, P, D) has the masks of block 0.
+        With `dropout_per` "batch" the masks are (layers, 1, P, D), and "first" (1, B, P, D) holds those of block 0.
         """
         rate, static, shared = self.config.prompt_dropout, self.static, self.config.dropout_per == "batch"
         if not self.training or rate == 0:
@@ -262,7 +263,7 @@ class VPT(PromptGenerator):
         return self.static(layer, draws[_mask_name(self.static, stage)][index])
 
     def paper_num_parameters(self) -> int:
-        """L · P · D for deep, P · D for shallow; the sum over blocks where their width D differs."""
+        """Return L · P · D for deep, P · D for shallow, or the sum over blocks if their widths D differ."""
         return self.num_prompts * sum(self.geometry.widths[: len(self.layers)])
 
 

@@ -1,1 +1,1 @@
-"""Prompts as pixels: what a backbone's patch embedding can express, inversion of trained libraries, and pictures."""
+"""Prompts as pixels: the range of the patch embedding, inversion of trained libraries, and export of pictures."""

@@ -1,4 +1,4 @@
-"""`export_client`: the folder that a client needs, who has neither torch nor the backbone (`fastprompt-client`)."""
+"""`export_client`: write the folder for a client without torch and without the backbone (`fastprompt-client`)."""
 
 from __future__ import annotations
 
@@ -31,10 +31,9 @@ from fastprompt.vit.weights import per_channel
 FORMAT = 1
 MANIFEST = "manifest.json"
 THRESHOLD = 0.999
-"""Least cosine of the host's embedding of the golden picture and ours at which a client ever goes on."""
+"""Lowest threshold of the cosine between the host's embedding of the golden picture and ours."""
 ROOM, NOISE = 3, 1e-5
-"""A model's own threshold leaves a host ROOM times the 1 - cosine of the backbone in bfloat16, or of NOISE if it is
-less."""
+"""A model's own threshold allows a host ROOM times the larger of NOISE and the bfloat16 backbone's 1 - cosine."""
 
 NORMALISATIONS = {
     "ImageNet's mean and std": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -46,11 +45,12 @@ NORMALISATIONS = {
 
 
 class Mistake(NamedTuple):
-    """Something that a host may do to the golden picture.
+    """A mistake that a host may make with the golden picture.
 
     Attributes:
-        name: what it is, as the client says it. detail: how it was made.
-        features: (D,) what the backbone gives then.
+        name: name of the mistake, as the client reports it.
+        detail: how it was simulated.
+        features: (D,) the backbone's features with this mistake.
     """
 
     name: str
@@ -61,34 +61,34 @@ class Mistake(NamedTuple):
 def export_client(
     model: PromptedViT, out_dir: str | os.PathLike[str], golden: Tensor | None = None, resize: str | None = None
 ) -> dict[str, Any]:
-    """Write what `fastprompt-client` needs into `out_dir`, all files or none; returns the manifest.
+    """Write the files that `fastprompt-client` needs into `out_dir`, all or none, and return the manifest.
 
-    The client makes the pictures of `RGBPrompts(model).pictures` and applies the model's head to what a host returns
-    for them. The files are:
+    The client makes the pictures of `RGBPrompts(model).pictures` and applies the model's head to the features that a
+    host returns for them. The files are:
 
-    * `manifest.json`: backbone and its fingerprint, how an image becomes pixels, where prompts go, sizes and sha256 of
-      every other file.
+    * `manifest.json`: backbone and fingerprint, preprocessing, placement of the prompts, sizes and sha256 of the other
+      files.
     * `generator.onnx`: raw pixels → weights of the library.
-    * `library.npy`: (M, 3p²) patches in levels of 0 to 255, uint8, and in `library_rest.npy` what rounding took from
-      them, float16, so that the client mixes the values that training mixed. A library of other than pixels in
-      [0, 1], as inversion makes, is float32.
-    * `offset.npy` (K, 3p²), `added.npy` (H', W, 3): levels added to patches and image, where the method has them.
+    * `library.npy`: (M, 3p²) patches in levels of 0 to 255, uint8, and `library_rest.npy`: their rounding errors,
+      float16, so that the client mixes the same values as in training. A library outside [0, 1], as inversion makes,
+      is float32.
+    * `offset.npy` (K, 3p²), `added.npy` (H', W, 3): levels added to patches and image, if the method has them.
     * the head's matrices, each as a .npy file.
-    * `golden_image.png`, the picture with prompts that is made of it, `golden_picture.png`, and what the host should
-      return for that, `golden_embedding.npy` (D,). `mistakes.npy` (n, D): what it returns if it resizes, crops,
-      mirrors or compresses the picture, normalises it otherwise, or changes its colours. The manifest's threshold, the
-      least cosine, is `threshold` of these and of what the backbone gives in bfloat16.
+    * `golden_image.png`; `golden_picture.png`, the picture with prompts made from it; and `golden_embedding.npy` (D,),
+      the features that the host should return for it. `mistakes.npy` (n, D): the features if the host resizes, crops,
+      mirrors or compresses the picture, normalises it differently, or changes its colours. The manifest's threshold of
+      the cosine is computed by `threshold` from these and from the backbone's features in bfloat16.
 
     Args:
-        model: as `RGBPrompts` takes it.
-        golden: uint8 (3, H, W) of the backbone's size; None: one with gradients, edges and noise, which every likely
-            mistake of a host changes.
-        resize: how the client brings an image of another size to the backbone's, "crop" or "squash" of `load_data`;
-            None: as the model's training images were, "crop" where the model does not know.
+        model: a model that `RGBPrompts` accepts.
+        golden: uint8 (3, H, W) of the backbone's size; None uses an image of gradients, edges and noise, which every
+            likely mistake of a host changes.
+        resize: how the client resizes images to the backbone's size, "crop" or "squash" of `load_data`; None does as
+            in training, or "crop" if the model does not record it.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or the model holds NaN or infinite values.
-        OSError: a file could not be written; nothing has changed then.
+        OSError: a file could not be written; nothing has changed.
     """
     preprocessing = getattr(model, "preprocessing", None) or Preprocessing()
     if resize is None:
@@ -98,7 +98,7 @@ def export_client(
     if not isinstance(out_dir, (str, os.PathLike)) or not os.fspath(out_dir):
         raise ArgumentTypeError("out_dir", f"must be a folder's path, got {out_dir!r}")
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
-        raise NotADirectoryError(f"out_dir must be a folder, {os.fspath(out_dir)} is a file")
+        raise NotADirectoryError(f"out_dir must be a folder, got the file {os.fspath(out_dir)}")
     client = RGBPrompts(model)
     _check_finite(model)
     class_names = _class_names(model)
@@ -179,9 +179,9 @@ def export_client(
 
 
 def unnoticed(manifest: dict[str, Any]) -> list[str]:
-    """The mistakes that change the golden picture's embedding too little for the client to refuse every such host.
+    """Return the mistakes that change the golden picture's embedding too little to be detected in every host.
 
-    A host that does exactly this to the picture is refused all the same, unless it changes nothing.
+    A host that makes exactly the recorded mistake is still refused, unless the mistake changes nothing.
     """
     golden = manifest["golden"]
     return [
@@ -192,13 +192,14 @@ def unnoticed(manifest: dict[str, Any]) -> list[str]:
 
 
 def threshold(rounded: float, mistakes: Sequence[float]) -> float:
-    """The least cosine at which a client goes on: never under THRESHOLD.
+    """Return the lowest cosine that a client accepts, at least THRESHOLD.
 
-    Higher where a mistake's cosine would pass but leaves room for a host in bfloat16: half way between the nearest such
-    mistake and what ROOM times that host's 1 - cosine leaves.
+    It is raised to detect mistakes as long as that leaves room for a host in bfloat16: half way between the nearest
+    detectable mistake and 1 minus ROOM times that host's 1 - cosine.
 
     Args:
-        rounded: cosine of the golden picture's embedding in bfloat16. mistakes: cosines of the mistakes.
+        rounded: cosine of the golden picture's embedding in bfloat16.
+        mistakes: cosines of the mistakes.
     """
     highest = 1 - ROOM * max(1 - rounded, NOISE)
     nearest = max((found for found in mistakes if found < highest), default=0.0)
@@ -206,14 +207,14 @@ def threshold(rounded: float, mistakes: Sequence[float]) -> float:
 
 
 def _other_format(backbone: FrozenViT, picture: Tensor, readout: str) -> Tensor:
-    """(D,) the features of a picture in bfloat16; of a backbone that already is in half precision, in float32."""
+    """Return (D,) features of a picture in bfloat16, or in float32 if the backbone is in half precision already."""
     half = backbone.dtype in (torch.bfloat16, torch.float16)
     other = copy.deepcopy(backbone).to(torch.float32 if half else torch.bfloat16)
     return host_features(other, other.normalise(picture[None].to(other.device)), readout)
 
 
 def golden_image(height: int, width: int) -> Tensor:
-    """uint8 (3, height, width): a gradient per channel, squares of random colours, and noise in every pixel."""
+    """Make a uint8 (3, height, width) image: a gradient per channel, squares of random colours, and noise."""
     random = np.random.default_rng(0)
     across, down = np.linspace(0, 1, width)[None, :], np.linspace(0, 1, height)[:, None]
     image = (
@@ -234,14 +235,14 @@ def golden_image(height: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def host_features(backbone: FrozenViT, images: Tensor, readout: str) -> Tensor:
-    """Normalised images (1, 3, H', W'), of any size that the backbone takes → (D,) float32 on the CPU."""
+    """Compute a host's features: normalised image (1, 3, H', W') of any valid size → (D,) float32 on the CPU."""
     papers = backbone.graph.papers
     sequence = papers.encode(backbone, images.to(device=backbone.device, dtype=backbone.dtype))
     return papers.read_out(backbone, sequence, readout)[0].float().cpu()
 
 
 def likely_mistakes(backbone: FrozenViT, picture: Tensor, readout: str) -> Iterator[Mistake]:
-    """What a host returns for a picture, uint8 (3, H', W), that it does not take as it is."""
+    """Yield what a host returns for a picture, uint8 (3, H', W), if it makes a likely mistake."""
     for name, detail, changed in _changed(_pil(picture), backbone.image_size):
         pixels = torch.from_numpy(np.array(changed)).permute(2, 0, 1)[None].to(backbone.device)
         yield Mistake(name, detail, host_features(backbone, backbone.normalise(pixels), readout))
@@ -258,10 +259,10 @@ def likely_mistakes(backbone: FrozenViT, picture: Tensor, readout: str) -> Itera
 
 
 def _changed(picture: Image.Image, size: tuple[int, int]) -> Iterator[tuple[str, str, Image.Image]]:
-    """(name, detail, picture) of every mistake that is one of pixels; `size`: (H, W) of the backbone's own images."""
+    """Yield (name, detail, picture) for every mistake in the pixels; `size` is (H, W) of the backbone's own images."""
     height, width = size
     kinds = [(quality, "4:4:4") for quality in (98, 97, 95, 93, 90, 85, 80, 75, 65, 50, 30)]
-    kinds += [(quality, "4:2:0") for quality in (95, 85, 75, 50, 30)]  # halving the colours outweighs small steps
+    kinds += [(quality, "4:2:0") for quality in (95, 85, 75, 50, 30)]  # chroma subsampling outweighs small steps
     for quality, subsampling in kinds:
         stream = io.BytesIO()
         picture.save(stream, "JPEG", quality=quality, subsampling=subsampling)
@@ -281,7 +282,7 @@ def _changed(picture: Image.Image, size: tuple[int, int]) -> Iterator[tuple[str,
             (max(1, round(picture.width * side)), max(1, round(picture.height * side))), Image.Resampling.BILINEAR
         )
         yield "resizing", f"to {side:.0%} of the sides and back", small.resize(picture.size, Image.Resampling.BILINEAR)
-    for part in (0.8, 0.875, 0.9, 0.95):  # of timm's evaluation transforms; 224 of 256 pixels is torchvision's
+    for part in (0.8, 0.875, 0.9, 0.95):  # timm's evaluation transforms; 224 of 256 pixels is torchvision's
         large = picture.resize(
             (round(width / part), round(picture.height * width / part / picture.width)), Image.Resampling.BICUBIC
         )
@@ -295,7 +296,7 @@ def _changed(picture: Image.Image, size: tuple[int, int]) -> Iterator[tuple[str,
 
 
 def cosine(first: Tensor, second: Tensor) -> float:
-    """Of two vectors; 0 where one of them is 0 or not finite."""
+    """Return the cosine of two vectors, or 0 if one of them is zero or not finite."""
     value = float(torch.nn.functional.cosine_similarity(first.double(), second.double(), dim=0, eps=1e-30))
     return value if np.isfinite(value) else 0.0
 
@@ -346,10 +347,10 @@ def _patches(generator: RGBPGN, backbone: FrozenViT, files: dict[str, bytes]) ->
 
 
 def _head_files(head: Head | None) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    """The head as a client computes it, and its matrices.
+    """Return the head as a client computes it, and its matrices.
 
-    "linear": W f + b. "cosine": scale · cos(MLP(f), rows), GELU between the layers of the MLP, of which there may be
-    none.
+    "linear" is W f + b. "cosine" is scale · cos(MLP(f), rows), with GELU between the layers of the MLP, which may have
+    no layers.
     """
     if head is None:
         return None, {}
@@ -380,12 +381,12 @@ def _class_names(model: PromptedViT) -> list[str] | None:
     names = list(model.class_names) if model.class_names is not None else [str(i) for i in range(model.num_classes)]
     for name in names:
         if any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise ValueError(f"model.class_names must be text that can be written as UTF-8, got {name!r}")
+            raise ValueError(f"model.class_names must be text that UTF-8 can encode, got {name!r}")
     return names
 
 
 def _npy(values: Tensor) -> bytes:
-    """A .npy file: uint8 and float16 as they are, other numbers as float32."""
+    """Return a .npy file; uint8 and float16 keep their dtype, other numbers become float32."""
     kept = values.dtype in (torch.uint8, torch.float16)
     stream = io.BytesIO()
     array = (values if kept else values.float()).detach().cpu().numpy()

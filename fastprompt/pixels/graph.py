@@ -1,4 +1,4 @@
-"""A PGN's selection of library entries as an ONNX graph: raw pixels in, weights of the library out."""
+"""Export a PGN's selection of library entries as an ONNX graph: raw pixels in, weights of the library out."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ OPSET, IR_VERSION = 17, 8
 
 
 class Graph:
-    """Nodes in the order they run, each with one output; a node is named by its output."""
+    """Builds a list of ONNX nodes in execution order. Each node has one output and is named by it."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
 
     def constant(self, value: Tensor | np.ndarray) -> str:
-        """Float32, or int64 for whole numbers."""
+        """Add a constant: int64 for integers, else float32."""
         array = np.asarray(value.detach().cpu().numpy() if isinstance(value, Tensor) else value)
         array = array.astype(np.int64 if array.dtype.kind == "i" else np.float32)
         name = f"constant{len(self.constants)}"
@@ -41,7 +41,7 @@ class Graph:
         return name
 
     def conv(self, x: str, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None) -> str:
-        """A convolution with the batch norm that follows it, in eval mode, as one convolution."""
+        """Add a convolution with the eval-mode batch norm that follows folded into it."""
         weight = conv.weight.detach().double()
         bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach().double()
         if norm is not None:
@@ -65,20 +65,20 @@ class Graph:
         return self.node("Relu", x)
 
     def max_pool(self, x: str) -> str:
-        """3 × 3, stride 2, padding 1."""
+        """Add a 3 × 3 max pooling with stride 2 and padding 1."""
         return self.node("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
 
     def fully_connected(self, x: str, layer: nn.Linear) -> str:
-        """The mean over positions, then the Linear."""
+        """Add the mean over positions, then the Linear."""
         x = self.node("Flatten", self.node("GlobalAveragePool", x))
         return self.node("Gemm", x, self.constant(layer.weight), self.constant(layer.bias), transB=1)
 
 
 def selection_graph(generator: PGN, backbone: FrozenViT) -> bytes:
-    """An ONNX file: "image" uint8 (1, H, W, 3) of the backbone's size → "weights" float32 (K, M) of the library.
+    """Return an ONNX file: "image" uint8 (1, H, W, 3) of the backbone's size → "weights" float32 (K, M) of the library.
 
-    Normalisation, the generator's own resolution, trunk (batch norms folded) and softmax or sigmoid are in the graph.
-    Nothing but standard operators of opset 17, none of them with a state.
+    The graph contains normalisation, resampling to the generator's own resolution, the trunk (batch norms folded) and
+    softmax or sigmoid. It uses only stateless standard operators of opset 17.
     """
     graph, config = Graph(), generator.config
     height, width = backbone.image_size
@@ -112,7 +112,7 @@ def selection_graph(generator: PGN, backbone: FrozenViT) -> bytes:
 
 
 def resampling(old: int, new: int, antialias: bool) -> Tensor:
-    """(new, old): the matrix of bilinear resampling along one axis, as `F.interpolate` does it."""
+    """Return the (new, old) matrix of bilinear resampling along one axis, as in `F.interpolate`."""
     unit = torch.eye(old, dtype=torch.float64)[None, None]  # (1, 1, old, old)
     return F.interpolate(unit, size=(new, old), mode="bilinear", align_corners=False, antialias=antialias)[0, 0]
 

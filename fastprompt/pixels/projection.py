@@ -1,8 +1,8 @@
 """The patch embedding as a linear map from pixels to tokens, and its inverses.
 
 A patch of pixels x ∈ [0, 1]^{3p²} becomes the token e = W x + b, with the image's mean and standard deviation folded
-in. Which x gives a wanted token? Where W has rank D, infinitely many or exactly one; else none, and the nearest is
-taken.
+in. If W has rank D, one or infinitely many x give a wanted token; otherwise there may be none, and the nearest x is
+used.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ NOISE_IMAGES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """e = weight · x + bias for pixels x in [0, 1], channel by channel and row by row: float64 on the CPU.
+    """e = weight · x + bias for pixels x in [0, 1], ordered by channel, then by row; float64 on the CPU.
 
     Attributes:
         weight: (D, 3p²). bias: (D,). inverse: (3p², D), the pseudo-inverse of the weight.
-        singular: (min(D, 3p²),) singular values, falling.
-        mean, std: (3p²,) by which the backbone normalises pixels.
+        singular: (min(D, 3p²),) singular values in descending order.
+        mean, std: (3p²,), the backbone's normalisation of each pixel.
     """
 
     weight: Tensor
@@ -43,13 +43,14 @@ class Projection:
 
     @classmethod
     def of(cls, backbone: FrozenViT, before_norm: bool = False) -> Projection:
-        """
+        """Return the projection of a backbone's patch embedding.
+
         Args:
-            before_norm: leave away the norm that some backbones have after it.
+            before_norm: ignore the norm that some backbones have after the patch embedding.
 
         Raises:
-            TypeError: `backbone` is no FrozenViT.
-            ValueError: it is a Swin transformer, or norms its patch embedding, which is then not linear.
+            TypeError: `backbone` is not a FrozenViT.
+            ValueError: the patch embedding is followed by a norm (as in Swin), so it is not linear.
         """
         if not isinstance(backbone, FrozenViT):
             raise ArgumentTypeError("backbone", f"must be a FrozenViT, got {type(backbone).__name__}")
@@ -78,28 +79,28 @@ class Projection:
 
     @property
     def condition(self) -> float:
-        """Largest over smallest singular value that counts."""
+        """Ratio of the largest to the smallest non-zero singular value."""
         return float(self.singular[0] / self.singular[self.rank - 1])
 
     def tokens(self, pixels: Tensor) -> Tensor:
-        """(..., 3p²) pixels → (..., D) tokens."""
+        """Map pixels (..., 3p²) to tokens (..., D)."""
         return pixels @ self.weight.T + self.bias
 
     def tokens_in_float32(self, pixels: Tensor) -> Tensor:
-        """`tokens` as a host computes them: pixels in float32, normalised, then multiplied."""
+        """Compute `tokens` as a host does: normalise float32 pixels, then multiply."""
         normalised = (pixels.float() - self.mean.float()) / self.std.float()
         bias = (self.bias + self.weight @ self.mean).float()
         return (normalised @ (self.weight * self.std).float().T + bias).double()
 
     def pixels(self, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches that give tokens wherever they stand: W (library[m] + offset[k]) + b + places[k] = tokens[m].
+        """Find patches that give the tokens at every place: W (library[m] + offset[k]) + b + places[k] = tokens[m].
 
-        Least squares where no patch gives a token. Of all that do, those whose sums come nearest to pictures: what W
-        does not see of library and offset is chosen to minimise ½ Σ dist(library[m] + offset[k], [0, 1])², which is
-        smooth and convex, by L-BFGS (scipy).
+        If no patch gives a token, the least-squares solution is used. Among all solutions, the one nearest to
+        pictures is chosen: the components of library and offset in the null space of W minimise
+        ½ Σ dist(library[m] + offset[k], [0, 1])², which is smooth and convex, by L-BFGS (scipy).
 
         Args:
-            tokens: (M, D). places: (K, D), what the host adds to the token of each place.
+            tokens: (M, D). places: (K, D), what the host adds to the token at each place.
 
         Returns:
             library (M, 3p²), offset (K, 3p²).
@@ -109,7 +110,7 @@ class Projection:
             return library, offset
 
         def free(x: Tensor) -> Tensor:
-            """The part of x that no token sees."""
+            """Return the part of x in the null space of W."""
             return x - (x @ self.weight.T) @ self.inverse.T
 
         def outside(of_library: Tensor, of_offset: Tensor) -> tuple[float, Tensor, Tensor]:
@@ -120,17 +121,18 @@ class Projection:
         return library + free(of_library), offset + free(of_offset)
 
     def picture(self, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """`pixels` for a host that cuts them off at 0 and 1: as near to the tokens as pictures come.
+        """`pixels` for a host that clips them to [0, 1]: find the pictures nearest to the tokens.
 
-        min ½ Σ ‖W x + b + places[k] − tokens[m]‖² + ½ μ Σ dist(x, [0, 1])² with x = library[m] + offset[k]: smooth and
-        convex, by L-BFGS (scipy) in float32, from `pixels` or from grey, whichever is lower. μ is the mean of W's
-        squared singular values: what cutting off a distance from the box costs in tokens, on average.
+        Minimises ½ Σ ‖W x + b + places[k] − tokens[m]‖² + ½ μ Σ dist(x, [0, 1])² with x = library[m] + offset[k]. The
+        problem is smooth and convex; it is solved by L-BFGS (scipy) in float32, starting from `pixels` or from grey,
+        whichever has the lower value. μ is the mean of W's squared singular values, the average cost in tokens of
+        clipping.
         """
         weight, wanted, added = self.weight.float(), (tokens - self.bias).float(), places.float()
         penalty = float(weight.square().sum()) / weight.shape[1]
 
         def distance(library: Tensor, offset: Tensor) -> tuple[float, Tensor, Tensor]:
-            # an error is the sum of an entry's part and a place's, (M, D) and (K, D): no (K, M, D) is needed
+            # an error is the sum of an entry's part (M, D) and a place's part (K, D), so no (K, M, D) is needed
             entries, slots = library @ weight.T - wanted, offset @ weight.T + added
             (m, of_entries), (k, of_slots) = ((len(part), part.sum(dim=0)) for part in (entries, slots))
             squares = k * entries.square().sum() + m * slots.square().sum() + 2 * of_entries @ of_slots
@@ -146,11 +148,11 @@ class Projection:
         return _minimise(distance, *min((exact, grey), key=lambda start: distance(*start)[0]))
 
     def undo(self, change: Tensor, picture: bool = False) -> Tensor:
-        """Pixels which, added to an image's, take `change` off its tokens: (N, D) → (N, 3p²).
+        """Find pixels that subtract `change` from an image's tokens when added to the image: (N, D) → (N, 3p²).
 
         Args:
-            picture: the host cuts the sum off at 0 and 1. Of Tikhonov's solutions −(WᵀW + λ)⁻¹Wᵀ change and of nothing
-                at all, the one is taken that leaves least of the change on images of noise.
+            picture: whether the host clips the sum to [0, 1]. If so, the result is the one among Tikhonov's solutions
+                −(WᵀW + λ)⁻¹Wᵀ change and zero that leaves the least of the change on images of noise.
         """
         found = -change @ self.inverse.T
         if not picture:
@@ -161,7 +163,7 @@ class Projection:
         return min((found, *damped, torch.zeros_like(found)), key=lambda added: self.left_over(change, added))
 
     def left_over(self, change: Tensor, added: Tensor) -> float:
-        """‖what is left of `change`‖ where `added` pixels undo it in 8-bit images of noise, beside ‖change‖."""
+        """Return the fraction of ‖change‖ that is left when `added` pixels undo it in 8-bit images of noise."""
         noise = torch.rand(NOISE_IMAGES, *added.shape, generator=torch.Generator().manual_seed(0), dtype=added.dtype)
         difference = ((noise + added) * 255).round().clamp(0, 255) / 255 - noise
         left = difference @ self.weight.T + change
@@ -169,7 +171,7 @@ class Projection:
 
 
 def _outside(library: Tensor, offset: Tensor) -> tuple[float, Tensor, Tensor]:
-    """½ Σ dist(library[m] + offset[k], [0, 1])² and its gradients, a place at a time: (M, P) and (K, P) → scalar."""
+    """Return ½ Σ dist(library[m] + offset[k], [0, 1])² for (M, P) and (K, P), and its gradients, place by place."""
     value, of_library, of_offset = 0.0, torch.zeros_like(library), torch.zeros_like(offset)
     for added, gradient in zip(offset, of_offset, strict=True):
         beyond = library + added
@@ -183,7 +185,7 @@ def _outside(library: Tensor, offset: Tensor) -> tuple[float, Tensor, Tensor]:
 def _minimise(
     objective: Callable[[Tensor, Tensor], tuple[float, Tensor, Tensor]], library: Tensor, offset: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Where a convex function with its gradients is least, float64; it is computed in the dtype of the start."""
+    """Return the float64 minimiser of a convex function with gradients, evaluated in the dtype of the start."""
     sizes, dtype = (library.numel(), offset.numel()), library.dtype
 
     def parts(flat: np.ndarray, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -208,14 +210,15 @@ def is_normed(backbone: FrozenViT) -> bool:
 
 
 def slot_positions(backbone: FrozenViT, placement: str, rows: int) -> tuple[Tensor, Tensor]:
-    """What the host's position embedding adds where prompts are pixels.
+    """Return what the host's position embedding adds if prompts are pixels.
 
     Args:
-        placement: "extend" or "replace". rows: rows of patches that are prompts, the lowest.
+        placement: "extend" or "replace".
+        rows: number of rows of patches, at the bottom, that are prompts.
 
     Returns:
-        (rows · columns, D), of the prompts' places, and (N, D), how much more than the backbone's own the host adds
-        to the image's patches: 0 unless it resamples. In float64 on the CPU.
+        (rows · columns, D), the position embedding at the prompts' places, and (N, D), how it differs from the
+        backbone's own at the image's patches, which is 0 unless the host resamples it. Both are float64 on the CPU.
     """
     height, width = backbone.spec.grid
     prefix = backbone.num_prefix if backbone.spec.pos_on_prefix else 0

@@ -1,4 +1,4 @@
-"""`RGBPrompts`: whether prompts can be pixels on a backbone, and turning a trained model's prompts into pixels."""
+"""`RGBPrompts`: check whether prompts can be pixels on a backbone, and turn a trained model's prompts into pixels."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ EXACT = 1e-4
 
 
 class Feasibility(NamedTuple):
-    """What inversion would give at one placement; errors are ‖token − wanted‖ / ‖wanted‖ at the worst of the places.
+    """The result of inversion at one placement. Errors are ‖token − wanted‖ / ‖wanted‖ at the worst place.
 
     Attributes:
         placement: "latent", "extend" or "replace".
-        low, high: the range of the pixels that give the wanted tokens; a picture's is 0 to 1.
-        float_error: of these pixels in float32, as a host sees them that takes any float.
-        picture_error: of the pixels that come nearest in 8-bit pictures.
-        shift: how much the host's resampled position embedding differs from the backbone's own over the image's
-            patches, relative to it. 0: not at all.
-        shift_left: the part of it that stays in 8-bit pictures, of noise, with the picture added that undoes it.
-        shrink: the part of the image's height that is left to it.
-        obstacle: why no prompts of pixels can be placed so; empty: they can. All numbers are NaN if not.
-        inversion: why a PGN that was trained on tokens cannot become pixels here; empty: it can.
+        low, high: range of the pixels that give the wanted tokens; pictures have 0 to 1.
+        float_error: error of these pixels in float32, for a host that takes any float.
+        picture_error: error of the nearest 8-bit pictures.
+        shift: relative difference between the host's resampled position embedding and the backbone's own over the
+            image's patches; 0 if they are equal.
+        shift_left: fraction of the shift that remains in 8-bit pictures of noise after compensation.
+        shrink: fraction of the image's height that is left for the image.
+        obstacle: why pixel prompts cannot be placed here, or empty. If not empty, all numbers are NaN.
+        inversion: why a PGN that was trained on tokens cannot become pixels here, or empty.
     """
 
     placement: str
@@ -54,11 +54,12 @@ class Feasibility(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What is possible on a backbone; `print(report)` says it in words.
+    """What is possible on a backbone; `print(report)` describes it in words.
 
     Attributes:
-        name: of the backbone. width: D. pixels: 3p². rank, condition: of its patch embedding.
-        prompts: K that were tried. placements: by placement.
+        name: name of the backbone. width: D. pixels: 3p².
+        rank, condition: rank and condition number of its patch embedding.
+        prompts: the number of prompts K that was tried. placements: the result for each placement.
     """
 
     name: str
@@ -76,7 +77,7 @@ class Report:
 
     @property
     def exact(self) -> bool:
-        """Whether a trained PGN keeps its tokens to float32 rounding when they become (float) pixels."""
+        """Whether a trained PGN keeps its tokens up to float32 rounding when they become (float) pixels."""
         return bool(self.invertible) and all(found.float_error < EXACT for found in self.invertible)
 
     def __str__(self) -> str:
@@ -92,7 +93,7 @@ class Report:
         ]
         if rows:
             lines += [
-                f"{self.prompts} prompts as pixels, tokens like PGN's at the start or those given:",
+                f"{self.prompts} prompts as pixels, for the given tokens or PGN's initial ones:",
                 f"{'placement':<10}{'pixels from':>12}{'to':>10}{'error, float':>14}{'error, 8-bit picture':>22}"
                 f"{'position shift':>16}{'left':>8}{'image height':>14}",
                 *rows,
@@ -100,7 +101,7 @@ class Report:
         return "\n".join([*lines, *self.verdict()])
 
     def verdict(self) -> list[str]:
-        """What works here, a sentence each."""
+        """Return sentences about what works on this backbone."""
         lines = []
         if self.invertible:
             where = _listed([found.placement for found in self.invertible])
@@ -140,17 +141,17 @@ class Report:
 
 
 class RGBPrompts(nn.Module):
-    """The client's half of a model whose prompts are pixels: images in, pictures for the host out.
+    """The client's half of a model with pixel prompts: images in, pictures for the host out.
 
-    The host runs the frozen backbone on the picture and returns `features`; `classify` applies the head to them. A
-    model that was trained on tokens becomes one of pixels with `RGBPrompts.invert`. Generator and head are copies, in
-    eval mode: the model can be trained further.
+    The host runs the frozen backbone on the picture and returns `features`; `classify` applies the head to them.
+    `RGBPrompts.invert` turns a model that was trained on tokens into one with pixel prompts. Generator and head are
+    copies in eval mode, so the model can be trained further.
 
     Args:
         model: a `PromptedViT` with `RGBPGNConfig`, placement "extend" or "replace", or with `PixelPromptConfig`.
 
     Raises:
-        TypeError, ValueError: the model's prompts are no pixels of an image.
+        TypeError, ValueError: the model's prompts are not pixels of an image.
     """
 
     def __init__(self, model: PromptedViT) -> None:
@@ -160,22 +161,22 @@ class RGBPrompts(nn.Module):
         if model.generator is None or not model.generator.changes_images:
             raise ArgumentError(
                 "model",
-                "must make other images (RGBPGNConfig with placement 'extend' or 'replace', or "
-                f"PixelPromptConfig), its method is {model.config}; RGBPrompts.invert makes one of a PGN",
+                "must have pixel prompts (RGBPGNConfig with placement 'extend' or 'replace', or PixelPromptConfig), "
+                f"got {model.config}; RGBPrompts.invert converts a PGN",
             )
         self.generator, self.head = copy.deepcopy((model.generator, model.head), {id(model.backbone): model.backbone})
         self._backbone = (model.backbone,)
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) → the images for a host that takes normalised floats, (B, 3, H', W)."""
+        """Map (B, 3, H, W) to images for a host that takes normalised floats, (B, 3, H', W)."""
         backbone = self._backbone[0]
         backbone.check_images(images)
         return self.generator.prompt_images(backbone.normalise(images))
 
     @torch.no_grad()
     def pictures(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) → uint8 pictures (B, 3, H', W) for a host that takes files: cut off at 0 and 255, rounded."""
+        """Map (B, 3, H, W) to rounded and clipped uint8 pictures (B, 3, H', W) for a host that takes files."""
         backbone = self._backbone[0]
         out = self.forward(images)
         mean, std = (per_channel(values, out, out.dtype) for values in (backbone.mean, backbone.std))
@@ -183,7 +184,7 @@ class RGBPrompts(nn.Module):
 
     @torch.no_grad()
     def classify(self, features: Tensor) -> Tensor:
-        """(B, D) what the host returned → logits (B, C); without a head the features themselves."""
+        """Map the host's features (B, D) to logits (B, C); without a head, return the features."""
         if not isinstance(features, Tensor):
             raise ArgumentTypeError("features", f"must be a torch.Tensor, got {type(features).__name__}")
         width = self._backbone[0].feature_width
@@ -198,12 +199,13 @@ class RGBPrompts(nn.Module):
     def report(
         backbone: FrozenViT, num_prompts: int | None = None, library: Tensor | None = None, seed: int = 0
     ) -> Report:
-        """What prompts as pixels would cost on this backbone, before anything is trained.
+        """Report what pixel prompts would lose on this backbone, without training anything.
 
         Args:
-            num_prompts: K; None: two rows of patches.
-            library: (M, D) tokens to invert, those of a trained PGN say; None: 16 as PGN's start, N(0, 0.02²).
-            seed: of those.
+            num_prompts: K; None is two rows of patches.
+            library: (M, D) tokens to invert, for example those of a trained PGN; None draws 16 initial tokens of PGN,
+                N(0, 0.02²).
+            seed: seed of the drawn tokens.
 
         Raises:
             TypeError, ValueError: an argument does not fit.
@@ -222,19 +224,20 @@ class RGBPrompts(nn.Module):
 
     @staticmethod
     def invert(model: PromptedViT, placement: str = "extend", picture: bool = False) -> PromptedViT:
-        """A model with the same prompts as a trained PGN, made of pixels (PGN's prompt inversion).
+        """Return a model with the prompts of a trained PGN turned into pixels (PGN's prompt inversion).
 
-        The mixture is linear, so the library is inverted once: patch = W⁺(L − b) − W⁺q, with q the position embedding
-        that the host adds at the prompt's place. Where the mixture is convex (softmax), the null space of W keeps the
-        pixels as near to [0, 1] as it can. With "extend" the host resamples its position embedding for the image's own
-        patches, too: a constant picture, added to the image, takes that back. `inversion_error` tells what is lost.
+        The mixture is linear, so the library is inverted once: patch = W⁺(L − b) − W⁺q, where q is the position
+        embedding that the host adds at the prompt's place. If the mixture is convex (softmax), the null space of W is
+        used to keep the pixels as close to [0, 1] as possible. With "extend", the host also resamples its position
+        embedding for the image's own patches; a constant picture added to the image compensates for that.
+        `inversion_error` measures the loss.
 
         Args:
             model: a `PromptedViT` with `PGNConfig`; it is not changed.
-            placement: "latent", or "extend" with K a multiple of the patches in a row, where the class token is read.
-                ("replace" shrinks the image, which a model has to be trained with.)
-            picture: the nearest pixels that fit into an 8-bit file, cut off at 0 and 1 and rounded as there, at the
-                price of the tokens; False: pixels of any range, for a host that takes float images.
+            placement: "latent", or "extend" for models that read the class token, with K a multiple of the patches in
+                a row. ("replace" shrinks the image, so a model must be trained with it.)
+            picture: whether to use the nearest pixels that fit into an 8-bit file, clipped to [0, 1] and rounded, at
+                the expense of the tokens. False allows pixels of any range, for a host that takes float images.
 
         Raises:
             TypeError, ValueError: an argument does not fit.
@@ -243,7 +246,7 @@ class RGBPrompts(nn.Module):
             raise ArgumentTypeError("model", f"must be a PromptedViT, got {type(model).__name__}")
         generator, backbone = model.generator, model.backbone
         if not isinstance(generator, PGN) or isinstance(generator, RGBPGN):
-            raise ArgumentError("model", f"must have token prompts of PGNConfig, its method is {model.config}")
+            raise ArgumentError("model", f"must have token prompts of PGNConfig, got {model.config}")
         if placement not in ("latent", "extend"):
             raise ArgumentError(
                 "placement",
@@ -251,7 +254,9 @@ class RGBPrompts(nn.Module):
                 "trained with the shrunk image (RGBPGNConfig)",
             )
         if picture and generator.config.activation != "softmax":
-            raise ArgumentError("picture", "needs activation 'softmax': only convex mixtures of pictures are pictures")
+            raise ArgumentError(
+                "picture", "must be False without activation 'softmax': only convex mixtures of pictures are pictures"
+            )
         reason = _inversion_obstacle(backbone, placement, model.readout)
         if reason:
             raise ArgumentError("model", f"cannot be inverted with placement {placement!r}: {reason}")
@@ -279,7 +284,7 @@ class RGBPrompts(nn.Module):
         if placement == "extend":
             places, change = slot_positions(backbone, placement, target.prompt_rows)
             compensation = projection.undo(change, picture)  # (N, 3p²)
-        if generator.config.activation == "softmax":  # the weights sum to 1: the library can hold the bias
+        if generator.config.activation == "softmax":  # the weights sum to 1, so the library can hold the bias
             library, offset = (projection.picture if picture else projection.pixels)(wanted, places)
         else:
             library, offset = wanted @ projection.inverse.T, -(places + projection.bias) @ projection.inverse.T
@@ -293,14 +298,14 @@ class RGBPrompts(nn.Module):
     @staticmethod
     @torch.no_grad()
     def inversion_error(model: PromptedViT, inverted: PromptedViT, images: Tensor | None = None) -> float:
-        """‖token − wanted‖ / ‖wanted‖ over the whole library, at the worst of the prompts' places.
+        """Return ‖token − wanted‖ / ‖wanted‖ over the whole library, at the worst of the prompts' places.
 
-        The pixels are those that the host gets: cut off and rounded where `inverted` does so.
+        The pixels are those that the host gets, clipped and rounded if `inverted` does so.
 
         Args:
-            model, inverted: a model with PGN, and what `invert` made of it.
-            images: (B, 3, H, W), to look at the images' own patches too, which "extend" shifts and makes up for: the
-                largest error of all is returned.
+            model, inverted: a model with PGN, and the result of `invert` for it.
+            images: (B, 3, H, W). If given, the images' own patches, which "extend" shifts and compensates, are checked
+                too, and the largest error is returned.
 
         Raises:
             TypeError, ValueError: an argument does not fit.
@@ -310,7 +315,7 @@ class RGBPrompts(nn.Module):
                 raise ArgumentTypeError(name, f"must be a PromptedViT, got {type(given).__name__}")
         tokens, generator, backbone = model.generator, inverted.generator, model.backbone
         if not isinstance(tokens, PGN) or isinstance(tokens, RGBPGN):
-            raise ArgumentError("model", f"must have token prompts of PGNConfig, its method is {model.config}")
+            raise ArgumentError("model", f"must have token prompts of PGNConfig, got {model.config}")
         if (
             not isinstance(generator, RGBPGN)
             or not generator.config.offset
@@ -320,9 +325,7 @@ class RGBPrompts(nn.Module):
                 for name in ("num_prompts", "library_size", "activation")
             )
         ):
-            raise ArgumentError(
-                "inverted", f"must be what RGBPrompts.invert made of model, its method is {inverted.config}"
-            )
+            raise ArgumentError("inverted", f"must be the result of RGBPrompts.invert for model, got {inverted.config}")
         projection, places = Projection.of(backbone), torch.zeros(1, backbone.patch_width, dtype=torch.float64)
         if generator.config.placement == "extend":
             places, change = slot_positions(backbone, "extend", generator.prompt_rows)
@@ -344,7 +347,7 @@ class RGBPrompts(nn.Module):
 def _feasibility(
     backbone: FrozenViT, projection: Projection, placement: str, num_prompts: int, tokens: Tensor
 ) -> Feasibility:
-    """One placement's part of the report; `tokens` (M, D)."""
+    """Compute the report of one placement; `tokens` (M, D)."""
     obstacle = placement_obstacle(backbone, placement, num_prompts)
     if obstacle:
         return Feasibility(placement, obstacle=obstacle)
@@ -356,7 +359,7 @@ def _feasibility(
     if placement != "latent":
         rows = num_prompts // columns
         places, change = slot_positions(backbone, placement, rows)
-        own = slot_positions(backbone, "replace", height)[0]  # every place of the backbone's own
+        own = slot_positions(backbone, "replace", height)[0]  # all places of the backbone's own grid
         shift = float(change.norm() / own.norm().clamp_min(1e-30))
         shift_left = shift and projection.left_over(change, projection.undo(change, picture=True))
     library, offset = projection.pixels(tokens, places)
@@ -375,7 +378,7 @@ def _feasibility(
 
 
 def _inversion_obstacle(backbone: FrozenViT, placement: str, readout: str) -> str:
-    """Why a PGN that was trained on tokens cannot become pixels; empty: it can."""
+    """Return why a PGN that was trained on tokens cannot become pixels, or an empty string."""
     if is_normed(backbone):
         return f"{backbone.spec.name} norms its patch embedding, which has no linear inverse"
     if placement == "replace":
@@ -389,7 +392,7 @@ def _inversion_obstacle(backbone: FrozenViT, placement: str, readout: str) -> st
 
 
 def _tokens(library: Tensor | None, width: int, seed: int) -> Tensor:
-    """The tokens that a report tries, (M, D) in float64 on the CPU."""
+    """Return the tokens that a report tries, (M, D) in float64 on the CPU."""
     if library is None:
         if not isinstance(seed, int):
             raise ArgumentTypeError("seed", f"must be a whole number, got {seed!r}")
@@ -405,7 +408,7 @@ def _tokens(library: Tensor | None, width: int, seed: int) -> Tensor:
         raise ArgumentError("library", f"must be a tensor of floats (M, {width}), got {got}")
     tokens = library.detach().double().cpu()
     if not tokens.isfinite().all() or not tokens.any():
-        raise ArgumentError("library", "must be finite and not all 0")
+        raise ArgumentError("library", "must be finite and not all zero")
     return tokens
 
 
@@ -418,7 +421,7 @@ def _worst(
     rounded: bool = False,
     in_float32: bool = False,
 ) -> float:
-    """The relative error of the tokens (M, D) that library[m] + offset[k] give, at the worst place k."""
+    """Return the relative error of the tokens (M, D) given by library[m] + offset[k], at the worst place k."""
     errors = []
     for place, added in zip(places, offset, strict=True):
         pixels = round_pixels(library + added) if rounded else library + added
@@ -428,13 +431,13 @@ def _worst(
 
 
 def _listed(names: Sequence[str]) -> str:
-    """'latent', 'extend' and 'replace'."""
+    """Join names as in "'latent', 'extend' and 'replace'"."""
     quoted = [f"'{name}'" for name in names]
     return " and ".join([", ".join(quoted[:-1]), quoted[-1]] if quoted[1:] else quoted)
 
 
 def _assemble(patches: Tensor, backbone: FrozenViT) -> Tensor:
-    """(N, 3p²) patches → (3, H, W)."""
+    """Assemble patches (N, 3p²) to an image (3, H, W)."""
     (rows, columns), p = backbone.spec.grid, backbone.patch_size
     pattern = "(rows columns) (channel y x) -> channel (rows y) (columns x)"
     return rearrange(patches, pattern, rows=rows, columns=columns, y=p, x=p)

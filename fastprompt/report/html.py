@@ -1,4 +1,4 @@
-"""The HTML report: one file with everything in it, to mail, archive and open without a network."""
+"""The HTML report: one self-contained file that opens without a network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastprompt.runs.directory import read_json
 
 
 def figure(png: bytes, alt: str, caption: str) -> dict[str, str]:
-    """A picture for the page: its bytes in base64, what it shows in words, and its caption."""
+    """A picture for the page: its bytes in base64, alternative text and caption."""
     return {"data": base64.b64encode(png).decode("ascii"), "alt": alt, "caption": caption}
 
 
@@ -27,12 +27,12 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) ->
 
 
 def percent(value: float | None) -> str:
-    """A share in per cent with one decimal, a dash for none."""
+    """Format a share in per cent with one decimal, or a dash for None."""
     return "–" if value is None else f"{100 * value:.1f}%"
 
 
 def bounds(record: Mapping[str, Any]) -> tuple[float, float]:
-    """Wilson's 95 % interval of an accuracy, over images."""
+    """Return Wilson's 95 % interval of an accuracy, over images."""
     with needed("report", "the report"):
         from scipy.stats import binomtest
 
@@ -42,13 +42,13 @@ def bounds(record: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def interval(record: Mapping[str, Any]) -> str:
-    """`bounds` in per cent."""
+    """Format `bounds` in per cent."""
     low, high = bounds(record)
     return f"{100 * low:.1f}–{100 * high:.1f}%"
 
 
 def load_results(run: Path | str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """The results of a run, read from its directory unless they are given as a mapping."""
+    """Return the results of a run, given as its directory or as the results themselves."""
     if isinstance(run, Mapping):
         return dict(run)
     path = Path(run) / "results.json"
@@ -62,7 +62,7 @@ def load_results(run: Path | str | os.PathLike[str] | Mapping[str, Any]) -> dict
 
 
 def titles(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name for each run, with its number and seed where a method occurs more than once."""
+    """Name each run by its method, with number and seed if the method occurs more than once."""
     names = [str(r["title"]) for r in results]
     return [
         name if names.count(name) == 1 else f"{name} ({number}, seed {results[number - 1]['recipe'].get('seed')})"
@@ -71,7 +71,7 @@ def titles(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def split_of(r: Mapping[str, Any]) -> str:
-    """The split that a run's figures show: test where it was evaluated, else validation."""
+    """Return the split that a run's figures show: test if it was evaluated, else validation."""
     return "test" if r.get("test") else "validation"
 
 
@@ -107,15 +107,15 @@ def summary_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) ->
         "Seconds",
     ]
     return table(
-        "Test accuracy is measured once, after training, at the epoch that was best on validation; the interval is "
-        "over test images. By the paper: the generator's parameters by the paper's own formula.",
+        "Test accuracy is measured once, after training, at the epoch that was best on validation. The interval is "
+        "over test images. “By the paper” is the number of the generator's parameters by the paper's formula.",
         header,
         rows,
     )
 
 
 def run_section(name: str, r: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page shows of one run: confusion, classes, library or latent, and settings."""
+    """Build the page's section about one run: confusion, classes, library or latent, and settings."""
     split = split_of(r)
     record, classes = r[split], r["class_names"]
     by_class = [
@@ -146,7 +146,7 @@ def run_section(name: str, r: Mapping[str, Any]) -> dict[str, Any]:
             f"Bar chart of the most-used library tokens of {name}",
             f"Mixture weights averaged over {usage['num_images']} validation images and all prompts. A prompt mixes "
             f"{usage['effective_tokens']:.1f} tokens (exponential of the mean entropy, {usage['entropy']:.2f} nats); "
-            f"over all images and prompts {usage['effective_library']:.1f} of {len(usage['mean_weight'])} tokens are "
+            f"over all images and prompts, {usage['effective_library']:.1f} of {len(usage['mean_weight'])} tokens are "
             f"in use.",
         )
     if any(entry.get("kl") is not None for entry in r["history"]):
@@ -160,7 +160,7 @@ def run_section(name: str, r: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def data_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The data of the runs, once where they are the same, and what they ran on."""
+    """Build the table of the runs' data, listed once if all are equal, and of machine and versions."""
     first = results[0]
     if len({str(sorted(r["data"].items(), key=str)) for r in results}) == 1:
         rows = [[key, value] for key, value in first["data"].items()]
@@ -175,11 +175,11 @@ def data_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> di
         ["machine", first["machine"]],
         ["fastprompt, torch", f"{first['fastprompt_version']}, {first['torch_version']}"],
     ]
-    return table("The split is fixed by its seed; the sha256 says which images are in which part.", ["", "Value"], rows)
+    return table("The seed fixes the split; the sha256 identifies which images are in which part.", ["", "Value"], rows)
 
 
 def render(results: Sequence[Mapping[str, Any]], heading: str) -> str:
-    """The whole page. The template escapes every text that is put into it."""
+    """Render the whole page. The template escapes all inserted text."""
     names = titles(results)
     points = []
     for name, r in zip(names, results, strict=True):
@@ -195,7 +195,7 @@ def render(results: Sequence[Mapping[str, Any]], heading: str) -> str:
     curves = histories and figure(
         plots.curves(histories),
         "Line plots of loss and accuracy by epoch for " + ", ".join(histories),
-        "Loss and accuracy by epoch. Training values are measured while the weights change and with dropout on, so "
+        "Loss and accuracy by epoch. Training values are measured with dropout and while the weights change, so "
         "validation can be better than training.",
     )
     environment = Environment(
@@ -223,7 +223,7 @@ def build_report(
     """Write one self-contained HTML file about `runs`: run directories of `fastprompt adapt`, or their results.
 
     Raises:
-        ValueError: `runs` is empty, or a results.json is not the results of a run.
+        ValueError: `runs` is empty, or a results.json does not hold the results of a run.
         FileNotFoundError: a directory has no results.json.
     """
     from fastprompt.files import atomic_write

@@ -1,6 +1,4 @@
-"""Figures of the report, each returned as the bytes of a PNG file (white background, drawn without a
-display).
-"""
+"""Figures of the report, returned as the bytes of PNG files with a white background; they need no display."""
 
 from __future__ import annotations
 
@@ -20,36 +18,36 @@ with needed("report", "the report"):
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-# Okabe and Ito's palette without its yellow, distinguishable with the common colour-vision deficiencies.
+# Okabe and Ito's palette without yellow; distinguishable with the common colour-vision deficiencies.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of `width` x `height` inches."""
+    """Create an empty figure of `width` x `height` inches."""
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def literal(text: str) -> str:
-    """`text` as Matplotlib draws it letter by letter: what stands between two dollars is not a formula."""
+    """Escape `text` so that Matplotlib draws it literally and does not parse text between dollar signs as a formula."""
     drawn = "".join(letter if letter.isprintable() else "\ufffd" for letter in text).replace("$", r"\$")
-    return f" {drawn}" if drawn.startswith("_") else drawn  # a legend leaves out what begins with an underscore
+    return f" {drawn}" if drawn.startswith("_") else drawn  # legends omit labels that begin with an underscore
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure as the bytes of a PNG file, the same for the same figure."""
+    """Return the figure as the bytes of a PNG file; equal figures give equal bytes."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # The page's tables have the names that the font cannot write.
+        # The page's tables also hold the names that the font cannot draw.
         warnings.filterwarnings("ignore", r"Glyph .* missing from")
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
 def plain(axes: Axes) -> None:
-    """A light grid and no frame above and to the right."""
+    """Draw a light grid and remove the frame at the top and right."""
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -57,10 +55,10 @@ def plain(axes: Axes) -> None:
 
 
 def curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
-    """Loss and accuracy by epoch; a line style for training and one for validation, a colour a run.
+    """Plot loss and accuracy by epoch, with one colour per run and one line style each for training and validation.
 
-    `histories`: run title -> epoch records with `epoch` and any of `train_loss`, `val_loss`,
-    `train_accuracy`, `val_accuracy`.
+    `histories`: run title -> epoch records with `epoch` and any of `train_loss`, `val_loss`, `train_accuracy`,
+    `val_accuracy`.
     """
     figure = new_figure(10, 3.9)
     loss, accuracy = figure.subplots(1, 2)
@@ -97,9 +95,9 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
 
 
 def confusion_matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str = "") -> bytes:
-    """Counts by true class (rows) and predicted class (columns), coloured by the share of the row.
+    """Plot counts by true class (rows) and predicted class (columns), coloured by their share of the row.
 
-    Classes are named up to 40, counts are written up to 20 classes.
+    Class names are shown for up to 40 classes, counts for up to 20.
 
     Raises:
         ValueError: `confusion` is not square with a row for each class.
@@ -110,7 +108,7 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[s
     counts = np.asarray(confusion, dtype=object)
     size = len(class_names)
     if counts.shape != (size, size):
-        raise ArgumentError("confusion", f"must be a square matrix with a row for each of {size} classes")
+        raise ArgumentError("confusion", f"must have shape {(size, size)} for {size} classes, got {counts.shape}")
     counts = counts.astype(np.int64)
     side = min(12.0, 2.4 + 0.38 * size)
     figure = new_figure(side + 0.9, side)
@@ -147,9 +145,9 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[s
 
 
 def library_tokens(usage: Mapping[str, Any], title: str = "", top: int = 24) -> bytes:
-    """The most used tokens of a PGN's library and how use is spread over the whole library.
+    """Plot the most-used tokens of a PGN's library and the distribution of use over the whole library.
 
-    `usage` is what `fastprompt.analysis.library.library_usage` returns: `mean_weight` (M,), `effective_tokens`,
+    `usage` is the result of `fastprompt.analysis.library.library_usage`: `mean_weight` (M,), `effective_tokens`,
     `effective_library`.
     """
     weights = list(usage["mean_weight"])
@@ -164,7 +162,7 @@ def library_tokens(usage: Mapping[str, Any], title: str = "", top: int = 24) -> 
         color=COLOURS[1],
         linestyle="--",
         linewidth=1.2,
-        label=f"all {len(weights)} used alike",
+        label=f"equal use of all {len(weights)}",
     )
     bars.set_xlabel("Library token")
     bars.set_ylabel("Mean mixture weight")
@@ -176,11 +174,11 @@ def library_tokens(usage: Mapping[str, Any], title: str = "", top: int = 24) -> 
         cumulative.append(total)
     spread.plot(range(len(cumulative)), cumulative, color=COLOURS[0])
     spread.plot([0, len(weights)], [0, 1], color=COLOURS[1], linestyle="--", linewidth=1)
-    spread.set_xlabel("Most used tokens")
+    spread.set_xlabel("Most-used tokens")
     spread.set_ylabel("Share of all weight")
     spread.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     spread.set_title(
-        f"{usage['effective_tokens']:.1f} tokens a prompt,\n{usage['effective_library']:.1f} over all",
+        f"{usage['effective_tokens']:.1f} tokens per prompt,\n{usage['effective_library']:.1f} in total",
         fontsize=9,
     )
     for axes in (bars, spread):
@@ -190,7 +188,7 @@ def library_tokens(usage: Mapping[str, Any], title: str = "", top: int = 24) -> 
 
 
 def accuracy_against_parameters(points: Sequence[tuple[str, int, float, float, float, str]]) -> bytes:
-    """Accuracy over trained parameters (logarithmic).
+    """Plot accuracy over the number of trained parameters (logarithmic).
 
     `points`: (title, parameters, accuracy, lower and upper end of its interval, "test" or "validation").
     """
@@ -221,8 +219,9 @@ def accuracy_against_parameters(points: Sequence[tuple[str, int, float, float, f
 
 
 def latent_units(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
-    """V²APT's KL and active latent units by epoch. Both at 0 is posterior collapse: the prompts no longer
-    depend on the image.
+    """Plot V²APT's KL and active latent units by epoch.
+
+    If both are 0, the posterior has collapsed: the prompts no longer depend on the image.
     """
     figure = new_figure(10, 3)
     panels = figure.subplots(1, 2)

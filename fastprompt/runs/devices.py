@@ -1,4 +1,4 @@
-"""Where a command computes, and in which number format."""
+"""The device and data type that a command computes with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEVICES = "auto, cpu, cuda, cuda:N or mps"
 
 
 def find_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" is the first GPU, Apple's GPU, or the CPU, in this order.
+    """Return the device called `name`; "auto" is the first CUDA GPU, else Apple's GPU, else the CPU.
 
     Raises:
         ValueError: there is no such device on this machine, or torch was built without support for it.
@@ -42,7 +42,7 @@ def find_device(name: str = "auto") -> torch.device:
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
-    """Device and number format in words: "cuda:0 (NVIDIA H200), bfloat16"."""
+    """Describe device and data type in words: "cuda:0 (NVIDIA H200), bfloat16"."""
     import torch
 
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""

@@ -1,4 +1,4 @@
-"""A run directory: which files it holds, and whose it is."""
+"""The files of a run directory, and whether they belong to the given settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SETTINGS_FILE, RESULTS_FILE = "run.json", "results.json"
 
 
 def json_text(value: Any) -> str:
-    """JSON to be read by people; escaped throughout where it holds text that UTF-8 cannot, as some paths."""
+    """Format JSON for people; escape all non-ASCII text if some of it, such as a path, is not valid UTF-8."""
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     try:
         text.encode()
@@ -28,30 +28,30 @@ def json_text(value: Any) -> str:
     return text
 
 
-HOW_TO_ADAPT = "`fastprompt adapt --data FOLDER --out {}` makes one"
+HOW_TO_ADAPT = "create one with `fastprompt adapt --data FOLDER --out {}`"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is there whole or not at all."""
+    """Write JSON atomically."""
     atomic_write(path, json_text(value))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises `ValueError` naming the file where it holds none."""
+    """Return the JSON object in a file. Raises `ValueError` naming the file if it does not hold one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: is not valid JSON ({error})") from None
+        raise ValueError(f"{path} must be valid JSON ({error})") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds a {type(found).__name__}, not a JSON object")
+        raise ValueError(f"{path} must hold a JSON object, got a {type(found).__name__}")
     return found
 
 
 def adapter_dir(run_dir: Path) -> Path:
-    """The directory with the adapter's two files: the one given, or its `best/`.
+    """Return the directory with the adapter's two files: `run_dir` itself or its `best/`.
 
     Raises:
-        ValueError: `run_dir` is a file. FileNotFoundError: there is no adapter in it. Both say what to type.
+        ValueError: `run_dir` is a file. FileNotFoundError: there is no adapter in it. Both errors say what to type.
     """
     run_dir = Path(run_dir)
     if run_dir.is_file():
@@ -72,7 +72,7 @@ def adapter_dir(run_dir: Path) -> Path:
         raise ArgumentPathError(
             "adapter",
             f"must hold an adapter; the run in {run_dir} has not finished an epoch: `fastprompt adapt --config "
-            f"{run_dir / 'run.json'} --out {run_dir}` goes on with it",
+            f"{run_dir / 'run.json'} --out {run_dir}` resumes it",
         )
     raise ArgumentPathError(
         "adapter",
@@ -81,7 +81,7 @@ def adapter_dir(run_dir: Path) -> Path:
 
 
 def read_settings(run_dir: Path) -> RunSettings | None:
-    """The settings of the run that a directory (or a run's `best/`) belongs to; None: none are recorded."""
+    """Return the settings recorded for a run directory or a run's `best/`; None if there are none."""
     for candidate in (Path(run_dir), Path(run_dir).parent):
         if (candidate / SETTINGS_FILE).exists():
             return RunSettings.from_dict(read_json(candidate / SETTINGS_FILE))
@@ -89,11 +89,11 @@ def read_settings(run_dir: Path) -> RunSettings | None:
 
 
 def require_same_settings(settings: RunSettings, out_dir: Path) -> None:
-    """Raise `ValueError` where `out_dir` holds a run with other settings."""
+    """Raise `ValueError` if `out_dir` holds a run with different settings."""
     run_file = out_dir / SETTINGS_FILE
     if not run_file.exists():
         return
-    # A setting that the version which wrote the file did not have is the one it ran with, the default.
+    # A setting that an earlier version did not have had its default value there.
     defaults = RunSettings(settings.method, settings.data).to_dict() | {"method": None, "data": None}
     wanted, there = json.loads(json.dumps(settings.to_dict())), defaults | read_json(run_file)
     different = [key for key in sorted({*wanted, *there}) if wanted.get(key) != there.get(key)]
@@ -101,16 +101,17 @@ def require_same_settings(settings: RunSettings, out_dir: Path) -> None:
         said = "; ".join(f"{key}: {there.get(key)!r} there, {wanted.get(key)!r} now" for key in different)
         raise ArgumentError(
             "out",
-            f"must be a new directory or hold the same run; {out_dir} holds one with other settings "
-            f"({said}): take another directory or --no-resume",
+            f"must be a new directory or hold the same run; {out_dir} holds one with different settings "
+            f"({said}): choose another directory or pass --no-resume",
         )
 
 
 def inputs_stamp(settings: RunSettings) -> str:
-    """A digest of names, sizes and times of all files that a run reads: while it stays the same, so do its inputs.
+    """Return a digest of names, sizes and times of all files that a run reads.
 
-    A digest that changed says nothing of the contents: files that were copied or touched have another one. Of a named
-    data set or backbone it covers the cache, or the folder in which torchvision's sets are kept.
+    If the digest is unchanged, so are the inputs. A changed digest does not imply changed contents, because files may
+    have been copied or touched. For a named data set or backbone it covers the cache, or the folder of torchvision's
+    sets.
     """
     digest = hashlib.sha256()
     places = [settings.data, settings.data_root or cache_dir(), settings.class_embeddings]
@@ -126,13 +127,13 @@ def inputs_stamp(settings: RunSettings) -> str:
 
 
 def _files_below(root: Path) -> Iterator[str]:
-    """A line for a file, or for each in a folder: path, size, times and number. Links to folders are followed once."""
+    """Yield one line per file: path, size, times and inode. Each folder is visited once, through links too."""
     folders, seen = [root], set[tuple[int, int]]()
     while folders:
         path = folders.pop()
         try:
             status = path.stat()
-        except OSError as error:  # a link to nowhere
+        except OSError as error:  # a broken link
             yield f"{path}\t{error.errno}\n"
             continue
         if not path.is_dir():

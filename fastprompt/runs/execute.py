@@ -1,4 +1,4 @@
-"""From settings to a run directory with its results."""
+"""Execute a run: turn settings into a run directory with results."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from fastprompt.vit import FrozenViT
 
 PROBE_VIEWS = 4
-"""Augmented views of each training image that the L-BFGS probe is fitted to."""
+"""Number of augmented views of each training image that the L-BFGS probe is fitted to."""
 
 
 def load_run_data(settings: RunSettings, image_size: int) -> DataSplits:
-    """The run's train, validation and test images at `image_size` pixels."""
+    """Load the run's train, validation and test images at `image_size` pixels."""
     from fastprompt.data import load_data
 
     with argument_names(name="data", root="data_root", seed="data_seed"):
@@ -63,7 +63,7 @@ def load_run_data(settings: RunSettings, image_size: int) -> DataSplits:
 
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
-    """An `Evaluation` as JSON values. Mean per class is over the classes that occur."""
+    """Convert an `Evaluation` to JSON values. The mean per class is over the classes that occur."""
     confusion = [[int(n) for n in row] for row in evaluation.confusion]
     return {
         "accuracy": float(evaluation.accuracy),
@@ -82,7 +82,7 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def build_model(settings: RunSettings, backbone: FrozenViT, class_names: Sequence[str], seed: int) -> PromptedViT:
-    """The model before training; `seed` sets its initial values."""
+    """Build the untrained model; `seed` sets its initial values."""
     import torch
 
     import fastprompt as fp
@@ -95,7 +95,9 @@ def build_model(settings: RunSettings, backbone: FrozenViT, class_names: Sequenc
         path = Path(settings.class_embeddings)
         argument = {"text": "class_embeddings", "prototypes": "prototypes"}.get(settings.head)
         if argument is None:
-            raise ArgumentError("class_embeddings", f"need head 'text' or 'prototypes', got head {settings.head!r}")
+            raise ArgumentError(
+                "class_embeddings", f"must be None unless head is 'text' or 'prototypes', got head {settings.head!r}"
+            )
         if not path.is_file():
             raise ArgumentPathError("class_embeddings", f"must be a file that exists, got {path}")
         try:
@@ -118,9 +120,9 @@ def build_model(settings: RunSettings, backbone: FrozenViT, class_names: Sequenc
 
 
 def backbone_at(name: str, image_size: int | None, weights: bool = True) -> FrozenViT:
-    """The named backbone for square images of `image_size` pixels, None: its own size.
+    """Load the named backbone for square images of `image_size` pixels; None keeps its own size.
 
-    Without `weights` those of a hub are left random, where only sizes are asked for.
+    With `weights=False`, weights from a hub are left random, which suffices if only sizes are needed.
     """
     from fastprompt.vit.assets import backbone_structure, load_backbone
 
@@ -131,7 +133,7 @@ def backbone_at(name: str, image_size: int | None, weights: bool = True) -> Froz
 
 
 def square_size(backbone: FrozenViT) -> int:
-    """The side of the backbone's input in pixels; data are read at one square size."""
+    """Return the side of the backbone's square input in pixels; raise `ValueError` if it is not square."""
     height, width = backbone.image_size
     if height != width:
         raise ArgumentError("image_size", f"must be square, got a backbone for {height} x {width} images")
@@ -148,23 +150,23 @@ def execute(
     device: str = "auto",
     announce: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Adapt, evaluate on validation and with `test` once on the test split.
+    """Adapt, evaluate on validation and, with `test`, once on the test split.
 
-    A finished run in `out_dir` is not run again, and an interrupted one goes on where it stopped, where settings,
-    backbone and images are the same. With `test` the test split is read after training, from the adapter that was
-    best on validation, and only where the results have no test record yet.
+    If settings, backbone and images are unchanged, a finished run in `out_dir` is not repeated and an interrupted one
+    is resumed. With `test`, the adapter that was best on validation is evaluated on the test split after training,
+    unless the results already have a test record.
 
     Args:
         device: a name that `fastprompt.runs.devices.find_device` takes.
-        announce: called once before training, with what is about to run: device, number format, sizes of the splits,
+        announce: called once before training with a line about the run: device, data type, sizes of the splits,
             parameters.
-        resume: False starts anew and replaces what is in `out_dir`.
+        resume: False starts over and replaces what is in `out_dir`.
 
     Returns:
-        What is written to `results.json`.
+        The contents of `results.json`.
 
     Raises:
-        ValueError, TypeError: wrong settings, or `out_dir` holds another run; the message says what differs.
+        ValueError, TypeError: the settings are wrong, or `out_dir` holds another run; the message says what differs.
         DirectoryInUse: another process writes into `out_dir`.
     """
     from fastprompt.train.directory import open_run
@@ -179,7 +181,7 @@ def execute(
     if method.solver == "lbfgs":
         from fastprompt.train.probe import logistic_regression
 
-        logistic_regression()  # before anything is written
+        logistic_regression()  # fail before anything is written
     if resume:
         require_same_settings(settings, out_dir)
     stamp = inputs_stamp(settings)
@@ -191,7 +193,7 @@ def execute(
 
 
 def _finished(out_dir: Path) -> dict[str, Any] | None:
-    """The results of a finished run."""
+    """Return the results of a finished run, or None."""
     return read_json(out_dir / RESULTS_FILE) if (out_dir / RESULTS_FILE).exists() else None
 
 
@@ -206,7 +208,7 @@ def _execute_in(
     place: torch.device,
     announce: Callable[[str], None] | None,
 ) -> dict[str, Any]:
-    """`execute` in a directory that is held."""
+    """Run `execute` in a directory that is already locked."""
     from fastprompt.adapters import CONFIG_FILE
     from fastprompt.train.evaluate import evaluate
     from fastprompt.train.fit import check_model, describe_data
@@ -226,12 +228,12 @@ def _execute_in(
         tested = None if results["test"] is None else data_identity(splits.test, "test", num_classes)
         _require_same_inputs(results, identity, tested, splits, backbone, out_dir)
         if not test or results["test"] is not None:
-            if directory.writable and "identity" in results:  # the files were copied or touched
+            if directory.writable and "identity" in results:  # inputs were copied or touched
                 results["identity"]["stamp"] = stamp
                 write_json(out_dir / RESULTS_FILE, results)
             return results
         if not any((out_dir / place / CONFIG_FILE).is_file() for place in (".", "best")):
-            results = None  # only the record was kept, not the adapter: train it again
+            results = None  # only the record was kept, not the adapter: train again
     if results is None:
         if announce is not None:
             announce(summary(model, splits, backbone_dtype(recipe, backbone)))
@@ -250,7 +252,7 @@ def _execute_in(
 
 
 def summary(model: PromptedViT, splits: DataSplits, dtype: torch.dtype) -> str:
-    """One line about a run before it starts."""
+    """Describe a run in one line before it starts."""
     data = splits.summary()  # the test split itself may be read only once
     sizes = ", ".join(f"{data[name]:,} {name}" for name in ("train", "val", "test"))
     trained, total = model.num_trainable()["total"], sum(p.numel() for p in model.parameters())
@@ -268,9 +270,9 @@ def _require_same_inputs(
     backbone: FrozenViT,
     out_dir: Path,
 ) -> None:
-    """Raise `ValueError` where a finished run had another backbone, other images, or another model.
+    """Raise `ValueError` if a finished run had a different backbone, images or model.
 
-    Earlier versions recorded of the images only which of them are in which split.
+    Of the images, earlier versions recorded only their assignment to splits.
     """
     from fastprompt.train.identity import as_recorded_here, require_same
 
@@ -281,8 +283,8 @@ def _require_same_inputs(
         there = as_recorded_here(there, resampled, backbone)
         require_same({"backbone": backbone.fingerprint, "data": splits.summary()}, there, out_dir)
         warnings.warn(
-            f"{out_dir} holds the results of an earlier version, which recorded the names of the images and not their "
-            "content: whether they are the same cannot be told",
+            f"{out_dir} holds the results of an earlier version, which recorded the names of the images but not their "
+            "contents, so these cannot be compared",
             stacklevel=4,
         )
         return
@@ -304,9 +306,9 @@ def _train(
     progress: bool,
     announced: bool,
 ) -> dict[str, Any]:
-    """Train the model, or go on with it, and evaluate the best adapter on validation: the results without test.
+    """Train or resume, evaluate the best adapter on validation, and return the results without a test record.
 
-    `backbone` is the pristine one, of which full fine-tuning trains a copy.
+    `backbone` must be unmodified; full fine-tuning trains a copy of it.
     """
     import torch
 
@@ -328,7 +330,7 @@ def _train(
             "images_per_second": fitted.images_per_second,
             "peak_memory_mib": fitted.peak_memory_mib,
         }
-    if not (out_dir / SETTINGS_FILE).exists():  # a run that `fp.fit` began
+    if not (out_dir / SETTINGS_FILE).exists():  # the run was started by `fp.fit`
         write_json(out_dir / SETTINGS_FILE, settings.to_dict())
     trainable = model.num_trainable()
     paper_count = model.paper_parameter_count()
@@ -362,12 +364,14 @@ def _train(
 def run_probe(
     model: PromptedViT, splits: DataSplits, recipe: Recipe, directory: RunDirectory, files: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The L-BFGS probe, saved to `best/`. Its speed is images encoded over encoding and fitting.
+    """Fit the L-BFGS probe and save it to `best/`.
 
-    With an augmentation it fits `PROBE_VIEWS` augmented views of every training image.
+    With an augmentation, it is fitted to `PROBE_VIEWS` augmented views of every training image. Its speed is the
+    number of encoded images over the time for encoding and fitting.
 
     Args:
-        directory: what is in it is replaced once the probe is fitted. files: what the run begins with, by name.
+        directory: replaced once the probe is fitted.
+        files: name -> text of the files that the run writes first.
     """
     import torch
 
@@ -397,14 +401,14 @@ def run_probe(
 
 
 def backbone_dtype(recipe: Recipe, backbone: FrozenViT) -> torch.dtype:
-    """The number format that `fastprompt.fit` computes the backbone in."""
+    """Return the dtype in which `fastprompt.fit` computes the backbone."""
     from fastprompt.train.evaluate import compute_dtype
 
     return compute_dtype(recipe.dtype, backbone.device)
 
 
 def load_best(backbone: FrozenViT, out_dir: Path, recipe: Recipe) -> PromptedViT:
-    """The adapter that was best on validation, computing in the number format of its training."""
+    """Load the adapter that was best on validation, with the backbone dtype of its training."""
     import fastprompt as fp
 
     model = fp.PromptedViT.from_pretrained(backbone, adapter_dir(out_dir))

@@ -1,4 +1,4 @@
-"""`RunSettings`: what one run is. It is written to `run.json`."""
+"""`RunSettings`, the settings of one run, stored in `run.json`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What one run is: method, backbone, data, head and the recipe's departures from the method's default.
+    """The settings of one run: method, backbone, data, head and changes to the method's default recipe.
 
-    `options` are the method's configuration options (`fp.PGNConfig` and so on); `recipe` holds only the
-    fields of `fastprompt.train.recipes.Recipe` that differ from `default_recipe`. `image_size` None is the
-    backbone's own. `resize` says how image files are brought to it, and with `train_backbone` the backbone trains
-    beside the method's prompts.
+    `options` are the method's configuration options (`fp.PGNConfig` and so on). `recipe` holds only the fields of
+    `fastprompt.train.recipes.Recipe` that differ from `default_recipe`. An `image_size` of None is the backbone's own;
+    `resize` says how image files are resized to it. With `train_backbone`, the backbone is trained along with the
+    method's prompts.
     """
 
     method: str
@@ -43,7 +43,7 @@ class RunSettings:
         from fastprompt.generators import get_method
 
         get_method(self.method)
-        if isinstance(self.intensity_range, list):  # as JSON has it
+        if isinstance(self.intensity_range, list):  # from JSON
             object.__setattr__(self, "intensity_range", tuple(self.intensity_range))
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,12 +51,12 @@ class RunSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunSettings:
-        """Raises `ValueError` for a key that is no setting, and without method or data."""
+        """Create settings from a dictionary; raise `ValueError` for an unknown key or a missing method or data."""
         known = {f.name for f in dataclasses.fields(cls)}
         for key in values:
             if key not in known:
-                raise ValueError(f"run.json: unknown key {key!r}; known are {', '.join(sorted(known))}")
+                raise ValueError(f"run.json must have known keys, got {key!r}; known are {', '.join(sorted(known))}")
         for key in ("method", "data"):
             if key not in values:
-                raise ValueError(f"run.json: has no {key!r}")
+                raise ValueError(f"run.json must have the key {key!r}")
         return cls(**values)

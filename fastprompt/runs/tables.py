@@ -1,4 +1,4 @@
-"""Tables in plain text."""
+"""Tables as plain text and as CSV."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tabulate import tabulate
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns in plain text: the first flush left, the others flush right, cells as they are written."""
+    """Format a plain-text table with the first column aligned left, the others right, and cells unchanged."""
     alignment = ["left", *["right"] * (len(header) - 1)]
     return tabulate(rows, header, tablefmt="simple", colalign=alignment, headersalign=alignment, disable_numparse=True)
 
 
 def results_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """One line for each run: method, trained parameters, accuracies, images per second and peak memory."""
+    """Format one line per run: method, trained parameters, accuracies, images per second and peak memory."""
     rows = [
         [
             r["title"],
@@ -35,10 +35,10 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def spreadsheet_text(text: str) -> str:
-    """`text` as a cell that a spreadsheet shows and does not run.
+    """Escape `text` so that a spreadsheet shows it and does not run it as a formula.
 
-    A text that begins with =, +, -, @ (or their wide forms), a tab or a line end would be taken for a formula, so it
-    gets an apostrophe in front. A number stays as it is.
+    An apostrophe is put before text that begins with =, +, -, @ (or their wide forms), a tab or a line end, which a
+    spreadsheet would read as a formula. Numbers are unchanged.
     """
     formula = text.lstrip(" ").startswith(_FORMULAS) and not re.fullmatch(r"[+-]?[0-9]+([.,][0-9]+)?", text)
     return f"'{text}" if formula else text
@@ -48,10 +48,10 @@ _FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
 def csv_table(header: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:
-    """Comma-separated values: texts as `spreadsheet_text`, numbers with six decimals.
+    """Format comma-separated values: text through `spreadsheet_text`, numbers with six decimals.
 
-    The texts of a row are quoted where one of them has a line end, or a semicolon, tab or bar, which separate cells
-    in other countries, so that no spreadsheet finds a cell within a text.
+    All text of a row is quoted if any of it contains a line end, semicolon, tab or bar, because some locales separate
+    cells by these.
     """
     stream = io.StringIO()
     plain = csv.writer(stream, lineterminator="\n")

@@ -1,3 +1,3 @@
-"""Training, evaluation and checkpoints: import from the modules of this package."""
+"""Training, evaluation and checkpoints; import from the modules of this package."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Labelled images in batches, checked: from a Dataset, an (images, labels) pair or a DataLoader."""
+"""Checked batches of labelled images from a Dataset, an (images, labels) pair or a DataLoader."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _ROWS_HASHED = 1_024
 
 
 def is_tensor_pair(data: Any) -> bool:
-    """True for ``(images, labels)`` with two tensors (or arrays) inside."""
+    """Whether `data` is an `(images, labels)` pair of tensors or arrays."""
     return isinstance(data, (tuple, list)) and len(data) == 2 and all(hasattr(part, "ndim") for part in data)
 
 
 def as_tensor_pair(data: Any) -> tuple[Tensor, Tensor]:
-    """The pair as tensors; arrays are not copied."""
+    """Return the pair as tensors, without copying arrays."""
     images, labels = data
     return torch.as_tensor(images), torch.as_tensor(labels)
 
 
 def num_images(data: Any, name: str) -> int:
-    """How many labelled images there are.
+    """Return the number of labelled images.
 
     Raises:
-        TypeError: ``data`` is nothing that can be trained on or has no length.
-        ValueError: it is empty.
+        TypeError: `data` is not a supported kind of data or has no length.
+        ValueError: `data` is empty.
     """
     source = data.dataset if isinstance(data, DataLoader) else data
     if is_tensor_pair(source):
@@ -53,16 +53,16 @@ def num_images(data: Any, name: str) -> int:
     else:
         count = len(source)
     if count == 0:
-        raise ArgumentError(name, "is empty: there is no image to use")
+        raise ArgumentError(name, "must not be empty, got no images")
     if isinstance(data, DataLoader) and len(data) == 0:
         raise ValueError(
-            f"{name} gives no batch: it has {count} images, fewer than its batch size, and drop_last is set"
+            f"{name} yields no batch: it has {count} images, fewer than its batch size, and drop_last is set"
         )
     return count
 
 
 def check_images(images: Tensor, where: str, ndim: int) -> None:
-    """Raises unless ``images`` is a uint8 or a finite floating-point tensor with three channels."""
+    """Raise an error unless `images` is a uint8 or finite floating-point tensor with three channels."""
     if not isinstance(images, Tensor):
         raise ArgumentTypeError(where, f"must hold a torch.Tensor image, got {type(images).__name__}")
     shape = "(3, H, W)" if ndim == 3 else "(N, 3, H, W)"
@@ -73,11 +73,11 @@ def check_images(images: Tensor, where: str, ndim: int) -> None:
             where, f"must have uint8 images (raw pixels) or floating-point ones (normalised), got {images.dtype}"
         )
     if images.is_floating_point() and not torch.isfinite(images).all():
-        raise ArgumentError(where, "has NaN or infinite pixels")
+        raise ArgumentError(where, "must have finite pixels, got NaN or infinity")
 
 
 def check_labels(labels: Tensor, where: str, num_classes: int) -> None:
-    """Raises when ``labels`` are no class indices below ``num_classes``."""
+    """Raise an error unless `labels` are class indices below `num_classes`."""
     if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ArgumentTypeError(
             where, f"must have integer labels of shape (N,), got {labels.dtype} of shape {tuple(labels.shape)}"
@@ -85,17 +85,17 @@ def check_labels(labels: Tensor, where: str, num_classes: int) -> None:
     if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
         wrong = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
         raise ArgumentError(
-            where, f"has label {wrong}, the model takes 0 to {num_classes - 1} (num_classes={num_classes})"
+            where, f"must have labels from 0 to {num_classes - 1} (num_classes={num_classes}), got {wrong}"
         )
 
 
 def indices_to_read(count: int) -> range:
-    """Which of `count` items are read before training: all of up to 20,000, else 2,048 or a few more, evenly spaced."""
+    """Return the indices to read before training: all of up to 20,000 items, else about 2,048 evenly spaced ones."""
     return range(0, count, 1 if count <= CHECK_ALL_UP_TO else count // CHECKED_OF_MORE)
 
 
 def read_item(data: Any, index: int) -> Any:
-    """`data[index]`, the random numbers of its transforms drawn from generators seeded with the index."""
+    """Return `data[index]` with all random generators seeded by the index, for random transforms."""
     torch.manual_seed(index)
     np.random.seed(index % 2**32)
     random.seed(index)
@@ -103,7 +103,7 @@ def read_item(data: Any, index: int) -> Any:
 
 
 def feed(digest: Any, value: Any) -> bool:
-    """Feed a hash with a value, or with all that a container holds; False where it holds what has no bytes to feed."""
+    """Update a hash with a value or the contents of a container; return False if part of it cannot be hashed."""
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -127,25 +127,24 @@ def feed(digest: Any, value: Any) -> bool:
 
 
 def check_data(data: Any, name: str, num_classes: int, digest: Any = None) -> Tensor:
-    """Look at the data before anything is trained on it.
+    """Check the data before training on it.
 
-    Tensors are checked in full. Of a Dataset every item is read when there are at most 20,000, else some 2,048
-    evenly spaced ones (what is not read here is checked in its batch). A DataLoader's own collate function is
-    not called here, and its Dataset is not read.
+    Tensors are checked in full. All items of a Dataset are read if there are at most 20,000, else about 2,048 evenly
+    spaced ones; the others are checked in their batches. A DataLoader with its own collate function is not read here.
 
     Args:
         data: see `Batches`.
-        name: how messages call it.
-        num_classes: labels must be below it.
-        digest: a hash of `hashlib` that is fed with the images that are read, the same bytes for a pair of tensors
-            and for a Dataset of its images; random transforms then draw from fixed seeds (`read_item`).
+        name: the name of the data in messages.
+        num_classes: upper bound of the labels.
+        digest: a `hashlib` hash to update with the images that are read. A pair of tensors and a Dataset of the same
+            images give the same bytes. Random transforms then draw from fixed seeds (`read_item`).
 
     Returns:
         The labels that were read, (N,) int64.
 
     Raises:
-        TypeError, ValueError: empty, wrong shape or dtype, NaN or infinite pixels, images of several sizes,
-            labels that are no class of the model.
+        TypeError, ValueError: the data are empty, have a wrong shape or dtype, NaN or infinite pixels, images of
+            different sizes, or labels that are not classes of the model.
     """
     count = num_images(data, name)
     if isinstance(data, DataLoader):
@@ -157,7 +156,7 @@ def check_data(data: Any, name: str, num_classes: int, digest: Any = None) -> Te
         check_images(images, name, 4)
         check_labels(labels, name, num_classes)
         if len(labels) != count:
-            raise ArgumentError(name, f"has {count} images but {len(labels)} labels")
+            raise ArgumentError(name, f"must have one label per image, got {count} images and {len(labels)} labels")
         if digest is not None:
             digest.update(f"{images.dtype}{tuple(images.shape[1:])}".encode())
             for rows in images.split(_ROWS_HASHED):
@@ -179,8 +178,8 @@ def check_data(data: Any, name: str, num_classes: int, digest: Any = None) -> Te
         if image.shape != first.shape or image.dtype != first.dtype:
             raise ArgumentError(
                 where,
-                f"is {tuple(image.shape)} {image.dtype}, {name}[0] is {tuple(first.shape)} "
-                f"{first.dtype}: all images must be alike",
+                f"must have the shape and dtype of {name}[0], {tuple(first.shape)} {first.dtype}, got "
+                f"{tuple(image.shape)} {image.dtype}",
             )
         if digest is not None:
             digest.update(image.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -191,14 +190,14 @@ def check_data(data: Any, name: str, num_classes: int, digest: Any = None) -> Te
             raise ArgumentTypeError(where, f"must have an integer label, got {type(label).__name__} {label!r}")
         if not 0 <= int(label) < num_classes:
             raise ArgumentError(
-                where, f"has label {int(label)}, the model takes 0 to {num_classes - 1} (num_classes={num_classes})"
+                where, f"must have a label from 0 to {num_classes - 1} (num_classes={num_classes}), got {int(label)}"
             )
         found.append(int(label))
     return torch.tensor(found)
 
 
 def split_indices(indices: Tensor, batch_size: int, merge_single: bool) -> list[list[int]]:
-    """Consecutive batches of ``indices``; with ``merge_single`` a last batch of one joins the one before."""
+    """Split `indices` into consecutive batches; with `merge_single`, append a last batch of one to the one before."""
     batches = [part.tolist() for part in indices.split(batch_size)]
     if merge_single and len(batches) > 1 and len(batches[-1]) == 1 and batch_size > 1:
         batches[-2:] = [batches[-2] + batches[-1]]
@@ -210,17 +209,16 @@ class Batches:
 
     Args:
         data: a map-style Dataset yielding (image (3, H, W), label), an (images (N, 3, H, W), labels (N,))
-            pair of tensors, or a DataLoader (used as it is: its batch size, order and workers).
-        batch_size: images in a batch; ignored for a DataLoader.
-        name: how messages call the data.
-        num_classes: labels of every batch are checked against it.
-        device: where batches go.
-        seed: None keeps the order; otherwise epoch e is shuffled by a generator seeded with (seed, e), so any
-            epoch can be repeated alone. A DataLoader with a generator of its own has it seeded in the same
-            way.
-        merge_single: a last batch of one image joins the one before; of a DataLoader, a batch of one after a
-            larger one is left out.
-        num_workers: loading processes of a Dataset.
+            pair of tensors, or a DataLoader (used with its own batch size, order and workers).
+        batch_size: images per batch; ignored for a DataLoader.
+        name: the name of the data in messages.
+        num_classes: labels of every batch must be below it.
+        device: device of the batches.
+        seed: None keeps the order; otherwise epoch e is shuffled by a generator seeded with (seed, e), so that any
+            epoch can be repeated alone. A DataLoader's own generator is seeded in the same way.
+        merge_single: append a last batch of one image to the one before. A DataLoader's batch of one image after a
+            larger batch is dropped instead.
+        num_workers: number of processes that load a Dataset.
     """
 
     def __init__(
@@ -241,13 +239,13 @@ class Batches:
         self.num_images = num_images(data, name)
 
     def __len__(self) -> int:
-        """Batches in one epoch."""
+        """Number of batches in one epoch."""
         if isinstance(self.data, DataLoader):
             return len(self.data)
         return len(split_indices(torch.arange(self.num_images), self.batch_size, self.merge_single))
 
     def epoch(self, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass. Datasets with ``set_epoch`` are told the epoch first.
+        """Iterate over the data once, after calling `set_epoch` on datasets that have it.
 
         Yields:
             images (B, 3, H, W), uint8 or floating point, and labels (B,) int64.
@@ -260,7 +258,7 @@ class Batches:
             if labels.device.type == "cpu":
                 check_labels(labels, f"a batch of {self.name}", self.num_classes)
             if not is_tensor_pair(self.data) and images.is_floating_point() and not torch.isfinite(images).all():
-                raise ValueError(f"a batch of {self.name} has NaN or infinite pixels")
+                raise ValueError(f"a batch of {self.name} must have finite pixels, got NaN or infinity")
             yield (
                 images.to(self.device, non_blocking=True),
                 labels.to(self.device, torch.int64, non_blocking=True),

@@ -1,4 +1,4 @@
-"""The state a training run resumes from."""
+"""Save and load the state that a training run resumes from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastprompt.files import atomic_write
 
 
 def rng_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The random states of torch (CPU and CUDA), numpy and Python, as tensors and JSON values."""
+    """Return the random states of torch (CPU and CUDA), numpy and Python as tensors and JSON values."""
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -32,7 +32,7 @@ def rng_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def set_rng_state(tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
-    """Puts back what `rng_state` returned."""
+    """Restore the random states that `rng_state` returned."""
     torch.set_rng_state(tensors["torch"].cpu())
     for name, state in tensors.items():
         if name.startswith("cuda.") and torch.cuda.is_available():
@@ -50,12 +50,12 @@ _BLANK = "0" * 64
 
 
 def save_state(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
-    """Write tensors and JSON values into one safetensors file, whole or not at all.
+    """Write tensors and JSON values atomically into one safetensors file.
 
-    The JSON is in the file's header, beside a sha256 of the whole file, which is taken with zeros in its own place.
+    The file's header holds the JSON values and a sha256 of the whole file, computed with zeros in place of the digest.
 
     Raises:
-        OSError: the file could not be written; the old one is intact.
+        OSError: the file could not be written; the old file is intact.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": _FORMAT, "state": json.dumps(values), "sha256": _BLANK}
@@ -71,13 +71,14 @@ def save_state(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]
 
 
 def load_state(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read what `save_state` wrote, into memory first, so that what was checked is what is returned.
+    """Read and verify a file of `save_state`. The whole file is read before it is checked.
 
-    A file of versions that kept no sha256 is read as it is.
+    Files of earlier versions, which have no sha256, are read without that check.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, is no training state, or is of a later version; the message says what to do.
+        ValueError: the file is damaged, is not a training state, or is from a later version; the message says what
+            to do.
     """
     path = Path(path)
     if not path.is_file():
@@ -86,22 +87,22 @@ def load_state(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], d
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         metadata = header["__metadata__"]
-        if set(metadata) != {"state"}:  # all that earlier versions wrote
+        if set(metadata) != {"state"}:  # earlier versions wrote nothing else
             digest = metadata["sha256"]
             if digest != _digest_of(memoryview(content), _digest_place(memoryview(content), digest)):
-                raise ValueError("its sha256 is not the one that was saved with it")
+                raise ValueError("its contents do not match the sha256 saved with it")
             if metadata["format"] != _FORMAT:
-                raise ValueError(f"it is of format {metadata['format']}, this version reads {_FORMAT}")
+                raise ValueError(f"it has format {metadata['format']}, this version reads {_FORMAT}")
         return tensors_from_bytes(content), json.loads(metadata["state"])
-    except Exception as error:  # safetensors and JSON have errors of several kinds for damaged bytes
+    except Exception as error:  # safetensors and JSON raise several kinds of errors for damaged bytes
         raise ValueError(
-            f"{path} cannot be read, it is damaged or no training state ({error}): put a copy of it back, or start "
-            f"anew with resume=False (--no-resume)"
+            f"{path} cannot be read, it is damaged or not a training state ({error}): restore it from a copy, or start "
+            f"over with resume=False (--no-resume)"
         ) from error
 
 
 def _digest_place(content: memoryview, digest: str) -> slice:
-    """Where the header holds `digest`. Quotes inside of the JSON values are escaped, so that no value looks like it."""
+    """Find `digest` in the header. Quotes inside the JSON values are escaped, so no value can match."""
     header = bytes(content[: 8 + int.from_bytes(content[:8], "little")])
     start = header.index(f'"sha256":"{digest}"'.encode()) + len('"sha256":"')
     return slice(start, start + len(_BLANK))
@@ -115,7 +116,7 @@ def _digest_of(content: memoryview, place: slice) -> str:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The optimizer's per-parameter state: tensors under ``<index>.<name>``, the rest as JSON values."""
+    """Return the optimizer's per-parameter state as tensors and JSON values, both named `<index>.<name>`."""
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
     for index, entries in optimizer.state_dict()["state"].items():
@@ -130,7 +131,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.T
 def set_optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]
 ) -> None:
-    """Puts back what `optimizer_state` returned; the optimizer has the same parameters in the same order."""
+    """Restore what `optimizer_state` returned; the optimizer must have the same parameters in the same order."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in (*tensors.items(), *values.items()):
         index, name = key.split(".", 1)

@@ -1,20 +1,20 @@
-"""The directory of a training run: which files it holds, and in which order they come and go.
+"""The directory of a training run: the files in it, and the order in which they are written and removed.
 
-    last.safetensors  the state: all that is needed to go on, and the rows of the log up to here. The run is what this
-                      file says; it is replaced as one, and what follows is made again from it where it was lost
-    choices.json      implementations that were chosen by stopwatch since the run began
-    log.jsonl         one JSON object a line: start, epoch, resume, diverged, end
+    last.safetensors  the state: everything needed to resume, including the log so far. This file defines the run. It
+                      is replaced atomically, and the files below are rebuilt from it if they are lost
+    choices.json      implementations chosen by timing since the run began
+    log.jsonl         one JSON object per line: start, epoch, resume, diverged, end
     recipe.json       the recipe
     best/             the adapter of the best epoch
-    run.json, results.json, result.json   what the command line and grids add: what was asked for, what came out
+    run.json, results.json, result.json   settings and results, added by the command line and by grids
 
-Its commits keep what SQLite's do. They are atomic: the state is replaced as one file under one digest, a process that
-is killed at any moment leaves the state before or after, and other files are made whole when the run goes on. They are
-durable: files and their directory are synchronised, and an `fsync` that fails is an error. One process writes at a
-time: it holds the directory's lock, and others are refused.
+A run directory commits as SQLite does. Commits are atomic: the state is one file under one digest, so a process killed
+at any moment leaves the state before or after, and the other files are rebuilt on resume. Commits are durable: files
+and their directory are synchronised, and a failing `fsync` is an error. There is one writer at a time: it holds the
+directory's lock, and others are refused.
 
-A new run takes an old one away before it writes anything: its result first, then its state, then the rest. So whenever
-the process is killed, all files belong to one run.
+A new run removes an old one before it writes anything: first the old result, then the state, then the rest. Thus all
+files belong to one run, whenever the process is killed.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ _REMOVED_IN_ORDER = (
 
 
 class RunDirectory:
-    """A run's directory, whose lock this process holds; made by `open_run`.
+    """A run's directory, locked by this process. Use `open_run` to create one.
 
     Attributes:
-        writable: False on a read-only file system, where nothing but a finished run can be returned.
+        writable: False on a read-only file system, from which only finished runs can be returned.
     """
 
     def __init__(self, path: Path, writable: bool) -> None:
         self.path, self.writable = path, writable
 
     def read_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and values of the run's state; None: no run was begun here.
+        """Return tensors and values of the run's state, or None if no run was started here.
 
         Raises:
             ValueError: the file is damaged.
@@ -71,7 +71,7 @@ class RunDirectory:
         return load_state(self.path / STATE_FILE) if (self.path / STATE_FILE).exists() else None
 
     def begin(self, files: Mapping[str, str]) -> None:
-        """Take away what an earlier run left, and write the new run's first files, by name."""
+        """Remove the files of an earlier run, then write the first files of the new one (name -> text)."""
         remove(self.path, _REMOVED_IN_ORDER)
         for name, text in files.items():
             atomic_write(self.path / name, text)
@@ -85,7 +85,7 @@ class RunDirectory:
         atomic_write(self.path / LOG_FILE, "".join(json.dumps(event) + "\n" for event in events))
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The rows of the log up to the first that is none."""
+        """Return the rows of the log up to the first invalid one."""
         events: list[dict[str, Any]] = []
         with contextlib.suppress(OSError, ValueError):
             for line in (self.path / LOG_FILE).read_text(encoding="utf-8").splitlines():
@@ -93,15 +93,15 @@ class RunDirectory:
         return events
 
     def write_choices(self, run: str, choices: Mapping[str, str]) -> None:
-        """Replace the choices of the run with the name `run`."""
+        """Replace the choices of the run named `run`."""
         record = {"run": run, "choices": dict(choices)}
         atomic_write(self.path / CHOICES_FILE, json.dumps({**record, "sha256": _digest(record)}, indent=1) + "\n")
 
     def read_choices(self, run: str) -> dict[str, str]:
-        """The choices that this run made; {}: none were written.
+        """Return the choices of the run named `run`; {} if none were written.
 
         Raises:
-            ValueError: the file is damaged or of another run.
+            ValueError: the file is damaged or belongs to another run.
         """
         path = self.path / CHOICES_FILE
         if not path.exists():
@@ -109,15 +109,15 @@ class RunDirectory:
         try:
             record = json.loads(path.read_bytes())
             if record.pop("sha256") != _digest(record):
-                raise ValueError("its sha256 is not the one that was saved with it")
+                raise ValueError("its contents do not match the sha256 saved with it")
             if record["run"] != run:
-                raise ValueError("it is of another run")
+                raise ValueError("it belongs to another run")
             return record["choices"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path} cannot be used, it is damaged or was copied here ({error}): put a copy of it back, start anew "
-                "with resume=False (--no-resume), or remove it to go on with choices that are made again and may lead "
-                "to other last bits"
+                f"{path} cannot be used, it is damaged or was copied here ({error}): restore it from a copy, start "
+                "over with resume=False (--no-resume), or remove it to resume with new choices, which may change the "
+                "last bits of the result"
             ) from error
 
     def write_best(self, model: PromptedViT) -> None:
@@ -131,18 +131,18 @@ def _digest(record: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def open_run(path: str | os.PathLike[str]) -> Iterator[RunDirectory]:
-    """Hold a run's directory, made if it is missing, without the temporary files of a process that was killed in it.
+    """Lock a run's directory, creating it if necessary and removing temporary files of killed processes.
 
-    A directory that was made here and in which nothing was written is removed at the end.
+    If the directory was created here and nothing was written into it, it is removed at the end.
 
     Raises:
         ValueError: `path` is a file.
         DirectoryInUse: another process writes there; the message says which.
-        OSError: the directory cannot be made.
+        OSError: the directory cannot be created.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
-        raise ArgumentError("out_dir", f"must be a directory, {path} is a file")
+        raise ArgumentError("out_dir", f"must be a directory, got the file {path}")
     with directory_lock(path) as writable:
         if writable:
             for directory in (path, path / BEST_DIRECTORY):

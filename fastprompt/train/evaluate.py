@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured, over N images and C classes.
+    """The result of `evaluate` over N images and C classes.
 
     Attributes:
         accuracy: share of images whose most probable class is the label.
         per_class: (C,) accuracy within each true class; NaN for a class without images.
-        mean_per_class: mean of ``per_class`` over the classes that occur.
+        mean_per_class: mean of `per_class` over the classes that occur.
         confusion: (C, C) int64 counts; rows are true classes, columns predicted ones.
         loss: mean cross-entropy in nats.
         ece: expected calibration error of the top class, 15 equal-width bins (Guo et al. 2017).
-        macro_f1: mean over the classes that occur as label or prediction of 2 TP / (2 TP + FP + FN).
+        macro_f1: 2 TP / (2 TP + FP + FN), averaged over the classes that occur as label or prediction.
         top5_accuracy: share of images whose label is one of the five most probable classes.
         probabilities: (N, C) float32. labels: (N,) int64, in the order of the data.
-        seconds: wall time, reading included.
+        seconds: wall time, including reading the data.
     """
 
     accuracy: float
@@ -64,8 +64,8 @@ class Evaluation:
 
 
 def summarise(logits: Tensor, labels: Tensor, seconds: float) -> Evaluation:
-    """An `Evaluation` from logits (N, C) and labels (N,)."""
-    # Imported here: torchmetrics brings torchvision, and transformers and matplotlib where they are installed.
+    """Compute an `Evaluation` from logits (N, C) and labels (N,)."""
+    # Imported here because torchmetrics imports torchvision, and transformers and matplotlib if they are installed.
     from torchmetrics.functional.classification import (
         multiclass_accuracy,
         multiclass_calibration_error,
@@ -81,7 +81,7 @@ def summarise(logits: Tensor, labels: Tensor, seconds: float) -> Evaluation:
         scores, size = F.pad(scores, (0, 1)), 2
     confusion = multiclass_confusion_matrix(scores, labels, size)[:num_classes, :num_classes]
     counts = confusion.sum(1)
-    per_class = confusion.diagonal().double() / counts  # 0 / 0 is NaN: no image of that class
+    per_class = confusion.diagonal().double() / counts  # NaN (0 / 0) for a class without images
     return Evaluation(
         accuracy=float(confusion.diagonal().sum() / len(labels)),
         per_class=per_class,
@@ -98,12 +98,12 @@ def summarise(logits: Tensor, labels: Tensor, seconds: float) -> Evaluation:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter lies."""
+    """Return the device of the model's first parameter."""
     return next(model.parameters()).device
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that a recipe's `dtype` means on a device; warns where bfloat16 is emulated there."""
+    """Return the dtype that a recipe's `dtype` means on a device; warn if the device emulates bfloat16."""
     if device.type == "cpu" and name != "float32":
         fast = bfloat16_is_fast(device)
         if name == "auto":
@@ -119,7 +119,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module gets its own former mode back."""
+    """Context with the model in eval mode and without gradients; restores the mode of every module."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -132,7 +132,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def backbone_precision(model: PromptedViT, dtype: torch.dtype | None) -> Iterator[None]:
-    """The backbone in another dtype for a while; a frozen one then gets its own tensors back, exactly."""
+    """Context with the backbone in another dtype; frozen tensors are restored exactly at the end."""
     before = model.backbone_dtype
     if dtype is None or dtype == before:
         yield
@@ -152,7 +152,7 @@ def backbone_precision(model: PromptedViT, dtype: torch.dtype | None) -> Iterato
 
 @contextlib.contextmanager
 def latent_samples(model: PromptedViT, num_samples: int | None) -> Iterator[None]:
-    """The configuration's `inference_samples` (V²APT) set to another number for a while; None leaves it."""
+    """Context with the configuration's `inference_samples` (V²APT) set to `num_samples`, unless that is None."""
     generator: Any = model.generator
     if num_samples is None:
         yield
@@ -167,30 +167,30 @@ def latent_samples(model: PromptedViT, num_samples: int | None) -> Iterator[None
 
 @dataclass(frozen=True)
 class _Classes:
-    """Which class of a model each label of a data set is.
+    """Maps the labels of a data set to the classes of a model.
 
     Attributes:
-        names: of the labels. index: (labels,) int64 the model's class, -1: it has none of that name.
+        names: names of the labels. index: (labels,) int64, the model's class, or -1 if it has none of that name.
     """
 
     names: list[str]
     index: Tensor
 
     def of(self, labels: Tensor) -> Tensor:
-        """Labels (N,) as the model's classes; `ValueError` for one that it does not have."""
+        """Convert labels (N,) to the model's classes; raise `ValueError` for a class that it does not have."""
         found = self.index[labels]
         unknown = sorted({self.names[label] for label in labels[found < 0].tolist()})
         if unknown:
             raise ArgumentError(
                 "dataset",
-                f"must have images of the model's classes alone, got images of {', '.join(unknown[:10])}; pass "
+                f"must have images of the model's classes only, got images of {', '.join(unknown[:10])}; pass "
                 "class_names=model.class_names if labels are the model's class numbers",
             )
         return found
 
 
 def _matched_classes(model: PromptedViT, dataset: Any, class_names: Sequence[str] | None) -> _Classes | None:
-    """How labels become the model's classes by name; None where they are its class numbers."""
+    """Match the labels to the model's classes by name; return None if labels are its class numbers."""
     from fastprompt.model import class_names_of, stated_by
 
     names = class_names_of(dataset) if class_names is None else list(class_names)
@@ -199,7 +199,7 @@ def _matched_classes(model: PromptedViT, dataset: Any, class_names: Sequence[str
     for whose, each in (("dataset", names), ("the model", model.class_names)):
         twice = [name for name in each if each.count(name) > 1]
         if twice:
-            raise ValueError(f"classes are matched by name, and {whose} has several called {twice[0]!r}")
+            raise ValueError(f"classes are matched by name, but {whose} has several named {twice[0]!r}")
     own = {name: number for number, name in enumerate(model.class_names)}
     classes = _Classes(names, torch.tensor([own.get(name, -1) for name in names]))
     labels = stated_by(dataset, "labels", "targets")
@@ -210,8 +210,8 @@ def _matched_classes(model: PromptedViT, dataset: Any, class_names: Sequence[str
     missing = [name for name in model.class_names if name not in names]
     if missing:
         warnings.warn(
-            f"dataset has no class {', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''} of the model's "
-            f"{len(own)}; its {len(names)} are matched by name",
+            f"the dataset lacks {', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''} of the model's "
+            f"{len(own)} classes; its {len(names)} classes are matched by name",
             stacklevel=3,
         )
     return classes
@@ -226,25 +226,25 @@ def evaluate(
     num_workers: int = 0,
     class_names: Sequence[str] | None = None,
 ) -> Evaluation:
-    """Run the model in eval mode over the data, once, and put the former modes back.
+    """Evaluate the model once over the data, in eval mode; the modes of its modules are restored.
 
-    Classes are matched by name where model and data have names: a model of `bird`, `cat` and `dog` is evaluated on a
-    folder with `cat` and `dog` alone, and what is returned counts by the model's classes. Where one of them has no
-    names, label i is the model's class i.
+    Classes are matched by name if both model and data have class names: a model of `bird`, `cat` and `dog` can be
+    evaluated on a folder with only `cat` and `dog`, and the result uses the model's classes. If either has no names,
+    label i is the model's class i.
 
     Args:
-        model: with a head (num_classes given).
+        model: a model with a head (num_classes given).
         dataset: a Dataset yielding (image, label), an (images, labels) pair of tensors, or a DataLoader.
         batch_size: images per forward; ignored for a DataLoader.
-        num_samples: for a method with `inference_samples` (V²APT): average the class probabilities of that many
-            latent samples; None: as configured.
-        num_workers: loading processes of a Dataset.
-        class_names: of the data's labels; None: those that the data set states (`class_names` or torchvision's
-            `classes`). `model.class_names` says that labels are the model's own class numbers.
+        num_samples: for a method with `inference_samples` (V²APT), number of latent samples over which class
+            probabilities are averaged; None uses the configured number.
+        num_workers: number of processes that load a Dataset.
+        class_names: names of the data's labels; None uses those of the data set (`class_names` or torchvision's
+            `classes`). Pass `model.class_names` if labels are the model's own class numbers.
 
     Raises:
-        TypeError, ValueError: the model has no head, the data is empty, has wrong images or labels, or images of a
-            class that the model does not have; or a logit is NaN or infinite.
+        TypeError, ValueError: the model has no head, or the data are empty or have wrong images, wrong labels, or
+            images of a class that the model does not have; or a logit is NaN or infinite.
     """
     if model.num_classes is None:
         raise ArgumentError("model", "must have a head to be evaluated: build it with num_classes=")
@@ -258,8 +258,8 @@ def evaluate(
         if not hasattr(model.config, "inference_samples"):
             raise ArgumentError(
                 "num_samples",
-                f"must be None for a method that draws nothing at inference, got {num_samples}: "
-                f"{model.config.kind!r} has no option inference_samples, as V²APT has",
+                f"must be None for a method that draws no samples at inference, got {num_samples}: "
+                f"{model.config.kind!r} has no option inference_samples, unlike V²APT",
             )
     classes = _matched_classes(model, dataset, class_names)
     batches = Batches(

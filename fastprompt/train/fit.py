@@ -1,4 +1,4 @@
-"""Trains what a `PromptedViT` trains: generator and head (and the backbone in full fine-tuning)."""
+"""Train a `PromptedViT`: its generator and head, and the backbone in full fine-tuning."""
 
 from __future__ import annotations
 
@@ -56,17 +56,17 @@ Saved = tuple[dict[str, Tensor], dict[str, Any]]
 
 @dataclass
 class FitResult:
-    """What `fit` did.
+    """The result of `fit`.
 
     Attributes:
-        best_epoch: epoch (counted from 1) with the highest validation accuracy, of equals the lower
-            validation loss; or by `recipe.select_by` the other way round.
+        best_epoch: the epoch, counted from 1, that `recipe.select_by` selects: by default the one with the highest
+            validation accuracy and, among equals, the lowest validation loss.
         best_val_accuracy, best_val_loss: of that epoch.
         history: one dict per epoch, as in the log.
         images_per_second: training images over training time (validation and saving excluded).
-        peak_memory_mib: CUDA: highest allocation; CPU: highest resident size of the process while fitting.
-        seconds: wall time of all epochs, interrupted runs included.
-        out_dir: where log and checkpoints are, or None.
+        peak_memory_mib: highest allocation on CUDA; highest resident size of the process while fitting on the CPU.
+        seconds: wall time of all epochs, including those of interrupted runs.
+        out_dir: directory of log and checkpoints, or None.
     """
 
     best_epoch: int
@@ -91,43 +91,42 @@ def fit(
 ) -> FitResult:
     """Train the model and leave it with the weights that were best on validation.
 
-    The loss is cross-entropy, plus beta · mean(KL) where the generator returns a KL (V²APT; beta from its
-    configuration). The frozen backbone runs in `recipe.dtype` and gets its own tensors back at the end, bit
-    for bit; in full fine-tuning its weights stay float32 and bfloat16 is autocast. A linear probe on data
-    without augmentation computes its features once.
+    The loss is cross-entropy, plus beta · mean(KL) if the generator returns a KL (V²APT; beta is in its
+    configuration). The frozen backbone runs in `recipe.dtype`, and its own tensors are restored bit for bit at the
+    end. In full fine-tuning, its weights stay float32 and bfloat16 is autocast. A linear probe on data without
+    augmentation computes its features once.
 
-    With `out_dir` it writes what `fastprompt.train.directory` lists, each file whole or not at all: the state from
-    which a killed run goes on, the log, the recipe and the best adapter. One process at a time writes there. A run
-    that was killed goes on after its last complete epoch and ends with the same bits as if it had not been (on a CPU,
-    and wherever the operations are deterministic); implementations that were chosen by stopwatch are chosen again,
-    and the threads, processor and versions of the first process are compared with this one's. A finished run returns
-    its result at once.
+    With `out_dir`, `fit` writes the files that `fastprompt.train.directory` lists, each one atomically: the state to
+    resume from, the log, the recipe and the best adapter. Only one process at a time may write there. A killed run
+    resumes after its last complete epoch and ends with the same bits as an uninterrupted one (on a CPU, and wherever
+    the operations are deterministic): implementations chosen by timing are kept, and a warning names differences in
+    threads, processor or versions. A finished run returns its result at once.
 
-    A run is continued, and a result returned, only where all that it depends on is the same: recipe, configuration,
-    initial weights, head, class names, backbone with its normalisation and number formats, and the images themselves
-    as they come out of the transforms (of more than 20,000: a sample, and what the Dataset's `identity()` says). What
-    the images cannot tell is said in a warning.
+    A run is resumed, or its result returned, only if everything it depends on is unchanged: recipe, configuration,
+    initial weights, head, class names, backbone with its normalisation and data types, and the images after their
+    transforms (a sample of more than 20,000, plus the Dataset's `identity()`). A warning says what this comparison
+    cannot detect.
 
     Args:
-        model: built with num_classes. Without class names it takes those of the data set (`describe_data`).
+        model: a model built with num_classes. Without class names it takes those of the data set (`describe_data`).
         train, val: a Dataset yielding (image (3, H, W), label), an (images, labels) pair of tensors, or a
-            DataLoader. uint8 images are raw pixels, floating-point ones are normalised. All images are
-            checked before training (of more than 20,000: a sample; the others in their batch). A last batch
-            of one image joins the one before.
+            DataLoader. uint8 images are raw pixels, floating-point images are normalised. All images are checked
+            before training; of more than 20,000, a sample is, and the others are checked in their batches. A last
+            batch of one image is appended to the one before.
         recipe: None is `default_recipe(model.config)`.
         out_dir: None keeps everything in memory.
-        resume: False starts anew and replaces what is in `out_dir`.
-        progress: show device, sizes and what trains, then a bar with loss, accuracy, images per second and remaining
-            time (stderr).
-        fields: fields of the recipe to change: `epochs=3, lr=1e-3`. Where epochs are given to the method's own
-            recipe, its warm-ups keep their share of them.
+        resume: False starts over and replaces what is in `out_dir`.
+        progress: print device, sizes and number of trained parameters, then show a progress bar with loss, accuracy,
+            images per second and remaining time (stderr).
+        fields: fields of the recipe to change, such as `epochs=3, lr=1e-3`. If `epochs` changes the method's own
+            recipe, the warmups are scaled with it.
 
     Raises:
-        TypeError, ValueError: a wrong argument, wrong data, trained parameters that the adapter would not hold, or an
-            `out_dir` that holds another run or is damaged; nothing is trained.
+        TypeError, ValueError: an argument or the data are wrong, the adapter would not hold all trained parameters,
+            or `out_dir` holds another run or is damaged. Nothing is trained.
         DirectoryInUse: another process writes into `out_dir`.
-        TrainingDiverged: loss or gradient became NaN or infinite; the log has the event.
-        OSError: a file could not be written; what was written before is intact.
+        TrainingDiverged: loss or gradient became NaN or infinite; the log records it.
+        OSError: a file could not be written; earlier files are intact.
     """
     check_model(model)
     recipe = _recipe(model, recipe, fields)
@@ -149,18 +148,18 @@ def fit_in(
     data: Mapping[str, Any] | None = None,
     announced: bool = False,
 ) -> FitResult:
-    """`fit` of a checked model in a directory that is held already.
+    """Run `fit` on a checked model in a directory that is already locked.
 
     Args:
-        files: texts by name that a new run begins with, beside the recipe.
-        data: `data_identities`; None: taken here.
-        announced: device, sizes and what trains have been said.
+        files: name -> text of files that a new run writes first, beside the recipe.
+        data: result of `data_identities`; None computes it.
+        announced: device, sizes and number of trained parameters have been printed already.
     """
     assert model.head is not None
     if recipe.head_init == "probe" and model.head.kind == "linear":
         from fastprompt.train.probe import logistic_regression
 
-        logistic_regression()  # before anything is read or written
+        logistic_regression()  # fail before anything is read or written
     before = rng_state()
     try:
         data = data_identities(train, val, model.head.num_classes) if data is None else data
@@ -190,7 +189,7 @@ def fit_in(
 
 
 def check_model(model: Any) -> None:
-    """Raise `TypeError` or `ValueError` unless `model` can be trained, and all that trains can be saved."""
+    """Raise `TypeError` or `ValueError` unless `model` can be trained and all trained parameters can be saved."""
     from fastprompt.model import PromptedViT
 
     if not isinstance(model, PromptedViT):
@@ -201,15 +200,15 @@ def check_model(model: Any) -> None:
 
 
 def describe_data(model: PromptedViT, train: Any) -> None:
-    """`PromptedViT.describe_data`; raise `ValueError` for a class name that could not be written after training."""
+    """Call `PromptedViT.describe_data`; raise `ValueError` for a class name that cannot be saved after training."""
     model.describe_data(train)
     for index, name in enumerate(model.class_names or ()):
         try:
             name.encode()
         except UnicodeEncodeError:
             raise ValueError(
-                f"class_names[{index}] must be text that UTF-8 can hold, got {name!r}; a class folder of that name "
-                "has to be renamed"
+                f"class_names[{index}] must be text that UTF-8 can encode, got {name!r}; rename the class folder of "
+                "that name"
             ) from None
 
 
@@ -257,12 +256,12 @@ class _Run:
                     warnings.warn(gap, stacklevel=4)
 
     def find_saved(self) -> Saved | None:
-        """The state of this run in its directory; `ValueError` where it is another run's."""
+        """Return the saved state of this run, or None; raise `ValueError` if it belongs to another run."""
         saved = None if self.directory is None else self.directory.read_state()
         if saved is None or self.directory is None:
             return None
         tensors, values = saved
-        # A model that holds the result of a finished run has no other weights than the run gives it.
+        # A model that already holds the result of the finished run may differ in its initial weights.
         holds_result = self.is_finished(saved) and weights_digest(best_weights(tensors)) == weights_digest(
             self.state.best
         )
@@ -275,25 +274,25 @@ class _Run:
         if "identity" not in values:
             warnings.warn(
                 f"{self.directory.path} holds a run of an earlier version, which recorded neither its images nor its "
-                "initial weights: whether they are the same cannot be told",
+                "initial weights, so these cannot be compared",
                 stacklevel=4,
             )
         return saved
 
     @staticmethod
     def is_finished(saved: Saved) -> bool:
-        """Whether a state is that of a run's end."""
+        """Whether the state is that of a finished run."""
         return bool(saved[1]["progress"]["events"][-1]["event"] == "end")
 
     def recall_choices(self, values: Mapping[str, Any]) -> None:
-        """Choose as the process did that wrote the state, and say where the rest of it was another."""
+        """Take over the timing choices of the process that wrote the state."""
         assert self.directory is not None
         made = self.state.choices.made
         made |= values.get("choices", {})
         made |= self.directory.read_choices(values["run"]) if "run" in values else {}
 
     def prepare_data(self) -> None:
-        """Batches of images, or of a linear probe's features; a trial forward before anything is written."""
+        """Prepare batches of images, or of features for a linear probe, after a trial forward."""
         train, val = self.train_source, self.val_source
         for name, data in (("train", train), ("val", val)):
             images, _ = next(
@@ -330,7 +329,7 @@ class _Run:
         self.loop = Loop(self.model, self.state.optimizer, self.recipe, self.train, self.val, self.cached)
 
     def _check_single_images(self) -> None:
-        """Raises where batches of one image come and the generator's batch norm cannot take them."""
+        """Raise an error if there are batches of one image and the generator's batch norm cannot process them."""
         generator, train = self.model.generator, self.train_source
         size = train.batch_size if isinstance(train, DataLoader) else self.recipe.batch_size
         first = Batches(train, 1, name="train", num_classes=self.num_classes, device=self.device)
@@ -343,11 +342,11 @@ class _Run:
             raise ArgumentError(
                 "batch_size",
                 f"must be at least 2 and train must hold at least 2 images for {self.model.config.kind!r} "
-                f"here, got {size} and {first.num_images}: its batch norm cannot take a single image ({error})",
+                f"here, got {size} and {first.num_images}: its batch norm cannot process a single image ({error})",
             ) from error
 
     def start(self, files: Mapping[str, str]) -> None:
-        """A new run: seeds, the head's start, and a state, so that the first epoch can be resumed."""
+        """Start a new run: seed, initialise the head, and save a state so that the first epoch can be resumed."""
         seed = self.recipe.seed
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
@@ -389,7 +388,7 @@ class _Run:
         self._say_start()
 
     def go_on(self, saved: Saved) -> None:
-        """Go on where the state was written."""
+        """Resume from the saved state."""
         assert self.directory is not None
         tensors, values = saved
         self.state.restore(tensors, values)
@@ -401,7 +400,8 @@ class _Run:
         if changed:
             said = ", ".join(f"{name} is {new}, was {old}" for name, (new, old) in changed.items())
             warnings.warn(
-                f"{self.directory.path} is continued where the last bits may come out differently: {said}", stacklevel=4
+                f"{self.directory.path} is resumed in another environment, so last bits may differ: {said}",
+                stacklevel=4,
             )
         progress = self.state.progress
         progress.events = whole_log(progress.events, self.directory.read_log())
@@ -409,10 +409,10 @@ class _Run:
         self._make_up(tensors)
         self._keep_new_choices(self.directory)
         self._say_start()
-        self._say(f"going on after epoch {progress.epoch} of {self.recipe.epochs}")
+        self._say(f"resuming after epoch {progress.epoch} of {self.recipe.epochs}")
 
     def _make_up(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write again what follows from the state, where it was lost or is not of this state."""
+        """Rebuild the files that follow from the state if they are lost or do not match it."""
         assert self.directory is not None
         path, progress = self.directory.path, self.state.progress
         recipe = json.dumps(self.recipe.to_dict(), indent=2) + "\n"
@@ -427,7 +427,7 @@ class _Run:
             self.model.load_adapter_state_dict(now)
 
     def _keep_new_choices(self, directory: RunDirectory) -> None:
-        """From here on write down what the stopwatch chooses before it counts."""
+        """From now on, save every timing choice before it takes effect."""
         choices = self.state.choices
         choices.on_choice = lambda: directory.write_choices(self.state.name, choices.made)
 
@@ -443,7 +443,7 @@ class _Run:
             say(line, sys.stderr)
 
     def train_to_the_end(self) -> None:
-        """All epochs that are left, then the event that marks the run as finished."""
+        """Train the remaining epochs, then record the event that marks the run as finished."""
         recipe, progress = self.recipe, self.state.progress
         total, done = (epochs * self.train.num_images for epochs in (recipe.epochs, progress.epoch))
         reset_peak_memory(self.device)
@@ -479,7 +479,7 @@ class _Run:
         self.commit()
 
     def one_epoch(self, epoch: int, bar: Any) -> None:
-        """Train, validate, and commit what came out."""
+        """Train and validate for one epoch, then commit the result."""
         progress = self.state.progress
         began = time.perf_counter()
         said = f" val {progress.best_val_accuracy:.3f} (best)" if progress.epoch else ""
@@ -514,16 +514,16 @@ class _Run:
             self.directory.write_best(self.model)
 
     def commit(self) -> None:
-        """Write the state, then what follows from it."""
+        """Write the state, then the files that follow from it."""
         if self.directory is not None:
             self.directory.commit(*self.state.saved())
             self.directory.write_log(self.state.progress.events)
 
     def result(self, saved: Saved | None = None) -> FitResult:
-        """The finished run's result; the model gets the best weights.
+        """Load the best weights into the model and return the finished run's result.
 
         Args:
-            saved: the state of a run that was finished before.
+            saved: the state of a run that an earlier call finished.
         """
         state = self.state
         if saved is not None:
@@ -533,8 +533,8 @@ class _Run:
             except OSError as error:
                 assert self.directory is not None
                 warnings.warn(
-                    f"{self.directory.path} holds a finished run, whose log or best/ is not whole and could not be "
-                    f"written again: {error}",
+                    f"{self.directory.path} holds a finished run with an incomplete log or best/, which could not be "
+                    f"rebuilt: {error}",
                     stacklevel=4,
                 )
         self.model.load_adapter_state_dict(state.best)
@@ -554,7 +554,7 @@ class _Run:
 
 
 def _same_every_epoch(data: Any) -> bool:
-    """Whether the data is known to give the same images in every epoch (no augmentation)."""
+    """Whether the data are known to yield the same images in every epoch (no augmentation)."""
     if is_tensor_pair(data) or isinstance(data, TensorDataset):
         return True
     return not isinstance(data, DataLoader) and getattr(data, "augment", "unknown") in ("none", None, False)
@@ -562,7 +562,7 @@ def _same_every_epoch(data: Any) -> bool:
 
 @contextlib.contextmanager
 def _deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """PyTorch's deterministic algorithms for a while, with a warning where an operator has none."""
+    """Context with PyTorch's deterministic algorithms; operators without one warn."""
     if not wanted:
         yield
         return

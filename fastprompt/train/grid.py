@@ -1,4 +1,4 @@
-"""Several runs of one method: learning rates, seeds, and how sure a difference between two methods is."""
+"""Grids of learning rates and seeds, and the significance of the difference between two methods."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class RunResult:
     """One run of a grid.
 
     Attributes:
-        lr, seed: of the run. diverged: its loss became NaN or infinite; the accuracies are then 0 and the
-            loss infinite.
+        lr, seed: learning rate and seed of the run.
+        diverged: whether the loss became NaN or infinite; the accuracy is then 0 and the loss infinite.
         best_epoch, best_val_accuracy, best_val_loss, images_per_second, peak_memory_mib, seconds: as in
             `FitResult`.
-        trained_parameters: how many numbers were trained.
-        directory: with ``best/`` (the adapter), ``log.jsonl`` and ``result.json``.
+        trained_parameters: number of trained parameters.
+        directory: the run's directory, with `best/` (the adapter), `log.jsonl` and `result.json`.
     """
 
     lr: float
@@ -54,7 +54,7 @@ class RunResult:
 
     @property
     def adapter(self) -> Path:
-        """The directory `PromptedViT.from_pretrained` reads."""
+        """The directory to pass to `PromptedViT.from_pretrained`."""
         return self.directory / BEST_DIRECTORY
 
 
@@ -68,25 +68,25 @@ def run_grid(
     out_dir: str | Path,
     progress: bool = True,
 ) -> list[RunResult]:
-    """Trains one model for every learning rate and seed; what an earlier call finished is not run again.
+    """Train one model for every learning rate and seed; runs that an earlier call finished are not repeated.
 
-    Each run has its own directory `lr-<lr>_seed-<seed>`. Its `result.json` is written last and marks it as finished;
-    an interrupted run goes on after its last epoch. A run that diverges is recorded as such and the grid goes on. The
-    result of a finished run is returned only where data, model and recipe are those that it was trained with.
+    Each run has its own directory `lr-<lr>_seed-<seed>`. Its `result.json` is written last and marks the run as
+    finished. An interrupted run resumes after its last epoch. A run that diverges is recorded as diverged, and the
+    grid continues. The result of a finished run is returned only if data, model and recipe are unchanged.
 
     Args:
         make_model: seed -> a freshly initialised model. Its initialisation should depend on the seed.
-        train, val: as in `fastprompt.fit`. Learning rates may only be chosen on validation data.
-        recipe: everything but ``lr`` and ``seed``, which the grid sets.
+        train, val: as in `fastprompt.fit`. Choose learning rates on validation data only.
+        recipe: the recipe; the grid sets `lr` and `seed`.
         lrs, seeds: the grid.
-        out_dir: where the runs lie.
-        progress: show a bar for every run.
+        out_dir: parent directory of the runs.
+        progress: show a progress bar for every run.
 
     Returns:
         One result per learning rate and seed, learning rates outermost.
 
     Raises:
-        ValueError: an empty grid, or another run in a directory of this one.
+        ValueError: the grid is empty, or a directory holds another run.
         DirectoryInUse: another process writes into one of the directories.
     """
     if len(lrs) == 0 or len(seeds) == 0:
@@ -105,7 +105,7 @@ def _one_run(
     progress: bool,
     data: dict[str, Any],
 ) -> RunResult:
-    """One run of the grid, or what an earlier call made of it; `data` is filled by the first of them."""
+    """Run one point of the grid or return its earlier result; the first call fills `data`."""
     directory = out_dir / f"lr-{recipe.lr:g}_seed-{recipe.seed}"
     with open_run(directory) as run:
         record = _read_record(directory, recipe)
@@ -154,7 +154,7 @@ def _one_run(
 
 
 def _read_record(directory: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """What a finished run's `result.json` says; None: it is not finished."""
+    """Return the `result.json` of a finished run, or None if the run is not finished."""
     path = directory / GRID_RESULT_FILE
     if not path.exists():
         return None
@@ -165,13 +165,13 @@ def _read_record(directory: Path, recipe: Recipe) -> dict[str, Any] | None:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a run's result ({error}); delete {directory} to run it again") from error
     if differences:
-        text = ", ".join(f"{name} is {new!r}, there {old!r}" for name, (new, old) in differences.items())
+        text = ", ".join(f"{name} is {new!r}, was {old!r}" for name, (new, old) in differences.items())
         raise ValueError(f"{directory} holds a finished run with another recipe ({text}); choose another out_dir")
     return record
 
 
 def _require_same_record(record: dict[str, Any], identity: dict[str, Any], run: RunDirectory) -> None:
-    """Raise `ValueError` where a finished run is another one; a record of an earlier version has only its state."""
+    """Raise `ValueError` if a finished run is another one; records of earlier versions are compared by their state."""
     if "identity" in record:
         require_same(identity, record["identity"], run.path)
         return
@@ -180,7 +180,7 @@ def _require_same_record(record: dict[str, Any], identity: dict[str, Any], run: 
         require_same(identity, recorded_identity(saved[1]), run.path)
     warnings.warn(
         f"{run.path} holds the result of an earlier version, which recorded neither its images nor its initial "
-        "weights: whether they are the same cannot be told",
+        "weights, so these cannot be compared",
         stacklevel=5,
     )
 
@@ -194,12 +194,12 @@ def _result(record: Mapping[str, Any], directory: Path) -> RunResult:
 
 
 def best_learning_rate(results: Sequence[RunResult]) -> float:
-    """The learning rate with the highest validation accuracy, averaged over its seeds.
+    """Return the learning rate with the highest validation accuracy, averaged over its seeds.
 
-    Of equal ones the lower mean validation loss wins, then the smaller learning rate.
+    Ties are broken by the lower mean validation loss, then by the smaller learning rate.
     """
     if not results:
-        raise ArgumentError("results", "must hold at least one run")
+        raise ArgumentError("results", "must hold at least one run, got none")
 
     def score(lr: float) -> tuple[float, float, float]:
         runs = [run for run in results if run.lr == lr]
@@ -222,10 +222,10 @@ def select_learning_rate(
     seeds: Sequence[int] = (0,),
     progress: bool = True,
 ) -> tuple[float, list[RunResult]]:
-    """Runs the grid and picks the learning rate on validation (`run_grid`, `best_learning_rate`).
+    """Run the grid and pick the learning rate on validation (`run_grid`, `best_learning_rate`).
 
     Returns:
-        The learning rate and every run, to be reported with it.
+        The learning rate, and all runs to report with it.
 
     Raises:
         TrainingDiverged: every run diverged.
@@ -242,14 +242,14 @@ class PairedDifference:
 
     Attributes:
         difference: mean over images and seeds.
-        image_interval: (low, high), t interval over images of the per-image difference (averaged over seeds):
-            what another test set of the same kind would show with these trained models.
-        seed_interval: (low, high), t interval over seeds of the difference: what other seeds would show on
+        image_interval: (low, high), t interval over images of the per-image difference, averaged over seeds. It
+            covers the choice of test images, given these trained models.
+        seed_interval: (low, high), t interval over seeds of the difference. It covers the choice of seeds, given
             these images. NaN with a single seed.
-        p_value: exact McNemar test, two-sided, on the images that only one of the two gets right; NaN with
-            several seeds.
+        p_value: exact two-sided McNemar test on the images that only one of the two gets right; NaN with several
+            seeds.
         num_images, num_seeds: N and S.
-        level: of both intervals.
+        level: confidence level of both intervals.
     """
 
     difference: float
@@ -262,16 +262,16 @@ class PairedDifference:
 
 
 def paired_difference(correct_a: Any, correct_b: Any, level: float = 0.95) -> PairedDifference:
-    """How much better a is than b on the same test images, with intervals.
+    """Compare the accuracies of a and b on the same test images, with intervals.
 
     Args:
         correct_a, correct_b: (N,) or (seeds, N) booleans: whether each image was classified correctly, in the
-            same order (`Evaluation.correct`). One of the two may have a single row where the other has
-            several (a deterministic probe against several seeds).
-        level: of the intervals, between 0 and 1.
+            same order (`Evaluation.correct`). One of the two may have a single row if the other has several (a
+            deterministic probe against several seeds).
+        level: confidence level of the intervals, between 0 and 1.
 
     Raises:
-        ValueError: shapes that do not pair up, fewer than two images, values other than 0 and 1.
+        ValueError: the shapes do not pair up, there are fewer than two images, or values are not booleans.
     """
     with needed("report", "the comparison of two methods"):
         from scipy import stats

@@ -1,4 +1,4 @@
-"""What a training run is: everything that its result depends on, as JSON values that can be compared."""
+"""The identity of a training run: everything its result depends on, as comparable JSON values."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
 
 _READ_TWICE = 8
 _FOLLOWS = {part: {f"{part}.labels", f"{part}.images", f"{part}.read"} for part in ("train", "val")}
-"""What differs wherever the number of images does."""
+"""Parts that always differ if the number of images does."""
 _LONGEST_SAID = 60
-"""Characters of a value that a message repeats; a digest has 66."""
+"""Maximum length of a value that a message repeats; a digest has 66 characters."""
 
 
 def run_identity(
     model: PromptedViT, recipe: Recipe, backbone_dtype: torch.dtype, data: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What must be the same for a run to be continued, or for its result to be that of another call.
+    """Return everything that must be unchanged to resume a run or to reuse its result.
 
-    Recipe, configuration, head with its tensors, class names, readout, backbone (fingerprint, normalisation, number
-    formats), what trains, the initial values of generator and head, and the data.
+    This is the recipe, configuration, head with its tensors, class names, readout, backbone (fingerprint,
+    normalisation, data types), names of trained parameters, initial values of generator and head, and the data.
 
     Args:
-        model: before it is trained.
-        backbone_dtype: in which its backbone will compute.
-        data: `data_identities`.
+        model: the model before training.
+        backbone_dtype: dtype in which the backbone will compute.
+        data: result of `data_identities`.
     """
     assert model.head is not None
     backbone, state = model.backbone, model.adapter_state_dict()
@@ -70,7 +70,7 @@ def run_identity(
 
 
 def data_identities(train: Any, val: Any, num_classes: int) -> dict[str, Any]:
-    """`data_identity` of training and validation data, as "train" and "val"; random states are left as they were."""
+    """Return `data_identity` of the data as "train" and "val"; random states are restored."""
     before = rng_state()
     try:
         return {
@@ -82,16 +82,16 @@ def data_identities(train: Any, val: Any, num_classes: int) -> dict[str, Any]:
 
 
 def data_identity(data: Any, name: str, num_classes: int) -> dict[str, Any]:
-    """Check labelled images (`check_data`) and take digests of what was read.
+    """Check labelled images (`check_data`) and compute digests of what was read.
 
     A Dataset can add to its identity what its images do not show: a method `identity()` that returns JSON values, as
-    `ImageSet` has. Of these "files" counts only where not all images were read.
+    `ImageSet` has. Its entry "files" counts only if not all images were read.
 
     Returns:
-        "num_images"; "labels", "images": sha256 of the labels and of the images as the model gets them, transforms
-        included, random ones drawing from fixed seeds; "read": how many images that covers. "images" is None where a
-        second reading gave other images, or something that is no image. "stated": what the Dataset says. "loader":
-        batch size, order and collate function of a DataLoader.
+        "num_images"; "labels" and "images": sha256 of the labels and of the images after their transforms, with
+        random transforms drawing from fixed seeds; "read": number of images covered. "images" is None if a second
+        reading gives different images, or if an item cannot be hashed. "stated": the result of the Dataset's
+        `identity()`. "loader": batch size, order and collate function of a DataLoader.
 
     Raises:
         TypeError, ValueError: see `check_data`.
@@ -120,7 +120,7 @@ def data_identity(data: Any, name: str, num_classes: int) -> dict[str, Any]:
 
 
 def _repeats(source: Any, read: Sequence[int]) -> bool:
-    """Whether the first images are the same when they are read again with the same seeds."""
+    """Whether reading the first images again with the same seeds gives the same images."""
     if is_tensor_pair(source):
         return True
     readings = []
@@ -142,7 +142,7 @@ def _loader_identity(loader: DataLoader[Any]) -> dict[str, Any]:
 
 
 def _sampler_identity(sampler: Any) -> dict[str, Any]:
-    """A sampler's type and settings, without what changes from epoch to epoch; "unknown" names those not understood."""
+    """Return a sampler's type and settings, except those that change every epoch; "unknown" names unhashable ones."""
     found: dict[str, Any] = {"kind": type(sampler).__qualname__, "unknown": []}
     attributes = {"batches": sampler} if isinstance(sampler, (list, tuple)) else getattr(sampler, "__dict__", {})
     for key, value in attributes.items():
@@ -159,40 +159,39 @@ def _sampler_identity(sampler: Any) -> dict[str, Any]:
 
 
 def not_covered(identity: Mapping[str, Any], name: str) -> str | None:
-    """What an identity of data cannot tell, as a sentence; None: a change of the images does not go unnoticed."""
+    """Describe which changes of the data its identity cannot detect; None if it detects any change of the images."""
     sampler = (identity["loader"] or {}).get("sampler", {})
     if sampler.get("unknown"):
         return (
-            f"{name} is drawn by a {sampler['kind']} whose {', '.join(sampler['unknown'])} cannot be compared: whether "
-            "a run is continued on the same images is not known"
+            f"{name} is drawn by a {sampler['kind']}, and its {', '.join(sampler['unknown'])} cannot be compared: a "
+            "run may be resumed on different images"
         )
     if identity["stated"].get("files") is not None:
         return None
     if identity["images"] is None:
         return (
-            f"{name} does not give the same images when it is read again, so that only their number and labels tell "
-            "whether a run is continued on the same data. Give the Dataset a method identity() that returns what its "
-            "images depend on"
+            f"{name} yields different images each time it is read, so a run is resumed if only their number and "
+            "labels are unchanged. Give the Dataset a method identity() that returns what its images depend on"
         )
     if identity["read"] < identity["num_images"]:
         return (
-            f"{name} has {identity['num_images']:,} images, of which {identity['read']:,} tell whether a run is "
-            "continued on the same data. Give the Dataset a method identity() that returns what its images depend on"
+            f"{name} has {identity['num_images']:,} images, of which only {identity['read']:,} are compared when a run "
+            "is resumed. Give the Dataset a method identity() that returns what its images depend on"
         )
     return None
 
 
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, str]:
-    """What is not the same in two identities: the name of each part → a phrase for a message.
+    """Compare two identities: return the name of each part that differs → a phrase for a message.
 
-    A part that one of the two does not have, as those of other versions, is passed over.
+    A part that only one of them has, because another version wrote it, is ignored.
     """
     found = {}
     for name, new, old in _unequal(json.loads(json.dumps(mine)), theirs, ""):
         said = all(len(repr(value)) <= _LONGEST_SAID for value in (new, old))
-        found[name] = f"{name} is {new!r}, there {old!r}" if said else f"{name} changed"
+        found[name] = f"{name} is {new!r}, was {old!r}" if said else f"{name} changed"
     for part in ("train", "val"):
-        if f"{part}.num_images" in found:  # which explains the rest
+        if f"{part}.num_images" in found:  # explains the rest
             found = {name: text for name, text in found.items() if name not in _FOLLOWS[part]}
     return found
 
@@ -216,10 +215,10 @@ def as_recorded_here(
 def require_same(
     mine: Mapping[str, Any], theirs: Mapping[str, Any], where: Path, except_for: Sequence[str] = ()
 ) -> None:
-    """Raise `ValueError` where the run in `where` has another identity than this one; the message says what differs.
+    """Raise `ValueError` if the run in `where` has a different identity; the message says what differs.
 
     Args:
-        except_for: names of parts that do not matter.
+        except_for: names of parts to ignore.
     """
     different = differences(mine, theirs)
     said = [phrase for name, phrase in different.items() if name not in except_for]
@@ -227,10 +226,10 @@ def require_same(
         return
     hint = ""
     if said == [different.get("initial_weights")]:
-        hint = ". A run that is to be continued starts from the same weights: seed before the model is built"
+        hint = ". To resume a run, start from the same weights: seed before building the model"
     raise ValueError(
-        f"out_dir {where} holds another run ({', '.join(said)}); choose another directory, or resume=False "
-        f"(--no-resume) to replace it{hint}"
+        f"out_dir {where} holds another run ({', '.join(said)}); choose another directory, or replace it with "
+        f"resume=False (--no-resume){hint}"
     )
 
 
@@ -246,14 +245,14 @@ def _unequal(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str) ->
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """sha256 of a tensor's dtype, shape and bytes."""
+    """Return the sha256 of a tensor's dtype, shape and bytes."""
     digest = hashlib.sha256()
     feed(digest, tensor)
     return digest.hexdigest()
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """sha256 of named tensors."""
+    """Return the sha256 of named tensors."""
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())

@@ -1,4 +1,4 @@
-"""What a training run says: rows of its log, the line it starts with, the progress bar."""
+"""Output of a training run: the rows of its log, its first line, the progress bar."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from fastprompt.kernels import native
 
 _BETWEEN_STATES = ("resume", "diverged")
-"""Events whose rows are written without a new state."""
+"""Events that are logged without writing a new state."""
 
 
 def whole_log(in_state: Sequence[dict[str, Any]], in_file: Sequence[Any]) -> list[dict[str, Any]]:
-    """The rows of a log, from those that the state holds and those that its file holds.
+    """Combine the log rows in the state with those in the log file.
 
-    A process that is killed between writing the two leaves a file that lacks the state's last rows; a run that was
-    resumed or diverged after the last state has rows in the file only. The rows of any other file do not count.
+    A process killed between writing the two leaves a file without the state's last rows. A run that was resumed or
+    diverged after the last state has more rows in the file. Any other file is ignored.
     """
     rows = list(in_state)
     later = list(in_file[len(rows) :])
@@ -31,7 +31,7 @@ def whole_log(in_state: Sequence[dict[str, Any]], in_file: Sequence[Any]) -> lis
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What else the last bits depend on: torch's version, device, threads and instruction sets."""
+    """Return what the last bits of a result depend on: torch's version, device, threads and instruction sets."""
     found: dict[str, Any] = {"torch": torch.__version__, "device": device.type}
     if device.type == "cpu":
         found |= {
@@ -43,7 +43,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def start_line(event: Mapping[str, Any]) -> str:
-    """One line for people about a run that starts, from its "start" row."""
+    """Describe a starting run in one line, from its "start" row."""
     counts = event["trained_parameters"]
     return (
         f"training {event['config']['kind']} on {event['device']} in {event['backbone_dtype']}: "
@@ -53,22 +53,22 @@ def start_line(event: Mapping[str, Any]) -> str:
 
 
 def choices_line(choices: Mapping[str, str]) -> str | None:
-    """Which implementations a run chose by stopwatch; None: none."""
+    """Describe the implementations that a run chose by timing; None if there are none."""
     of_op: dict[str, set[str]] = {}
     for signature, name in choices.items():
         of_op.setdefault(signature.removeprefix("('").partition("'")[0], set()).add(name)
     if not of_op:
         return None
     said = ", ".join(f"{op} by {' and '.join(sorted(names))}" for op, names in sorted(of_op.items()))
-    return f"chosen by stopwatch and kept for this run: {said}"
+    return f"chosen by timing and kept for this run: {said}"
 
 
 @contextlib.contextmanager
 def progress_bar(show: bool, total: int, initial: int) -> Iterator[Any]:
-    """tqdm over images on stderr."""
+    """A tqdm bar over images, on stderr."""
     from tqdm import tqdm
 
-    # A file or a pipe gets a line every ten seconds, a terminal ten a second.
+    # Update a terminal ten times a second, a file or pipe every ten seconds.
     interval = 0.1 if sys.stderr.isatty() else 10.0
     with tqdm(
         total=total, initial=initial, unit="img", disable=not show, mininterval=interval, dynamic_ncols=True

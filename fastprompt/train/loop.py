@@ -23,7 +23,9 @@ class TrainingDiverged(FloatingPointError):
     """The loss or the gradient became NaN or infinite.
 
     Attributes:
-        epoch: counted from 1. step: within the epoch, counted from 1 (0: while validating). lr: at that step.
+        epoch: counted from 1.
+        step: step within the epoch, counted from 1; 0 during validation.
+        lr: learning rate at that step.
     """
 
     def __init__(self, what: str, epoch: int, step: int, lr: float) -> None:
@@ -31,16 +33,16 @@ class TrainingDiverged(FloatingPointError):
         place = f"step {step}" if step else "validation"
         super().__init__(
             f"training diverged: the {what} at epoch {epoch}, {place}, with lr={lr:g}. Use a lower learning "
-            f"rate (for example a third of it), a longer warm-up or clip_grad=1.0; the model holds the best "
-            f"weights of the epochs before"
+            f"rate (for example a third of it), a longer warmup or clip_grad=1.0; the model holds the best weights "
+            f"of the previous epochs"
         )
 
 
 class Loop:
-    """Trains a model's parameters on batches, and measures it on others.
+    """Trains a model on batches of training data, and validates it.
 
     Args:
-        features: whether the batches hold what the head reads in place of images (a linear probe's, cached).
+        features: whether the batches hold cached features for the head instead of images (linear probe).
     """
 
     def __init__(
@@ -62,14 +64,15 @@ class Loop:
 
         Args:
             epoch: counted from 1.
-            bar: a tqdm bar over images. said: what it shows beside loss and accuracy.
+            bar: a tqdm bar over images.
+            said: text that the bar shows after loss and accuracy.
 
         Returns:
             "train_loss" (mean, nats), "train_accuracy", "lr" (of the last step), "grad_norm" (mean, before clipping);
-            with a KL term "kl" (mean, nats), "beta" (of the last step) and "active_units".
+            with a KL term also "kl" (mean, nats), "beta" (of the last step) and "active_units".
 
         Raises:
-            TrainingDiverged: loss or gradient norm is NaN or infinite.
+            TrainingDiverged: the loss or gradient norm is NaN or infinite.
         """
         recipe, steps = self.recipe, len(self.train_batches)
         self.model.train()
@@ -130,7 +133,7 @@ class Loop:
         return record
 
     def validate(self, epoch: int) -> tuple[float, float]:
-        """Mean cross-entropy (nats) and accuracy on the validation data, in eval mode.
+        """Return mean cross-entropy (nats) and accuracy on the validation data, in eval mode.
 
         Raises:
             TrainingDiverged: the loss is NaN or infinite.
@@ -148,7 +151,7 @@ class Loop:
         return loss, correct / seen
 
     def _forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Float32 logits and what the loss needs besides."""
+        """Return float32 logits and the auxiliary tensors for the loss."""
         if self.features:
             assert self.model.head is not None
             return self.model.head(images).float(), {}

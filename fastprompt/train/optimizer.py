@@ -14,13 +14,14 @@ _NAMES_IN_TIMM = {"adamw": "adamw", "sgd": "momentum"}  # timm's "sgd" is Nester
 
 
 def make_optimizer(named: Iterable[tuple[str, torch.nn.Parameter]], recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer over groups by part and by weight decay (`Recipe.part_of`, `Recipe.decays`).
+    """Create the recipe's optimizer, with parameters grouped by part and weight decay.
 
-    timm's own grouping knows no rate for a part, and takes its parameters from a module: the groups are made here.
-    Each has its peak rate as "peak_lr", which `set_learning_rates` scales.
+    See `Recipe.part_of` and `Recipe.decays`. The groups are built here because timm's grouping has no learning rates
+    per part and takes its parameters from a module. Each group stores its peak rate as "peak_lr", which
+    `set_learning_rates` scales.
 
     Raises:
-        ValueError: nothing trains.
+        ValueError: there are no trainable parameters.
     """
     from timm.optim import create_optimizer_v2
 
@@ -37,7 +38,7 @@ def make_optimizer(named: Iterable[tuple[str, torch.nn.Parameter]], recipe: Reci
         )
         group["params"].append(parameter)
     if not groups:
-        raise ArgumentError("model", "has no parameter that trains")
+        raise ArgumentError("model", "must have trainable parameters, got none")
     return create_optimizer_v2(
         list(groups.values()),
         opt=_NAMES_IN_TIMM[recipe.optimizer],
@@ -48,10 +49,11 @@ def make_optimizer(named: Iterable[tuple[str, torch.nn.Parameter]], recipe: Reci
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's rate to `factor` times its peak (`Recipe.lr_factor`).
+    """Set every group's learning rate to `factor` times its peak (`Recipe.lr_factor`).
 
-    timm's schedulers end at one absolute rate for all groups, where `min_lr_ratio` is of each group's own peak, and
-    their cosine is one step ahead of ours. A schedule that is a function of the step alone leaves nothing to save.
+    timm's schedulers are not used: they end at one absolute rate for all groups, while `min_lr_ratio` is relative to
+    each group's peak, and their cosine is one step ahead. This schedule depends on the step only, so it has no state
+    to save.
     """
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor

@@ -1,4 +1,4 @@
-"""The linear probe: multinomial logistic regression on frozen features, L-BFGS, C from validation."""
+"""The linear probe: multinomial logistic regression on frozen features by L-BFGS, with C chosen on validation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
 
 C_GRID = tuple(10.0 ** (exponent / 2) for exponent in range(-12, 7))
-"""Inverse regularisation strengths that are tried: 1e-6 to 1e3, two to a decade."""
+"""Inverse regularisation strengths to try: 1e-6 to 1e3, two per decade."""
 
 ABSENT_CLASS_MARGIN = 10.0
 """A class without training images gets weight 0 and a bias this far (nats) below the lowest one."""
@@ -31,15 +31,15 @@ ABSENT_CLASS_MARGIN = 10.0
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What `fit_linear_probe` found.
+    """The result of `fit_linear_probe`.
 
     Attributes:
         C: the chosen inverse regularisation strength.
         best_val_accuracy, best_val_loss: of the chosen C (loss: mean cross-entropy, nats).
         grid: one dict per C: C, train_accuracy, val_accuracy, val_loss, converged.
-        at_edge: the chosen C is the first or last of the grid: a wider grid might do better.
-        weight (C, width), bias (C,): float64, on the features as they are (standardisation folded in).
-        seconds: feature extraction and all fits. feature_seconds: extraction alone.
+        at_edge: whether the chosen C is the first or last of the grid, so that a wider grid might do better.
+        weight (C, width), bias (C,): float64, for the original features (standardisation is folded in).
+        seconds: time for feature extraction and all fits. feature_seconds: time for extraction alone.
     """
 
     C: float
@@ -54,7 +54,7 @@ class ProbeResult:
 
 
 def logistic_regression() -> type[Any]:
-    """scikit-learn's `LogisticRegression`. Raises ImportError, naming the extra, where it is not installed."""
+    """Return scikit-learn's `LogisticRegression`, or raise an ImportError that names the missing extra."""
     with needed("report", "the L-BFGS probe"):
         from sklearn.linear_model import LogisticRegression
     return LogisticRegression
@@ -69,15 +69,15 @@ def extract_features(
     num_workers: int = 0,
     epoch: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Features of every image, in the order of the data, in eval mode.
+    """Compute the features of every image in eval mode, in the order of the data.
 
     Args:
-        model: a PromptedViT (its ``forward_features``: what its head reads) or a backbone (its own features).
+        model: a PromptedViT (its `forward_features`, which the head reads) or a backbone (its own features).
         data: a Dataset yielding (image, label), an (images, labels) pair of tensors, or a DataLoader.
         batch_size: images per forward.
-        dtype: of a PromptedViT's frozen backbone while extracting; None leaves it as it is.
-        num_workers: loading processes of a Dataset.
-        epoch: which augmented view of the images, where the data has a ``set_epoch``.
+        dtype: dtype of a PromptedViT's frozen backbone during extraction; None keeps the current one.
+        num_workers: number of processes that load a Dataset.
+        epoch: epoch that selects the augmented view of the images, if the data have `set_epoch`.
 
     Returns:
         features (N, width), float32 or wider, and labels (N,) int64, both on the CPU.
@@ -114,27 +114,27 @@ def fit_linear_probe(
     dtype: torch.dtype | None = None,
     num_workers: int = 0,
 ) -> ProbeResult:
-    """Fits the model's linear head on the features it reads now, and chooses C on validation.
+    """Fit the model's linear head on its current features and choose C on validation.
 
-    min_{W, b} ½ ‖W‖² + C Σ_i CE(W x_i + b, y_i) in float64 (scikit-learn's LogisticRegression, L-BFGS) for
-    every C of the grid; the highest validation accuracy wins, of equals the lower validation loss. The
-    features are standardised with the training set's mean m and deviation s, and that is folded into the
-    head: W / s and b − W (m / s).
+    Solves min_{W, b} ½ ‖W‖² + C Σ_i CE(W x_i + b, y_i) in float64 (scikit-learn's LogisticRegression, L-BFGS) for
+    every C of the grid. The highest validation accuracy wins, then the lower validation loss. The features are
+    standardised with the training set's mean m and standard deviation s, which are folded into the head: W / s and
+    b − W (m / s).
 
     Args:
-        model: with ``head="linear"``. Its head is overwritten; nothing else changes.
+        model: a model with `head="linear"`. Its head is overwritten; nothing else changes.
         train, val: as in `fastprompt.fit`, or (features (N, width), labels (N,)) pairs from
             `extract_features`.
-        C_grid: positive numbers; None is `C_GRID`, 1e-6 to 1e3, two to a decade.
-        standardize: False fits on the features as they are.
-        batch_size, dtype, num_workers: of the feature extraction (`extract_features`).
-        max_iter: L-BFGS iterations per C (``converged`` in the result says where they did not suffice).
+        C_grid: positive numbers; None is `C_GRID`, 1e-6 to 1e3, two per decade.
+        standardize: False fits on the original features.
+        batch_size, dtype, num_workers: passed to `extract_features`.
+        max_iter: maximum number of L-BFGS iterations per C (`converged` in the result says whether they sufficed).
 
     Raises:
-        TypeError, ValueError: the head is not linear, the data is wrong, the training set has a single class.
+        TypeError, ValueError: the head is not linear, the data are wrong, or the training set has a single class.
         ImportError: scikit-learn is not installed; it comes with the extra `report`.
     """
-    logistic_regression()  # before features are computed
+    logistic_regression()  # fail before features are computed
     head = model.head
     if not isinstance(head, LinearHead):
         kind = None if head is None else head.kind
@@ -161,7 +161,7 @@ def fit_linear_probe(
             check_data(data, name, num_classes)
             features, labels = extract_features(model, data, batch_size, dtype, num_workers=num_workers)
         if not torch.isfinite(features).all():
-            raise ArgumentError(name, "has NaN or infinite features")
+            raise ArgumentError(name, "must have finite features, got NaN or infinity")
         pairs.append((features.double().cpu().numpy(), labels.cpu().numpy()))
     feature_seconds = time.perf_counter() - began
     (x, y), (x_val, y_val) = pairs
@@ -211,10 +211,10 @@ def fit_linear_probe(
 def _regularisation_path(
     x: np.ndarray, y: np.ndarray, grid: Sequence[float], num_classes: int, max_iter: int
 ) -> Iterator[tuple[float, np.ndarray, np.ndarray, bool]]:
-    """Yields (C, weight (num_classes, width), bias (num_classes,), converged), C rising.
+    """Yield (C, weight (num_classes, width), bias (num_classes,), converged), with C increasing.
 
-    Each fit starts at the one before. With two classes scikit-learn fits one row w: the rows ∓w / 2 give the
-    same probabilities.
+    Each fit is warm-started from the one before. With two classes, scikit-learn fits a single row w; the rows ∓w / 2
+    give the same probabilities.
     """
     from sklearn.exceptions import ConvergenceWarning
 
@@ -234,7 +234,7 @@ def _regularisation_path(
 
 
 def _score(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Accuracy and mean cross-entropy of float64 logits (N, C)."""
+    """Return accuracy and mean cross-entropy of float64 logits (N, C)."""
     logits = logits - logits.max(1, keepdims=True)
     log_probabilities = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     return (

@@ -1,4 +1,4 @@
-"""How a model is trained: one frozen description, our defaults, and the papers' published settings."""
+"""Training recipes: the settings of a run, our defaults, and the papers' published settings."""
 
 from __future__ import annotations
 
@@ -32,39 +32,37 @@ class Recipe:
 
     Attributes:
         epochs: passes over the training set.
-        batch_size: images per step. The last partial batch is kept; a last batch of one image joins the one
-            before it (a generator's BatchNorm cannot normalise a single 1×1 map).
-        lr: peak learning rate of the generator (and of the backbone in full fine-tuning), as the optimizer
-            sees it: not rescaled by the batch size (`Recipe.scaled_lr` does what the papers do).
-        head_lr: peak learning rate of the head; None is ``lr``.
-        backbone_lr: peak learning rate of a backbone that trains; None is ``lr``.
+        batch_size: images per step. The last partial batch is kept; a last batch of one image is appended to the
+            one before it (a generator's BatchNorm cannot normalise a single 1×1 map).
+        lr: peak learning rate of the generator (and of the backbone in full fine-tuning), as passed to the optimizer.
+            It is not scaled by the batch size; `Recipe.scaled_lr` does that as the papers do.
+        head_lr: peak learning rate of the head; None is `lr`.
+        backbone_lr: peak learning rate of a trained backbone; None is `lr`.
         weight_decay: strength of the weight decay.
-        decay: what decays: trained tensors with two or more axes ("matrices", so neither biases nor norms), "all", or
-            "all but head bias".
-        optimizer: "adamw" (betas 0.9, 0.999) or "sgd" (with ``momentum``).
+        decay: trained tensors that decay: those with two or more axes ("matrices", so neither biases nor norms),
+            "all", or "all but head bias".
+        optimizer: "adamw" (betas 0.9, 0.999) or "sgd" (with `momentum`).
         momentum: SGD's momentum.
-        schedule: the rate changes by "step" or by "epoch" (`lr_factor`).
-        warmup_epochs: linear warm-up to lr, in epochs (fractions allowed): from lr / steps by step, from 0 by epoch.
-        warmup_floor: the warm-up's lowest rate, as a share of lr.
-        min_lr_ratio: the cosine after the warm-up ends at ``lr * min_lr_ratio``.
-        clip_grad: largest global gradient norm; None does not clip.
-        label_smoothing: mass spread over all classes in the training loss.
-        kl_warmup_epochs: the KL term's weight rises linearly from 0 to the configuration's ``beta`` over
-            these epochs.
-        seed: of shuffling, dropout, latent noise and augmentation.
-        dtype: of the frozen backbone's computation: "auto" (bfloat16 where the device has bfloat16 instructions,
-            else float32), "bfloat16" or "float32". Generator, head and losses are float32 always.
-        head_init: "default", or "probe": the linear head starts as the L-BFGS probe (C chosen on validation)
-            of the features it sees before the first step, or "vpt": as VPT's and VAPT's (`LinearHead.reset`). Other
-            heads have nothing to start.
-        select_by: which epoch's weights are kept: those with the highest validation "accuracy" (of equals, the
-            lower loss), with the lowest validation "loss", which moves less where validation images are few, or the
-            "last" ones.
-        num_workers: processes that load images (0: this one); does not change the result without
-            augmentation.
-        deterministic: measure nothing: where two implementations of an op differ in their last bits, take the one
-            that needs no stopwatch (PyTorch's own), and use PyTorch's deterministic algorithms. So that two runs end
-            in the same bits wherever processor, threads and versions are the same, at some cost in speed.
+        schedule: whether the learning rate changes by "step" or by "epoch" (`lr_factor`).
+        warmup_epochs: length of the linear warmup to lr, in epochs (fractions allowed). It starts from lr / steps by
+            step, from 0 by epoch.
+        warmup_floor: lowest learning rate of the warmup, as a fraction of lr.
+        min_lr_ratio: the cosine after the warmup ends at `lr * min_lr_ratio`.
+        clip_grad: maximum global gradient norm; None does not clip.
+        label_smoothing: probability mass spread over all classes in the training loss.
+        kl_warmup_epochs: epochs over which the KL term's weight rises linearly from 0 to the configuration's `beta`.
+        seed: seed of shuffling, dropout, latent noise and augmentation.
+        dtype: dtype in which the frozen backbone computes: "auto" (bfloat16 if the device has bfloat16 instructions,
+            else float32), "bfloat16" or "float32". Generator, head and losses are always float32.
+        head_init: initial linear head: "default", "probe" (the L-BFGS probe, with C chosen on validation, of the
+            features before the first step), or "vpt" (as VPT and VAPT do, `LinearHead.reset`). Other heads ignore it.
+        select_by: epoch to keep the weights of: the one with the highest validation "accuracy" (then the lower loss),
+            with the lowest validation "loss", which is less noisy with few validation images, or the "last" one.
+        num_workers: number of processes that load images; 0 loads them in this process. It does not change the
+            result without augmentation.
+        deterministic: choose nothing by timing and use PyTorch's deterministic algorithms. If implementations of an op
+            differ in their last bits, PyTorch's own is used. Two runs then end in the same bits with the same
+            processor, threads and versions, at some cost in speed.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or is out of range; the message names it.
@@ -145,7 +143,7 @@ class Recipe:
             raise ArgumentError(name, f"must be in {interval}, got {value!r}")
 
     def replace(self, **changes: Any) -> Recipe:
-        """A copy with some fields changed.
+        """Return a copy with some fields changed.
 
         Raises:
             ValueError: a name is not a field.
@@ -153,7 +151,7 @@ class Recipe:
         return Recipe.from_dict({**self.to_dict(), **changes})
 
     def adjusted(self, changes: Mapping[str, Any]) -> Recipe:
-        """`replace`, but where the number of epochs changes and the warm-ups do not, they keep their share of it."""
+        """`replace`, but a change of `epochs` also scales the warmups, unless they are changed too."""
         changes, epochs = dict(changes), changes.get("epochs")
         if isinstance(epochs, int) and epochs > 0:
             for warmup in ("warmup_epochs", "kl_warmup_epochs"):
@@ -161,7 +159,7 @@ class Recipe:
         return self.replace(**changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values."""
+        """Return all fields as JSON values."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -178,7 +176,7 @@ class Recipe:
         return cls(**values)
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
-        """Fields that change the result and differ: name -> (mine, other's)."""
+        """Return the fields that differ and change the result: name -> (mine, other's)."""
         mine, theirs = self.to_dict(), other.to_dict()
         return {
             name: (mine[name], theirs[name])
@@ -188,16 +186,16 @@ class Recipe:
 
     @staticmethod
     def scaled_lr(base_lr: float, batch_size: int) -> float:
-        """``base_lr * batch_size / 256``: how VPT and VAPT scale their learning rates."""
+        """Return `base_lr * batch_size / 256`, as VPT and VAPT scale their learning rates."""
         return base_lr * batch_size / 256
 
     def lr_factor(self, step: int, steps_per_epoch: int) -> float:
-        """What the peak learning rates are multiplied by at one optimizer step.
+        """Return the factor of the peak learning rates at one optimizer step.
 
-        By step: (t + 1) / W during the warm-up, where t is the step and W = warmup_epochs · steps_per_epoch. By epoch:
-        t / W, where t is the epoch, 0 for the first, and W = warmup_epochs: the first epoch runs at rate 0 if it warms
-        up. Neither is less than warmup_floor. Then r + (1 − r) · (1 + cos(π (t − W) / (T − W))) / 2, with
-        r = min_lr_ratio and T steps or epochs in all.
+        During the warmup, the factor is (t + 1) / W by step, where t is the step and W = warmup_epochs ·
+        steps_per_epoch. By epoch it is t / W, where t is the epoch, 0 for the first, and W = warmup_epochs, so a
+        first warmup epoch has rate 0. The factor is at least warmup_floor. After the warmup it is
+        r + (1 − r) · (1 + cos(π (t − W) / (T − W))) / 2, with r = min_lr_ratio and a total of T steps or epochs.
 
         Args:
             step: 0 for the first step of the run.
@@ -215,23 +213,23 @@ class Recipe:
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def part_of(self, name: str) -> str:
-        """ "head", "backbone" or "generator": which peak rate the parameter of a model with this name has."""
+        """Return which peak rate the named model parameter has: "head", "backbone" or "generator"."""
         part = name.partition(".")[0]
         return part if part == "head" or (part == "backbone" and self.backbone_lr is not None) else "generator"
 
     def peak_lr(self, name: str) -> float:
-        """The peak learning rate of the parameter of a model with this name."""
+        """Return the peak learning rate of the named model parameter."""
         own = {"head": self.head_lr, "backbone": self.backbone_lr, "generator": None}[self.part_of(name)]
         return self.lr if own is None else own
 
     def decays(self, name: str, axes: int) -> bool:
-        """Whether weight decay acts on the parameter of a model with this name and so many axes."""
+        """Whether weight decay acts on the named model parameter with `axes` axes."""
         if self.decay == "matrices":
             return axes > 1
         return self.decay == "all" or name not in ("head.bias", "head.classifier_bias")
 
     def kl_factor(self, step: int, steps_per_epoch: int) -> float:
-        """What ``beta`` is multiplied by at one step: rises linearly to 1 over ``kl_warmup_epochs``."""
+        """Return the factor of `beta` at one step; it rises linearly to 1 over `kl_warmup_epochs`."""
         warmup = round(self.kl_warmup_epochs * steps_per_epoch)
         return min(1.0, (step + 1) / warmup) if warmup else 1.0
 
@@ -244,20 +242,20 @@ COMMON_RECIPE: dict[str, Any] = {
     "label_smoothing": 0.1,
     "select_by": "loss",
 }
-"""What every method trains with unless its registration says otherwise."""
+"""The default recipe of every method; its registration may override fields."""
 
 
 def default_recipe(config: PromptConfig | str, *, train_backbone: bool = False) -> Recipe:
-    """The recipe `fp.fit` uses when it is given none: AdamW, warm-up and cosine, a learning rate per method.
+    """Return the default recipe of `fp.fit`: AdamW, warmup and cosine, a learning rate per method.
 
-    For float32 prompts on a bfloat16 CLIP ViT-B/16 and some hundred images: a fresh head that learns at its own
-    rate, smoothed labels, and the epoch with the lowest validation loss (results/exploration.md). The rates
-    suit this case; choose yours on validation (`fastprompt.train.grid.select_learning_rate`). All of it was
-    tried with 300 to 400 steps: in far fewer a fresh head is hardly learned.
+    It was chosen for float32 prompts on a bfloat16 CLIP ViT-B/16 and a few hundred images: a new head with its own
+    learning rate, label smoothing, and the epoch with the lowest validation loss (results/exploration.md). Choose
+    your own learning rate on validation (`fastprompt.train.grid.select_learning_rate`). The recipe was tried with 300
+    to 400 steps; far fewer hardly train a new head.
 
     Args:
         config: a method's configuration (fp.PGNConfig(), ...), its kind, or a method's name.
-        train_backbone: the backbone trains beside the prompts, at the rate of full fine-tuning.
+        train_backbone: also train the backbone, at the rate of full fine-tuning.
 
     Raises:
         TypeError, ValueError: no method is registered for `config`, or its recipe has an unknown or wrong field.
@@ -270,7 +268,7 @@ def default_recipe(config: PromptConfig | str, *, train_backbone: bool = False) 
 
 
 def adjusted_recipe(config: PromptConfig | str, changes: Mapping[str, Any], *, train_backbone: bool = False) -> Recipe:
-    """`default_recipe` with some fields changed (`Recipe.adjusted`).
+    """Return `default_recipe` with some fields changed (`Recipe.adjusted`).
 
     Raises:
         TypeError, ValueError: as `default_recipe`, or a name among `changes` is not a field.
@@ -287,29 +285,30 @@ def paper_recipe(
     num_train: int | None = None,
     seed: int = 0,
 ) -> Recipe:
-    """The settings that a method's authors published, as far as they published them, exactly. Float32 throughout.
+    """Return the exact settings that a method's authors published. All of them are float32.
 
-    * VPT, VAPT (src/configs, tune_vtab.py): SGD, momentum 0.9, 100 epochs, 10 of warm-up from 0, then cosine to 0, by
-      epoch, so that the first epoch runs at rate 0; batch 64, lr = base_lr · batch / 256; weight decay on all but the
-      head's bias; the head starts Kaiming-normal with bias −log 99; the last epoch counts. They search base rate and
-      weight decay for every task (`fastprompt.generators.Published`). Without arguments: base_lr 1.0 and weight decay
-      1e-3 for VPT (demo.ipynb), 2.5 and 0.01 for VAPT (its CIFAR-100 configuration).
-    * PGN (pgn/scripts/*/train_*.py, cosine_with_warmup.py): SGD, momentum 0.9, lr 0.1 whatever the batch, no
-      weight decay, 100 epochs of which 50 warm up (the first at lr / 50), then cosine to lr / 100, by epoch; their
-      augmentation is `load_data(..., augment="pgn")`. "pgn-paper-adamw" is the scripts' other optimizer. The batch size
-      of the paper's runs is not known (the script's default is 2), nor is the rate for AdamW. Free prompts, PGN's
-      control, use the same.
-    * V²APT published no recipe: VPT's is used, with beta warmed up over the same 10 epochs.
-    * Pixel prompt (hjbahng/visual_prompting): SGD, momentum 0.9, lr 40, no weight decay, 1000 epochs, batch
-      256, 1000 warm-up steps (hence `num_train`), by step.
-    * Linear probe and full fine-tuning, in VPT's framework: SGD as above for the probe; AdamW, base_lr 1e-3,
-      for full fine-tuning. Neither is published so: treat these two as ours.
+    * VPT, VAPT (src/configs, tune_vtab.py): SGD, momentum 0.9, 100 epochs, of which 10 are warmup from 0, then cosine
+      to 0. The rate changes by epoch, so the first epoch has rate 0. Batch 64, lr = base_lr · batch / 256, weight
+      decay on all but the head's bias. The head is initialised Kaiming-normal with bias −log 99, and the last epoch
+      is kept. The authors search base rate and weight decay for every task (`fastprompt.generators.Published`). The
+      defaults are base_lr 1.0 and weight decay 1e-3 for VPT (demo.ipynb), 2.5 and 0.01 for VAPT (its CIFAR-100
+      configuration).
+    * PGN (pgn/scripts/*/train_*.py, cosine_with_warmup.py): SGD, momentum 0.9, lr 0.1 for any batch size, no weight
+      decay, 100 epochs, of which 50 are warmup (the first at lr / 50), then cosine to lr / 100, by epoch. Their
+      augmentation is `load_data(..., augment="pgn")`. "pgn-paper-adamw" is the scripts' other optimizer. Neither the
+      batch size of the paper's runs (the script's default is 2) nor the rate for AdamW is known. Free prompts, PGN's
+      control, use the same recipe.
+    * V²APT: no published recipe. VPT's is used, with beta warmed up over the same 10 epochs.
+    * Pixel prompt (hjbahng/visual_prompting): SGD, momentum 0.9, lr 40, no weight decay, 1000 epochs, batch 256, 1000
+      warmup steps (which is why `num_train` is needed), by step.
+    * Linear probe and full fine-tuning, in VPT's framework: SGD as above for the probe; AdamW with base_lr 1e-3 for
+      full fine-tuning. Neither is published in this form: treat these two as ours.
 
     Args:
         config: a method's configuration, its kind or name, or the name of a published recipe ("vapt-paper").
-        base_lr: the learning rate before it is scaled by the batch size, where the authors scale it.
-        weight_decay, batch_size, seed: as in `Recipe`; None: the authors'.
-        num_train: training images; needed where the authors count the warm-up in steps (the pixel prompt).
+        base_lr: the learning rate before the authors' scaling by the batch size, if they scale it.
+        weight_decay, batch_size, seed: as in `Recipe`; None uses the authors' value.
+        num_train: number of training images; required if the authors count the warmup in steps (the pixel prompt).
 
     Raises:
         TypeError, ValueError: `config` is unknown, its authors published nothing, or `num_train` is missing.
@@ -338,7 +337,7 @@ def paper_recipe(
     if published.warmup_steps is not None:
         if num_train is None:
             raise ArgumentError(
-                "num_train", f"must be given for {name!r}, whose warm-up is {published.warmup_steps} steps"
+                "num_train", f"must be given for {name!r}, which warms up for {published.warmup_steps} steps"
             )
         steps_per_epoch = math.ceil(num_train / recipe.batch_size)
         recipe = recipe.replace(warmup_epochs=published.warmup_steps / steps_per_epoch)
@@ -346,15 +345,15 @@ def paper_recipe(
 
 
 def named_recipe(name: str, changes: Mapping[str, Any], num_train: int | None = None) -> dict[str, Any]:
-    """The fields of a published recipe with some of them changed, which any method can train with.
+    """Return the fields of a published recipe with some of them changed. Any method can train with them.
 
     Args:
-        name: as "vapt-paper".
+        name: name of the recipe, such as "vapt-paper".
         changes: fields of `Recipe`, or "base_lr", which is scaled by the batch size as the authors do; "lr" is not.
-        num_train: as for `paper_recipe`.
+        num_train: as in `paper_recipe`.
 
     Raises:
-        TypeError, ValueError: there is no such recipe, or a change is none.
+        TypeError, ValueError: there is no such recipe, or a change is not a field.
     """
     if name not in published_recipes():
         raise ArgumentError(

@@ -1,4 +1,4 @@
-"""What a training run has reached, in memory and in its state file."""
+"""The state of a training run, in memory and in its state file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Progress:
-    """How far a run is, and what is in its log."""
+    """The progress of a run, including the rows of its log."""
 
     epoch: int = 0
     best_epoch: int = 0
@@ -36,18 +36,19 @@ class Progress:
 
     @property
     def finished(self) -> bool:
-        """Whether the last row of the log says so."""
+        """Whether the last row of the log marks the run as finished."""
         return bool(self.events) and self.events[-1]["event"] == "end"
 
 
 class RunState:
-    """A run between two epochs: weights, the best weights, optimizer, random numbers, progress, and whose they are.
+    """A run between two epochs: weights, best weights, optimizer, random states, progress and identity.
 
     Attributes:
-        name: of the run, by which its files are told from another's. identity: `run_identity`.
+        name: random name of the run, which distinguishes its files from those of another run.
+        identity: result of `run_identity`.
         environment: what else the last bits depend on (`fastprompt.train.log.environment`).
-        best: `adapter_state_dict` of the best epoch, and before there is one, of the start.
-        choices: implementations chosen by stopwatch.
+        best: `adapter_state_dict` of the best epoch; before the first epoch, the initial one.
+        choices: implementations chosen by timing.
     """
 
     def __init__(
@@ -66,11 +67,11 @@ class RunState:
         self.best = self.weights()
 
     def weights(self) -> dict[str, Tensor]:
-        """A copy of generator and head as they are now."""
+        """Return a copy of the current weights of generator and head."""
         return {name: tensor.detach().clone() for name, tensor in self.model.adapter_state_dict().items()}
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON values, as the state file holds them."""
+        """Return the tensors and JSON values of the state file."""
         optimizer_tensors, optimizer_values = optimizer_state(self.optimizer)
         rng_tensors, rng_values = rng_state()
         tensors = {
@@ -90,9 +91,9 @@ class RunState:
         }
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Take over what `saved` returned in another process; identity and environment stay those of this one.
+        """Restore what `saved` returned in another process, except identity and environment.
 
-        A state of an earlier version has no name and no choices: it keeps those that were made here.
+        A state of an earlier version has no name, so the current one is kept.
         """
         self.name = values.get("run", self.name)
         self.progress = Progress(**values["progress"])
@@ -103,7 +104,7 @@ class RunState:
 
 
 def best_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the best epoch in a state's tensors."""
+    """Return the weights of the best epoch from a state's tensors."""
     return _under(tensors, "best.")
 
 
@@ -112,9 +113,9 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def recorded_identity(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity in a state's values; of an earlier version's the parts that it recorded.
+    """Return the identity in a state's values; a state of an earlier version has only some parts.
 
-    A field of the recipe that a version did not have has its default.
+    Recipe fields that the earlier version did not have take their defaults.
     """
     if "identity" in values:
         identity = dict(values["identity"])
@@ -129,7 +130,7 @@ def recorded_identity(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def holds(directory: Path, weights: Mapping[str, Tensor]) -> bool:
-    """Whether a directory has an adapter, whole and undamaged, with these tensors."""
+    """Whether a directory holds a complete, undamaged adapter with exactly these tensors."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:

@@ -59,13 +59,13 @@ def test_an_empty_key_is_none(folder: Path, host: Any, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["FOLDER"], "--url or --png: one of them is needed"),
-        (["FOLDER", "--png", "x.png"], "--png: takes one image, got 0"),
-        (["FOLDER", "none.jpg", "--png", "x.png"], "image none.jpg is no file"),
+        (["FOLDER"], "--url or --png must be given"),
+        (["FOLDER", "--png", "x.png"], "--png must be given with one image, got 0"),
+        (["FOLDER", "none.jpg", "--png", "x.png"], "image none.jpg is not a file"),
         (["FOLDER", "--url", "localhost"], "url must be http://HOST"),
         (["FOLDER", "--url", "http://localhost:99999"], "url must have a port from 1 to 65535"),
-        (["FOLDER", "--url", "http://localhost", "--timeout", "0"], "timeout must be over 0"),
-        (["/no/such", "--url", "http://localhost"], "is no folder"),
+        (["FOLDER", "--url", "http://localhost", "--timeout", "0"], "timeout must be above 0"),
+        (["/no/such", "--url", "http://localhost"], "must be a folder"),
     ],
 )
 def test_wrong_input_is_one_line(

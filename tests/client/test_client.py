@@ -324,17 +324,17 @@ def test_an_inverted_pgn_is_deployed(
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"timeout": 0}, ValueError, "timeout must be over 0"),
-        ({"timeout": -1}, ValueError, "timeout must be over 0"),
-        ({"timeout": float("nan")}, ValueError, "timeout must be over 0"),
-        ({"timeout": float("inf")}, ValueError, "timeout must be over 0 and at most 86,400 seconds, got inf"),
-        ({"timeout": 1e12}, ValueError, "timeout must be over 0"),
+        ({"timeout": 0}, ValueError, "timeout must be above 0"),
+        ({"timeout": -1}, ValueError, "timeout must be above 0"),
+        ({"timeout": float("nan")}, ValueError, "timeout must be above 0"),
+        ({"timeout": float("inf")}, ValueError, "timeout must be above 0 and at most 86,400 seconds, got inf"),
+        ({"timeout": 1e12}, ValueError, "timeout must be above 0"),
         ({"timeout": "3"}, TypeError, "timeout must be a number of seconds, got '3'"),
         ({"timeout": None}, TypeError, "timeout must be a number"),
         ({"timeout": True}, TypeError, "timeout must be"),
-        ({"threads": 0}, ValueError, "threads must be from 1, got 0"),
+        ({"threads": 0}, ValueError, "threads must be at least 1, got 0"),
         ({"threads": "2"}, TypeError, "threads must be a whole number, got '2'"),
-        ({"max_pixels": 0}, ValueError, "max_pixels must be from 1"),
+        ({"max_pixels": 0}, ValueError, "max_pixels must be at least 1"),
         ({"max_pixels": 1e6}, TypeError, "max_pixels must be a whole number"),
         ({"model": 3}, TypeError, "model must be a name"),
         ({"model": ""}, TypeError, "model must be a name"),
@@ -354,7 +354,7 @@ def test_arguments_are_checked_at_once(
 def test_what_is_wrong_here_is_found_before_the_host_is_asked(
     folder: Path, backbone: fp.FrozenViT, host: Any, photo: np.ndarray, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"image none\.jpg is no file"):
+    with pytest.raises(ValueError, match=r"image none\.jpg is not a file"):
         Client(folder).predict(host.url, "none.jpg")
     with pytest.raises(TypeError, match="image must be a path, bytes, a PIL image or a uint8 array, got list"):
         Client(folder).predict(host.url, [photo, photo])
@@ -365,5 +365,5 @@ def test_what_is_wrong_here_is_found_before_the_host_is_asked(
 
 
 def test_images_must_not_be_empty(folder: Path, host: Any) -> None:
-    with pytest.raises(ValueError, match="images: expected at least one"):
+    with pytest.raises(ValueError, match="images must hold at least one"):
         Client(folder).embed(host.url, [])

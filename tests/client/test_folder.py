@@ -81,30 +81,30 @@ def test_a_folder_is_read(folder: Path) -> None:
         ("backbone.width", -1, "backbone.width must be a whole number"),
         ("backbone.width", 47, r"must be \(any, 47\)"),
         ("backbone.patch_size", 4, "picture_size must be"),
-        ("backbone.name", None, "backbone.name must be of kind str"),
+        ("backbone.name", None, "backbone.name must be of type str"),
         ("picture_size", [32, 32], r"picture_size must be \[40, 32\]"),
         ("prompts.kind", "latent", "prompts.kind must be one of"),
         ("prompts.placement", "border", "prompts.placement must be one of"),
         ("prompts.num_prompts", 8, "prompts.num_prompts must fill 1 rows of 4"),
         ("prompts.library_size", 13, "library.npy must be"),
-        ("prompts.rest", 1, "prompts.rest must be of kind bool"),
-        ("prompts.round_pixels", 1, "prompts.round_pixels must be of kind bool"),
-        ("prompts.offset", True, "files lacks offset.npy"),
+        ("prompts.rest", 1, "prompts.rest must be of type bool"),
+        ("prompts.round_pixels", 1, "prompts.round_pixels must be of type bool"),
+        ("prompts.offset", True, "files must list offset.npy"),
         ("preprocessing.resize", "stretch", "preprocessing.resize must be one of"),
         ("head.kind", "svm", "head.kind must be one of"),
-        ("head", None, "class_names must be one for each class"),
-        ("class_names", ["a"], "class_names must be one for each class"),
+        ("head", None, "class_names must have one name for each class"),
+        ("class_names", ["a"], "class_names must have one name for each class"),
         ("class_names", ["a", "b", 3], "class_names must be a list of texts"),
         ("golden.threshold", "0.999", "golden.threshold must be a number"),
         ("golden.threshold", float("nan"), "golden.threshold must be a number"),
         ("golden.threshold", 10**400, "golden.threshold must be a number"),
-        ("golden.threshold", -5, "golden.threshold must be over 0 and at most 1, got -5"),
-        ("golden.threshold", 0, "golden.threshold must be over 0 and at most 1, got 0"),
-        ("golden.threshold", 1.001, "golden.threshold must be over 0 and at most 1, got 1.001"),
+        ("golden.threshold", -5, "golden.threshold must be above 0 and at most 1, got -5"),
+        ("golden.threshold", 0, "golden.threshold must be above 0 and at most 1, got 0"),
+        ("golden.threshold", 1.001, "golden.threshold must be above 0 and at most 1, got 1.001"),
         ("golden.mistakes", [{}], r"golden.mistakes\[0\] must have a name"),
         ("golden.mistakes", [], "mistakes.npy must be"),
-        ("files", [], "is no manifest"),
-        ("files", {}, "files lacks"),
+        ("files", [], "is not a manifest"),
+        ("files", {}, "files must list"),
     ],
     ids=lambda value: repr(value)[:40],
 )
@@ -188,13 +188,17 @@ def test_a_missing_or_damaged_file_is_named(copy: Path, name: str) -> None:
         ("library.npy", b"\x93NUMPY\x09\x00\x40\x00{'descr'", "library.npy is damaged"),
         ("golden_picture.png", b"xx", "golden_picture.png is damaged: image cannot be read"),
         ("golden_image.png", b"xx", "golden_image.png is damaged: image cannot be read"),
-        ("golden_image.png", png(40, 32), "golden_image.png is damaged: image has 32 x 40 pixels"),
+        (
+            "golden_image.png",
+            png(40, 32),
+            "golden_image.png is damaged: image must have from 1 to 1,024 pixels, got 32 x 40",
+        ),
         ("golden_image.png", png(32, 31), "golden_image.png must be a PNG file of 32 x 32 pixels"),
         ("golden_picture.png", png(32, 40), "golden_picture.png must be a PNG file of 40 x 32 pixels"),
         ("golden_picture.png", png(40, 32, "JPEG"), "golden_picture.png must be a PNG file of 40 x 32 pixels"),
-        ("head_bias.npy", npy(np.full(3, np.nan, np.float32)), "head_bias.npy contains NaN"),
+        ("head_bias.npy", npy(np.full(3, np.nan, np.float32)), "head_bias.npy must be finite"),
         ("head_weight.npy", npy(np.zeros((3, 48, 1), np.float32)), r"head_weight.npy must be \(any, 48\)"),
-        ("generator.onnx", b"no graph", "generator.onnx is none that fastprompt writes: model has a field 13"),
+        ("generator.onnx", b"no graph", "generator.onnx is not a graph that fastprompt writes: model has a field 13"),
     ],
     ids=lambda value: repr(value)[:40],
 )
@@ -212,7 +216,7 @@ def test_weights_that_are_not_finite_are_named(copy: Path, host: Any) -> None:
     bias = next(constant for constant in made.graph.initializer if constant.name == made.graph.node[-3].input[2])
     bias.CopyFrom(numpy_helper.from_array(np.full_like(numpy_helper.to_array(bias), np.nan), bias.name))
     replace(copy, "generator.onnx", made.SerializeToString())
-    with pytest.raises(FolderError, match=r"generator\.onnx made weights that are not finite"):
+    with pytest.raises(FolderError, match=r"generator\.onnx must return finite weights"):
         Client(copy).verify(host.url)
     assert not host.requests
 
@@ -229,7 +233,9 @@ def test_few_pixels_of_an_image_do_not_stop_verify(folder: Path, host: Any) -> N
 
 
 def test_what_is_no_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="is no folder; `fastprompt export RUN --client"):
+    with pytest.raises(
+        FileNotFoundError, match=r"must be a folder, got .*; create it with `fastprompt export RUN --client"
+    ):
         Client(tmp_path / "none")
-    with pytest.raises(FileNotFoundError, match=r"manifest\.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"without manifest\.json"):
         Client(tmp_path)

@@ -21,9 +21,9 @@ def vector(value: Any, **more: Any) -> bytes:
 @pytest.mark.parametrize(
     ("status", "body", "message"),
     [
-        (200, b"{", "answered no JSON"),
-        (200, b"[" * 100_000, "answered no JSON"),
-        (200, b"[]", "answered list, a JSON object is needed"),
+        (200, b"{", "must answer with JSON"),
+        (200, b"[" * 100_000, "must answer with JSON"),
+        (200, b"[]", "must answer with a JSON object, got list"),
         (200, b"{}", "must return 1 embeddings, got NoneType"),
         (200, b'{"data": []}', "must return 1 embeddings, got 0"),
         (200, b'{"data": [3]}', "returned entry 0 without an index"),
@@ -34,8 +34,8 @@ def vector(value: Any, **more: Any) -> bytes:
         (200, vector([]), "empty or not finite"),
         (200, vector([1e39]), "empty or not finite"),
         (200, vector([float("nan")]), "empty or not finite"),
-        (200, vector("%%%"), "returned no embedding for picture 0"),
-        (200, vector(base64.b64encode(b"abc").decode()), "returned no embedding for picture 0"),
+        (200, vector("%%%"), "returned an invalid embedding for picture 0"),
+        (200, vector(base64.b64encode(b"abc").decode()), "returned an invalid embedding for picture 0"),
         (500, b"broken", "answered 500: broken"),
         (413, b'{"error": {"message": "too large", "code": 413}}', "answered 413: too large"),
         (400, b'{"error": 3}', 'answered 400: {"error": 3}'),
@@ -60,7 +60,7 @@ def test_embeddings_come_in_the_order_of_the_pictures_in_both_formats(host: Any)
     host.respond = lambda path: (200, {}, json.dumps(body).encode())
     np.testing.assert_array_equal(Host(host.url).embed([b"a", b"b"]), [[3, 4], [1, 2.5]])
     body["data"][1]["embedding"] = [1]
-    with pytest.raises(HostError, match="several widths"):
+    with pytest.raises(HostError, match="different widths"):
         Host(host.url).embed([b"a", b"b"])
 
 

@@ -189,7 +189,7 @@ def test_a_memory_that_cannot_be_read_is_no_memory(many, tmp_path, decoded, cont
 
 def test_a_cache_that_cannot_be_written_is_told(many, tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file")
-    with pytest.warns(UserWarning, match="the check of .*set is not remembered"):
+    with pytest.warns(UserWarning, match="the check of .*set could not be cached"):
         assert len(check_images(many, root=tmp_path / "set")) == 6
 
 

@@ -17,7 +17,9 @@ def test_files_and_folders_come_back_in_order(tmp_path, photo):
         photo(seed=seed).save(tmp_path / name, "PNG")
     (tmp_path / "folder" / "notes.txt").write_text("not an image")
     (tmp_path / "folder" / "._a.jpg").write_bytes(b"macOS leaves these")
-    with pytest.warns(UserWarning, match=r"folder: left out 1 file\(s\) whose name .*1 .txt, e.g. notes.txt"):
+    with pytest.warns(
+        UserWarning, match=r"folder: left out 1 file\(s\) without an image extension .*1 .txt, e.g. notes.txt"
+    ):
         images, names = read_images([tmp_path / "odd.name", str(tmp_path / "folder")], (32, 48))
     assert [Path(name).name for name in names] == ["odd.name", "a.jpg", "b.png", "c.PNG"]
     assert images.dtype == torch.uint8

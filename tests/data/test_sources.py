@@ -43,7 +43,7 @@ def test_wrong_names_and_roots(tmp_path, fill):
         with pytest.raises(TypeError, match="name"):
             find_source(name, None, READING)
     for name in ("mnist5k", plain):
-        with pytest.raises(ValueError, match=r"root must be None for .*where torchvision's sets are kept"):
+        with pytest.raises(ValueError, match=r"root must be None for .*the folder of torchvision's sets"):
             find_source(name, tmp_path, READING)
     (tmp_path / "file").write_text("")
     for name in ("cifar10", "fashion-mnist"):
@@ -171,14 +171,14 @@ def test_a_downloaded_set_is_compared_with_what_was_downloaded(split, tmp_path, 
     whole = file.read_bytes()
     for damaged in (whole[:-1], whole[:-1] + b"X", whole + b"X"):
         file.write_bytes(damaged)
-        with pytest.raises(FetchError, match=rf"{split}.bin is not what was downloaded for SVHN any more; remove it"):
+        with pytest.raises(FetchError, match=rf"{split}.bin has changed since it was downloaded for SVHN; remove it"):
             find_source("svhn", tmp_path, READING)
     file.write_bytes(whole)
     monkeypatch.setattr(sources, "HASHED_BYTES", 10)
     file.write_bytes(b"X" * len(whole))
     assert len(find_source("svhn", tmp_path, READING).test.labels) == 3  # too large to be hashed each time
     file.write_bytes(whole[:-1])
-    with pytest.raises(FetchError, match="is not what was downloaded"):
+    with pytest.raises(FetchError, match="has changed since it was downloaded"):
         find_source("svhn", tmp_path, READING)
 
 

@@ -102,7 +102,7 @@ def test_test_split_can_be_read_once(plain):
     assert "test" in repr(data)
     test = data.test
     assert len(test) == 40
-    with pytest.raises(RuntimeError, match="read once, at the end"):
+    with pytest.raises(RuntimeError, match="Read it once, at the end"):
         data.test  # noqa: B018
     assert data.test_reads == 1
 
@@ -110,10 +110,10 @@ def test_test_split_can_be_read_once(plain):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_train": 161}, "num_train must be at most 159, the number of images there are, got 161"),
-        ({"num_val": 161}, "num_val must be at most 160, the number of images there are, got 161"),
-        ({"num_test": 201}, "num_test must be at most 200, the number of images there are, got 201"),
-        ({"num_test": 200, "num_val": 1}, "num_val must be at most 0, the number of images there are, got 1"),
+        ({"num_train": 161}, "num_train must be at most 159, the number of images available, got 161"),
+        ({"num_val": 161}, "num_val must be at most 160, the number of images available, got 161"),
+        ({"num_test": 201}, "num_test must be at most 200, the number of images available, got 201"),
+        ({"num_test": 200, "num_val": 1}, "num_val must be at most 0, the number of images available, got 1"),
         ({"num_val": 160}, "leaves no image for the train split"),
     ],
 )

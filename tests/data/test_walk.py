@@ -60,7 +60,7 @@ def test_what_is_no_image_is_told_by_extension_with_examples(tmp_path, fill):
     assert left_out.counts() == {walk.NO_IMAGE: 5, walk.HIDDEN_IMAGE: 1}
     message = left_out.message(tmp_path)
     for part in (
-        "5 file(s) whose name is no image's",
+        "5 file(s) without an image extension",
         "2 .txt, e.g. a/1.txt",
         "1 .heic, e.g. a/x.HEIC",
         "1 without extension, e.g. a/noext",

@@ -149,9 +149,9 @@ def test_a_module_that_cannot_be_had_is_named(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "json.py").write_text("")
     for given, said in (
         ("no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-        (str(tmp_path / "nowhere.py"), "there is no file"),
+        (str(tmp_path / "nowhere.py"), "which does not exist"),
         (str(tmp_path / "broken_method.py"), "No module named 'no_such_module'"),
-        (str(tmp_path / "json.py"), "has the name of another module"),
+        (str(tmp_path / "json.py"), "has the same name as the module"),
     ):
         assert main(["info", "--plugin", given]) == 2
         line = capsys.readouterr().err.strip()

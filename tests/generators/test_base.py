@@ -247,6 +247,6 @@ def test_geometry_of_a_swin_transformer(tiny_swin: Callable[..., nn.Module]) -> 
 
 @pytest.mark.parametrize("kind", ["pgn", "vapt"])
 def test_methods_without_a_meaning_on_swin_say_what_works_there(tiny_swin: Callable[..., nn.Module], kind: str) -> None:
-    message = rf"{type(CHANGED[kind]).__name__} is not defined on a Swin transformer.*fp.list_methods"
+    message = rf"{type(CHANGED[kind]).__name__} is not defined on Swin transformers.*fp.list_methods"
     with pytest.raises(ValueError, match=message):
         fp.PromptedViT(fp.FrozenViT(tiny_swin()), CHANGED[kind])

@@ -30,7 +30,7 @@ def test_published_parameter_count_and_initial_values() -> None:
 def test_alone_adds_the_frame() -> None:
     pixel, images = fp.PixelPrompt(border=3, image_size=(16, 20)), torch.randn(2, 3, 16, 20)
     assert torch.equal(pixel(images), images + pixel.frame())
-    with pytest.raises(ValueError, match=r"images must have \(16, 20\) pixels, as the frame, got \(16, 16\)"):
+    with pytest.raises(ValueError, match=r"images must have \(16, 20\) pixels like the frame, got \(16, 16\)"):
         pixel(torch.zeros(2, 3, 16, 16))
     with pytest.raises(ValueError, match=r"layer must be None"):
         pixel(images, layer=0)

@@ -219,5 +219,5 @@ def test_dropout_masks_may_be_shared_by_a_batch() -> None:
 
 
 def test_a_projection_fits_one_width_only() -> None:
-    with pytest.raises(ValueError, match=r"project must be None where prompts have several widths \(24, 48, 96\)"):
+    with pytest.raises(ValueError, match=r"project must be None if prompts have several widths \(24, 48, 96\)"):
         fp.VPT(project=5, **STAGES)

@@ -354,7 +354,7 @@ def test_an_ill_conditioned_patch_embedding_is_reported() -> None:
             ValueError,
             "library must be a tensor of floats",
         ),
-        (lambda b, m: RGBPrompts.report(b, library=torch.zeros(2, 48)), ValueError, "not all 0"),
+        (lambda b, m: RGBPrompts.report(b, library=torch.zeros(2, 48)), ValueError, "not all zero"),
         (lambda b, m: RGBPrompts.report(b, library=torch.full((2, 48), torch.nan)), ValueError, "must be finite"),
         (lambda b, m: RGBPrompts.report(b, library=torch.ones(2, 48, dtype=torch.complex64)), ValueError, "of floats"),
         (lambda b, m: RGBPrompts.report(b, seed="a"), TypeError, "seed must be a whole number"),
@@ -362,10 +362,10 @@ def test_an_ill_conditioned_patch_embedding_is_reported() -> None:
         (lambda b, m: RGBPrompts.invert(m, "replace"), ValueError, "placement must be 'latent' or 'extend'"),
         (lambda b, m: RGBPrompts.invert(fp.PromptedViT(b, fp.VPTConfig()), "latent"), ValueError, "PGNConfig"),
         (lambda b, m: RGBPrompts.invert(b), TypeError, "model must be a PromptedViT"),
-        (lambda b, m: RGBPrompts(m), ValueError, "model must make other images"),
+        (lambda b, m: RGBPrompts(m), ValueError, "model must have pixel prompts"),
         (lambda b, m: RGBPrompts(b), TypeError, "model must be a PromptedViT"),
         (lambda b, m: RGBPrompts.invert(trained(b, activation="sigmoid"), picture=True), ValueError, "softmax"),
-        (lambda b, m: RGBPrompts.inversion_error(m, m), ValueError, "inverted must be what"),
+        (lambda b, m: RGBPrompts.inversion_error(m, m), ValueError, "inverted must be the result"),
         (lambda b, m: RGBPrompts.inversion_error(m, None), TypeError, "inverted must be a PromptedViT"),
         (lambda b, m: RGBPrompts.inversion_error(b, m), TypeError, "model must be a PromptedViT"),
         (
@@ -373,12 +373,12 @@ def test_an_ill_conditioned_patch_embedding_is_reported() -> None:
                 m, fp.PromptedViT(b, fp.RGBPGNConfig(num_prompts=8, library_size=12))
             ),
             ValueError,
-            "inverted must be what",
+            "inverted must be the result",
         ),
         (
             lambda b, m: RGBPrompts.inversion_error(m, RGBPrompts.invert(trained(make(48, 4)), "latent")),
             ValueError,
-            "inverted must be what",
+            "inverted must be the result",
         ),
         (lambda b, m: RGBPrompts(RGBPrompts.invert(m)).classify([1.0]), TypeError, "features must be a torch.Tensor"),
         (

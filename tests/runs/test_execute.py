@@ -149,9 +149,9 @@ def test_library_usage_needs_a_library_and_images(tiny_vit: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not valid JSON"),
-        ("[1]", "holds a list, not a JSON object"),
-        ('{"method": "pgn"}', "run.json: has no 'data'"),
+        ("{", "must be valid JSON"),
+        ("[1]", "must hold a JSON object, got a list"),
+        ('{"method": "pgn"}', "run.json must have the key 'data'"),
     ],
 )
 def test_damaged_settings_are_named(tmp_path: Path, text: str, message: str) -> None:
@@ -203,16 +203,16 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a training image": (lambda at: rewrite(at / "train" / "cat" / "0.bmp", 999), r"train\.images changed"),
     "a validation image": (lambda at: rewrite(at / "val" / "dog" / "1.bmp", 999), r"val\.images changed"),
     "a test image": (lambda at: rewrite(at / "test" / "dog" / "1.bmp", 999), r"test\.images changed"),
-    "one more": (lambda at: picture(at / "train" / "cat" / "9.bmp", 999), r"train\.num_images is 13, there 12"),
-    "one less": (lambda at: (at / "val" / "cat" / "0.bmp").unlink(), r"val\.num_images is 5, there 6"),
+    "one more": (lambda at: picture(at / "train" / "cat" / "9.bmp", 999), r"train\.num_images is 13, was 12"),
+    "one less": (lambda at: (at / "val" / "cat" / "0.bmp").unlink(), r"val\.num_images is 5, was 6"),
     "another label": (
         lambda at: (at / "train" / "cat" / "0.bmp").rename(at / "train" / "dog" / "7.bmp"),
         r"train\.labels changed",
     ),
-    "a class": (lambda at: picture(at / "train" / "emu" / "0.bmp", 999), "num_classes is 3, there 2"),
+    "a class": (lambda at: picture(at / "train" / "emu" / "0.bmp", 999), "num_classes is 3, was 2"),
     "a class's name": (
         lambda at: [(at / part / "cat").rename(at / part / "ant") for part in ("train", "val", "test")],
-        "class_names is \\['ant', 'dog'\\], there \\['cat', 'dog'\\]",
+        "class_names is \\['ant', 'dog'\\], was \\['cat', 'dog'\\]",
     ),
 }
 
@@ -294,13 +294,13 @@ def test_results_of_an_earlier_version_are_compared_as_far_as_they_go(
     del settings["on_bad"]  # the first version had no such choice
     (tmp_path / "run" / "run.json").write_text(json.dumps(settings))
     path.write_text(json.dumps(results))
-    with pytest.warns(UserWarning, match="recorded the names of the images and not their content"):
+    with pytest.warns(UserWarning, match="recorded the names of the images but not their contents"):
         assert run() == results
     assert "identity" not in json.loads(path.read_text())
     with pytest.warns(UserWarning, match="recorded the names"):
         assert run(test=True)["test"]["num_images"] == 6
     picture(images / "train" / "cat" / "9.bmp", 999)
-    with pytest.raises(ValueError, match=r"data\.train is 13, there 12"):
+    with pytest.raises(ValueError, match=r"data\.train is 13, was 12"):
         run()
 
 
@@ -321,7 +321,7 @@ def test_a_class_folder_that_is_no_utf8_is_refused_before_training(
     for part in ("train", "val", "test"):
         (images / part / "cat").rename(images / part / os.fsdecode(b"caf\xe9"))
     for method in ("vpt-deep", "linear"):
-        with pytest.raises(ValueError, match=r"class_names\[0\] must be text that UTF-8 can hold"):
+        with pytest.raises(ValueError, match=r"class_names\[0\] must be text that UTF-8 can encode"):
             run(method, options={})
         assert not (tmp_path / "run").exists()
 
@@ -350,6 +350,6 @@ def test_the_command_says_that_the_folder_changed(
     assert main(command) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "train.num_images is 13, there 12" in shown.err
+    assert "train.num_images is 13, was 12" in shown.err
     assert "--no-resume" in shown.err
     assert main([*command, "--no-resume"]) == 0

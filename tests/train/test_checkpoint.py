@@ -101,5 +101,5 @@ def test_a_state_of_a_later_version_is_refused(tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_FORMAT", "3")
         save_state(path, {"x": torch.ones(1)}, {})
-    with pytest.raises(ValueError, match="is of format 3, this version reads 2"):
+    with pytest.raises(ValueError, match="has format 3, this version reads 2"):
         load_state(path)

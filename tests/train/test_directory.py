@@ -71,7 +71,7 @@ def test_choices_are_those_of_a_run_and_every_flipped_bit_of_them_is_found(tmp_p
         assert run.read_choices("a") == {}
         run.write_choices("a", choices)
         assert run.read_choices("a") == choices
-        with pytest.raises(ValueError, match=r"choices\.json cannot be used.*of another run"):
+        with pytest.raises(ValueError, match=r"choices\.json cannot be used.*belongs to another run"):
             run.read_choices("b")
         path = tmp_path / "choices.json"
         whole = path.read_bytes()

@@ -269,7 +269,7 @@ def test_another_run_in_the_directory_is_refused(
             vit.cls_token.add_(1.0)
         vit._identity = None
         model = fp.PromptedViT(vit.requires_grad_(False), fp.VPTConfig(num_prompts=2), num_classes=4)
-    message = {"recipe": r"recipe\.lr is 0\.5, there 0\.01", "config": "config", "data": r"train\.labels changed"}
+    message = {"recipe": r"recipe\.lr is 0\.5, was 0\.01", "config": "config", "data": r"train\.labels changed"}
     with pytest.raises(ValueError, match=message.get(what, "backbone")):
         fit(model, train, val, recipe, out_dir=tmp_path, progress=False)
     assert every_file(tmp_path) == before
@@ -446,23 +446,27 @@ def test_nothing_is_half_written_when_saving_fails(
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (lambda x, y: (x[:0], y[:0]), ValueError, "{} is empty"),
-        (lambda x, y: (x, y + 1), ValueError, "{} has label 4, the model takes 0 to 3"),
-        (lambda x, y: (x, y - 1), ValueError, "{} has label -1"),
+        (lambda x, y: (x[:0], y[:0]), ValueError, "{} must not be empty"),
+        (lambda x, y: (x, y + 1), ValueError, "{} must have labels from 0 to 3"),
+        (lambda x, y: (x, y - 1), ValueError, "{} must have labels from 0 to 3 .*, got -1"),
         (lambda x, y: (x, y.float()), TypeError, "{} must have integer labels"),
         (lambda x, y: (x[:, :2], y), ValueError, "{} must have images of shape"),
         (lambda x, y: (x[:, :, :16], y), ValueError, "images must be 32 x 32 pixels"),
         (lambda x, y: (x.int(), y), TypeError, "{} must have uint8"),
-        (lambda x, y: (x, y[:-1]), ValueError, "{} has 40 images but 39 labels"),
-        (lambda x, y: (torch.where(x == x[5, 0, 0, 0], math.nan, x.float()), y), ValueError, "{} has NaN"),
+        (lambda x, y: (x, y[:-1]), ValueError, "{} must have one label per image, got 40 images and 39 labels"),
+        (
+            lambda x, y: (torch.where(x == x[5, 0, 0, 0], math.nan, x.float()), y),
+            ValueError,
+            "{} must have finite pixels",
+        ),
         (lambda x, y: x, TypeError, "{} must be a Dataset"),
-        (lambda x, y: TensorDataset(x[:0], y[:0]), ValueError, "{} is empty"),
-        (lambda x, y: TensorDataset(x, y + 1), ValueError, r"{}\[3\] has label 4"),
-        (lambda x, y: TensorDataset(x.double() * math.inf, y), ValueError, r"{}\[0\] has NaN or infinite"),
+        (lambda x, y: TensorDataset(x[:0], y[:0]), ValueError, "{} must not be empty"),
+        (lambda x, y: TensorDataset(x, y + 1), ValueError, r"{}\[3\] must have a label from 0 to 3"),
+        (lambda x, y: TensorDataset(x.double() * math.inf, y), ValueError, r"{}\[0\] must have finite pixels"),
         (lambda x, y: TensorDataset(x), TypeError, r"{}\[0\] must be an \(image, label\) pair"),
         (lambda x, y: TensorDataset(x, y.float()), TypeError, r"{}\[0\] must have an integer label"),
-        (lambda x, y: Uneven(x, y), ValueError, r"{}\[7\] is \(3, 16, 32\)"),
-        (lambda x, y: DataLoader(TensorDataset(x, y), 64, drop_last=True), ValueError, "{} gives no batch"),
+        (lambda x, y: Uneven(x, y), ValueError, r"{}\[7\] must have the shape and dtype"),
+        (lambda x, y: DataLoader(TensorDataset(x, y), 64, drop_last=True), ValueError, "{} yields no batch"),
     ],
 )
 @pytest.mark.parametrize("which", ["train", "val"])
@@ -504,7 +508,7 @@ def test_other_wrong_arguments(make_model: Callable[..., Any], colours: Callable
         fit(make_model(num_classes=None), data, data, RECIPE)
     text = fp.PromptedViT(make_model().backbone, fp.LinearProbeConfig(), num_classes=4, head="text",
                           class_embeddings=torch.randn(4, 48))  # fmt: skip
-    with pytest.raises(ValueError, match="no parameter that trains"):
+    with pytest.raises(ValueError, match="model must have trainable parameters"):
         fit(text, data, data, RECIPE)
 
 
@@ -647,7 +651,7 @@ def test_other_validation_images_are_another_run(
 ) -> None:
     recipe = RECIPE.replace(epochs=1)
     fit(make_model(), colours(16), colours(8, seed=1), recipe, tmp_path, progress=False)
-    with pytest.raises(ValueError, match=r"\(val\.num_images is 12, there 8\)"):
+    with pytest.raises(ValueError, match=r"\(val\.num_images is 12, was 8\)"):
         fit(make_model(), colours(16), colours(12, seed=1), recipe, tmp_path, progress=False)
 
 
@@ -856,7 +860,7 @@ def test_a_run_of_an_earlier_version_is_returned_or_goes_on(name: str, tmp_path:
         images, labels = arguments["train"]
         with pytest.raises(ValueError, match=r"train\.images changed"):
             fit(**{**arguments, "train": (images + 1, labels)})
-    with pytest.raises(ValueError, match=r"recipe\.lr is 0\.5, there 0\.01"):
+    with pytest.raises(ValueError, match=r"recipe\.lr is 0\.5, was 0\.01"):
         fit(**{**saved_run(name, tmp_path / "other"), "lr": 0.5})
 
 
@@ -887,7 +891,7 @@ CHANGED: dict[str, tuple[Callable[..., Any], str]] = {
     "train": (lambda a: {**a, "train": (a["train"][0].flip(3), a["train"][1])}, r"train\.images changed"),
     "val": (lambda a: {**a, "val": (a["val"][0].flip(3), a["val"][1])}, r"val\.images changed"),
     "weights": (lambda a: {**a, "model": a["make"](seed=3)}, "initial_weights changed"),
-    "std": (lambda a: {**a, "std": (0.1, 0.1, 0.1)}, r"std is \[0\.1, 0\.1, 0\.1\], there \[0\.229"),
+    "std": (lambda a: {**a, "std": (0.1, 0.1, 0.1)}, r"std is \[0\.1, 0\.1, 0\.1\], was \[0\.229"),
 }
 
 
@@ -935,9 +939,9 @@ def test_images_that_cannot_be_compared_are_said_once_there_is_a_directory(
     train, val, recipe = Noisy(*colours(8)), colours(8, seed=1), RECIPE.replace(epochs=1, dtype="float32")
     fit(make_model(), train, val, recipe, progress=False)
     assert not recwarn.list
-    with pytest.warns(UserWarning, match="train does not give the same images when it is read again"):
+    with pytest.warns(UserWarning, match="train yields different images each time it is read"):
         result = fit(make_model(), train, val, recipe, tmp_path, progress=False)
-    with pytest.warns(UserWarning, match="train does not give the same images when it is read again"):
+    with pytest.warns(UserWarning, match="train yields different images each time it is read"):
         assert fit(make_model(), train, val, recipe, tmp_path, progress=False) == result
 
 
@@ -1011,7 +1015,7 @@ def test_a_run_that_goes_on_elsewhere_says_so(
         fit(make_model(), train, val, recipe, tmp_path, progress=False)
     elsewhere = {**environment(torch.device("cpu")), "threads": 64}
     monkeypatch.setattr("fastprompt.train.fit.environment", lambda _: elsewhere)
-    with pytest.warns(UserWarning, match="last bits may come out differently: threads is 64, was 1"):
+    with pytest.warns(UserWarning, match="last bits may differ: threads is 64, was 1"):
         fit(make_model(), train, val, recipe, tmp_path, progress=False)
     assert read_log(tmp_path)[2] == {"event": "resume", "epoch": 1, "environment": elsewhere}
 
@@ -1106,7 +1110,7 @@ def test_a_finished_run_on_a_read_only_file_system_is_returned(
     assert fit(make_model(), train, val, recipe, tmp_path, progress=False) == expected
     said = [str(warning.message) for warning in recwarn.list]
     assert len(said) == (damage != "nothing")
-    assert all("holds a finished run, whose log or best/ is not whole" in text for text in said)
+    assert all("holds a finished run with an incomplete log or best/" in text for text in said)
     with pytest.raises(OSError, match=r"out_dir .* cannot be written, and holds no finished run"):
         fit(make_model(), train, val, recipe, tmp_path, resume=False, progress=False)
     assert every_file(tmp_path) == before
@@ -1173,7 +1177,7 @@ def test_a_class_name_that_is_no_utf8_is_refused_before_training(
 ) -> None:
     names = ["ant", "bee", os.fsdecode(b"caf\xe9"), "dog"]
     model = fp.PromptedViT(make_model().backbone, fp.VPTConfig(num_prompts=2), 4, class_names=names)
-    with pytest.raises(ValueError, match=r"class_names\[2\] must be text that UTF-8 can hold, got 'caf.udce9'"):
+    with pytest.raises(ValueError, match=r"class_names\[2\] must be text that UTF-8 can encode, got 'caf.udce9'"):
         fit(model, colours(8), colours(8), RECIPE, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
@@ -1208,7 +1212,7 @@ def test_device_dtype_sizes_and_parameters_are_said_at_the_start(
     assert lines[0] == (
         f"training vpt on cpu in float32: 32 training and 8 validation images, {trained:,} trained parameters"
     )
-    assert lines[1].startswith("chosen by stopwatch and kept for this run: ")
+    assert lines[1].startswith("chosen by timing and kept for this run: ")
     assert "float32 products by " in lines[1]
 
 
@@ -1225,5 +1229,5 @@ def test_the_number_format_is_the_one_that_the_processor_has(
     monkeypatch.setattr("fastprompt.train.evaluate.bfloat16_is_fast", lambda _: False)
     with pytest.warns(UserWarning, match="this CPU has no bfloat16 instructions"):
         fit(make_model(), data, data, progress=False, epochs=1, dtype="bfloat16")
-    with pytest.raises(ValueError, match="backbone_dtype is 'float32', there 'bfloat16'"):
+    with pytest.raises(ValueError, match="backbone_dtype is 'float32', was 'bfloat16'"):
         fit(make_model(), data, data, out_dir=tmp_path / "bfloat16", progress=False, epochs=1)

@@ -86,7 +86,7 @@ def test_finished_runs_of_another_recipe_and_bad_files_are_refused(
 ) -> None:
     train, val = colours(32), colours(16, seed=1)
     run = run_grid(make_probe, train, val, RECIPE, (0.1,), (0,), tmp_path, progress=False)[0]
-    with pytest.raises(ValueError, match="epochs is 3, there 2"):
+    with pytest.raises(ValueError, match="epochs is 3, was 2"):
         run_grid(make_probe, train, val, RECIPE.replace(epochs=3), (0.1,), (0,), tmp_path, progress=False)
     (run.directory / "result.json").write_text("{")
     with pytest.raises(ValueError, match=r"result\.json is not a run's result"):
@@ -107,7 +107,7 @@ def test_finished_runs_on_other_data_or_models_are_refused(
     for changed, data in (("train", (colours(32, seed=2), val)), ("val", (train, colours(16, seed=2)))):
         with pytest.raises(ValueError, match=rf"holds another run \({changed}\.images changed\)"):
             run_grid(make_probe, *data, RECIPE, **arguments)
-    with pytest.raises(ValueError, match=r"config\.kind is 'vpt', there 'linear'"):
+    with pytest.raises(ValueError, match=r"config\.kind is 'vpt', was 'linear'"):
         run_grid(lambda seed: make_model(fp.VPTConfig(num_prompts=2), seed=seed), train, val, RECIPE, **arguments)
     with pytest.raises(ValueError, match=r"\(initial_weights changed\)"):
         run_grid(lambda seed: make_probe(seed + 1), train, val, RECIPE, **arguments)

@@ -116,7 +116,7 @@ def test_images_that_differ_from_reading_to_reading_are_said_not_to_be_covered(c
     generator = np.random.default_rng(0)
     found = data_identity(Pictures(images, labels, lambda image: image + generator.random()), "val", 4)
     assert found["images"] is None
-    assert "val does not give the same images when it is read again" in str(not_covered(found, "val"))
+    assert "val yields different images each time it is read" in str(not_covered(found, "val"))
     assert (
         "labels"
         in differences({"val": data_identity((images, labels.flip(0)), "val", 4)}, {"val": found})["val.labels"]
@@ -138,7 +138,7 @@ def test_of_many_images_a_sample_is_read_and_the_rest_is_said(
 
     plain, stating = (data_identity(kind(images, labels), "train", 4) for kind in (Pictures, Stating))
     assert (plain["read"], plain["num_images"]) == (4, 12)
-    assert "train has 12 images, of which 4 tell" in str(not_covered(plain, "train"))
+    assert "train has 12 images, of which only 4 are compared" in str(not_covered(plain, "train"))
     assert not_covered(stating, "train") is None
     Stating.stated = "two"
     after = data_identity(Stating(images, labels), "train", 4)
@@ -171,8 +171,8 @@ def test_a_loader_is_its_batches_its_order_and_its_collate_function(colours: Cal
         assert not_covered(other, "train") == (
             None
             if isinstance(subset, list)
-            else "train is drawn by a SubsetRandomSampler whose indices cannot be compared: whether a run is continued "
-            "on the same images is not known"
+            else "train is drawn by a SubsetRandomSampler, and its indices cannot be compared: a run may be resumed on "
+            "different images"
         )
     lists = [data_identity(DataLoader(data, batch_sampler=each), "train", 4) for each in ([[0, 1], [2]], [[0], [2, 1]])]
     assert "train.loader.sampler.batches" in differences({"train": lists[0]}, {"train": lists[1]})
@@ -263,11 +263,13 @@ def test_a_refusal_says_what_differs_and_what_to_do(
 ) -> None:
     mine, theirs = identity_of(recipe=Recipe(lr=0.5)), identity_of(make_model(seed=1))
     with pytest.raises(
-        ValueError, match=r"holds another run \(recipe\.lr is 0\.5, there 0\.001, initial_weights changed\)"
+        ValueError, match=r"holds another run \(recipe\.lr is 0\.5, was 0\.001, initial_weights changed\)"
     ):
         require_same(mine, theirs, tmp_path)
     require_same(mine, theirs, tmp_path, except_for=["recipe.lr", "initial_weights"])
-    with pytest.raises(ValueError, match=r"--no-resume\) to replace it\. .*seed before the model is built"):
+    with pytest.raises(
+        ValueError, match=r"replace it with resume=False .--no-resume.\. .*seed before building the model"
+    ):
         require_same(identity_of(), theirs, tmp_path)
     del theirs["train"], theirs["initial_weights"]  # as of a version that recorded neither
     require_same(identity_of(), theirs, tmp_path)

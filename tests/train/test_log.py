@@ -57,8 +57,7 @@ def test_choices_are_said_by_op() -> None:
         "float32 products": "oneDNN",
     }
     assert choices_line(choices) == (
-        "chosen by stopwatch and kept for this run: float32 products by oneDNN, "
-        "prefix_attention by native and reference"
+        "chosen by timing and kept for this run: float32 products by oneDNN, prefix_attention by native and reference"
     )
 
 

@@ -44,5 +44,5 @@ def test_rates_are_scaled_from_each_groups_peak(make_model: Callable[..., Any]) 
 def test_a_model_in_which_nothing_trains_is_refused(make_model: Callable[..., Any]) -> None:
     model = make_model(fp.LinearProbeConfig())
     model.head.requires_grad_(False)
-    with pytest.raises(ValueError, match="no parameter that trains"):
+    with pytest.raises(ValueError, match="model must have trainable parameters"):
         make_optimizer(model.trainable_parameters(), Recipe())

@@ -127,8 +127,8 @@ def test_wrong_arguments(make_model: Callable[..., Any], colours: Callable[..., 
         fit_linear_probe(model, (good[0], good[1] * 0), good)
     with pytest.raises(ValueError, match=r"val must have features \(N, 48\)"):
         fit_linear_probe(model, good, (good[0][:, :5], good[1]))
-    with pytest.raises(ValueError, match="train has NaN"):
+    with pytest.raises(ValueError, match="train must have finite features"):
         fit_linear_probe(model, (good[0] * float("inf"), good[1]), good)
-    with pytest.raises(ValueError, match="val is empty"):
+    with pytest.raises(ValueError, match="val must not be empty"):
         fit_linear_probe(model, images, (images[0][:0], images[1][:0]))
     assert torch.equal(model.head.weight, before)
