@@ -279,7 +279,7 @@ def as_trained(who: str, stored: Mapping[str, Any], resampled: Mapping[str, Tens
             + (", resampled otherwise" if backbone.fingerprint == stored["fingerprint"] else "")
         )
     try:
-        return backbone.normalising(*(stored.get(key) or getattr(backbone, key) for key in ("mean", "std")))
+        return backbone.normalising_by(*(stored.get(key) or getattr(backbone, key) for key in ("mean", "std")))
     except ValueError as error:
         raise ValueError(f"{who} is corrupted: backbone.{error}") from error
 

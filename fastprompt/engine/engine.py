@@ -218,7 +218,7 @@ class Engine:
             self._check_open()
             self._forget(name)
             self._adapters[name] = adapter
-            self._pixels[name] = backbone.normalising(model.backbone.mean, model.backbone.std)
+            self._pixels[name] = backbone.normalising_by(model.backbone.mean, model.backbone.std)
 
     def delete_adapter(self, name: str) -> None:
         """Serve this adapter no longer and free its memory.

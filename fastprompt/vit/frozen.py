@@ -65,23 +65,6 @@ class FrozenViT(Backbone):
             super().__init__(parts)
         self.register_load_state_dict_post_hook(_fold_again)
 
-    def normalising(self, mean: Sequence[float], std: Sequence[float]) -> FrozenViT:
-        """The same backbone, on the same tensors, for raw pixels that are normalised by another mean and std.
-
-        It is itself where these are its own. It has the same fingerprint, so the same adapters fit.
-
-        Raises:
-            ValueError: `mean` or `std` is not one number for each channel.
-        """
-        mean, std = _channel_triple("mean", mean), _channel_triple("std", std)
-        if (mean, std) == (self.mean, self.std):
-            return self
-        self.pin_fingerprint()
-        other = copy.copy(self)
-        other.spec = dataclasses.replace(self.spec, mean=mean, std=std)
-        other.kept_fold = None  # it holds the mean and std, too
-        return other
-
     @classmethod
     def from_timm(
         cls,

@@ -486,7 +486,7 @@ def test_an_adapter_of_another_backbone_is_refused(
 def test_raw_pixels_are_normalised_as_each_adapter_was_trained(
     backbone: fp.FrozenViT, build: Build, tmp_path: Path
 ) -> None:
-    other = backbone.normalising((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    other = backbone.normalising_by((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     models = {"a": build("vpt-deep"), "b": build("vpt-deep", backbone=other), "c": build("pgn", backbone=other)}
     engine = eager(backbone, dtype=torch.float32)
     models["b"].save_pretrained(tmp_path)

@@ -128,7 +128,7 @@ def test_an_adapter_of_other_means_gets_its_own_pixels(
     backbone = fp.load_backbone(f"local-dir:{place / 'vit'}")
     model = fp.PromptedViT.from_pretrained(backbone, place / "birds")
     assert model.backbone is backbone
-    own = fp.PromptedViT(backbone.normalising((0.1, 0.2, 0.3), (0.5, 0.4, 0.3)), model.config, 3)
+    own = fp.PromptedViT(backbone.normalising_by((0.1, 0.2, 0.3), (0.5, 0.4, 0.3)), model.config, 3)
     own.load_adapter_state_dict(model.adapter_state_dict())
     own.eval().save_pretrained(tmp_path / "other")
     raw = pictures(4)
