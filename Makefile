@@ -70,7 +70,7 @@ browser: $(STAMP)  ## the page in a real headless Chromium, beside the Python cl
 hammer: $(STAMP)  ## an engine under eight threads, thousands of calls, adapters swapped and failures injected
 	FASTPROMPT_HAMMER_TURNS=500 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q tests/engine/test_engine.py -k hammered
 
-torture: $(STAMP)  ## kills, full disks, flipped bits, hostile clients, swapped states; writes results/torture.md (a quarter of an hour)
+torture: $(STAMP)  ## kills, full disks, flipped bits, hostile clients, swapped states; writes results/torture.md (minutes, Linux)
 	OMP_NUM_THREADS=1 $(PY) bench/torture.py
 
 serve-ray: $(STAMP)  ## the host on a local Ray, which this installs into the environment (a minute)
