@@ -118,7 +118,7 @@ def servers(place: Path) -> Iterator[list[Server]]:
             "https://page.example",
             keys=",".join(KEYS),
         ),
-        Server(place, adapters=("birds",), port=0),
+        Server(place, "--backend", "eager", adapters=("birds",), port=0),
     ]
     yield running
     for server in running:
@@ -426,7 +426,7 @@ def test_wrong_commands_end_before_a_server_starts(
         (["--max-held-mb", "15"], "Limits.held_bytes must be at least twice body_bytes, 16777216, got 15728640"),
         (["--batch-wait-ms", "-1"], "batch_wait must be seconds"),
         *(
-            ([flag, value], f"{flag}: takes a finite number, got {value}")
+            ([flag, value], f"{flag} must be finite, got {value}")
             for value in ("nan", "inf")
             for flag in (
                 "--max-body-mb",
