@@ -1,4 +1,4 @@
-# make test | docs | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-engine | cost | gates | kernels-report | gpu | clean | help
+# make test | docs | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-engine | cost | gates | kernels-report | gpu | dist | clean | help
 #   PYTHON=python3.12   interpreter the environment is made from
 #   VENV=path           environment to make or reuse (default .venv)
 #   PIP_FLAGS=...       more flags for pip, e.g. an extra index that has CPU builds of torch
@@ -17,7 +17,7 @@ STAMP := $(VENV)/.fastprompt-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint types pytest browser page hammer torture serve-ray load demo table pixels plots docs bench bench-forward bench-engine cost gates kernels-report gpu clean
+.PHONY: help install test lint types pytest browser page hammer torture serve-ray load demo table pixels plots docs bench bench-forward bench-engine cost gates kernels-report gpu dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -121,6 +121,11 @@ gpu: $(STAMP)  ## on a GPU: parity, determinism and speed of every op and of CUD
 	began=$$(date +%s) && $(VENV)/bin/pytest -q tests/engine/cuda_graph/test_device.py && \
 		$(PY) bench/gpu.py --began $$began
 	$(PY) bench/gpu_table.py results/gpu.json docs/results.md
+
+dist: $(STAMP)  ## sdist and wheel, with the C++ kernels, into dist/, checked as PyPI checks them
+	rm -rf dist
+	FASTPROMPT_REQUIRE_NATIVE=1 $(PY) -m build --no-isolation
+	$(PY) -m twine check --strict dist/*
 
 clean:  ## remove .venv and everything built
 	rm -rf .venv .cache build dist *.egg-info client/*.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -108,6 +108,7 @@ def test_sdist_holds_the_native_sources(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").iterdir()} <= names
+    assert {"LICENSE", "NOTICE", "README.md", "setup.py", "fastprompt/kernels/__init__.py"} <= names
     assert not [name for name in names if name.endswith(".so")]
 
 
@@ -152,6 +153,12 @@ def test_wheel_metadata(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         [entry_points] = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
         assert "fastprompt = fastprompt.cli:main" in archive.read(entry_points).decode()
+
+
+def test_an_index_takes_both(wheel: Path, sdist: Path) -> None:
+    ran = python("-m", "twine", "check", "--strict", str(wheel), str(sdist), cwd=wheel.parent)
+    assert ran.returncode == 0, ran.stdout
+    assert ran.stdout.count("PASSED") == 2
 
 
 def test_a_wheel_from_the_sdist_is_the_same(wheel: Path, sdist: Path, tmp_path: Path) -> None:

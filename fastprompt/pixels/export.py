@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -230,7 +231,7 @@ def golden_image(height: int, width: int) -> Tensor:
         image[top : top + side, left : left + side] = random.integers(0, 256, 3)
     noise = random.integers(-64, 65, (height, width, 3))
     pixels = np.clip(np.rint(image) + noise, 0, 255).astype(np.uint8)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return rearrange(torch.from_numpy(pixels), "h w c -> c h w").contiguous()
 
 
 @torch.no_grad()
@@ -244,7 +245,7 @@ def host_features(backbone: FrozenViT, images: Tensor, readout: str) -> Tensor:
 def likely_mistakes(backbone: FrozenViT, picture: Tensor, readout: str) -> Iterator[Mistake]:
     """Yield what a host returns for a picture, uint8 (3, H', W), if it makes a likely mistake."""
     for name, detail, changed in _changed(_pil(picture), backbone.image_size):
-        pixels = torch.from_numpy(np.array(changed)).permute(2, 0, 1)[None].to(backbone.device)
+        pixels = rearrange(torch.from_numpy(np.array(changed)), "h w c -> 1 c h w").to(backbone.device)
         yield Mistake(name, detail, host_features(backbone, backbone.normalise(pixels), readout))
     unit = picture[None].to(torch.promote_types(backbone.dtype, torch.float32)) / 255
     for detail, (mean, std) in NORMALISATIONS.items():
@@ -313,7 +314,7 @@ def _check_finite(model: PromptedViT) -> None:
 def _pixel_prompt(generator: PixelPrompt, backbone: FrozenViT, files: dict[str, bytes]) -> dict[str, Any]:
     std = torch.tensor(backbone.std, dtype=torch.float64).view(3, 1, 1)
     frame = generator.frame()[0].detach().double().cpu()  # (3, H, W), of normalised pixels
-    files["added.npy"] = _npy((frame * std * 255).permute(1, 2, 0))
+    files["added.npy"] = _npy(rearrange(frame * std * 255, "c h w -> h w c"))
     return {"kind": "border", "added": True}
 
 
@@ -332,7 +333,8 @@ def _patches(generator: RGBPGN, backbone: FrozenViT, files: dict[str, bytes]) ->
     if config.offset:
         files["offset.npy"] = _npy(generator.offset.detach().double().cpu() * 255)
     if config.compensate:
-        files["added.npy"] = _npy((generator.compensation.detach().double().cpu() * 255).permute(1, 2, 0))
+        added = generator.compensation.detach().double().cpu() * 255  # (3, H, W)
+        files["added.npy"] = _npy(rearrange(added, "c h w -> h w c"))
     return {
         "kind": "patches",
         "placement": config.placement,
@@ -395,7 +397,7 @@ def _npy(values: Tensor) -> bytes:
 
 
 def _pil(picture: Tensor) -> Image.Image:
-    return Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy())
+    return Image.fromarray(rearrange(picture, "c h w -> h w c").contiguous().cpu().numpy())
 
 
 def _png(picture: Tensor) -> bytes:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from fastprompt.vit.weights import Block, Dense, Mlp, Norm, frozen
@@ -186,7 +187,7 @@ def compute_layouts(
             size, (height, width) = len(order), grid
             grid = ((height + 1) // 2, (width + 1) // 2)
             position = F.pad(position.view(height, width), (0, width % 2, 0, height % 2), value=size)
-            position = position.view(grid[0], 2, grid[1], 2).permute(0, 2, 3, 1).reshape(-1, 4)  # (patches, 4)
+            position = rearrange(position, "(rows y) (columns x) -> (rows columns) (x y)", y=2, x=2)  # (patches, 4)
         places = window_places(grid, block.window, block.shift)
         whole = bool((places < grid[0] * grid[1]).all())
         order = places if whole else torch.arange(grid[0] * grid[1], device="cpu")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from fastprompt.arguments import ArgumentError, ArgumentTypeError
@@ -84,7 +85,8 @@ def _resize(parts: dict[str, Any], sides: tuple[int, int], rule: dict[str, bool]
         prefix = int(spec.has_cls) + spec.num_registers if spec.pos_on_prefix else 0
         pos: Tensor = parts["pos_embed"].detach()  # (1, [prefix +] patches, D)
         parts["loaded"] = {"pos_embed": loaded_as(pos, grid=spec.grid, to=grid, **rule)}
-        rows = pos[:, prefix:].unflatten(1, spec.grid).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+        rows = rearrange(pos[:, prefix:], "one (rows columns) d -> one d rows columns", rows=spec.grid[0])
         rows = F.interpolate(rows.to(torch.promote_types(pos.dtype, torch.float32)), size=grid, mode="bicubic", **rule)
-        parts["pos_embed"] = torch.cat([pos[:, :prefix], rows.flatten(2).transpose(1, 2).to(pos.dtype)], dim=1)
+        patches = rearrange(rows, "one d rows columns -> one (rows columns) d").to(pos.dtype)
+        parts["pos_embed"] = torch.cat([pos[:, :prefix], patches], dim=1)
     parts["spec"] = dataclasses.replace(spec, image_size=sides, grid=grid)
