@@ -39,7 +39,7 @@ class VAPTConfig(PromptConfig):
 
     Attributes:
         num_prompts: P per block. hidden: r, width of the feature projector's bottleneck.
-        kernel, padding: kernel size and padding of the convolution over the patch grid (stride 1).
+        kernel: size of the convolution's kernel over the patch grid (stride 1). padding: of that convolution.
         channel_dropout: dropout rate of whole channels after the convolution.
         hidden_dropout: dropout rate of the bottleneck's hidden units.
         prompt_dropout: dropout rate of the elements of static prompts.
