@@ -110,10 +110,12 @@ def test_the_graph_has_standard_operators_and_no_batch_norm(backbone: fp.FrozenV
     }
 
 
-def test_resampling_is_interpolates() -> None:
+@pytest.mark.parametrize("antialias", [True, False])
+def test_resampling_is_interpolates(antialias: bool) -> None:
     x = torch.rand(1, 2, 30, 40, dtype=torch.float64)
-    expected = torch.nn.functional.interpolate(x, size=(13, 17), mode="bilinear", antialias=True)
-    torch.testing.assert_close(resampling(30, 13) @ x @ resampling(40, 17).T, expected, rtol=1e-12, atol=1e-12)
+    expected = torch.nn.functional.interpolate(x, size=(13, 17), mode="bilinear", antialias=antialias)
+    rows, columns = resampling(30, 13, antialias), resampling(40, 17, antialias)
+    torch.testing.assert_close(rows @ x @ columns.T, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_the_files_are_those_of_the_manifest(backbone: fp.FrozenViT, tmp_path: Path) -> None:
