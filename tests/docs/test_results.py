@@ -122,3 +122,20 @@ def test_the_plots_are_drawn_from_the_numbers(tmp_path: Path) -> None:
     for name in ("accuracy.svg", "speed.svg"):
         drawn, kept = ((folder / name).read_text(encoding="utf-8") for folder in (tmp_path, ROOT / "docs" / "assets"))
         assert drawn == kept if pinned else len(drawn) > 10_000
+
+
+def test_every_file_of_results_is_named_and_so_is_its_command() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    reports = sorted((ROOT / "results").glob("*.md"))
+    assert len(reports) > 5
+    assert [path.name for path in reports if f"`results/{path.name}`" not in text] == []
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"`make ([a-z-]+)`", text)) <= targets
+
+
+def test_torture_found_nothing_wrong() -> None:
+    """The page says so."""
+    lines = (ROOT / "results" / "torture.md").read_text(encoding="utf-8").splitlines()
+    wrong = [line.strip("| ").split(" | ")[-1] for line in lines if line.startswith("| ")][1:]
+    assert len(wrong) > 5
+    assert set(wrong) == {"0"}
