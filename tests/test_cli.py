@@ -520,7 +520,7 @@ def test_interrupted_run_goes_on_to_the_same_result(
     monkeypatch.setattr(fit_module._Run, "one_epoch", interrupted)
     assert main(adapt_command(place, out)) == 130
     line = error_line(capsys)
-    assert "goes on" in line
+    assert "resume from" in line
     assert str(out) in line
     assert not (out / "results.json").exists()
     assert not list(out.rglob("*.tmp"))
@@ -554,7 +554,7 @@ def test_interrupted_run_goes_on_to_the_same_result(
         (["predict", "{root}/images/red/0.png", "{root}/run"], "the directory of a run or an adapter, got the file"),
         (
             ["info", "{root}/stopped"],
-            "`fastprompt adapt --config {root}/stopped/run.json --out {root}/stopped` goes on",
+            "`fastprompt adapt --config {root}/stopped/run.json --out {root}/stopped` resumes it",
         ),
     ],
 )

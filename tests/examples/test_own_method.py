@@ -155,7 +155,7 @@ def test_a_module_that_cannot_be_had_is_named(tmp_path: Path, capsys: pytest.Cap
     ):
         assert main(["info", "--plugin", given]) == 2
         line = capsys.readouterr().err.strip()
-        assert line.startswith("fastprompt info: error: --plugin: ")
+        assert line.startswith("fastprompt info: error: --plugin ")
         assert said in line
 
 

@@ -176,7 +176,7 @@ def test_from_run_directories(tmp_path: Path) -> None:
 
 def test_files_that_are_no_results_are_named(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"results\.json is not the results of a run: it has no 'title'"):
+    with pytest.raises(ValueError, match=r"results\.json has no 'title'"):
         build_report([tmp_path], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 

@@ -309,7 +309,7 @@ def test_settings_are_compared_before_anything_is_read(
 ) -> None:
     run()
     monkeypatch.setattr(execute_module, "backbone_at", lambda *_: pytest.fail("the backbone was loaded"))
-    with pytest.raises(ValueError, match=r"other settings .*num_val: None there, 2 now"):
+    with pytest.raises(ValueError, match=r"different settings .*num_val: None there, 2 now"):
         run(num_val=2)
     with directory_lock(tmp_path / "run"), pytest.raises(DirectoryInUse, match=f"process {os.getpid()}"):
         run(resume=False)
