@@ -1,11 +1,11 @@
 # make test | docs | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-engine | cost | gates | kernels-report | gpu | dist | clean | help
-#   PYTHON=python3.12   interpreter the environment is made from
-#   VENV=path           environment to make or reuse (default .venv)
-#   PIP_FLAGS=...       more flags for pip, e.g. an extra index that has CPU builds of torch
-#   TESTS=tests/vit     run a part of the suite
-#   JOBS=2              processes that share the suite
-#   IF=changed          for gates: run nothing where results/gates.json is of these kernels
-#   FOLDER=path         for page: what `fastprompt export --client` wrote
+#   PYTHON=python3.12   interpreter to create the environment with
+#   VENV=path           environment to create or reuse (default .venv)
+#   PIP_FLAGS=...       more flags for pip, for example an extra index with CPU builds of torch
+#   TESTS=tests/vit     run part of the suite
+#   JOBS=2              number of processes that run the suite
+#   IF=changed          for gates: run nothing if results/gates.json is up to date
+#   FOLDER=path         for page: folder written by `fastprompt export --client`
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
@@ -23,27 +23,27 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 $(PY):
-	@$(PYTHON) -c 'import sys; sys.exit(f"fastprompt needs Python 3.10 or newer, {sys.executable} is {sys.version.split()[0]}: set PYTHON=" if sys.version_info < (3, 10) else 0)'
-	@$(PYTHON) -m venv $(VENV) || { echo 'no virtual environment could be made: on Debian, apt-get install python3-venv' >&2; rm -rf $(VENV); exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(f"fastprompt needs Python 3.10 or newer, but {sys.executable} is {sys.version.split()[0]}: set PYTHON=" if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -m venv $(VENV) || { echo 'could not create a virtual environment: on Debian, apt-get install python3-venv' >&2; rm -rf $(VENV); exit 1; }
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) | $(PY)
-	@echo 'installing fastprompt and what it needs into $(VENV): minutes, and about 6 GB where torch comes with CUDA'
+	@echo 'installing fastprompt and its dependencies into $(VENV); this takes minutes, and about 6 GB if torch comes with CUDA'
 	@$(PY) -m pip install -qq $(PIP_FLAGS) -c constraints.txt setuptools torch
 	@$(PY) -m pip install -qq $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
-install: $(STAMP)  ## make the environment and install fastprompt in it, editable
+install: $(STAMP)  ## create the environment and install fastprompt in it, editable
 
-test: lint types pytest  ## ruff, mypy and the whole test suite
+test: lint types pytest  ## run ruff, mypy and the whole test suite
 
-lint: $(STAMP)  ## ruff: lint and format
+lint: $(STAMP)  ## run ruff: lint and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-types: $(STAMP)  ## mypy on the package, its ops and the client
+types: $(STAMP)  ## run mypy on the package, its ops and the client
 	$(PY) -m mypy
 
-pytest: $(STAMP)  ## the test suite alone
+pytest: $(STAMP)  ## run only the test suite
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n $(JOBS) --dist loadfile --durations=20 $(TESTS)
 
 PAGE := build/page
@@ -55,69 +55,69 @@ $(NODE_MODULES): client/web/package.json client/web/package-lock.json
 	@mkdir -p .cache/page && cp $^ .cache/page && cd .cache/page && npm ci --ignore-scripts --no-audit --no-fund --silent
 	@touch $@
 
-page: $(NODE_MODULES)  ## the client as a web page with onnxruntime-web in build/page, with FOLDER= as its model
+page: $(NODE_MODULES)  ## build the client as a web page with onnxruntime-web in build/page, with FOLDER= as its model
 	@rm -rf $(PAGE) && mkdir -p $(PAGE)/ort
 	@cp client/web/index.html client/web/*.js $(PAGE)
 	@cd $(NODE_MODULES)/onnxruntime-web/dist && cp $(ORT) $(CURDIR)/$(PAGE)/ort
 	@if [ -n '$(FOLDER)' ]; then cp -r '$(FOLDER)' $(PAGE)/model; fi
-	@echo 'python3 -m http.server --directory $(PAGE)   and open http://localhost:8000/?host=http://HOST'
+	@echo 'run python3 -m http.server --directory $(PAGE) and open http://localhost:8000/?host=http://HOST'
 
-browser: $(STAMP)  ## the page in a real headless Chromium, beside the Python client (needs node, npm and chromium)
+browser: $(STAMP)  ## test the page in headless Chromium against the Python client (needs node, npm and chromium)
 	@$(MAKE) --no-print-directory page FOLDER= PAGE=.cache/page/site >/dev/null
 	FASTPROMPT_PAGE=.cache/page/site FASTPROMPT_NODE_MODULES=$(NODE_MODULES) OMP_NUM_THREADS=1 \
 		$(VENV)/bin/pytest -q tests/client/test_browser.py
 
-hammer: $(STAMP)  ## an engine under eight threads, thousands of calls, adapters swapped and failures injected
+hammer: $(STAMP)  ## call an engine thousands of times from eight threads, with adapters swapped and failures injected
 	FASTPROMPT_HAMMER_TURNS=500 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q tests/engine/test_engine.py -k hammered
 
-torture: $(STAMP)  ## kills, full disks, flipped bits, hostile clients, swapped states; writes results/torture.md (minutes, Linux)
+torture: $(STAMP)  ## test kills, full disks, flipped bits, hostile clients, swapped states; write results/torture.md (minutes, Linux)
 	OMP_NUM_THREADS=1 $(PY) bench/torture.py
 
-serve-ray: $(STAMP)  ## the host on a local Ray, which this installs into the environment (a minute)
+serve-ray: $(STAMP)  ## test the host on a local Ray, which this installs into the environment (a minute)
 	@$(PY) -m pip install -qq $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[dev,ray]'
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q tests/serve/test_cluster.py
 
-load: $(STAMP)  ## a host under load, batching against batch size 1, hostile clients; writes results/serve.md (minutes, an idle machine)
+load: $(STAMP)  ## load a host: batching against batch size 1, hostile clients; write results/serve.md (minutes, on an idle machine)
 	$(PY) bench/load_serve.py
 
 demo: $(STAMP)  ## adapt a real CLIP ViT-B/16 to real images and write an HTML report (minutes)
 	$(PY) experiments/demo.py
 
-table: $(STAMP)  ## every method, three seeds (hours; resumable)
+table: $(STAMP)  ## compare all methods with three seeds (hours; resumable)
 	$(PY) experiments/table.py
 
-pixels: $(STAMP)  ## prompts as pixels, two data sets, three seeds, before and after PNG (hours; resumable)
+pixels: $(STAMP)  ## compare prompts as pixels on two data sets with three seeds, before and after PNG (hours; resumable)
 	$(PY) experiments/pixels.py
 
-plots: $(STAMP)  ## the two plots of the README, from results/table.json and results/engine.md
+plots: $(STAMP)  ## draw the two plots of the README from results/table.json and results/engine.md
 	$(PY) experiments/plots.py
 
-docs: $(STAMP)  ## the documentation site in build/docs, warnings are errors
+docs: $(STAMP)  ## build the documentation site in build/docs; warnings are errors
 	@$(PY) -m pip install -qq $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[dev,docs]'
 	$(PY) experiments/method_tables.py
 	$(PY) -m mkdocs build --strict
 
-bench: $(STAMP)  ## throughput of every op and method beside its peers, a table of ratios
+bench: $(STAMP)  ## time every op and method against its peers and print a table of ratios
 	$(VENV)/bin/pytest --benchmark-only
 
-bench-forward: $(STAMP)  ## the forward and the training step against the papers' graph; writes results/forward.md
+bench-forward: $(STAMP)  ## time forward and training step against the papers' graph; write results/forward.md
 	$(VENV)/bin/pytest bench/bench_forward.py --benchmark-only -s --benchmark-json=.benchmarks/forward.json
 	$(PY) bench/forward_table.py .benchmarks/forward.json results/forward.md
 
-bench-engine: $(STAMP)  ## fp.Engine against the papers' graph in other engines; writes results/engine.md and the table of docs/results.md
+bench-engine: $(STAMP)  ## time fp.Engine against the papers' graph in other engines; write results/engine.md and the table of docs/results.md
 	$(VENV)/bin/pytest bench/bench_engine.py --benchmark-only -s --benchmark-json=.benchmarks/engine.json
 	$(PY) bench/engine_table.py .benchmarks/engine.json results/engine.md docs/results.md
 
-cost: $(STAMP)  ## FLOPs, saved bytes and dispatches by formula and as measured, into results/cost.md (minutes)
+cost: $(STAMP)  ## compare FLOPs, saved bytes and dispatches by formula with measurements; write results/cost.md (minutes)
 	OMP_NUM_THREADS=1 $(PY) bench/cost.py
 
-gates: $(STAMP)  ## every gate of the Triton kernels, into results/gates.json (minutes, no GPU); with IF=changed where they changed
+gates: $(STAMP)  ## run every gate of the Triton kernels; write results/gates.json (minutes, no GPU); IF=changed skips unchanged kernels
 	$(PY) tests/kernels/gates/run.py $(if $(filter changed,$(IF)),--if-changed)
 
-kernels-report: $(STAMP)  ## compile every Triton kernel for every part and write results/kernels.md (minutes, no GPU)
+kernels-report: $(STAMP)  ## compile every Triton kernel for every part; write results/kernels.md (minutes, no GPU)
 	OMP_NUM_THREADS=1 $(PY) tests/kernels/gates/report.py
 
-gpu: $(STAMP)  ## on a GPU: parity, determinism and speed of every op and of CUDA graphs, into results/gpu.json and docs/results.md
+gpu: $(STAMP)  ## on a GPU, check parity, determinism and speed of every op and of CUDA graphs; write results/gpu.json and docs/results.md
 	began=$$(date +%s) && $(VENV)/bin/pytest -q tests/engine/cuda_graph/test_device.py && \
 		$(PY) bench/gpu.py --began $$began
 	$(PY) bench/gpu_table.py results/gpu.json docs/results.md
