@@ -1,9 +1,10 @@
-"""`python experiments/client_parity.py RUN [--images 200]`: a client beside the model of training.
+"""`python experiments/client_parity.py RUN [--images 200]`: compare a client with the trained model.
 
-For run directories of `fastprompt adapt` with prompts that are pixels. On validation images of the run: levels of the
-client's pictures that differ from `RGBPrompts.pictures`, and predictions that differ between the model as training
-validates it, and client, PNG and a host of the same backbone in float32 and bfloat16. The same with the library
-rounded to bytes, which the client does not do. Then how likely mistakes of a host change the golden embedding.
+For run directories of `fastprompt adapt` with pixel prompts. On the run's validation images it counts levels of the
+client's pictures that differ from `RGBPrompts.pictures`, and predictions that differ between the model as validated in
+training and a client that sends PNGs to a host of the same backbone, in float32 and bfloat16. It repeats this with the
+library rounded to bytes, which the client does not do, and shows how likely mistakes of a host change the golden
+embedding.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fastprompt_client import Client
 
 
 def by_host(model: fp.PromptedViT, pictures: list[np.ndarray]) -> np.ndarray:
-    """Predicted classes (n,) from uint8 pictures (H', W, 3)."""
+    """Predict classes (n,) from uint8 pictures (H', W, 3)."""
     vit = model.backbone
     features = [
         host_features(vit, vit.normalise(torch.from_numpy(p).permute(2, 0, 1)[None]), model.readout) for p in pictures

@@ -1,9 +1,8 @@
-"""A frozen CLIP ViT-B/16 adapted to a few hundred images in a few minutes: `python
-experiments/demo.py`, also `make demo`.
+"""Adapt a frozen CLIP ViT-B/16 to a few hundred images in a few minutes: `python experiments/demo.py` or `make demo`.
 
-PGN and VPT-deep beside the linear probe, on Fashion-MNIST at 112 px (MNIST where that cannot be had). Each
-method is one `fastprompt adapt` command in a process of its own, so that peak memory is the method's own.
-Ends with one table and an HTML report.
+It compares PGN, VPT-deep and the linear probe on Fashion-MNIST at 112 px (MNIST if that is not available). Each method
+is one `fastprompt adapt` command in its own process, so that peak memory is measured per method. The demo ends with a
+table and an HTML report.
 """
 
 from __future__ import annotations
@@ -21,13 +20,14 @@ from fastprompt.runs.directory import read_json
 from fastprompt.runs.tables import results_table
 
 METHODS = ("linear", "vpt-deep", "pgn")
-# In its few dozen steps a fresh head is not learned: it starts as the probe.
+# A few dozen steps do not train a new head, so the head starts as the probe.
 RECIPE = ("head_init=probe",)
 
 
 def fetch(data: str | None, backbone: str, image_size: int) -> str:
-    """Fetch data and backbone; returns the data set's name. Without a wish, MNIST stands in where
-    Fashion-MNIST cannot be had.
+    """Fetch data and backbone and return the data set's name.
+
+    If no data set is requested, MNIST replaces Fashion-MNIST if that cannot be fetched.
     """
     from fastprompt.data import load_data
     from fastprompt.fetch import FetchError
@@ -38,7 +38,7 @@ def fetch(data: str | None, backbone: str, image_size: int) -> str:
             load_data("fashion-mnist", image_size=image_size, num_train=10, num_val=10, num_test=10)
             data = "fashion-mnist"
         except FetchError as error:
-            print(f"Fashion-MNIST cannot be had ({error}); MNIST takes its place", flush=True)
+            print(f"Fashion-MNIST cannot be fetched ({error}); using MNIST instead", flush=True)
             data = "mnist5k"
     load_data(data, image_size=image_size, num_train=10, num_val=10, num_test=10)
     load_backbone(backbone, image_size=image_size)
@@ -46,7 +46,7 @@ def fetch(data: str | None, backbone: str, image_size: int) -> str:
 
 
 def command(method: str, args: argparse.Namespace, data: str) -> list[str]:
-    """The words of the `fastprompt` command that adapts with one method."""
+    """Return the words of the `fastprompt` command that adapts with one method."""
     words = [
         "adapt",
         "--method",
@@ -83,10 +83,10 @@ def command(method: str, args: argparse.Namespace, data: str) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
+    """Build the parser of the command's flags."""
     p = argparse.ArgumentParser(prog="experiments/demo.py", description=(__doc__ or "").split("\n")[0])
     p.add_argument("--methods", nargs="+", default=list(METHODS), choices=list_methods(), metavar="METHOD")
-    p.add_argument("--data", help="fashion-mnist, or mnist5k where that cannot be had")
+    p.add_argument("--data", help="data set; fashion-mnist, else mnist5k, if not given")
     p.add_argument("--backbone", default="clip-vit-b16")
     p.add_argument("--image-size", type=int, default=112)
     p.add_argument("--num-train", type=int, default=256)
@@ -94,14 +94,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--num-test", type=int, default=500)
     p.add_argument("--epochs", type=int, default=4)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--threads", type=int, help="all cores if not given")
+    p.add_argument("--threads", type=int, help="number of CPU threads; all cores if not given")
     p.add_argument("--out", type=Path, default=Path("runs/demo"))
-    p.add_argument("--fresh", action="store_true", help="start over; otherwise finished methods are kept")
+    p.add_argument("--fresh", action="store_true", help="start over instead of keeping finished methods")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Fetch, adapt, print the table, write the report; the exit code is that of what failed first, else 0."""
+    """Fetch, adapt, print the table and write the report; return the exit code of the first failure, else 0."""
     from fastprompt.report.html import build_report
 
     args = parser().parse_args(arguments)
@@ -119,13 +119,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        print("\ninterrupted; run the same command again to resume", file=sys.stderr)
         return 130
     results = [read_json(args.out / method / "results.json") for method in args.methods]
     report = build_report(results, args.out / "report.html", f"Adapting a frozen {args.backbone} on {data}")
     print(f"\n{results_table(results)}\n")
     print(f"{args.num_train} training, {args.num_val} validation, {args.num_test} test images")
-    print(f"{time.perf_counter() - began:.0f} s in all. Report: {report.resolve()}")
+    print(f"{time.perf_counter() - began:.0f} s in total. Report: {report.resolve()}")
     return 0
 
 

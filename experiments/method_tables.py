@@ -1,7 +1,7 @@
-"""The tables of the methods' pages, from the registry: `python experiments/method_tables.py`, which `make docs` runs.
+"""Write the tables of the methods' pages from the registry: `python experiments/method_tables.py`, run by `make docs`.
 
-In `docs/methods/*.md` it replaces what stands between `<!-- method: NAME -->` and `<!-- /method -->`: options, how the
-method trains here and as published, and what it costs on a ViT-B/16.
+In `docs/methods/*.md` it replaces the text between `<!-- method: NAME -->` and `<!-- /method -->`: options, recipes of
+this library and as published, and the cost on a ViT-B/16.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ VIT_B16 = Sizes(
 
 
 def shown(value: Any) -> str:
-    """A value as Python writes it, numbers in their shortest form."""
+    """Format a value as Python does, with numbers in their shortest form."""
     return f"`{value:g}`" if isinstance(value, float) else f"`{value!r}`"
 
 
 def in_cell(text: str) -> str:
-    """`text` on one line, without what would end the cell of a table or begin a tag."""
+    """Put `text` on one line, escaping characters that would end a table cell or start a tag."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def options(method: Method) -> list[str]:
-    """The options that the method's name does not fix, with their defaults and what the docstring says of them."""
+    """List the options that the method's name does not fix, with their defaults and documentation."""
     hints, describe = fields_of(method.config_class, method.options)
     if not hints:
         return ["It has no options.", ""]
@@ -60,7 +60,7 @@ def options(method: Method) -> list[str]:
 
 
 def recipe(method: Method) -> list[str]:
-    """How the method trains: what differs from the recipe of all methods, and what its authors published."""
+    """List how the method trains: what differs from the common recipe, and what its authors published."""
     ours, common = default_recipe(method.name).to_dict(), Recipe.from_dict(COMMON_RECIPE).to_dict()
     own = {name: value for name, value in ours.items() if value != common[name]}
     lines = ["| Recipe | Settings |", "|---|---|"]
@@ -108,7 +108,7 @@ def costs(method: Method) -> list[str]:
 
 
 def tables(name: str) -> str:
-    """What stands on the page of one method."""
+    """Return the text for the page of one method."""
     method = get_method(name)
     parts = (("Options", options), ("Recipe", recipe), ("Cost", costs))
     lines = []
@@ -119,7 +119,7 @@ def tables(name: str) -> str:
 
 
 def filled(text: str) -> str:
-    """A page with its tables as they are now."""
+    """Return a page with up-to-date tables."""
     return PLACE.sub(lambda found: found[1] + "\n" + tables(found[2]) + "\n" + found[3], text)
 
 

@@ -1,16 +1,16 @@
 """Prompts as pixels on a real backbone, over data sets and seeds: `python experiments/pixels.py`, `make pixels`.
 
-On each data set every row of `experiments/table.py` that has to do with pixels runs with the table's protocol: the
-linear probe, PGN with as many prompts as the pixel rows have, PGN as small as the published border, PGN in pixels with
-either placement, and the pixel border. Then each run's test images are classified again as a host would see them:
+On each data set, every row of `experiments/table.py` that involves pixels runs with the table's protocol: the linear
+probe, PGN with as many prompts as the pixel rows, PGN as small as the published border, PGN in pixels with either
+placement, and the pixel border. Then each run's test images are classified again as a host would see them:
 
 * in pixels: the prompted image in floats, as it leaves the client;
-* as a PNG: rounded to 8 bits, written to a PNG file, read again, and given to the frozen backbone as bytes.
+* as a PNG: rounded to 8 bits, written to a PNG file, read again, and passed to the frozen backbone as bytes.
 
-For a PGN that was trained on tokens the library is inverted first (`fp.RGBPrompts.invert`, placement "extend"): once
-to pixels of any range, once to patches that are pictures. What came out is kept in each run's `pictures.json`; a
-finished part is not run again. A run whose adapter is gone before its pictures were classified is made again.
-Run directories and their kept records are where `experiments/table.py` has them.
+For a PGN that was trained on tokens, the library is inverted first (`fp.RGBPrompts.invert`, placement "extend"): once
+to pixels of any range, once to patches that are pictures. The results are kept in each run's `pictures.json`, and
+finished parts are not repeated. A run is repeated if its adapter is lost before its pictures were classified. Run
+directories and kept records are in the same places as for `experiments/table.py`.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 ROWS = ("linear", "pgn-14", "pgn-small", "rgb-extend", "rgb-replace", "pixel")
 DATA: dict[str, dict[str, Any]] = {
     "fashion-mnist": {"augment": "flip", "num_train": 800, "num_val": 200, "num_test": 2000},
-    "mnist5k": {"augment": "none", "num_train": 320, "num_val": 80, "num_test": 500},  # a digit in a mirror is none
+    "mnist5k": {"augment": "none", "num_train": 320, "num_val": 80, "num_test": 500},  # a mirrored digit is not a digit
 }
-"""Settings beside those that all data sets share."""
+"""Settings of each data set, in addition to the shared ones."""
 EPOCHS = 6
 
 
 def plan_of(data: str, out: Path, seeds: Sequence[int]) -> table.Plan:
-    """The runs on one data set; those on Fashion-MNIST are shared with `make table`."""
+    """Return the runs on one data set; those on Fashion-MNIST are shared with `make table`."""
     base = RunSettings(
         method="pgn",
         data=data,
@@ -59,7 +59,7 @@ def plan_of(data: str, out: Path, seeds: Sequence[int]) -> table.Plan:
 
 
 def through_png(pictures: Tensor) -> Tensor:
-    """uint8 pictures (B, 3, H, W) → what a host reads from their PNG files, uint8 (B, 3, H, W)."""
+    """Write uint8 pictures (B, 3, H, W) to PNG files and return what a host reads from them, uint8 (B, 3, H, W)."""
     import numpy as np
     import torch
     from PIL import Image
@@ -74,7 +74,7 @@ def through_png(pictures: Tensor) -> Tensor:
 
 
 def in_pixels(model: PromptedViT) -> tuple[PromptedViT, PromptedViT]:
-    """A model and the same again, for prompted images in floats and for such as become PNG files."""
+    """Return (model for prompted images in floats, model for 8-bit PNG files)."""
     import copy
 
     from fastprompt.generators import PGN
@@ -90,7 +90,7 @@ def in_pixels(model: PromptedViT) -> tuple[PromptedViT, PromptedViT]:
 
 
 def classify_pictures(model: PromptedViT, dataset: Any, batch_size: int = 50) -> dict[str, list[int]]:
-    """Predictions for the images of a data set from floats and from PNG files, by the frozen backbone and the head."""
+    """Predict a data set's classes from floats and from PNG files, with the frozen backbone and the head."""
     import torch
 
     from fastprompt.pixels.prompts import RGBPrompts
@@ -109,7 +109,7 @@ def classify_pictures(model: PromptedViT, dataset: Any, batch_size: int = 50) ->
 
 
 def host(backbone: Any, images: Tensor, readout: str) -> Tensor:
-    """(B, D): what a frozen ViT without any prompt makes of the images."""
+    """Compute features (B, D) of the images with the frozen ViT, without prompts."""
     from fastprompt.generators import LinearProbeConfig
     from fastprompt.model import PromptedViT
 
@@ -120,7 +120,7 @@ def classify_run(directory: Path) -> None:
     """Write a finished run's `pictures.json`, if it has none.
 
     Raises:
-        FileNotFoundError: the run's adapter is not there.
+        FileNotFoundError: the run's adapter is missing.
     """
     from fastprompt.runs.execute import backbone_at, load_best, load_run_data
     from fastprompt.train.recipes import Recipe
@@ -132,7 +132,7 @@ def classify_run(directory: Path) -> None:
 
 
 def lost_adapters(plan: table.Plan) -> list[Path]:
-    """The finished runs that have neither `pictures.json` nor the adapter it is made with."""
+    """Return the finished runs with neither `pictures.json` nor the adapter to make it with."""
     found = []
     for method in ROWS[1:]:
         for lr in table.choose_lr(plan, method) or ():
@@ -145,7 +145,7 @@ def lost_adapters(plan: table.Plan) -> list[Path]:
 
 
 def unclassified(plan: table.Plan) -> list[Path]:
-    """The tested runs whose pictures were not classified."""
+    """Return the tested runs without classified pictures."""
     tested = [
         table.Job(method, lr, seed, True).directory(plan.out)
         for method in ROWS[1:]
@@ -156,7 +156,7 @@ def unclassified(plan: table.Plan) -> list[Path]:
 
 
 def rows_of(plan: table.Plan) -> list[dict[str, Any]]:
-    """One data set's rows: those of the table, and accuracies in floats and as PNG where there are pictures."""
+    """Return one data set's rows: those of the table, plus accuracies in floats and as PNG for rows with pictures."""
     found = table.aggregate(plan, ROWS)
     runs = {row["method"]: table.tested_runs(plan, row["method"], row["lr"]) for row in found["rows"]}
     for row in found["rows"]:
@@ -181,8 +181,9 @@ def summarised(
     latent: Mapping[int, Mapping[str, Any]] | None,
     border: Mapping[int, Mapping[str, Any]] | None,
 ) -> dict[str, Any]:
-    """Accuracy over seeds of predictions from pictures, and how they differ from those of the test as trained, from
-    PGN on tokens and from the border.
+    """Return the accuracy over seeds of predictions from pictures, and how it differs from three others.
+
+    These are the test as trained, PGN on tokens, and the border.
     """
     import statistics
 
@@ -203,7 +204,7 @@ def summarised(
 
 
 def markdown(rows: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int]) -> str:
-    """The tables of all data sets."""
+    """Format the tables of all data sets."""
     lines = [
         "# Prompts as pixels: clip-vit-b16 at 112 px",
         "",
@@ -245,12 +246,12 @@ def markdown(rows: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[in
 
 
 def accuracy(value: float, half: float | None) -> str:
-    """An accuracy with its interval over seeds."""
+    """Format an accuracy with its interval over seeds."""
     return f"{value:.4f}" + ("" if half is None else f" ± {half:.4f}")
 
 
 def points(difference: Mapping[str, Any] | None) -> str:
-    """A difference of accuracies in points, with its intervals."""
+    """Format a difference of accuracies in points, with its intervals."""
     if difference is None:
         return "–"
     intervals = [difference["image_interval"], difference["seed_interval"]]
@@ -259,20 +260,22 @@ def points(difference: Mapping[str, Any] | None) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
+    """Build the parser of the command's flags."""
     p = argparse.ArgumentParser(prog="experiments/pixels.py", description=(__doc__ or "").split("\n")[0])
     p.add_argument("--data", nargs="+", default=list(DATA), choices=list(DATA))
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    p.add_argument("--workers", type=int, default=2, help="runs side by side, of one thread each")
-    p.add_argument("--out", type=Path, help="run directories, of each data set in OUT/DATA; default: as in table.py")
-    p.add_argument("--results", type=Path, default=Path("results"), help="where pixels.json and pixels.md go")
-    p.add_argument("--tables-only", action="store_true", help="write the tables of what was run, run nothing")
+    p.add_argument("--workers", type=int, default=2, help="number of parallel runs, with one thread each")
+    p.add_argument(
+        "--out", type=Path, help="parent of the run directories OUT/DATA of each data set; default: as in table.py"
+    )
+    p.add_argument("--results", type=Path, default=Path("results"), help="folder for pixels.json and pixels.md")
+    p.add_argument("--tables-only", action="store_true", help="write the tables of finished runs; run nothing")
     p.add_argument("--dry-run", action="store_true", help="print which runs would start; run nothing")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is missing and write pixels.md and pixels.json; 1 where a run failed, 130 after Ctrl-C."""
+    """Run what is missing and write pixels.md and pixels.json; return 1 if a run failed, 130 after Ctrl-C."""
     from fastprompt.files import atomic_write
 
     args = parser().parse_args(arguments)
@@ -300,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for directory in unclassified(plan):
                     classify_run(directory)
             except KeyboardInterrupt:
-                print("interrupted; the same command goes on from here", file=sys.stderr)
+                print("interrupted; run the same command again to resume", file=sys.stderr)
                 return 130
         if args.out is None:
             records.pack(plan.out, table.RECORDS / data)

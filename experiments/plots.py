@@ -1,10 +1,10 @@
-"""The two plots of the README and the documentation, from the committed results: `python experiments/plots.py`.
+"""Draw the two plots of README and documentation from committed results: `python experiments/plots.py`, `make plots`.
 
 * `accuracy.svg`: test accuracy against trained parameters with intervals, from results/table.json (`make table`);
 * `speed.svg`: images per second against the number of prompts, from results/engine.md (`make bench-engine`).
 
-Each file's description holds the numbers that were drawn, for readers who do not see the picture and for the test that
-compares them with the results. Also `make plots`.
+Each file's description holds the plotted numbers, for readers who cannot see the picture and for the test that compares
+them with the results.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ SPEEDS = {
     "papers' graph, bfloat16 compiled": ("papers' graph, bfloat16 compiled", COLOURS[1], "--"),
     "Engine, bfloat16 compile": ("fp.Engine, bfloat16", COLOURS[1], "-"),
 }
-"""Rows of results/engine.md that are drawn: label, colour, line. A colour is a number format, a line a graph."""
+"""Rows of results/engine.md to draw: label, colour, line style. Colours denote dtypes, line styles graphs."""
 
 GROUPS = {
     "prompts from the image": ("PGN", "VAPT", "V²APT"),
     "the same prompts for all images": ("VPT-deep", "VPT-shallow", "Free prompts", "Pixel prompt"),
     "no prompts": ("Linear probe (L-BFGS)", "Linear probe (SGD)", "Full fine-tuning"),
 }
-"""Methods of results/table.json by what is drawn in one colour."""
+"""Methods of results/table.json, grouped by colour."""
 LEFT = ("VPT-shallow", "Free prompts", "Full fine-tuning", "Linear probe (L-BFGS)", "Linear probe (SGD)")
-"""Names that stand to the left of their points, where the right is taken."""
+"""Names placed to the left of their points because there is no room on the right."""
 
 
 def accuracies(table: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Title, trained parameters, test accuracy and the half width of its interval over seeds, fewest parameters first.
+    """Return title, trained parameters, test accuracy and half width of its interval over seeds, by parameters.
 
-    The pixel prompt and the two probes are among them.
+    The pixel prompt and the two probes are included.
     """
     rows = [
         {
@@ -60,7 +60,7 @@ def accuracies(table: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def speeds(report: str) -> dict[str, dict[str, float]]:
-    """Label → prompts → images per second, of VPT-deep at batch 8."""
+    """Return label → prompts → images per second, for VPT-deep at batch 8."""
     lines = report.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("| VPT-deep, batch 8, prompts |"))
     prompts = [cell.strip() for cell in lines[start].strip("|").split("|")[1:]]
@@ -76,7 +76,7 @@ def speeds(report: str) -> dict[str, dict[str, float]]:
 
 
 def draw_accuracies(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Accuracy over parameters; methods are named beside their points, a colour says what their prompts depend on."""
+    """Plot accuracy over parameters, with names beside points and colours for what the prompts depend on."""
     figure = new_figure(7.2, 3.8)
     axes = figure.subplots()
     for colour, marker, (group, methods) in zip(COLOURS, MARKERS, GROUPS.items(), strict=False):
@@ -113,7 +113,7 @@ def draw_accuracies(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def draw_speeds(found: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Images per second over prompts."""
+    """Plot images per second over the number of prompts."""
     figure = new_figure(7.2, 3.8)
     axes = figure.subplots()
     for (label, colour, line), marker in zip(SPEEDS.values(), MARKERS, strict=False):
@@ -129,7 +129,7 @@ def draw_speeds(found: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def to_svg(figure: Figure, numbers: Any) -> str:
-    """The figure as SVG, the same for the same figure, with the numbers as its description."""
+    """Return the figure as reproducible SVG, with the numbers as its description."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "fastprompt"}):
         metadata = {"Date": None, "Creator": None, "Description": json.dumps(numbers, ensure_ascii=False)}
@@ -138,7 +138,7 @@ def to_svg(figure: Figure, numbers: Any) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw both."""
+    """Draw both plots."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "assets", help="folder of the two files")
     out = parser.parse_args(arguments).out

@@ -1,14 +1,14 @@
-"""The records of a table's runs, packed: `python experiments/records.py pack RUNS RECORDS`, and `unpack RECORDS RUNS`.
+"""Pack the records of a table's runs: `python experiments/records.py pack RUNS RECORDS`, and `unpack RECORDS RUNS`.
 
-A run directory keeps its settings and results as JSON (`FILES`) beside its adapter and state. Of the runs of a table
-that others need, the JSON alone is kept under version control, as two files:
+A run directory holds settings and results as JSON (`FILES`), beside its adapter and state. For the runs of a table,
+only the JSON is kept under version control, in two files:
 
-* `RECORDS.jsonl`, one line a run: `{"run": "pgn/lr0.01-seed0", "files": {"run.json": {...}, ...}}`, sorted;
-* `RECORDS.npz`, the long lists of numbers in it, one for each image or library token; equal lists are kept once. In the
-  line stands `{"vector": NAME}` in place of the list.
+* `RECORDS.jsonl`, one sorted line per run: `{"run": "pgn/lr0.01-seed0", "files": {"run.json": {...}, ...}}`;
+* `RECORDS.npz`, the long lists of numbers in it, which have one number per image or library token; equal lists are kept
+  once. `{"vector": NAME}` replaces the list in the line.
 
-Both ways are exact: what is unpacked is the file that was packed, byte for byte. `make table` and `make pixels` unpack
-what they have no run directory of, go on from there, and pack what came out.
+Packing is lossless: unpacked files equal the packed ones byte for byte. `make table` and `make pixels` unpack the runs
+that have no run directory, continue from there, and pack the results.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from fastprompt.runs.directory import read_json
 
 FILES = ("run.json", "results.json", "diverged.json", "pictures.json")
 FINISHED = {"results.json", "diverged.json"}
-"""Of these a run that came to its end has one; others are left out."""
+"""A finished run has one of these; other runs are left out."""
 LONG = 32
-"""Numbers in the shortest list that is kept as a vector."""
+"""Minimum length of a list that is kept as a vector."""
 
 
 def pack(runs: Path, records: Path) -> list[str]:
-    """Write the JSON of the finished runs below `runs` to `records`.jsonl and `records`.npz; returns the runs' names.
+    """Write the JSON of the finished runs below `runs` to `records`.jsonl and `records`.npz; return the runs' names.
 
     Raises:
-        ValueError: a file would not come back as it is. Nothing is written then.
+        ValueError: a file could not be restored exactly. Nothing is written.
     """
     vectors: dict[str, np.ndarray] = {}
     lines, names = [], []
@@ -49,7 +49,7 @@ def pack(runs: Path, records: Path) -> list[str]:
             if path.exists():
                 files[name] = without_vectors(read_json(path), vectors)
                 if path.read_text(encoding="utf-8") != as_written(with_vectors(files[name], vectors)):
-                    raise ValueError(f"{path} would not come back as it is: `write_json` did not write it")
+                    raise ValueError(f"{path} could not be restored exactly: `write_json` did not write it")
         names.append(directory.relative_to(runs).as_posix())
         lines.append(json.dumps({"run": names[-1], "files": files}, ensure_ascii=False, separators=(",", ":")) + "\n")
     packed = io.BytesIO()
@@ -61,13 +61,13 @@ def pack(runs: Path, records: Path) -> list[str]:
 
 
 def unpack(records: Path, runs: Path) -> list[str]:
-    """Write the run directories below `runs` that are not there; returns their names.
+    """Write the missing run directories below `runs` and return their names.
 
-    A directory that is there is left alone, whatever it holds: a run may be under way in it.
+    An existing directory is left alone whatever it holds, because a run may be in progress in it.
 
     Raises:
         FileNotFoundError: there are no such records.
-        ValueError: a record names a vector that is not among them.
+        ValueError: a record names a vector that does not exist.
     """
     with np.load(records.with_name(f"{records.name}.npz")) as stored:
         vectors = {name: stored[name] for name in stored.files}
@@ -82,12 +82,12 @@ def unpack(records: Path, runs: Path) -> list[str]:
 
 
 def as_written(value: Any) -> str:
-    """The text that `write_json` writes."""
+    """Return the text that `write_json` writes."""
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def without_vectors(value: Any, vectors: dict[str, np.ndarray]) -> Any:
-    """`value` with its long lists of numbers moved to `vectors`, under the digest of what they hold."""
+    """Move the long lists of numbers in `value` to `vectors`, named by the digests of their contents."""
     if isinstance(value, dict):
         return {key: without_vectors(item, vectors) for key, item in value.items()}
     if not isinstance(value, list):
@@ -101,7 +101,7 @@ def without_vectors(value: Any, vectors: dict[str, np.ndarray]) -> Any:
 
 
 def vector_of(value: list[Any]) -> np.ndarray | None:
-    """A long list of integers or of floats as the narrowest array that holds them exactly; None for other lists."""
+    """Convert a long list of integers or floats to the narrowest exact array; return None for other lists."""
     kinds = {type(item) for item in value}
     if len(value) < LONG:
         return None
@@ -122,16 +122,16 @@ def with_vectors(value: Any, vectors: dict[str, np.ndarray]) -> Any:
     if value.keys() != {"vector"}:
         return {key: with_vectors(item, vectors) for key, item in value.items()}
     if value["vector"] not in vectors:
-        raise ValueError(f"the records have no vector {value['vector']!r}")
+        raise ValueError(f"records must hold the vector {value['vector']!r}")
     return vectors[value["vector"]].tolist()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Pack or unpack, and print how many runs."""
+    """Pack or unpack, and print the number of runs."""
     p = argparse.ArgumentParser(prog="experiments/records.py", description=(__doc__ or "").split("\n")[0])
     p.add_argument("action", choices=["pack", "unpack"])
     p.add_argument("source", type=Path, help="run directories, or records without their suffix")
-    p.add_argument("target", type=Path, help="records without their suffix, or where run directories go")
+    p.add_argument("target", type=Path, help="records without their suffix, or parent of the run directories")
     args = p.parse_args(arguments)
     try:
         done = (pack if args.action == "pack" else unpack)(args.source, args.target)

@@ -1,8 +1,8 @@
-"""`python experiments/shrunk_probe.py [--data mnist5k] [--seeds 0 1 2]`: what shrinking the image costs by itself.
+"""`python experiments/shrunk_probe.py [--data mnist5k] [--seeds 0 1 2]`: measure the cost of shrinking images alone.
 
-The placement "replace" squeezes an image to make room for rows of prompts. Here the rows are grey, and a linear probe
-(L-BFGS, its C chosen on validation) is fitted to features of the images as they are and of the same images squeezed,
-with the data of `make pixels` and without augmentation: test accuracies of both, of CLIP ViT-B/16 at 112 px.
+The placement "replace" squeezes an image to make room for rows of prompts. Here these rows are grey, and a linear probe
+(L-BFGS, with C chosen on validation) is fitted to features of the original and of the squeezed images, with the data of
+`make pixels`, without augmentation, on CLIP ViT-B/16 at 112 px. The script prints both test accuracies.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from fastprompt.train.probe import extract_features, fit_linear_probe
 
 
 def images_of(dataset: torch.utils.data.Dataset) -> tuple[Tensor, Tensor]:
-    """uint8 images (n, 3, H, W) and labels (n,)."""
+    """Return uint8 images (n, 3, H, W) and labels (n,)."""
     items = [dataset[i] for i in range(len(dataset))]  # type: ignore[arg-type]
     return torch.stack([image for image, _ in items]), torch.tensor([int(label) for _, label in items])
 
 
 def squeezed(generator: fp.RGBPGN, normalised: Tensor) -> Tensor:
-    """Normalised images as "replace" has them, grey below."""
+    """Return normalised images as "replace" makes them, with grey rows at the bottom."""
     small = generator.shrink(normalised)
     rows = normalised.shape[2] - small.shape[2]
     grey = generator.normalised(torch.full((len(small), 3, rows, small.shape[3]), 0.5))

@@ -1,18 +1,17 @@
-"""Every method on the same small data set, three seeds each: `python experiments/table.py`, also `make
-table`.
+"""Compare every method on the same small data set, with three seeds: `python experiments/table.py` or `make table`.
 
-Protocol. A seed draws the training and validation images and sets everything random in the training; the test
-images are the same for all seeds. Each learning rate of a method's grid is run with every seed and the one
-with the best validation accuracy, averaged over the seeds, is taken. The test split is read once for each run at
-that rate, after its training, from the adapter that was best on validation.
+Protocol: a seed draws the training and validation images and determines everything random in the training. The test
+images are the same for all seeds. Each learning rate of a method's grid is run with every seed, and the one with the
+best validation accuracy, averaged over the seeds, is chosen. The test split is read once for each run at that rate,
+after training, with the adapter that was best on validation.
 
-Each run is a process of its own with a run directory `OUT/<method>/lr<rate>-seed<seed>`. A finished run is
-skipped and an interrupted one goes on where it stopped, so the command may be killed and started again at any
-time, or started for a few methods at once (`--methods pgn vapt`); the table is rebuilt from all runs in OUT
-whenever it ends. `--dry-run` says which runs would start.
+Each run is a separate process with a run directory `OUT/<method>/lr<rate>-seed<seed>`. Finished runs are skipped and
+interrupted ones resumed, so the command may be killed and restarted at any time, or started for some methods only
+(`--methods pgn vapt`). The table is rebuilt from all runs in OUT whenever the command ends. `--dry-run` prints which
+runs would start.
 
-Without `--out` the runs lie in `runs/table/<data>`. Those that are not there come from `experiments/records`, and what
-is finished goes there in the end (`experiments/records.py`).
+Without `--out`, the runs are in `runs/table/<data>`. Missing ones are unpacked from `experiments/records`, and finished
+ones are packed there at the end (`experiments/records.py`).
 """
 
 from __future__ import annotations
@@ -47,10 +46,10 @@ from fastprompt.train.recipes import default_recipe
 
 
 class Row(NamedTuple):
-    """A row of the table: a method, options of its own, and the learning rates to try.
+    """A row of the table: a method, its options, and the learning rates to try.
 
-    Without any rate the method finds its solution by itself, as the L-BFGS probe, which chooses C on validation; at a
-    single one it is run.
+    A single rate is used directly. A method without rates needs none, like the L-BFGS probe, which chooses C on
+    validation.
     """
 
     method: str
@@ -65,8 +64,8 @@ VARIANTS: dict[str, Row] = {
     "rgb-extend": Row("rgb-pgn", {"num_prompts": 14, "placement": "extend"}, "PGN in pixels, image extended", (0.003,)),
     "rgb-replace": Row("rgb-pgn", {"num_prompts": 14, "placement": "replace"}, "PGN in pixels, image shrunk", (0.003,)),
 }
-"""Rows that are a method with options of their own, those of `experiments/pixels.py`."""
-# What every method but the probes trains with, beside its learning rate. results/exploration.md says why.
+"""Rows that are a method with other options, for `experiments/pixels.py`."""
+# The recipe of every method except the probes, apart from its learning rate. results/exploration.md explains it.
 RECIPE: dict[str, Any] = {
     "batch_size": 16,
     "head_init": "default",
@@ -76,12 +75,12 @@ RECIPE: dict[str, Any] = {
 }
 ROOT = Path(__file__).resolve().parents[1]
 RUNS, RECORDS = ROOT / "runs" / "table", ROOT / "experiments" / "records"
-# Epochs of the methods that train on features encoded once, where an epoch costs next to nothing.
+# Epochs of the methods that train on features encoded once; these epochs cost almost nothing.
 CACHED_EPOCHS = 100
 
 
 def row_of(name: str) -> Row:
-    """A row by its name: one of `VARIANTS`, or a method as it is registered."""
+    """Return a row by its name: one of `VARIANTS`, or a registered method."""
     if name in VARIANTS:
         return VARIANTS[name]
     method = get_method(name)
@@ -90,19 +89,19 @@ def row_of(name: str) -> Row:
 
 
 def default_rows() -> list[str]:
-    """What `make table` runs: every method that is registered with learning rates to try, and the L-BFGS probe."""
+    """Return the rows of `make table`: all methods registered with learning rates to try, and the L-BFGS probe."""
     methods = [get_method(name) for name in list_methods()]
     return [method.name for method in methods if method.lrs or method.solver == "lbfgs"]
 
 
 def is_probe(name: str) -> bool:
-    """Whether the row trains nothing but the head."""
+    """Whether the row trains only the head."""
     return get_method(row_of(name).method).head_only
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: the settings every run shares, and methods, grids, seeds."""
+    """What to run: the settings that all runs share, and methods, grids and seeds."""
 
     base: RunSettings
     methods: tuple[str, ...]
@@ -119,7 +118,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Job:
-    """One run: a method at a learning rate with a seed; `test` says that the test split is to be read."""
+    """One run: a method at a learning rate with a seed; `test` says whether to read the test split."""
 
     method: str
     lr: float | None
@@ -127,12 +126,12 @@ class Job:
     test: bool
 
     def directory(self, out: Path) -> Path:
-        """Where the run lies, the same with and without the test split."""
+        """Return the run's directory, the same with and without the test split."""
         rate = "default" if self.lr is None else f"{self.lr:g}"
         return out / self.method / f"lr{rate}-seed{self.seed}"
 
     def settings(self, base: RunSettings) -> RunSettings:
-        """The run's settings. The seed draws the images and sets the training; test images stay the same."""
+        """Return the run's settings. The seed draws the images and seeds the training; test images stay the same."""
         recipe = dict(base.recipe)
         row = row_of(self.method)
         method = get_method(row.method)
@@ -142,7 +141,7 @@ class Job:
         recipe["seed"] = self.seed
         if self.lr is not None:
             recipe["lr"] = self.lr
-        on_features = method.head_only and method.solver == "gradient"  # which are encoded once, without augmentation
+        on_features = method.head_only and method.solver == "gradient"  # encoded once, without augmentation
         augment = "none" if on_features else base.augment
         options = {**base.options, **row.options}
         if "border" in method.free_options and base.image_size is not None:
@@ -152,7 +151,7 @@ class Job:
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:
-    """A run's results, with `diverged` where training ended in NaN; None while it is not finished."""
+    """Return a run's results, with `diverged` if training ended in NaN; None if it is not finished."""
     for name in ("results.json", "diverged.json"):
         if (directory / name).exists():
             return read_json(directory / name)
@@ -160,8 +159,9 @@ def read_run(directory: Path) -> dict[str, Any] | None:
 
 
 def validation_score(runs: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """What learning rates are chosen by: validation accuracy averaged over the seeds' runs, of equals the lower
-    loss; a rate that diverged with any seed is worst.
+    """Return the score to choose learning rates by: mean validation accuracy over the seeds, then the lower loss.
+
+    A rate that diverged with any seed is worst.
     """
     if any(results.get("diverged") for results in runs):
         return -1.0, -math.inf
@@ -172,13 +172,13 @@ def validation_score(runs: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 
 
 def runs_at(plan: Plan, method: str, lr: float | None) -> list[dict[str, Any]] | None:
-    """The results of all seeds at one learning rate; None while one is missing."""
+    """Return the results of all seeds at one learning rate; None if one is missing."""
     runs = [read_run(Job(method, lr, seed, False).directory(plan.out)) for seed in plan.seeds]
     return None if None in runs else [results for results in runs if results is not None]
 
 
 def choose_lr(plan: Plan, method: str) -> tuple[float | None, ...] | None:
-    """The chosen learning rate in a 1-tuple, None while the grid is not finished."""
+    """Return the chosen learning rate in a 1-tuple; None if the grid is not finished."""
     if len(plan.grid(method)) == 1:
         return plan.grid(method)
     scores: list[tuple[tuple[float, float], float | None]] = []
@@ -191,7 +191,7 @@ def choose_lr(plan: Plan, method: str) -> tuple[float | None, ...] | None:
 
 
 def next_jobs(plan: Plan, busy: Sequence[Job], failed: Sequence[Job]) -> list[Job]:
-    """The jobs that could start now, methods in order and a method's grid before its test records."""
+    """Return the jobs that could start now, in the order of methods and a method's grid before its test records."""
     jobs = []
     taken = {(job.method, job.lr, job.seed) for job in [*busy, *failed]}
     for method in plan.methods:
@@ -213,10 +213,7 @@ def next_jobs(plan: Plan, busy: Sequence[Job], failed: Sequence[Job]) -> list[Jo
 
 
 def stop_with(parent: int) -> None:
-    """Interrupt this process when the one with the id `parent`, which started it, is gone.
-
-    So a table that is killed leaves nothing running.
-    """
+    """Interrupt this process when its parent, with the id `parent`, is gone, so that a killed table stops its runs."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -227,10 +224,10 @@ def stop_with(parent: int) -> None:
 
 
 def run_single(settings: RunSettings, directory: Path, test: bool, threads: int, parent: int | None = None) -> int:
-    """One run in this process. NaN is recorded, not raised; a second process on the directory is refused.
+    """Execute one run in this process. NaN is recorded, not raised; a second process on the directory is refused.
 
-    Ctrl-C stops it even where a background shell started the table: its children begin with SIGINT ignored, and
-    the table would wait for them for ever.
+    Ctrl-C stops it even if a background shell started the table. Otherwise its children would start with SIGINT
+    ignored, and the table would wait for them forever.
     """
     import torch
 
@@ -252,7 +249,7 @@ def run_single(settings: RunSettings, directory: Path, test: bool, threads: int,
 
 
 def start(job: Job, plan: Plan, threads: int) -> subprocess.Popen[bytes]:
-    """Start a job as a process of its own; what it prints goes to `output.txt` in its directory."""
+    """Start a job in its own process, with its output in `output.txt` in its directory."""
     directory = job.directory(plan.out)
     directory.mkdir(parents=True, exist_ok=True)
     command = [
@@ -272,9 +269,9 @@ def start(job: Job, plan: Plan, threads: int) -> subprocess.Popen[bytes]:
 
 
 def run_all(plan: Plan, workers: int, threads: int) -> list[Job]:
-    """Run until nothing is left; returns the jobs that failed.
+    """Run all jobs and return those that failed.
 
-    Ctrl-C interrupts the running ones, which can be resumed.
+    Ctrl-C interrupts the running jobs, which can be resumed.
     """
     running: dict[Job, subprocess.Popen[bytes]] = {}
     failed: list[Job] = []
@@ -311,7 +308,7 @@ def run_all(plan: Plan, workers: int, threads: int) -> list[Job]:
 
 
 def seed_interval(values: Sequence[float]) -> float | None:
-    """Half the 95 % interval of the mean over seeds (Student's t); None for a single run."""
+    """Return half the 95 % interval of the mean over seeds (Student's t); None for a single run."""
     from scipy.stats import t
 
     if len(values) < 2:
@@ -325,14 +322,12 @@ def correct(run: Mapping[str, Any]) -> list[bool]:
 
 
 def difference_to(runs: Mapping[int, Mapping[str, Any]], reference: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Accuracy minus the reference's on the same test images, over the seeds that both have (the same
-    training images).
-    """
+    """Return accuracy minus the reference's on the same test images, over the seeds (training images) of both."""
     from fastprompt.train.grid import paired_difference
 
     seeds = [seed for seed in runs if seed in reference]
     if not seeds:
-        raise ValueError(f"seeds: {sorted(runs)} and {sorted(reference)} have none in common")
+        raise ValueError(f"seeds must overlap, got {sorted(runs)} and {sorted(reference)}")
     for seed in seeds:
         if runs[seed]["test"]["labels"] != reference[seed]["test"]["labels"]:
             raise ValueError(f"seed {seed}: the two methods were tested on different images")
@@ -347,7 +342,7 @@ def difference_to(runs: Mapping[int, Mapping[str, Any]], reference: Mapping[int,
 
 
 def rates_on_disk(plan: Plan, method: str) -> tuple[float, ...]:
-    """The learning rates that were run to the end with every seed, in whatever grid they were."""
+    """Return the learning rates with finished runs for every seed, from any grid."""
     rates = []
     for directory in (plan.out / method).glob(f"lr*-seed{plan.seeds[0]}"):
         rate = directory.name.removeprefix("lr").removesuffix(f"-seed{plan.seeds[0]}")
@@ -357,7 +352,7 @@ def rates_on_disk(plan: Plan, method: str) -> tuple[float, ...]:
 
 
 def tested_runs(plan: Plan, method: str, lr: float | None) -> dict[int, dict[str, Any]]:
-    """Seed -> results, of the runs at the chosen learning rate that have their test record."""
+    """Return seed -> results of the runs at the chosen learning rate that have a test record."""
     runs = {}
     for seed in plan.seeds:
         results = read_run(Job(method, lr, seed, True).directory(plan.out))
@@ -367,8 +362,9 @@ def tested_runs(plan: Plan, method: str, lr: float | None) -> dict[int, dict[str
 
 
 def aggregate(plan: Plan, methods: Sequence[str] | None = None) -> dict[str, Any]:
-    """The table of `methods` from the finished runs in `plan.out`: those whose grid is finished and that have a test
-    record. None: the `default_rows`.
+    """Build the table of `methods` from the finished runs in `plan.out`; None is the `default_rows`.
+
+    Only methods with a finished grid and a test record are included.
     """
     rows: list[dict[str, Any]] = []
     tested: dict[str, dict[int, dict[str, Any]]] = {}
@@ -396,9 +392,7 @@ def aggregate(plan: Plan, methods: Sequence[str] | None = None) -> dict[str, Any
 
 
 def grid_record(plan: Plan, method: str, chosen: float | None) -> dict[str, Any]:
-    """Validation accuracy by learning rate, None where training diverged, and whether the chosen one is an
-    end of the grid.
-    """
+    """Return validation accuracy by learning rate (None if diverged), and whether the chosen rate ends the grid."""
     grid: dict[str, float | None] = {}
     for lr in plan.grid(method):
         runs = runs_at(plan, method, lr)
@@ -410,8 +404,9 @@ def grid_record(plan: Plan, method: str, chosen: float | None) -> dict[str, Any]
 
 
 def speed(run: Mapping[str, Any]) -> float:
-    """Training images per second: the median epoch's, so that an epoch in which the run was held up does not
-    count. A probe's is that of the whole run, since its epochs read features and no images.
+    """Return training images per second of the median epoch, so that a delayed epoch does not count.
+
+    For a probe it is that of the whole run, because its epochs read features instead of images.
     """
     if is_probe(run["method"]):
         return float(run["images_per_second"])
@@ -419,7 +414,7 @@ def speed(run: Mapping[str, Any]) -> float:
 
 
 def summarise(method: str, lr: float | None, runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """One row of the table: means over seeds."""
+    """Build one row of the table, with means over seeds."""
     one = next(iter(runs.values()))
     test = [r["test"]["accuracy"] for r in runs.values()]
     return {
@@ -441,7 +436,7 @@ def summarise(method: str, lr: float | None, runs: Mapping[int, Mapping[str, Any
 
 
 def markdown(table: Mapping[str, Any]) -> str:
-    """The table as Markdown, with what the numbers mean underneath."""
+    """Format the table as Markdown, followed by an explanation of the numbers."""
     protocol = table["protocol"]
     data = protocol.get("data", {})
     lines = [
@@ -498,7 +493,7 @@ def markdown(table: Mapping[str, Any]) -> str:
 
 
 def recipe_words(recipe: Mapping[str, Any]) -> str:
-    """What a method was trained with, beside its learning rate, in a few words."""
+    """Describe a method's recipe, apart from its learning rate, in a few words."""
     words = [recipe["optimizer"], f"{recipe['epochs']} epochs", f"batch {recipe['batch_size']}"]
     if recipe["head_init"] == "probe":
         words.append("the head starts as the probe")
@@ -510,7 +505,7 @@ def recipe_words(recipe: Mapping[str, Any]) -> str:
 
 
 def bracket(interval: Sequence[float] | None) -> str:
-    """An interval as text; a dash for none."""
+    """Format an interval; a dash for None."""
     return "–" if interval is None else f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
 
 
@@ -525,26 +520,26 @@ def write_table(plan: Plan, results: Path) -> dict[str, Any]:
 
 
 def name_of(data: str) -> str:
-    """A data set's name as one part of a path; the place of a folder of images becomes its name."""
+    """Turn a data set's name into one part of a path; an image folder is called by its name."""
     return re.sub(r"[^\w.-]+", "-", data).strip("-.")
 
 
 def restore(data: str) -> None:
-    """Unpack the records of `data` of which there is no run directory."""
+    """Unpack the records of `data` that have no run directory."""
     name = name_of(data)
     if (RECORDS / f"{name}.jsonl").exists():
         records.unpack(RECORDS / name, RUNS / name)
 
 
 def fetch(base: RunSettings) -> None:
-    """Fetch backbone and data once before runs start side by side."""
+    """Fetch backbone and data once before parallel runs start."""
     from fastprompt.runs.execute import backbone_at, load_run_data, square_size
 
     load_run_data(base, square_size(backbone_at(base.backbone, base.image_size)))
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
+    """Build the parser of the command's flags."""
     p = argparse.ArgumentParser(prog="experiments/table.py", description=(__doc__ or "").split("\n")[0])
     p.add_argument(
         "--methods",
@@ -554,9 +549,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="METHOD",
         help="default: %(default)s",
     )
-    p.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="registers methods of your own")
+    p.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE", help="module that registers your own methods"
+    )
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    p.add_argument("--lrs", nargs="+", type=float, help="learning rates in place of the methods' own grids")
+    p.add_argument("--lrs", nargs="+", type=float, help="learning rates to use instead of the methods' own grids")
     p.add_argument("--epochs", type=int, default=6)
     p.add_argument(
         "--recipe",
@@ -571,14 +568,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--num-train", type=int, default=800)
     p.add_argument("--num-val", type=int, default=200)
     p.add_argument("--num-test", type=int, default=2000)
-    p.add_argument("--augment", default="flip", help="of training images; the SGD probe, on features, has none")
-    p.add_argument("--workers", type=int, default=2, help="runs side by side")
+    p.add_argument(
+        "--augment",
+        default="flip",
+        help="augmentation of training images; the SGD probe trains on features without any",
+    )
+    p.add_argument("--workers", type=int, default=2, help="number of parallel runs")
     p.add_argument("--threads", type=int, default=1, help="threads of each run")
     p.add_argument(
-        "--out", type=Path, help="run directories; default: runs/table/DATA, beside the records that are kept"
+        "--out", type=Path, help="parent of the run directories; default: runs/table/DATA, with the kept records"
     )
-    p.add_argument("--results", type=Path, default=Path("results"), help="where table.json and table.md go")
-    p.add_argument("--aggregate-only", action="store_true", help="rebuild the table, run nothing")
+    p.add_argument("--results", type=Path, default=Path("results"), help="folder for table.json and table.md")
+    p.add_argument("--aggregate-only", action="store_true", help="rebuild the table; run nothing")
     p.add_argument("--dry-run", action="store_true", help="print which runs would start; run nothing")
     p.add_argument("--single", help=argparse.SUPPRESS)
     p.add_argument("--with-test", action="store_true", help=argparse.SUPPRESS)
@@ -588,7 +589,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is missing and write the table; the exit code is 1 where a run failed, 130 after Ctrl-C."""
+    """Run what is missing and write the table; return 1 if a run failed, 130 after Ctrl-C."""
     load_plugins(sys.argv[1:] if arguments is None else arguments)
     args = parser().parse_args(arguments)
     if args.single is not None:
@@ -632,7 +633,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             failed = run_all(plan, args.workers, args.threads)
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from here", file=sys.stderr)
+            print("interrupted; run the same command again to resume", file=sys.stderr)
             return 130
     if args.out is None:
         records.pack(out, RECORDS / name_of(args.data))

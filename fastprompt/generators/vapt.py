@@ -39,7 +39,7 @@ class VAPTConfig(PromptConfig):
 
     Attributes:
         num_prompts: P per block. hidden: r, width of the feature projector's bottleneck.
-        kernel: size of the convolution's kernel over the patch grid (stride 1). padding: of that convolution.
+        kernel: side of the convolution over the patch grid (stride 1). padding: zero padding on each side of it.
         channel_dropout: dropout rate of whole channels after the convolution.
         hidden_dropout: dropout rate of the bottleneck's hidden units.
         prompt_dropout: dropout rate of the elements of static prompts.
