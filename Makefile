@@ -122,7 +122,7 @@ gpu: $(STAMP)  ## on a GPU, check parity, determinism and speed of every op and 
 		$(PY) bench/gpu.py --began $$began
 	$(PY) bench/gpu_table.py results/gpu.json docs/results.md
 
-dist: $(STAMP)  ## sdist and wheel, with the C++ kernels, into dist/, checked as PyPI checks them
+dist: $(STAMP)  ## build sdist and wheel with the C++ kernels into dist/, and check them as PyPI does
 	rm -rf dist
 	FASTPROMPT_REQUIRE_NATIVE=1 $(PY) -m build --no-isolation
 	$(PY) -m twine check --strict dist/*
