@@ -11,6 +11,7 @@ import yaml
 
 import fastprompt as fp
 from fastprompt.generators import get_method
+from fastprompt.train.recipes import COMMON_RECIPE
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -70,3 +71,14 @@ def test_commits_are_checked_by_the_pinned_ruff() -> None:
     settings = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     [ruff] = settings["repos"]
     assert f"ruff=={ruff['rev'].removeprefix('v')}\n" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
+
+
+def test_the_shared_recipe_is_as_described() -> None:
+    text = " ".join((DOCS / "methods" / "index.md").read_text(encoding="utf-8").split())
+    recipe = fp.Recipe.from_dict(COMMON_RECIPE)
+    assert recipe.optimizer == "adamw"
+    assert (recipe.warmup_epochs, recipe.select_by) == (1, "loss")
+    assert f"AdamW, {recipe.epochs} epochs, batch {recipe.batch_size}, a warm-up of one epoch and a cosine" in text
+    assert "a head that learns at 1e-3, smoothed labels, the epoch with the lowest validation loss" in text
+    assert recipe.head_lr == 1e-3
+    assert recipe.label_smoothing > 0
