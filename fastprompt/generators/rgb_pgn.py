@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from fastprompt.arguments import ArgumentError, ArgumentTypeError
@@ -189,9 +190,9 @@ class RGBPGN(PGN):
                 "images",
                 f"must have {self.geometry.image_size} pixels like the backbone's, got {tuple(images.shape[2:])}",
             )
-        columns, p = self.geometry.grid[1], self.geometry.patch_size
-        rows = self.patches(images).unflatten(1, (self.prompt_rows, columns))  # (B, rows, columns, 3, p, p)
-        rows = rows.permute(0, 3, 1, 4, 2, 5).reshape(images.shape[0], 3, self.prompt_rows * p, columns * p)
+        rows = rearrange(
+            self.patches(images), "b (rows columns) c h w -> b c (rows h) (columns w)", rows=self.prompt_rows
+        )
         rows = self.normalised(rows)
         if self.config.compensate:
             images = self.compensated(images)

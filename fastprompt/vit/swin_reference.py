@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from fastprompt.vit.backbone import Backbone
@@ -75,9 +76,8 @@ def attention(block: SwinBlock, x: Tensor, num_prompts: int, grid: Pair) -> Tens
 
 def reverse(windows: Tensor, window: Pair, grid: Pair) -> Tensor:
     """(B, windows, N, C) → (B, H, W, C), the inverse of `partition`."""
-    b, _, _, c = windows.shape
-    x = windows.reshape(b, grid[0] // window[0], grid[1] // window[1], *window, c)
-    return x.permute(0, 1, 3, 2, 4, 5).reshape(b, *grid, c)
+    rows = grid[0] // window[0]
+    return rearrange(windows, "b (rows columns) (h w) c -> b (rows h) (columns w) c", rows=rows, h=window[0])
 
 
 def run_block(block: SwinBlock, x: Sequence) -> Sequence:
@@ -97,8 +97,7 @@ def merge_patches(merge: Merge, x: Sequence) -> Sequence:
     (h, w), patches = x.grid, x.patches.unflatten(1, x.grid)
     patches = F.pad(patches, (0, 0, 0, w % 2, 0, h % 2))
     grid = ((h + 1) // 2, (w + 1) // 2)
-    patches = patches.unflatten(2, (grid[1], 2)).unflatten(1, (grid[0], 2))  # (B, H/2, 2, W/2, 2, C)
-    patches = patches.permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)  # (B, H/2 · W/2, 4C)
+    patches = rearrange(patches, "b (h down) (w right) c -> b (h w) (right down c)", down=2, right=2)
     if x.num_prompts:
         patches = torch.cat([x.prompts.repeat(1, 1, 4), patches], dim=1)
     return dataclasses.replace(x, tokens=merge(patches), grid=grid)
