@@ -1,6 +1,6 @@
-"""Image to prompted picture at 224 px, as a client computes it: one thread, the image already has the right size.
+"""Time a client from image to prompted picture at 224 px, on one thread, with an image that has the right size.
 
-Decoding, resizing and encoding are not in it, nor is the host. The goal of `RGBPGNConfig()` is 5 ms of one core.
+Decoding, resizing, encoding and the host are excluded. The goal for `RGBPGNConfig()` is 5 ms on one core.
 """
 
 from __future__ import annotations
@@ -49,5 +49,5 @@ def test_picture(client: Client, benchmark: BenchmarkFixture) -> None:
 
 
 def test_png(client: Client, benchmark: BenchmarkFixture) -> None:
-    """What encoding takes, which the goal leaves out."""
+    """Time encoding, which the goal excludes."""
     benchmark(png, client.prompt(image()))

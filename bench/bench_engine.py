@@ -1,7 +1,7 @@
-"""ViT-B/16 at 224 px, random weights: `fp.Engine` and the papers' graph in other engines.
+"""Compare `fp.Engine` with the papers' graph in other engines, on ViT-B/16 at 224 px with random weights.
 
-In every round all ways run one after the other, on the same images, threads and prompts; each was checked against the
-papers' graph in float32 before. `make bench-engine` writes the ratios to results/engine.md.
+In every round all ways run one after the other, on the same images, threads and prompts, after each was checked against
+the papers' graph in float32. `make bench-engine` writes the ratios to results/engine.md.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CASES = [
     ("VPT-deep", 50, 1),
 ]
 ALL_WAYS = ("VPT-deep",)
-"""Methods that are compared with the papers' graph compiled too, which takes a minute; others have no goal there."""
+"""Methods that are also compared with the compiled papers' graph, which takes a minute; others have no goal there."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 Run = Callable[[Tensor], Any]
 
@@ -118,7 +118,7 @@ def products(model: fp.PromptedViT, batch: int) -> dict[tuple[int, int], Callabl
 
 
 def product_rates(measured: dict[tuple[int, int], Callable[[], Any]], batch: int) -> dict[str, float]:
-    """FLOP/s of each product, timed over several calls in a row, which are short beside a forward."""
+    """Measure the FLOP/s of each product over several calls in a row, because one call is short."""
     rates = {}
     for (k, n), run in measured.items():
         began = time.perf_counter()
@@ -129,7 +129,7 @@ def product_rates(measured: dict[tuple[int, int], Callable[[], Any]], batch: int
 
 
 def interleaved(ways: dict[str, Run], images: Tensor, rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Seconds of each way in each round."""
+    """Return the seconds of each way in each round."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, run in ways.items():
@@ -140,7 +140,7 @@ def interleaved(ways: dict[str, Run], images: Tensor, rounds: int = ROUNDS) -> d
 
 
 def engines(model: fp.PromptedViT, batch: int) -> Iterator[tuple[str, Run]]:
-    """An engine for each backend that can run; compiled in bfloat16 only, which takes long enough."""
+    """Build an engine for each backend that can run; compile only in bfloat16, to save time."""
     for dtype, left_out in ((torch.bfloat16, ()), (torch.float32, ("compile",))):
         for name, backend in BACKENDS.items():
             if name not in left_out and not backend.reason(model):
@@ -196,7 +196,7 @@ def test_one_adapter(
 
 @pytest.mark.parametrize("mixture", ["VPT-deep", "methods"])
 def test_many_adapters(benchmark: BenchmarkFixture, backbone: fp.FrozenViT, mixture: str) -> None:
-    """32 images of 32 adapters against 32 of one, in one engine: VPT-deep with 50 prompts, or of several methods."""
+    """Compare 32 images of 32 adapters with 32 of one, in one engine: VPT-deep with 50 prompts, or mixed methods."""
     kinds = [("VPT-deep", 50)]
     if mixture == "methods":
         kinds += [("VPT-deep", 10), ("VAPT", 10), ("PGN", 16)]
@@ -233,7 +233,7 @@ def test_many_adapters(benchmark: BenchmarkFixture, backbone: fp.FrozenViT, mixt
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Return the resident memory of this process in bytes."""
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 

@@ -1,8 +1,8 @@
-"""VPT-deep on ViT-B/16 at 224 px, random weights, batch 8: the rewritten graph and the papers', in several ways.
+"""Compare the rewritten graph with the papers' graph: VPT-deep on ViT-B/16 at 224 px, random weights, batch 8.
 
 All ways run the same prompts and images on the same threads, one after the other in every round, and each is checked
-against the papers' graph in float32 before it is timed. The baseline is that graph in float32, eager, which is how the
-authors run it. `make bench-forward` writes the ratios to results/forward.md.
+against the papers' graph in float32 before it is timed. The baseline is that graph in float32, eager, as the authors
+run it. `make bench-forward` writes the ratios to results/forward.md.
 """
 
 from __future__ import annotations

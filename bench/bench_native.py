@@ -1,9 +1,9 @@
-"""The C++ kernels beside PyTorch: each op at the sizes of ViT-B/16 at 224 px, batch 8, and an engine's whole batch.
+"""Compare the C++ kernels with PyTorch: each op at the sizes of ViT-B/16 at 224 px, batch 8, and a whole engine call.
 
     pytest bench/bench_native.py --benchmark-only -s
 
-Native and PyTorch take turns on the same inputs; printed are minima of the process's CPU time, which say the most on a
-machine that others use too, and their ratio.
+Native and PyTorch take turns on the same inputs. The benchmark prints the minima of the process's CPU time, which are
+the most reliable on a shared machine, and their ratio.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[[torch.dtype], tuple[Any, ...]
 
 
 def compare(benchmark: BenchmarkFixture, name: str, ways: dict[str, Callable[[], Any]]) -> None:
-    """Time two ways by turns; the first of them is also what pytest-benchmark reports."""
+    """Time two ways in turn; pytest-benchmark reports the first."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(ROUNDS):
         for way, call in ways.items():
@@ -105,7 +105,7 @@ def test_op(benchmark: BenchmarkFixture, op: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("method", METHODS)
 def test_engine(benchmark: BenchmarkFixture, method: str, dtype: torch.dtype, batch: int) -> None:
-    """An eager engine with the kernels that "auto" chose, and in PyTorch alone."""
+    """Compare an eager engine with the kernels that "auto" chose and one in plain PyTorch."""
     assert native.obstacle() == ""
     torch.manual_seed(0)
     backbone = fp.FrozenViT(timm.create_model("vit_base_patch16_224", num_classes=0))

@@ -1,6 +1,7 @@
-"""Whole models, one a method: the rewritten graph beside the papers' own, eager and compiled.
+"""Compare the rewritten graph with the papers' graph, eager and compiled, on one model per method.
 
-ViT-S/16 at 224 px with random weights, batch 8. `bench_engine.py` and `bench_forward.py` go on at length on a ViT-B.
+The models are ViT-S/16 at 224 px with random weights, batch 8. `bench_engine.py` and `bench_forward.py` measure a ViT-B
+in detail.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What `pytest --benchmark-only` collects here, and the table of ratios at its end.
+"""Collect benchmarks for `pytest --benchmark-only`, and print the table of ratios at the end.
 
-Plain `pytest` runs no benchmark. The long comparisons have make targets and run when their file is named.
+Plain `pytest` runs no benchmark. The long comparisons have make targets and run if their file is named.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LONG = {"bench_engine.py", "bench_forward.py", "bench_native.py", "bench_swin.py
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave benchmarks out of plain test runs, and the long ones out of `pytest --benchmark-only`.
 
-    pytest does not ask for paths that are given on the command line.
+    pytest does not call this for paths given on the command line.
     """
     if not config.getoption("benchmark_only", default=False):
         return True
@@ -24,7 +24,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print every peer's time in units of ours."""
+    """Print every peer's time relative to ours."""
     from peers import ratio_table
 
     lines = ratio_table()

@@ -1,14 +1,14 @@
-"""The formulas of `fastprompt.cost` beside what runs: `make cost` writes results/cost.md.
+"""Compare the formulas of `fastprompt.cost` with measurements: `make cost` writes results/cost.md.
 
 * FLOPs: torch's FlopCounterMode. Matrix products and convolutions count, two for a multiplication and its addition;
   norms, activations, softmax and sums do not. The CPU's fused attention and grouped convolutions, which torch does not
   count or counts wrongly, and oneDNN's Linear have their formulas here.
-* Saved bytes: how much the live allocations grow during a forward that keeps its graph.
-* Dispatches: calls of ATen operators below autograd that are no views.
+* Saved bytes: growth of the live allocations during a forward that keeps its graph.
+* Dispatches: calls of ATen operators below autograd that are not views.
 
     python bench/cost.py [--batch 4] [--out results/cost.md]
 
-The table is of ViT-B/16 at 224 px with random weights, in bfloat16, with a linear head on the class token.
+The table is for ViT-B/16 at 224 px with random weights, in bfloat16, with a linear head on the class token.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ def _convolution_backward_flops(
     mask: list[bool],
     **kwargs: Any,
 ) -> int:
-    """As many as the forward has, for each of input and weight that wants a gradient."""
+    """As many as the forward has, for each of input and weight that needs a gradient."""
     positions, per_position = (x if transposed else grad)[2:], torch.Size(weight).numel()
     return 2 * x[0] * torch.Size(positions).numel() * per_position * (mask[0] + mask[1])
 
 
 def _linear_flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
-    """oneDNN's x Wᵀ, with which a frozen Linear multiplies in float32 where it is the faster."""
+    """oneDNN's x Wᵀ, which a frozen Linear uses in float32 if it is faster."""
     return 2 * torch.Size(x).numel() * weight[0]
 
 
@@ -81,7 +81,7 @@ if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
 
 
 class Dispatches(TorchDispatchMode):
-    """Names of the ATen calls that are no views, in order."""
+    """Names of the ATen calls that are not views, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,21 +96,21 @@ class Dispatches(TorchDispatchMode):
 
 
 def count_flops(run: Callable[[], Any]) -> int:
-    """FLOPs of all that `run` does."""
+    """Count the FLOPs of `run`."""
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         run()
     return counter.get_total_flops()
 
 
 def count_dispatches(run: Callable[[], Any]) -> list[str]:
-    """The ATen calls of `run` that are no views."""
+    """Return the ATen calls of `run` that are not views."""
     with Dispatches() as dispatches:
         run()
     return dispatches.calls
 
 
 def count_saved(forward: Callable[[], Tensor]) -> int:
-    """Bytes that live on behind `forward`, of its output and of the graph that hangs on it; it has run before."""
+    """Return the bytes that stay alive after `forward`, in its output and its graph; it must have run before."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         output = forward()
@@ -120,14 +120,14 @@ def count_saved(forward: Callable[[], Tensor]) -> int:
 
 
 class Measured(NamedTuple):
-    """One graph of one model: a forward without graph, and a training step with what its forward keeps."""
+    """Costs of one graph of one model: a forward without autograd, and a training step with what its forward saves."""
 
     inference: Cost
     training: Cost
 
 
 def measure(model: fp.PromptedViT, images: Tensor, graph: str) -> Measured:
-    """The costs of `graph`, one of `GRAPHS`, of a model whose parameters train; FLOPs and bytes for one image."""
+    """Measure the costs of `graph`, one of `GRAPHS`, for a trainable model; FLOPs and bytes are per image."""
     batch = images.shape[0]
     model.set_grad_checkpointing(graph == "recompute")
     forward: Callable[[Tensor], Any] = model.reference_forward if graph == "papers" else model
@@ -168,7 +168,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def random_backbone(name: str = "vit_base_patch16_224", **sizes: Any) -> fp.FrozenViT:
-    """A random timm ViT in bfloat16, whose biases are not zero, as after pretraining."""
+    """Build a random timm ViT in bfloat16 with non-zero biases, as after pretraining."""
     torch.manual_seed(0)
     vit = timm.create_model(name, num_classes=0, **sizes)
     with torch.no_grad():
@@ -179,7 +179,7 @@ def random_backbone(name: str = "vit_base_patch16_224", **sizes: Any) -> fp.Froz
 
 
 def methods(num_prompts: int) -> dict[str, PromptConfig]:
-    """What the table compares, by name."""
+    """Return what the table compares, by name."""
     return {
         "PGN": fp.PGNConfig(num_prompts=num_prompts),
         "V²APT": fp.V2APTConfig(num_prompts=num_prompts, num_instance=num_prompts // 2),
@@ -192,7 +192,7 @@ def methods(num_prompts: int) -> dict[str, PromptConfig]:
 
 
 class Job(NamedTuple):
-    """One process: a method with so many prompts, all its graphs."""
+    """A job of one process: a method with a number of prompts, in all graphs."""
 
     name: str
     config: PromptConfig

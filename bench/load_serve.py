@@ -2,9 +2,9 @@
 
     python bench/load_serve.py [--clients 16] [--seconds 10] [--rounds 5] [--out results/serve.md]
 
-Two hosts with the same engine, one batching and one not, are loaded in turn, round by round, by clients that each send
-their next picture when the last was answered. Every answer is compared with what the engine says of that picture
-alone. `make load` writes results/serve.md; it needs a machine with nothing else to do.
+Two hosts with the same engine, one with batching and one without, are loaded in turn in every round by clients that
+send their next picture when the last is answered. Every answer is compared with the engine's output for that picture
+alone. `make load` writes results/serve.md; it needs an idle machine.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ class Flags:
     backbone: str = "clip-vit-b16"
     image_size: int = 112
     dtype: str = "float32"
-    """In bfloat16 batches change answers so much that some tenants' cannot be told apart: then the bench stops."""
+    """Data type; in bfloat16, batching may change answers so much that tenants cannot be told apart, an error."""
     batch_size: int = 8
     batch_wait_ms: float = 5.0
     threads: int = 1
-    """Of the engine; the web process and the clients need a core, too."""
+    """Number of the engine's threads; leave a core for the web process and the clients."""
     clients: int = 16
     hostile: int = 6
-    """Clients beside them that send what has to be refused, in the last part."""
+    """Number of additional hostile clients in the last part."""
     seconds: float = 10.0
     rounds: int = 5
     out: Path = ROOT / "results" / "serve.md"
@@ -84,7 +84,7 @@ class Flags:
 
 @dataclass
 class Round:
-    """What one round of load saw."""
+    """The results of one round of load."""
 
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
@@ -97,7 +97,7 @@ class Round:
 
 
 def pictures(size: int) -> list[np.ndarray]:
-    """Pictures (3, H, W) that a network tells apart: coloured stripes of many widths and directions, with noise."""
+    """Make pictures (3, H, W) that a network can tell apart: noisy coloured stripes of many widths and directions."""
     random = np.random.default_rng(0)
     y, x = np.mgrid[:size, :size] / size
     found = []
@@ -209,7 +209,7 @@ class Check:
 
 @contextlib.contextmanager
 def host(flags: Flags, adapters: dict[str, Path], batch_size: int) -> Iterator[str]:
-    """The address of a running `fastprompt serve`."""
+    """Run `fastprompt serve` and yield its address."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     named = [word for name, path in adapters.items() for word in ("--adapter", f"{name}={path}")]
@@ -286,7 +286,7 @@ async def tenant(
 
 
 def huge() -> bytes:
-    """A PNG that says it has 60,000 x 60,000 pixels."""
+    """Return a PNG that claims to have 60,000 x 60,000 pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     data = b"IDAT" + zlib.compress(bytes(1000))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -296,7 +296,7 @@ def huge() -> bytes:
 
 
 async def attacker(client: httpx.AsyncClient, number: int, file: bytes, seen: Round, until: float) -> None:
-    """One hostile request after the other; what became of each goes to `seen.refused`."""
+    """Send one hostile request after the other and record the outcomes in `seen.refused`."""
 
     def chunks(total: int) -> Any:
         async def send() -> Any:
@@ -333,7 +333,7 @@ async def attacker(client: httpx.AsyncClient, number: int, file: bytes, seen: Ro
 
 
 async def slow(port: int, body: bool) -> str:
-    """Part of a request, a byte each half second: the status that comes back, or that the connection was closed."""
+    """Send part of a request, one byte every half second; return the status, or that the connection was closed."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     writer.write(head + (b"Content-Length: 1000\r\n\r\n{" if body else b"X-"))
@@ -369,7 +369,7 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def row(title: str, rounds: list[Round]) -> str:
-    """Images a second, and latencies over all rounds; in brackets the lowest and the highest round."""
+    """Format images per second and latencies over all rounds, with the lowest and highest round in brackets."""
     rates = [r.rate() for r in rounds]
     together = [latency for r in rounds for latency in r.latencies]
     p50, p99 = (1000 * percentile(together, share) for share in (0.5, 0.99))

@@ -1,7 +1,7 @@
-"""Compare an op with its peers: check all against float64, time them by turns, tabulate at the end of the session.
+"""Compare an op with its peers: check all against float64, time them in turn, tabulate at the end of the session.
 
-A benchmark hands `compare` the ways to compute one thing, ours first. All run on the same tensors and threads and take
-turns in every round, so that the machine's drift cancels in the ratios. `bench/conftest.py` prints what `RATIOS` holds.
+A benchmark passes `compare` several ways to compute the same thing, ours first. All run on the same tensors and threads
+and take turns in every round, so that drift of the machine cancels in the ratios. `bench/conftest.py` prints `RATIOS`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastprompt.vit.linear import bfloat16_is_fast
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, *([torch.bfloat16] if bfloat16_is_fast(torch.device(DEVICE)) else [])]
-"""bfloat16 only where the processor or the GPU multiplies it; elsewhere PyTorch emulates it, which nobody would use."""
+"""bfloat16 only if the processor or GPU multiplies it; otherwise PyTorch emulates it, which nobody would use."""
 JOBS = ("forward", "forward+backward")
 ROUNDS = 9
 ROUND_SECONDS = 0.02  # a round repeats a call until it lasts about this long
@@ -31,7 +31,7 @@ Way = Callable[..., Tensor | tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Ratio:
-    """How long a peer takes, in units of ours: the median over rounds, and the second lowest and highest."""
+    """A peer's time relative to ours: the median over rounds, and the second lowest and second highest."""
 
     op: str
     case: str
@@ -46,7 +46,7 @@ RATIOS: list[Ratio] = []
 
 
 def tensor(*size: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
-    """A random tensor on the device that is benchmarked."""
+    """Draw a random tensor on the benchmarked device."""
     return torch.randn(size, device=DEVICE, dtype=dtype, requires_grad=grad)
 
 
@@ -87,7 +87,7 @@ def compare(
     arguments: Sequence[Tensor],
     job: str = "forward",
 ) -> None:
-    """Check every way of computing an op against float64, then time them by turns.
+    """Check every way of computing an op against float64, then time them in turn.
 
     Args:
         ways: name → function of `arguments`; the first is ours, the last is plain PyTorch and serves as the oracle.
@@ -119,7 +119,7 @@ def compare(
 
 
 def take_turns(benchmark: BenchmarkFixture, op: str, case: str, runs: dict[str, Callable[[], Any]]) -> None:
-    """Time all ways by turns, ours first, and note the ratio of each other way to it."""
+    """Time all ways in turn, ours first, and record the ratio of each other way to ours."""
     repeats = {name: max(1, round(ROUND_SECONDS / max(1e-6, _seconds(run, 1)))) for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
@@ -138,7 +138,7 @@ def take_turns(benchmark: BenchmarkFixture, op: str, case: str, runs: dict[str, 
 
 
 def ratio_table() -> list[str]:
-    """The lines of the session's table, one row a case."""
+    """Return the lines of the session's table, one row per case."""
     if not RATIOS:
         return []
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU ({level()}), {torch.get_num_threads()} threads"
