@@ -161,7 +161,7 @@ def tensors_of(*modules: nn.Module | None) -> list[Tensor]:
 
 def arithmetic(device: torch.device) -> Facts:
     """The switches of PyTorch that change in which precision a product is computed."""
-    on = torch.is_autocast_enabled(device.type)
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return (on and torch.get_autocast_dtype(device.type), torch.get_float32_matmul_precision())
 
 
