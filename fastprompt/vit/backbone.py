@@ -22,19 +22,19 @@ from fastprompt.vit.weights import Block, Dense, Folded, MapPool, Norm, ViTSpec,
 
 Same = TypeVar("Same", bound="Backbone")
 RESAMPLED_TOLERANCE = 1e-6
-"""By how much tensors that another library resampled may differ between processors, of their largest value."""
+"""Tolerance between processors of tensors that another library resampled, relative to their largest value."""
 
 
 class Identity(NamedTuple):
-    """Which backbone it is, whatever is done to its tensors later.
+    """Identifies a backbone, whatever happens to its tensors later.
 
     Attributes:
-        fingerprint: sha256 of structure and float32 tensors as they were loaded. Of a tensor that was resampled when
-            the backbone was read: of what it was made of, the rule and the new size.
-        earlier: the same as earlier versions took it, of what came of resampling.
-        resampled: tensors that another library had resampled before, in float32. Their last bits differ between
-            processors, so they are not in the fingerprint, but compared.
-        tolerance: by how much they may differ, of their largest value.
+        fingerprint: sha256 of the structure and of the float32 tensors as loaded. A tensor that was resampled on
+            reading contributes its original values, the resampling rule and the new size.
+        earlier: the fingerprint that earlier versions took, over the resampled tensors themselves.
+        resampled: tensors that another library had already resampled, in float32. Their last bits differ between
+            processors, so they are compared instead of hashed into the fingerprint.
+        tolerance: how far they may differ, relative to their largest value.
     """
 
     fingerprint: str
@@ -44,24 +44,24 @@ class Identity(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """The tensors of a vision transformer, or of a Swin transformer, that do not change.
+    """The frozen tensors of a vision transformer or Swin transformer.
 
-    What computes with them imports this class: `reference.py` and `forward.py`, `swin_reference.py` and
+    The modules that compute with them import this class: `reference.py` and `forward.py`, `swin_reference.py` and
     `swin_forward.py`, `folding.py`. `FrozenViT` fills it from a model.
 
     Args:
-        parts: what a reader returned, by the names of the attributes.
+        parts: a reader's result, keyed by attribute name.
 
     Attributes:
-        spec: what the tensors do not say.
+        spec: properties that the tensors do not show.
         patch_weight: (D, 3, p, p). patch_bias: (D,). patch_norm: follows the patch embedding.
         cls_token: (1, 1, D). registers: (1, R, D). pos_embed: (1, [prefix +] patches, D). norm_pre: precedes block 0.
-        blocks: in order, `SwinBlock`s in a Swin transformer. norm: follows the last block. map_pool, fc_norm: pooling.
-        merges: for each block the patch merging before it, if there is one.
-        staged: whether its width changes between stages: a Swin transformer.
-        kept_fold: what `folding.folded` made of it.
-        private: only its owner changes it, and forgets then what was kept of it (`FrozenViT.refold`): nobody looks
-            whether it has changed.
+        blocks: in order; a Swin transformer has `SwinBlock`s. norm: follows the last block. map_pool, fc_norm: pooling.
+        merges: for each block, the patch merging before it, or None.
+        staged: whether the width changes between stages, as in a Swin transformer.
+        kept_fold: the cached result of `folding.folded`.
+        private: only the owner changes this backbone, and the owner discards cached results when it does
+            (`FrozenViT.refold`). Nothing else checks it for changes.
         head: the pretrained classifier or projection.
     """
 
@@ -91,7 +91,7 @@ class Backbone(nn.Module):
             swin.keep_layouts(self.blocks, self.merges)
         if parts:
             raise ValueError(f"the reader returned unknown parts: {sorted(parts)}")
-        self._pixels_known = False  # whether floating-point images were told from raw pixels
+        self._pixels_known = False  # whether floating-point images were distinguished from raw pixels
         self._identity: Identity | None = None
         self.kept_fold: Kept[Folded] = Kept()
         self.private = False
@@ -105,12 +105,12 @@ class Backbone(nn.Module):
 
     @property
     def feature_width(self) -> int:
-        """Width of the features that a head reads."""
+        """Width of the features that the head reads."""
         return self.blocks[-1].width
 
     @property
     def stages(self) -> tuple[int, ...]:
-        """The stage of each block, from 0."""
+        """The stage index of each block, from 0."""
         stages, stage = [], 0
         for merge in self.merges:
             stage += merge is not None
@@ -157,21 +157,21 @@ class Backbone(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over structure and float32 tensors as they were loaded, before any resampling, and over the rule by
-        which they were resampled; the classifier is left out, since adapters rarely read it.
+        """sha256 of the structure and of the float32 tensors as loaded, before any resampling, and of the resampling
+        rule. It leaves out the classifier, since adapters rarely read it.
         """
         return self.identity.fingerprint
 
     @property
     def identity(self) -> Identity:
-        """Taken once, and again when other tensors are loaded."""
+        """The backbone's identity, computed once and again when other tensors are loaded."""
         if self._identity is None:
             self._identity = self._identify()
         return self._identity
 
     def _identify(self) -> Identity:
         structure = dataclasses.asdict(self.spec)
-        for key in ("name", "mean", "std", "antialias"):  # an image of the backbone's own size depends on none
+        for key in ("name", "mean", "std", "antialias"):  # none of them affects an image of the backbone's own size
             del structure[key]
         structure["blocks"] = [(b.mlp.act, b.mlp.glu, b.post_norm, b.norm1.kind, b.norm1.eps) for b in self.blocks]
         if self.staged:
@@ -202,8 +202,8 @@ class Backbone(nn.Module):
         )
 
     def fits(self, fingerprint: str, resampled: Mapping[str, Tensor]) -> bool:
-        """Whether this is the backbone of that fingerprint, of this or an earlier version, and of tensors that another
-        library had resampled (`Identity.resampled`).
+        """Whether this backbone has that fingerprint, in this version's or an earlier version's form, and matches the
+        tensors that another library had resampled (`Identity.resampled`).
         """
         own = self.identity
         if fingerprint == own.earlier:
@@ -218,7 +218,7 @@ class Backbone(nn.Module):
         )
 
     def is_same(self, other: Backbone) -> bool:
-        """Whether another backbone is this one, in whatever number format, so that an adapter of one fits the other."""
+        """Whether the other backbone is the same, in any dtype, so that an adapter of one fits the other."""
         return self.fits(other.identity.fingerprint, other.identity.resampled)
 
     def pin_fingerprint(self) -> None:
@@ -229,7 +229,7 @@ class Backbone(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
         if fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype != self.dtype:
             self.pin_fingerprint()
-        with torch.inference_mode(False):  # PyTorch does not tell of changes of tensors that are made in it
+        with torch.inference_mode(False):  # PyTorch does not track changes of tensors created in inference mode
             super()._apply(fn, recurse)
         return self
 
@@ -250,11 +250,11 @@ class Backbone(nn.Module):
             swin.keep_layouts(self.blocks, self.merges)
 
     def train(self, mode: bool = True) -> Backbone:
-        """A frozen backbone has no training mode: it stays in eval mode whatever `mode` is."""
+        """Keep the backbone in eval mode whatever `mode` is: a frozen backbone has no training mode."""
         return super().train(False)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) → (x / 255 − mean) / std; floating-point images pass unchanged."""
+        """Map uint8 (B, 3, H, W) to (x / 255 − mean) / std; return floating-point images unchanged."""
         if images.dtype != torch.uint8:
             return images
         dtype = torch.promote_types(self.dtype, torch.float32)
@@ -262,7 +262,7 @@ class Backbone(nn.Module):
         return (images.to(dtype) / 255 - mean) / std
 
     def check_images(self, images: Tensor) -> None:
-        """Raise TypeError or ValueError, naming `images`, where this backbone cannot take them."""
+        """Raise TypeError or ValueError, naming `images`, if this backbone cannot take them."""
         if not isinstance(images, Tensor):
             raise ArgumentTypeError("images", f"must be a torch.Tensor, got {type(images).__name__}")
         if images.dtype != torch.uint8 and not images.is_floating_point():
@@ -282,10 +282,10 @@ class Backbone(nn.Module):
             self._pixels_known = self._tells_of_raw_pixels(images)
 
     def _tells_of_raw_pixels(self, images: Tensor) -> bool:
-        """Warn where floating-point images are in [0, 1] or [0, 255], as pixels are before they are normalised.
+        """Warn if floating-point images lie in [0, 1] or [0, 255], as pixels do before normalisation.
 
-        Returns whether there is nothing left to look for: the warning was given, or a value is below zero, as in
-        normalised images. Until then each call reads its images' extremes.
+        Returns whether the check is finished: the warning was given, or a value is below zero, as in normalised
+        images. Until then, each call reads the minimum and maximum of its images.
         """
         if images.numel() == 0 or images.is_meta or (images.is_cuda and torch.cuda.is_current_stream_capturing()):
             return False
@@ -301,11 +301,11 @@ class Backbone(nn.Module):
         return raw or low < 0
 
     def any_size(self: Same) -> Same:
-        """The same backbone, on the same tensors, for images of any whole number of patches.
+        """Return the same backbone, sharing its tensors, for images of any whole number of patches.
 
-        Its position embedding is resampled to the images' grid, by its library's rule. A host of pictures that
-        are taller than its own images (`RGBPGNConfig` with placement "extend") is one. It has the same fingerprint, so
-        the same adapters fit.
+        The position embedding is resampled to the images' grid by the rule of its library. This serves pictures that
+        are taller than the backbone's own images (`RGBPGNConfig` with placement "extend"). The fingerprint is
+        unchanged, so the same adapters fit.
         """
         self.pin_fingerprint()
         other = copy.copy(self)
@@ -314,7 +314,7 @@ class Backbone(nn.Module):
 
 
 def _check_weights(argument: str, state: Mapping[str, Any]) -> None:
-    """Raise `ValueError`, naming the tensor, where weights are NaN or infinite."""
+    """Raise `ValueError`, naming the tensor, if a weight is NaN or infinite."""
     for name, tensor in state.items():
         if isinstance(tensor, Tensor) and not is_finite(tensor):
             raise NotFiniteError(argument, f"must have finite weights, got NaN or infinite values in {name}")

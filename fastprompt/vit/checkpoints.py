@@ -1,7 +1,7 @@
-"""Vision transformers in the files that their authors publish: timm's models with the tensors of MAE, MoCo-v3 or DINO.
+"""Read checkpoints as their authors publish them: timm models with the tensors of MAE, MoCo-v3, DINO and others.
 
-Wrappers, prefixes and heads differ from author to author; the tensors of the network itself have timm's names in all of
-them, but for JAX's, CLIP's and DINOv2's, which timm's own code renames.
+Wrappers, prefixes and heads differ between authors. The tensors of the network itself have timm's names in all of them,
+except JAX's, CLIP's and DINOv2's, which timm's own code renames.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ _WRAPPERS = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "teacher"),
     *("state_dict", "model_state_dict", "model", "student"),
 )
-"""Where published files keep a network's tensors; of several the first is read. timm prefers averaged weights, too, and
-DINO evaluates its teacher."""
+"""Keys under which published files keep a network's tensors, in order of preference. Like timm, this prefers averaged
+weights; like DINO's evaluation, it prefers the teacher."""
 _CHOSEN = {"base_encoder", "teacher"}
-"""Which of several networks in one state dict is read: MoCo-v3 evaluates its base encoder."""
+"""Networks to prefer if a state dict holds several; MoCo-v3 evaluates its base encoder."""
 _PATCHES = "patch_embed.proj.weight"
 _OTHER_PARTS = re.compile(
     r"(head\d*|heads|head_dist|projection_head|projector|predictor|decoder\w*|mask_token|masked_embed|pre_logits)(\..+)?"
     r"|(.+\.)?(relative_position_index|relative_coords_table|attn_mask)"
 )
-"""Tensors of published files that no frozen backbone has: heads that are not linear, decoders, what masks patches in
-pre-training, and tables that are computed from sizes."""
+"""Tensors of published files that a frozen backbone does not have: non-linear heads, decoders, mask tokens from
+pre-training, and tables computed from sizes."""
 _JAX_PATCHES = "embedding/kernel"
 _JAX = re.compile(
     r"Transformer/(encoderblock(_\d+)?/(LayerNorm|MlpBlock|MultiHeadDotProductAttention)_\d/.+"
@@ -56,14 +56,14 @@ def build(
     checkpoint_key: str | None,
     options: Mapping[str, Any],
 ) -> tuple[nn.Module, tuple[int, int]]:
-    """timm's model `arch` with the tensors of a published file, and the (height, width) it is wanted for.
+    """Build timm's model `arch` with the tensors of a published file; return it and the requested (height, width).
 
-    A ViT comes with the position embedding of the file, in the size that has; a Swin transformer in the wanted one.
+    A ViT keeps the file's position embedding at the file's size. A Swin transformer is built at the requested size.
 
     Raises:
         FileNotFoundError: no such file.
-        TypeError, ValueError: the file cannot be read or holds no such model; tensors that are missing, that have
-            another shape, or that have no place are named.
+        TypeError, ValueError: the file cannot be read or does not hold such a model. The error names tensors that are
+            missing, have a different shape, or have no counterpart.
     """
     if not isinstance(arch, str) or not timm.is_model(arch):
         raise ArgumentError("arch", f"must be a timm model name, got {arch!r}; timm.list_models() lists them")
@@ -99,7 +99,7 @@ def build(
         elif name.endswith("bias"):
             filtered.setdefault(name, torch.zeros_like(own[name]))
     if "fc_norm.weight" in own and "norm.weight" not in own and "fc_norm.weight" not in filtered:
-        for name in ("weight", "bias"):  # as the code of MAE, VPT and VAPT: a new norm behind the mean
+        for name in ("weight", "bias"):  # as in the code of MAE, VPT and VAPT: a new norm after the mean
             filtered[f"fc_norm.{name}"] = own[f"fc_norm.{name}"]
             if filtered.pop(f"norm.{name}", None) is not None:
                 left.append(f"norm.{name}")
@@ -127,7 +127,7 @@ def _sides(module: Any) -> tuple[int, int]:
 
 
 def _unwrapped(content: Any, key: str | None) -> tuple[Any, str | None]:
-    """The state dict inside of a file's wrappers, and `key` where no wrapper has that name."""
+    """Unwrap a file's state dict; return it, and `key` if no wrapper has that name."""
     while isinstance(content, Mapping):
         if key is not None and isinstance(content.get(key), Mapping):
             content, key = content[key], None
@@ -148,7 +148,7 @@ def _has_tensors(value: Any) -> bool:
 
 
 def _backbone_tensors(state: Mapping[str, Tensor], key: str | None, where: str) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of one network without the prefix of their names, and the names of the others."""
+    """Return the tensors of one network, with the prefix stripped from their names, and the names of the others."""
     prefixes = [name.removesuffix(_PATCHES) for name in state if f".{name}".endswith(f".{_PATCHES}")]
     if key is not None:
         prefixes = [prefix for prefix in prefixes if key in prefix.split(".")]
@@ -178,7 +178,7 @@ def _backbone_tensors(state: Mapping[str, Tensor], key: str | None, where: str) 
 
 
 def _classes(state: Mapping[str, Tensor], width: int, options: Mapping[str, Any], where: str) -> int:
-    """The outputs of the file's linear classifier that are wanted; 0: it has none, or it is not wanted."""
+    """Return the number of outputs of the file's linear classifier; 0 if it has none or the caller wants none."""
     shapes = {name: tuple(state[name].shape) for name in ("head.weight", "head.fc.weight") if name in state}
     if "visual.proj" in state:  # CLIP's projection, (in, out)
         shapes["visual.proj"] = tuple(reversed(state["visual.proj"].shape))
@@ -196,7 +196,7 @@ def _wanted_classes(classes: int, options: Mapping[str, Any], where: str) -> int
 
 
 def _file_size(state: Mapping[str, Tensor], sketch: Any, where: str) -> tuple[int, int]:
-    """(height, width) in pixels of the images that the file's position embedding is for."""
+    """Return (height, width) in pixels of the images that the file's position embedding is for."""
     patch, own = tuple(sketch.patch_embed.patch_size), tuple(sketch.patch_embed.grid_size)
     if _PATCHES in state and state[_PATCHES].ndim == 4 and tuple(state[_PATCHES].shape[2:]) != patch:
         found = " x ".join(map(str, state[_PATCHES].shape[2:]))
@@ -206,7 +206,7 @@ def _file_size(state: Mapping[str, Tensor], sketch: Any, where: str) -> tuple[in
     if "pos_embed" not in state or state["pos_embed"].ndim != 3:
         return _sides(sketch)
     prefix = 0 if sketch.no_embed_class else sketch.num_prefix_tokens
-    prefix = 1 if "register_tokens" in state else prefix  # DINOv2's, whose registers have no position
+    prefix = 1 if "register_tokens" in state else prefix  # DINOv2: registers have no position embedding
     grid = _grid(state["pos_embed"].shape[1] - prefix, own, where)
     return grid[0] * patch[0], grid[1] * patch[1]
 
@@ -236,7 +236,7 @@ def _compare(state: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str,
 def _of_jax(
     path: str | os.PathLike[str], arrays: Mapping[str, Tensor], sketch: Any, arch: str, options: Mapping[str, Any]
 ) -> tuple[nn.Module, tuple[int, int]]:
-    """Google's `.npz` of JAX, by timm's own reader, which resamples nothing: the model is built in the file's size."""
+    """Read Google's JAX `.npz` with timm's own reader. It resamples nothing: the model is built at the file's size."""
     where = os.fspath(path)
     if not isinstance(sketch, VisionTransformer):
         raise ArgumentError("arch", f"must be a VisionTransformer for the weights of {where}, got {arch!r}")

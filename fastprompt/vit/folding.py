@@ -1,7 +1,7 @@
-"""Exact folding: the same block with fewer constants, valid for as long as its weights do not change.
+"""Exact folding: the same block with fewer constants, valid as long as its weights do not change.
 
-Nothing here is an approximation: in real arithmetic a folded block computes what the original does, while prompts
-train too. The conditions under which a constant can move stand beside each move.
+Nothing here is an approximation: in real arithmetic a folded block computes what the original does, even while prompts
+train. Each rewrite states the conditions under which its constant can move.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ QUICK_GELU_SLOPE = 1.702
 
 
 def folded(vit: Backbone) -> Folded | None:
-    """The backbone with its constants folded, made once and again when they change.
+    """Return the backbone with its constants folded, computed once and again when they change.
 
-    None while they train, and where they were made in inference mode: PyTorch does not tell when those change. Inside
-    `torch.compile`, and of a private backbone, it is what was made last.
+    Returns None while the weights train, and if they were created in inference mode, because PyTorch does not track
+    their changes there. Inside `torch.compile`, and for a private backbone, it returns the last result.
     """
     if torch.compiler.is_compiling() or (vit.private and vit.kept_fold.value is not None):
         return vit.kept_fold.value
@@ -30,15 +30,15 @@ def folded(vit: Backbone) -> Folded | None:
     if vit.device.type == "meta" or any(tensor.requires_grad or tensor.is_inference() for tensor in tensors):
         vit.kept_fold.clear()
         return None
-    if torch._C._are_functorch_transforms_active():  # what stands in for the tensors there is not kept
+    if torch._C._are_functorch_transforms_active():  # functorch wraps the tensors; do not cache the wrappers
         return vit.kept_fold.current(tensors, facts)
     return vit.kept_fold.get(SeenObjects, tensors, facts, lambda: fold_backbone(vit))
 
 
 def fold_backbone(vit: Backbone) -> Folded:
-    """Everything of a backbone that folds, in full precision under autocast too.
+    """Fold everything in a backbone that folds, in full precision even under autocast.
 
-    What is folded shares memory with the backbone only in the tensors that folding leaves as they are.
+    The result shares memory with the backbone only for tensors that folding leaves unchanged.
     """
     with torch.autocast(vit.device.type, enabled=False):
         blocks = tuple(fold(block) for block in vit.blocks)
@@ -46,16 +46,17 @@ def fold_backbone(vit: Backbone) -> Folded:
 
 
 def fold(block: Block) -> Block:
-    """The block with its constants moved into its Linears; tensors that do not change are shared.
+    """Return the block with its constants moved into its Linears; unchanged tensors are shared.
 
-    * γ, β of a norm move into the Linear behind it: norm1 into qkv, norm2 into fc1 (both not where the block
-      normalises behind attention and MLP: there the norm feeds the residual), the inner norms into proj and fc2;
-    * LayerScale moves into proj and fc2;
-    * 1/√d moves into W_q, or into the q-norm's affine;
-    * the key bias is dropped: every key, prompts included, has it, so it cancels in the softmax (not with a k-norm);
-    * W_o b_v moves into b_o, as attention weights sum to 1 (not with a norm between them);
-    * quick-GELU x σ(1.702 x) = silu(1.702 x) / 1.702 becomes SiLU between two scaled Linears (not with a norm
-      behind it, whose epsilon would see the scale).
+    * γ, β of a norm move into the next Linear: norm1 into qkv, norm2 into fc1, the inner norms into proj and fc2. In a
+      post-norm block norm1 and norm2 stay, since they feed the residual.
+    * LayerScale moves into proj and fc2.
+    * 1/√d moves into W_q, or into the q-norm's affine.
+    * The key bias is dropped: it is added to every key, prompts included, so it cancels in the softmax (not with a
+      k-norm).
+    * W_o b_v moves into b_o, since attention weights sum to 1 (not with a norm between them).
+    * Quick-GELU x σ(1.702 x) = silu(1.702 x) / 1.702 becomes SiLU between two scaled Linears (not if a norm follows,
+      since the scale would change the effect of its epsilon).
     """
     qkv, proj, norm1 = _Affine(block.qkv), _Affine(block.proj), block.norm1
     inner = block.num_heads * block.head_dim
@@ -114,7 +115,7 @@ def _fold_mlp(block: Block) -> Mlp:
 
 
 class _Affine:
-    """A Linear's weight (out, in) and bias (out,) in float32 or wider, on which constants are moved."""
+    """A Linear's weight (out, in) and bias (out,) in float32 or wider, into which constants are moved."""
 
     def __init__(self, source: Dense) -> None:
         self.source = source
@@ -124,21 +125,21 @@ class _Affine:
         self.bias = self.weight.new_zeros(self.weight.shape[0]) if bias is None else bias.detach().to(self.wide).clone()
 
     def absorb_norm(self, norm: Norm) -> None:
-        """W (x̂ γ + β) + b = (W γ) x̂ + (b + W β)."""
+        """Fold the norm's affine: W (x̂ γ + β) + b = (W γ) x̂ + (b + W β)."""
         if norm.bias is not None:
             self.bias = self.bias + self.weight @ norm.bias.to(self.wide)
         if norm.weight is not None:
             self.weight = self.weight * norm.weight.to(self.wide)
 
     def scale_rows(self, rows: slice, factor: Tensor | float) -> None:
-        """Multiply these outputs by a number or a vector."""
+        """Multiply these outputs by a scalar or a vector."""
         column = factor.detach().to(self.wide) if isinstance(factor, Tensor) else self.weight.new_tensor(factor)
         self.weight, self.bias = self.weight.clone(), self.bias.clone()
         self.weight[rows] *= column[..., None]
         self.bias[rows] *= column
 
     def dense(self) -> Dense:
-        """A frozen Linear of the source's dtype; the source itself where nothing has moved, no bias where it is 0."""
+        """Return a frozen Linear in the source's dtype: the source itself if nothing moved, without a zero bias."""
         weight, bias = self.weight.to(self.source.weight.dtype), self.bias.to(self.source.weight.dtype)
         dense = FrozenLinear(weight, bias if bias.any() else None)
         if torch.equal(weight, self.source.weight):
@@ -147,12 +148,12 @@ class _Affine:
 
 
 def without_affine(norm: Norm) -> Norm:
-    """x̂ alone."""
+    """Return the norm without its affine: x̂ alone."""
     return Norm(norm.kind, norm.size, norm.eps, None, None, norm.upcast)
 
 
 def _scaled(norm: Norm, factor: float, like: Tensor) -> Norm:
-    """factor · (x̂ γ + β)."""
+    """Return the norm scaled: factor · (x̂ γ + β)."""
     weight = like.new_ones(norm.size) if norm.weight is None else norm.weight
     return Norm(
         norm.kind, norm.size, norm.eps, weight * factor, None if norm.bias is None else norm.bias * factor, norm.upcast
@@ -160,9 +161,10 @@ def _scaled(norm: Norm, factor: float, like: Tensor) -> Norm:
 
 
 def fold_pixels(patches: Dense, mean: tuple[float, ...], std: tuple[float, ...]) -> Dense:
-    """The patch embedding of raw pixels 0 … 255: W ((x / 255 − mean) / std) + b = (W / (255 std)) x + b'.
+    """Fold normalisation into the patch embedding of raw pixels 0 … 255.
 
-    Not where the normalised image is zero-padded: a padded zero is no raw zero.
+    W ((x / 255 − mean) / std) + b = (W / (255 std)) x + b'. This does not hold if normalised images are zero-padded,
+    because a padded zero is not a raw zero.
     """
     weight, bias = patches.weight, patches.bias
     wide = torch.promote_types(weight.dtype, torch.float32)

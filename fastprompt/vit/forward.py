@@ -1,18 +1,18 @@
-"""The forward of a prompted ViT without the work nobody reads; the same numbers as `reference.py`.
+"""The optimised forward of a prompted ViT: the same numbers as `reference.py` without computing unused results.
 
-* Prompts that the next block replaces need no query, no attention output, no projection and no MLP: they enter
-  their block as keys and values only, and never become rows of the sequence.
-* Prompts that are the same for every image give their keys and values once, not once per image; at inference once
-  for an adapter.
+* Prompts that the next block replaces need no query, attention output, projection or MLP. They enter their block as
+  keys and values only, and never become rows of the sequence.
+* Prompts that are the same for every image have their keys and values computed once instead of once per image; at
+  inference, once per adapter.
 * The last block computes only the rows that the head reads. With one query row, W_k and W_v are absorbed into the
-  query's side, and there is no key and value product at all.
-* The blocks are those of `folding.fold`: constants have moved into the Linears.
+  query side, so no keys or values are computed at all.
+* The blocks come from `folding.fold`: their constants have moved into the Linears.
 * The backward of the first block reaches only prompts: the tokens of a frozen embedding need no gradient.
-* On a GPU prompts that stay rows of the sequence are written where the next reader wants them (`slots.py`): PGN's
-  mixture with the whole sequence, others behind the attention of their block, in the sum that is there anyway.
+* On a GPU, prompts that stay rows of the sequence are written directly to their final place (`slots.py`): PGN's
+  mixture together with the whole sequence, others after the attention of their block, within the residual sum.
 * Groups of images with different prompts, prompt counts and readouts share every product with the frozen weights.
 
-All of it holds in exact arithmetic, for outputs and gradients.
+All of these are exact in real arithmetic, for outputs and gradients.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from fastprompt.vit.slots import LastRows, assembled, in_slots, sums
 from fastprompt.vit.weights import Block, Folded, Norm
 
 Projected = tuple[Tensor, Tensor | None, Tensor | None]
-"""Queries, keys and values of tokens as `prefix_attention` takes them, packed or not."""
+"""Queries, keys and values of tokens as `prefix_attention` takes them, packed or separate."""
 
 
 class Rows(NamedTuple):
-    """Token rows of one group of images (B, T, D), or of several, packed (Σ B T, D) with the (B, T) of each.
+    """Token rows (B, T, D) of one group of images, or of several groups packed as (Σ B T, D) with each group's (B, T).
 
-    What acts on single rows runs over `data`, once for all groups; what does not runs over `parts`. `normed`: what the
-    next block's projections read of `data`, where that is known already.
+    Row-wise operations run over `data`, once for all groups. Other operations run over `parts`. `normed` is the input
+    that the next block's projections read for `data`, if it is already known.
     """
 
     data: Tensor
@@ -52,13 +52,13 @@ class Rows(NamedTuple):
 
     @classmethod
     def pack(cls, parts: Sequence[Tensor]) -> Rows:
-        """The rows of each group's (B, T, D)."""
+        """Pack the rows (B, T, D) of each group."""
         if len(parts) == 1:
             return cls(parts[0])
         return cls(torch.cat([part.flatten(0, 1) for part in parts]), tuple((p.shape[0], p.shape[1]) for p in parts))
 
     def parts(self) -> list[Tensor]:
-        """(B, T, D) of each group, without a copy."""
+        """The (B, T, D) rows of each group, without a copy."""
         if not self.shapes:
             return [self.data]
         rows = self.data.split([images * length for images, length in self.shapes])
@@ -66,15 +66,15 @@ class Rows(NamedTuple):
 
 
 class Reads(NamedTuple):
-    """What a block reads for one group of images besides their rows, and which rows leave it.
+    """The additional inputs of a block for one group of images, and which rows leave the block.
 
     Attributes:
-        rows: of those that enter; None: all.
+        rows: the rows that leave, among those that enter; None: all.
         prefix: keys and values of prompts that are only read.
-        joining: prompts (1 or B, P, D) that are read and become rows, behind the others.
-        one_query: `rows` is the first row alone, and is computed without keys and values.
+        joining: prompts (1 or B, P, D) that are read and appended to the rows.
+        one_query: whether `rows` is the first row alone, computed without keys and values.
         prompts: prompts (1 or B, P, D) that this one query reads.
-        constants: how many rows that enter, from the first on, are constants of the backward.
+        constants: how many of the rows that enter, counted from the first, are constants in the backward.
     """
 
     rows: slice | None = None
@@ -86,7 +86,7 @@ class Reads(NamedTuple):
 
 
 class Embedded:
-    """An `Embedding` whose rows come into one sequence when that is read."""
+    """An `Embedding` that assembles its rows into one sequence on first access."""
 
     def __init__(self, vit: Backbone, apart: Apart, grid: tuple[int, int]) -> None:
         self.rows, self.num_prefix, self.grid = apart, vit.num_prefix, grid
@@ -114,19 +114,19 @@ def features(
     parts: Folded | None,
     recompute: bool = False,
 ) -> list[Tensor]:
-    """What the head sees, (B, D) of each group.
+    """Compute the features that the head reads, (B, D) for each group.
 
     Args:
-        embedded: class token, registers and patches of `embed`, the groups one after the other.
-        groups: Linears and MLPs run over the rows of all, prompts and attention for each of them.
-        parts: what `folded` made of the backbone.
-        recompute: keep only what enters a block for the backward and compute the block again there (one group only).
+        embedded: class token, registers and patches from `embed`, one group after the other.
+        groups: Linears and MLPs run over the rows of all groups; prompts and attention run per group.
+        parts: the backbone's parts from `folded`.
+        recompute: keep only each block's input for the backward and compute the block again there (one group only).
     """
     blocks = read_blocks(vit, parts)
     last = len(blocks) - 1
     whole = _first_sequence(vit, embedded.apart, groups, last, parts)
     x = embedded.tokens if whole is None else whole.tokens
-    own = x.shape[1] if whole is None else whole.own  # the rows that are no prompts come first
+    own = x.shape[1] if whole is None else whole.own  # non-prompt rows come first
     sizes = [x.shape[0] if group.size is None else group.size for group in groups]
     firsts: list[Tensor | None] = [None]
     if whole is None:
@@ -135,7 +135,7 @@ def features(
         x = x if vit.norm_pre is None else vit.norm_pre(x)
 
     def reads(i: int, group: Group, first: Tensor | None, x: Tensor) -> Reads:
-        """Block i for one group; prompt rows that stay stand last."""
+        """The inputs of block i for one group; prompt rows that stay come last."""
         generator = group.generator
         layers = () if generator is None else generator.layers
         kept = slice(0, own) if i + 1 in layers else slice(0, None)  # the next block replaces all prompt rows
@@ -185,7 +185,7 @@ def _split(x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
 
 
 class _Whole(NamedTuple):
-    """Block 0's sequence with its prompts: rows, how many of them are the backbone's, and whether these train."""
+    """Block 0's sequence with its prompts: rows, how many of them are the backbone's, and whether those train."""
 
     tokens: Tensor
     own: int
@@ -195,7 +195,7 @@ class _Whole(NamedTuple):
 def _first_sequence(
     vit: Backbone, apart: Apart | None, groups: Sequence[Group], last: int, parts: Folded | None
 ) -> _Whole | None:
-    """Block 0's sequence where the generator writes all of it; None: it does not, or there are several."""
+    """Block 0's sequence if the generator writes all of it; None if it does not, or if there are several groups."""
     generator, context, draws, readout, *_ = groups[0]
     if apart is None or len(groups) > 1 or generator is None or not generator.before_pre_norm:
         return None
@@ -209,7 +209,7 @@ def _first_sequence(
 
 
 def _first_prompts(vit: Backbone, group: Group, patches: Tensor) -> Tensor | None:
-    """Block 0's prompts where they pass the backbone's pre-norm; None: they do not."""
+    """Block 0's prompts if they pass through the backbone's pre-norm; None if they do not."""
     generator = group.generator
     if generator is None or not generator.before_pre_norm:
         return None
@@ -217,7 +217,7 @@ def _first_prompts(vit: Backbone, group: Group, patches: Tensor) -> Tensor | Non
 
 
 def embed(vit: Backbone, raw: Tensor, images: Tensor, parts: Folded | None) -> Embedding:
-    """`reference.embed` of `images`, from the `raw` uint8 pixels they were made of where that is possible."""
+    """Compute `reference.embed` of `images`, from the `raw` uint8 pixels they came from if possible."""
     pixels = None
     if raw.dtype == torch.uint8 and parts is not None and not vit.spec.dynamic_pad:
         images, pixels = raw, parts.pixels
@@ -230,12 +230,12 @@ def embed(vit: Backbone, raw: Tensor, images: Tensor, parts: Folded | None) -> E
 
 
 def read_blocks(vit: Backbone, parts: Folded | None) -> Sequence[Block]:
-    """The blocks that the forward reads: folded, where the weights do not train."""
+    """Return the blocks for the forward: folded unless the weights train."""
     return vit.blocks if parts is None else parts.blocks
 
 
 def static_prefixes(vit: Backbone, generator: Prompts, readout: str, parts: Folded | None) -> dict[int, Prefix]:
-    """Block → keys and values of prompts that depend on parameters only, for all blocks that only read theirs."""
+    """Map each block that only reads its prompts to their keys and values, if they depend on parameters only."""
     blocks = read_blocks(vit, parts)
     last = len(blocks) - 1
     return {
@@ -248,12 +248,15 @@ def static_prefixes(vit: Backbone, generator: Prompts, readout: str, parts: Fold
 
 
 def prompts_stay(generator: Prompts, i: int, last: int, readout: str) -> bool:
-    """Whether prompts that enter block i are rows of what leaves it."""
+    """Whether prompts that enter block i are rows of its output."""
     return "prompts" in readout if i == last else i + 1 not in generator.layers
 
 
 def rows_read(vit: Backbone, readout: str, own: int) -> slice:
-    """The rows of the last block's output that `reference.read_out` reads; `own`: class token, registers, patches."""
+    """Return the rows of the last block's output that `reference.read_out` reads.
+
+    `own`: the number of class, register and patch tokens.
+    """
     if readout == "cls":
         return slice(0, 1)
     if readout == "prompts":
@@ -264,12 +267,12 @@ def rows_read(vit: Backbone, readout: str, own: int) -> slice:
 
 
 def one_query(block: Block, rows: slice) -> bool:
-    """Whether `one_query_block` computes what leaves the block: one row, and keys that no norm changes."""
+    """Whether `one_query_block` can compute the block's output: one row, and no norm on the keys."""
     return rows == slice(0, 1) and block.k_norm is None
 
 
 def prompt_keys(block: Block, prompts: Tensor) -> Prefix:
-    """Keys and values of prompts (1 or B, P, D) that enter the block."""
+    """Compute the keys and values of prompts (1 or B, P, D) that enter the block."""
     inner = block.num_heads * block.head_dim
     bias = None if block.qkv.bias is None else block.qkv.bias[inner:]
     k, v = heads(block, linear(normed(block, prompts), block.qkv.weight[inner:], bias), 2)
@@ -277,8 +280,10 @@ def prompt_keys(block: Block, prompts: Tensor) -> Prefix:
 
 
 def run_block(block: Block, x: Rows, reads: Sequence[Reads], following: Block | None = None) -> Rows:
-    """One encoder block over the rows of all groups → the rows that leave it, each group by its `Reads`, and what the
-    `following` block's projections read of them.
+    """Run one encoder block over the rows of all groups.
+
+    Returns the rows that leave the block, as each group's `Reads` says, with the input of the `following` block's
+    projections.
     """
     if len(reads) == 1 and reads[0].joining is not None and in_slots(x.data):
         data = join(block, x, reads[0])
@@ -297,9 +302,9 @@ def _leaving(x: Tensor, read: Reads) -> Tensor:
 
 
 def attention(block: Block, x: Rows, reads: Sequence[Reads]) -> Tensor:
-    """Attention of [x[:, rows], joining] over [prefix or joining, x] of each group, projected: the data of `Rows`.
+    """Compute the projected attention of [x[:, rows], joining] over [prefix or joining, x] for each group.
 
-    x is what enters the block.
+    x is the block's input. The result has the layout of `Rows.data`.
     """
     constants = reads[0].constants if x.data.requires_grad else 0
     of_x = x._replace(
@@ -329,7 +334,7 @@ def attention(block: Block, x: Rows, reads: Sequence[Reads]) -> Tensor:
 
 
 def projections(block: Block, x: Rows, reads: Sequence[Reads]) -> list[Projected]:
-    """Queries of x[:, rows], keys and values of x for each group. x: what the block's projections read."""
+    """Compute queries of x[:, rows], keys and values of x for each group. x: the input of the block's projections."""
     inner, weight, bias = block.num_heads * block.head_dim, block.qkv.weight, block.qkv.bias
     b_q, b_kv = (None, None) if bias is None else (bias[:inner], bias[inner:])
     if all(read.rows is None for read in reads):
@@ -348,8 +353,10 @@ def projections(block: Block, x: Rows, reads: Sequence[Reads]) -> list[Projected
 
 
 def join(block: Block, x: Rows, read: Reads) -> Tensor:
-    """What enters the MLP, (B, R + P, D), of one group whose prompts join: x[:, rows] and the prompts, each plus its
-    projected attention over all of x and the prompts, and each written into its rows.
+    """Compute the MLP's input (B, R + P, D) for one group whose prompts join the sequence.
+
+    It is x[:, rows] and the prompts, each plus its projected attention over all of x and the prompts. Each part is
+    written directly to its rows.
     """
     prompts, rows = read.joining, x.data if read.rows is None else x.data[:, read.rows]
     assert prompts is not None
@@ -369,9 +376,9 @@ def join(block: Block, x: Rows, read: Reads) -> Tensor:
 
 
 def one_query_attention(block: Block, q: Tensor, rows: Tensor, prompts: Tensor | None) -> Tensor:
-    """Attention (B, 1, heads · d) of one query q (B, heads, 1, d) over normed `rows` (B, T, D) and prompts.
+    """Compute attention (B, 1, heads · d) of one query q (B, heads, 1, d) over normed `rows` (B, T, D) and prompts.
 
-    q kᵀ = (q W_k) xᵀ and a v = (a x) W_vᵀ for each head, so no token needs a key or a value; b_k cancels in the
+    q kᵀ = (q W_k) xᵀ and a v = (a x) W_vᵀ for each head, so no token needs a key or a value. b_k cancels in the
     softmax.
     """
     inner, (b, t, d) = block.num_heads * block.head_dim, rows.shape
@@ -392,8 +399,9 @@ def one_query_attention(block: Block, q: Tensor, rows: Tensor, prompts: Tensor |
 
 
 def add_branches(block: Block, x: Tensor, h: Tensor, following: Block | None = None) -> tuple[Tensor, Tensor | None]:
-    """The block's output from its input rows x and their projected attention h, both (B, R, D), and what the
-    `following` block's projections read of it.
+    """Compute the block's output from its input rows x and their projected attention h, both (B, R, D).
+
+    Also returns the input of the `following` block's projections.
     """
     if block.post_norm:
         x = x + block.norm1(h)
@@ -402,8 +410,9 @@ def add_branches(block: Block, x: Tensor, h: Tensor, following: Block | None = N
 
 
 def add_mlp(block: Block, x: Tensor, of_x: Tensor, following: Block | None = None) -> tuple[Tensor, Tensor | None]:
-    """The block's output from the rows x (B, R, D) that enter its MLP and what the MLP reads of them. The rest as
-    `add_branches`.
+    """Compute the block's output from x (B, R, D), the residual before the MLP, and `of_x`, the MLP's input.
+
+    Returns the same as `add_branches`.
     """
     h = reference.mlp(block.mlp, of_x)
     if block.post_norm:
@@ -413,7 +422,7 @@ def add_mlp(block: Block, x: Tensor, of_x: Tensor, following: Block | None = Non
 
 
 def added(x: Tensor, h: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """x + h and its norm."""
+    """Return x + h and its norm."""
     plain = norm.kind == "layernorm" and norm.weight is None and norm.bias is None and not norm.upcast
     if plain and x.dtype == h.dtype and x.shape[-2] > 1:  # one row of an image is not worth a kernel
         return add_norm(x, h, norm.eps)
@@ -422,17 +431,17 @@ def added(x: Tensor, h: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
 
 
 def normed(block: Block, x: Tensor) -> Tensor:
-    """What the block's first Linear reads of its input rows."""
+    """Return the input of the block's first Linear for its input rows."""
     return x if block.post_norm else block.norm1(x)
 
 
 def packed(block: Block, x: Tensor, parts: int) -> Tensor:
-    """(B, T, parts · heads · d) → (B, T, parts, heads, d)."""
+    """Reshape (B, T, parts · heads · d) to (B, T, parts, heads, d)."""
     return x.unflatten(-1, (parts, block.num_heads, block.head_dim))
 
 
 def heads(block: Block, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """(B, T, parts · heads · d) → `parts` tensors (B, heads, T, d)."""
+    """Split (B, T, parts · heads · d) into `parts` tensors (B, heads, T, d)."""
     return packed(block, x, parts).permute(2, 0, 3, 1, 4).unbind(0)
 
 
@@ -441,5 +450,5 @@ def _norm(norm: Norm | None, x: Tensor) -> Tensor:
 
 
 def _append(x: Tensor, rows: Tensor, dim: int) -> Tensor:
-    """x with `rows` (1 or B, ...) of every image behind it."""
+    """Append `rows` (1 or B, ...) to x for every image."""
     return torch.cat([x, rows.expand(x.shape[0], *rows.shape[1:])], dim=dim)

@@ -1,4 +1,4 @@
-"""`FrozenViT`: a model of a library, read once and frozen; what acts on it comes with it as `graph`."""
+"""`FrozenViT`: a library's model, read once and frozen. It carries the functions that compute with it as `graph`."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from fastprompt.vit.weights import Folded
 class FrozenViT(Backbone):
     """A vision transformer whose weights are constants.
 
-    `FrozenViT(module)` reads a model of timm, torchvision, open_clip or transformers and copies its tensors;
-    `backbone(images)` is then that model's own forward. Models it cannot represent are refused with a `ValueError`
-    that names the part. `image_size` resamples the position embedding once, by the rule of the module's library;
-    `mean` and `std` override the ones the library gives. A Swin transformer becomes a `FrozenSwin`, a subclass.
+    `FrozenViT(module)` reads a model of timm, torchvision, open_clip or transformers and copies its tensors.
+    `backbone(images)` then equals that model's own forward. A model that cannot be represented raises a `ValueError`
+    that names the part. `image_size` resamples the position embedding once, by the rule of the module's library.
+    `mean` and `std` override the library's. A Swin transformer becomes a `FrozenSwin`, a subclass.
 
-    Images are (B, 3, H, W): floating point = already normalised, uint8 = raw pixels, normalised here with
-    `mean` and `std` (never resized).
+    Images are (B, 3, H, W). Floating-point images are already normalised; uint8 images are raw pixels, which are
+    normalised here with `mean` and `std` (never resized).
 
     Attributes:
         width: token width D. depth: number of blocks. num_heads: attention heads of a block.
         patch_size: pixels. grid: (rows, columns) of patches. image_size: (height, width) in pixels.
         num_prefix: class and register tokens. mean, std: per channel, of pixels in [0, 1].
-        source: the call that loaded it by name, with published weights; None: it was made otherwise.
-        fingerprint: sha256 of the structure and of the tensors as they were loaded (in float32, without the
-            classifier), before any resampling, and of the rule that resampled them.
+        source: the call that loaded it by name with published weights; None if it was made in another way.
+        fingerprint: sha256 of the structure, of the tensors as loaded (in float32, without the classifier, before any
+            resampling) and of the resampling rule.
     """
 
     graph: ClassVar[Graph] = VIT
@@ -59,7 +59,7 @@ class FrozenViT(Backbone):
         std: Sequence[float] | None = None,
     ) -> None:
         pixels = check_pixels(mean, std)
-        with torch.inference_mode(False):  # PyTorch does not tell of changes of tensors that are made in it
+        with torch.inference_mode(False):  # PyTorch does not track changes of tensors created in inference mode
             parts = read(module, image_size)
             parts["spec"] = dataclasses.replace(parts["spec"], **pixels)
             super().__init__(parts)
@@ -86,8 +86,8 @@ class FrozenViT(Backbone):
             kwargs: passed to `timm.create_model`.
 
         Raises:
-            TypeError, ValueError: `name` is no timm model, `image_size` no size, or the model has a part that cannot
-                be represented.
+            TypeError, ValueError: `name` is not a timm model, `image_size` is not a size, or a part of the model
+                cannot be represented.
         """
         import timm
 
@@ -120,31 +120,31 @@ class FrozenViT(Backbone):
         std: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> FrozenViT:
-        """Freeze timm's model `arch` with the weights of a file, as their authors publish it.
+        """Freeze timm's model `arch` with the weights of a file as its authors publish it.
 
         Layouts: timm's own; MAE (pre-trained or fine-tuned), MoCo-v3 (encoder or linear), DINO (backbone or full
-        checkpoint), DINOv2, CLIP, Swin, and Google's `.npz` of JAX. Wrappers ("model", "state_dict", averaged weights)
-        and prefixes ("module.", "backbone.", "base_encoder.") come off. A linear classifier becomes `head`; decoders,
-        projection heads and mask tokens are left out, which a line of the log tells. Every other tensor has to fit.
+        checkpoint), DINOv2, CLIP, Swin, and Google's JAX `.npz`. Wrappers ("model", "state_dict", averaged weights)
+        and prefixes ("module.", "backbone.", "base_encoder.") are stripped. A linear classifier becomes `head`.
+        Decoders, projection heads and mask tokens are skipped, with a line in the log. All other tensors must fit.
 
-        With `global_pool="avg"` and a file that has `norm` but no `fc_norm`, as MAE's pre-trained ones, the norm behind
-        the mean is a new one (weight 1, bias 0) and `norm` is left out, as in the code of MAE, VPT and VAPT. A file
-        with `fc_norm` alone is read with `global_pool="avg"`.
+        A file may have `norm` but no `fc_norm`, as MAE's pre-trained ones do. With `global_pool="avg"`, the norm after
+        the mean is then a new one (weight 1, bias 0) and `norm` is skipped, as in the code of MAE, VPT and VAPT. A file
+        with only `fc_norm` is read with `global_pool="avg"`.
 
         Args:
-            path: a `.safetensors`, `.npz`, or a file of `torch.save`, of which no code is run (`weights_only=True`).
+            path: a `.safetensors`, `.npz` or `torch.save` file; no code in it is run (`weights_only=True`).
             arch: a timm model name, "vit_base_patch16_224".
-            image_size: pixels (or (height, width)); None: those in the name of `arch`. A position embedding for another
-                size is resampled: bicubic with antialiasing, as timm's.
+            image_size: pixels (or (height, width)); None: the size in the name of `arch`. A position embedding for
+                another size is resampled as timm does: bicubic with antialiasing.
             checkpoint_key: which of several networks to read ("student", "momentum_encoder", "model"); None: averaged
                 weights and teachers first, and MoCo-v3's base encoder.
-            mean, std: per channel; None: those of timm's `arch`, which may not be those of the file's authors.
+            mean, std: per channel; None: those of timm's `arch`, which may differ from those of the file's authors.
             kwargs: passed to `timm.create_model`.
 
         Raises:
             FileNotFoundError: no such file.
-            TypeError, ValueError: an argument does not fit, the file cannot be read, or it does not fit `arch`: the
-                tensors that are missing or have no place are named.
+            TypeError, ValueError: an argument is invalid, the file cannot be read, or it does not fit `arch`. The
+                error names tensors that are missing or have no counterpart.
         """
         sides = image_sides(image_size)
         check_pixels(mean, std)
@@ -171,13 +171,13 @@ class FrozenViT(Backbone):
 
         Args:
             name: "vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32" or "vit_h_14".
-            pretrained: load the default published weights, or those of this name ("IMAGENET1K_SWAG_E2E_V1").
+            pretrained: load the default published weights, or those with this name ("IMAGENET1K_SWAG_E2E_V1").
             image_size: pixels (or (height, width)); the position embedding is resampled as torchvision does.
             mean, std: per channel; None: ImageNet's.
             kwargs: passed to `torchvision.models.get_model`.
 
         Raises:
-            TypeError, ValueError: an argument does not fit, or the model has a part that cannot be represented.
+            TypeError, ValueError: an argument is invalid, or a part of the model cannot be represented.
         """
         from fastprompt.vit.readers import torchvision
 
@@ -200,7 +200,7 @@ class FrozenViT(Backbone):
         std: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> FrozenViT:
-        """Build an open_clip model by name and freeze its image tower; its projection is `head`.
+        """Build an open_clip model by name and freeze its image tower. The projection becomes `head`.
 
         Args:
             model: one of `open_clip.list_models()`, "hf-hub:...", "local-dir:...", a model or an image tower.
@@ -211,7 +211,7 @@ class FrozenViT(Backbone):
 
         Raises:
             ImportError: open_clip is not installed.
-            TypeError, ValueError: an argument does not fit, or the model has a part that cannot be represented.
+            TypeError, ValueError: an argument is invalid, or a part of the model cannot be represented.
         """
         image_sides(image_size)
         check_pixels(mean, std)
@@ -245,7 +245,7 @@ class FrozenViT(Backbone):
 
         Args:
             model: a hub name, a folder of `save_pretrained`, a config (random weights), or a model.
-            pretrained: of a name or folder: load its weights; False: random ones.
+            pretrained: for a name or folder, load its weights; False: random ones.
             image_size: pixels (or (height, width)); the position embedding is resampled as transformers does.
             mean, std: per channel; None: those of the checkpoint's image processor, else the model family's.
             kwargs: passed to `from_pretrained` (revision, cache_dir, local_files_only, ...).
@@ -253,7 +253,7 @@ class FrozenViT(Backbone):
         Raises:
             ImportError: transformers is not installed.
             OSError: there is no such checkpoint, or the hub cannot be reached.
-            TypeError, ValueError: an argument does not fit, or the model has a part that cannot be represented.
+            TypeError, ValueError: an argument is invalid, or a part of the model cannot be represented.
         """
         image_sides(image_size)
         check_pixels(mean, std)
@@ -276,9 +276,10 @@ class FrozenViT(Backbone):
         return backbone
 
     def normalising_by(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> FrozenViT:
-        """The same backbone, on the same tensors, that normalises raw (uint8) pixels by another `mean` and `std`.
+        """Return the same backbone with another `mean` and `std` for raw (uint8) pixels.
 
-        It has the same fingerprint, so the same adapters fit. None: as here.
+        It shares this backbone's tensors. The fingerprint is unchanged, so the same adapters fit. None keeps
+        this backbone's value.
 
         Raises:
             ValueError: `mean` or `std` is not three numbers.
@@ -288,7 +289,7 @@ class FrozenViT(Backbone):
             return self
         self.pin_fingerprint()
         other = copy.copy(self)
-        other.spec, other.kept_fold = spec, Kept()  # the folded patch embedding has mean and std in it
+        other.spec, other.kept_fold = spec, Kept()  # mean and std are folded into the patch embedding
         if self.source is not None:
             options = {**self.source.options, "mean": list(spec.mean), "std": list(spec.std)}
             other.source = dataclasses.replace(self.source, options=options)
@@ -315,17 +316,17 @@ class FrozenViT(Backbone):
         return self.spec.grid
 
     def folded(self) -> Folded | None:
-        """The blocks with their constants folded; None while the weights train, and of a Swin transformer.
+        """The blocks with their constants folded; None while the weights train, and for a Swin transformer.
 
-        Made at the first call and again when tensors were cast, moved, loaded, replaced or changed in place. A write
-        through `.data` is noticed on a CPU where it changes a tensor as a whole, or a sixteenth of its rows or columns
-        that lie together; after another one, or on a GPU, call `refold`. Inside `torch.compile` the blocks are those of
-        the last call outside.
+        They are computed at the first call, and again after tensors were cast, moved, loaded, replaced or changed in
+        place. On a CPU, a write through `.data` is detected if it changes the whole tensor or a contiguous sixteenth of
+        its rows or columns. After any other write through `.data`, or on a GPU, call `refold`. Inside `torch.compile`
+        the blocks are those of the last call outside it.
         """
         return self.graph.rewritten.folded(self)
 
     def refold(self) -> None:
-        """Fold again what was folded, whatever is noticed of changes."""
+        """Fold the constants again, whether or not a change was detected."""
         self._fold_again()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenViT:
@@ -334,15 +335,13 @@ class FrozenViT(Backbone):
         return self
 
     def _fold_again(self) -> None:
-        """Fold now what was folded before: a compiled model reads the folded blocks and cannot see that they are out of
-        date.
-        """
+        """Fold again now if folded blocks exist: a compiled model reads them and cannot see that they are stale."""
         if self.kept_fold.value is not None:
             self.kept_fold.clear()
             self.folded()
 
     def forward(self, images: Tensor) -> Tensor:
-        """The model's own forward without prompts.
+        """Run the model's own forward without prompts.
 
         Args:
             images: (B, 3, H, W), float (normalised) or uint8.
@@ -354,7 +353,7 @@ class FrozenViT(Backbone):
         return features if self.head is None else self.head(features)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """(B, D): the readout of the model's own head, before the classifier."""
+        """Compute (B, D): the input of the model's own classifier."""
         self.check_images(images)
         sequence = self.graph.papers.encode(self, self.normalise(images).to(self.dtype))
         return self.graph.papers.read_out(self, sequence, self.spec.pool)
@@ -367,10 +366,10 @@ class FrozenViT(Backbone):
 
 
 class FrozenSwin(FrozenViT):
-    """A Swin transformer whose weights are constants; what `FrozenViT(module)` gives for timm's `swin_*`, `swinv2_*`.
+    """A Swin transformer whose weights are constants; `FrozenViT(module)` returns it for timm's `swin_*`, `swinv2_*`.
 
-    `width`, `depth`, `num_heads` and `grid` are tuples with one entry per stage. There is no class token; the
-    model's own head reads the mean over patches. timm's continuous position bias (v2) is read as the table it gives.
+    `width`, `depth`, `num_heads` and `grid` are tuples with one entry per stage. There is no class token: the
+    model's own head reads the mean over patches. timm's continuous position bias (v2) is read as the table it yields.
     """
 
     graph: ClassVar[Graph] = SWIN
@@ -407,7 +406,7 @@ class FrozenSwin(FrozenViT):
 
 
 def _fold_again(vit: FrozenViT, keys: Any) -> None:
-    """With `assign=True` the backbone has other tensors than those that were folded."""
+    """Fold again after `load_state_dict`: with `assign=True` the folded tensors are no longer the backbone's."""
     vit._fold_again()
 
 
@@ -417,7 +416,7 @@ def _require(library: str, extra: str) -> None:
 
 
 def check_pixels(mean: Sequence[float] | None, std: Sequence[float] | None) -> dict[str, Any]:
-    """The fields of a `ViTSpec` that are given; ValueError where one is not three numbers."""
+    """Return the given fields of a `ViTSpec`; raise ValueError if one is not three numbers."""
     given = {"mean": mean, "std": std}
     return {name: _channel_triple(name, value) for name, value in given.items() if value is not None}
 

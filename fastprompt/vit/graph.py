@@ -1,4 +1,4 @@
-"""What acts on a backbone: for each architecture the papers' graph and the rewritten one, behind the same functions."""
+"""The graphs of each architecture: the papers' own and the optimised one, behind the same functions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastprompt.vit.weights import Folded
 
 
 class Papers(Protocol):
-    """The papers' own graph, nothing rewritten. `reference.py` documents the functions."""
+    """The papers' own graph, unoptimised. `reference.py` documents the functions."""
 
     def embed(self, vit: Backbone, images: Tensor) -> Sequence: ...
 
@@ -33,7 +33,7 @@ class Papers(Protocol):
 
 
 class Rewritten(Protocol):
-    """The same numbers without the work nobody reads. `forward.py` documents the functions."""
+    """The same numbers without computing unused results. `forward.py` documents the functions."""
 
     def embed(self, vit: Backbone, raw: Tensor, images: Tensor, parts: Folded | None) -> Embedding: ...
 
@@ -54,11 +54,11 @@ class Rewritten(Protocol):
 
 
 class Graph(NamedTuple):
-    """How the backbones of one architecture are computed.
+    """The computation of one architecture's backbones.
 
     Attributes:
         papers, rewritten: the two graphs.
-        prompted_readout: the readout of a prompted model by the papers; None: that of the backbone's own head.
+        prompted_readout: the readout that the papers use for a prompted model; None: that of the backbone's own head.
     """
 
     papers: Papers

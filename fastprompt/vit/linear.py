@@ -1,7 +1,7 @@
-"""Products with frozen weights in float32, by the faster of the two matrix libraries that PyTorch brings on a CPU.
+"""Float32 products with frozen weights, by the faster of the two CPU matrix libraries that PyTorch ships.
 
-PyTorch multiplies float32 matrices by MKL, which leaves half of the hardware unused on CPUs that are not Intel's; its
-oneDNN is reached through an operator that has no backward. A frozen weight needs none of its own.
+PyTorch multiplies float32 matrices with MKL, which leaves half of the hardware unused on non-Intel CPUs. Its oneDNN
+operator has no backward; `linear` adds one, which needs no gradient of the frozen weight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastprompt.vit.weights import ACTIVATIONS, Block, Dense
 
 CLEARLY_FASTER = 1.3
 PRODUCTS = "float32 products"
-"""What a run's choices call the choice between oneDNN and MKL."""
+"""Key under which a run records whether it uses oneDNN or MKL."""
 
 
 class FrozenLinear(Dense):
@@ -30,8 +30,9 @@ class FrozenLinear(Dense):
 
 
 class PackedLinear(FrozenLinear):
-    """A `FrozenLinear` that keeps its weight in oneDNN's layout too, and applies an activation while it has the result
-    in registers: act(x Wᵀ + b). For inference on a CPU; elsewhere it computes the same from the plain weight.
+    """A `FrozenLinear` that also keeps its weight in oneDNN's layout and fuses an activation: act(x Wᵀ + b).
+
+    It is for inference on a CPU. Elsewhere it computes the same from the plain weight.
     """
 
     def __init__(self, source: Dense, act: str = "identity") -> None:
@@ -50,13 +51,13 @@ FUSED: dict[str, tuple[str, list[Any], str]] = {
     "gelu": ("gelu", [], "none"),
     "gelu_tanh": ("gelu", [], "tanh"),
 }
-"""How oneDNN calls an activation."""
+"""oneDNN's names for the activations."""
 
 
 def pack(block: Block) -> None:
-    """Make the Linears of a frozen block `PackedLinear`s, with the MLP's activation, where that can be the faster.
+    """Turn the Linears of a frozen block into `PackedLinear`s, with the MLP's activation, if that can be faster.
 
-    Theirs is not the layout that a compiler or an exporter reads: both see the plain weights.
+    Compilers and exporters cannot read oneDNN's layout; they see the plain weights.
     """
     weight, mlp = block.qkv.weight, block.mlp
     if weight.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
@@ -74,7 +75,7 @@ def pack(block: Block) -> None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + b for x (..., in), weight (out, in) and bias (out,) that need no gradient."""
+    """Compute x Wᵀ + b for x (..., in), weight (out, in) and bias (out,), both without a gradient."""
     if (
         x.dtype != torch.float32
         or x.device.type != "cpu"
@@ -93,10 +94,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def onednn_is_faster() -> bool:
-    """Whether oneDNN's float32 product is clearly faster than MKL's here.
+    """Whether oneDNN's float32 product is clearly faster than MKL's on this machine.
 
-    Measured once in a process. A training run keeps the answer and its continuation takes it up, since the two differ
-    in their last bits; where measurements are switched off, the answer is no.
+    This is measured once per process. The two differ in their last bits, so a training run records the answer and uses
+    it again when it resumes. If measurements are switched off, the answer is False.
     """
     return stopwatch.decide(PRODUCTS, _faster_product, "MKL") == "oneDNN"
 
@@ -119,7 +120,7 @@ def _faster_product() -> str:
 
 
 def bfloat16_is_fast(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware; elsewhere it is emulated, and slower than float32."""
+    """Whether the device multiplies bfloat16 in hardware. Elsewhere it is emulated, and slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
@@ -133,7 +134,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _OneDNNLinear(torch.autograd.Function):
-    """ẋ = ẏ W; the weight and the bias are constants."""
+    """oneDNN's Linear with the backward ẋ = ẏ W; the weight and the bias are constants."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the graphs ask of the prompts that enter them: the protocol that every prompt generator satisfies."""
+"""The protocol between the graphs and the prompts that enter them; every prompt generator satisfies it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from fastprompt.vit.weights import Norm
 
 Draws = Mapping[str, Tensor]
-"""The random tensors of one forward by name: dropout masks, latent noise. Empty: nothing is random."""
+"""The random tensors of one forward by name: dropout masks, latent noise. An empty mapping means no randomness."""
 
 NO_DRAWS: Final[Draws] = {}
 """The draws of a forward without randomness."""
@@ -20,12 +20,12 @@ Prefix = tuple[Tensor, Tensor]
 
 
 class Apart(NamedTuple):
-    """The rows of a batch before they stand in one sequence.
+    """The rows of a batch before they are assembled into one sequence.
 
     Attributes:
-        patches: (B, N, D), as the patch embedding leaves them.
-        prefix: (1, R, D), class token and registers; None: the backbone has neither.
-        position: (1, N, D), the position embedding of the patches, or (1, R + N, D), that of the prefix too, or None.
+        patches: (B, N, D), the output of the patch embedding.
+        prefix: (1, R, D), class token and registers; None if the backbone has neither.
+        position: the position embedding: (1, N, D) for the patches, (1, R + N, D) if it covers the prefix too, or None.
     """
 
     patches: Tensor
@@ -34,7 +34,7 @@ class Apart(NamedTuple):
 
 
 class Embedding(Protocol):
-    """Class token, registers and patches of a batch, with position embedding, without prompts."""
+    """Class token, registers and patches of a batch, with position embedding and without prompts."""
 
     @property
     def tokens(self) -> Tensor:
@@ -54,11 +54,11 @@ class Embedding(Protocol):
 
     @property
     def apart(self) -> Apart | None:
-        """The rows, where they do not stand in one sequence until `tokens` or `patches` is read; None: they do."""
+        """The separate rows, until `tokens` or `patches` is read; None once they form one sequence."""
 
 
 class Prompts(Protocol):
-    """Where prompts enter a backbone and which they are; `PromptGenerator` documents the members."""
+    """The prompts and the blocks they enter; `PromptGenerator` documents the members."""
 
     @property
     def layers(self) -> tuple[int, ...]: ...
@@ -70,25 +70,25 @@ class Prompts(Protocol):
     def before_pre_norm(self) -> bool: ...
 
     def prompts(self, layer: int, context: Any, tokens: Tensor | None = None, draws: Draws = NO_DRAWS) -> Tensor:
-        """(1 or B, P, D) prompts of block `layer`."""
+        """Return the prompts (1 or B, P, D) of block `layer`."""
 
     def first_prompts(self, context: Any, tokens: Tensor, draws: Draws, norm: Norm | None) -> Tensor:
-        """Block 0's prompts behind the backbone's pre-norm."""
+        """Return block 0's prompts after the backbone's pre-norm."""
 
     def first_sequence(self, context: Any, apart: Apart, draws: Draws, norm: Norm | None) -> Tensor | None:
-        """Block 0's whole sequence, in one pass over its rows; None: prompts alone can be had."""
+        """Return block 0's whole sequence, written in one pass over its rows; None if only prompts are available."""
 
     def plain_prompts(self, layer: int, context: Any, tokens: Tensor | None = None, draws: Draws = NO_DRAWS) -> Tensor:
-        """`prompts` by the paper's own graph."""
+        """Return the same as `prompts`, computed by the paper's own graph."""
 
 
 class Group(NamedTuple):
-    """Images that stand side by side in a batch and share their prompts and their readout.
+    """Consecutive images of a batch that share their prompts and their readout.
 
     Attributes:
         generator, context, draws: as for `reference.encode`.
         readout: as for `reference.read_out`.
-        prefixes: block → what `static_prefixes` returned for these prompts; other blocks compute theirs.
+        prefixes: block → the result of `static_prefixes` for these prompts; other blocks compute theirs.
         size: number of images; None: the whole batch.
     """
 

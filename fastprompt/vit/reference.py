@@ -1,8 +1,8 @@
-"""The papers' forward of a prompted ViT, written plainly: the oracle and the baseline of every faster one.
+"""The papers' forward of a prompted ViT, written plainly: the reference and baseline of every faster one.
 
-Prompt tokens are rows of the sequence. A generator says which blocks get new prompts (`layers`), whether their rows
-stand behind the patches or before them (`prompts_last`), and which they are (`plain_prompts`). Here the rows are
-concatenated, run through every block, and dropped where the next block replaces them.
+Prompt tokens are rows of the sequence. A generator defines which blocks get new prompts (`layers`), whether their rows
+follow or precede the patches (`prompts_last`), and their values (`plain_prompts`). Here the rows are concatenated, run
+through every block, and dropped when the next block replaces them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastprompt.vit.weights import ACTIVATIONS, Block, Dense, MapPool, Mlp
 
 @dataclasses.dataclass
 class Sequence:
-    """Tokens (B, T, D) and which of them are prefix (class token, registers), prompts and patches.
+    """Tokens (B, T, D), divided into prefix (class token, registers), prompts and patches.
 
     `grid`: (rows, columns) of the patches.
     """
@@ -51,16 +51,16 @@ class Sequence:
 
     @property
     def apart(self) -> None:
-        """None: all rows stand in `tokens`."""
+        """None: all rows are already in `tokens`."""
 
     def without_prompts(self) -> Sequence:
-        """Prefix and patches alone."""
+        """Return prefix and patches alone."""
         if self.num_prompts == 0:
             return self
         return dataclasses.replace(self, tokens=torch.cat([self.prefix, self.patches], dim=1), num_prompts=0)
 
     def with_prompts(self, prompts: Tensor, prompts_last: bool) -> Sequence:
-        """The same prefix and patches with `prompts` (1 or B, P, D) in place of the former prompt rows."""
+        """Return the same prefix and patches with `prompts` (1 or B, P, D) in place of the previous prompt rows."""
         rows = prompts.to(self.tokens.dtype).expand(self.tokens.shape[0], -1, -1)
         parts = [self.prefix, self.patches, rows] if prompts_last else [self.prefix, rows, self.patches]
         tokens = torch.cat(parts, dim=1)
@@ -68,7 +68,7 @@ class Sequence:
 
 
 def embed(vit: Backbone, images: Tensor, patches: Dense | None = None) -> Sequence:
-    """Images (B, 3, H, W) → [class token, registers, patches] with position embedding.
+    """Embed images (B, 3, H, W) as [class token, registers, patches] with position embedding.
 
     `patches`: the patch embedding for images that are not normalised; None: the backbone's own.
     """
@@ -84,8 +84,9 @@ def embed(vit: Backbone, images: Tensor, patches: Dense | None = None) -> Sequen
 
 
 def embed_patches(vit: Backbone, images: Tensor, patches: Dense | None = None) -> tuple[Tensor, tuple[int, int]]:
-    """Images (B, 3, H, W) → patches (B, N, D) without position embedding, and their (rows, columns). Arguments as for
-    `embed`.
+    """Embed images (B, 3, H, W) as patches (B, N, D) without position embedding; return them and (rows, columns).
+
+    The arguments are those of `embed`.
     """
     weight, bias = (vit.patch_weight, vit.patch_bias) if patches is None else (patches.weight, patches.bias)
     if vit.spec.dynamic_pad:
@@ -98,8 +99,9 @@ def embed_patches(vit: Backbone, images: Tensor, patches: Dense | None = None) -
 
 
 def position_embedding(vit: Backbone, grid: tuple[int, int]) -> Tensor | None:
-    """The position embedding for a grid of patches: the backbone's own, or resampled by the rule of the model's
-    library (bicubic; torchvision's models take one size only, so theirs is resampled by the rule of transformers).
+    """Return the position embedding for a grid of patches: the backbone's own, or resampled by the library's rule.
+
+    Resampling is bicubic. torchvision's models take only one size, so theirs follows the rule of transformers.
     """
     if vit.pos_embed is None or grid == vit.spec.grid:
         return vit.pos_embed
@@ -115,7 +117,7 @@ def position_embedding(vit: Backbone, grid: tuple[int, int]) -> Tensor | None:
 
 
 def attention(block: Block, x: Tensor) -> Tensor:
-    """softmax(q kᵀ / √d) v over all tokens of x (B, T, D), heads joined and projected."""
+    """Compute softmax(q kᵀ / √d) v over all tokens of x (B, T, D), with heads joined and projected."""
     qkv = block.qkv(x).unflatten(-1, (3, block.num_heads, block.head_dim)).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)  # (B, heads, T, d)
     if block.q_norm is not None:
@@ -129,7 +131,7 @@ def attention(block: Block, x: Tensor) -> Tensor:
 
 
 def mlp(module: Mlp, x: Tensor) -> Tensor:
-    """fc2(norm(act(fc1 x))), gated where the model gates."""
+    """Compute fc2(norm(act(fc1 x))), with the MLP's gate if it has one."""
     x, act = module.fc1(x), ACTIVATIONS[module.act]
     if module.glu == "none":
         x = act(x)
@@ -142,7 +144,7 @@ def mlp(module: Mlp, x: Tensor) -> Tensor:
 
 
 def run_block(block: Block, x: Tensor) -> Tensor:
-    """One encoder block over x (B, T, D)."""
+    """Run one encoder block over x (B, T, D)."""
     if block.post_norm:
         x = x + block.norm1(attention(block, x))
         return x + block.norm2(mlp(block.mlp, x))
@@ -153,7 +155,7 @@ def run_block(block: Block, x: Tensor) -> Tensor:
 
 
 def map_pool(pool: MapPool, x: Tensor) -> Tensor:
-    """Attention pooling of x (B, N, D) with the learned query → (B, D)."""
+    """Pool x (B, N, D) to (B, D) by attention with the learned query."""
     b = x.shape[0]
     q = pool.latent if pool.q is None else pool.q(pool.latent)
     q = q.view(1, 1, pool.num_heads, -1).transpose(1, 2).expand(b, -1, -1, -1)  # (B, heads, 1, d)
@@ -175,13 +177,13 @@ def encode(
     draws: Draws = NO_DRAWS,
     embedded: Sequence | None = None,
 ) -> Sequence:
-    """Normalised images (B, 3, H, W) → the last block's output, final norm applied, prompts among the tokens.
+    """Run normalised images (B, 3, H, W) through the blocks and the final norm; prompts are among the tokens.
 
     Args:
-        generator: where and which prompts enter; None: no prompts.
-        context: what `generator.context` returned for this batch.
+        generator: the prompts and the blocks they enter; None: no prompts.
+        context: the result of `generator.context` for this batch.
         draws: the random tensors of a training step (`generator.draw`).
-        embedded: the result of `embed`, where the caller already has it.
+        embedded: the result of `embed`, if the caller already has it.
     """
     sequence = embed(vit, images) if embedded is None else embedded
     if generator is not None and generator.before_pre_norm:
@@ -203,10 +205,10 @@ READOUTS = ("cls", "patches", "patches+prompts", "prompts", "map")
 
 
 def read_out(vit: Backbone, sequence: Sequence, readout: str) -> Tensor:
-    """(B, D): what the head sees of a sequence after the final norm.
+    """Compute (B, D): the head's input from a sequence after the final norm.
 
-    `readout`: "cls" the class token; "patches", "prompts", "patches+prompts" the mean over those tokens; "map"
-    attention pooling of the patches. A norm that follows pooling (timm's `fc_norm`, MAE) is applied last.
+    `readout`: "cls" is the class token; "patches", "prompts", "patches+prompts" are the mean over those tokens; "map"
+    is attention pooling of the patches. A norm that follows pooling (timm's `fc_norm`, MAE) is applied last.
     """
     if readout == "cls":
         rows = sequence.tokens
@@ -222,7 +224,7 @@ def read_out(vit: Backbone, sequence: Sequence, readout: str) -> Tensor:
 
 
 def pool(vit: Backbone, rows: Tensor, readout: str) -> Tensor:
-    """(B, D) from the rows (B, R, D) that `read_out` reads; "cls" reads the first."""
+    """Pool the rows (B, R, D) that `read_out` selects to (B, D); "cls" reads the first."""
     if readout == "cls":
         x = rows[:, 0]
     elif readout == "map":

@@ -1,4 +1,4 @@
-"""Token sequences on a GPU: rows are written where the next reader wants them, never concatenated."""
+"""Token sequences on a GPU: write rows directly to their final place instead of concatenating them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from torch import Tensor
 from fastprompt.vit.prompts import Apart
 
 Summands = tuple[Tensor, Tensor | None]
-"""Rows (1 or B, R, D) and what is added to them, or None."""
+"""Rows (1 or B, R, D) and the tensor to add to them, or None."""
 
 
 def in_slots(x: Tensor) -> bool:
-    """Whether rows like x are written into their places in a sequence: on a GPU. On a CPU the graph concatenates, which
-    exporters and compilers for CPUs know.
+    """Whether rows like x are written into their places in a sequence: True on a GPU.
+
+    On a CPU the graph concatenates, which exporters and CPU compilers support.
     """
     return x.is_cuda
 
 
 def assembled(apart: Apart, room: int = 0) -> Tensor:
-    """[prefix, patches] with position embedding, (B, R + N + room, D); the last `room` rows hold anything."""
+    """Assemble [prefix, patches] with position embedding, (B, R + N + room, D); the last `room` rows are undefined."""
     patches, prefix, position = apart
-    front = 0 if position is None else position.shape[1] - patches.shape[1]  # rows of it that are the prefix's
+    front = 0 if position is None else position.shape[1] - patches.shape[1]  # its rows for the prefix
     own = (patches, None if position is None else position[:, front:])
     if prefix is None:
         return sums(patches[:, :0], None, *own, room)
@@ -31,11 +32,11 @@ def assembled(apart: Apart, room: int = 0) -> Tensor:
 
 
 def sums(first: Tensor, to_first: Tensor | None, second: Tensor, to_second: Tensor | None, room: int = 0) -> Tensor:
-    """[first + to_first, second + to_second], each written into its rows of (B, R + S + room, D).
+    """Compute [first + to_first, second + to_second], each written directly to its rows of (B, R + S + room, D).
 
     Args:
         first, to_first: (1 or B, R, D); None adds nothing. second, to_second: (1 or B, S, D).
-        room: rows behind them, which hold anything.
+        room: number of extra rows at the end, left undefined.
     """
     given = (first, to_first, second, to_second)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
@@ -50,7 +51,7 @@ def _written(first: Tensor, to_first: Tensor | None, second: Tensor, to_second: 
         dtype = torch.promote_types(dtype, x.dtype)
     images, (r, s, d) = max(len(x) for x in given), (first.shape[1], second.shape[1], first.shape[2])
     out = first.new_empty(images, r + s + room, d, dtype=dtype)
-    # a compiler makes one kernel of a sum and its copy, and takes no `out` with gaps between its rows
+    # a compiler fuses a sum with its copy, and does not support an `out` with gaps between its rows
     plain = torch.compiler.is_compiling()
     for rows, x, y in ((out[:, :r], first, to_first), (out[:, r : r + s], second, to_second)):
         if y is None or plain:
@@ -61,7 +62,7 @@ def _written(first: Tensor, to_first: Tensor | None, second: Tensor, to_second: 
 
 
 class _Sums(torch.autograd.Function):
-    """`_written`; the gradient of each summand is a view of the rows it went to."""
+    """`_written` with a backward: each summand's gradient is a view of the rows it was written to."""
 
     @staticmethod
     def forward(
@@ -82,7 +83,7 @@ class _Sums(torch.autograd.Function):
 
 
 class LastRows(torch.autograd.Function):
-    """`rows` (B, T, D) without a gradient, of which the last are `last` (B, P, D), whose gradient this is."""
+    """Return `rows` (B, T, D), whose last P rows are `last` (B, P, D); only `last` gets a gradient."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, last: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How a backbone was loaded, so that whoever gets an adapter of it can load it again."""
+"""Record how a backbone was loaded, so that whoever receives an adapter for it can load it again."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ _OPTIONS = {
     "open_clip": _MEAN_STD | {"force_quick_gelu"},
     "transformers": _MEAN_STD | {"revision"},
 }
-"""Options that are recorded, by loader: those that change the backbone. An adapter may come from anywhere, so none of
-them may run code or say where files are written."""
+"""The options recorded for each loader: those that change the backbone. Adapters may come from untrusted sources, so no
+recorded option may run code or choose where files are written."""
 
 LARGEST_SIDE = 1 << 13
-"""Pixels: a recorded call must not ask for a position embedding of gigabytes."""
+"""In pixels. It keeps a recorded call from requesting a position embedding of gigabytes."""
 
 
 _LOCAL = re.compile(r"(local-dir:|checkpoint:[^:]*:)(.+)", re.DOTALL)
 
 
 def split_local(name: str) -> tuple[str, str] | None:
-    """("local-dir:" or "checkpoint:ARCH:", path) of a backbone's name that has a path in it; None: it has none."""
+    """Split a backbone name into ("local-dir:" or "checkpoint:ARCH:", path); None if it contains no path."""
     found = _LOCAL.fullmatch(name)
     return None if found is None else (found[1], found[2])
 
 
 @dataclasses.dataclass(frozen=True)
 class BackboneSource:
-    """A call that loads a backbone with its published weights; `load_source` makes it.
+    """A call that loads a backbone with its published weights; `load_source` makes the call.
 
     Attributes:
-        loader: "load_backbone", or "timm", "torchvision", "open_clip", "transformers" or "checkpoint" of
-            `FrozenViT.from_...`.
+        loader: "load_backbone", or the suffix of a `FrozenViT.from_...` method: "timm", "torchvision", "open_clip",
+            "transformers" or "checkpoint".
         name: the model's name, or the path of a checkpoint.
-        pretrained: which of its weights; True: the default ones; None: those of the name.
+        pretrained: which weights to load; True: the default ones; None: those implied by the name.
         image_size: pixels or (height, width), as given; None: the model's own.
-        options: what else was given.
+        options: the remaining arguments of the call.
 
     Raises:
-        TypeError, ValueError: a value is none of these, or an option is not one that may be recorded.
+        TypeError, ValueError: a value is invalid, or an option may not be recorded.
     """
 
     loader: str
@@ -85,9 +85,9 @@ class BackboneSource:
         image_size: int | tuple[int, int] | None,
         options: Mapping[str, Any],
     ) -> BackboneSource | None:
-        """The source of a call; None where it cannot be repeated: random weights, a module, other options.
+        """Return the source of a call; None if it cannot be repeated: random weights, a module, other options.
 
-        The path of a folder or a file becomes absolute.
+        The path of a folder or file becomes absolute.
         """
         given = {key: value for key, value in options.items() if value is not None}
         name = os.fspath(name) if isinstance(name, os.PathLike) else name
@@ -107,7 +107,7 @@ class BackboneSource:
 
     @property
     def backbone_name(self) -> str | None:
-        """The name by which `load_backbone` and the command line know its tensors; None: they do not."""
+        """The name under which `load_backbone` and the command line know its tensors; None if there is none."""
         if self.loader == "checkpoint" and set(self.options) <= _MEAN_STD | {"arch"}:
             return f"checkpoint:{self.options['arch']}:{self.name}"
         known = self.loader in ("load_backbone", "timm") and set(self.options) <= _MEAN_STD

@@ -1,6 +1,6 @@
 """The parts of a frozen Swin transformer (v1 and v2), and the constants of its windows.
 
-`swin_reference.py` computes the papers' graph on them, `swin_forward.py` the rewritten one.
+`swin_reference.py` computes the papers' graph with them, `swin_forward.py` the optimised one.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class Layout(NamedTuple):
     """The order of patches in one block.
 
     Attributes:
-        grid: of the block's feature map.
-        rows: where the block's patches stand in the order of the block before; four in turn for each patch behind a
-            merging; None: the same order. back: the inverse of `rows`; None where `rows` also reads the row of zeros
-            that stands for patches outside the map, at index T.
-        windows: (windows · N) the patch on each place of the windows, T where the place is padding; None: the patches
-            are in that order. places: its inverse, the place of each patch.
+        grid: (rows, columns) of the block's feature map.
+        rows: for each of the block's patches, its index in the previous block's order; after a merging, four indices
+            in turn per patch. None: the same order. back: the inverse of `rows`; None if `rows` also reads index T,
+            the row of zeros for patches outside the map.
+        windows: (windows · N), the patch at each place of the windows, or T for padding; None: the patches are
+            already in that order. places: its inverse, the place of each patch.
     """
 
     grid: Pair
@@ -49,7 +49,7 @@ class SwinBlock(nn.Module):
         grid: (rows, columns) of the feature map the block was built for. window, shift: in tokens.
         bias_table: ((2h − 1)(2w − 1), heads), the bias for each offset inside an h × w window.
         logit_scale: (heads, 1, 1), or None: 1/√d.
-        constant_bias: (windows or 1, heads, N, N): bias and shift mask for `grid`, computed once; not a saved tensor.
+        constant_bias: (windows or 1, heads, N, N): bias and shift mask for `grid`, computed once and not saved.
     """
 
     constant_bias: Tensor
@@ -91,13 +91,13 @@ class SwinBlock(nn.Module):
         return self.proj.weight.shape[0]
 
     def attention_bias(self, grid: Pair) -> Tensor:
-        """(windows or 1, heads, N, N): relative-position bias, and the shift mask where windows are shifted."""
+        """Return (windows or 1, heads, N, N): relative-position bias, plus the shift mask if windows are shifted."""
         if self.bias_table.requires_grad or (grid != self.grid and any(self.shift)):
             return self.bias_for(grid)
         return self.constant_bias
 
     def bias_for(self, grid: Pair) -> Tensor:
-        """`attention_bias`, computed anew."""
+        """Compute `attention_bias` without the cached value."""
         h, w = self.window
         table, index = self.bias_table, relative_positions(self.window).to(self.bias_table.device)
         bias = table[index.flatten()].view(1, h * w, h * w, self.num_heads).permute(0, 3, 1, 2)  # (1, heads, N, N)
@@ -112,26 +112,26 @@ class SwinBlock(nn.Module):
 
 
 class Merge(nn.Module):
-    """Patch merging: 2 × 2 neighbours joined on channels, then norm and reduction (v2: reduction and norm)."""
+    """Patch merging: concatenate 2 × 2 neighbours on channels, then norm and reduction (v2: reduction and norm)."""
 
     def __init__(self, norm: Norm | None, reduction: Dense, norm_first: bool) -> None:
         super().__init__()
         self.norm, self.reduction, self.norm_first = norm, reduction, norm_first
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., 4C) → (..., C')."""
+        """Reduce (..., 4C) to (..., C')."""
         if self.norm is None:
             return self.reduction(x)
         return self.reduction(self.norm(x)) if self.norm_first else self.norm(self.reduction(x))
 
 
 def padded(grid: Pair, window: Pair) -> Pair:
-    """The grid grown to whole windows."""
+    """Round the grid up to whole windows."""
     return (math.ceil(grid[0] / window[0]) * window[0], math.ceil(grid[1] / window[1]) * window[1])
 
 
 def partition(x: Tensor, window: Pair) -> Tensor:
-    """(B, H, W, C) of whole windows → (B, windows, N, C)."""
+    """Partition (B, H, W, C), a whole number of windows, into (B, windows, N, C)."""
     b, height, width, c = x.shape
     h, w = window
     x = x.view(b, height // h, h, width // w, w, c).permute(0, 1, 3, 2, 4, 5)
@@ -139,7 +139,7 @@ def partition(x: Tensor, window: Pair) -> Tensor:
 
 
 def relative_positions(window: Pair) -> Tensor:
-    """(N, N): the row of the bias table for each pair of tokens of a window."""
+    """Return (N, N): the row of the bias table for each pair of tokens in a window."""
     h, w = window
     place = torch.arange(h * w, device="cpu")
     rows, columns = place // w, place % w
@@ -147,7 +147,7 @@ def relative_positions(window: Pair) -> Tensor:
 
 
 def shift_mask(grid: Pair, window: Pair, shift: Pair) -> Tensor:
-    """(windows, N, N): −100 between tokens of one shifted window that are no neighbours in the image, else 0."""
+    """Return (windows, N, N): −100 between tokens that share a shifted window but are not neighbours, else 0."""
     regions = torch.zeros(1, *padded(grid, window), 1, device="cpu")
     slices = [(slice(0, -w), slice(-w, -s), slice(-s, None)) for w, s in zip(window, shift, strict=True)]
     for i, rows in enumerate(slices[0]):
@@ -158,7 +158,7 @@ def shift_mask(grid: Pair, window: Pair, shift: Pair) -> Tensor:
 
 
 def layouts(blocks: Sequence[Block], merges: Sequence[Merge | None], grid: Pair) -> list[Layout]:
-    """The layout of each block for images of `grid` patches; those of the backbone's own size are kept."""
+    """Return the layout of each block for images of `grid` patches; those for the backbone's own size are cached."""
     own = cast("Sequence[SwinBlock]", blocks)
     if grid == own[0].grid:
         return [block.layout for block in own]
@@ -166,7 +166,7 @@ def layouts(blocks: Sequence[Block], merges: Sequence[Merge | None], grid: Pair)
 
 
 def keep_layouts(blocks: Sequence[Block], merges: Sequence[Merge | None]) -> None:
-    """Compute the layouts for the backbone's own size, once: each block keeps its own."""
+    """Compute the layouts for the backbone's own size once; each block stores its own."""
     own = cast("Sequence[SwinBlock]", blocks)
     device = own[0].bias_table.device
     device = torch.device("cpu") if device.type == "meta" else device
@@ -178,11 +178,11 @@ def keep_layouts(blocks: Sequence[Block], merges: Sequence[Merge | None]) -> Non
 def compute_layouts(
     blocks: Sequence[SwinBlock], merges: Sequence[Merge | None], grid: Pair, device: torch.device
 ) -> list[Layout]:
-    """The layout of each block for images of `grid` patches."""
+    """Compute the layout of each block for images of `grid` patches."""
     result = []
-    order = torch.arange(grid[0] * grid[1], device="cpu")  # the image's patch on each place of the order before
+    order = torch.arange(grid[0] * grid[1], device="cpu")  # the image's patch at each place of the previous order
     for block, merge in zip(blocks, merges, strict=True):
-        position = order.argsort()  # the place of each patch in the order before
+        position = order.argsort()  # the place of each patch in the previous order
         if merge is not None:
             size, (height, width) = len(order), grid
             grid = ((height + 1) // 2, (width + 1) // 2)
@@ -207,7 +207,7 @@ def compute_layouts(
 
 
 def window_places(grid: Pair, window: Pair, shift: Pair) -> Tensor:
-    """(windows · N): the patch of the image on each place of the (shifted) windows; H · W where there is none."""
+    """Return (windows · N): the image's patch at each place of the (shifted) windows; H · W if there is none."""
     height, width = grid
     index = torch.arange(height * width, device="cpu").view(height, width).roll((-shift[0], -shift[1]), (0, 1))
     whole = padded(grid, window)

@@ -1,13 +1,13 @@
-"""The forward of a prompted Swin transformer without repeated and dead work; the same numbers as `swin_reference.py`.
+"""The optimised forward of a prompted Swin transformer: the same numbers as `swin_reference.py` without wasted work.
 
 * Every window attends to the same prompts, so their keys and values are computed once per image, or once for all
-  images where prompts are static, and never copied into windows.
-* Prompts that the next block replaces have no query, no output, no MLP and are not merged.
-* Prompts that flow on are queries once per image: the mean over windows is taken before the projection.
-* Patches stay in the order of the block's windows, shifted or not; between blocks one permutation leads to the next
-  order, through patch merging too. With windows that need padding they stay in the order of the image.
+  images if prompts are static, and never copied into windows.
+* Prompts that the next block replaces have no query, output or MLP and are not merged.
+* Prompts that stay in the sequence are queries once per image: the mean over windows is taken before the projection.
+* Patches stay in the order of the block's windows, shifted or not. One permutation between blocks leads to the next
+  order, including through patch merging. If windows need padding, patches stay in the order of the image.
 
-All hold in exact arithmetic, for outputs and gradients.
+All of these are exact in real arithmetic, for outputs and gradients.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from fastprompt.vit.weights import Folded
 
 
 def embed(vit: Backbone, raw: Tensor, images: Tensor, parts: Folded | None) -> Sequence:
-    """Normalised `images` (B, 3, H, W) → patches; the `raw` pixels are not read, as nothing is folded."""
+    """Embed normalised `images` (B, 3, H, W) as patches; the `raw` pixels are unused, as nothing is folded."""
     return swin_reference.embed(vit, images.to(vit.dtype))
 
 
 def folded(vit: Backbone) -> Folded | None:
-    """None: a Swin's rows are padded with zeros behind its norms, so the norms stay where they are."""
+    """Return None: a Swin pads rows with zeros after its norms, so the norms must stay in place."""
     return None
 
 
 def static_prefixes(vit: Backbone, generator: Prompts, readout: str, parts: Folded | None) -> dict[int, Prefix]:
-    """Empty: nothing is kept from one batch to the next."""
+    """Return an empty mapping: nothing is cached between batches."""
     return {}
 
 
@@ -51,7 +51,10 @@ def features(
     parts: Folded | None,
     recompute: bool = False,
 ) -> list[Tensor]:
-    """What the head sees, (B, D) of each group. Arguments as for `forward.features`; the groups run one by one."""
+    """Compute the features that the head reads, (B, D) for each group.
+
+    The arguments are those of `forward.features`. The groups run one by one.
+    """
     sizes = [len(embedded.tokens) if group.size is None else group.size for group in groups]
     tokens_of = [embedded.tokens] if len(groups) == 1 else embedded.tokens.split(sizes)
     return [
@@ -61,7 +64,7 @@ def features(
 
 
 def group_features(vit: Backbone, embedded: Sequence, group: Group, recompute: bool = False) -> Tensor:
-    """(B, D): what the head sees of one group; without prompts the plain graph runs."""
+    """Compute (B, D), the head's input for one group; without prompts this runs the plain graph."""
     generator, context, draws, readout = group.generator, group.context, group.draws, group.readout
     if generator is None:
         return swin_reference.read_out(vit, swin_reference.encode(vit, embedded.tokens, embedded=embedded), readout)
@@ -94,7 +97,7 @@ def group_features(vit: Backbone, embedded: Sequence, group: Group, recompute: b
 def run_block(
     block: SwinBlock, layout: Layout, x: Tensor, prompts: Tensor | None, read: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Patches x (B, T, C) and prompts (1 or B, P, C) through one block; prompts come out only where they are `read`."""
+    """Run patches x (B, T, C) and prompts (1 or B, P, C) through one block; return prompts only if they are `read`."""
     if block.post_norm:
         h, p = attention(block, layout, x, prompts, read)
         x = x + block.norm1(h)
@@ -115,12 +118,12 @@ def run_block(
 def attention(
     block: SwinBlock, layout: Layout, x: Tensor, prompts: Tensor | None, read: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Window attention of patches x (B, T, C) and of the prompts where they are `read`, heads joined and projected."""
+    """Compute window attention of patches x (B, T, C), and of prompts if `read`, with heads joined and projected."""
     heads, inner = block.num_heads, block.num_heads * block.head_dim
     weight, bias = block.qkv.weight, block.qkv.bias
     qkv = block.qkv(x)  # (B, T, 3 · inner)
     if layout.windows is not None:
-        row = x.new_zeros(3 * inner) if bias is None else bias  # what a row of zeros gives
+        row = x.new_zeros(3 * inner) if bias is None else bias  # the projection of a row of zeros
         qkv = torch.cat([qkv, row.expand(x.shape[0], 1, -1)], dim=1).index_select(1, layout.windows)
     qkv = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).contiguous()  # (3, B, heads, R, d)
     read = read and prompts is not None
@@ -145,17 +148,17 @@ def attention(
 
 
 def cosine(parts: Tensor, logit_scale: Tensor) -> Tensor:
-    """[q,] k, v → [q / |q| · scale,] k / |k|, v, stacked on the first axis: the operands of cosine attention."""
+    """Map [q,] k, v to [q / |q| · scale,] k / |k|, v, stacked on the first axis: the operands of cosine attention."""
     q, k, v = parts[:-2], parts[-2], parts[-1]
     return torch.cat([F.normalize(q, dim=-1) * logit_scale, torch.stack([F.normalize(k, dim=-1), v])])
 
 
 def prompt_rows(q: Tensor, prompt_k: Tensor, prompt_v: Tensor, k: Tensor, v: Tensor, size: int) -> Tensor:
-    """The mean over windows of what prompts attend to, (B, heads, P, d).
+    """Compute the prompts' attention output averaged over windows, (B, heads, P, d).
 
-    In window w prompt p attends to all prompts and to the window's N patches. With Z the sum of exponentials over
-    the prompts, and Z_w over the patches of w: mean_w [(Z softmax(s) V + Z_w softmax(s_w) V_w) / (Z + Z_w)], where s
-    is the same for every window.
+    In window w, a prompt attends to all prompts and to the window's N patches. Let Z be the sum of exponentials over
+    the prompts, and Z_w over the patches of w. The result is mean_w [(Z softmax(s) V + Z_w softmax(s_w) V_w) / (Z +
+    Z_w)], where s is the same for every window.
 
     Args:
         q, prompt_k, prompt_v: (1 or B, heads, P, d), q scaled. k, v: (B, heads, windows · N, d). size: N.
@@ -172,7 +175,7 @@ class WindowAttention(torch.autograd.Function):
     """softmax(scale · q [prompt_k, k]ᵀ + [0, bias]) [prompt_v, v] inside windows, (B, heads, windows · N, d).
 
     qkv: (3, B, heads, windows · N, d). prompt_k, prompt_v: (1 or B, heads, P, d), the same for all windows. bias:
-    (heads, windows or 1, N, N), a constant. The product with the prompts is one for all windows of an image.
+    (heads, windows or 1, N, N), a constant. One product with the prompts serves all windows of an image.
 
     Backward with weights A, gradient G and output O: dS = scale · A ∘ (G [prompt_v, v]ᵀ − rowsum(G ∘ O)).
     """
@@ -229,7 +232,7 @@ class WindowAttention(torch.autograd.Function):
 
 
 class Permute(torch.autograd.Function):
-    """Rows of x (B, T, C) in another order; the gradient comes back by the inverse."""
+    """Permute the rows of x (B, T, C); the backward applies the inverse permutation to the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, back: Tensor) -> Tensor:
@@ -243,14 +246,14 @@ class Permute(torch.autograd.Function):
 
 
 def select_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x[:, rows] for x (B, T, C), by copying whole rows."""
+    """Return x[:, rows] for x (B, T, C) by copying whole rows."""
     b, t, c = x.shape
     flat = (torch.arange(b, device=x.device)[:, None] * t + rows).flatten()
     return x.reshape(b * t, c).index_select(0, flat).view(b, len(rows), c)
 
 
 def reorder(x: Tensor, layout: Layout) -> Tensor:
-    """x (B, T, C) in the order of the block before → the block's own; behind a merging (B, 4T', C)."""
+    """Permute x (B, T, C) from the previous block's order to this block's; to (B, 4T', C) if a merging precedes it."""
     if layout.rows is None:
         return x
     if layout.back is None:

@@ -1,13 +1,13 @@
-"""VPT's forward of a prompted Swin transformer, written plainly: the oracle and the baseline of the faster one.
+"""VPT's forward of a prompted Swin transformer, written plainly: the reference and baseline of the faster one.
 
-Prompt tokens stand in front of the patches, [prompts, patches]. Every window attends to a copy of them, with
-relative-position bias and mask 0 on prompt rows and columns; the copies' outputs are averaged over the windows. At
-patch merging, where four patches are joined on channels, a prompt is joined with itself four times. Deep prompts
-replace the rows before every block.
+Prompt tokens precede the patches: [prompts, patches]. Every window attends to a copy of them, with relative-position
+bias and mask 0 on prompt rows and columns. The copies' outputs are averaged over the windows. Patch merging
+concatenates four patches on channels, and concatenates each prompt with itself four times. Deep prompts replace the
+rows before every block.
 
-The published shallow Swin averages over windows of other images too when a batch has more than one (its prompt copies
-are in window-major order, its windows in batch-major). Here each image has its own mean, which is theirs at batch 1.
-For Swin v2, which VPT does not define, the same rules are applied.
+With a batch of more than one image, the published shallow Swin also averages over windows of other images: its prompt
+copies are in window-major order, its windows in batch-major order. Here each image has its own mean, which equals
+theirs at batch size 1. VPT does not define Swin v2; the same rules apply to it here.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ SMALL_SCORES = 2**18
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None) -> Tensor:
-    """softmax(scale · q kᵀ + bias) v for (B, heads, S, d), by the faster of PyTorch's two ways.
+    """Compute softmax(scale · q kᵀ + bias) v for (B, heads, S, d), by the faster of PyTorch's two ways.
 
-    In 16 bits on a CPU, plain matrix products are faster than the fused kernel while a window has few scores.
+    With 16-bit dtypes on a CPU, plain matrix products are faster than the fused kernel if a window has few scores.
     """
     if (
         q.device.type == "cpu"
@@ -46,7 +46,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None) -
 
 
 def attention(block: SwinBlock, x: Tensor, num_prompts: int, grid: Pair) -> Tensor:
-    """Window attention over x (B, P + H·W, C), heads joined and projected."""
+    """Compute window attention over x (B, P + H·W, C), with heads joined and projected."""
     prompts, patches = x[:, :num_prompts], x[:, num_prompts:].unflatten(1, grid)
     if any(block.shift):
         patches = torch.roll(patches, (-block.shift[0], -block.shift[1]), (1, 2))
@@ -75,13 +75,13 @@ def attention(block: SwinBlock, x: Tensor, num_prompts: int, grid: Pair) -> Tens
 
 
 def reverse(windows: Tensor, window: Pair, grid: Pair) -> Tensor:
-    """(B, windows, N, C) → (B, H, W, C), the inverse of `partition`."""
+    """Assemble (B, windows, N, C) into (B, H, W, C), the inverse of `partition`."""
     rows = grid[0] // window[0]
     return rearrange(windows, "b (rows columns) (h w) c -> b (rows h) (columns w) c", rows=rows, h=window[0])
 
 
 def run_block(block: SwinBlock, x: Sequence) -> Sequence:
-    """One block over prompts and patches."""
+    """Run one block over prompts and patches."""
     tokens = x.tokens
     if block.post_norm:
         tokens = tokens + block.norm1(attention(block, tokens, x.num_prompts, x.grid))
@@ -93,7 +93,7 @@ def run_block(block: SwinBlock, x: Sequence) -> Sequence:
 
 
 def merge_patches(merge: Merge, x: Sequence) -> Sequence:
-    """Patch merging: 2 × 2 patches, odd sides zero-padded, and each prompt four times, joined on channels."""
+    """Merge 2 × 2 patches (odd sides zero-padded) on channels, and each prompt with itself four times."""
     (h, w), patches = x.grid, x.patches.unflatten(1, x.grid)
     patches = F.pad(patches, (0, 0, 0, w % 2, 0, h % 2))
     grid = ((h + 1) // 2, (w + 1) // 2)
@@ -111,10 +111,10 @@ def encode(
     draws: Draws = NO_DRAWS,
     embedded: Sequence | None = None,
 ) -> Sequence:
-    """Normalised images (B, 3, H, W) → the last block's output (B, P + H·W, C), final norm applied, prompts first.
+    """Run normalised images (B, 3, H, W) through the blocks and the final norm: (B, P + H·W, C), prompts first.
 
-    Arguments as for `reference.encode`. Prompts stand first whatever `prompts_last` says: neither attention nor means
-    see the order.
+    The arguments are those of `reference.encode`. Prompts come first whatever `prompts_last` is: neither attention nor
+    means depend on the order.
     """
     x = embed(vit, images) if embedded is None else embedded
     for i, (block, merge) in enumerate(zip(vit.blocks, vit.merges, strict=True)):

@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors, NumPy's, and pickles of torch's of which no code is run."""
+"""Read files of tensors: safetensors, NumPy, and torch pickles, without running any code in them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _PLAIN: list[Any] = [
     *((np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
     *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
-"""What published files name beside tensors: settings, and arrays and numbers of NumPy. None of it runs code of a
-file's."""
+"""Classes that published files refer to besides tensors: settings, and NumPy arrays and scalars. None of them runs code
+from a file."""
 
 
 def read_file(path: str | os.PathLike[str], name: str) -> Any:
-    """What a file of tensors holds: `.safetensors`, `.npz`, or a pickle of torch's, of which no code is run.
+    """Read a file of tensors: `.safetensors`, `.npz`, or a torch pickle, without running any code in it.
 
     Args:
-        name: what the caller calls the file, for errors.
+        name: the caller's name for the file, used in errors.
 
     Raises:
         FileNotFoundError: no such file. ValueError: it cannot be read.
@@ -52,15 +52,15 @@ def read_file(path: str | os.PathLike[str], name: str) -> Any:
                 return {key: arrays[key] for key in arrays.files}
         with torch.serialization.safe_globals(_PLAIN):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler fails in as many ways as a file can be broken
+    except Exception as error:  # a broken file can make the unpickler raise almost anything
         raise ArgumentError(name, f"{path} cannot be read as {how}: {error}") from error
 
 
 def named_tensors(content: Any, name: str) -> dict[str, Tensor]:
-    """The tensors and NumPy arrays of a state dict by name, all finite; what else it holds is left out.
+    """Return the tensors and NumPy arrays of a state dict by name, skipping its other entries.
 
     Raises:
-        TypeError: it is no state dict, or one without tensors. ValueError: a tensor has NaN or infinite values.
+        TypeError: it is not a state dict, or has no tensors. ValueError: a tensor has NaN or infinite values.
     """
     if not isinstance(content, Mapping) or not content or not all(isinstance(k, str) for k in content):
         raise ArgumentTypeError(name, f"must be a path or a state dict of named tensors, got {type(content).__name__}")

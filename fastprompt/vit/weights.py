@@ -1,7 +1,7 @@
 """The parts of a frozen vision transformer: containers of tensors and switches.
 
-Every reader (`fastprompt/vit/readers/`) fills the same few containers, so each forward is written once. A `Norm` and a
-`Dense` apply themselves; blocks, MLPs and pooling are computed by `reference.py` and `forward.py`.
+Every reader (`fastprompt/vit/readers/`) fills the same few containers, so each forward is written once. `Norm` and
+`Dense` are callable; `reference.py` and `forward.py` compute blocks, MLPs and pooling.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def frozen(tensor: Tensor) -> nn.Parameter: ...
 @overload
 def frozen(tensor: Tensor | None) -> nn.Parameter | None: ...
 def frozen(tensor: Tensor | None) -> nn.Parameter | None:
-    """A detached copy of `tensor` that does not train."""
+    """Return a detached copy of `tensor` that does not train."""
     return None if tensor is None else nn.Parameter(tensor.detach().clone(), requires_grad=False)
 
 
@@ -90,7 +90,7 @@ class Dense(nn.Module):
 
 
 class Mlp(nn.Module):
-    """fc2(norm(gate(fc1 x))). `glu` says how fc1's output is gated.
+    """fc2(norm(gate(fc1 x))). `glu` selects how fc1's output is gated.
 
     `glu`: "none" act(h); "first" act(h₁)·h₂ (SwiGLU); "last" h₁·act(h₂) (GLU), with h = [h₁, h₂].
     """
@@ -144,7 +144,7 @@ class Folded(NamedTuple):
     """A backbone's parts with their constants folded (`folding.py`).
 
     Attributes:
-        blocks: every block. pixels: the patch embedding of raw pixels 0 … 255.
+        blocks: every block. pixels: the patch embedding for raw pixels 0 … 255.
     """
 
     blocks: tuple[Block, ...]
@@ -175,17 +175,17 @@ class MapPool(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class ViTSpec:
-    """What a ViT's tensors do not say by themselves.
+    """Properties of a ViT that its tensors do not show.
 
     Attributes:
-        image_size: (height, width) in pixels the position embedding is for.
+        image_size: (height, width) in pixels that the position embedding is for.
         grid: (rows, columns) of patches.
         pool: "cls", "patches" or "map": the readout of the model's own head.
-        pos_on_prefix: the position embedding has rows for class and register tokens.
-        pool_prefix: the model's own pooling also reads class and register tokens.
-        dynamic_size: images of other sizes are taken and the position embedding is resampled.
-        dynamic_pad: images are zero-padded to whole patches.
-        antialias: how the model's library resamples the position embedding for images of other sizes.
+        pos_on_prefix: whether the position embedding has rows for class and register tokens.
+        pool_prefix: whether the model's own pooling also reads class and register tokens.
+        dynamic_size: whether the model takes images of other sizes and resamples the position embedding.
+        dynamic_pad: whether images are zero-padded to whole patches.
+        antialias: whether the model's library antialiases when it resamples the position embedding for other sizes.
     """
 
     name: str
@@ -205,7 +205,7 @@ class ViTSpec:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def obstacle(self, height: int, width: int) -> str:
-        """Why images of `height` x `width` pixels are not taken; empty: they are."""
+        """Return why images of `height` x `width` pixels are not accepted; empty if they are."""
         p = self.patch_size
         if not self.dynamic_size:
             if (height, width) != self.image_size:
@@ -219,12 +219,12 @@ class ViTSpec:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor has neither NaN nor infinite values: one pass, and another where its sum overflows."""
+    """Whether a tensor has no NaN or infinite values: one pass, and a second one if its sum overflows."""
     if not tensor.is_floating_point() or tensor.is_meta:
         return True
     return math.isfinite(tensor.detach().sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def per_channel(values: tuple[float, float, float], images: Tensor, dtype: torch.dtype) -> Tensor:
-    """(3, 1, 1) on the device of `images`, filled there: a CUDA graph cannot capture a copy from the host."""
+    """Return (3, 1, 1) on the device of `images`, filled there: CUDA graphs cannot capture a copy from the host."""
     return torch.cat([images.new_full((1, 1, 1), value, dtype=dtype) for value in values])

@@ -1,8 +1,8 @@
 """Readers turn a library's model into the canonical parts of `FrozenViT`; one file per library.
 
 `timm.py` (and `swin.py`, timm's Swin), `torchvision.py`, `open_clip.py` and `transformers.py` each import their
-library, and each is imported only when a model of that library is read. `parts.py` reads what they share: torch's own
-layers.
+library, and each is imported only when a model of that library is read. `parts.py` reads the layers they share:
+torch's own.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ LIBRARIES = ("timm", "open_clip", "transformers", "torchvision")
 
 
 def read(module: nn.Module, image_size: int | tuple[int, int] | None = None) -> dict[str, Any]:
-    """The canonical parts of `module`, by the reader of the library it comes from.
+    """Read the canonical parts of `module` with the reader of the library it comes from.
 
     Args:
-        image_size: pixels, or (height, width), where they differ from the module's: the position embedding is
-            resampled once, by the rule of the module's library.
+        image_size: pixels, or (height, width), if they differ from the module's. The position embedding is resampled
+            once, by the rule of the module's library.
 
     Raises:
-        TypeError: `module` is no `nn.Module`.
-        ValueError: no reader knows this class, it has a part that cannot be represented, or `image_size` does not fit.
+        TypeError: `module` is not an `nn.Module`.
+        ValueError: no reader knows this class, a part of it cannot be represented, or `image_size` does not fit.
     """
     if not isinstance(module, nn.Module):
         raise ArgumentTypeError("module", f"must be a torch.nn.Module, got {type(module).__name__}")
@@ -58,12 +58,12 @@ def read(module: nn.Module, image_size: int | tuple[int, int] | None = None) -> 
 
 
 def is_swin(module: Any) -> bool:
-    """Whether timm's Swin reader takes care of this module, if only to refuse it by name."""
+    """Whether timm's Swin reader handles this module, even if only to reject it by name."""
     return any(cls.__module__.startswith("timm.models.swin_transformer") for cls in type(module).__mro__)
 
 
 def image_sides(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    """(height, width) in pixels of `image_size`; ValueError where it is no size."""
+    """Return `image_size` as (height, width) in pixels; raise ValueError if it is not a size."""
     if image_size is None:
         return None
     sides = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)

@@ -19,12 +19,12 @@ from fastprompt.vit.readers import timm
 from fastprompt.vit.readers.parts import CLIP, activation, attention, dense, layer_norm, patch_size, refuse
 from fastprompt.vit.weights import Block, Dense, Mlp, Norm, ViTSpec
 
-# The image tower does not depend on the text tower, which is not read: where no weights are loaded, a small one will do
+# The image tower does not depend on the text tower, which is not read. Without pretrained weights, build a small one.
 _SMALL_TEXT = {"width": 64, "heads": 1, "layers": 1, "vocab_size": 8, "context_length": 8}
 
 
 def build(name: str, pretrained: str | None = None, **kwargs: Any) -> nn.Module:
-    """An open_clip model by name.
+    """Build an open_clip model by name.
 
     Args:
         name: one of `open_clip.list_models()`, or "hf-hub:..." or "local-dir:...".
@@ -32,7 +32,7 @@ def build(name: str, pretrained: str | None = None, **kwargs: Any) -> nn.Module:
         kwargs: passed to `open_clip.create_model`.
 
     Raises:
-        TypeError, ValueError: `name` or `pretrained` is none of open_clip's.
+        TypeError, ValueError: open_clip does not know `name` or `pretrained`.
     """
     if not isinstance(name, str):
         raise ArgumentTypeError("model", f"must be an open_clip model name or a module, got {type(name).__name__}")
@@ -53,16 +53,16 @@ def build(name: str, pretrained: str | None = None, **kwargs: Any) -> nn.Module:
 
 
 def read(model: Any) -> dict[str, Any]:
-    """Canonical parts of an open_clip image tower, or of the one in a `CLIP` or `CustomTextCLIP`; see `FrozenViT`.
+    """Read the canonical parts of an open_clip image tower, or of the one in a `CLIP` or `CustomTextCLIP`.
 
-    `backbone(images)` is `model.encode_image(images)`: pooled and projected, not normalised; of a tower that also
-    returns its tokens (`output_tokens`), the first of the two. The projection is `backbone.head`.
+    `backbone(images)` equals `model.encode_image(images)`: pooled and projected, not L2-normalised. If the tower also
+    returns its tokens (`output_tokens`), it equals the first of the two outputs. The projection is `backbone.head`.
     mean and std are those of `visual.preprocess_cfg`, which open_clip sets, or else CLIP's. Another `image_size`
-    resamples as open_clip's `resize_pos_embed` does (bicubic, antialiased).
+    resamples as open_clip's `resize_pos_embed` does (bicubic, antialiased). See `FrozenViT`.
 
     Raises:
-        ValueError: another class, or a part that cannot be represented (attentional pooling, pooling of no tokens,
-            ResNets, cosine attention, a norm behind the attention, ...), named.
+        ValueError: another class, or a part that cannot be represented (attentional pooling, no pooling, ResNets,
+            cosine attention, a norm after the attention, ...). The error names it.
     """
     if type(model) in (CLIPModel, CustomTextCLIP, CoCa):
         model = model.visual
@@ -93,7 +93,7 @@ def _vision_transformer(model: Any) -> dict[str, Any]:
     blocks = [_block(block) for block in model.transformer.resblocks]
     height, width = model.image_size
     norm = _norm(model.ln_post)
-    # behind the pooling or before it is the same for one token
+    # before or after pooling makes no difference for one token
     after_pool = model.final_ln_after_pool and model.pool_type == "avg"
     return {
         "spec": ViTSpec(
@@ -189,7 +189,7 @@ def _attention(attn: Any) -> dict[str, Any]:
         refuse("attention layer", "Attention with scaled cosines (scaled_cosine_attn)", "scaled dot products")
     weight, bias = attn.in_proj_weight, attn.in_proj_bias
     if attn.head_scale is not None:
-        # a factor on a head's output is one on its values
+        # scaling a head's output is the same as scaling its values
         factor = torch.ones_like(weight[:, 0]).view(3, attn.num_heads, -1)
         factor[2] *= attn.head_scale.view(-1, 1)
         weight, bias = weight * factor.view(-1, 1), None if bias is None else bias * factor.view(-1)

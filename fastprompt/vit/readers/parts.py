@@ -1,4 +1,4 @@
-"""Torch's own layers as canonical parts: what the readers of torchvision, open_clip and transformers share."""
+"""Convert torch's own layers to canonical parts; shared by the readers of torchvision, open_clip and transformers."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
 
 
 def refuse(part: str, got: str, takes: str) -> NoReturn:
-    """Raise the ValueError of a model that cannot be represented, which names the part."""
+    """Raise the ValueError for a model that cannot be represented; it names the part."""
     raise ValueError(f"this model cannot be frozen: {part} is {got}; supported: {takes}")
 
 
 def loaded_as(*tensors: Tensor, **rule: Any) -> str:
-    """What a fingerprint takes for a tensor that was computed from `tensors` by `rule`.
+    """Return what a fingerprint hashes for a tensor that was computed from `tensors` by `rule`.
 
-    Its own last bits differ between processors; those that were loaded are the same everywhere.
+    The computed tensor's last bits differ between processors; the loaded ones are the same everywhere.
     """
     digest = hashlib.sha256(repr(sorted(rule.items())).encode())
     for tensor in tensors:
@@ -50,7 +50,7 @@ def loaded_as(*tensors: Tensor, **rule: Any) -> str:
 
 
 def patch_size(conv: Any) -> int:
-    """The side in pixels of the patches of a patch embedding."""
+    """Return the side in pixels of a patch embedding's patches."""
     if type(conv) is not nn.Conv2d:
         refuse("patch embedding", type(conv).__name__, "one Conv2d")
     if conv.in_channels != 3:
@@ -68,12 +68,12 @@ def patch_size(conv: Any) -> int:
 
 
 def layer_norm(module: Any, upcast: bool = False) -> Norm:
-    """A LayerNorm, whose class the caller has checked."""
+    """Convert a LayerNorm; the caller has checked its class."""
     return Norm("layernorm", module.normalized_shape[0], module.eps, module.weight, module.bias, upcast=upcast)
 
 
 def torch_norm(module: Any) -> Norm:
-    """torch's LayerNorm or RMSNorm."""
+    """Convert torch's LayerNorm or RMSNorm."""
     if type(module) is nn.LayerNorm:
         return layer_norm(module)
     if type(module) is nn.RMSNorm:
@@ -84,14 +84,14 @@ def torch_norm(module: Any) -> Norm:
 
 
 def dense(module: Any) -> Dense:
-    """torch's Linear."""
+    """Convert torch's Linear."""
     if type(module) is not nn.Linear:
         refuse("linear layer", type(module).__name__, "nn.Linear")
     return Dense(module.weight, module.bias)
 
 
 def stacked(*modules: Any) -> Dense:
-    """Linears of one input as one, in order."""
+    """Stack Linears that share one input into one, in order."""
     parts = [dense(module) for module in modules]
     weights: list[Tensor] = [part.weight for part in parts]
     biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
@@ -101,12 +101,12 @@ def stacked(*modules: Any) -> Dense:
 
 
 def classifier(module: Any) -> Dense | None:
-    """A Linear, or None for an Identity."""
+    """Convert a Linear, or return None for an Identity."""
     return None if isinstance(module, nn.Identity) else dense(module)
 
 
 def activation(module: Any) -> str:
-    """The canonical name of torch's activation layer."""
+    """Return the canonical name of torch's activation layer."""
     if type(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
     name = _ACTIVATIONS.get(type(module))
@@ -120,7 +120,7 @@ def activation(module: Any) -> str:
 
 
 def attention(module: Any) -> dict[str, Any]:
-    """qkv, proj and num_heads of torch's MultiheadAttention."""
+    """Return qkv, proj and num_heads of torch's MultiheadAttention."""
     if type(module) is not nn.MultiheadAttention:
         refuse("attention layer", type(module).__name__, "MultiheadAttention")
     if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:

@@ -24,14 +24,14 @@ _MAX_LOGIT_SCALE = 100.0
 
 
 def read(model: Any, image_size: tuple[int, int] | None = None) -> dict[str, Any]:
-    """Canonical parts of a timm Swin transformer; see `FrozenSwin`.
+    """Read the canonical parts of a timm Swin transformer; see `FrozenSwin`.
 
     Args:
-        image_size: (height, width) in pixels; windows and bias tables change as timm's `set_input_size` does, which
+        image_size: (height, width) in pixels. Windows and bias tables change as with timm's `set_input_size`, which
             keeps the number of windows (`FrozenViT.from_timm(name, image_size=...)` keeps their size).
 
     Raises:
-        ValueError: another timm class (`swinv2_cr_*`), or a part that cannot be represented, named.
+        ValueError: another timm class (`swinv2_cr_*`), or a part that cannot be represented. The error names it.
     """
     if type(model) not in MODELS:
         refuse("model", f"{type(model).__name__} of {type(model).__module__}", "SwinTransformer, SwinTransformerV2")
@@ -100,7 +100,7 @@ def read(model: Any, image_size: tuple[int, int] | None = None) -> dict[str, Any
 
 
 def _loaded(before: Any, model: Any) -> dict[str, str | None]:
-    """What was loaded of the tensors that are computed here; None: timm has resampled them before."""
+    """Return what the fingerprint hashes for the computed tensors; None for those that timm had already resampled."""
     loaded: dict[str, str | None] = {}
     attentions = [[block.attn for stage in each.layers for block in stage.blocks] for each in (before, model)]
     for i, (old, new) in enumerate(zip(*attentions, strict=True)):
@@ -153,7 +153,7 @@ def _block(block: Any) -> SwinBlock:
 
 @torch.no_grad()
 def _continuous_bias(attn: Any) -> Tensor:
-    """((2h − 1)(2w − 1), heads): swinv2's bias for each offset, 16 · sigmoid of its small MLP on log coordinates."""
+    """Compute ((2h − 1)(2w − 1), heads): swinv2's bias for each offset, 16 · sigmoid of its MLP on log coordinates."""
     return 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).flatten(0, -2))
 
 

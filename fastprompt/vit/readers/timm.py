@@ -36,11 +36,11 @@ _POOLS = {"token": "cls", "avg": "patches", "map": "map"}
 
 
 def read(model: nn.Module) -> dict[str, Any]:
-    """Canonical parts of a timm `VisionTransformer`; see `FrozenViT`.
+    """Read the canonical parts of a timm `VisionTransformer`; see `FrozenViT`.
 
     Raises:
         ValueError: another timm class, or a part that cannot be represented (parallel or differential blocks,
-            hybrid patch embeddings, pooling other than CLS, average or map, ...), named.
+            hybrid patch embeddings, pooling other than CLS, average or map, ...). The error names it.
     """
     if type(model) is not vt.VisionTransformer:
         _refuse(
@@ -104,8 +104,9 @@ def read(model: nn.Module) -> dict[str, Any]:
 
 
 def resampled(model: Any) -> bool:
-    """Whether the model is built for another image size than its weights are published for: timm has resampled what
-    depends on it, if it has loaded any.
+    """Whether the model is built for another image size than its published weights.
+
+    If so, timm has resampled all loaded tensors that depend on the size.
     """
     cfg, built = getattr(model, "pretrained_cfg", None) or {}, tuple(model.patch_embed.img_size)
     return bool(cfg.get("resampled")) or tuple(cfg.get("input_size") or (3, *built))[1:] != built
@@ -116,7 +117,7 @@ def _refuse(part: str, got: str, takes: str) -> NoReturn:
 
 
 def norm(module: Any) -> Norm | None:
-    """A norm layer, None for an Identity."""
+    """Convert a norm layer, or return None for an Identity."""
     if module is None or isinstance(module, nn.Identity):
         return None
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
@@ -133,7 +134,7 @@ def norm(module: Any) -> Norm | None:
 
 
 def block_norm(module: nn.Module) -> Norm:
-    """A norm layer that may not be an Identity."""
+    """Convert a norm layer that must not be an Identity."""
     layer = norm(module)
     if layer is None:
         _refuse("a block's norm layer", "Identity", "LayerNorm, RmsNorm")
@@ -141,7 +142,7 @@ def block_norm(module: nn.Module) -> Norm:
 
 
 def dense(module: nn.Module) -> Dense:
-    """A Linear."""
+    """Convert a Linear."""
     if type(module) is not nn.Linear:
         _refuse("linear layer", type(module).__name__, "nn.Linear")
     return Dense(module.weight, module.bias)
@@ -161,7 +162,7 @@ def _act(module: nn.Module) -> str:
 
 
 def mlp(module: nn.Module) -> Mlp:
-    """timm's Mlp, GluMlp or SwiGLU."""
+    """Convert timm's Mlp, GluMlp or SwiGLU."""
     if type(module) is tl.SwiGLU:
         # two separate products, stacked as [gate, value]
         weight = torch.cat([module.fc1_g.weight, module.fc1_x.weight])

@@ -23,14 +23,14 @@ from fastprompt.vit.weights import Block, Dense, Mlp, ViTSpec
 
 
 def build(name: str, pretrained: bool | str = False, **kwargs: Any) -> nn.Module:
-    """A torchvision model by name.
+    """Build a torchvision model by name.
 
     Args:
-        pretrained: load the default published weights, or those of this name ("IMAGENET1K_SWAG_E2E_V1").
+        pretrained: load the default published weights, or those with this name ("IMAGENET1K_SWAG_E2E_V1").
         kwargs: passed to `torchvision.models.get_model`.
 
     Raises:
-        TypeError, ValueError: `name` or `pretrained` is none of torchvision's.
+        TypeError, ValueError: torchvision does not know `name` or `pretrained`.
     """
     if not isinstance(name, str):
         raise ArgumentTypeError(
@@ -52,14 +52,14 @@ def build(name: str, pretrained: bool | str = False, **kwargs: Any) -> nn.Module
 
 
 def read(model: Any) -> dict[str, Any]:
-    """Canonical parts of a torchvision `VisionTransformer`; see `FrozenViT`.
+    """Read the canonical parts of a torchvision `VisionTransformer`; see `FrozenViT`.
 
-    `backbone(images)` is `model(images)`: the logits, or the class token where `model.heads` is an Identity.
+    `backbone(images)` equals `model(images)`: the logits, or the class token if `model.heads` is an Identity.
     Another `image_size` resamples as torchvision's `interpolate_embeddings` does (bicubic, corners aligned).
 
     Raises:
         ValueError: another class, or a part that cannot be represented (convolutional stems, heads with a hidden
-            layer, ...), named.
+            layer, ...). The error names it.
     """
     if type(model) is not vt.VisionTransformer:
         refuse("model", f"{type(model).__name__} of {type(model).__module__}", "torchvision's VisionTransformer")

@@ -1,6 +1,6 @@
 """Reader for transformers' ViT, CLIP, SigLIP and DINOv2 vision models.
 
-A model that is built is read by the names of its classes, so reading imports nothing of transformers.
+A model instance is recognised by its class names, so reading it does not import transformers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ACTIVATIONS = {
     "MishActivation": "mish",
     "LinearActivation": "identity",
 }
-# Of a model with text: its image tower. Of a checkpoint: the class whose output is its head's.
+# For a model with text: its image tower. For a checkpoint: the class that returns the head's output.
 _TOWERS = {"CLIPModel": "CLIPVisionModelWithProjection", "SiglipModel": "SiglipVisionModel"}
 _OF_TYPE = {
     "vit": "ViTModel",
@@ -53,15 +53,15 @@ _OF_TYPE = {
 
 
 def build(model: Any, pretrained: bool = True, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """(a transformers vision model, the mean and std that come with its weights).
+    """Build a transformers vision model; return it and the mean and std that come with its weights.
 
     Args:
         model: a hub name, a folder of `save_pretrained`, or a config.
-        pretrained: load the weights of the hub or folder; False: random ones, as a config always gives.
-        kwargs: passed to `from_pretrained` (revision, cache_dir, local_files_only, ...); of a config: none.
+        pretrained: load the weights of the hub or folder; False: random ones, as for a config.
+        kwargs: passed to `from_pretrained` (revision, cache_dir, local_files_only, ...); a config takes none.
 
     Raises:
-        TypeError, ValueError: `model` is none of these or of another type of model, or `pretrained` does not fit.
+        TypeError, ValueError: `model` is none of these or an unsupported type of model, or `pretrained` does not fit.
     """
     import transformers
 
@@ -98,7 +98,7 @@ def build(model: Any, pretrained: bool = True, **kwargs: Any) -> tuple[nn.Module
 
 
 def _statistics(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """mean and std of the checkpoint's image processor; {} where it has none."""
+    """Return mean and std of the checkpoint's image processor; {} if it has none."""
     from transformers.image_processing_base import ImageProcessingMixin
 
     keys = ("revision", "cache_dir", "local_files_only", "token", "subfolder", "force_download", "proxies")
@@ -112,23 +112,23 @@ def _statistics(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(model: Any) -> dict[str, Any]:
-    """Canonical parts of a transformers vision model; see `FrozenViT`.
+    """Read the canonical parts of a transformers vision model; see `FrozenViT`.
 
-    `backbone(images)` is, and the head that gives it is `backbone.head`, of
+    `backbone(images)` equals the output listed here, and `backbone.head` is the head that produces it:
 
-    * `ViTForImageClassification`: `logits`. `ViTModel`: the class token of `last_hidden_state`, which that class
-      classifies; the pooler (a layer with tanh, untrained in most checkpoints) is left out.
-    * `CLIPVisionModelWithProjection`: `image_embeds`; `CLIPModel`: the same, `get_image_features`.
+    * `ViTForImageClassification`: `logits`. `ViTModel`: the class token of `last_hidden_state`, which
+      `ViTForImageClassification` classifies; the pooler (a tanh layer, untrained in most checkpoints) is left out.
+    * `CLIPVisionModelWithProjection`: `image_embeds`. `CLIPModel`: the same, `get_image_features`.
       `CLIPVisionModel`: `pooler_output`. `CLIPForImageClassification`: `logits`.
-    * `SiglipVisionModel`, and the one in a `SiglipModel`: `pooler_output`, of attention pooling, or without that
-      head the average of `last_hidden_state`. `SiglipForImageClassification`: `logits` (of that average).
+    * `SiglipVisionModel`, and the one in a `SiglipModel`: `pooler_output` of attention pooling, or, without that
+      head, the mean of `last_hidden_state`. `SiglipForImageClassification`: `logits` (of that mean).
     * `Dinov2Model`, `Dinov2WithRegistersModel`: `pooler_output`, the class token.
 
     mean and std are CLIP's for CLIP, ImageNet's for DINOv2 and 0.5 for ViT and SigLIP. Another `image_size` resamples
-    as transformers does with `interpolate_pos_encoding=True` (bicubic; antialiased for DINOv2 with registers only).
+    as transformers does with `interpolate_pos_encoding=True` (bicubic; antialiased only for DINOv2 with registers).
 
     Raises:
-        ValueError: another class, or a part that cannot be represented, named.
+        ValueError: another class, or a part that cannot be represented. The error names it.
     """
     name = type(model).__name__
     if not type(model).__module__.startswith("transformers.models.") or name not in _READERS:
@@ -155,7 +155,7 @@ def read(model: Any) -> dict[str, Any]:
 
 
 def _embeddings(embeddings: Any, conv: Any, statistics: dict[str, Any]) -> dict[str, Any]:
-    """The parts before the first block, and what is known of the spec."""
+    """Return the parts before the first block, and the known fields of the spec."""
     patch, size = patch_size(conv), getattr(embeddings, "image_size", None)
     if size is None:
         size = embeddings.patch_embeddings.image_size
@@ -282,7 +282,7 @@ def _dinov2(model: Any) -> dict[str, Any]:
         refuse("image_size", f"{spec['image_size']} in its config", "a square, of which transformers resamples others")
     registers = getattr(embeddings, "register_tokens", None)
     if registers is not None:
-        # registers have no position embedding and stand behind the class token, whose own is added to it once
+        # registers follow the class token and have no position embedding; the class token's is added to it once
         pos = parts["pos_embed"]
         parts.update(cls_token=parts["cls_token"] + pos[:, :1], pos_embed=pos[:, 1:], registers=registers)
         spec.update(num_registers=registers.shape[1], pos_on_prefix=False)
@@ -298,7 +298,7 @@ def _clip(model: Any) -> dict[str, Any]:
     parts = _embeddings(tower.embeddings, tower.embeddings.patch_embedding, CLIP)
     parts.update(blocks=[_block(layer) for layer in tower.encoder.layers], norm_pre=torch_norm(tower.pre_layrnorm))
     if type(model).__name__ == "CLIPForImageClassification":
-        # the average of the last block's patches, without the norm that the class token gets
+        # the mean of the last block's patches, without the norm that is applied to the class token
         parts["spec"]["pool"] = "patches"
         return {**parts, "norm": None, "head": _head(model)}
     head = dense(model.visual_projection) if tower is not model else None
