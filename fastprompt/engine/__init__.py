@@ -1,1 +1,1 @@
-"""Running a `PromptedViT` fast, and telling what runs."""
+"""Run a `PromptedViT` fast, and explain which implementation runs."""

@@ -1,7 +1,8 @@
-"""The ways in which an `Engine` can run a model: a table of what turns a model into a function of images.
+"""The backends with which an `Engine` can run a model, in one table. Each turns a model into a function of images.
 
-A backend gets a frozen model in eval mode and example images, and returns a function of images of that shape and
-dtype; what it holds goes with that function. Both are called without gradient and autocast, by one thread at a time.
+A backend takes a frozen model in eval mode and example images, and returns a function of images of that shape and
+dtype. Its resources are freed with that function. Both are called without gradients and autocast, by one thread at a
+time.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ class Backend(NamedTuple):
 
     Attributes:
         build: (model, example images (B, 3, H, W)) → function of such images.
-        obstacle: (model) → why it cannot run here; empty: it can.
-        any_batch: the function takes batches of other sizes too.
-        bakes: the model's tensors become constants of the function, which is made again when they change.
-        package: what has to be installed, by an extra of fastprompt of the same name.
+        obstacle: (model) → why it cannot run here; empty if it can.
+        any_batch: whether the function also takes other batch sizes.
+        bakes: whether the model's tensors become constants of the function, which is rebuilt when they change.
+        package: the package it needs; the fastprompt extra that installs it has the same name.
     """
 
     build: Callable[[PromptedViT, Tensor], Run]
@@ -45,7 +46,7 @@ class Backend(NamedTuple):
         return self.package is None or importlib.util.find_spec(self.package) is not None
 
     def reason(self, model: PromptedViT) -> str:
-        """Why it cannot run this model here; empty: it can."""
+        """Return why it cannot run this model here; empty if it can."""
         if not self.is_installed():
             return f"{self.package} is not installed: pip install 'fastprompt[{self.package}]'"
         return self.obstacle(model)
@@ -56,9 +57,10 @@ def _eager(model: PromptedViT, images: Tensor) -> Run:
 
 
 def _compile(model: PromptedViT, images: Tensor) -> Run:
-    """`torch.compile` with freezing; exported first, so that engines do not share one function's recompilations.
+    """Build with `torch.compile` and freezing.
 
-    A call before finds out where the native kernels are the faster: there the graph calls them.
+    Exporting first keeps engines from sharing one function's recompilations. An eager call beforehand determines where
+    the native kernels are faster; the graph calls them there.
     """
     import torch._inductor.config
 
@@ -85,7 +87,7 @@ PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"
 
 
 def _openvino(model: PromptedViT, images: Tensor) -> Run:
-    """OpenVINO, given the float32 graph with the model's values, and its number format as the precision to run in."""
+    """Build with OpenVINO from the float32 graph and the model's values; the model's dtype sets the precision."""
     import openvino
 
     threads, precision = torch.get_num_threads(), PRECISIONS[model.backbone.dtype]
@@ -106,7 +108,7 @@ def _openvino(model: PromptedViT, images: Tensor) -> Run:
 
 
 def in_float32(model: PromptedViT) -> PromptedViT:
-    """A copy of the model that computes in float32."""
+    """Return a copy of the model that computes in float32."""
     copied = copy.deepcopy(model).float()
     copied.backbone.folded()
     return copied
@@ -121,10 +123,10 @@ def _not_for_openvino(model: PromptedViT) -> str:
 
 
 def _cuda_graph(model: PromptedViT, images: Tensor) -> Run:
-    """One launch for the whole forward. It reads the parameters where they are, also after they change."""
+    """Build one launch for the whole forward. It reads the parameters in place, also after they change."""
     graphed = GraphedForward(model, (len(images),))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="no CUDA graph")  # what it says is raised here
+        warnings.filterwarnings("ignore", message="no CUDA graph")  # raised as an error here instead
         graphed.prepare(images)
     for reason in graphed.eager.values():
         raise RuntimeError(f"the forward cannot be captured: {reason}")
@@ -142,4 +144,4 @@ BACKENDS: dict[str, Backend] = {
     "compile": Backend(_compile, _no_compiler),
     "openvino": Backend(_openvino, _not_for_openvino, package="openvino"),
 }
-"""By name; `backend="auto"` measures all that can run."""
+"""Backends by name; `backend="auto"` measures all that can run."""

@@ -1,23 +1,25 @@
-"""CUDA graphs of a `PromptedViT`: a forward or a training step captured once and replayed by one launch.
+"""CUDA graphs of a `PromptedViT`: capture a forward or a training step once and replay it with one launch.
 
-At small batches a GPU waits for the host, which launches hundreds of kernels one by one; a graph launches them all. It
-repeats what was captured, on the same memory. So everything that a graph reads lies in a place that stays:
+At small batches a GPU waits for the host, which launches hundreds of kernels one by one. A graph launches them all at
+once, but it repeats what was captured on the same memory. So everything that a graph reads has a fixed address:
 
-* Images and outputs in static buffers, as long as the largest batch size. A batch is padded to the next size that was
-  captured; no row of an inference batch reads another, so what stands in the rows behind it does not matter.
-* Parameters where they are. One that was changed in place is read by the next replay as it is. One that was rebound
-  (`p.data = ...`, a load with `assign=True`, `model.to(...)`) is noticed by its memory before the replay, and so are
-  new folded weights of a backbone that was changed; the graphs are captured again then.
-* Keys and values of static prompts (VPT) beside the graphs, as inference computes them once for an adapter and not once
-  for a batch. Before a replay the model tells whether they still hold (`PromptedViT.kept_prefixes`, which compares the
-  prompts by value and so waits for the device); new ones are copied into their place.
-* The noise of a sampling V²APT in a (seed, offset) tensor, which the graph itself advances.
+* Images and outputs are in static buffers of the largest batch size. A batch is padded to the next captured size. The
+  contents of the padding rows do not matter, since no row of an inference batch reads another.
+* Parameters stay in place. The next replay reads in-place changes directly. Rebinding a parameter (`p.data = ...`, a
+  load with `assign=True`, `model.to(...)`) changes its address, which is checked before the replay. So are the folded
+  weights of a changed backbone. If an address has changed, the graphs are captured again.
+* Keys and values of static prompts (VPT) are kept outside the graphs, since inference computes them once per adapter
+  and not once per batch. Before a replay, the model checks whether they are still valid
+  (`PromptedViT.kept_prefixes`, which compares the prompts by value and so waits for the device). New ones are copied
+  into the same memory.
+* The noise of a sampling V²APT comes from a (seed, offset) tensor, which the graph itself advances.
 
-The graphs of one manager share a memory pool, the largest batch first, and run one at a time: every call takes the
-manager's lock, and waits on the device for the call before where that came on another stream. Any thread may call.
+The graphs of one manager share a memory pool, captured from the largest batch down, and run one at a time. Every call
+takes the manager's lock and, if the previous call was on another stream, waits for it on the device. Any thread may
+call.
 
-All of it is written against `Capturer`, the few things that a device must do; `CudaCapturer` is the real one, and the
-tests have one that records the operations of a CPU.
+All of this is written against `Capturer`, the few operations that a device must support. `CudaCapturer` is the real
+one; the tests use one that records the operations of a CPU.
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ from fastprompt.kernels import dispatch
 from fastprompt.model import PromptedViT
 from fastprompt.vit.prompts import NO_DRAWS, Draws, Prefix
 
-WARM_UPS = 3  # runs before a capture: kernels get compiled, libraries choose algorithms and workspaces
-MAX_FORMS = 4  # kinds of images, dtype and size, that one manager holds graphs for
-MANY_DROPS = 3  # times that graphs were captured anew before a warning
+WARM_UPS = 3  # runs before a capture, in which kernels are compiled and libraries choose algorithms and workspaces
+MAX_FORMS = 4  # number of image forms, each a dtype and size, for which one manager keeps graphs
+MANY_DROPS = 3  # number of recaptures before a warning
 NO_EFFECT_AT_INFERENCE = (
     "beta",
     "channel_dropout",
@@ -55,39 +57,39 @@ Loss = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
 
 
 class Graph(Protocol):
-    """What was captured."""
+    """A captured graph."""
 
     def replay(self) -> None:
-        """Run it again on the current stream, without waiting for it."""
+        """Run it again on the current stream, without waiting for it to finish."""
 
     def reset(self) -> None:
-        """Free it and its part of the pool."""
+        """Free it and its memory in the pool."""
 
 
 class Capturer(Protocol):
-    """What a manager needs of a device."""
+    """The device operations that a manager needs."""
 
     def pool(self) -> Any:
-        """A new memory pool that graphs can share as long as they run one at a time."""
+        """Return a new memory pool that graphs can share as long as they run one at a time."""
 
     def warm_up(self, function: Callable[[], None]) -> None:
-        """Run `function` on the stream that captures; the current stream continues behind it."""
+        """Run `function` on the capture stream; make the current stream wait for it."""
 
     def capture(self, function: Callable[[], None], pool: Any) -> Graph:
-        """Record what `function` launches, without running it. Raises what kept it from being recorded."""
+        """Record what `function` launches, without running it. Raises if it cannot be recorded."""
 
     def mark(self) -> Any:
-        """This point of the current stream."""
+        """Mark the current point of the current stream."""
 
     def follow(self, mark: Any) -> None:
-        """Let the current stream continue behind a point of what may be another one."""
+        """Make the current stream wait for a mark, possibly of another stream."""
 
     def synchronize(self) -> None:
         """Wait until the device is idle."""
 
 
 class CudaCapturer:
-    """`Capturer` of a CUDA or ROCm device. Other threads may go on using the device while one captures."""
+    """`Capturer` for a CUDA or ROCm device. Other threads may use the device during a capture."""
 
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
@@ -119,16 +121,16 @@ class CudaCapturer:
                         cause = error
                         raise
             except Exception as error:
-                torch.cuda.set_stream(here)  # where the end of a capture fails, torch leaves its stream the current one
+                torch.cuda.set_stream(here)  # if ending a capture fails, torch leaves its stream as the current one
                 self._abandon(graph, pool)
                 raise cause or error from None
         return graph
 
     def _abandon(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-        """Where the end of a capture failed, the allocator goes on feeding its pool, and asks the graph when to."""
+        """Stop the allocator from using the pool of a capture that failed to end, and from asking its graph when to."""
         graph.reset()
         self._abandoned.append(graph)
-        with contextlib.suppress(RuntimeError):  # it had ended
+        with contextlib.suppress(RuntimeError):  # it had already ended
             torch._C._cuda_endAllocateToPool(self.device.index, pool)
             torch._C._cuda_releasePool(self.device.index, pool)
 
@@ -146,7 +148,7 @@ class CudaCapturer:
 
 
 class Signature(NamedTuple):
-    """What a graph is captured for: `form` is (dtype, height, width) of the images and the wanted kernel backend."""
+    """The key of a captured graph: `form` is (dtype, height, width) of the images and the requested kernel backend."""
 
     batch: int
     form: tuple[Any, ...]
@@ -162,9 +164,9 @@ class Signature(NamedTuple):
 
 
 def method_shape(model: PromptedViT) -> Hashable:
-    """What models have in common that the same graphs can serve, each with its own parameters.
+    """Return a key that is equal for models that can share a graph, each with its own parameters.
 
-    Method and options (but those that act in training alone), readout, head, and the shapes of all parameters.
+    It covers method and options (except those that only affect training), readout, head, and all parameter shapes.
     """
     options = {k: v for k, v in model.config.to_dict().items() if k not in NO_EFFECT_AT_INFERENCE}
     head = {} if model.head is None else model.head.describe()
@@ -173,11 +175,11 @@ def method_shape(model: PromptedViT) -> Hashable:
 
 
 class _Graphs:
-    """Graphs of one model in one pool, behind one lock.
+    """The graphs of one model, in one pool and behind one lock.
 
     Attributes:
-        eager: the signatures that run eagerly, and why.
-        captures: how many graphs were captured so far.
+        eager: signatures that run eagerly, and the reason for each.
+        captures: the number of graphs captured so far.
     """
 
     def __init__(self, model: PromptedViT, capturer: Capturer | None) -> None:
@@ -194,11 +196,11 @@ class _Graphs:
         self._mark: Any = None
         self._drops = 0
         self._slots: list[tuple[dict[str, Any], str]] = []
-        self._read: SeenObjects | None = None  # what the graphs were captured of
+        self._read: SeenObjects | None = None  # the tensors and facts at the time of capture
 
     @contextlib.contextmanager
     def _turn(self, grad: bool = False) -> Iterator[None]:
-        """One caller at a time, on the host and on the device, in a known mode of torch."""
+        """Admit one caller at a time, on the host and on the device, with torch's modes set to known values."""
         with self._lock:
             if self._released:
                 raise RuntimeError(f"this {type(self).__name__} was released; make a new one")
@@ -225,9 +227,9 @@ class _Graphs:
         return Signature(batch, form, model.backbone_dtype, f"{model.config}, {head}, readout {model.readout!r}")
 
     def _facts(self) -> tuple[Any, ...]:
-        """What graphs take for granted beside the tensors' places: modules and switches.
+        """Return what graphs assume besides the tensors' addresses: modules and switches.
 
-        Folded blocks stand for the backbone's own, of which `folded` notices changes.
+        Folded blocks represent the backbone's own blocks; `folded` detects their changes.
         """
         model, generator = self.model, self.model.generator
         folded = model.backbone.folded()
@@ -249,20 +251,20 @@ class _Graphs:
         )
 
     def _look(self) -> SeenObjects:
-        """What graphs that are captured now are captured of."""
-        facts = self._facts()  # finds the places, too
+        """Record the state that graphs captured now depend on."""
+        facts = self._facts()  # also finds the slots
         return SeenObjects(self._read_tensors(), facts, contents=False)
 
     def _read_tensors(self) -> list[Tensor]:
-        """All tensors whose memory a graph reads; none of a private model, whose owner leaves them where they are."""
+        """Return all tensors whose memory a graph reads; none for a private model, whose owner keeps them in place."""
         return [] if self.model.private else self._tensors()
 
     def _tensors(self) -> list[Tensor]:
-        """What stands in the places of parameters and buffers; fewer or more, where one went or came."""
+        """Return the current parameters and buffers; their number changes if one was added or removed."""
         return [tensor for slots, name in self._slots if (tensor := slots.get(name)) is not None]
 
     def _drop_if_rebound(self) -> None:
-        """Forget the graphs where something that they read lies elsewhere now."""
+        """Drop the graphs if something that they read has a different address now."""
         if self._read is None or self._read.same(self._read_tensors(), self._facts()):
             return
         self._drop()
@@ -284,7 +286,7 @@ class _Graphs:
         self._pool = self._read = None
 
     def _capture(self, signature: Signature, function: Callable[[], None]) -> Graph | None:
-        """The graph of `function`; None: it runs eagerly, by what is known or happens now."""
+        """Capture `function` as a graph; None if it must run eagerly, as known before or found now."""
         if signature in self.eager:
             return None
         try:
@@ -304,7 +306,7 @@ class _Graphs:
             warnings.warn(f"no CUDA graph for {signature}: it runs eagerly. {reason}", stacklevel=6)
 
     def release(self) -> None:
-        """Free graphs, pool and buffers, once the device has finished with them. Any later call raises RuntimeError."""
+        """Free graphs, pool and buffers once the device has finished with them. Later calls raise RuntimeError."""
         with self._lock:
             if not self._released:
                 self._drop()
@@ -312,7 +314,7 @@ class _Graphs:
 
 
 class _Form:
-    """Graphs by batch size for images of one dtype and size, and their static buffers of the largest batch.
+    """Graphs by batch size for images of one dtype and size, with static buffers for the largest batch.
 
     images: (B, 3, H, W). output: (B, C) or (B, D).
     """
@@ -323,22 +325,23 @@ class _Form:
 
 
 class GraphedForward(_Graphs):
-    """The whole inference forward of a model, generator included, as CUDA graphs: `graphed(images)` → logits.
+    """The whole inference forward of a model, including the generator, as CUDA graphs: `graphed(images)` → logits.
 
-    One graph for each batch size, image dtype and size, made when images of that kind come for the first time. Smaller
-    batches are padded, larger ones split. What cannot be captured runs eagerly, with one warning for its signature.
-    The model must stay in eval mode. Outputs have no gradient, and `torch.autocast` around a call has no effect: the
-    dtypes are those of the model. Threads, parameters that change, adapters: see the module and `load_adapter`.
+    There is one graph per batch size, image dtype and image size, captured when such images first arrive. Smaller
+    batches are padded and larger ones split. Anything that cannot be captured runs eagerly, with one warning per
+    signature. The model must stay in eval mode. Outputs have no gradient, and `torch.autocast` around a call has no
+    effect: the model's own dtypes apply. For threads and changing parameters see the module's docstring; for adapters
+    see `load_adapter`.
 
     Args:
         model: on a CUDA or ROCm device.
-        batch_sizes: those to capture.
-        seed: of a V²APT with `inference_samples` > 0: each replay draws noise for its images anew from this seed. None:
-            the same noise for every image and call, as the model itself has it.
+        batch_sizes: the batch sizes to capture.
+        seed: for a V²APT with `inference_samples` > 0, each replay draws new noise for its images from this seed. None:
+            the same noise for every image and call, as in the model itself.
         capturer: how to capture; None: on the model's device.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; it is named.
+        TypeError, ValueError: an argument is invalid; the error names it.
     """
 
     def __init__(
@@ -366,7 +369,7 @@ class GraphedForward(_Graphs):
         self._forms: dict[tuple[Any, ...], _Form | None] = {}
         self._samples: Sequence[Draws] = ()
         self._prefixes: dict[int, Prefix] | None = None
-        self._source: dict[int, Prefix] | None = None  # what the model kept when `_prefixes` were written
+        self._source: dict[int, Prefix] | None = None  # what the model had cached when `_prefixes` were written
         self._borrower: int | None = None
         self._noise: Tensor | None = None  # (2,) int64, seed and offset
         if seed is not None:
@@ -374,15 +377,16 @@ class GraphedForward(_Graphs):
             self.manual_seed(seed)
 
     def __call__(self, images: Tensor, *, borrow: bool = False) -> Tensor:
-        """Logits (B, C), or features (B, D) of a model without head.
+        """Compute logits (B, C), or features (B, D) for a model without a head.
 
         Args:
-            images: (B, 3, H, W), as for the model; B may be 0 and may be above the largest of `batch_sizes`.
-            borrow: return the static buffer's rows instead of a copy: valid until this thread's next call, on this
-                stream; until then calls of other threads raise. A batch that was split or ran eagerly is no such one.
+            images: (B, 3, H, W), as for the model; B may be 0 or exceed the largest of `batch_sizes`.
+            borrow: return the static buffer's rows instead of a copy. They are valid on this stream until this thread's
+                next call; until then, calls from other threads raise. A batch that was split or ran eagerly returns a
+                tensor of its own.
 
         Raises:
-            TypeError, ValueError: `images` do not fit.
+            TypeError, ValueError: `images` are invalid.
             RuntimeError: the model is in training mode, another thread has a borrowed output, or `release` was called.
         """
         with self._turn():
@@ -407,10 +411,10 @@ class GraphedForward(_Graphs):
             return output.clone() if static and not borrow else output
 
     def prepare(self, images: Tensor) -> None:
-        """Capture all batch sizes for images of this dtype and size now, from a batch of at least one.
+        """Capture all batch sizes now for images of this dtype and size. `images` must have at least one row.
 
         Raises:
-            TypeError, ValueError: `images` do not fit.
+            TypeError, ValueError: `images` are invalid.
         """
         self.model.backbone.check_images(images)
         if not len(images):
@@ -418,13 +422,13 @@ class GraphedForward(_Graphs):
         self(images[:1])
 
     def load_adapter(self, adapter: PromptedViT | Mapping[str, Tensor]) -> None:
-        """Serve another adapter of the same method shape: copy its parameters into the model, without a new capture.
+        """Serve another adapter with the same method shape: copy its parameters into the model without a new capture.
 
         Args:
-            adapter: a model on the same backbone, or what its `adapter_state_dict()` returned.
+            adapter: a model on the same backbone, or the result of its `adapter_state_dict()`.
 
         Raises:
-            TypeError, ValueError: it has another `method_shape` or backbone; nothing has changed then.
+            TypeError, ValueError: it has another `method_shape` or backbone; nothing changes in this case.
         """
         if isinstance(adapter, PromptedViT):
             if not self.model.backbone.is_same(adapter.backbone):
@@ -444,15 +448,15 @@ class GraphedForward(_Graphs):
             self.model.load_adapter_state_dict(adapter)
 
     def refresh(self) -> None:
-        """Take over what no call notices: a write through `.data` to a frozen backbone (`FrozenViT.refold`)."""
+        """Pick up changes that no call detects: a write through `.data` to a frozen backbone (`FrozenViT.refold`)."""
         with self._turn():
             self.model.backbone.refold()
 
     def manual_seed(self, seed: int) -> None:
-        """Start the noise again from `seed`, at offset 0.
+        """Restart the noise from `seed`, at offset 0.
 
         Raises:
-            ValueError: `seed` is no integer from 0 to 2⁶³ − 1, or this manager was made without one.
+            ValueError: `seed` is not an integer from 0 to 2⁶³ − 1, or this manager was created without a seed.
         """
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
             raise ArgumentError("seed", f"must be an integer from 0 to 2^63 - 1, got {seed!r}")
@@ -463,7 +467,7 @@ class GraphedForward(_Graphs):
             self._noise[1].fill_(0)
 
     def _settle(self) -> None:
-        """Bring what is kept beside the graphs up to date."""
+        """Update what is kept outside the graphs."""
         self._drop_if_rebound()
         generator, current = self.model.generator, self.model.kept_prefixes()
         if self._read is None:
@@ -478,7 +482,7 @@ class GraphedForward(_Graphs):
             self._source = current
 
     def _replay(self, images: Tensor) -> tuple[Tensor, bool]:
-        """Outputs of 1 to `batch_sizes[0]` images, and whether they lie in the static buffer."""
+        """Compute outputs for 1 to `batch_sizes[0]` images; also return whether they are in the static buffer."""
         key = (images.dtype, *images.shape[2:], dispatch.wanted())
         if key not in self._forms:
             self._capture_form(images, key)
@@ -491,7 +495,7 @@ class GraphedForward(_Graphs):
         return form.output[:count], True
 
     def _capture_form(self, images: Tensor, key: tuple[Any, ...]) -> None:
-        """The graphs of all batch sizes, largest first, so that the others fit into its memory."""
+        """Capture the graphs of all batch sizes, largest first, so that the others fit into its memory."""
         signatures = [self._signature(batch, key) for batch in self.batch_sizes]
         if sum(form is not None for form in self._forms.values()) == MAX_FORMS:
             self._forms[key] = None
@@ -499,7 +503,7 @@ class GraphedForward(_Graphs):
                 self._run_eagerly(signature, f"graphs for {MAX_FORMS} kinds of images are held already")
             return
         noise = None if self._noise is None else self._noise.clone()
-        first = self._forward(images[:1])  # what is wrong with the images or the model is raised here
+        first = self._forward(images[:1])  # invalid images or models raise here
         largest = self.batch_sizes[0]
         form = _Form(images.new_zeros(largest, *images.shape[1:]), first.new_zeros(largest, *first.shape[1:]))
         for signature in signatures:
@@ -519,7 +523,7 @@ class GraphedForward(_Graphs):
         try:
             for _ in range(0 if signature in self.eager else WARM_UPS):
                 self.capturer.warm_up(function)
-        except Exception as error:  # out of memory, most likely
+        except Exception as error:  # most likely out of memory
             self._run_eagerly(signature, f"{type(error).__name__}: {error}")
         return self._capture(signature, function)
 
@@ -540,7 +544,7 @@ class GraphedForward(_Graphs):
 
 
 class _Step:
-    """The step for one kind of batch: its graph once it was captured, static images, labels and loss ()."""
+    """The step for one kind of batch: its graph once captured, static images, labels and loss ()."""
 
     def __init__(self, signature: Signature, images: Tensor, labels: Tensor, loss: Tensor) -> None:
         self.signature, self.images, self.labels, self.loss = signature, images, labels, loss
@@ -551,22 +555,23 @@ class _Step:
 class GraphedTrainStep(_Graphs):
     """Forward, backward and optimizer step as one CUDA graph: `step(images, labels)` → loss.
 
-    The first `WARM_UPS` steps of each kind of batch (size, dtypes, modes) run eagerly and count as steps; then the step
-    is captured. A batch is not padded. Gradients stay in place, as with `zero_grad(set_to_none=False)`: each step puts
-    them back where the caller has set them to None, and leaves its own in them. Learning rates become tensors on the
-    device: set `group["lr"]` or use a scheduler as ever. Other options of the optimizer, its state and what trains are
-    captured; where one changes, the graphs are made again. SGD runs its fused step, the only one of its steps that
-    reads the learning rate on the device. Dropout masks and latent noise come from torch's generator of the device, as
-    in an eager step.
+    For each kind of batch (size, dtypes, modes), the first `WARM_UPS` steps run eagerly and count as steps; then the
+    step is captured. Batches are not padded.
+
+    Gradients stay in place, as with `zero_grad(set_to_none=False)`. Each step restores them if the caller has set them
+    to None, and leaves its own gradients there. Learning rates become tensors on the device: set `group["lr"]` or use a
+    scheduler as usual. The optimizer's other options, its state and the set of trained parameters are captured; if one
+    changes, the graphs are captured again. SGD runs its fused step, the only one that reads the learning rate on the
+    device. Dropout masks and latent noise come from torch's generator for the device, as in an eager step.
 
     Args:
         model: on a CUDA or ROCm device. optimizer: over its parameters: SGD, or one with `capturable=True`.
-        loss: (logits (B, C), labels, aux) → (): must not read tensors on the host. None: cross-entropy, plus
-            beta · mean(KL) where the generator has a KL (V²APT).
+        loss: (logits (B, C), labels, aux) → (); it must not read tensors on the host. None: cross-entropy, plus
+            beta · mean(KL) if the generator has a KL (V²APT).
         capturer: how to capture; None: on the model's device.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, it is named; the optimizer's step cannot be captured.
+        TypeError, ValueError: an argument is invalid (the error names it), or the optimizer's step cannot be captured.
     """
 
     def __init__(
@@ -589,17 +594,17 @@ class GraphedTrainStep(_Graphs):
         make_capturable(optimizer)
         self.optimizer, self.loss = optimizer, cross_entropy(model) if loss is None else loss
         self._rates = [torch.zeros((), device=self.device) for _ in optimizer.param_groups]
-        self._grads: dict[nn.Parameter, Tensor | None] = {}  # of all that trains, in the optimizer or not
+        self._grads: dict[nn.Parameter, Tensor | None] = {}  # of all trained parameters, in the optimizer or not
         self._steps: dict[Hashable, _Step] = {}
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One step; the loss () before it, detached.
+        """Run one step and return the loss () before it, detached.
 
         Args:
             images: (B, 3, H, W), as for the model, B ≥ 1. labels: (B, ...), on the same device, as for `loss`.
 
         Raises:
-            TypeError, ValueError: `images` or `labels` do not fit. RuntimeError: `release` was called.
+            TypeError, ValueError: `images` or `labels` are invalid. RuntimeError: `release` was called.
         """
         with self._turn(grad=True):
             self.model.backbone.check_images(images)
@@ -657,12 +662,12 @@ class GraphedTrainStep(_Graphs):
             step.eager_steps = min(step.eager_steps + 1, WARM_UPS)
         else:
             step.graph.replay()
-        # a replay and a fused step change tensors without a new version, by which what was made of them would notice
+        # replays and fused steps change tensors without a new version, so caches of derived values would not notice
         generator = self.model.generator
         torch.autograd.graph.increment_version([*self._parameters, *(generator.buffers() if generator else ())])
 
     def _settle_rates(self) -> None:
-        """Learning rates that were set since the last step go into the tensors that graphs read."""
+        """Copy learning rates that were set since the last step into the tensors that graphs read."""
         if len(self.optimizer.param_groups) != len(self._rates):
             raise RuntimeError("optimizer has got another parameter group since; make a new GraphedTrainStep")
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
@@ -693,7 +698,7 @@ class GraphedTrainStep(_Graphs):
         super()._drop()
         self._steps.clear()
         for parameter in self._grads:
-            parameter.grad = None  # it may be of another dtype now
+            parameter.grad = None  # its dtype may be different now
         self._grads.clear()
 
 
@@ -701,7 +706,7 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> None:
     """Make SGD run its fused step, which reads its learning rate on the device.
 
     Raises:
-        ValueError: the optimizer's step would read tensors on the host, so that no graph can hold it.
+        ValueError: the optimizer's step would read tensors on the host, so no graph can capture it.
     """
     name, groups = type(optimizer).__name__, optimizer.param_groups
     if isinstance(optimizer, torch.optim.SGD):
@@ -719,7 +724,7 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> None:
 
 
 def cross_entropy(model: PromptedViT) -> Loss:
-    """Cross-entropy in float32 or wider, plus beta · mean(KL) where the model's generator has a KL; as in `fit`."""
+    """Cross-entropy in float32 or wider, plus beta · mean(KL) if the model's generator has a KL, as in `fit`."""
     beta = float(getattr(model.config, "beta", 0.0))
 
     def loss(logits: Tensor, labels: Tensor, aux: dict[str, Tensor]) -> Tensor:

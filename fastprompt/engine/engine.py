@@ -1,4 +1,4 @@
-"""`Engine`: serves a frozen backbone with one adapter, or with many in the same batch, as fast as the machine can."""
+"""`Engine`: serve a frozen backbone with one adapter, or with many in the same batch, as fast as the machine can."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ BASE, DEFAULT = "__base__", "default"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ROUNDS = 5
 KEPT = 32
-"""Backends' functions that an engine keeps; a backbone that takes images of any size would want ever more."""
+"""Number of backend functions that an engine keeps. A backbone for images of any size could otherwise fill memory."""
 CALL_IMAGES = 2
-"""What a call costs beside its images, in images: it decides between padding and one more call."""
+"""Fixed cost of a call, in images. It decides between padding and one more call."""
 TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-3, torch.float64: 1e-3}
-"""How far a backend's output may be from eager's, relative to its norm, before the backend counts as broken."""
+"""How far a backend's output may be from eager's, relative to its norm, before the backend is considered broken."""
 
 PATIENCE = 1.0
-"""Seconds that a change of the model by another thread is waited for, from its begin; then the old state answers."""
+"""Seconds to wait for another thread's change of the model, from its start. After that the old state answers."""
 
 Signature = tuple[int, tuple[int, int], torch.dtype]
-"""Batch size, (height, width) in pixels and dtype of the images that a backend's function is made for."""
+"""Batch size, (height, width) in pixels and dtype of the images that a backend's function is built for."""
 
 
 @dataclasses.dataclass
 class Measured:
-    """What an engine knows of its backends for batches of one signature.
+    """An engine's measurements of its backends for batches of one signature.
 
     Attributes:
-        chosen: the backend that runs. seconds: median time of a batch, by backend; {} where nothing was measured.
+        chosen: the backend that runs. seconds: median time per batch, by backend; {} if nothing was measured.
         reasons: why other backends cannot run.
     """
 
@@ -62,9 +62,9 @@ class Measured:
 
 
 class _Change(NamedTuple):
-    """A state of the model to run: the copies' number in order, what was seen of it, copies of the tensors.
+    """A new state of the model to run: the copy's sequence number, the `Seen` state, and copies of the tensors.
 
-    `model` is a copy of all of it where a part or the readout was replaced.
+    `model` is a copy of the whole model if a part or the readout was replaced.
     """
 
     number: int
@@ -74,29 +74,29 @@ class _Change(NamedTuple):
 
 
 class Engine:
-    """Runs a `PromptedViT`, or a bare backbone, in production: `engine(images)`.
+    """Run a `PromptedViT`, or a bare backbone, in production: `engine(images)`.
 
-    It computes on its own copies of backbone and adapters, in its own dtype. Whatever changes the model's generator,
-    head or readout is seen at the next call, a write through `.data` and a part that was replaced too; of a fully
-    fine-tuned backbone, only such writes through `.data` as `fastprompt.kept.SeenObjects` notices, until `refresh()`.
-    A frozen backbone is the one that the engine was made with.
+    The engine computes on its own copies of backbone and adapters, in its own dtype. The next call picks up any change
+    to the model's generator, head or readout, including writes through `.data` and replaced parts. For a fully
+    fine-tuned backbone, it picks up only those writes through `.data` that `fastprompt.kept.SeenObjects` detects; call
+    `refresh()` after others. A frozen backbone is copied once, when the engine is created.
 
     Threads may share an engine. One call runs at a time, on all of torch's threads, and others wait. Adapters are
-    added, replaced and deleted between two calls. The model may change while other threads call: every answer is that
-    of one state of it, which a step or a load of a state has ended with. Code of one's own that writes parameters does
-    so in `model.changing()`.
+    added, replaced and deleted between calls. The model may change while other threads call: every answer comes from
+    one consistent state, as left by a completed optimizer step or state load. Your own code that writes parameters must
+    do so in `model.changing()`.
 
     Args:
-        model: a `PromptedViT`, or a `FrozenViT`, of which the engine returns the features.
-        batch_sizes: a backend is made ready for batches of these sizes; others are padded or split.
-        dtype: the backbone computes in; None: bfloat16 where the hardware multiplies it, else float32.
+        model: a `PromptedViT`, or a `FrozenViT`, for which the engine returns the features.
+        batch_sizes: the batch sizes to prepare a backend for; other batches are padded or split.
+        dtype: the backbone's dtype; None: bfloat16 if the hardware multiplies it, else float32.
         backend: "eager", "cuda_graph", "compile", "openvino", or "auto": the fastest of those that can run, measured at
-            the first batch of each size and remembered. `fp.explain(engine)` tells which runs and why.
-        backends: names of those that "auto" chooses from, beside "eager"; None: all.
+            the first batch of each size and remembered. `fp.explain(engine)` shows which one runs and why.
+        backends: names that "auto" chooses from, besides "eager"; None: all.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; it is named.
-        ImportError: `backend` needs a package that is not installed; the extra that brings it is named.
+        TypeError, ValueError: an argument is invalid; the error names it.
+        ImportError: `backend` needs a package that is not installed; the error names the extra that installs it.
         RuntimeError: `backend` cannot run here.
     """
 
@@ -125,12 +125,12 @@ class Engine:
         self.dtype = dtype or (torch.bfloat16 if bfloat16_is_fast(given.device) else torch.float32)
         self._lock = threading.RLock()
         self._released = False
-        self._runs: dict[tuple[str, str, Signature], Run] = {}  # by adapter, backend, and what it is made for
+        self._runs: dict[tuple[str, str, Signature], Run] = {}  # by adapter, backend and signature
         self._measured: dict[tuple[str, Signature], Measured] = {}
         self._source = model if isinstance(model, PromptedViT) else None
         self._own = BASE if self._source is None else DEFAULT
         self._unmixed: set[str] = set()
-        self._pixels: dict[str, FrozenViT] = {}  # what normalises raw pixels for each adapter that was added
+        self._pixels: dict[str, FrozenViT] = {}  # the backbone that normalises raw pixels, for each added adapter
         self._states, self._state = itertools.count(1), 0
         watch_optimizers()
         self._backbone = _copy_backbone(given, self.dtype)
@@ -146,18 +146,20 @@ class Engine:
                 raise error(f"backend {backend!r} cannot run: {reason}")
 
     def __call__(self, images: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor | list[Tensor]:
-        """Logits (B, C), or features (B, D) without head; with `adapter_names` a list of B, (C,) or (D,) each.
+        """Compute logits (B, C), or features (B, D) without a head; with `adapter_names`, a list of B outputs.
+
+        Each output of the list is (C,) or (D,).
 
         Args:
-            images: (B, 3, H, W), float (normalised) or uint8 (raw pixels); B may be 0, and more than `batch_sizes`.
-            adapter_names: the adapter of each image: a name that was added, "__base__" for the backbone's features,
-                "default" for the model that the engine was made with.
+            images: (B, 3, H, W), float (normalised) or uint8 (raw pixels); B may be 0 or exceed `batch_sizes`.
+            adapter_names: the adapter of each image: the name of an added adapter, "__base__" for the backbone's
+                features, or "default" for the model that the engine was created with.
 
         Raises:
             TypeError, ValueError: `images` do not fit the backbone, or `adapter_names` do not fit images or adapters.
-                On a CPU: an output is NaN or infinite. (On a GPU the call does not wait for the outputs: see
+                On a CPU: an output is NaN or infinite. (On a GPU the call does not wait for the outputs; see
                 `PromptedViT.check_outputs`.)
-            RuntimeError: the engine was released, or the backend that was asked for failed.
+            RuntimeError: the engine was released, or the requested backend failed.
         """
         change = self._change()
         with self.alone():
@@ -179,17 +181,17 @@ class Engine:
             return whole
 
     def add_adapter(self, name: str, model: PromptedViT | str | os.PathLike[str]) -> None:
-        """Serve images of adapter `name` by `model` from the next call on; an adapter of that name is replaced.
+        """Serve images of adapter `name` with `model` from the next call on; replace an adapter with that name.
 
-        The engine takes a copy: of a model that trained on, add it again. Raw pixels of its images are normalised by
+        The engine takes a copy: if the model trains further, add it again. Raw pixels of its images are normalised by
         the mean and std of the model's own backbone.
 
         Args:
-            name: any text but "__base__", and "default" where the engine was made with a model.
-            model: a `PromptedViT` on this backbone, or the directory that `save_pretrained` wrote.
+            name: any string but "__base__", and but "default" if the engine was created with a model.
+            model: a `PromptedViT` on this backbone, or a directory written by `save_pretrained`.
 
         Raises:
-            TypeError, ValueError: an argument does not fit, or the adapter is damaged or of another backbone.
+            TypeError, ValueError: an argument is invalid, or the adapter is damaged or belongs to another backbone.
             FileNotFoundError: there is no adapter in the directory.
             RuntimeError: the engine was released, or this thread is changing the model (`model.changing()`).
         """
@@ -221,7 +223,7 @@ class Engine:
             self._pixels[name] = backbone.normalising_by(model.backbone.mean, model.backbone.std)
 
     def delete_adapter(self, name: str) -> None:
-        """Serve this adapter no longer and free its memory.
+        """Stop serving this adapter and free its memory.
 
         Raises:
             ValueError: there is no such adapter, or it was not added.
@@ -239,33 +241,33 @@ class Engine:
 
     @property
     def adapter_names(self) -> list[str]:
-        """The names that a call can use, in the order in which they came."""
+        """The names that a call can use, in the order in which they were added."""
         with self._lock:
             return list(self._adapters)
 
     @property
     def measured(self) -> dict[Signature, Measured]:
-        """What is known of the backends, by signature of the batch."""
+        """The measurements of the backends, by batch signature."""
         return self.measured_of(self._own)
 
     def measured_of(self, name: str) -> dict[Signature, Measured]:
-        """What is known of the backends for batches of this adapter alone, by signature; see `warm_up`."""
+        """Return the measurements of the backends for batches of this adapter alone, by signature; see `warm_up`."""
         with self._lock:
             return {signature: known for (adapter, signature), known in self._measured.items() if adapter == name}
 
     def warm_up(self, image_dtype: torch.dtype = torch.float32, adapter_names: Sequence[str] = ()) -> None:
-        """Make backends ready for every batch size now, not at its first batch: minutes where `torch.compile` runs.
+        """Prepare backends for every batch size now, not at its first batch. `torch.compile` can take minutes.
 
         Args:
-            image_dtype: of the images to come, torch.uint8 (raw pixels) or a floating-point dtype.
-            adapter_names: adapters to make ready. From now on, until such an adapter is replaced, a batch of exactly
-                one of these sizes that is all of this adapter runs on a backend; other batches run as before. Each
-                adapter has functions of its own, of the backend that was the fastest for the engine's own model;
-                "compile" and "openvino" put a copy of the backbone into each function.
+            image_dtype: dtype of the images to come, torch.uint8 (raw pixels) or a floating-point dtype.
+            adapter_names: adapters to prepare. From now on, until such an adapter is replaced, a batch of exactly
+                one of these sizes that belongs entirely to this adapter runs on a backend; other batches run as
+                before. Each adapter has its own functions, from the backend that was fastest for the engine's own
+                model. "compile" and "openvino" put a copy of the backbone into each function.
 
         Raises:
-            ValueError: an argument does not fit; more functions are asked for than an engine keeps.
-            RuntimeError: the engine was released, or the backend that was asked for failed.
+            ValueError: an argument is invalid, or needs more functions than an engine keeps.
+            RuntimeError: the engine was released, or the requested backend failed.
         """
         if image_dtype != torch.uint8 and not image_dtype.is_floating_point:
             raise ArgumentError("image_dtype", f"must be torch.uint8 or a floating-point dtype, got {image_dtype!r}")
@@ -293,7 +295,7 @@ class Engine:
             self._unmixed |= set(adapter_names)
 
     def refresh(self) -> None:
-        """Take generator and head of the model over again, however they were changed.
+        """Copy the model's generator and head again, however they were changed.
 
         Raises:
             RuntimeError: the engine was released, or this thread is changing the model (`model.changing()`).
@@ -306,7 +308,7 @@ class Engine:
                 self._follow(change)
 
     def release(self) -> None:
-        """Free what the engine holds, behind the call that runs; from then on calls raise RuntimeError."""
+        """Free the engine's resources after the running call. Later calls raise RuntimeError."""
         with self._lock:
             self._released, self._source = True, None
             for held in (self._runs, self._measured, self._adapters, self._pixels):
@@ -322,7 +324,7 @@ class Engine:
         self.release()
 
     def describe(self) -> str:
-        """Number format, threads, batch sizes and adapters, in a line."""
+        """Return dtype, threads, batch sizes and adapters in one line."""
         with self._lock:
             self._check_open()
             added = len(self._adapters) - 1 - (self._source is not None)
@@ -334,7 +336,7 @@ class Engine:
 
     @property
     def model(self) -> PromptedViT:
-        """The engine's copy of the model, which a call without names runs; not to be changed."""
+        """The engine's copy of the model, which calls without names run; do not change it."""
         with self._lock:
             self._check_open()
             return self._adapters[self._own]
@@ -350,7 +352,7 @@ class Engine:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Within this context no other thread's call runs, and neither gradients nor autocast are on."""
+        """Context in which no other thread's call runs, and gradients and autocast are off."""
         with self._lock:
             self._check_open()
             with (
@@ -366,7 +368,7 @@ class Engine:
             return self._source
 
     def _change(self) -> _Change | None:
-        """What the model has become, where it has changed; taken before the engine is locked, since it may wait."""
+        """Return the model's new state if it has changed. Called before the engine is locked, since it may wait."""
         source = self._open_source()
         if source is None or self._seen.same(tensors_of(*source.own_parts()), _facts(source)):
             return None
@@ -374,7 +376,7 @@ class Engine:
             return self._take(source) if whole else None
 
     def _take(self, source: PromptedViT) -> _Change:
-        """The state of the model, which nobody changes meanwhile."""
+        """Return the model's current state. The caller ensures that nobody changes the model meanwhile."""
         number, model = next(self._states), None
         with torch.inference_mode(False), torch.no_grad():
             seen, current = _look(source), tensors_of(*source.own_parts())
@@ -384,7 +386,7 @@ class Engine:
         return _Change(number, seen, tensors, model)
 
     def _follow(self, change: _Change | None) -> None:
-        """Run the model in its changed state from now on, unless another thread came with a later one."""
+        """Run the model in its changed state from now on, unless another thread brought a later one."""
         if change is None or change.number < self._state:
             return
         if change.model is not None:
@@ -399,25 +401,25 @@ class Engine:
         self._state, self._seen = change.number, change.seen
 
     def _taken(self, images: Tensor) -> Tensor:
-        """Images that fit the backbone, in the dtype that backends are made for."""
+        """Check that images fit the backbone and return them in the dtype that backends are built for."""
         self._backbone.check_images(images)
         return images.to(torch.promote_types(self.dtype, torch.float32)) if images.is_floating_point() else images
 
     def _normalised(self, images: Tensor, names: Sequence[str]) -> Tensor:
-        """Raw pixels as each image's own adapter normalises them, where one does otherwise than the backbone."""
+        """Normalise raw pixels by each image's own adapter if one of them differs from the backbone."""
         own = [self._pixels.get(name, self._backbone) for name in names]
         if images.dtype != torch.uint8 or all(backbone is self._backbone for backbone in own):
             return images
         return torch.cat([backbone.normalise(images[i : i + 1]) for i, backbone in enumerate(own)])
 
     def _drop_runs(self, adapter: str, only_baked: bool = False) -> None:
-        """Make an adapter's functions again before they run."""
+        """Drop an adapter's functions, so that they are rebuilt before they run."""
         for key in [key for key in self._runs if key[0] == adapter]:
             if BACKENDS[key[1]].bakes or not only_baked:
                 del self._runs[key]
 
     def _forget(self, adapter: str) -> None:
-        """Keep nothing of an adapter's backends."""
+        """Forget everything about an adapter's backends."""
         self._drop_runs(adapter)
         self._unmixed.discard(adapter)
         self._pixels.pop(adapter, None)
@@ -425,7 +427,7 @@ class Engine:
             del self._measured[key]
 
     def _sizes(self, images: Tensor) -> list[int]:
-        """The sizes of the batches in which `images` run."""
+        """Return the batch sizes in which `images` run."""
         batch, largest = len(images), self.batch_sizes[-1]
         fits = next((size for size in self.batch_sizes if size >= batch), largest)
         known = self._measured.get((self._own, _signature(images, fits)))
@@ -434,7 +436,7 @@ class Engine:
         return cover(batch, self.batch_sizes)
 
     def _run(self, images: Tensor, size: int, adapter: str) -> Tensor:
-        """An adapter's output for at most `size` images."""
+        """Compute an adapter's output for at most `size` images."""
         model = self._adapters[adapter]
         if len(images) == 0:
             return model(images)
@@ -462,7 +464,7 @@ class Engine:
             return model(images)[: size - padding]
 
     def _function(self, adapter: str, name: str, signature: Signature) -> Run:
-        """A backend's function, made where there is none."""
+        """Return a backend's function, building it if needed."""
         key = (adapter, name, signature)
         if key not in self._runs:
             run = BACKENDS[name].build(self._adapters[adapter], _examples(signature, self._backbone.device))
@@ -472,9 +474,9 @@ class Engine:
         return self._runs[key]
 
     def _measure(self, adapter: str, signature: Signature) -> Measured:
-        """Try every backend on random images; the fastest that computes what eager does is the choice.
+        """Try every backend on random images and choose the fastest one whose outputs match eager's.
 
-        For an added adapter, only eager and the choice for the engine's own model are tried, once that is known.
+        For an added adapter, try only eager and the backend chosen for the engine's own model, once that is known.
         """
         if self.backend != "auto":
             return Measured(self.backend)
@@ -531,7 +533,7 @@ class Engine:
         return found
 
     def _runs_unmixed(self, images: Tensor, names: Sequence[str]) -> bool:
-        """Whether a backend was made ready for a batch that is all of one adapter."""
+        """Whether a backend is prepared for a batch that belongs entirely to one adapter."""
         if len(set(names)) > 1 or names[0] not in self._unmixed:
             return False
         known = self._measured.get((names[0], _signature(images, len(images))))
@@ -539,7 +541,7 @@ class Engine:
 
 
 def cover(batch: int, sizes: Sequence[int]) -> list[int]:
-    """Sizes, largest first, that hold `batch` images at the least cost: their sum, and `CALL_IMAGES` for each call."""
+    """Return sizes, largest first, that hold `batch` images at least cost: their sum, plus `CALL_IMAGES` per call."""
     largest = max(sizes)
     whole = max(0, batch // largest - 1)
     best: list[tuple[int, list[int]]] = [(0, [])]  # cost and sizes for 0, 1, 2, ... images
@@ -554,7 +556,7 @@ def _signature(images: Tensor, size: int) -> Signature:
 
 
 def _examples(signature: Signature, device: torch.device) -> Tensor:
-    """Random images; torch's own random numbers stay as they are."""
+    """Return random images, leaving torch's random state unchanged."""
     size, (height, width), dtype = signature
     random, shape = torch.Generator().manual_seed(0), (size, 3, height, width)
     if dtype == torch.uint8:
@@ -575,7 +577,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _copy_backbone(backbone: FrozenViT, dtype: torch.dtype) -> FrozenViT:
-    """The engine's own backbone, which nobody casts, moves or trains."""
+    """Return the engine's own backbone, which nobody casts, moves or trains."""
     backbone.pin_fingerprint()
     with torch.inference_mode(False):
         copied = copy.deepcopy(backbone).requires_grad_(False).to(dtype)
@@ -587,8 +589,9 @@ def _copy_backbone(backbone: FrozenViT, dtype: torch.dtype) -> FrozenViT:
 
 
 def _copy_adapter(model: PromptedViT, backbone: FrozenViT) -> PromptedViT:
-    """The model on the engine's backbone, frozen; prompts that are parameters are kept in the backbone's dtype, with
-    their keys and values.
+    """Return a frozen copy of the model on the engine's backbone.
+
+    Prompts that are parameters are kept in the backbone's dtype, with their keys and values.
     """
     with torch.inference_mode(False):
         copied = copy.deepcopy(model, {id(model.backbone): backbone})
@@ -611,7 +614,7 @@ def _copy_adapter(model: PromptedViT, backbone: FrozenViT) -> PromptedViT:
 
 @contextmanager
 def _whole(model: PromptedViT) -> Iterator[None]:
-    """Wait until no other thread is changing the model, and keep it so."""
+    """Wait until no other thread is changing the model, and keep others from changing it."""
     with unchanging(model, model.own_parts()) as whole:
         if not whole:
             raise RuntimeError("model is being changed by this thread: end `with model.changing()` first")
@@ -619,7 +622,7 @@ def _whole(model: PromptedViT) -> Iterator[None]:
 
 
 def _look(model: PromptedViT) -> Seen:
-    """What the model is now. A backbone that trains is too large to be compared by value in every call."""
+    """Record the model's state. A backbone that trains is too large to be compared by value in every call."""
     tensors, facts = tensors_of(*model.own_parts()), _facts(model)
     if model.full and not any(tensor.is_inference() for tensor in tensors):
         return SeenObjects(tensors, facts, waits=True)
@@ -627,12 +630,12 @@ def _look(model: PromptedViT) -> Seen:
 
 
 def _facts(model: PromptedViT) -> tuple[Any, ...]:
-    """What else of a model its copy depends on."""
+    """Return what else a copy of the model depends on."""
     parts = (model.generator, model.head, model.backbone)
     return (model.readout, *(None if part is None else weakref.ref(part) for part in parts))
 
 
 def _fit(tensors: Sequence[Tensor], model: PromptedViT) -> bool:
-    """Whether these can be copied into the model's own."""
+    """Whether these tensors can be copied into the model's own."""
     pairs = itertools.zip_longest(tensors, tensors_of(*model.own_parts()))
     return all(new is not None and old is not None and new.shape == old.shape for new, old in pairs)

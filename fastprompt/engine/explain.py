@@ -1,4 +1,4 @@
-"""Which implementation runs for each op of a model, and why not a faster one."""
+"""Explain which implementation runs for each op of a model, and why a faster one does not."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fastprompt.model import PromptedViT
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; printed, one line for each op and, of an engine, for each batch size.
+    """The result of `explain`. It prints one line per op and, for an engine, one per batch size.
 
     Attributes:
         ops: the implementation of each op that ran, and the reason why it is not a faster one.
-        batches: of an engine, the backend that was chosen for each signature (batch size, image size, dtype of the
-            images), the seconds that were measured, and why others cannot run.
-        engine: of an engine, the dtype it computes in, its batch sizes and how many adapters it serves.
+        batches: for an engine, for each signature (batch size, image size, image dtype): the chosen backend, the
+            measured seconds, and why others cannot run.
+        engine: for an engine, its dtype, batch sizes and number of adapters.
     """
 
     ops: dict[str, Choice]
@@ -51,10 +51,10 @@ def _line(signature: Signature, measured: Measured) -> str:
 
 
 def explain(model: PromptedViT | Engine) -> Explanation:
-    """Tell which implementation each op takes in a model, and which backend each batch size in an engine.
+    """Explain which implementation each op of a model uses and, for an engine, which backend each batch size uses.
 
-    One blank image runs through the model, as in inference. Modes and statistics of the model stay as they are;
-    `use_backend` is respected. Of an engine: what it has measured so far, which is nothing before its first batch.
+    One blank image runs through the model, as in inference. The model's modes and statistics stay unchanged, and
+    `use_backend` is respected. For an engine it shows the measurements so far; there are none before its first batch.
 
     Raises:
         TypeError: `model` is neither a PromptedViT nor an Engine. RuntimeError: the engine was released.

@@ -1,8 +1,8 @@
-"""Images of many adapters in one pass through the backbone they share.
+"""Run images of many adapters in one pass through their shared backbone.
 
-Products with the frozen weights run over the rows of all images. Prompts and heads are computed for each adapter, and
-attention for each group of images whose adapters prompt alike: adapters with as many prompts in the same blocks form
-one group, in which every image has its own prompts, keys and values.
+Products with the frozen weights run over the rows of all images. Prompts and heads are computed per adapter. Attention
+is computed per group of images. Adapters with the same number of prompts in the same blocks form one group, in which
+every image has its own prompts, keys and values.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Row(NamedTuple):
 
 
 class _Member(NamedTuple):
-    """A model's rows in a group, the positions of their images, and what its generator computed of them at first."""
+    """A model's rows in a group, the positions of their images, and its generator's context for them."""
 
     model: PromptedViT
     generator: PromptGenerator | None
@@ -40,10 +40,10 @@ class _Member(NamedTuple):
 
 
 class JointPrompts(Prompts):
-    """The prompts of several generators as those of one: each image gets the prompts of its own generator.
+    """The prompts of several generators behind one interface: each image gets the prompts of its own generator.
 
-    All set as many prompts in the same blocks (`_alike`). Contexts and draws are the members' own; what a graph passes
-    is not read.
+    All have the same number of prompts in the same blocks (`_alike`). Contexts and draws are the members' own; those
+    that a graph passes are ignored.
     """
 
     def __init__(self, members: Sequence[_Member]) -> None:
@@ -80,10 +80,10 @@ class JointPrompts(Prompts):
         return _in_order(parts, self.members)
 
     def first_sequence(self, context: Any, apart: Apart, draws: Draws, norm: Norm | None) -> None:
-        """None: no member writes the rows of others."""
+        """Return None: no member writes the rows of others."""
 
     def prefixes(self, folded: Folded | None) -> dict[int, Prefix]:
-        """Block → (B, heads, P, d) keys and values of prompts that depend on parameters only."""
+        """Map each block to (B, heads, P, d) keys and values of prompts that depend on parameters only."""
         known = [member.model.kept_prefixes(folded) or {} for member in self.members]
         return {
             layer: (
@@ -96,7 +96,7 @@ class JointPrompts(Prompts):
     def _joined(
         self, tokens: Tensor | None, prompts: Callable[[PromptGenerator, _Member, Tensor | None], Tensor]
     ) -> Tensor:
-        """(B, P, D) of the group's images, from each generator's own; `tokens`: (B, N, D), what enters the block."""
+        """Join the generators' prompts for the group's images: (B, P, D). `tokens`: (B, N, D), the block's input."""
         parts = [
             prompts(generator, member, None if tokens is None else _take(tokens, member.positions))
             for generator, member in self.generators
@@ -106,11 +106,11 @@ class JointPrompts(Prompts):
 
 
 def outputs(images: Tensor, models: Sequence[PromptedViT]) -> list[Tensor]:
-    """What each image's own model says of it: logits (C,), or features (D,) of a model without head.
+    """Compute each image's output by its own model: logits (C,), or features (D,) for a model without a head.
 
     Args:
         images: (B, 3, H, W), as the backbone takes them.
-        models: B models in eval mode on one backbone, which no gradient is asked of.
+        models: B models in eval mode on one backbone; no gradients are computed.
     """
     rows = [
         _Row(image, model, sample, draws)
@@ -128,12 +128,12 @@ def outputs(images: Tensor, models: Sequence[PromptedViT]) -> list[Tensor]:
 
 
 def _keeps_size(model: PromptedViT) -> bool:
-    """Whether the backbone reads as many patches of an image as without the model's prompts."""
+    """Whether the model's prompts leave the number of patches of an image unchanged."""
     return model.generator is None or not model.generator.changes_size
 
 
 def _together(images: Tensor, rows: list[_Row]) -> list[Tensor]:
-    """(C,) or (D,) of each row, by one pass through the backbone."""
+    """Compute (C,) or (D,) for each row in one pass through the backbone."""
     backbone, graph = rows[0].model.backbone, rows[0].model.backbone.graph
     pixels = backbone.normalise(images)
     folded = backbone.folded()
@@ -177,7 +177,7 @@ def _together(images: Tensor, rows: list[_Row]) -> list[Tensor]:
 
 
 def _one_after_the_other(images: Tensor, rows: list[_Row]) -> list[Tensor]:
-    """(C,) or (D,) of each row, by a pass for each model: images that prompts make taller have more patches."""
+    """Compute (C,) or (D,) for each row, one pass per model: prompts that make images taller add patches."""
     of_rows: list[Any] = [None] * len(rows)
     for positions in _by(range(len(rows)), lambda i: (id(rows[i].model), rows[i].sample)):
         row = rows[positions[0]]
@@ -188,7 +188,7 @@ def _one_after_the_other(images: Tensor, rows: list[_Row]) -> list[Tensor]:
 
 
 def _alike(model: PromptedViT) -> tuple[Any, ...]:
-    """What images have in common that share their attention."""
+    """Return a key that is equal for images that share their attention."""
     generator = model.generator
     if generator is None or generator.num_prompts == 0:
         return (model.readout,)
@@ -202,7 +202,7 @@ def _alike(model: PromptedViT) -> tuple[Any, ...]:
 
 
 def _by(items: Sequence[int], key: Any) -> list[list[int]]:
-    """The items by key, in the order in which keys appear."""
+    """Group the items by key, in the order in which keys appear."""
     groups: dict[Any, list[int]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -210,12 +210,12 @@ def _by(items: Sequence[int], key: Any) -> list[list[int]]:
 
 
 def _take(x: Tensor, positions: list[int]) -> Tensor:
-    """x[positions]; x itself where these are all of its rows in order."""
+    """Return x[positions], or x itself if these are all of its rows in order."""
     return x if positions == list(range(len(x))) else x[positions]
 
 
 def _in_order(parts: list[Tensor], members: list[_Member]) -> Tensor:
-    """The (1 or n, ...) of each member as one tensor, a row for each of the group's images in their order."""
+    """Join each member's (1 or n, ...) into one tensor, with a row for each of the group's images in order."""
     rows = [part.expand(len(member.positions), *part.shape[1:]) for part, member in zip(parts, members, strict=True)]
     positions = [i for member in members for i in member.positions]
     if positions == sorted(positions):

@@ -1,15 +1,15 @@
-"""A host on several machines: the same engine, addresses and limits as a deployment of Ray Serve.
+"""A host on several machines: the same engine, addresses and limits as a Ray Serve deployment.
 
-Each replica has one engine and computes what waits at it in one call, whosever it is. (Ray's model multiplexing would
-split batches by adapter, which this engine need not.) A file `deploy.py` with
+Each replica has one engine and computes everything that waits for it in one call, for all clients and adapters. (Ray's
+model multiplexing would split batches by adapter, which this engine does not need.) Start a file `deploy.py` with
 
     app = fastprompt.serve.cluster.application(HostSettings(adapters={"birds": Path("birds-adapter")}), replicas=4)
 
-is started on a Ray cluster by `serve run deploy:app`. Directories of adapters have to exist on every machine.
+on a Ray cluster with `serve run deploy:app`. Adapter directories must exist on every machine.
 
-Limits, API keys and the budget of memory are the host's, for each replica. A replica that computes one batch for longer
-than requests may take tells Ray so, which replaces it. Connections and the end are the affair of Ray's proxies:
-requests that no replica takes yet wait there, and where too many do, a proxy answers 503 in words of its own.
+Limits, API keys and the memory budget are the host's, per replica. A replica that computes one batch for longer than
+requests may take reports itself as unhealthy, and Ray replaces it. Ray's proxies handle connections and shutdown:
+requests that no replica takes yet wait there, and if too many wait, a proxy answers 503 with its own message.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ except ImportError as error:
 
 
 class Tenants:
-    """One replica: an engine, and the requests that Ray's proxies hand it."""
+    """One replica: an engine, and the requests that Ray's proxies pass to it."""
 
     def __init__(self, settings: HostSettings, limits: Limits, keys: Sequence[str], batch_wait: float) -> None:
         self.engine, catalogue = load(settings)
@@ -55,7 +55,7 @@ class Tenants:
 
     @serve.batch
     async def together(self, works: list[Work]) -> list[list[np.ndarray] | Refused]:
-        """What the engine says of each request, computed in one call while the next ones come in."""
+        """Answer all requests in one engine call while the next ones arrive."""
         self._since = time.monotonic()
         try:
             return await asyncio.to_thread(answers, self.engine, works)
@@ -63,16 +63,16 @@ class Tenants:
             self._since = math.inf
 
     def is_well(self) -> bool:
-        """Whether no batch takes for longer than requests may."""
+        """Whether no batch has been running for longer than requests may take."""
         return time.monotonic() - self._since < self.batch_seconds
 
     def check_health(self) -> None:
-        """What Ray asks now and then: it replaces a replica where this raises."""
+        """Ray's periodic health check: it replaces a replica if this raises."""
         if not self.is_well():
             raise RuntimeError(f"one batch has been computed for {time.monotonic() - self._since:.0f} s")
 
     async def compute(self, work: Work) -> list[np.ndarray]:
-        """What the engine says of one request. Raises Refused."""
+        """Answer one request. Raises Refused."""
         answer = await self.together(work)
         if isinstance(answer, Refused):
             raise answer
@@ -86,14 +86,14 @@ def application(
     replicas: int = 1,
     batch_wait: float = 0.005,
 ) -> serve.Application:
-    """What `ray.serve.run` deploys. The adapters are checked by each replica as it starts, which fails otherwise.
+    """Build the application for `ray.serve.run`. Each replica checks the adapters at startup and may fail.
 
     Args:
-        settings: what is served, by each replica, with a GPU of its own for device "cuda". Relative directories are
-            those of this process.
-        limits: what clients may send; `waiting` counts for each replica, and again for each of Ray's proxies.
+        settings: what each replica serves, with a GPU of its own for device "cuda". Relative directories are
+            resolved in this process.
+        limits: what clients may send; `waiting` applies per replica, and again per Ray proxy.
         keys: API keys; None: those that FASTPROMPT_API_KEYS has here, if any; empty: none needed.
-        replicas: engines; Ray places them on the cluster's machines.
+        replicas: number of engines; Ray places them on the cluster's machines.
         batch_wait: seconds that a request waits for others to join its batch.
 
     Raises:
@@ -109,7 +109,7 @@ def application(
     deployment = serve.deployment(
         num_replicas=replicas,
         max_queued_requests=limits.waiting,
-        max_ongoing_requests=2 * limits.waiting,  # half of them are there to be refused
+        max_ongoing_requests=2 * limits.waiting,  # leaves room to receive as many again and refuse them
         ray_actor_options={"num_gpus": 1} if settings.device.startswith("cuda") else {},
     )(Tenants)
     return deployment.bind(settings, limits, keys, batch_wait)

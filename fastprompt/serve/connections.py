@@ -1,4 +1,4 @@
-"""HTTP connections: uvicorn with h11, for clients that are slow, wrong or hostile, and an end that resets nobody."""
+"""HTTP connections with uvicorn and h11: handle slow, broken or hostile clients, and shut down without resets."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from fastprompt.serve.protocol import Limits, Refused
 from fastprompt.serve.routes import refusal
 
 CONNECTIONS = 512
-"""Maximum number of open connections: half of the files that a process may have by default."""
+"""Maximum number of open connections: half of the files that a process may open by default."""
 LINGER = 1.0
-"""Seconds for which a host that is ending keeps an idle connection open, for a request that is under way to it."""
+"""Seconds for which a host that is shutting down keeps an idle connection open, for a request already on its way."""
 UNREAD = 8
-"""Discard what a refused client still sends up to this multiple of the body limit, so that it can read the error."""
+"""Discard what a refused client still sends, up to this multiple of the body limit, so that it can read the error."""
 CLOSE = (b"connection", b"close")
 _END_OF_HEAD = re.compile(rb"\n\r?\n")
 
 
 def framing_fault(head: bytes) -> str:
-    """Why the head of a request leaves open where the request ends; empty: it does not.
+    """Return why the head of a request makes its end ambiguous; empty if it does not.
 
-    Two servers that read such a request differently can be made to see different requests (RFC 9112 §6.3, §11.2).
-    h11 refuses most of them by itself; this is what it would rather repair.
+    Two servers that parse such a request differently can be made to see different requests (RFC 9112 §6.3, §11.2).
+    h11 rejects most of them by itself; this covers those that it would repair instead.
 
     Args:
         head: request line and header lines, without the empty line.
@@ -57,7 +57,7 @@ def framing_fault(head: bytes) -> str:
 
 
 class StrictConnection(h11.Connection):
-    """h11's connection of a server; a request with a `framing_fault` is a protocol error, and kept in `fault`."""
+    """h11's server connection. A request with a `framing_fault` is a protocol error; `fault` keeps the reason."""
 
     fault = ""
 
@@ -73,10 +73,10 @@ class StrictConnection(h11.Connection):
 
 
 class LingeringTransport:
-    """A transport that closes in two steps where the client is still sending.
+    """A transport that closes in two steps if the client is still sending.
 
-    A socket that is closed with unread bytes sends a reset, which can destroy the answer on its way. So the sending
-    side is closed first; what still comes is discarded until the client closes, or until it is too much or too long.
+    A socket closed with unread bytes sends a reset, which can destroy the answer in flight. So the sending side is
+    closed first. Further input is discarded until the client closes, or until it sends too much or takes too long.
     """
 
     def __init__(self, transport: Any, is_sending: Callable[[], bool], limits: Limits) -> None:
@@ -108,22 +108,22 @@ class LingeringTransport:
             self._transport.abort()
 
     def discard(self, data: bytes) -> None:
-        """Take what comes after `close`."""
+        """Discard input that arrives after `close`."""
         self._left -= len(data)
         if self._left < 0:
             self._transport.abort()
 
     def closed(self) -> None:
-        """Stop the clock: the connection is gone."""
+        """Stop the timer: the connection is gone."""
         if self._end is not None:
             self._end.cancel()
 
 
 class ImpatientProtocol(H11Protocol):
-    """uvicorn's HTTP for clients that hold on to what they are given.
+    """uvicorn's HTTP protocol, hardened against clients that hold on to resources.
 
-    A connection is closed if its headers do not come in time, if its answers are not read in time, or if a body comes
-    that nobody reads (a slow body is the matter of `Routes`); and at once if too many are open.
+    A connection is closed if its headers arrive too late, if the client reads its answers too slowly, or if it sends a
+    body that nobody reads (`Routes` handles slow bodies). It is closed at once if too many are open.
     """
 
     limits = Limits()
@@ -139,7 +139,7 @@ class ImpatientProtocol(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.transport: Any = LingeringTransport(transport, self._is_sending, self.limits)
-        transport.set_write_buffer_limits(high=0)  # `pause_writing` with the first byte that is not taken
+        transport.set_write_buffer_limits(high=0)  # call `pause_writing` at the first byte that is not taken
         self._start("headers", transport.close)
         if len(self.connections) > CONNECTIONS:
             self._refuse(Refused(503, "busy", "too many connections are open; try again later"))
@@ -174,12 +174,12 @@ class ImpatientProtocol(H11Protocol):
         self._close_if_idle()
 
     def shutdown(self) -> None:
-        """End the connection behind what was asked on it; called once, when the server ends."""
+        """Close the connection once its pending requests are answered; called once, at shutdown."""
         self._ending = True
         self._close_if_idle()
 
     def _close_if_idle(self) -> None:
-        """While the server ends: close soon unless something is under way."""
+        """During shutdown: close soon unless a request is in progress."""
         if self._ending and self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
             self._start("idle", self.transport.close, LINGER)
 
@@ -192,14 +192,14 @@ class ImpatientProtocol(H11Protocol):
             self._timers.pop(name).cancel()
 
     def _is_sending(self) -> bool:
-        """Whether bytes of the client can still be on their way, other than those of a next request."""
+        """Whether bytes of the client may still be in flight, other than those of a next request."""
         return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             self._refuse(Refused(400, "invalid_http", self.conn.fault or msg))
         else:
-            self.transport.close()  # behind an answer, or within one
+            self.transport.close()  # after or within an answer
 
     def _refuse(self, error: Refused) -> None:
         """Answer without a request, and close."""
@@ -211,16 +211,16 @@ class ImpatientProtocol(H11Protocol):
             h11.EndOfMessage(),
         ):
             self.transport.write(self.conn.send(event) or b"")
-        if self.cycle is not None and not self.cycle.response_complete:  # its request has got this answer
+        if self.cycle is not None and not self.cycle.response_complete:  # this answers its request
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.close()
 
     async def _answered(self, app: Any, scope: Any, receive: Any, send: Any) -> None:
-        """The app. What it leaves of a body is taken before it answers, so that the connection can be kept.
+        """Run the app. Drain the rest of the body before it answers, so that the connection can be kept.
 
-        Where that is too much or takes too long, or the app asks for it by `Connection: close`, the connection is
-        closed behind the answer.
+        If the rest is too long or too slow, or if the app asks for it with `Connection: close`, the connection is
+        closed after the answer.
         """
 
         async def drain() -> None:
@@ -249,14 +249,14 @@ class ImpatientProtocol(H11Protocol):
 
 
 async def _nothing() -> None:
-    """What a server does beside serving where nothing is asked for."""
+    """Run nothing beside the server."""
 
 
 class PatientServer(uvicorn.Server):
-    """uvicorn's server. Told to end, it answers every request that had reached this machine.
+    """uvicorn's server. On shutdown, it answers every request that has reached this machine.
 
     Args:
-        beside: runs from the start until everything is answered.
+        beside: a task that runs from the start until everything is answered.
     """
 
     def __init__(self, config: uvicorn.Config, beside: Callable[[], Coroutine[Any, Any, None]] = _nothing) -> None:
@@ -264,7 +264,7 @@ class PatientServer(uvicorn.Server):
         self.beside = beside
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve, and do what is to be done beside it."""
+        """Serve, and run the task beside it."""
         beside = asyncio.create_task(self.beside())
         try:
             await super().serve(sockets)
@@ -272,7 +272,7 @@ class PatientServer(uvicorn.Server):
             beside.cancel()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take the connections that wait to be accepted, close the door behind them, and end when all are answered."""
+        """Accept the connections that are already queued, stop listening, and end when all requests are answered."""
         for connection in self.server_state.connections:
             connection.shutdown()
         waiting = []

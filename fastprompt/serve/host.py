@@ -1,7 +1,7 @@
-"""A host on one machine: LitServe carries requests from a web process to a worker with one engine, and batches them.
+"""A host on one machine: LitServe passes requests from a web process to a worker with one engine, and batches them.
 
-The web process reads, refuses and decodes; the worker gets pixels alone, computes whatever waits in one call of the
-engine, whosever it is, and hands back numbers.
+The web process reads, refuses and decodes. The worker receives only pixels, computes everything that waits in one
+engine call, for all clients, and returns numbers.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from fastprompt.terminal import say
 logger = logging.getLogger(__name__)
 
 ADDRESSES = ("/v1/models", "/v1/models/{model:path}", "/v1/embeddings", "/v1/classify", "/health")
-"""What is left of LitServe's; others tell about the machine."""
+"""The only endpoints of LitServe that stay; the others reveal details of the machine."""
 GRACE = 5.0
-"""Seconds that the host takes to end beside those that its clients may take."""
+"""Seconds that the host may take to shut down, in addition to those that its clients may take."""
 
 
 class Endpoints(LitSpec):
-    """The addresses of a host, and the way from them to the worker and back."""
+    """The endpoints of a host, and the path from them to the worker and back."""
 
     supervisor: Supervisor
 
@@ -57,7 +57,7 @@ class Endpoints(LitSpec):
         self.routes = Routes(catalogue, limits, keys, self.compute, lambda: self.supervisor.is_well())
 
     def __getstate__(self) -> dict[str, Any]:
-        """The worker needs neither addresses nor keys, nor what waits for it."""
+        """Drop the endpoints, keys and pending requests, which the worker does not need."""
         without: dict[str, Any] = dict.fromkeys(("routes", "supervisor", "response_buffer", "request_queue"))
         return super().__getstate__() | without | {"_endpoints": []}
 
@@ -69,7 +69,7 @@ class Endpoints(LitSpec):
         self.add_endpoint("/health", self.routes.health, ["GET", "HEAD"])
 
     async def compute(self, work: Work) -> list[np.ndarray]:
-        """What the worker says of the pictures. Raises Refused: it came to them too late, failed or was lost."""
+        """Send pictures to the worker and return its answer. Raises Refused if it was too late, failed or was lost."""
         await self.supervisor.ready.wait()
         if self.supervisor.failure:
             raise _lost()
@@ -91,7 +91,7 @@ class Endpoints(LitSpec):
         return answer
 
     def forsake(self) -> None:
-        """Answer what waits for a worker that is lost, and keep the next one from computing it."""
+        """Answer everything that waits for a lost worker, and keep the next one from computing it."""
         with contextlib.suppress(Empty, OSError, EOFError):
             while True:
                 self.request_queue.get_nowait()
@@ -113,26 +113,26 @@ def run(
     batch_wait: float = 0.005,
     origins: Sequence[str] = (),
 ) -> None:
-    """Serve until SIGTERM or Ctrl+C: then every request that has reached this machine is answered, and it returns.
+    """Serve until SIGTERM or Ctrl+C. Then answer every request that has reached this machine, and return.
 
-    Backbone and adapters are loaded and checked before anything starts, and released again: the worker has them. A
-    worker that died or hangs is replaced, with all adapters; what it had to do is answered 503.
+    Backbone and adapters are first loaded and checked here, then released again, since the worker loads its own. A
+    worker that died or hangs is replaced, with all adapters; its pending requests are answered 503.
 
     Args:
-        settings: what is served. limits: what clients may send. keys: API keys; empty: everybody may ask.
-        host, port: to listen at; port 0: one that is free, which is printed.
+        settings: what to serve. limits: what clients may send. keys: API keys; empty: everybody may send requests.
+        host, port: the address to listen on; port 0: a free one, which is printed.
         batch_wait: seconds that a request waits for others to join its batch.
-        origins: of web pages that may ask from a browser ("https://example.org"; "*": all).
+        origins: origins of web pages that may send requests from a browser ("https://example.org"; "*": all).
 
     Raises:
-        ValueError, FileNotFoundError: backbone or an adapter do not fit; see `load`.
-        OSError: the address is taken. RuntimeError: the worker failed before it was ready, or again and again.
+        ValueError, FileNotFoundError: the backbone or an adapter is invalid; see `load`.
+        OSError: the address is in use. RuntimeError: the worker failed before it was ready, or too often.
     """
     limits = limits or Limits()
     if not 0 <= batch_wait < limits.answer_seconds:
         raise ArgumentError("batch_wait", f"must be seconds from 0 below {limits.answer_seconds:g}, got {batch_wait}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    socket.create_server((host, port), family=family).close()  # before minutes of loading
+    socket.create_server((host, port), family=family).close()  # fail before minutes of loading
     engine, catalogue = load(settings)
     engine.release()
     del engine
@@ -144,7 +144,7 @@ def run(
         accelerator="cuda" if settings.device.startswith("cuda") else "cpu",
         devices=1,
         timeout=limits.answer_seconds,
-        healthcheck_path="/litserve/health",  # ours looks at the worker, LitServe's at how it started
+        healthcheck_path="/litserve/health",  # ours checks the worker, LitServe's only how it started
         disable_openapi_url=True,
         middlewares=[
             (CORSMiddleware, {"allow_origins": list(origins), "allow_methods": ["GET", "POST"], "allow_headers": ["*"]})
@@ -192,7 +192,7 @@ def run(
     except (KeyboardInterrupt, _Terminated):
         pass
     finally:
-        with _killed(server):  # where the end came before LitServe had started
+        with _killed(server):  # if shutdown came before LitServe had started
             signal.signal(signal.SIGTERM, before)
     if supervisor.failure:
         raise RuntimeError(supervisor.failure)
@@ -200,7 +200,7 @@ def run(
 
 @contextlib.contextmanager
 def _killed(server: litserve.LitServer) -> Iterator[None]:
-    """End the worker behind the block, at once: it has nothing more to do, and does not listen to SIGTERM."""
+    """Kill the worker after the block: it has nothing left to do and ignores SIGTERM."""
     try:
         yield
     finally:
@@ -209,10 +209,10 @@ def _killed(server: litserve.LitServer) -> Iterator[None]:
 
 
 class _Terminated(BaseException):
-    """SIGTERM, as KeyboardInterrupt is SIGINT."""
+    """Raised on SIGTERM, like KeyboardInterrupt on SIGINT."""
 
 
 def _leave(number: int, frame: Any) -> None:
     host = multiprocessing.parent_process()
-    if host is None or not host.is_alive():  # LitServe's other processes are ended by this one
+    if host is None or not host.is_alive():  # this process ends LitServe's other processes
         raise _Terminated

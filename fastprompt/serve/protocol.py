@@ -1,6 +1,6 @@
-"""What a host and its clients say to each other: requests to pictures, outputs to answers, and what is refused.
+"""The protocol between a host and its clients: parse requests into pictures, format outputs, and refuse bad requests.
 
-Nothing here knows a web server. What comes from a client is looked at before it is decoded, and decoded by Pillow.
+Nothing here depends on a web server. Client data is checked before it is decoded, and Pillow decodes it.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from fastprompt.vit.weights import ViTSpec
 BASE = "__base__"
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_RETURNED_CLASSES = 5
-"""Number of classes whose probabilities an answer gives, the likeliest first."""
+"""Number of classes whose probabilities an answer includes, most likely first."""
 PIXEL_BYTES = 16
 """Maximum encoded bytes per pixel (twice PNG's worst case)."""
 METADATA = 2**18
-"""Maximum bytes of a picture's metadata, beside those of its pixels."""
+"""Maximum bytes of a picture's metadata, in addition to those of its pixels."""
 SCANS = 100
-"""Maximum number of scans of a JPEG. Each goes over all pixels; progressive files have about ten."""
+"""Maximum number of scans of a JPEG. Each scan covers all pixels; progressive files have about ten."""
 CHEAP_SCANS = 10
-"""Scans of a JPEG that count as one decoding; a file of ten times as many counts as ten pictures."""
+"""Number of JPEG scans that count as one decoding; a file with ten times as many counts as ten pictures."""
 PARTS = 1000
-"""Maximum number of parts of a form that is read at all. `Limits.images` is smaller, and its error says which limit."""
+"""Maximum number of form parts that the parser reads. `Limits.images` is smaller, and its error names the limit."""
 PART_HEADERS = 2**13
-"""Maximum bytes of the headers of a form's part."""
+"""Maximum bytes of the headers of one form part."""
 COMMAS = 1000
-"""Maximum number of commas in a JSON body, beside two for each picture (in its data URL, and behind it)."""
+"""Maximum number of commas in a JSON body, in addition to two per picture (one in its data URL, one after it)."""
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
-"""A marker of a JPEG; within a scan FF is followed by 00 or by the number of a restart."""
+"""A JPEG marker. Within a scan, FF is followed by 00 or by a restart number."""
 
 
 class Refused(Exception):
     """A request that is answered with an error.
 
     Attributes:
-        status: of HTTP. code: one word for programs. message: for people; nothing of the host's inner workings.
-        closes: the client may still be sending its request, so the connection ends with the answer.
+        status: the HTTP status. code: one word for programs. message: for people, without internal details of the host.
+        closes: whether the connection ends with the answer, because the client may still be sending its request.
     """
 
     closes = False
@@ -68,17 +68,17 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a host takes of one client at most.
+    """The maximum that a host accepts from one client.
 
     Attributes:
-        body_bytes: of a request. images: of a request.
-        pixels: of a picture that is computed at its own size; None: four times the backbone's.
-        body_seconds: until a request's headers, and then its body, have come.
-        answer_seconds: until a request that waits for the engine is answered 504.
-        waiting: requests that wait for the engine; others are answered 503 meanwhile.
-        held_bytes: of the bodies and pictures of all requests at once; a request may hold as many as are then still
-            free, others are answered 503 meanwhile. None: 256 MiB, or twice `body_bytes` where that is more.
-        decoded_bytes: of the pictures of a request as they are decoded (`fastprompt.data.images.decoded_bytes`).
+        body_bytes: per request. images: per request.
+        pixels: per picture computed at its own size; None: four times the backbone's.
+        body_seconds: time limit for a request's headers, and then for its body.
+        answer_seconds: time after which a request that waits for the engine is answered 504.
+        waiting: number of requests that may wait for the engine; others are answered 503 meanwhile.
+        held_bytes: of the bodies and pictures of all requests at once. A request may hold as many as remain free
+            afterwards; others are answered 503 meanwhile. None: 256 MiB, or twice `body_bytes` if that is more.
+        decoded_bytes: of a request's pictures during decoding (`fastprompt.data.images.decoded_bytes`).
     """
 
     body_bytes: int = 8 * 2**20
@@ -102,7 +102,7 @@ class Limits:
             raise ValueError(f"Limits.pixels must be positive or None, got {self.pixels}")
 
     def held(self) -> int:
-        """`held_bytes` as a number."""
+        """`held_bytes`, or its default if None."""
         return max(256 * 2**20, 2 * self.body_bytes) if self.held_bytes is None else self.held_bytes
 
 
@@ -111,12 +111,12 @@ class Catalogue:
     """What a host serves.
 
     Attributes:
-        name: of the backbone. width: of its features. dtype: it computes in. adapters: class names by adapter.
-        spec: which sizes of images the backbone takes, among other things.
-        fixed: adapters that take images of the backbone's own size alone, whatever it takes.
-        created: when it was loaded, in seconds since 1970.
-        preprocessing: how a picture is brought to the backbone's size, by adapter; "crop" of those that do not say.
-        in_pixels: adapters whose prompts are pixels, which take pictures as they are.
+        name: of the backbone. width: of its features. dtype: of its computation. adapters: class names by adapter.
+        spec: the backbone's properties, among them the image sizes that it accepts.
+        fixed: adapters that only accept images of the backbone's own size, whatever the backbone accepts.
+        created: load time in seconds since 1970.
+        preprocessing: how pictures are resized to the backbone's size, by adapter; "crop" for adapters without one.
+        in_pixels: adapters whose prompts are pixels; they take pictures unresized.
     """
 
     name: str
@@ -131,7 +131,7 @@ class Catalogue:
     in_pixels: Collection[str] = ()
 
     def models(self) -> dict[str, Any]:
-        """The answer of `GET /v1/models`."""
+        """Return the answer to `GET /v1/models`."""
         spec, owned = self.spec, {"created": self.created, "owned_by": "fastprompt"}
         backbone = {
             "id": self.name,
@@ -159,7 +159,7 @@ class Catalogue:
         return {"object": "list", "data": [backbone, *adapters]}
 
     def sizes(self) -> str:
-        """Which pictures are taken, for people."""
+        """Describe the accepted picture sizes, for people."""
         spec = self.spec
         if not spec.dynamic_size:
             return f"{spec.image_size[0]} x {spec.image_size[1]} pixels (height x width)"
@@ -170,10 +170,10 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Work:
-    """What the engine has to do for a request.
+    """The engine's work for one request.
 
     Attributes:
-        pictures: uint8 (3, H, W) each. adapter: that reads them.
+        pictures: uint8 (3, H, W) each. adapter: the adapter that computes them.
     """
 
     pictures: list[np.ndarray]
@@ -182,7 +182,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Ask:
-    """A request as it came: encoded pictures, and what is asked of them.
+    """A parsed request: encoded pictures and the options of the request.
 
     `pixels` is "fit" (pictures of other sizes are resized) or "exact" (they are refused).
     """
@@ -194,7 +194,7 @@ class Ask:
 
 
 class _Body(BaseModel):
-    """The JSON of a request. `user` is part of OpenAI's and has no effect."""
+    """The JSON of a request. `user` is part of OpenAI's API and has no effect."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     input: str | list[str]
@@ -205,12 +205,12 @@ class _Body(BaseModel):
 
 
 def read_json(body: bytes, limits: Limits) -> Ask:
-    """A request in JSON: {"input": data URL or list of them, "model": ..., "encoding_format": ..., "pixels": ...}.
+    """Parse a JSON request: {"input": data URL or list of them, "model": ..., "encoding_format": ..., "pixels": ...}.
 
     Raises:
-        Refused: it is no such JSON, or an input is no data URL in base64.
+        Refused: it is not such JSON, or an input is not a base64 data URL.
     """
-    if body.count(b",") > COMMAS + 2 * limits.images:  # a value costs a hundred times its bytes, an error more
+    if body.count(b",") > COMMAS + 2 * limits.images:  # a value costs a hundred times its bytes, an error even more
         raise Refused(
             422, "invalid_request", f"body: has too many values; 'input' takes at most {limits.images} data URLs"
         )
@@ -241,7 +241,7 @@ _PART_EVENTS = (
 
 
 class _Parts:
-    """What a form's parser has found: (name, value) of each part, bytes where it has a file name."""
+    """The parts that a form's parser has found: (name, value) of each, as bytes if it has a file name."""
 
     def __init__(self) -> None:
         self.fields: list[tuple[str, str | bytes]] = []
@@ -285,10 +285,10 @@ class _Parts:
 
 
 def form_fields(body: bytes, content_type: str) -> list[tuple[str, str | bytes]]:
-    """(name, value) of each part of multipart/form-data, as text or, where the part has a file name, as bytes.
+    """Return (name, value) of each part of multipart/form-data, as text, or as bytes if the part has a file name.
 
     Raises:
-        Refused: it is no such form, is cut off before its end, or has very many parts.
+        Refused: it is not such a form, is truncated, or has too many parts.
     """
     boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
     if not boundary:
@@ -300,7 +300,7 @@ def form_fields(body: bytes, content_type: str) -> list[tuple[str, str | bytes]]
         parser = MultipartParser(boundary, {name: getattr(parts, name) for name in _PART_EVENTS})  # type: ignore[arg-type]
         for start in range(0, len(body), 2**16):
             parser.write(body[start : start + 2**16])
-    except ValueError as error:  # the parser's own are such
+    except ValueError as error:  # includes the parser's own errors
         raise Refused(400, "invalid_form", "the body is no valid multipart/form-data in UTF-8") from error
     if not parts.complete:
         raise Refused(400, "invalid_form", "the form is cut off: its closing boundary is missing")
@@ -308,10 +308,10 @@ def form_fields(body: bytes, content_type: str) -> list[tuple[str, str | bytes]]
 
 
 def read_form(fields: Sequence[tuple[str, str | bytes]], limits: Limits) -> Ask:
-    """A request as the parts of multipart/form-data: `file` for each picture, and what `read_json` takes beside them.
+    """Parse the parts of multipart/form-data: `file` for each picture, and the options of `read_json`.
 
     Raises:
-        Refused: a part has another name, comes twice, or has a value that is not taken.
+        Refused: a part has an unknown name, is repeated, or has an invalid value.
     """
     files: list[bytes] = []
     texts: dict[str, str] = {}
@@ -346,7 +346,7 @@ def read_form(fields: Sequence[tuple[str, str | bytes]], limits: Limits) -> Ask:
 
 
 def check_count(images: int, limits: Limits) -> None:
-    """Refuse a request without pictures, or with too many."""
+    """Refuse a request without pictures or with too many."""
     if images == 0:
         raise Refused(422, "no_images", "the request has no picture")
     if images > limits.images:
@@ -370,16 +370,16 @@ def _from_data_url(url: str, index: int) -> bytes:
 def decode(
     ask: Ask, catalogue: Catalogue, limits: Limits, preprocessing: Preprocessing | None = None, sizes: str = "exact"
 ) -> list[np.ndarray]:
-    """The pictures of a request, uint8 (3, H, W) each, of sizes that the backbone takes.
+    """Decode the pictures of a request to uint8 (3, H, W) each, at sizes that the backbone accepts.
 
     Args:
-        preprocessing: how pictures become pixels of the backbone's own size; None: the default.
-        sizes: "exact" (others are refused), "kept" (others are resized), or "own" (all but the backbone's own are
-            resized, as `fastprompt predict` does it).
+        preprocessing: how pictures are resized to the backbone's own size; None: the default.
+        sizes: "exact" (other sizes are refused), "kept" (sizes that the backbone does not accept are resized), or "own"
+            (all but the backbone's own are resized, as in `fastprompt predict`).
 
     Raises:
-        Refused: a picture is damaged, of another kind or size, or would take too much memory or work, of which none is
-            done then.
+        Refused: a picture is damaged, has an unsupported format or size, or would take too much memory or work. In the
+            last case it is refused before any work is done.
     """
     opened = [_opened(data, i, catalogue, limits, sizes) for i, data in enumerate(ask.files)]
     total = sum(cost for _, cost in opened)
@@ -402,7 +402,7 @@ def decode(
 
 @contextlib.contextmanager
 def _refusing(index: int) -> Iterator[None]:
-    """What a decoder raises within it is the picture's fault."""
+    """Context that turns a decoder's exceptions into Refused errors about the picture."""
     try:
         yield
     except Refused:
@@ -411,12 +411,12 @@ def _refusing(index: int) -> Iterator[None]:
         raise Refused(413, "too_many_pixels", f"image {index} has too many pixels") from error
     except Image.UnidentifiedImageError as error:
         raise Refused(422, "not_an_image", f"image {index} is neither PNG, JPEG nor WebP") from error
-    except Exception as error:  # a decoder can fail in any way on bytes that are made to make it fail
+    except Exception as error:  # crafted bytes can make a decoder raise anything
         raise Refused(422, "damaged_image", f"image {index} cannot be decoded") from error
 
 
 def _opened(data: bytes, index: int, catalogue: Catalogue, limits: Limits, sizes: str) -> tuple[Image.Image, int]:
-    """A picture of which the header alone is read, and the bytes that it takes to decode, more for many scans."""
+    """Open a picture, reading only its header; return it and the bytes needed to decode it, more for many scans."""
     _check_bytes(data, _most_pixels(catalogue, limits) if sizes == "exact" else limits.decoded_bytes // 4, index)
     with _refusing(index):
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -430,14 +430,14 @@ def _opened(data: bytes, index: int, catalogue: Catalogue, limits: Limits, sizes
 
 
 def jpeg_scans(data: bytes) -> int:
-    """The number of scans of a JPEG, up to its end marker; one more than `SCANS` stands for all larger numbers."""
+    """Return the number of scans of a JPEG up to its end marker; any number above `SCANS` returns `SCANS` + 1."""
     at, scans = 2, 0
     while scans <= SCANS and (marker := _MARKER.search(data, at)):
         kind, at = marker[1][0], marker.end()
         if kind == 0xD9:
             break
         scans += kind == 0xDA
-        if kind not in (0x01, 0xD8):  # these have no length
+        if kind not in (0x01, 0xD8):  # these markers have no length
             at += int.from_bytes(data[at : at + 2], "big")
     return scans
 
@@ -445,7 +445,7 @@ def jpeg_scans(data: bytes) -> int:
 def _brought_to_size(
     image: Image.Image, index: int, catalogue: Catalogue, limits: Limits, preprocessing: Preprocessing, sizes: str
 ) -> np.ndarray:
-    """An upright picture as uint8 (3, H, W)."""
+    """Resize if needed; return the upright picture as uint8 (3, H, W)."""
     wrong = _wrong_size(image.height, image.width, index, catalogue, limits)
     if sizes == "exact" and wrong:
         raise wrong
@@ -466,7 +466,7 @@ def _most_pixels(catalogue: Catalogue, limits: Limits) -> int:
 
 
 def _check_bytes(data: bytes, pixels: int, index: int) -> None:
-    """Refuse what costs more to decode than a picture of so many pixels."""
+    """Refuse a file that costs more to decode than a picture with that many pixels."""
     most = PIXEL_BYTES * pixels + METADATA
     if len(data) > most:
         raise Refused(
@@ -480,7 +480,7 @@ def _check_size(height: int, width: int, index: int, catalogue: Catalogue, limit
 
 
 def _wrong_size(height: int, width: int, index: int, catalogue: Catalogue, limits: Limits) -> Refused | None:
-    """Why a picture is not computed at its own size; None: it is."""
+    """Return why a picture is not computed at its own size; None if it is."""
     if catalogue.spec.obstacle(height, width):
         return Refused(
             422,
@@ -496,9 +496,10 @@ def _wrong_size(height: int, width: int, index: int, catalogue: Catalogue, limit
 
 
 def embeddings_work(ask: Ask, catalogue: Catalogue, limits: Limits) -> Work:
-    """Features of the backbone itself. Raises Refused where another model is asked for, and as `decode`.
+    """Parse a request for features of the backbone itself.
 
-    Sizes that the backbone takes are kept: clients that send prompts as pixels rely on it.
+    Sizes that the backbone accepts are kept: clients that send prompts as pixels rely on this. Raises Refused if
+    another model is requested, and in the cases that `decode` lists.
     """
     if ask.model not in (None, catalogue.name):
         raise Refused(
@@ -508,10 +509,11 @@ def embeddings_work(ask: Ask, catalogue: Catalogue, limits: Limits) -> Work:
 
 
 def classify_work(ask: Ask, catalogue: Catalogue, limits: Limits) -> Work:
-    """Logits of an adapter. Raises Refused where none, or one that is not served, is named, and as `decode`.
+    """Parse a request for logits of an adapter.
 
-    Pictures are preprocessed as the adapter's training images were; those for an adapter in pixels are taken as they
-    are, as is every picture where exact pixels are asked for.
+    Pictures are preprocessed as the adapter's training images were. They stay as they are if the adapter's prompts are
+    pixels, or if the request asks for exact pixels. Raises Refused if it names no adapter or one that is not served,
+    and in the cases that `decode` lists.
     """
     if ask.model is None:
         raise Refused(422, "invalid_request", "model must name an adapter; GET /v1/models lists them")
@@ -525,7 +527,7 @@ def classify_work(ask: Ask, catalogue: Catalogue, limits: Limits) -> Work:
 
 
 def embeddings_answer(ask: Ask, catalogue: Catalogue, outputs: Sequence[np.ndarray]) -> dict[str, Any]:
-    """OpenAI's list of embeddings, from features (D,) of each picture."""
+    """Format features (D,) of each picture as OpenAI's list of embeddings."""
     data = [
         {
             "object": "embedding",
@@ -540,7 +542,7 @@ def embeddings_answer(ask: Ask, catalogue: Catalogue, outputs: Sequence[np.ndarr
 
 
 def classify_answer(ask: Ask, catalogue: Catalogue, outputs: Sequence[np.ndarray]) -> dict[str, Any]:
-    """The likeliest class of each picture and the probabilities of the likeliest ones, from logits (C,) of each."""
+    """Format logits (C,) of each picture: the most likely class, and the probabilities of the most likely ones."""
     names, data = catalogue.adapters[str(ask.model)], []
     for i, logits in enumerate(outputs):
         likely = np.exp(logits.astype(np.float64) - logits.max())

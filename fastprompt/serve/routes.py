@@ -1,4 +1,4 @@
-"""HTTP in front of an engine: who may ask, how much, for how long; the same for LitServe and for Ray Serve."""
+"""HTTP in front of an engine: authentication, limits and timeouts; the same for LitServe and for Ray Serve."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 
 KEYS_VARIABLE = "FASTPROMPT_API_KEYS"
 DECODERS = 2
-"""Threads that read requests and decode pictures."""
+"""Number of threads that parse requests and decode pictures."""
 Compute = Callable[[Work], Awaitable[list[np.ndarray]]]
 
 
 def read_keys(file: Path | None) -> list[str]:
-    """API keys, one in a line of `file`, or separated by commas in the variable FASTPROMPT_API_KEYS; []: no keys.
+    """Read API keys, one per line of `file`, or separated by commas in FASTPROMPT_API_KEYS; [] if there are none.
 
-    Spaces round a key, empty lines, and lines of `file` that start with '#' are no keys.
+    Whitespace around a key is stripped. Empty lines, and lines of `file` that start with '#', are skipped.
 
     Raises:
         ValueError: the file, or a variable that is set, has no key. OSError: the file cannot be read.
@@ -55,11 +55,11 @@ class Routes:
     """The endpoints of a host, each a function of a Starlette request.
 
     Args:
-        catalogue: what is served. limits: what one client may send. keys: API keys; empty: everybody may ask.
-        compute: runs the engine on a request's pictures; it can raise `Refused`. is_well: whether the engine answers.
+        catalogue: what is served. limits: what one client may send. keys: API keys; empty: everybody may send requests.
+        compute: runs the engine on a request's pictures; it can raise `Refused`. is_well: whether the engine responds.
 
     Raises:
-        ValueError: `limits` takes no picture of the backbone's size.
+        ValueError: `limits` do not admit a picture of the backbone's size.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Routes:
         return await self._answered(self._models(request))
 
     async def model(self, request: Request) -> Response:
-        """GET /v1/models/ID: one of them."""
+        """GET /v1/models/ID: one model."""
         return await self._answered(self._model(request))
 
     async def embeddings(self, request: Request) -> Response:
@@ -93,17 +93,17 @@ class Routes:
         return await self._answered(self._pictures(request, protocol.embeddings_work, protocol.embeddings_answer))
 
     async def classify(self, request: Request) -> Response:
-        """POST /v1/classify: what an adapter says of pictures."""
+        """POST /v1/classify: an adapter's classification of pictures."""
         return await self._answered(self._pictures(request, protocol.classify_work, protocol.classify_answer))
 
     async def health(self, request: Request) -> Response:
-        """GET /health: 200 while requests are answered, else 503."""
+        """GET /health: 200 while the host answers requests, else 503."""
         if self.is_well():
             return Response("ok")
         return refusal(Refused(503, "not_ready", "the engine is not ready; try again later"))
 
     async def __call__(self, request: Request) -> Response:
-        """Any of the endpoints, by address and method, for a server that has no router of its own."""
+        """Dispatch to an endpoint by path and method, for a server without a router of its own."""
         endpoints = {
             "/v1/models": ("GET", self.models),
             "/v1/embeddings": ("POST", self.embeddings),
@@ -168,7 +168,7 @@ class Routes:
         to_work: Callable[[Ask, Catalogue, Limits], Work],
         to_answer: Callable[[Ask, Catalogue, Sequence[np.ndarray]], dict[str, Any]],
     ) -> dict[str, Any]:
-        """The answer to a whole body, which is given up, with the files in it, as soon as its pictures are decoded."""
+        """Answer a complete body. It is freed, with the files in it, as soon as its pictures are decoded."""
 
         def read() -> tuple[Ask, Work]:
             whole = bytes(body)
@@ -189,7 +189,7 @@ class Routes:
             raise Refused(503, "busy", "too many requests wait; try again later")
 
     async def _answered(self, answering: Awaitable[dict[str, Any]]) -> Response:
-        """The answer, or the error, as JSON. An error that nobody foresaw is logged, and its text kept back."""
+        """Return the answer or the error as JSON. Unexpected errors are logged and their text is not sent."""
         try:
             return JSONResponse(await answering)
         except Refused as error:
@@ -201,20 +201,20 @@ class Routes:
             return refusal(Refused(500, "internal_error", "the host failed to answer this request"))
 
     def _admit(self, request: Request) -> None:
-        """Refuse who has no key; the time it takes does not tell how much of a key was right."""
+        """Refuse clients without a key, in constant time: the duration does not reveal how much of a key was right."""
         if not self._keys:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             given = request.headers.get("x-api-key", "")
         given = given.strip()
-        if not sum(hmac.compare_digest(key, given.encode("latin-1")) for key in self._keys):  # with every key
+        if not sum(hmac.compare_digest(key, given.encode("latin-1")) for key in self._keys):  # compare with every key
             raise Refused(
                 401, "invalid_api_key", "this host needs an API key: 'Authorization: Bearer KEY', or 'X-API-Key: KEY'"
             )
 
     async def _body(self, request: Request, share: Share) -> bytearray:
-        """The request's body. Raises Refused as soon as it is known to be too large, or when it is too slow."""
+        """Read the request's body. Raises Refused as soon as it is known to be too large, or if it is too slow."""
         most, body = self.limits.body_bytes, bytearray()
         too_large = Refused(413, "body_too_large", f"a request has at most {most} bytes")
         declared = int(request.headers.get("content-length") or 0)
@@ -239,7 +239,7 @@ class Routes:
 
 
 def _forms(key: str) -> set[bytes]:
-    """The bytes that clients send a key as: UTF-8, and as browsers and Python's own client do, Latin-1."""
+    """Return the bytes that clients send for a key: UTF-8, or Latin-1 as from browsers and Python's own client."""
     forms = {key.encode("utf-8", "surrogateescape")}
     with contextlib.suppress(UnicodeEncodeError):
         forms.add(key.encode("latin-1"))
@@ -247,13 +247,13 @@ def _forms(key: str) -> set[bytes]:
 
 
 def _path(request: Request) -> str:
-    """The path below the address that the host is mounted at, decoded."""
+    """Return the decoded path below the address at which the host is mounted."""
     path, root = request.scope["path"], request.scope.get("root_path", "").rstrip("/")
     return path.removeprefix(root) if path.startswith(root + "/") else path
 
 
 def _is_form(request: Request) -> bool:
-    """Whether the body is a form, else JSON. Raises Refused where it is neither, packed, or not in UTF-8."""
+    """Whether the body is a form rather than JSON. Raises Refused if it is neither, compressed, or not in UTF-8."""
     kind, options = parse_options_header(request.headers.get("content-type"))
     kind = kind.lower()
     if kind not in (b"application/json", b"multipart/form-data"):
@@ -275,13 +275,13 @@ def _is_form(request: Request) -> bool:
 
 
 def refusal(error: Refused) -> Response:
-    """An error as JSON. The connection of a client who may still be sending is closed."""
+    """Return an error as JSON. If the client may still be sending, the connection is closed."""
     headers = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(error.status, {})
     return JSONResponse(error.body(), error.status, {**headers, "Connection": "close"} if error.closes else headers)
 
 
 async def refuse(request: Request, error: Exception) -> Response:
-    """A web framework's own error (no such address, wrong method) in the form of ours."""
+    """Convert a web framework's own error (unknown address, wrong method) to our format."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     codes = {404: "not_found", 405: "method_not_allowed"}
     detail = str(error.detail) if isinstance(error, HTTPException) and status < 500 else "the host failed"

@@ -8,12 +8,13 @@ from typing import Any
 
 
 class Signs:
-    """What a worker lets the web process see, in memory that both have.
+    """Signs of life that a worker shows to the web process, in shared memory.
 
     Attributes:
-        pulse: when a thread of the worker last ran; it stops with the process. turn: when its loop last came round; it
-            stops with a batch that never ends, too. Both in seconds of `time.monotonic`.
-        ready: the worker takes requests.
+        pulse: when a thread of the worker last ran; it stops with the process. turn: when the worker's loop last
+            started an iteration; it also stops during a batch that never ends. Both are in seconds of
+            `time.monotonic`.
+        ready: whether the worker accepts requests.
     """
 
     def __init__(self) -> None:
@@ -21,7 +22,7 @@ class Signs:
         self.reset()
 
     def reset(self) -> None:
-        """As of a worker that begins now."""
+        """Reset all signs for a worker that is starting."""
         now = time.monotonic()
         self._values[:] = [now, now, 0.0]
 
@@ -38,14 +39,14 @@ class Signs:
         return bool(self._values[2])
 
     def beat(self) -> None:
-        """A thread of the worker runs."""
+        """Record that a thread of the worker runs."""
         self._values[0] = time.monotonic()
 
     def come_round(self) -> None:
-        """The worker's loop runs."""
+        """Record that the worker's loop runs."""
         self._values[1] = time.monotonic()
 
     def set_ready(self) -> None:
-        """The worker takes requests from now on."""
+        """Record that the worker accepts requests from now on."""
         self.come_round()
         self._values[2] = 1.0

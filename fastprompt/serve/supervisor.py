@@ -1,4 +1,4 @@
-"""One worker that lives: it is watched, and replaced where it died or hangs."""
+"""Keep one worker alive: watch it, and replace it if it dies or hangs."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ from fastprompt.serve.signs import Signs
 logger = logging.getLogger(__name__)
 
 TICK = 0.5
-"""Seconds between two looks at the worker."""
+"""Seconds between two checks of the worker."""
 SILENT, LOST = 3.0, 10.0
-"""Seconds without a pulse after which a worker counts as ill, and after which it is replaced."""
+"""Seconds without a pulse after which a worker counts as unhealthy, and after which it is replaced."""
 STARTING = 1800.0
-"""Seconds without a pulse that a worker has which imports and loads."""
+"""Seconds without a pulse that are allowed while a worker imports and loads."""
 SHORTEST_BATCH = 5.0
-"""Seconds that a batch may take at least, however short the time is in which requests have to be answered."""
+"""Minimum time limit in seconds for a batch, however short the time limit for requests is."""
 REPLACED, WINDOW = 5, 600.0
-"""Workers that are replaced within so many seconds; a host that loses more ends."""
+"""Maximum number of replaced workers within that many seconds; a host that loses more ends."""
 
 
 class Supervisor:
     """Keeps a worker running.
 
-    A worker is replaced when its process ended, stopped, or computes one batch for longer than requests may take: then
-    nobody waits for that batch any more. A host whose worker fails before it was ready, or fails again and again, ends.
+    A worker is replaced if its process has ended or stopped, or if it computes one batch for longer than requests may
+    take, since no client waits for that batch any more. If a worker fails before it is ready, or workers fail too
+    often, the host ends.
 
     Args:
-        signs: of the worker's life. answer_seconds: in which a request has to be answered.
+        signs: the worker's signs of life. answer_seconds: time limit for a request's answer.
         launch: starts a worker; it may raise OSError or EOFError.
-        forsake: called when a worker is lost, to answer what waits for it.
-        end: called when the host has to end, with the reason in `failure`.
+        forsake: called when a worker is lost, to answer its pending requests.
+        end: called when the host must end, with the reason in `failure`.
 
     Attributes:
-        ready: set while requests can be given to the worker, and for ever when the host ends.
-        failure: why the host has to end; empty: it has not.
+        ready: set while the worker accepts requests, and permanently once the host ends.
+        failure: why the host must end; empty if it need not.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Supervisor:
         self._looked, self._lost = time.monotonic(), list[float]()
 
     def is_well(self) -> bool:
-        """Whether the worker takes requests, and gives signs of life."""
+        """Whether the worker accepts requests and gives signs of life."""
         return self.ready.is_set() and not self.failure and not self._trouble(SILENT)
 
     async def run(self) -> None:
@@ -66,20 +67,20 @@ class Supervisor:
             await asyncio.sleep(TICK)
 
     async def look(self) -> None:
-        """Replace the worker where it has to be."""
+        """Check the worker once, and replace it if needed."""
         now = time.monotonic()
         slept, self._looked = now - self._looked > SILENT, now
         if self.signs.ready:
             self.ready.set()
         trouble = self._trouble(LOST if self.signs.ready else STARTING)
-        if trouble and (self._is_dead() or not slept):  # after a sleep of this process the worker has a turn first
+        if trouble and (self._is_dead() or not slept):  # if this process was suspended, let the worker run first
             await self._replace(trouble)
 
     def _is_dead(self) -> bool:
         return self.process is None or not self.process.is_alive()
 
     def _trouble(self, silent: float) -> str:
-        """What is wrong with the worker, which may be without a pulse for `silent` seconds; empty: nothing."""
+        """Return what is wrong with the worker if it has no pulse for `silent` seconds or another fault; else empty."""
         now = time.monotonic()
         if self.process is None or not self.process.is_alive():
             return f"died with exit code {None if self.process is None else self.process.exitcode}"
@@ -114,5 +115,5 @@ class Supervisor:
 
     def _fail(self, failure: str) -> None:
         self.failure = failure
-        self.ready.set()  # who waits for it is told
+        self.ready.set()  # wake up whoever waits for it
         self.end()

@@ -1,4 +1,4 @@
-"""One engine for everybody: built from what an operator asks for, and run on the pictures of many clients at once."""
+"""One engine for all clients: build it from an operator's settings, and run it on many clients' pictures at once."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_BACKBONE = "clip-vit-b16"
 MOST_FAST = KEPT // 2 - 1
-"""Maximum of `HostSettings.fast_adapters`: an engine keeps `KEPT` functions, two for each adapter and the backbone."""
+"""Maximum of `HostSettings.fast_adapters`: an engine keeps `KEPT` functions, two per adapter and for the backbone."""
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class HostSettings:
-    """What is served.
+    """What to serve, and how.
 
     Attributes:
         backbone: a name that `fp.load_backbone` knows; None: that of the first adapter's run, else "clip-vit-b16".
-            Clients know a "local-dir:" or a "checkpoint:" by the own name of its folder or file.
+            Clients see a "local-dir:" or "checkpoint:" backbone under the bare name of its folder or file.
         image_size: side in pixels; None: that of the first adapter, else the backbone's own.
-        any_size: pictures of any number of whole patches are computed at their own size, with position embeddings
-            resampled. Clients whose prompts are rows below the image (placement "extend") need it.
-        adapters: directories that `save_pretrained` or `fastprompt adapt` wrote, by the name they are served under.
-        dtype: "auto" (bfloat16 where the hardware multiplies it), "bfloat16" or "float32".
-        batch_size: images that the engine computes at once at most.
-        threads: of the processor; None: torch's choice.
+        any_size: compute pictures of any whole number of patches at their own size, with resampled position
+            embeddings. Clients whose prompts are rows below the image (placement "extend") need it.
+        adapters: directories written by `save_pretrained` or `fastprompt adapt`, keyed by the name to serve them under.
+        dtype: "auto" (bfloat16 if the hardware multiplies it), "bfloat16" or "float32".
+        batch_size: maximum number of images that the engine computes at once.
+        threads: CPU threads; None: torch's choice.
         device: "cpu" or "cuda".
-        plugins: modules that register methods of the adapters: their names, or paths of `.py` files.
-        backend: runs batches of one image or of `batch_size` that are all of one adapter, or all of the backbone;
-            "auto": the fastest here, of all but "compile", which needs up to a minute for each function.
-        fast_adapters: how many adapters have that backend, the first ones given. Each takes two functions, which are
-            made before the host is ready; "compile" and "openvino" hold two to three times the backbone's weights in
-            each. All other batches run in "eager".
+        plugins: modules that register the adapters' methods: their names, or paths of `.py` files.
+        backend: runs batches of one image or of `batch_size` images that belong entirely to one adapter or to the
+            backbone. "auto": the fastest here, except "compile", which needs up to a minute per function.
+        fast_adapters: number of adapters that use that backend, the first ones given. Each takes two functions, which
+            are built before the host is ready. "compile" and "openvino" hold two to three times the backbone's weights
+            in each. All other batches run in "eager".
     """
 
     backbone: str | None = None
@@ -79,11 +79,11 @@ class HostSettings:
 
 
 def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
-    """The engine with all its adapters, and what it serves.
+    """Load the engine with all its adapters; return it and the catalogue of what it serves.
 
     Raises:
-        ValueError, FileNotFoundError: the backbone is unknown, or an adapter is damaged, of another backbone, without
-            head, or has a name that is taken; the adapter is named.
+        ValueError, FileNotFoundError: the backbone is unknown, or an adapter is damaged, belongs to another backbone,
+            has no head, or has a name that is taken. The error names the adapter.
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -103,7 +103,7 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
     if settings.any_size:
         backbone = backbone.any_size()
     backbone.to(settings.device)
-    if (local := split_local(backbone_name)) is not None:  # where it lies is nobody's business
+    if (local := split_local(backbone_name)) is not None:  # do not reveal its location
         backbone_name = Path(local[1]).absolute().name or "backbone"
     quick = [name for name in BACKENDS if name != "compile"]
     engine = Engine(backbone, (1, settings.batch_size), DTYPES[settings.dtype], settings.backend, quick)
@@ -140,10 +140,10 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
 
 
 def warm_up(engine: Engine, settings: HostSettings, catalogue: Catalogue) -> list[str]:
-    """Make backends ready, and run every adapter once.
+    """Prepare backends, and run every adapter once.
 
     Returns:
-        A line for the backbone and each fast adapter: the backend that runs batches that are all of it.
+        One line for the backbone and one per fast adapter: the backend for batches that belong entirely to it.
     """
     fast = list(catalogue.adapters)[: settings.fast_adapters]
     engine.warm_up(torch.uint8, (BASE, *fast))
@@ -158,7 +158,7 @@ def warm_up(engine: Engine, settings: HostSettings, catalogue: Catalogue) -> lis
 
 
 def _takes_other_sizes(engine: Engine, name: str) -> bool:
-    """Whether an adapter takes an image of a row of patches more than the backbone's; some are built for one grid."""
+    """Whether an adapter accepts an image one patch row taller than the backbone's; some are built for one grid."""
     backbone = engine.model.backbone
     height, width = backbone.image_size
     try:
@@ -172,10 +172,10 @@ def _takes_other_sizes(engine: Engine, name: str) -> bool:
 
 
 def answers(engine: Engine, works: Sequence[Work]) -> list[list[np.ndarray] | Refused]:
-    """What the engine says of each request: float32 (C,) or (D,) for each of its pictures, or why it was refused.
+    """Answer each request: float32 (C,) or (D,) for each of its pictures, or why it was refused.
 
-    Pictures of one size are one call of the engine, whosever they are. Where that fails, the
-    requests in it are computed one by one, so that nobody's request fails for another's.
+    Pictures of the same size share one engine call across requests. If that call fails, its requests are computed one
+    by one, so that one request cannot make another fail.
     """
     alike: dict[Any, list[tuple[int, int]]] = {}
     for i, work in enumerate(works):
@@ -201,13 +201,13 @@ def answers(engine: Engine, works: Sequence[Work]) -> list[list[np.ndarray] | Re
 def _outputs(
     engine: Engine, works: Sequence[Work], places: Sequence[tuple[int, int]]
 ) -> dict[tuple[int, int], np.ndarray | Refused]:
-    """Of pictures that are alike, by request and picture. What an exception says is for the operator alone."""
+    """Compute pictures of the same kind, keyed by request and picture. Exception texts are only for the operator."""
     try:
         pictures = np.stack([works[i].pictures[j] for i, j in places])  # (B, 3, H, W)
         images = torch.from_numpy(pictures).to(engine.model.backbone.device)
         outputs = engine(images, adapter_names=[works[i].adapter for i, _ in places])
         on_host = [output.float().cpu() for output in outputs]
-        if not all(map(is_finite, on_host)):  # a call on a GPU does not look at its outputs
+        if not all(map(is_finite, on_host)):  # a call on a GPU does not check its outputs
             raise NotFiniteError("pictures", "must give finite outputs, got NaN or infinite ones")
         return dict(zip(places, (output.numpy() for output in on_host), strict=True))
     except Exception as error:

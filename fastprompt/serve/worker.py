@@ -24,14 +24,14 @@ from fastprompt.terminal import say
 PULSE = 0.5
 """Seconds between two signs of life."""
 TURN = 1.0
-"""Seconds for which the worker waits for a request before it looks round."""
+"""Seconds that the worker waits for a request before its loop starts another iteration."""
 
 
 class Batches(BatchedLoop):
-    """LitServe's loop over batches of as many images as the engine takes at once; it sleeps where nothing waits."""
+    """LitServe's loop over batches of as many images as the engine takes at once; it blocks while nothing waits."""
 
     def get_batch_requests(self, lit_api: Any, request_queue: Any, transport: Any) -> tuple[list[Any], list[Any]]:
-        """([(web process, id, work)] to compute, [(web process, id)] that waited for too long)."""
+        """Return ([(web process, id, work)] to compute, [(web process, id)] that waited too long)."""
         lit_api.signs.come_round()
         taken: list[Any] = []
         late: list[Any] = []
@@ -55,15 +55,15 @@ class Batches(BatchedLoop):
 
 
 class Worker(litserve.LitAPI):
-    """The process with the engine. It gets `Work` and answers with lists of arrays, or `Refused`."""
+    """The process with the engine. It receives `Work` and answers with lists of arrays, or `Refused`."""
 
     def __init__(self, settings: HostSettings, batch_wait: float, spec: LitSpec, signs: Signs) -> None:
         super().__init__(settings.batch_size, batch_wait, loop=Batches(), spec=spec)
         self.settings, self.signs = settings, signs
 
     def setup(self, device: str) -> None:
-        """Build the engine, make its backends ready, and run everything once."""
-        for number in (signal.SIGINT, signal.SIGTERM):  # of a whole group: the web process ends this one when it can
+        """Build the engine, prepare its backends, and run everything once."""
+        for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the web process ends this one later
             signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=self._live, daemon=True).start()
         self.engine, catalogue = load(self.settings)
@@ -72,7 +72,7 @@ class Worker(litserve.LitAPI):
         self.signs.set_ready()
 
     def _live(self) -> None:
-        """Give signs of life, and end with the web process, whatever the engine does."""
+        """Give signs of life, and exit with the web process, whatever the engine does."""
         host = multiprocessing.parent_process()
         while host is None or host.is_alive():
             self.signs.beat()
@@ -83,7 +83,7 @@ class Worker(litserve.LitAPI):
         return request
 
     def predict(self, works: list[Work]) -> list[list[np.ndarray] | Refused]:
-        """One answer to each request."""
+        """Return one answer per request."""
         self.signs.come_round()
         return answers(self.engine, works)
 
