@@ -1,16 +1,16 @@
 """Adapters on disk: a directory with `adapter_config.json` and `adapter_model.safetensors`.
 
-`adapter_model.safetensors` is the whole adapter: its tensors, and in its metadata the text of the configuration and a
-digest over both. One rename puts it in place, so that an adapter is the old one or the new one on any file system,
-whenever the process is killed. `adapter_config.json` is a copy of the configuration for people, for other programs and
-for versions that read nothing else; it has a digest of its own, by which one that was edited or damaged is told from
-one of another save.
+`adapter_model.safetensors` is the whole adapter: its tensors and, in its metadata, the text of the configuration and a
+digest over both. One rename puts it in place. So on any file system, and whenever the process is killed, the adapter is
+either the old one or the new one. `adapter_config.json` is a copy of the configuration for people, for other programs
+and for versions that read nothing else. Its own digest distinguishes an edited or damaged copy from one that belongs to
+another save.
 
-Tensors called "resampled.…" are no part of the model: they are the backbone's, resampled by its library, and tell it
-from others (`fastprompt.vit.backbone.Identity`).
+Tensors named "resampled.…" are not part of the model. They are the backbone's, resampled by its library, and help to
+identify it (`fastprompt.vit.backbone.Identity`).
 
-A configuration's keys are all required, except those of `backbone.optional`: a reader ignores what it does not know
-there, and refuses an unknown key anywhere else by name.
+All keys of a configuration are required, except those of `backbone.optional`. A reader ignores unknown keys there, and
+rejects an unknown key anywhere else by name.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from fastprompt.vit.source import BackboneSource
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 LARGEST_CONFIG = 16 << 20
-"""Bytes of a configuration; the names of 100,000 classes take a few millions."""
+"""Maximum bytes of a configuration; the names of 100,000 classes take a few million."""
 _SHORT = 8
-"""Entries of an option that is a list: so many, a pair or a triple among them, need not be one for each tensor."""
+"""A list option may have this many entries, such as a pair or a triple, even if there are fewer tensors."""
 _FORMAT = 1
 _KEYS = {"format", "fastprompt_version", "method", "num_classes", "head", "readout", "class_names", "backbone"}
 _RESAMPLED = "resampled."
@@ -53,15 +53,15 @@ RESIZES = ("crop", "squash")
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How image files became the pixels that a model was trained on; size, mean and std are those of its backbone.
+    """How image files became the pixels that a model was trained on. Size, mean and std are those of its backbone.
 
     Attributes:
         resize: "crop" (short side, centre crop) or "squash", bicubic with antialiasing.
-        intensity_range: the values of grey images of more than 8 bits that became black and white; None: the full
+        intensity_range: the values of grey images with more than 8 bits that became black and white; None: the full
             range of the image's format.
 
     Raises:
-        TypeError, ValueError: a value is none of these; it is named.
+        TypeError, ValueError: a value is invalid; the error names it.
     """
 
     resize: str = "crop"
@@ -81,7 +81,7 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """The inverse of `dataclasses.asdict`; an unknown key, which would change pixels, is a ValueError."""
+        """Invert `dataclasses.asdict`; an unknown key could change pixels, so it raises ValueError."""
         if not isinstance(values, Mapping):
             raise ArgumentTypeError("preprocessing", f"must be a mapping, got {values!r}")
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
@@ -93,17 +93,17 @@ class Preprocessing:
 def write_adapter(directory: str | os.PathLike[str], config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Write an adapter's configuration and tensors into `directory`, both or neither.
 
-    As with a commit of SQLite, whoever reads, also after a kill or a power failure, finds the adapter before or this
-    one and never a mixture: the weights file holds the configuration too, under one digest. An `fsync` that fails is an
-    error. Of two that write at once, one is last.
+    As with a commit of SQLite, any reader finds either the previous adapter or this one, never a mixture, even after a
+    kill or a power failure: the weights file also holds the configuration, under one digest. A failing `fsync` is an
+    error. If two processes write at once, the last one wins.
 
     Args:
         config: everything but the format, the version and the digest, which are added here.
         state: the tensors by name (`PromptedViT.adapter_state_dict`).
 
     Raises:
-        ValueError: the configuration is too long, or holds a number that is not finite.
-        OSError: the disk is full or the place is not writable. Nothing has changed then, either.
+        ValueError: the configuration is too long, or contains a number that is not finite.
+        OSError: the disk is full or the directory is not writable. Nothing has changed in this case.
     """
     optional = {key: value for key, value in config["backbone"].get("optional", {}).items() if key != "sha256"}
     config = {**config, "format": _FORMAT, "fastprompt_version": fastprompt.__version__}
@@ -114,19 +114,19 @@ def write_adapter(directory: str | os.PathLike[str], config: Mapping[str, Any], 
         raise ValueError(f"an adapter's configuration must have at most {LARGEST_CONFIG:,} bytes, got {len(text):,}")
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     metadata = {"format": "pt", "config": text, "digest": _digest(text, tensors)}
-    # The weights file is renamed first: a reader, which opens the copy first, never has one that is newer.
+    # The weights file is renamed first: readers open the copy first, so their copy is never newer than the weights.
     atomic_write_many(directory, {WEIGHTS_FILE: tensors_to_bytes(tensors, metadata), CONFIG_FILE: text})
 
 
 def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of an adapter directory, as one save wrote them.
+    """Read the configuration and tensors of an adapter directory, as one save wrote them.
 
-    Both files are read into memory and checked there, and what was checked is returned: nothing that happens to the
-    files later changes it.
+    Both files are read into memory and checked there. The checked contents are returned, so later changes to the files
+    do not affect them.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is corrupted, was edited, or is of an unknown format; the message names it.
+        ValueError: a file is corrupted, was edited, or has an unknown format; the message names it.
     """
     directory = Path(directory)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -134,18 +134,18 @@ def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
             raise FileNotFoundError(f"{directory} is no adapter: {name} is missing")
     copy = _read_config(directory / CONFIG_FILE)
     text, state = _read_weights(directory / WEIGHTS_FILE)
-    if text is not None:  # `copy` may be of the save before, if this one has not ended or never did
+    if text is not None:  # `copy` may be from the previous save, if this one is in progress or was interrupted
         return _check_config(parse_json(text, directory / WEIGHTS_FILE), directory / WEIGHTS_FILE), state
     if "sha256" in copy["backbone"].get("optional", {}):
         raise ValueError(
             f"{directory / WEIGHTS_FILE} is corrupted: it has no digest, which the version that wrote {CONFIG_FILE} "
             "gives it"
         )
-    return copy, state  # of an earlier version
+    return copy, state  # written by an earlier version
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The configuration in `adapter_config.json`; its own digest, if it has one, is right."""
+    """Read the configuration in `adapter_config.json` and check its digest if it has one."""
     with open(path, "rb") as file:
         content = file.read(LARGEST_CONFIG + 1)
     if len(content) > LARGEST_CONFIG:
@@ -161,7 +161,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _check_config(config: Any, path: Path) -> dict[str, Any]:
-    """`config`, of which all that any reader needs is there and nothing unknown is required."""
+    """Return `config` after checking that it has everything any reader needs and requires nothing unknown."""
     if not isinstance(config, dict) or config.get("format") != _FORMAT:
         raise ValueError(f"{path} is not an adapter configuration of format {_FORMAT}")
     if set(config) != _KEYS:
@@ -181,14 +181,14 @@ def _check_config(config: Any, path: Path) -> dict[str, Any]:
 
 
 def _read_weights(path: Path) -> tuple[str | None, dict[str, Tensor]]:
-    """The configuration's text and the tensors of a weights file; None: the file is of a version that kept none there.
+    """Read the configuration's text and the tensors of a weights file; the text is None in files of earlier versions.
 
-    The digest is taken of the tensors that are returned.
+    The digest is computed over the returned tensors.
     """
     content = path.read_bytes()
     try:
         state = tensors_from_bytes(content)
-    except Exception as error:  # safetensors raises errors of several kinds, and KeyError for some dtypes
+    except Exception as error:  # safetensors raises several kinds of errors, and KeyError for some dtypes
         raise ValueError(f"{path} is corrupted: {error}") from error
     header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")], path)
     metadata = header.get("__metadata__", {})
@@ -211,7 +211,7 @@ def _read_weights(path: Path) -> tuple[str | None, dict[str, Tensor]]:
 
 
 def _config_digest(config: Mapping[str, Any]) -> str:
-    """sha256 of a configuration, whatever its own digest says and however its text is laid out."""
+    """sha256 of a configuration, independent of its own digest and of the layout of its text."""
     optional = {key: value for key, value in config["backbone"]["optional"].items() if key != "sha256"}
     bare = {**config, "backbone": {**config["backbone"], "optional": optional}}
     return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
@@ -227,12 +227,12 @@ def _digest(text: str, state: Mapping[str, Tensor]) -> str:
 
 
 def _data_digest(content: bytes) -> str:
-    """sha256 of the tensors' bytes in a safetensors file, which follow a header of the length its first 8 bytes say."""
+    """sha256 of the tensor bytes in a safetensors file. The file's first 8 bytes give the length of their header."""
     return hashlib.sha256(memoryview(content)[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
 def source_of(config: Mapping[str, Any]) -> BackboneSource | None:
-    """How the backbone of an adapter's configuration was loaded; None: it is not recorded.
+    """Return how the backbone of an adapter's configuration was loaded; None if it is not recorded.
 
     Raises:
         ValueError: it was loaded in a way that this version does not know.
@@ -247,25 +247,25 @@ def source_of(config: Mapping[str, Any]) -> BackboneSource | None:
 
 
 def preprocessing_of(config: Mapping[str, Any]) -> Preprocessing | None:
-    """The preprocessing of an adapter's configuration; None: it is not recorded."""
+    """Return the preprocessing of an adapter's configuration; None if it is not recorded."""
     recorded = config["backbone"].get("optional", {}).get("preprocessing")
     return None if recorded is None else Preprocessing.from_dict(recorded)
 
 
 def with_resampled(state: Mapping[str, Tensor], backbone: FrozenViT) -> dict[str, Tensor]:
-    """`state` and what tells the backbone beside its fingerprint: tensors that its library had resampled."""
+    """Add to `state` what identifies the backbone besides its fingerprint: tensors that its library had resampled."""
     resampled = backbone.identity.resampled
     return {**state, **{f"{_RESAMPLED}{name}": tensor for name, tensor in resampled.items()}}
 
 
 def without_resampled(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of an adapter, and those that tell its backbone (`with_resampled`)."""
+    """Split `state` into the adapter's tensors and those that identify its backbone (`with_resampled`)."""
     resampled = {name.removeprefix(_RESAMPLED): t for name, t in state.items() if name.startswith(_RESAMPLED)}
     return {name: tensor for name, tensor in state.items() if not name.startswith(_RESAMPLED)}, resampled
 
 
 def as_trained(who: str, stored: Mapping[str, Any], resampled: Mapping[str, Tensor], backbone: FrozenViT) -> FrozenViT:
-    """`backbone`, normalising raw pixels by the mean and std that the adapter was trained with.
+    """Return `backbone`, normalising raw pixels by the mean and std that the adapter was trained with.
 
     Raises:
         ValueError: it is not the backbone that the adapter's configuration, `stored`, and `resampled` tensors describe.
@@ -285,10 +285,10 @@ def as_trained(who: str, stored: Mapping[str, Any], resampled: Mapping[str, Tens
 
 
 def check_sizes(config: PromptConfig, num_classes: Any, backbone: FrozenViT, state: Mapping[str, Tensor]) -> None:
-    """Raise `ValueError` where the tensors that a configuration asks for are not those of `state`.
+    """Raise `ValueError` if `state` does not have the tensors that a configuration requires.
 
-    Nothing is allocated for it, so that a configuration cannot ask for more memory than its own file has. Nor can it
-    ask for more modules: each entry of an option that is a list makes a module with tensors of its own.
+    This allocates no memory, so a configuration cannot request more memory than its own file takes. It cannot request
+    more modules either: each entry of a list option creates a module with its own tensors.
     """
     expected: dict[str, torch.Size] = {}
     for option, value in config.to_dict().items():
@@ -312,7 +312,7 @@ def check_sizes(config: PromptConfig, num_classes: Any, backbone: FrozenViT, sta
 
 
 def registered_by(config: PromptConfig) -> str | None:
-    """The module that registers a configuration's method, where it is not one of this package."""
+    """Return the module that registers a configuration's method; None if it belongs to this package."""
     method = method_of(config)
     module = (method.generator_class or method.config_class).__module__
     if module == "__main__":
@@ -321,11 +321,11 @@ def registered_by(config: PromptConfig) -> str | None:
 
 
 def config_from(adapter: Mapping[str, Any]) -> PromptConfig:
-    """The configuration of an adapter's method, to load its tensors into.
+    """Return the configuration of an adapter's method, ready for loading its tensors.
 
     Raises:
-        ValueError: no method of this kind is registered; the message says how to register it, and which module had
-            registered it where the adapter was saved.
+        ValueError: no method of this kind is registered. The message says how to register it, and which module had
+            registered it when the adapter was saved.
     """
     try:
         return config_from_dict(adapter["method"]).to_load()
@@ -337,7 +337,7 @@ def config_from(adapter: Mapping[str, Any]) -> PromptConfig:
 
 
 def head_from(info: Mapping[str, Any], backbone: FrozenViT, num_classes: int, state: Mapping[str, Tensor]) -> Head:
-    """The head that an adapter's configuration describes, with its tensors."""
+    """Build the head that an adapter's configuration describes, with its tensors."""
     if info["kind"] == "text":
         return TextHead(state["head.class_embeddings"], backbone, info["logit_scale"])
     if info["kind"] == "prototypes":

@@ -1,8 +1,8 @@
-"""Values made of tensors once and kept, and whether the tensors have changed since: the one place that answers.
+"""Cache values computed from tensors, and detect when the tensors have changed. No other module decides this.
 
-PyTorch tells of most changes. A tensor that was replaced is another object; `p.data = x` gives it other memory; a write
-in place raises its version. It does not tell of a write through `.data`, as code that swaps averaged weights makes it
-(`p.data.copy_(average)`), nor of writes to tensors made in inference mode. So tensors that are small beside the
+PyTorch reveals most changes. A replaced tensor is another object; `p.data = x` gives it other memory; an in-place write
+raises its version. It does not reveal a write through `.data`, as in code that swaps averaged weights
+(`p.data.copy_(average)`), nor writes to tensors created in inference mode. So tensors that are small compared to the
 backbone are compared by value (`SeenValues`), which misses nothing. A frozen backbone is too large for that
 (`SeenObjects`).
 """
@@ -20,24 +20,24 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 SAMPLES = 16
-"""Values of each tensor that `SeenObjects` compares; of a tensor of at most `SAMPLES`² all."""
+"""Number of values of each tensor that `SeenObjects` compares; it compares all values of up to `SAMPLES`² values."""
 
 T = TypeVar("T")
 Facts = tuple[Any, ...]
-"""What else a value depends on, compared by `==`: readout, autocast, modules by weak reference."""
+"""What else a value depends on, compared with `==`: readout, autocast, modules by weak reference."""
 
 
 class Seen(Protocol):
-    """What tensors and facts were when they were seen."""
+    """A record of tensors and facts at one point in time."""
 
     facts: Facts
 
     def same(self, tensors: Sequence[Tensor], facts: Facts = ()) -> bool:
-        """Whether tensors and facts are what they were; False where nobody can tell."""
+        """Whether tensors and facts are the same as then; False if that cannot be determined."""
 
 
 class SeenValues:
-    """Tensors by their values, of which copies are kept: exact however they were written.
+    """Tensors compared by value with kept copies, so any kind of write is detected.
 
     Comparing tensors on a GPU makes the host wait for it.
     """
@@ -54,19 +54,19 @@ class SeenValues:
             return False
         if all(tensor.device.type == "cpu" for tensor in tensors):
             return all(torch.equal(a, b) for a, b in pairs)
-        dtypes = {tensor.dtype for tensor in tensors}  # few launches and one wait for each
+        dtypes = {tensor.dtype for tensor in tensors}  # few launches and one wait per dtype
         return all(torch.equal(_flat(tensors, dtype), _flat(self.copies, dtype)) for dtype in dtypes)
 
 
 class SeenObjects:
-    """Tensors by identity, memory and version, all held weakly, and by samples of their values.
+    """Tensors compared by identity, memory and version, all held weakly, and by samples of their values.
 
-    The samples, along the diagonal of each tensor, notice a write through `.data` to a whole tensor, or to a sixteenth
-    of its rows or columns that lie together. One that changes less goes unnoticed, and so does every such write on a
-    GPU, unless the host may wait for it. Tensors made in inference mode have no version: they are never the same.
+    The samples lie along the diagonal of each tensor. They detect a write through `.data` to a whole tensor, or to a
+    contiguous sixteenth of its rows or columns. A smaller write goes undetected, and so does any such write on a GPU,
+    unless the host may wait for it. Tensors created in inference mode have no version, so they never count as the same.
 
     Args:
-        contents: False: only where the tensors lie counts, as for a CUDA graph, which reads what is there.
+        contents: False: compare only the addresses, as for a CUDA graph, which reads the current contents.
         waits: compare samples on a GPU too.
     """
 
@@ -98,24 +98,24 @@ class SeenObjects:
         return self._values == self._look()
 
     def _look(self) -> bytes:
-        """The samples now; read where the tensors lie, so behind the comparison of their places."""
+        """Return the samples now. This reads the tensors' memory, so compare their addresses first."""
         values = b"".join(view.cpu().numpy().tobytes() for view in _joined(self._views))
         return values + (np.concatenate(self._arrays).tobytes() if self._arrays else b"")
 
 
 class Kept(Generic[T]):
-    """One value made of tensors, made again where they have changed. A copy or a pickle of it is empty."""
+    """One value computed from tensors, and again after they change. A copy or a pickle of it is empty."""
 
     def __init__(self) -> None:
-        self._held: tuple[Seen, T] | None = None  # replaced as one: threads may share it
+        self._held: tuple[Seen, T] | None = None  # assigned as one tuple, as threads may share it
 
     @property
     def value(self) -> T | None:
-        """What was made last, whatever has changed since."""
+        """The last value, whatever has changed since."""
         return None if self._held is None else self._held[1]
 
     def current(self, tensors: Sequence[Tensor], facts: Facts = ()) -> T | None:
-        """What was made last, if it still holds."""
+        """Return the last value if it is still valid."""
         held = self._held
         return held[1] if held is not None and held[0].same(tensors, facts) else None
 
@@ -126,9 +126,9 @@ class Kept(Generic[T]):
         facts: Facts,
         make: Callable[[], T],
     ) -> T:
-        """What `make` returns, or returned for the same tensors and facts.
+        """Return the kept value for these tensors and facts, or a new one from `make`.
 
-        It is made without gradients and outside inference mode, so that it can be used in every mode.
+        `make` runs without gradients and outside inference mode, so that its result can be used in every mode.
         """
         held = self._held
         if held is None or not held[0].same(tensors, facts):
@@ -147,7 +147,7 @@ class Kept(Generic[T]):
 
 
 def tensors_of(*modules: nn.Module | None) -> list[Tensor]:
-    """All parameters and buffers in a fixed order, shared ones as often as they occur."""
+    """Return all parameters and buffers in a fixed order; shared ones appear once per use."""
     tensors: list[Tensor | None] = []
     waiting = list(modules)
     while waiting:
@@ -160,13 +160,13 @@ def tensors_of(*modules: nn.Module | None) -> list[Tensor]:
 
 
 def arithmetic(device: torch.device) -> Facts:
-    """The switches of PyTorch that change in which precision a product is computed."""
+    """Return the PyTorch switches that affect the precision of products."""
     on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return (on and torch.get_autocast_dtype(device.type), torch.get_float32_matmul_precision())
 
 
 def can_compare() -> bool:
-    """Whether values can be looked at: not in a compiler or a transform of `torch.func`, nor in a capture."""
+    """Whether values can be read: not in a compiler, a transform of `torch.func`, or a graph capture."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -175,7 +175,7 @@ def can_compare() -> bool:
 
 
 def _places(tensors: Sequence[Tensor]) -> list[Any]:
-    """Where each tensor's values lie. An address alone names no memory, which may have been freed and used again."""
+    """Describe each tensor's memory. An address alone does not identify memory, which may be freed and reused."""
     return [
         list(map(Tensor.data_ptr, tensors)),
         [tensor.dtype for tensor in tensors],
@@ -192,7 +192,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _sample(tensor: Tensor) -> Tensor | None:
-    """(values,): a view of values along the tensor's diagonal, as integers; None: it has none that can be read."""
+    """Return a view (values,) along the tensor's diagonal, as integers; None if no values can be read."""
     if not tensor.numel() or type(tensor.data) is not Tensor or tensor.layout != torch.strided or tensor.is_complex():
         return None
     values = tensor.detach()
@@ -200,16 +200,16 @@ def _sample(tensor: Tensor) -> Tensor | None:
     step = sum(size // SAMPLES * stride for size, stride in sides if size >= SAMPLES)
     if values.numel() > SAMPLES**2 and step:
         values = values.as_strided((SAMPLES,), (step,))
-    values = values.permute(sorted(range(values.ndim), key=values.stride, reverse=True))  # as they lie in memory
+    values = values.permute(sorted(range(values.ndim), key=values.stride, reverse=True))  # in memory order
     values = values.reshape(-1) if values.is_contiguous() else values[(0,) * (values.ndim - 1)]
     return values.view(_INTEGERS[values.element_size()])
 
 
 def _flat(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """All values of the tensors of this dtype, in order."""
+    """Concatenate all values of the tensors with this dtype, in order."""
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors if tensor.dtype == dtype])
 
 
 def _joined(views: Sequence[Tensor]) -> list[Tensor]:
-    """The views as one for each size of number: few launches on a GPU."""
+    """Concatenate the views, one tensor per integer size, so that a GPU needs few launches."""
     return [_flat(views, dtype) for dtype in _INTEGERS.values() if any(view.dtype == dtype for view in views)]

@@ -47,7 +47,7 @@ from fastprompt.vit.reference import READOUTS
 from fastprompt.vit.weights import Folded, is_finite
 
 Features = Callable[[Tensor, Draws], tuple[Tensor, dict[str, Tensor]]]
-"""(images, draws) → what the head sees, and what a loss needs beside it."""
+"""(images, draws) → the head's input, and what a loss needs in addition."""
 
 
 class PromptedViT(nn.Module):
@@ -61,18 +61,18 @@ class PromptedViT(nn.Module):
         config: the method and its options, e.g. `PGNConfig(num_prompts=16)`.
         num_classes: C; None: no head, the model returns features.
         head: "linear", "text", "label_map", "prototypes", or a head of `fastprompt.heads`.
-        readout: what the head sees: "cls", "patches", "patches+prompts", "prompts" or "map"; None: as the
-            backbone's own head does, but the mean of patches and prompts with any prompts on a Swin transformer, and
-            with VPT's and VAPT's on a ViT that averages patches (MAE), as the authors' code.
-        class_names: C names, kept in the adapter, as a list; None: those of the data set, when `fit` sees one.
+        readout: the head's input: "cls", "patches", "patches+prompts", "prompts" or "map". None: that of the
+            backbone's own head, with two exceptions that follow the authors' code. It is the mean of patches and
+            prompts for any prompts on a Swin transformer, and for VPT and VAPT on a ViT that averages patches (MAE).
+        class_names: list of C names, saved with the adapter; None: those of the data set, once `fit` sees one.
         class_embeddings, logit_scale: for head "text". prototypes: for head "prototypes".
-        train_backbone: train a copy of the backbone beside prompts and head, as PGN with full fine-tuning.
+        train_backbone: train a copy of the backbone along with prompts and head, as in PGN with full fine-tuning.
 
     Attributes:
-        private: only its owner changes it, and calls `refresh` then: nobody looks whether it has changed.
+        private: only the owner changes this model, and calls `refresh` afterwards. Nothing else checks it for changes.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; it is named.
+        TypeError, ValueError: an argument is invalid; the error names it.
     """
 
     def __init__(
@@ -154,12 +154,12 @@ class PromptedViT(nn.Module):
     def forward(
         self, images: Tensor, return_aux: bool = False, draws: Draws | None = None
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Logits (B, C), or features (B, D) without head.
+        """Compute logits (B, C), or features (B, D) without a head.
 
         Args:
             images: (B, 3, H, W), float (normalised) or uint8 (raw pixels).
-            return_aux: also return what a loss needs beside the logits: "kl" (B,) in nats for V²APT.
-            draws: the random tensors of a training step (`draw`); None: drawn here in training mode.
+            return_aux: also return what a loss needs besides the logits: "kl" (B,) in nats for V²APT.
+            draws: the random tensors of a training step (`draw`); None: in training mode they are drawn here.
         """
         output, aux = self._outputs(images, draws, self._features)
         return (output, aux) if return_aux else output
@@ -167,33 +167,33 @@ class PromptedViT(nn.Module):
     def reference_forward(
         self, images: Tensor, return_aux: bool = False, draws: Draws | None = None
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """`forward` by the papers' own graph, nothing rewritten: oracle and baseline."""
+        """Compute `forward` by the papers' own graph, unoptimised, as a reference and baseline."""
         output, aux = self._outputs(images, draws, self._papers_features)
         return (output, aux) if return_aux else output
 
     def predict(
         self, images: Tensor, samples: Sequence[Draws], prefixes: Mapping[int, Prefix] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`forward` for a caller that keeps what does not depend on the images, as a captured graph has to.
+        """Compute `forward` for a caller that keeps image-independent values itself, as a captured graph must.
 
         Args:
-            samples: the draws of each forward whose class probabilities are averaged; [{}]: one forward without
+            samples: the draws of each forward; their class probabilities are averaged. [{}]: one forward without
                 randomness.
-            prefixes: what `static_prefixes` returned; None: made here, or kept from the last call.
+            prefixes: the result of `static_prefixes`; None: computed here, or reused from the last call.
 
         Returns:
-            Logits (B, C), or features (B, D) without head, and what a loss needs beside them, of the last sample.
+            Logits (B, C), or features (B, D) without a head, and what a loss needs in addition, from the last sample.
         """
         self._check(images)
         return self._averaged(images, samples, functools.partial(self._features, prefixes=prefixes))
 
     def _outputs(self, images: Tensor, draws: Draws | None, features: Features) -> tuple[Tensor, dict[str, Tensor]]:
-        """What `forward` returns, by one of the two graphs, with the draws of the caller or of the model's mode."""
+        """Compute `forward`'s result by one of the two graphs, with the caller's draws or those of the model's mode."""
         self._check(images)
         return self._averaged(images, self._samples(len(images)) if draws is None else [draws], features)
 
     def _samples(self, batch: int) -> Sequence[Draws]:
-        """The draws of each forward that the model's mode asks for."""
+        """Return the draws of each forward that the model's mode requires."""
         if self.training or self.generator is None:
             return [self.draw(batch)]
         return self.generator.inference_draws()
@@ -209,16 +209,16 @@ class PromptedViT(nn.Module):
         return self.average(outputs), aux
 
     def average(self, outputs: Sequence[Tensor]) -> Tensor:
-        """One output of several samples' (B, C): the logarithm of their mean probabilities, or their mean features."""
+        """Average several samples' (B, C): the logarithm of their mean probabilities, or their mean features."""
         if len(outputs) == 1:
             return outputs[0]
         stacked = torch.stack(list(outputs))
         return stacked.mean(0) if self.head is None else stacked.softmax(-1).mean(0).log()
 
     def check_outputs(self, images: Tensor, outputs: Tensor) -> None:
-        """Raise `NotFiniteError`, a `ValueError`, where outputs (B, C) of `images` are NaN or infinite.
+        """Raise `NotFiniteError`, a `ValueError`, if outputs (B, C) of `images` are NaN or infinite.
 
-        It waits for the device, so callers ask where they read the outputs on the host anyway.
+        This waits for the device, so call it where the outputs are read on the host anyway.
         """
         if is_finite(outputs):
             return
@@ -234,10 +234,10 @@ class PromptedViT(nn.Module):
         )
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """(B, D): what the head sees.
+        """Compute (B, D), the head's input.
 
-        `model.head(model.forward_features(images))` is `model(images)`, with one exception: where a generator asks for
-        several samples at inference (`V2APTConfig.inference_samples` above 1), these are the samples' mean features,
+        `model.head(model.forward_features(images))` equals `model(images)`, with one exception. If a generator averages
+        several samples at inference (`V2APTConfig.inference_samples` above 1), this returns the samples' mean features,
         while the model averages their class probabilities.
         """
         self._check(images)
@@ -245,11 +245,11 @@ class PromptedViT(nn.Module):
         return samples[0] if len(samples) == 1 else torch.stack(samples).mean(0)
 
     def draw(self, batch: int) -> Draws:
-        """The random tensors of one training step for `batch` images: dropout masks, latent noise."""
+        """Draw the random tensors of one training step for `batch` images: dropout masks, latent noise."""
         return NO_DRAWS if self.generator is None else self.generator.draw(batch)
 
     def _check(self, images: Tensor) -> None:
-        """Raise TypeError or ValueError where backbone, generator and head cannot run on `images`."""
+        """Raise TypeError or ValueError if backbone, generator and head cannot run on `images`."""
         vit = self.backbone
         vit.check_images(images)
         for name, module in (("generator", self.generator), ("head", self.head)):
@@ -261,7 +261,7 @@ class PromptedViT(nn.Module):
                 )
 
     def _inputs(self, images: Tensor) -> tuple[Tensor, PromptGenerator | None]:
-        """The normalised images that the backbone gets, and what makes prompt tokens beside them, if anything."""
+        """Return the backbone's input, normalised, and the generator if it adds prompt tokens to it, else None."""
         generator, images = self.generator, self.backbone.normalise(images)
         if generator is not None and generator.changes_images:
             return generator.prompt_images(images), None
@@ -270,7 +270,7 @@ class PromptedViT(nn.Module):
     def _features(
         self, images: Tensor, draws: Draws, prefixes: Mapping[int, Prefix] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the head sees (B, D), by the rewritten graph, and what a loss needs beside it."""
+        """Compute the head's input (B, D) by the optimised graph, and what a loss needs in addition."""
         vit, graph = self.backbone, self.backbone.graph
         inputs, generator = self._inputs(images)
         with self._own_autocast(images.device):
@@ -285,7 +285,7 @@ class PromptedViT(nn.Module):
             return graph.rewritten.features(vit, embedded, [group], folded, self._recompute)[0], aux
 
     def _papers_features(self, images: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        """`_features` by the papers' own graph."""
+        """Compute `_features` by the papers' own graph."""
         vit, papers = self.backbone, self.backbone.graph.papers
         inputs, generator = self._inputs(images)
         with self._own_autocast(images.device):
@@ -296,12 +296,14 @@ class PromptedViT(nn.Module):
             return papers.read_out(vit, sequence, self.readout), aux
 
     def _own_autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """Where the backbone trains in float32 and computes in 16 bits; elsewhere nothing changes."""
+        """Autocast if the backbone trains in float32 and computes in 16 bits; otherwise do nothing."""
         return contextlib.nullcontext() if self._autocast is None else torch.autocast(device.type, self._autocast)
 
     def prompt_context(self, images: Tensor, patches: Tensor | Embedding, draws: Draws) -> Any:
-        """What the generator computes once for a batch: from normalised images (B, 3, H, W), or from their patch
-        embeddings (B, N, D), which it may be given as `patches` of the whole embedding, or nothing.
+        """Compute the generator's context once for a batch.
+
+        It depends on normalised images (B, 3, H, W), on their patch embeddings (B, N, D), or on nothing. `patches` is
+        either the patch embeddings or the whole embedding.
         """
         vit, generator = self.backbone, self.generator
         if generator is not None and generator.known_at == "image":
@@ -312,9 +314,9 @@ class PromptedViT(nn.Module):
         return None
 
     def static_prefixes(self) -> dict[int, Prefix] | None:
-        """Block → keys and values of prompts that depend on parameters only, computed now.
+        """Compute a map from block to keys and values of prompts, if they depend on parameters only.
 
-        None: the method has none.
+        None if the method has no such prompts.
         """
         vit, generator = self.backbone, self.generator
         if generator is None or generator.known_at != "static":
@@ -322,13 +324,14 @@ class PromptedViT(nn.Module):
         return vit.graph.rewritten.static_prefixes(vit, generator, self.readout, vit.folded())
 
     def kept_prefixes(self, folded: Folded | None = None) -> dict[int, Prefix] | None:
-        """`static_prefixes`, made once for an adapter and again when anything changes that they depend on.
+        """Return `static_prefixes`, computed once per adapter and again when anything that they depend on changes.
 
-        None where nothing is kept: gradients are recorded, the backbone trains, or nobody can look at values (in a
-        compiler, a transform of `torch.func`, the capture of a CUDA graph).
+        None if nothing is kept: gradients are recorded, the backbone trains, or values cannot be read (in a compiler, a
+        transform of `torch.func`, or a CUDA graph capture).
 
         Args:
-            folded: what `backbone.folded()` returned just now, so that the backbone is not looked at again; None: ask.
+            folded: the result of a `backbone.folded()` call made just now, which saves checking the backbone again;
+                None: call it here.
         """
         generator, vit = self.generator, self.backbone
         if generator is None or generator.known_at != "static" or torch.is_grad_enabled() or not can_compare():
@@ -342,24 +345,23 @@ class PromptedViT(nn.Module):
         return self._prefixes.get(SeenValues, tensors, facts, lambda: self.static_prefixes() or {})
 
     def refresh(self) -> None:
-        """Make again what is kept of the parameters. Only a `private` model needs it, after each change."""
+        """Recompute cached values of the parameters. Only a `private` model needs this, after each change."""
         self._prefixes.clear()
         if self.full:
             self.backbone.refold()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only what enters each block for the backward pass and compute the blocks again there.
+        """Keep only each block's input for the backward pass, and compute the blocks again there.
 
-        Outputs and gradients stay the same; memory falls, a training step takes longer.
+        Outputs and gradients stay the same; memory falls, and a training step takes longer.
         """
         self._recompute = bool(enable)
 
     def set_backbone_dtype(self, dtype: torch.dtype) -> None:
-        """Run the backbone in `dtype`; generator and head keep theirs, and logits come out in the head's.
+        """Run the backbone in `dtype`. Generator and head keep theirs, and logits have the head's.
 
-        A frozen backbone is cast, for every model that shares it; casting it back does not bring back the bits that
-        were lost. Under full fine-tuning its weights train in float32 and are cast as they are
-        used (autocast).
+        A frozen backbone is cast for every model that shares it, and casting it back does not restore the lost bits.
+        Under full fine-tuning the weights train in float32 and are cast when they are used (autocast).
         """
         if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ArgumentError("dtype", f"must be a floating-point dtype, got {dtype!r}")
@@ -370,36 +372,36 @@ class PromptedViT(nn.Module):
 
     @property
     def backbone_dtype(self) -> torch.dtype:
-        """The dtype the backbone computes in."""
+        """The dtype in which the backbone computes."""
         return self._autocast or self.backbone.dtype
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of all that trains."""
+        """Yield (name, parameter) for each trained parameter."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def num_trainable(self) -> dict[str, int]:
-        """Trained parameters: "total", and of "generator", "head" and "backbone"."""
+        """Count trained parameters: "total", and those of "generator", "head" and "backbone"."""
         counts = {"generator": 0, "head": 0, "backbone": 0}
         for name, p in self.trainable_parameters():
             counts[name.partition(".")[0]] += p.numel()
         return {"total": sum(counts.values()), **counts}
 
     def paper_parameter_count(self) -> int | None:
-        """Trained parameters without head by the formula the method's paper prints; None where it prints none."""
+        """Count trained parameters without the head by the formula in the method's paper; None if it has none."""
         return None if self.generator is None else self.generator.paper_num_parameters()
 
     def print_trainable_parameters(self) -> None:
-        """Print trained and all parameters, in PEFT's format."""
+        """Print the numbers of trained and of all parameters, in PEFT's format."""
         trained, total = self.num_trainable()["total"], sum(p.numel() for p in self.parameters())
         print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """Every tensor that is not the frozen backbone's: parameters and buffers of generator and head."""
+        """Return every tensor outside the frozen backbone: parameters and buffers of generator and head."""
         parts = ("generator.", "head.", "backbone.") if self.full else ("generator.", "head.")
         return {k: v for k, v in self.state_dict().items() if k.startswith(parts)}
 
     def check_all_saved(self) -> None:
-        """Raise `ValueError` where a parameter trains that `adapter_state_dict` has not, as of an unfrozen backbone."""
+        """Raise `ValueError` if a trained parameter is not in `adapter_state_dict`, as with an unfrozen backbone."""
         held = self.adapter_state_dict().keys()
         lost = [name for name, _ in self.trainable_parameters() if name not in held]
         if lost:
@@ -412,14 +414,14 @@ class PromptedViT(nn.Module):
             )
 
     def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load `adapter_state_dict`.
+        """Load the result of `adapter_state_dict`.
 
-        Floating-point tensors take the dtype that this model's have.
+        Floating-point tensors are cast to the dtypes of this model's tensors.
 
         Raises:
-            TypeError: `state` is no mapping of tensors.
+            TypeError: `state` is not a mapping of tensors.
             ValueError: a tensor is missing or unknown, has another shape or kind of dtype, or is not finite in this
-                model's dtype. Nothing has changed then.
+                model's dtype. The model is unchanged in this case.
         """
         if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
             raise ArgumentTypeError(
@@ -446,38 +448,38 @@ class PromptedViT(nn.Module):
                 own[name].copy_(tensor)
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
-        """As torch's, and one change for an engine that follows the model."""
+        """Load as torch does, as one change for an engine that follows the model."""
         with self.changing():
             return super().load_state_dict(*args, **options)
 
     def own_parts(self) -> list[nn.Module]:
-        """What can change: generator, head, and the backbone where it trains."""
+        """Return the parts that can change: generator, head, and the backbone if it trains."""
         parts = (self.generator, self.head, self.backbone if self.full else None)
         return [part for part in parts if part is not None]
 
     def changing(self) -> contextlib.AbstractContextManager[None]:
-        """Change several tensors or parts as one, for engines in other threads: they see all of it or nothing.
+        """Context for changing several tensors or parts as one; engines in other threads see all of it or nothing.
 
-        `load_adapter_state_dict`, `load_state_dict` and the steps of torch's optimizers do this by themselves. Other
-        code that writes parameters while other threads call an engine of this model does it here:
+        `load_adapter_state_dict`, `load_state_dict` and the steps of torch's optimizers use it already. Other code
+        that writes parameters while other threads call an engine of this model must use it:
 
             with model.changing():
                 for (_, parameter), average in zip(model.trainable_parameters(), averages):
                     parameter.copy_(average)
 
-        Meanwhile the engine waits for up to a second, and then goes on with what the model was before.
+        Meanwhile the engine waits for up to a second, and then continues with the model's previous state.
         """
         return changing(self, self.own_parts())
 
     def describe_data(self, data: Any) -> None:
-        """Take from a data set what the adapter needs to be used without it: class names and preprocessing.
+        """Take over from a data set what the adapter needs to be used without it: class names and preprocessing.
 
         Args:
-            data: a data set, or a DataLoader or Subset of one. Names are its `class_names` or `classes` (as
-                torchvision's have), taken where the model has none; preprocessing is its `preprocessing`.
+            data: a data set, or a DataLoader or Subset of one. Names come from its `class_names` or `classes` (as in
+                torchvision) if the model has none; preprocessing comes from its `preprocessing`.
 
         Raises:
-            ValueError: model and data have the same names in different orders, so that labels would mean others.
+            ValueError: model and data have the same names in different orders, so labels would change their meaning.
         """
         preprocessing = stated_by(data, "preprocessing")
         if isinstance(preprocessing, Preprocessing):
@@ -495,12 +497,12 @@ class PromptedViT(nn.Module):
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors` into `directory`, both or neither.
 
-        The adapter stands alone: it records the call that loaded the backbone (`FrozenViT.source`), class names and
-        preprocessing, and the backbone's fingerprint, so that another backbone is refused.
+        The adapter is self-contained. It records the call that loaded the backbone (`FrozenViT.source`), class names
+        and preprocessing. It also records the backbone's fingerprint, so that another backbone is rejected.
 
         Raises:
-            ValueError: a parameter of the backbone trains, which an adapter does not hold.
-            OSError: the disk is full or the place is not writable. Nothing has changed then, either.
+            ValueError: a parameter of the backbone trains, and an adapter cannot hold it.
+            OSError: the disk is full or the directory is not writable. Nothing has changed in this case.
         """
         self.check_all_saved()
         backbone, optional = self.backbone, dict[str, Any]()
@@ -535,18 +537,18 @@ class PromptedViT(nn.Module):
     def from_pretrained(
         cls, backbone: FrozenViT | str | os.PathLike[str], directory: str | os.PathLike[str] | None = None
     ) -> PromptedViT:
-        """The model that `save_pretrained` wrote into a directory, in eval mode.
+        """Load the model that `save_pretrained` wrote into a directory, in eval mode.
 
-        `from_pretrained(directory)` loads the backbone as the adapter records it; `from_pretrained(backbone,
-        directory)` takes one that is loaded, which adapters may share. Raw pixels are normalised by the mean and std
-        of the adapter's training, whatever those of `backbone` are.
+        `from_pretrained(directory)` loads the backbone that the adapter records. `from_pretrained(backbone, directory)`
+        uses a loaded one, which several adapters may share. Raw pixels are normalised by the mean and std of the
+        adapter's training, even if those of `backbone` differ.
 
         Raises:
-            TypeError: `backbone` is neither a FrozenViT nor, alone, a directory.
-            FileNotFoundError: no adapter there.
+            TypeError: `backbone` is not a FrozenViT or, without `directory`, not a path.
+            FileNotFoundError: there is no adapter.
             ValueError: a file is corrupted, the adapter was trained on another backbone, or it does not record how its
                 backbone was loaded.
-            FetchError: the weights of the recorded backbone cannot be had.
+            FetchError: the weights of the recorded backbone cannot be fetched.
         """
         if directory is None and isinstance(backbone, (str, os.PathLike)):
             directory = backbone
@@ -589,7 +591,7 @@ class PromptedViT(nn.Module):
 
 
 def _load_recorded(config: Mapping[str, Any], directory: str | os.PathLike[str]) -> FrozenViT:
-    """The backbone that an adapter's configuration names."""
+    """Load the backbone that an adapter's configuration names."""
     try:
         source = source_of(config)
     except ValueError as error:
@@ -604,7 +606,7 @@ def _load_recorded(config: Mapping[str, Any], directory: str | os.PathLike[str])
 
 
 def stated_by(data: Any, *attributes: str) -> Any:
-    """The first of the attributes that a data set has, or the data set that a DataLoader or Subset is of; else None."""
+    """Return the first of the attributes that a data set, or the one inside a DataLoader or Subset, has; else None."""
     for _ in range(8):
         for attribute in attributes:
             value = getattr(data, attribute, None)
@@ -615,7 +617,7 @@ def stated_by(data: Any, *attributes: str) -> Any:
 
 
 def class_names_of(data: Any) -> list[str] | None:
-    """The names of a data set's labels: its `class_names` or `classes` (as torchvision's have); None: it has none."""
+    """Return the names of a data set's labels, its `class_names` or `classes` (as in torchvision); None if missing."""
     names = stated_by(data, "class_names", "classes")
     if isinstance(names, (tuple, list)) and names and all(isinstance(name, str) for name in names):
         return list(names)
@@ -623,7 +625,7 @@ def class_names_of(data: Any) -> list[str] | None:
 
 
 def check_readout(backbone: FrozenViT, generator: PromptGenerator | None, readout: str | None) -> str:
-    """The readout to use; ValueError where backbone or generator cannot give it."""
+    """Return the readout to use; raise ValueError if backbone or generator cannot provide it."""
     prompted = generator is not None and generator.num_prompts > 0
     if readout is None:
         readout = (backbone.graph.prompted_readout if prompted else None) or backbone.spec.pool

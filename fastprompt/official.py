@@ -1,4 +1,4 @@
-"""Read the checkpoints that the authors of PGN, VPT and VAPT published or their code writes."""
+"""Read the checkpoints that the authors of PGN, VPT and VAPT published or that their code writes."""
 
 from __future__ import annotations
 
@@ -54,49 +54,50 @@ def load_official(
     std: Sequence[float] | None = None,
     **overrides: Any,
 ) -> PromptGenerator | PromptedViT:
-    """A published PGN, VPT or VAPT checkpoint as a generator, or with a backbone as a `PromptedViT`; eval mode.
+    """Load a published PGN, VPT or VAPT checkpoint as a generator, or with a backbone as a `PromptedViT`; eval mode.
 
-    PGN's input-independent baseline (`pgn_vectors`) is a `FreePrompts`, and VPT's prompts alone (`prompt_ep*.pth` with
-    `shallow_prompt` and `deep_prompt`, as NumPy arrays) are a `VPT`.
+    PGN's input-independent baseline (`pgn_vectors`) becomes a `FreePrompts`. VPT's prompts alone (`prompt_ep*.pth` with
+    `shallow_prompt` and `deep_prompt`, as NumPy arrays) become a `VPT`.
 
-    The method and its sizes are read from tensor names and shapes. What a state dict does not say takes the
+    The method and its sizes are read from tensor names and shapes. Options that a state dict does not show take the
     authors' default and can be overridden by name (`activation=`, `stem_pool=`, `channel_dropout=`, ...).
 
-    Raw (uint8) pixels are normalised as the authors' code does it: by CLIP's mean and std for PGN on every backbone,
-    the supervised ViT and DINO too, and by ImageNet's for VPT and VAPT. Where those are not the backbone's,
-    `model.backbone` is `backbone.normalising_by(mean, std)`, on the same tensors.
+    Raw (uint8) pixels are normalised as in the authors' code: by CLIP's mean and std for PGN on every backbone,
+    including the supervised ViT and DINO, and by ImageNet's for VPT and VAPT. If those differ from the backbone's,
+    `model.backbone` is `backbone.normalising_by(mean, std)`, which shares its tensors.
 
-    The authors' classifiers, by `head`:
+    `head` selects the authors' classifiers:
 
     * "text", with `class_embeddings`: PGN on CLIP.
-    * "label_map": PGN on the supervised ViT, which reads output i of the pretrained classifier as label i, and all of
-      its outputs unless `num_classes` says how many. The authors' code trains the classifier beside the prompts; the
-      `.pt` files that they published leave it out, which is warned of. Of a file of the whole model it is taken.
+    * "label_map": PGN on the supervised ViT, which reads output i of the pretrained classifier as label i. It uses all
+      outputs unless `num_classes` limits them. The authors' code trains the classifier beside the prompts, but their
+      published `.pt` files leave it out, which causes a warning. A file of the whole model includes it, and it is used.
     * "prototypes", with `dino` and `num_classes`: PGN on DINO; see `PrototypeHead.from_dino` for the defect that
-      `rows="authors"` repeats. Their last layer is not in the published files, so predictions are not theirs.
-    * None: the classifier that the file has, if it has one.
+      `rows="authors"` reproduces. The published files do not include the last layer, so predictions differ from the
+      authors'.
+    * None: the file's classifier, if it has one.
 
     Args:
-        source: a state dict, or a file of one (`.pt`, `.pth`, read with `weights_only=True`, or `.safetensors`).
+        source: a state dict, or a file with one (`.pt`, `.pth`, read with `weights_only=True`, or `.safetensors`).
             Wrappers ({"state_dict": ...}, {"model": ...}), prefixes and the tensors of a full model around the
             prompts are accepted.
-        backbone: the backbone the prompts were trained for; None: only the generator is returned, and what follows
-            may not be given, but for overrides.
+        backbone: the backbone that the prompts were trained for; None: return only the generator, in which case only
+            `overrides` may follow.
         head: "linear", "text", "label_map", "prototypes", a head of `fastprompt.heads`, or None, as above.
-        num_classes: C, where `head` does not say it.
+        num_classes: C, if `head` does not determine it.
         class_embeddings: (C, E), for "text".
         dino: DINO's full checkpoint, or a state dict of its projection head, for "prototypes".
-        rows: "authors" or "prototypes". seed: of both, and of the choice of prototypes (`random.sample`).
-        readout: what the head sees, as for `PromptedViT`; None: its default, which is that of the authors' code.
-        mean, std: per channel, by which raw pixels are normalised; None: the authors'.
-        overrides: options of the method's configuration, and `grid=(rows, columns)`, `patch_size=`, `image_size=` or,
-            of VPT, `depth=` (blocks) for a generator without backbone. VPT-deep with prompts for fewer blocks than the
-            backbone has is VPT with partial depth (`VPTConfig.deep_layers`).
+        rows: "authors" or "prototypes". seed: for both, and for the choice of prototypes (`random.sample`).
+        readout: the head's input, as for `PromptedViT`; None: its default, which is that of the authors' code.
+        mean, std: per channel, for normalising raw pixels; None: the authors'.
+        overrides: options of the method's configuration. For a generator without a backbone, also
+            `grid=(rows, columns)`, `patch_size=`, `image_size=` or, for VPT, `depth=` (blocks). VPT-deep with prompts
+            for fewer blocks than the backbone has is VPT with partial depth (`VPTConfig.deep_layers`).
 
     Raises:
         FileNotFoundError: no such file.
         TypeError: `source` is neither a path nor a state dict of tensors.
-        ValueError: the file or dict is no such checkpoint, a tensor is missing, unknown or misshapen, the
+        ValueError: the file or dict is not such a checkpoint, a tensor is missing, unknown or has the wrong shape, the
             checkpoint does not fit `backbone`, or an argument does not fit the others.
     """
     if backbone is not None and not isinstance(backbone, FrozenViT):
@@ -153,7 +154,7 @@ def load_official(
 
 
 def _label_map(found: Head | None, backbone: FrozenViT, num_classes: int | None) -> LabelMapHead:
-    """PGN's classifier on the supervised ViT: the backbone's, as trained where the file has it."""
+    """Return PGN's classifier on the supervised ViT: the trained one if the file has it, else the backbone's."""
     outputs = 0 if backbone.head is None else len(backbone.head.weight)
     head = LabelMapHead(backbone, outputs if num_classes is None else num_classes, trainable=True)
     if isinstance(found, LinearHead) and found.weight.shape == (outputs, backbone.feature_width):
@@ -170,10 +171,10 @@ def _label_map(found: Head | None, backbone: FrozenViT, num_classes: int | None)
 
 
 def _head_of(state: State, prefix: str, backbone: FrozenViT) -> Head | None:
-    """The classifier beside the prompts in a file of a whole model; None: it has none.
+    """Return the classifier beside the prompts in a file of a whole model; None if it has none.
 
-    VPT's and VAPT's is `head.last_layer`, PGN's `vit_model.heads.head`, with a new classifier `vit_model.heads.0`, and
-    on DINO `dino_head`.
+    It is `head.last_layer` in VPT and VAPT. In PGN it is `vit_model.heads.head`, `vit_model.heads.0` for a new
+    classifier, or `dino_head` on DINO.
     """
     outer = re.sub(r"(enc\.(transformer\.)?|pgn_module\.)$", "", prefix)
     if f"{outer}dino_head.last_layer.weight" in state:
@@ -202,7 +203,7 @@ def _head_of(state: State, prefix: str, backbone: FrozenViT) -> Head | None:
 
 
 def _read(source: Any, name: str = "source", wrappers: tuple[str, ...] = ("state_dict", "model")) -> State:
-    """The tensors of a file or a state dict, out of the first of the `wrappers` that it has, and so on."""
+    """Read the tensors of a file or a state dict, unwrapping each of the `wrappers` in turn if it is there."""
     content = read_file(source, name) if isinstance(source, (str, os.PathLike)) else source
     for key in wrappers:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -211,7 +212,7 @@ def _read(source: Any, name: str = "source", wrappers: tuple[str, ...] = ("state
 
 
 def _prefix(state: State, marker: str) -> str | None:
-    """What stands before `marker` in the one key that ends with it; None if there is no such key."""
+    """Return the prefix of `marker` in the one key that ends with it; None if there is no such key."""
     found = [k[: -len(marker)] for k in state if k == marker or k.endswith("." + marker)]
     if len(found) > 1:
         raise ValueError(f"source has more than one {marker!r}: {sorted(p + marker for p in found)}")
@@ -227,7 +228,7 @@ def _take(state: State, name: str, ndim: int | None = None) -> Tensor:
 
 
 def _settings(config: type[PromptConfig], found: dict[str, Any], overrides: dict[str, Any]) -> PromptConfig:
-    """`config` from what the tensors say and the overrides, which may not contradict them."""
+    """Build `config` from the values found in the tensors and the overrides, which must not contradict them."""
     for name, value in found.items():
         if name in overrides and overrides[name] != value:
             raise ValueError(f"{name}={overrides[name]!r} contradicts the checkpoint, whose tensors say {value!r}")
@@ -235,7 +236,7 @@ def _settings(config: type[PromptConfig], found: dict[str, Any], overrides: dict
 
 
 def _geometry(backbone: FrozenViT | None, width: int, overrides: dict[str, Any], **found: Any) -> Geometry:
-    """The backbone's sizes, or else those the checkpoint and the overrides give."""
+    """Return the backbone's sizes, or else those that the checkpoint and the overrides give."""
     sizes: dict[str, Any] = {k: overrides.pop(k) for k in ("grid", "patch_size", "image_size") if k in overrides}
     if backbone is None:
         return dataclasses.replace(Geometry(), **{"width": width, **found, **sizes})
@@ -247,7 +248,7 @@ def _geometry(backbone: FrozenViT | None, width: int, overrides: dict[str, Any],
 
 
 def _load(generator: PromptGenerator, state: State) -> PromptGenerator:
-    """Strict load with the shapes named where they differ; BatchNorm's batch counters may be missing."""
+    """Load strictly, naming shapes that differ; BatchNorm's batch counters may be missing."""
     own = generator.state_dict()
     state = {**{k: v for k, v in own.items() if k.endswith("num_batches_tracked")}, **state}
     missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
@@ -265,7 +266,7 @@ def _load(generator: PromptGenerator, state: State) -> PromptGenerator:
 
 
 def _pgn(state: State, backbone: FrozenViT | None, overrides: dict[str, Any]) -> PromptGenerator:
-    """`tl_vectors` and `model.*`: the authors' ResNet10, or torchvision's ResNet-18."""
+    """Read `tl_vectors` and `model.*`: the authors' ResNet10, or torchvision's ResNet-18."""
     library = _take(state, "tl_vectors", 2)
     own: State = {"library": library}
     if "model.input_net.0.weight" in state:
@@ -306,7 +307,7 @@ def _pgn(state: State, backbone: FrozenViT | None, overrides: dict[str, Any]) ->
 
 
 def _free(state: State, backbone: FrozenViT | None, overrides: dict[str, Any]) -> PromptGenerator:
-    """`pgn_vectors`: PGN's input-independent baseline (their `iip.py`)."""
+    """Read `pgn_vectors`: PGN's input-independent baseline (their `iip.py`)."""
     vectors = _take(state, "pgn_vectors", 2)
     strange = sorted(name for name in state if name.startswith("model."))
     if strange:
@@ -320,7 +321,7 @@ def _free(state: State, backbone: FrozenViT | None, overrides: dict[str, Any]) -
 
 
 def _saved_prompts(state: State, backbone: FrozenViT | None, overrides: dict[str, Any]) -> PromptGenerator:
-    """VPT's `prompt_ep*.pth`: `shallow_prompt` (1, P, D), and for VPT-deep `deep_prompt` (L − 1, P, D)."""
+    """Read VPT's `prompt_ep*.pth`: `shallow_prompt` (1, P, D), and for VPT-deep `deep_prompt` (L − 1, P, D)."""
     strange = sorted(set(state) - {"shallow_prompt", "deep_prompt"})
     if strange:
         raise ValueError(f"source has 'shallow_prompt' and unknown tensors beside it: {strange[:5]}")
@@ -329,7 +330,7 @@ def _saved_prompts(state: State, backbone: FrozenViT | None, overrides: dict[str
 
 
 def _visual_prompts(state: State, backbone: FrozenViT | None, overrides: dict[str, Any]) -> PromptGenerator:
-    """`prompt_embeddings`, `deep_prompt_embeddings`, `prompt_proj`, and VAPT's `deep_prompt_*`."""
+    """Read `prompt_embeddings`, `deep_prompt_embeddings`, `prompt_proj`, and VAPT's `deep_prompt_*`."""
     if any(re.fullmatch(r"deep_prompt_embeddings_\d+", name) for name in state):
         return _swin_prompts(state, backbone, overrides)
     first = _take(state, "prompt_embeddings", 3)
@@ -346,7 +347,7 @@ def _visual_prompts(state: State, backbone: FrozenViT | None, overrides: dict[st
     if "prompt_proj.weight" in state:
         own |= {f"static.projection.{k}": _take(state, f"prompt_proj.{k}") for k in ("weight", "bias")}
         found["project"], width = first.shape[2], state["prompt_proj.weight"].shape[0]
-    # every tensor that belongs to the prompts must be used; those of a full model around them are not ours
+    # every tensor of the prompts must be used; those of a surrounding full model are ignored
     known = {"prompt_embeddings", "deep_prompt_embeddings", "prompt_proj.weight", "prompt_proj.bias"}
     if any(k.startswith("deep_prompt_downsample.") for k in state):
         generator, used = _vapt(state, backbone, overrides, own, found, width, embeddings.shape[0])
@@ -358,7 +359,7 @@ def _visual_prompts(state: State, backbone: FrozenViT | None, overrides: dict[st
         if depth not in (None, blocks):
             raise ArgumentError("depth", f"must be that of the backbone, {blocks}, got {depth}")
         found["deep"] = deep is not None
-        if deep is not None:  # rows for the first blocks only: the prompts of the last of them flow on
+        if deep is not None:  # rows for the first blocks only: the prompts of the last of these stay in the sequence
             blocks = rows if blocks is None or blocks < rows else blocks
             found["deep_layers"] = rows if rows < blocks else None
         geometry = _geometry(backbone, width, overrides, **({} if blocks is None else {"depth": blocks}))
@@ -372,7 +373,7 @@ def _visual_prompts(state: State, backbone: FrozenViT | None, overrides: dict[st
 
 
 def _swin_prompts(state: State, backbone: FrozenViT | None, overrides: dict[str, Any]) -> PromptGenerator:
-    """VPT-deep on Swin: `prompt_embeddings` of block 0, `deep_prompt_embeddings_s` of the other blocks of stage s."""
+    """Read VPT-deep on Swin: `prompt_embeddings` of block 0, `deep_prompt_embeddings_s` of stage s's other blocks."""
     first = _take(state, "prompt_embeddings", 3)
     names = [f"deep_prompt_embeddings_{s}" for s in range(sum("deep_prompt_embeddings_" in name for name in state))]
     stages = [_take(state, name, 3) for name in names]
@@ -426,7 +427,7 @@ def _vapt(
         static_layers -= layers
     elif backbone is None and static_layers == layers + 2:
         static_layers = 2
-    # VAPT on MAE keeps embeddings for blocks that have adaptive prompts: nothing reads them
+    # VAPT on MAE keeps embeddings for blocks that have adaptive prompts, but never reads them
     if "static.embeddings" in own:
         own["static.embeddings"] = own["static.embeddings"][:static_layers]
     for j in range(layers):
@@ -468,7 +469,7 @@ def _vapt(
 
 
 def _padding(positions: int, grow: int, grid: Any, conv: bool, given: Any) -> tuple[int, tuple[int, int]]:
-    """Padding from the projector's width (H + 2p − k + 1)(W + 2p − k + 1), on the given grid or a 14 or 16 square."""
+    """Infer padding from the projector's width (H + 2p − k + 1)(W + 2p − k + 1), on the given, a 14² or a 16² grid."""
     grids = [tuple(grid)] if grid is not None else [(14, 14), (16, 16)]
     paddings = ([0] if not conv else range(9)) if given is None else [given]
     for rows, columns in grids:
@@ -492,11 +493,11 @@ _READERS = {
     "prompt_embeddings": (_visual_prompts, IMAGENET),
     "shallow_prompt": (_saved_prompts, IMAGENET),
 }
-"""By the tensor that tells a method: what reads it, and how its authors' code normalises pixels."""
+"""For each tensor that identifies a method: its reader, and how the authors' code normalises pixels."""
 
 
 def _compare_backbone(state: State, backbone: FrozenViT) -> None:
-    """Warn when the checkpoint carries another backbone than the given one."""
+    """Warn if the checkpoint contains another backbone than the given one."""
     theirs = state.get("embeddings.patch_embeddings.weight", state.get("patch_embed.proj.weight"))
     if theirs is None:
         return
