@@ -457,7 +457,7 @@ def _vapt(
         found |= {"kernel": kernel.shape[-1], "channelwise": kernel.shape[0] == 1}
         grow = 1 - kernel.shape[-1]
     grid = overrides.get("grid") or (backbone.spec.grid if backbone is not None else None)
-    VAPTConfig(padding=overrides.get("padding", 0))  # refuses what is none
+    VAPTConfig(padding=overrides.get("padding", 0))  # raises if it is invalid
     padding, grid = _padding(positions, grow, grid, conv, overrides.get("padding"))
     if conv:
         found["padding"] = padding

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_BACKBONE = "clip-vit-b16"
 MOST_FAST = KEPT // 2 - 1
-"""Maximum of `HostSettings.fast_adapters`: an engine keeps `KEPT` functions, two per adapter and for the backbone."""
+"""Maximum of `HostSettings.fast_adapters`: an engine keeps `KEPT` functions, two for each adapter and the backbone."""
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 

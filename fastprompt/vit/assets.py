@@ -68,7 +68,7 @@ def load_backbone(
         return FrozenViT.from_checkpoint(path, arch, image_size, mean=mean, std=std)
     if name in ASSETS:
         sides = _sides(name, image_size, ASSETS[name].patch_size)
-        backbone = FrozenViT(_module(name, None), image_size=sides)  # resample here: the fingerprint covers what it was
+        backbone = FrozenViT(_module(name, None), image_size=sides)  # resample here: the fingerprint needs the original
     else:
         backbone = _timm_backbone(name, image_size)
     backbone.source = BackboneSource.of_call("load_backbone", name, True, image_size, {})
@@ -199,7 +199,7 @@ def _clip_tensors(graph: Any) -> dict[str, torch.Tensor]:
         "norm.weight": stored[f"{vision}.post_layernorm.weight"],
         "norm.bias": stored[f"{vision}.post_layernorm.bias"],
         "head.weight": matrix("image_embeds"),
-        "head.bias": torch.zeros(512),  # CLIP's projection has none
+        "head.bias": torch.zeros(512),  # CLIP's projection has no bias
     }
     for i in range(12):
         theirs, path, ours = f"{vision}.encoder.layers.{i}", f"/{vision}/encoder/layers.{i}", f"blocks.{i}"

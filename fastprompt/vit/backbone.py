@@ -80,7 +80,7 @@ class Backbone(nn.Module):
         self.map_pool: MapPool | None = parts.pop("map_pool", None)
         self.fc_norm: Norm | None = parts.pop("fc_norm", None)
         self.head: Dense | None = parts.pop("head", None)
-        self._loaded: dict[str, str | None] = parts.pop("loaded", {})  # of computed tensors; None: by others
+        self._loaded: dict[str, str | None] = parts.pop("loaded", {})  # hashes of computed tensors; None: resampled
         merges: list[Any] | None = parts.pop("merges", None)
         self.staged = merges is not None
         self.merges: Sequence[Merge | None]
@@ -235,7 +235,7 @@ class Backbone(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         _check_weights("state_dict", {name: state_dict.get(prefix + name) for name in self.state_dict()})
-        if not any(p.requires_grad for p in self.parameters()):  # a fine-tuned copy stays that of its original
+        if not any(p.requires_grad for p in self.parameters()):  # a fine-tuned copy keeps its original's identity
             other = [
                 name
                 for name, old in self.state_dict().items()
