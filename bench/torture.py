@@ -74,7 +74,7 @@ class Flags:
     idle: int = 40
     """Connections beside them that say nothing, or half of a request."""
     turns: int = 500
-    """Calls of each thread of an engine whose states are swapped."""
+    """Calls of each thread of an engine whose states are swapped; 0 leaves this part out."""
     out: Path = ROOT / "results" / "torture.md"
 
 
@@ -192,7 +192,7 @@ def random_kills(place: Place, count: int, seed: int) -> Found:
     if crashes.in_a_child(lambda: place.run("timed"), place.log) != 0:
         raise RuntimeError(place.log.read_text())
     whole, runs = time.perf_counter() - began, 0
-    while found.outcomes["kills"] < count:
+    while found.outcomes["kills"] < count and not found.wrong:
         name, ended = f"killed {runs}", False
         for _ in range(chance.randint(1, 3)):
             ended = ended or crashes.killed_after(chance.uniform(0, whole), lambda to=name: place.run(to)) == 0
@@ -212,7 +212,7 @@ def every_operation(place: Place, every: int) -> Found:
         if ended == 1:
             found.wrong.append(f"{name}: {place.log.read_text()[-500:]}")
         place.finish(name, found, name)
-        if ended != -9:
+        if ended != -9 or found.wrong:
             break
         number += every
     found.tried = f"{number - 1} operations on files of a run (training, adapter, results), in steps of {every}"
@@ -228,7 +228,7 @@ def full_disk(place: Place, every: int) -> Found:
         if ended not in (0, 1) or (ended == 1 and "No space left on device" not in place.log.read_text()):
             found.wrong.append(f"{name}: exit code {ended}: {place.log.read_text()[-500:]}")
         place.finish(name, found, name)
-        if ended == 0:
+        if ended == 0 or found.wrong:
             break
         found.outcomes["an error that names the full disk"] += 1
         number += every
@@ -405,7 +405,7 @@ def tortured(flags: Flags, root: Path) -> Iterator[Found]:
         functools.partial(many_writers, place, flags.writers, flags.seed),
         functools.partial(flipped_bits, place, flags.flips, flags.seed),
         functools.partial(hostile_clients, place, flags.hostile, flags.idle),
-        functools.partial(swapped_states, flags.turns),
+        *([functools.partial(swapped_states, flags.turns)] if flags.turns else []),
     ):
         found = act()
         yield from found if isinstance(found, list) else [found]
