@@ -190,7 +190,7 @@ class PromptedViT(nn.Module):
     def _outputs(self, images: Tensor, draws: Draws | None, features: Features) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute `forward`'s result by one of the two graphs, with the caller's draws or those of the model's mode."""
         self._check(images)
-        return self._averaged(images, self._samples(len(images)) if draws is None else [draws], features)
+        return self._averaged(images, self._samples(images.shape[0]) if draws is None else [draws], features)
 
     def _samples(self, batch: int) -> Sequence[Draws]:
         """Return the draws of each forward that the model's mode requires."""
@@ -241,7 +241,7 @@ class PromptedViT(nn.Module):
         while the model averages their class probabilities.
         """
         self._check(images)
-        samples = [self._features(images, draws)[0] for draws in self._samples(len(images))]
+        samples = [self._features(images, draws)[0] for draws in self._samples(images.shape[0])]
         return samples[0] if len(samples) == 1 else torch.stack(samples).mean(0)
 
     def draw(self, batch: int) -> Draws:

@@ -372,7 +372,7 @@ def join(block: Block, x: Rows, read: Reads) -> Tensor:
             return block.norm1(h)
         return h if block.ls1 is None else h * block.ls1
 
-    return sums(rows, attended(query), prompts, attended(prompt_q.expand(len(rows), -1, -1, -1)))
+    return sums(rows, attended(query), prompts, attended(prompt_q.expand(rows.shape[0], -1, -1, -1)))
 
 
 def one_query_attention(block: Block, q: Tensor, rows: Tensor, prompts: Tensor | None) -> Tensor:

@@ -49,7 +49,7 @@ def _written(first: Tensor, to_first: Tensor | None, second: Tensor, to_second: 
     dtype = given[0].dtype
     for x in given[1:]:
         dtype = torch.promote_types(dtype, x.dtype)
-    images, (r, s, d) = max(len(x) for x in given), (first.shape[1], second.shape[1], first.shape[2])
+    images, (r, s, d) = max(x.shape[0] for x in given), (first.shape[1], second.shape[1], first.shape[2])
     out = first.new_empty(images, r + s + room, d, dtype=dtype)
     # a compiler fuses a sum with its copy, and does not support an `out` with gaps between its rows
     plain = torch.compiler.is_compiling()

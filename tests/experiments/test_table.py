@@ -230,7 +230,7 @@ def test_from_nothing_to_the_table(
     shown = capsys.readouterr().out
     assert "VPT-shallow" in shown
     assert f"failed (1)  {blocked}" in shown
-    assert "other settings" in (blocked / "output.txt").read_text()
+    assert "different settings" in (blocked / "output.txt").read_text()
     monkeypatch.setattr(table, "start", lambda *_: pytest.fail("a finished run was started again"))
     plan = make_plan(tmp_path / "runs", "linear", "vpt-shallow", lrs=(0.01,), seeds=(0,))
     assert table.run_all(plan, 2, 1) == []

@@ -18,7 +18,6 @@ from einops import rearrange
 from torch import Tensor
 
 from fastprompt.arguments import ArgumentError, ArgumentTypeError
-from fastprompt.vit.readers.parts import loaded_as
 
 LIBRARIES = ("timm", "open_clip", "transformers", "torchvision")
 
@@ -84,6 +83,8 @@ def _resize(parts: dict[str, Any], sides: tuple[int, int], rule: dict[str, bool]
     if parts["pos_embed"] is not None and grid != spec.grid:
         prefix = int(spec.has_cls) + spec.num_registers if spec.pos_on_prefix else 0
         pos: Tensor = parts["pos_embed"].detach()  # (1, [prefix +] patches, D)
+        from fastprompt.vit.readers.parts import loaded_as
+
         parts["loaded"] = {"pos_embed": loaded_as(pos, grid=spec.grid, to=grid, **rule)}
         rows = rearrange(pos[:, prefix:], "one (rows columns) d -> one d rows columns", rows=spec.grid[0])
         rows = F.interpolate(rows.to(torch.promote_types(pos.dtype, torch.float32)), size=grid, mode="bicubic", **rule)
