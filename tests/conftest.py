@@ -186,7 +186,7 @@ def randomised() -> Callable[..., nn.Module]:
     return randomise
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the working tree."""
     return ROOT

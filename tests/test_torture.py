@@ -54,7 +54,7 @@ def test_a_minute_of_torture_loses_nothing(outcomes: dict[str, dict[str, int]]) 
     for part in ("weights", "configuration", "state of a run"):
         flipped = outcomes[f"Flipped bits: {part}"]
         assert flipped["refused by name"] > 30
-        assert flipped["refused by name"] + flipped["read as it was"] == 60
+        assert flipped["refused by name"] + flipped.get("read as it was", 0) == 60
     clients = outcomes["Hostile clients of a host"]
     assert clients["right answers"] > 0
     assert sum(times for name, times in clients.items() if name.startswith("hostile")) >= 20
