@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import os
 import re
@@ -34,8 +33,6 @@ from fastprompt.vit import FrozenViT
 from fastprompt.vit.readers.parts import CLIP, IMAGENET
 from fastprompt.vit.tensor_files import named_tensors, read_file
 
-logger = logging.getLogger(__name__)
-
 State = dict[str, Tensor]
 
 
@@ -64,7 +61,7 @@ def load_official(
 
     Raw (uint8) pixels are normalised as in the authors' code: by CLIP's mean and std for PGN on every backbone,
     including the supervised ViT and DINO, and by ImageNet's for VPT and VAPT. If those differ from the backbone's,
-    `model.backbone` is `backbone.normalising_by(mean, std)`, which shares its tensors.
+    `model.backbone` is `backbone.normalising_by(mean, std)`, which shares its tensors, and a warning says so.
 
     `head` selects the authors' classifiers:
 
@@ -128,8 +125,14 @@ def load_official(
     if backbone is None:
         return generator
     _compare_backbone(inner, backbone)
-    backbone = backbone.normalising_by(pixels["mean"] if mean is None else mean, pixels["std"] if std is None else std)
-    logger.info("raw pixels are normalised by mean %s and std %s", backbone.mean, backbone.std)
+    given = backbone
+    backbone = given.normalising_by(pixels["mean"] if mean is None else mean, pixels["std"] if std is None else std)
+    if (mean is None or std is None) and (backbone.mean, backbone.std) != (given.mean, given.std):
+        warnings.warn(
+            f"raw pixels are normalised as in the authors' code, by mean {backbone.mean} and std {backbone.std}; the "
+            f"backbone's own are {given.mean} and {given.std}. mean= and std= choose others",
+            stacklevel=2,
+        )
     found = _head_of(state, prefix, backbone)
     built: str | Head = "linear" if head is None else head
     if head == "label_map":

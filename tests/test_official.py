@@ -6,6 +6,7 @@ import argparse
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -711,7 +712,12 @@ def test_raw_pixels_are_normalised_as_the_authors_do(
     tiny_vit: VisionTransformer, tmp_path: Path, make: Callable[[], State], pixels: tuple[Any, Any]
 ) -> None:
     given = fp.FrozenViT(tiny_vit, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    model, raw = fp.load_official(make(), given), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with pytest.warns(UserWarning, match="raw pixels are normalised as in the authors' code"):
+        model, raw = fp.load_official(make(), given), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing to say of the authors' own, or of what was asked for
+        fp.load_official(make(), given.normalising_by(*pixels))
+        fp.load_official(make(), given, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0))
     assert ((model.backbone.mean, model.backbone.std), given.mean) == (pixels, (0.5, 0.5, 0.5))
     assert model.backbone.fingerprint == given.fingerprint
     assert model.backbone.patch_weight is given.patch_weight

@@ -196,9 +196,9 @@ export class Client {
     if (part <= SURE || (cos < threshold && part <= LIKELY))
       return refused(mistakes[nearest].name, `; that of a mistake is nearer (${mistakes[nearest].detail})`);
     if (cos < threshold && known)
-      return refused(null, `, ${threshold} is the least; the nearest mistake is ${mistakes[nearest].name} `
+      return refused(null, `, below the threshold ${threshold}; the nearest mistake is ${mistakes[nearest].name} `
                            + `(${mistakes[nearest].detail})`);
-    if (cos < threshold) return refused("another model", `, ${threshold} is the least`);
+    if (cos < threshold) return refused("another model", `, below the threshold ${threshold}`);
     const length = norm(embedding) / norm(right);
     if (Math.abs(length - 1) > LENGTH && !this.ignoresLength())
       return refused("scaled embeddings", `, but its length is ${length.toPrecision(3)} times the right one`);

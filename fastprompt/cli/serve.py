@@ -49,11 +49,11 @@ class Serve:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto uses a GPU if there is one."""
     backend: Literal["auto", "eager", "compile", "openvino", "cuda_graph"] = "auto"
-    """Backend for batches of a single adapter. auto picks the fastest one here, without compile, which takes up to a
-    minute per batch size and adapter."""
+    """Backend for batches of a single adapter. auto measures and picks the fastest one here, without compile, which is
+    slow to build for each batch size and adapter."""
     fast_adapters: int = 1
-    """Number of adapters that use that backend, in the order given; the others run in eager. Each takes seconds to
-    prepare and, with openvino and compile, about five times the backbone's memory."""
+    """Number of adapters that use that backend, in the order given; the others run in eager. Each one takes time to
+    prepare and, with openvino and compile, memory for copies of the backbone."""
     batch_size: int = 8
     """Maximum number of images per batch."""
     batch_wait_ms: float = 5.0
