@@ -49,10 +49,10 @@ class HostSettings:
         device: "cpu" or "cuda".
         plugins: modules that register the adapters' methods: their names, or paths of `.py` files.
         backend: runs batches of one image or of `batch_size` images that belong entirely to one adapter or to the
-            backbone. "auto": the fastest here, except "compile", which needs up to a minute per function.
+            backbone. "auto": the fastest here, except "compile", which is slow to build.
         fast_adapters: number of adapters that use that backend, the first ones given. Each takes two functions, which
-            are built before the host is ready. "compile" and "openvino" hold two to three times the backbone's weights
-            in each. All other batches run in "eager".
+            are built before the host is ready; those of "compile" and "openvino" each hold a copy of the weights. All
+            other batches run in "eager".
     """
 
     backbone: str | None = None
