@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import fastprompt as fp
-import fastprompt.train.fit as fit_module
+import fastprompt.train.run as run_module
 from fastprompt.adapters import Preprocessing, read_adapter, write_adapter
 from fastprompt.cli import main
 from fastprompt.cli.adapt import adapt_settings
@@ -138,7 +138,7 @@ def test_adapt_writes_the_run(run_dir: Path) -> None:
 def test_a_finished_run_is_not_run_again(
     run_dir: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit_module._Run, "one_epoch", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(run_module.Run, "one_epoch", lambda *_: pytest.fail("trained again"))
     command = ["--set", "library_size=16", "widths=(4, 4, 8, 8)", "--num-prompts", "3"]
     assert main(adapt_command(place, run_dir, *command, method="pgn")) == 0
     results = json.loads((run_dir / "results.json").read_text())
@@ -504,7 +504,7 @@ def test_text_head_takes_class_embeddings(place: Path, tmp_path: Path, capsys: p
 def test_interrupted_run_goes_on_to_the_same_result(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one_epoch = fit_module._Run.one_epoch
+    one_epoch = run_module.Run.one_epoch
     trained: list[int] = []
 
     def interrupted(self: Any, epoch: int, bar: Any) -> None:
@@ -517,14 +517,14 @@ def test_interrupted_run_goes_on_to_the_same_result(
         one_epoch(self, epoch, bar)
 
     out = tmp_path / "run"
-    monkeypatch.setattr(fit_module._Run, "one_epoch", interrupted)
+    monkeypatch.setattr(run_module.Run, "one_epoch", interrupted)
     assert main(adapt_command(place, out)) == 130
     line = error_line(capsys)
     assert "resume from" in line
     assert str(out) in line
     assert not (out / "results.json").exists()
     assert not list(out.rglob("*.tmp"))
-    monkeypatch.setattr(fit_module._Run, "one_epoch", recorded)
+    monkeypatch.setattr(run_module.Run, "one_epoch", recorded)
     assert main(adapt_command(place, out)) == 0
     assert trained == [3]
     assert main(adapt_command(place, tmp_path / "whole")) == 0

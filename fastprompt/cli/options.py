@@ -136,7 +136,7 @@ def load_adapter(
     else:
         model = fp.PromptedViT.from_pretrained(backbone_at(name, command.image_size or stored_size(config)), directory)
     if device is not None:
-        from fastprompt.train.fit import compute_dtype
+        from fastprompt.train.evaluate import compute_dtype
 
         wanted = getattr(command, "dtype", None) or (settings.recipe.get("dtype") if settings else None)
         model = model.to(device)

@@ -1014,7 +1014,7 @@ def test_a_run_that_goes_on_elsewhere_says_so(
     with killed_at("fastprompt.train.loop.Loop.train", 2):
         fit(make_model(), train, val, recipe, tmp_path, progress=False)
     elsewhere = {**environment(torch.device("cpu")), "threads": 64}
-    monkeypatch.setattr("fastprompt.train.fit.environment", lambda _: elsewhere)
+    monkeypatch.setattr("fastprompt.train.run.environment", lambda _: elsewhere)
     with pytest.warns(UserWarning, match="last bits may differ: threads is 64, was 1"):
         fit(make_model(), train, val, recipe, tmp_path, progress=False)
     assert read_log(tmp_path)[2] == {"event": "resume", "epoch": 1, "environment": elsewhere}
