@@ -8,8 +8,10 @@ import dataclasses
 import functools
 import itertools
 import os
+import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +25,6 @@ from fastprompt.adapters import (
     config_from,
     head_from,
     preprocessing_of,
-    read_adapter,
     registered_by,
     source_of,
     with_resampled,
@@ -39,11 +40,13 @@ from fastprompt.generators import (
     method_of,
 )
 from fastprompt.heads import CLIP_LOGIT_SCALE, Head, build_head
+from fastprompt.hub import CARD_FILE, check_push, model_card, push, read_pretrained, run_facts
 from fastprompt.kept import Kept, SeenValues, arithmetic, can_compare, tensors_of
 from fastprompt.vit import FrozenViT
 from fastprompt.vit.assets import load_source
 from fastprompt.vit.prompts import NO_DRAWS, Draws, Embedding, Group, Prefix
 from fastprompt.vit.reference import READOUTS
+from fastprompt.vit.source import BackboneSource
 from fastprompt.vit.weights import Folded, is_finite
 
 Features = Callable[[Tensor, Draws], tuple[Tensor, dict[str, Tensor]]]
@@ -504,9 +507,13 @@ class PromptedViT(nn.Module):
             ValueError: a parameter of the backbone trains, and an adapter cannot hold it.
             OSError: the disk is full or the directory is not writable. Nothing has changed in this case.
         """
+        self._save(directory, self.backbone.source)
+
+    def _save(self, directory: str | os.PathLike[str], source: BackboneSource | None) -> dict[str, Any]:
+        """Write the adapter with `source` as the call that loads its backbone; return its configuration."""
         self.check_all_saved()
         backbone, optional = self.backbone, dict[str, Any]()
-        for key, value in (("source", backbone.source), ("preprocessing", self.preprocessing)):
+        for key, value in (("source", source), ("preprocessing", self.preprocessing)):
             if value is not None:
                 optional[key] = dataclasses.asdict(value)
         if self.full and not self.config.trains_backbone:
@@ -532,27 +539,90 @@ class PromptedViT(nn.Module):
             },
         }
         write_adapter(directory, config, with_resampled(self.adapter_state_dict(), backbone))
+        return config
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        run_dir: str | os.PathLike[str] | None = None,
+        license: str | None = None,
+        commit_message: str = "Upload adapter",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the adapter to the Hugging Face Hub with a model card; create the repository if it is missing.
+
+        The card states method, options, backbone and fingerprint, head, how to load the adapter, its classes and its
+        licence; with `run_dir` also data, recipe and metrics with 95 % intervals. A path on this machine, such as that
+        of a backbone's file, is not uploaded: such an adapter is loaded with `from_pretrained(backbone, repo_id)`.
+
+        Args:
+            repo_id: "owner/name".
+            run_dir: directory of the run that trained this model (`fit(out_dir=...)`, `fastprompt adapt --out`).
+            license: identifier of the adapter's licence on the Hub, such as "apache-2.0".
+            private: create a private repository; None: the owner's default. An existing one stays as it is.
+            token: with write access; None: the one that `hf auth login` saved.
+            revision: branch to commit to; None: "main".
+            create_pr: open a pull request with the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            TypeError, ValueError: an argument is invalid.
+            FileNotFoundError: `run_dir` is not the directory of a finished run.
+            PermissionError: the token may not write there.
+            FetchError: the Hub cannot be reached.
+        """
+        check_push(repo_id, license, run_dir)
+        facts = None if run_dir is None else run_facts(run_dir)
+        source = self.backbone.source
+        with tempfile.TemporaryDirectory(prefix="fastprompt-") as folder:
+            config = self._save(folder, None if source is None or source.is_local else source)
+            card = model_card(config, repo_id, facts, license)
+            (Path(folder) / CARD_FILE).write_text(card, encoding="utf-8")
+            to = {"revision": revision, "create_pr": create_pr}
+            return push(Path(folder), repo_id, commit_message, token, private, **to)
 
     @classmethod
     def from_pretrained(
-        cls, backbone: FrozenViT | str | os.PathLike[str], directory: str | os.PathLike[str] | None = None
+        cls,
+        backbone: FrozenViT | str | os.PathLike[str],
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
     ) -> PromptedViT:
-        """Load the model that `save_pretrained` wrote into a directory, in eval mode.
+        """Load the model that `save_pretrained` wrote into a directory or `push_to_hub` uploaded, in eval mode.
 
-        `from_pretrained(directory)` loads the backbone that the adapter records. `from_pretrained(backbone, directory)`
-        uses a loaded one, which several adapters may share. Raw pixels are normalised by the mean and std of the
+        `from_pretrained(where)` loads the backbone that the adapter records. `from_pretrained(backbone, where)`
+        uses a loaded one, which several adapters may share. `where` is a directory or a repository of the Hugging Face
+        Hub, "owner/name"; an existing directory of that name wins. Raw pixels are normalised by the mean and std of the
         adapter's training, even if those of `backbone` differ.
+
+        Args:
+            revision: branch, tag or commit of the repository; None: "main".
+            token: for a private repository; None: the one that `hf auth login` saved.
+            cache_dir: folder for fetched files; None: that of `huggingface_hub`.
+            local_files_only: use only what was fetched before.
 
         Raises:
             TypeError: `backbone` is not a FrozenViT or, without `directory`, not a path.
-            FileNotFoundError: there is no adapter.
+            FileNotFoundError: there is no adapter, neither in such a directory nor in such a repository.
+            PermissionError: the repository is not open to this token.
             ValueError: a file is corrupted, the adapter was trained on another backbone, or it does not record how its
                 backbone was loaded.
-            FetchError: the weights of the recorded backbone cannot be fetched.
+            FetchError: the adapter or the weights of the recorded backbone cannot be fetched.
         """
+        hub = (revision, token, cache_dir, local_files_only)
         if directory is None and isinstance(backbone, (str, os.PathLike)):
             directory = backbone
-            config, state = read_adapter(directory)
+            config, state = read_pretrained(directory, *hub)
             backbone = _load_recorded(config, directory)
         elif not isinstance(backbone, FrozenViT):
             raise ArgumentTypeError(
@@ -563,7 +633,7 @@ class PromptedViT(nn.Module):
         elif directory is None:
             raise ArgumentTypeError("directory", "must be that of an adapter, got None")
         else:
-            config, state = read_adapter(directory)
+            config, state = read_pretrained(directory, *hub)
         state, resampled = without_resampled(state)
         backbone = as_trained(f"the adapter in {directory}", config["backbone"], resampled, backbone)
         try:

@@ -1146,3 +1146,60 @@ def test_published_recipe_squashed_images_and_a_backbone_that_trains(
     found = json.loads((tmp_path / "eval.json").read_text())
     assert found["data"]["resize"] == "squash"
     assert found["predictions"] == results["test"]["predictions"]
+
+
+def test_convert_writes_an_adapter_of_a_published_checkpoint(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {"tl_vectors": torch.randn(5, 48), "model.fc.weight": torch.zeros(15, 512)}
+    trunk = fp.PGN(num_prompts=3, library_size=5, trunk="resnet18", width=48).trunk
+    state |= {f"model.{name}": tensor for name, tensor in trunk.state_dict().items()}
+    torch.save({"state_dict": {f"pgn_module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "pgn.pt")
+    (tmp_path / "classes.txt").write_text("ant\nbee\n")
+    backbone = f"local-dir:{place / 'vit'}"
+    words = ["convert", str(tmp_path / "pgn.pt"), "--backbone", backbone, "--out", str(tmp_path / "adapter")]
+    more = ["--head", "linear", "--num-classes", "2", "--class-names", str(tmp_path / "classes.txt")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the authors normalise otherwise than the backbone
+        assert main([*words, *more, "--set", "activation=sigmoid", "stem_pool=False"]) == 0
+        expected = fp.load_official(tmp_path / "pgn.pt", backbone_at(backbone, None), activation="sigmoid")
+    assert "PGNConfig(num_prompts=3, library_size=5" in capsys.readouterr().out
+    model = fp.PromptedViT.from_pretrained(tmp_path / "adapter")
+    assert (model.config.activation, model.config.stem_pool, model.class_names) == ("sigmoid", False, ["ant", "bee"])
+    for name, tensor in expected.generator.state_dict().items():
+        assert torch.equal(tensor, model.generator.state_dict()[name])
+    assert model.backbone.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--class-names": "three.txt"}, "--class-names must name 2 classes, got 3 lines"),
+        ({"--set": "activation"}, "--set must be KEY=VALUE"),
+        ({"--set": "no_such=1"}, "no_such: the checkpoint's method has no such option"),
+        ({"--class-embeddings": "three.txt"}, "--class-embeddings must be a .npy file"),
+        ({"--class-embeddings": "none.npy"}, "--class-embeddings must be a file that exists"),
+        ({"--head": "text"}, "--class-embeddings is needed for head 'text'"),
+        ({"checkpoint": "none.pt"}, "checkpoint must be a file that exists"),
+        ({"checkpoint": "other.pt"}, "is no published PGN, VPT or VAPT checkpoint"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_convert_refuses_and_writes_nothing(
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"prompt_embeddings": torch.zeros(1, 2, 48)}, "vpt.pt")
+    torch.save({"weight": torch.zeros(1)}, "other.pt")
+    Path("three.txt").write_text("a\nb\nc\n")
+    flags = {"--backbone": f"local-dir:{place / 'vit'}", "--out": "adapter", "--head": "linear", "--num-classes": "2"}
+    flags |= {name: value for name, value in changes.items() if name != "checkpoint"}
+    words = ["convert", changes.get("checkpoint", "vpt.pt"), *(word for pair in flags.items() for word in pair)]
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("adapter").exists()

@@ -24,11 +24,24 @@ MODULES = sorted(
 )
 LAYERS = [
     {"kernels"},
-    {"arguments", "changes", "extras", "fetch", "files", "kept", "locks", "memory", "package_index", "terminal"},
+    {
+        "arguments",
+        "changes",
+        "extras",
+        "fetch",
+        "files",
+        "intervals",
+        "kept",
+        "locks",
+        "memory",
+        "package_index",
+        "terminal",
+    },
     {"vit"},
     {"generators"},
     {"heads"},
     {"adapters"},
+    {"hub"},
     {"model"},
 ]
 LAYERS += [{"official", "cost"}, {"train", "engine", "pixels", "data"}, {"analysis", "report", "runs"}]

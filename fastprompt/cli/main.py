@@ -14,6 +14,7 @@ import tyro
 import fastprompt
 from fastprompt.arguments import ArgumentError
 from fastprompt.cli.adapt import Adapt, adapt
+from fastprompt.cli.convert import Convert, convert
 from fastprompt.cli.eval import Eval, evaluate_adapter
 from fastprompt.cli.export import Export, export
 from fastprompt.cli.info import Info, info
@@ -54,6 +55,7 @@ CLASSES: dict[str, type] = {
     "eval": Eval,
     "predict": Predict,
     "export": Export,
+    "convert": Convert,
     "serve": Serve,
     "info": Info,
     "report": Report,
@@ -136,7 +138,7 @@ def parse(words: list[str]) -> Any:
     )
 
 
-def run(command: Adapt | Eval | Predict | Export | Serve | Info | Report) -> None:
+def run(command: Adapt | Eval | Predict | Export | Convert | Serve | Info | Report) -> None:
     """Run one command."""
     if isinstance(command, Adapt):
         adapt(command)
@@ -146,6 +148,8 @@ def run(command: Adapt | Eval | Predict | Export | Serve | Info | Report) -> Non
         predict(command)
     elif isinstance(command, Export):
         export(command)
+    elif isinstance(command, Convert):
+        convert(command)
     elif isinstance(command, Serve):
         serve(command)
     elif isinstance(command, Info):

@@ -14,12 +14,13 @@ import tyro
 
 from fastprompt.arguments import ArgumentError
 
-COMMANDS = ("adapt", "eval", "predict", "export", "serve", "info", "report")
+COMMANDS = ("adapt", "eval", "predict", "export", "convert", "serve", "info", "report")
 ALSO_CALLED = {
     "adapt": ("train", "fit", "finetune", "fine-tune", "tune", "run", "learn"),
     "eval": ("evaluate", "test", "validate", "score", "accuracy"),
     "predict": ("classify", "infer", "inference", "prediction", "label"),
-    "export": ("save", "convert", "onnx", "client"),
+    "export": ("save", "onnx", "openvino", "client"),
+    "convert": ("import", "official", "checkpoint"),
     "serve": ("host", "server", "deploy", "api"),
     "info": ("show", "list", "describe", "help", "cost", "version", "methods", "backbones"),
     "report": ("html", "plot", "plots", "compare", "summary"),
@@ -29,6 +30,7 @@ EXAMPLES = {
     "eval": "fastprompt eval runs/first",
     "predict": "fastprompt predict runs/first photo.jpg",
     "export": "fastprompt export runs/first --client --out my-client",
+    "convert": "fastprompt convert FILE --backbone NAME --out my-adapter",
     "serve": "fastprompt serve --adapter NAME=runs/first",
     "info": "fastprompt info runs/first",
     "report": "fastprompt report runs/first runs/second",

@@ -188,7 +188,8 @@ class Engine:
 
         Args:
             name: any string but "__base__", and but "default" if the engine was created with a model.
-            model: a `PromptedViT` on this backbone, or a directory written by `save_pretrained`.
+            model: a `PromptedViT` on this backbone, or a directory or Hub repository that `PromptedViT.from_pretrained`
+                takes.
 
         Raises:
             TypeError, ValueError: an argument is invalid, or the adapter is damaged or belongs to another backbone.

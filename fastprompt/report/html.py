@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fastprompt.arguments import ArgumentError, ArgumentPathError
-from fastprompt.extras import needed
+from fastprompt.intervals import wilson
 from fastprompt.report import plots
 from fastprompt.runs.directory import read_json
 
@@ -33,12 +33,7 @@ def percent(value: float | None) -> str:
 
 def bounds(record: Mapping[str, Any]) -> tuple[float, float]:
     """Return Wilson's 95 % interval of an accuracy, over images."""
-    with needed("report", "the report"):
-        from scipy.stats import binomtest
-
-    correct = sum(row[i] for i, row in enumerate(record["confusion"]))
-    low, high = binomtest(correct, record["num_images"]).proportion_ci(0.95, "wilson")
-    return float(low), float(high)
+    return wilson(sum(row[i] for i, row in enumerate(record["confusion"])), record["num_images"])
 
 
 def interval(record: Mapping[str, Any]) -> str:

@@ -81,6 +81,19 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
+def read_rows(path: Path, argument: str) -> torch.Tensor:
+    """Read the array of a .npy file as float32; errors name `argument`."""
+    import numpy as np
+    import torch
+
+    if not path.is_file():
+        raise ArgumentPathError(argument, f"must be a file that exists, got {path}")
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False)).float()
+    except (ValueError, TypeError, AttributeError, EOFError) as error:
+        raise ArgumentError(argument, f"must be a .npy file with one array of numbers, got {path} ({error})") from error
+
+
 def build_model(settings: RunSettings, backbone: FrozenViT, class_names: Sequence[str], seed: int) -> PromptedViT:
     """Build the untrained model; `seed` sets its initial values."""
     import torch
@@ -90,22 +103,12 @@ def build_model(settings: RunSettings, backbone: FrozenViT, class_names: Sequenc
     config = get_method(settings.method).config(settings.options)
     arguments: dict[str, Any] = {}
     if settings.class_embeddings is not None:
-        import numpy as np
-
-        path = Path(settings.class_embeddings)
         argument = {"text": "class_embeddings", "prototypes": "prototypes"}.get(settings.head)
         if argument is None:
             raise ArgumentError(
                 "class_embeddings", f"must be None unless head is 'text' or 'prototypes', got head {settings.head!r}"
             )
-        if not path.is_file():
-            raise ArgumentPathError("class_embeddings", f"must be a file that exists, got {path}")
-        try:
-            arguments[argument] = torch.from_numpy(np.load(path, allow_pickle=False)).float()
-        except (ValueError, TypeError, AttributeError, EOFError) as error:
-            raise ArgumentError(
-                "class_embeddings", f"must be a .npy file with one array of numbers, got {path} ({error})"
-            ) from error
+        arguments[argument] = read_rows(Path(settings.class_embeddings), "class_embeddings")
     torch.manual_seed(seed)
     return fp.PromptedViT(
         backbone,

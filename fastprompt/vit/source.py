@@ -106,6 +106,13 @@ class BackboneSource:
         return cls(loader, name, pretrained, image_size, given)
 
     @property
+    def is_local(self) -> bool:
+        """Whether the call reads a file or folder of this machine."""
+        name = self.name.removeprefix("local-dir:")
+        weights = isinstance(self.pretrained, str) and os.path.isabs(self.pretrained)
+        return self.loader == "checkpoint" or name != self.name or os.path.isabs(name) or weights
+
+    @property
     def backbone_name(self) -> str | None:
         """The name under which `load_backbone` and the command line know its tensors; None if there is none."""
         if self.loader == "checkpoint" and set(self.options) <= _MEAN_STD | {"arch"}:

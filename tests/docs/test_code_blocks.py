@@ -9,6 +9,7 @@ from unittest.mock import MagicMock, create_autospec
 
 import pytest
 from documented import blocks, commands, offline, prepare, run_page
+from hub_stub import in_its_place
 
 import fastprompt_client
 from fastprompt.cli.main import parse
@@ -29,12 +30,17 @@ def registered() -> Iterator[None]:
 
 
 @pytest.fixture
-def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The client without a host, and the deployment without Ray: names and arguments are checked, nothing is asked."""
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The client without a host, and the deployment without Ray: names and arguments are checked, nothing is asked.
+
+    The Hub is a stand-in, with somebody logged in.
+    """
     monkeypatch.setattr(fastprompt_client, "Client", create_autospec(fastprompt_client.Client))
     monkeypatch.setitem(sys.modules, "ray", MagicMock())
     known = "fastprompt.serve.cluster" in sys.modules
-    yield
+    with in_its_place(monkeypatch, tmp_path_factory.mktemp("hub")):
+        monkeypatch.setenv("HF_TOKEN", "hf_documented")
+        yield
     if not known:
         sys.modules.pop("fastprompt.serve.cluster", None)
 
