@@ -221,7 +221,7 @@ def _rewritten(t: Tally, s: Sizes, prompts: PromptCost | None, readout: str, pix
         step = Tally()
         entering = rows
         rows = _step(step, s, prompts, readout, i, rows, trains)
-        trains = trains or prompts is not None
+        trains = trains or (prompts is not None and i in prompts.layers)
         if recompute and trains:  # fc2 and the residual behind it keep nothing: they do not run again
             fc2 = 2 * b * rows * s.width * s.hidden
             step = Tally(

@@ -38,15 +38,19 @@ METHODS: dict[str, PromptConfig] = {
 }
 VARIANTS: dict[str, PromptConfig] = {
     "pgn-sigmoid": fp.PGNConfig(num_prompts=3, library_size=5, widths=(4,), activation="sigmoid", resolution=16),
+    "pgn-late": fp.PGNConfig(num_prompts=3, library_size=5, widths=(4,), first_block=1),
     "rgb-latent": fp.RGBPGNConfig(num_prompts=4, library_size=5, widths=(4, 8), placement="latent"),
     "rgb-replace": fp.RGBPGNConfig(num_prompts=4, library_size=5, widths=(4, 8), placement="replace"),
+    "v2apt-late": fp.V2APTConfig(num_prompts=3, num_instance=2, latent=3, hidden=5, share="per_layer", first_block=2),
     "v2apt-per-layer": fp.V2APTConfig(num_prompts=3, num_instance=3, latent=3, hidden=5, share="per_layer"),
     "v2apt-samples": fp.V2APTConfig(num_prompts=3, num_instance=1, latent=3, hidden=5, inference_samples=2),
     "vapt-ablated": fp.VAPTConfig(
         num_prompts=3, channelwise=False, share_projector=False, learnable_scale=True, static_layers=2, project=6
     ),
+    "vapt-late": fp.VAPTConfig(num_prompts=3, hidden=4, prompt_dropout=0.1, first_block=1),
     "vapt-attention": fp.VAPTConfig(num_prompts=3, hidden=4, activation="attention"),
     "vpt-partial": fp.VPTConfig(num_prompts=3, deep_layers=2, prompt_dropout=0.2, dropout_per="batch"),
+    "vpt-late": fp.VPTConfig(num_prompts=3, first_block=1, prompt_dropout=0.2, dropout_per="batch"),
     "vpt-5": fp.VPTConfig(num_prompts=5),
     "vpt-dropout": fp.VPTConfig(num_prompts=3, prompt_dropout=0.2),
     "vpt-project": fp.VPTConfig(num_prompts=3, project=5),

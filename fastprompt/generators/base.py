@@ -182,7 +182,7 @@ class PromptGenerator(nn.Module, abc.ABC):
     config_class: ClassVar[type[PromptConfig]]
     prompts_last: ClassVar[bool] = False
     read_with_patches: ClassVar[bool] = False
-    before_pre_norm: ClassVar[bool] = False
+    before_pre_norm: bool = False
     takes_stages: ClassVar[bool] = False
     changes_images: bool = False
     changes_size: bool = False
@@ -220,6 +220,10 @@ class PromptGenerator(nn.Module, abc.ABC):
                 raise ValueError(f"{type(self).__name__} has no option {key!r}; it takes {sorted(known)}")
         self.config = dataclasses.replace(config or self.config_class(), **options)
         self.geometry = dataclasses.replace(geometry, **sizes)
+        first, depth = getattr(self.config, "first_block", 0), self.geometry.depth
+        if first >= depth:
+            label = f"{self.config_class.__name__}.first_block"
+            raise ArgumentError(label, f"must be less than the {depth} blocks, got {first}")
         if self.geometry.stages is not None and not self.takes_stages:
             raise ValueError(
                 f"{self.config_class.__name__} is not defined on Swin transformers, where the token width changes "

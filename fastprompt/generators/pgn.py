@@ -40,6 +40,7 @@ class PGNConfig(PromptConfig):
             version of torchvision (0.13) resizes tensors.
         stem_pool: whether resnet10 has a 3 × 3 max-pool after the first convolution.
         pretrained_trunk: whether resnet18 starts from torchvision's ImageNet weights (downloaded).
+        first_block: index of the block that the prompts join before. Only block 0's pass the backbone's pre-norm.
     """
 
     kind: ClassVar[str] = "pgn"
@@ -52,6 +53,7 @@ class PGNConfig(PromptConfig):
     stem_pool: bool = True
     pretrained_trunk: bool = False
     resize: str = "square"
+    first_block: int = 0
 
     def __post_init__(self) -> None:
         self.require("num_prompts", int, 1)
@@ -67,6 +69,7 @@ class PGNConfig(PromptConfig):
             self.require("resolution", int, 1)
         self.require_choice("resize", ("square", "short_side"))
         self.require("stem_pool", bool)
+        self.require("first_block", int, 0)
         self.require("pretrained_trunk", bool)
         if self.pretrained_trunk and self.trunk != "resnet18":
             raise ValueError(
@@ -179,13 +182,25 @@ def _cost(s: Sizes, config: PGNConfig, t: Tally) -> PromptCost:
         channels = outputs
     t.call(1, 1, 4 * b * channels)  # mean over positions
     t.product(2 * b * channels * k * m, 2)
-    t.call(1 + 1, 1 + 1, 4 * b * k * m)  # bias; softmax or sigmoid, which save their output
+    t.call(0, 1)  # the last Linear's bias
+    wide, first = 4 * b * k * s.width, config.first_block == 0
     copied = plain and not s.cast  # the gradient is a slice of the sequence's, which a cast would have copied
-    t.product(2 * b * k * m * s.width, 2, backward=2 + copied)
-    wide = 4 * b * k * s.width
-    t.saved += wide * (not s.cast and not s.norm_pre and not plain)
-    held = 4 * b * k * m + s.tokens(b * k) * (s.cast or s.norm_pre)  # the logits, and the prompts made of them
-    return PromptCost(k, range(1), first=True, kept=held, norms=True)
+
+    def mixture(t: Tally) -> None:
+        t.call(1 + 1, 1, 4 * b * k * m)  # the op's dtype; softmax or sigmoid, which save their output
+        t.product(2 * b * k * m * s.width, 2, backward=2 + copied)
+        t.saved += wide * (not s.cast and not (s.norm_pre and first) and not plain)
+
+    def make(t: Tally, i: int) -> None:
+        if not first:
+            mixture(t)
+
+    held = 4 * b * k * m  # the logits
+    if first:  # the prompts are made before the first block, which keeps them
+        mixture(t)
+        held += s.tokens(b * k) * (s.cast or s.norm_pre)
+    layers = range(config.first_block, config.first_block + 1)
+    return PromptCost(k, layers, make=make, first=first, kept=held, norms=first)
 
 
 PGN_PAPER = Published(
@@ -234,7 +249,8 @@ class PGN(PromptGenerator):
 
     A = softmax(g_θ(x)) over the library, A ∈ R^{K × M}; P = A L, with library L ∈ R^{M × D} ~ N(0, 0.02²).
     x is the backbone's own normalised image. The prompts join once, in block 0, after the patches:
-    [CLS, patches, prompts], without position embedding and before CLIP's pre-norm.
+    [CLS, patches, prompts], without position embedding and before CLIP's pre-norm. With `first_block` k (our option)
+    they join before block k instead, behind the pre-norm.
 
     `generator(images)` (B, 3, H, W) → (B, K, D). `generator.sequence(images, tokens)` → (B, T + K, D) for a
     transformer of one's own.
@@ -243,7 +259,6 @@ class PGN(PromptGenerator):
     known_at = "image"
     config_class = PGNConfig
     prompts_last = True
-    before_pre_norm = True
     config: PGNConfig
 
     def __init__(
@@ -260,6 +275,7 @@ class PGN(PromptGenerator):
         stem_pool: bool = UNSET,
         pretrained_trunk: bool = UNSET,
         resize: str = UNSET,
+        first_block: int = UNSET,
         **sizes: Unpack[GeometryOptions],
     ) -> None:
         super().__init__(
@@ -274,10 +290,12 @@ class PGN(PromptGenerator):
             stem_pool=stem_pool,
             pretrained_trunk=pretrained_trunk,
             resize=resize,
+            first_block=first_block,
             **sizes,
         )
         cfg = self.config
-        self.num_prompts, self.layers = cfg.num_prompts, (0,)
+        self.num_prompts, self.layers = cfg.num_prompts, (cfg.first_block,)
+        self.before_pre_norm = cfg.first_block == 0
         outputs = cfg.num_prompts * cfg.library_size
         self.trunk = (
             ResNet10(cfg.widths, outputs, cfg.stem_pool)

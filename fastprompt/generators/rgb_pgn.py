@@ -72,6 +72,10 @@ class RGBPGNConfig(PGNConfig):
                 "RGBPGNConfig.activation must be 'softmax' with bounded: only convex mixtures of pictures "
                 f"are pictures, got {self.activation!r}"
             )
+        if self.first_block and self.placement != "latent":
+            raise ArgumentError(
+                "RGBPGNConfig.first_block", f"must be 0 unless placement is 'latent', got {self.first_block}"
+            )
         if self.compensate and self.placement != "extend":
             raise ValueError(f"RGBPGNConfig.placement must be 'extend' with compensate, got {self.placement!r}")
 
@@ -111,6 +115,7 @@ class RGBPGN(PGN):
         stem_pool: bool = UNSET,
         pretrained_trunk: bool = UNSET,
         resize: str = UNSET,
+        first_block: int = UNSET,
         placement: str = UNSET,
         bounded: bool = UNSET,
         round_pixels: bool = UNSET,
@@ -137,6 +142,7 @@ class RGBPGN(PGN):
             stem_pool=stem_pool,
             pretrained_trunk=pretrained_trunk,
             resize=resize,
+            first_block=first_block,
             placement=placement,
             bounded=bounded,
             round_pixels=round_pixels,

@@ -40,6 +40,7 @@ class V2APTConfig(PromptConfig):
         share: "all" uses one decoder and the same instance prompts in every block, "per_layer" a decoder per block.
         inference_samples: K, the number of draws over which class probabilities are averaged at inference; 0 uses the
             latent's mean.
+        first_block: index of the first block with prompts; the blocks before it run without them.
     """
 
     kind: ClassVar[str] = "v2apt"
@@ -50,6 +51,7 @@ class V2APTConfig(PromptConfig):
     beta: float = 1e-3
     share: str = "all"
     inference_samples: int = 0
+    first_block: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "num_instance", "latent", "hidden"):
@@ -61,6 +63,7 @@ class V2APTConfig(PromptConfig):
         self.require("beta", (float, int), 0, 1e6)
         self.require_choice("share", ("all", "per_layer"))
         self.require("inference_samples", int, 0)
+        self.require("first_block", int, 0)
 
 
 class PromptDecoder(nn.Module):
@@ -105,8 +108,9 @@ def _cost(s: Sizes, config: V2APTConfig, t: Tally) -> PromptCost:
     """Encoder, noise and decoders in float32; the prompts (L, B, P, D) of all layers in the backbone's dtype."""
     if config.inference_samples:
         raise ValueError("the cost of V2APTConfig.inference_samples has no formula")
-    b, d, z, h, m, depth = s.batch, s.width, config.latent, config.hidden, config.num_instance, s.depth
-    decoders = 1 if config.share == "all" else depth
+    b, d, z, h, m = s.batch, s.width, config.latent, config.hidden, config.num_instance
+    layers = range(config.first_block, s.depth)
+    decoders = 1 if config.share == "all" else len(layers)
     t.call(s.norm_pre + s.cast + 2)  # norm and mean over patches
     t.call(2, 3, 2 * 4 * b * d)  # the norm's affine
     t.product(2 * b * d * h, 2, backward=3)
@@ -121,14 +125,14 @@ def _cost(s: Sizes, config: V2APTConfig, t: Tally) -> PromptCost:
         t.call(1, 1, 2 * 4 * b * h)
         t.product(2 * b * h * m * d, 2, backward=3)
     t.call(2 * s.cast, 2 * s.cast)  # domain and instance prompts
-    wide = s.tokens(depth * b * config.num_prompts)
-    t.call(2, (b > 1) + (decoders < depth) + decoders - 1, wide * (s.graph != "papers"))
+    wide = s.tokens(len(layers) * b * config.num_prompts)
+    t.call(2, (b > 1) + (decoders < len(layers)) + decoders - 1, wide * (s.graph != "papers"))
     kept = 2 * 4 * b * z + 4 * b + 16  # including the KL and the seed
 
     def make(t: Tally, i: int) -> None:
-        t.call(0, 1 + (i > 0))
+        t.call(0, 1 + (i > layers[0]))
 
-    return PromptCost(config.num_prompts, range(depth), make=make, cast=False, kept=kept)
+    return PromptCost(config.num_prompts, layers, make=make, cast=False, kept=kept)
 
 
 @register_method(
@@ -159,7 +163,8 @@ class V2APT(PromptGenerator):
     VPT's. The KL is summed over the latent and averaged over the batch. On a Swin transformer, the encoder reads the
     patch embeddings of the first stage, and prompts have the width of their block's stage. With share="all", the
     decoder then has one hidden layer W₁ and an output layer W₂ per stage, so that the blocks of a stage share their
-    instance prompts.
+    instance prompts. With `first_block` k, the encoder still reads the patch embeddings, and blocks before k have no
+    prompts.
 
     `generator(embeddings, layer)` (B, N, D) → (B, P, D), in the embeddings' dtype.
     """
@@ -181,6 +186,7 @@ class V2APT(PromptGenerator):
         beta: float = UNSET,
         share: str = UNSET,
         inference_samples: int = UNSET,
+        first_block: int = UNSET,
         **sizes: Unpack[GeometryOptions],
     ) -> None:
         super().__init__(
@@ -193,18 +199,21 @@ class V2APT(PromptGenerator):
             beta=beta,
             share=share,
             inference_samples=inference_samples,
+            first_block=first_block,
             **sizes,
         )
         cfg, g = self.config, self.geometry
-        self.num_prompts, self.layers = cfg.num_prompts, tuple(range(g.depth))
-        self.domain = StaticPrompts(g.depth, cfg.num_prompts - cfg.num_instance, g, None)
+        self.num_prompts, self.layers = cfg.num_prompts, tuple(range(cfg.first_block, g.depth))
+        self.domain = StaticPrompts(self.layers, cfg.num_prompts - cfg.num_instance, g, None)
         self.norm = nn.LayerNorm(g.width)
         self.encoder = nn.Linear(g.width, cfg.hidden)
         self.to_stats = nn.Linear(cfg.hidden, 2 * cfg.latent)
         outputs = [cfg.num_instance * width for width, _ in self.domain.stages]
         decoders: list[nn.Module]
         if cfg.share == "per_layer":
-            decoders = [PromptDecoder(cfg.latent, cfg.hidden, cfg.num_instance * width) for width in g.widths]
+            decoders = [
+                PromptDecoder(cfg.latent, cfg.hidden, cfg.num_instance * width) for width in g.widths[cfg.first_block :]
+            ]
         elif len(outputs) == 1:
             decoders = [PromptDecoder(cfg.latent, cfg.hidden, outputs[0])]
         else:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class VAPTConfig(PromptConfig):
-    """Options of `VAPT`; the last eight are the ablation switches of the released code.
+    """Options of `VAPT`; those from `activation` to `project` are the ablation switches of the released code.
 
     Attributes:
         num_prompts: P per block. hidden: r, width of the feature projector's bottleneck.
@@ -43,7 +43,7 @@ class VAPTConfig(PromptConfig):
         channel_dropout: dropout rate of whole channels after the convolution.
         hidden_dropout: dropout rate of the bottleneck's hidden units.
         prompt_dropout: dropout rate of the elements of static prompts.
-        static_layers: number of first blocks with learned static prompts; the later blocks are adaptive.
+        static_layers: number of blocks, from `first_block` on, with learned static prompts; later blocks are adaptive.
         activation: activation of the bottleneck; "attention" is a softmax over its hidden units, computed in PyTorch on
             every device.
         conv: whether there is a convolution; otherwise the token projector reads the patches themselves.
@@ -52,6 +52,7 @@ class VAPTConfig(PromptConfig):
         share_projector: whether all blocks share the bottleneck; otherwise each block has its own.
         learnable_scale: whether the bottleneck's output is scaled by a learned number, initially 1.
         project: width in which static prompts are learned before they are projected to D; None does not project.
+        first_block: index of the first block with prompts; the blocks before it run without them.
     """
 
     kind: ClassVar[str] = "vapt"
@@ -70,11 +71,12 @@ class VAPTConfig(PromptConfig):
     share_projector: bool = True
     learnable_scale: bool = False
     project: int | None = None
+    first_block: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "hidden", "kernel"):
             self.require(name, int, 1)
-        for name in ("padding", "static_layers"):
+        for name in ("padding", "static_layers", "first_block"):
             self.require(name, int, 0)
         for name in ("channel_dropout", "hidden_dropout", "prompt_dropout"):
             self.require(name, (float, int), 0, 0.999)
@@ -132,21 +134,22 @@ def _cost(s: Sizes, config: VAPTConfig, t: Tally) -> PromptCost:
             raise ValueError(f"the cost of VAPTConfig.{name} = {getattr(config, name)!r} has no formula")
     plain = s.graph == "papers"
     b, d, n, p, r = s.batch, s.width, s.patches, config.num_prompts, config.hidden
-    first, adaptive = config.static_layers, s.depth - config.static_layers
+    layers = range(config.first_block, s.depth)
+    first, adaptive = layers[: config.static_layers], layers[config.static_layers :]
     grow = 2 * config.padding - config.kernel + 1
     windows = (s.grid[0] + grow) * (s.grid[1] + grow)
     channels, hidden = (s.training and rate > 0 for rate in (config.channel_dropout, config.hidden_dropout))
     static = static_cost(s, t, p, first, config.prompt_dropout) if first else None
     for masked, size in ((channels, b * d), (hidden, b * p * r)):
-        t.call(3 * masked, 0, 4 * adaptive * size * masked)
+        t.call(3 * masked, 0, 4 * len(adaptive) * size * masked)
 
     def make(t: Tally, i: int) -> None:
-        if static is not None and i < first:
+        if static is not None and i in first:
             static.make(t, i)
             return
         taps = config.kernel**2
-        trains = i > 0  # whether the tokens carry a gradient
-        tokens = s.own + p * (i > 0 and plain)
+        trains = i > layers[0]  # whether the tokens carry a gradient
+        tokens = s.own + p * (trains and plain)
         sliced = plain or s.prefix > 0
         t.call(s.cast, (s.cast + sliced + 1) * trains)
         t.call(1, 1)
@@ -166,9 +169,9 @@ def _cost(s: Sizes, config: VAPTConfig, t: Tally) -> PromptCost:
         t.product(2 * b * p * d * r, 2)
         t.call(1 + hidden, 1 + hidden, 4 * b * p * r * (1 + hidden))
         t.product(2 * b * p * r * d, 2)
-        t.call(2, 2 + 2 * (i > first))  # scale and residual; the gradients of the bottleneck add up
+        t.call(2, 2 + 2 * (i > adaptive[0]))  # scale and residual; the gradients of the bottleneck add up
 
-    return PromptCost(p, range(s.depth), 0 if static is None else static.shared, make)
+    return PromptCost(p, layers, 0 if static is None else static.shared, make)
 
 
 @register_method(
@@ -196,8 +199,8 @@ class VAPT(PromptGenerator):
 
     The residual, the projector's bias, the LayerNorm's affine and the static prompts of the first block come from the
     released code; the paper's g has no residual. Prompts are placed like VPT-deep's, [CLS, prompts, patches], and
-    replaced in every block. Any patch grid is supported. With one shared kernel, F and α are applied as one (P, N)
-    matrix.
+    replaced in every block, from `first_block` (our option) on. Any patch grid is supported. With one shared kernel, F
+    and α are applied as one (P, N) matrix.
     """
 
     known_at = "layer"
@@ -225,6 +228,7 @@ class VAPT(PromptGenerator):
         share_projector: bool = UNSET,
         learnable_scale: bool = UNSET,
         project: int | None = UNSET,
+        first_block: int = UNSET,
         **sizes: Unpack[GeometryOptions],
     ) -> None:
         super().__init__(
@@ -245,11 +249,13 @@ class VAPT(PromptGenerator):
             share_projector=share_projector,
             learnable_scale=learnable_scale,
             project=project,
+            first_block=first_block,
             **sizes,
         )
         cfg, g = self.config, self.geometry
-        if cfg.static_layers > g.depth:
-            raise ValueError(f"VAPTConfig.static_layers must be at most the {g.depth} blocks, got {cfg.static_layers}")
+        room = g.depth - cfg.first_block
+        if cfg.static_layers > room:
+            raise ValueError(f"VAPTConfig.static_layers must be at most the {room} blocks, got {cfg.static_layers}")
         grow = 2 * cfg.padding - cfg.kernel + 1 if cfg.conv else 0
         self.conv_grid = (g.grid[0] + grow, g.grid[1] + grow)
         if min(self.conv_grid) < 1:
@@ -257,9 +263,9 @@ class VAPT(PromptGenerator):
                 f"VAPTConfig.kernel {cfg.kernel} with padding {cfg.padding} does not fit the "
                 f"{g.grid[0]} x {g.grid[1]} patch grid"
             )
-        self.num_prompts, self.layers = cfg.num_prompts, tuple(range(g.depth))
-        adaptive = g.depth - cfg.static_layers
-        self.static = StaticPrompts(cfg.static_layers, cfg.num_prompts, g, cfg.project) if cfg.static_layers else None
+        self.num_prompts, self.layers = cfg.num_prompts, tuple(range(cfg.first_block, g.depth))
+        adaptive, static = room - cfg.static_layers, self.layers[: cfg.static_layers]
+        self.static = StaticPrompts(static, cfg.num_prompts, g, cfg.project) if static else None
         self.adaptive = nn.ModuleList(
             AdaptiveLayer(cfg, g, self.conv_grid[0] * self.conv_grid[1]) for _ in range(adaptive)
         )
@@ -290,9 +296,10 @@ class VAPT(PromptGenerator):
 
     def forward(self, x: Tensor | None = None, layer: int | None = None) -> Tensor:
         """Return the prompts (1 or B, P, D) of block `layer`; only adaptive blocks read `x` (B, N, D)."""
-        first = self.config.static_layers
-        layer = (first if x is not None and first < len(self.layers) else 0) if layer is None else layer
-        if layer in self.layers and layer < first:
+        static = self.config.static_layers
+        if layer is None:
+            layer = self.layers[static if x is not None and static < len(self.layers) else 0]
+        if layer in self.layers[:static]:
             return self.prompts(layer, None, None, self.draw(1 if x is None else x.shape[0]))
         return super().forward(x, layer)
 
@@ -316,11 +323,12 @@ class VAPT(PromptGenerator):
 
     def _prompts(self, layer: int, tokens: Tensor | None, draws: Draws | None, plain: bool) -> Tensor:
         draws, cfg = draws or {}, self.config
-        if self.static is not None and layer < cfg.static_layers:
-            return self.static(layer, draws["prompts"][layer] if "prompts" in draws else None)
+        index = layer - cfg.first_block
+        if self.static is not None and index < cfg.static_layers:
+            return self.static(layer, draws["prompts"][index] if "prompts" in draws else None)
         self.check_input(tokens, "tokens")
         assert tokens is not None
-        j = layer - cfg.static_layers
+        j = index - cfg.static_layers
         parts: AdaptiveLayer = self.adaptive[j]  # type: ignore[assignment]
         channels = draws["channels"][j] if "channels" in draws else None
         hidden = draws["hidden"][j] if "hidden" in draws else None
@@ -368,6 +376,6 @@ class VAPT(PromptGenerator):
 
     def paper_num_parameters(self) -> int:
         """Return L · P · H'W' + L · K² + 2 r D. The code also has LayerNorms, biases and static prompts."""
-        cfg, depth = self.config, self.geometry.depth
+        cfg, depth = self.config, len(self.layers)
         positions = self.conv_grid[0] * self.conv_grid[1]
         return depth * cfg.num_prompts * positions + depth * cfg.kernel**2 + 2 * cfg.hidden * self.geometry.width

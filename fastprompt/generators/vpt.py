@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -39,10 +40,12 @@ class VPTConfig(PromptConfig):
         deep: whether every block has its own prompts; otherwise only block 0 has prompts.
         prompt_dropout: dropout rate of prompt elements (0.1 in the authors' deep runs).
         project: width k in which prompts are learned before one Linear projects them to D; None does not project.
-        deep_layers: number of first blocks with their own prompts if `deep`; None is all. The prompts of the last one
-            flow on through the other blocks as tokens (the authors' NUM_DEEP_LAYERS).
+        deep_layers: number of blocks, from `first_block` on, with their own prompts if `deep`; None is all. The prompts
+            of the last one flow on through the other blocks as tokens (the authors' NUM_DEEP_LAYERS).
         dropout_per: "image" (default) draws a dropout mask for each image, as the authors' ViT does. "batch" shares one
             mask among all images of a batch from block 1 on, as their Swin does.
+        first_block: index of the first block with prompts; the blocks before it run without them, so that what enters
+            it is a constant of each image.
     """
 
     kind: ClassVar[str] = "vpt"
@@ -52,6 +55,7 @@ class VPTConfig(PromptConfig):
     project: int | None = None
     deep_layers: int | None = None
     dropout_per: str = "image"
+    first_block: int = 0
 
     def __post_init__(self) -> None:
         self.require("num_prompts", int, 1)
@@ -64,6 +68,12 @@ class VPTConfig(PromptConfig):
             if not self.deep:
                 raise ArgumentError("VPTConfig.deep_layers", f"must be None without deep, got {self.deep_layers}")
         self.require_choice("dropout_per", ("image", "batch"))
+        self.require("first_block", int, 0)
+
+    def blocks(self, depth: int) -> range:
+        """The blocks with prompts of their own, on a backbone of `depth` blocks."""
+        last = depth if self.deep_layers is None else self.first_block + self.deep_layers
+        return range(self.first_block, last if self.deep else self.first_block + 1)
 
 
 def uniform_bound(patch_size: int, dim: int) -> float:
@@ -72,17 +82,18 @@ def uniform_bound(patch_size: int, dim: int) -> float:
 
 
 class StaticPrompts(nn.Module):
-    """Learned prompts (L, P, k) of the first L blocks, initialised U(−v, v), with VPT's optional projection k → D.
+    """Learned prompts (L, P, k) of L blocks, initialised U(−v, v), with VPT's optional projection k → D.
 
-    If the blocks belong to several stages, `embeddings` is a list with (blocks, P, width) per stage, and v depends on
-    the stage's width.
+    `layers` are the indices of the blocks, which are consecutive. If the blocks belong to several stages, `embeddings`
+    is a list with (blocks, P, width) per stage, and v depends on the stage's width.
     """
 
     embeddings: nn.Parameter | nn.ParameterList
 
-    def __init__(self, layers: int, num_prompts: int, geometry: Geometry, project: int | None) -> None:
+    def __init__(self, layers: Sequence[int], num_prompts: int, geometry: Geometry, project: int | None) -> None:
         super().__init__()
-        widths = geometry.widths[:layers]
+        self.first = layers[0]
+        widths = [geometry.widths[layer] for layer in layers]
         self.stages = [(width, len(list(blocks))) for width, blocks in itertools.groupby(widths)]
         if len(self.stages) > 1 and project is not None:
             raise ArgumentError(
@@ -103,7 +114,7 @@ class StaticPrompts(nn.Module):
 
     def place(self, layer: int) -> tuple[int, int]:
         """Return (stage, index within the stage) of block `layer`."""
-        stage = 0
+        layer, stage = layer - self.first, 0
         while layer >= self.stages[stage][1]:
             layer, stage = layer - self.stages[stage][1], stage + 1
         return stage, layer
@@ -121,26 +132,27 @@ class StaticPrompts(nn.Module):
         return prompts if mask is None else prompts * mask
 
 
-def static_cost(s: Sizes, t: Tally, count: int, layers: int, dropout: float) -> PromptCost:
+def static_cost(s: Sizes, t: Tally, count: int, layers: range, dropout: float) -> PromptCost:
     """The cost of `StaticPrompts`: each layer's slice of one parameter, masked for each image if there is dropout."""
     masked = s.training and dropout > 0
     mask = 4 * s.batch * count * s.width * masked
-    t.call(3 * masked, 0, layers * mask)
+    t.call(3 * masked, 0, len(layers) * mask)
 
     def make(t: Tally, i: int) -> None:
-        t.call(int(masked), 1 + (i > 0) + masked * (1 + (s.batch > 1)), mask * (not s.cast and s.graph != "papers"))
+        t.call(
+            int(masked), 1 + (i > layers[0]) + masked * (1 + (s.batch > 1)), mask * (not s.cast and s.graph != "papers")
+        )
 
-    return PromptCost(count, range(layers), 0 if masked else layers, make, known=not masked)
+    return PromptCost(count, layers, 0 if masked else layers.stop, make, known=not masked)
 
 
 def _cost(s: Sizes, config: VPTConfig, t: Tally) -> PromptCost:
-    """`static_cost` of all blocks, or of the first ones."""
+    """`static_cost` of the blocks with prompts of their own."""
     if config.project is not None:
         raise ValueError("the cost of VPTConfig.project has no formula")
     if config.dropout_per != "image":
         raise ValueError(f"the cost of VPTConfig.dropout_per = {config.dropout_per!r} has no formula")
-    layers = (config.deep_layers or s.depth) if config.deep else 1
-    return static_cost(s, t, config.num_prompts, layers, config.prompt_dropout)
+    return static_cost(s, t, config.num_prompts, config.blocks(s.depth), config.prompt_dropout)
 
 
 VPT_SEARCH: dict[str, Any] = {
@@ -189,8 +201,9 @@ class VPT(PromptGenerator):
     """VPT: [CLS, prompts, patches]; deep blocks drop the outputs of earlier prompts and insert their own.
 
     Shallow: x₀ = [c, P, E₀]. Deep: block i reads [cᵢ₋₁, Pᵢ₋₁, Eᵢ₋₁] (VPT eq. 4–6), in all blocks or the first
-    `deep_layers`. Prompts have no position embedding and are inserted after a pre-norm (such as CLIP's), directly
-    before the block.
+    `deep_layers`. With `first_block` k (our option), VPT starts at block k, as if the blocks before it embedded the
+    image. Prompts have no position embedding and are inserted after a pre-norm (such as CLIP's), directly before the
+    block.
 
     Swin: every window attends to the prompts, which have the width of the block's stage; see
     `fastprompt.vit.swin_reference`.
@@ -213,6 +226,7 @@ class VPT(PromptGenerator):
         project: int | None = UNSET,
         deep_layers: int | None = UNSET,
         dropout_per: str = UNSET,
+        first_block: int = UNSET,
         **sizes: Unpack[GeometryOptions],
     ) -> None:
         super().__init__(
@@ -224,19 +238,21 @@ class VPT(PromptGenerator):
             project=project,
             deep_layers=deep_layers,
             dropout_per=dropout_per,
+            first_block=first_block,
             **sizes,
         )
         cfg, depth = self.config, self.geometry.depth
-        if cfg.deep_layers is not None and cfg.deep_layers > depth:
-            raise ArgumentError("VPTConfig.deep_layers", f"must be at most the {depth} blocks, got {cfg.deep_layers}")
-        self.num_prompts = cfg.num_prompts
-        self.layers = tuple(range(cfg.deep_layers or depth)) if cfg.deep else (0,)
-        self.static = StaticPrompts(len(self.layers), self.num_prompts, self.geometry, self.config.project)
+        room = depth - cfg.first_block
+        if cfg.deep_layers is not None and cfg.deep_layers > room:
+            raise ArgumentError("VPTConfig.deep_layers", f"must be at most the {room} blocks, got {cfg.deep_layers}")
+        self.num_prompts, self.layers = cfg.num_prompts, tuple(cfg.blocks(depth))
+        self.static = StaticPrompts(self.layers, self.num_prompts, self.geometry, self.config.project)
 
     def draw(self, batch: int) -> Draws:
         """Draw dropout masks "prompts" (layers, B, P, D), or "prompts.s" for each stage s if there are several.
 
-        With `dropout_per` "batch" the masks are (layers, 1, P, D), and "first" (1, B, P, D) holds those of block 0.
+        With `dropout_per` "batch" the masks are (layers, 1, P, D), and "first" (1, B, P, D) holds those of the first
+        prompted block.
         """
         rate, static, shared = self.config.prompt_dropout, self.static, self.config.dropout_per == "batch"
         if not self.training or rate == 0:
@@ -257,14 +273,14 @@ class VPT(PromptGenerator):
     ) -> Tensor:
         if not draws:
             return self.static(layer, None)
-        if layer == 0 and "first" in draws:
-            return self.static(0, draws["first"][0])
+        if layer == self.layers[0] and "first" in draws:
+            return self.static(layer, draws["first"][0])
         stage, index = self.static.place(layer)
         return self.static(layer, draws[_mask_name(self.static, stage)][index])
 
     def paper_num_parameters(self) -> int:
         """Return L · P · D for deep, P · D for shallow, or the sum over blocks if their widths D differ."""
-        return self.num_prompts * sum(self.geometry.widths[: len(self.layers)])
+        return self.num_prompts * sum(self.geometry.widths[layer] for layer in self.layers)
 
 
 def _mask_name(static: StaticPrompts, stage: int) -> str:

@@ -250,3 +250,73 @@ def test_methods_without_a_meaning_on_swin_say_what_works_there(tiny_swin: Calla
     message = rf"{type(CHANGED[kind]).__name__} is not defined on Swin transformers.*fp.list_methods"
     with pytest.raises(ValueError, match=message):
         fp.PromptedViT(fp.FrozenViT(tiny_swin()), CHANGED[kind])
+
+
+LATE = {
+    "pgn": fp.PGNConfig(num_prompts=3, library_size=5, widths=(4,), first_block=2),
+    "v2apt": fp.V2APTConfig(num_prompts=4, num_instance=2, latent=3, hidden=5, first_block=1),
+    "vapt": fp.VAPTConfig(num_prompts=3, hidden=4, first_block=1),
+    "vpt": fp.VPTConfig(num_prompts=3, first_block=2),
+    "vpt-shallow": fp.VPTConfig(num_prompts=3, deep=False, first_block=1),
+}
+
+
+@pytest.mark.parametrize("config", LATE.values(), ids=LATE)
+def test_blocks_before_the_first_prompted_one_run_without_prompts(
+    pre_norm_vit: VisionTransformer, randomised: Callable[..., nn.Module], config: PromptConfig
+) -> None:
+    """Block by block through timm's modules: values and gradients of both graphs."""
+    vit, images = pre_norm_vit.double(), torch.randn(2, 3, 32, 32).double()
+    model = fp.PromptedViT(fp.FrozenViT(vit), config, readout="cls").eval()
+    generator = model.generator
+    randomised(generator)
+    own = 3 + 16  # class token, registers, patches
+    with torch.no_grad():
+        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+    context = generator.context({"image": images, "embeddings": x[:, 3:]}.get(generator.known_at))
+    for i, block in enumerate(vit.blocks):
+        if i in generator.layers:
+            prompts = generator.prompts(i, context, x[:, 3:own])
+            x = torch.cat([x[:, :own], prompts.expand(2, -1, -1)], dim=1)
+        assert x.shape[1] == own + 3 * (i >= config.first_block) + (config.kind == "v2apt" and i >= 1)
+        x = block(x)
+    expected, trained = vit.norm(x)[:, 0], list(generator.parameters())
+    assert min(generator.layers) == config.first_block
+    by_hand = torch.autograd.grad(expected.cos().sum(), trained)
+    for forward in (model.forward, model.reference_forward):
+        found = forward(images)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        for mine, theirs in zip(torch.autograd.grad(found.cos().sum(), trained), by_hand, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("config", LATE.values(), ids=LATE)
+def test_the_first_prompted_block_must_exist(config: PromptConfig, small: Geometry) -> None:
+    label = rf"{type(config).__name__}\.first_block"
+    with pytest.raises(ValueError, match=rf"{label} must be less than the 3 blocks, got 3"):
+        build_generator(dataclasses.replace(config, first_block=3), small)
+    with pytest.raises(ValueError, match=rf"{label} must be at least 0, got -1"):
+        dataclasses.replace(config, first_block=-1)
+
+
+def test_prompts_that_become_pixels_start_at_the_image() -> None:
+    assert fp.RGBPGNConfig(placement="latent", first_block=1).first_block == 1
+    with pytest.raises(ValueError, match=r"RGBPGNConfig\.first_block must be 0 unless placement is 'latent', got 1"):
+        fp.RGBPGNConfig(placement="extend", first_block=1)
+
+
+@pytest.mark.parametrize("first", [1, 2, 4])
+@pytest.mark.parametrize("share", ["all", "per_layer", None])
+def test_late_prompts_on_a_swin_transformer(
+    tiny_swin: Callable[..., nn.Module], randomised: Callable[..., nn.Module], first: int, share: str | None
+) -> None:
+    backbone, images = fp.FrozenViT(tiny_swin()).double(), torch.randn(2, 3, 32, 32).double()
+    config: PromptConfig = fp.VPTConfig(num_prompts=3, first_block=first)
+    if share is not None:
+        config = fp.V2APTConfig(3, 2, latent=3, hidden=5, share=share, first_block=first)
+    model = fp.PromptedViT(backbone, config, num_classes=2).eval()
+    randomised(model.generator)
+    logits = model(images)
+    torch.testing.assert_close(logits, model.reference_forward(images), rtol=1e-10, atol=1e-10)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.generator.parameters())
