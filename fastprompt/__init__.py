@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # what `__getattr__` below finds at run time
         TextHead as TextHead,
         encode_class_texts as encode_class_texts,
     )
+    from fastprompt.huggingface import get_prompted_model as get_prompted_model
     from fastprompt.kernels.dispatch import use_backend as use_backend
     from fastprompt.locks import DirectoryInUse as DirectoryInUse
     from fastprompt.model import PromptedViT as PromptedViT
@@ -74,6 +75,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "FrozenViT": "fastprompt.vit",
     "PromptedViT": "fastprompt.model",
+    "get_prompted_model": "fastprompt.huggingface",
     "load_official": "fastprompt.official",
     "load_backbone": "fastprompt.vit.assets",
     "list_backbones": "fastprompt.vit.assets",
