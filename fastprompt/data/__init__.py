@@ -66,7 +66,7 @@ def load_data(
             0 to 65535) that holds all values of the train images and of which they fill at least a quarter, else
             their minimum and maximum. A warning names the range unless it is that of 16 bits. The same range applies
             to all images. It is available as `DataSplits.intensity_range`; pass it to `read_images`. Of
-            colour images with 16 bits per channel the upper 8 bits are read, with a warning.
+            colour images with more than 8 bits per channel the upper 8 are read, with a warning.
         max_decoded_bytes: maximum size in bytes of one decoded image of a folder (width x height x 4, and as much
             again if it is not RGB); None is 2²⁹, 134 megapixels of RGB.
 

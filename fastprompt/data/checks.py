@@ -51,7 +51,7 @@ class Checked:
         low, high: minimum and maximum value of such an image.
         sha256: digest of the file.
         size, mtime_ns: size and modification time of the file when it was checked.
-        cut: whether only the upper 8 of its 16 bits per channel are read (see `loses_bits`).
+        cut: whether it has more than 8 bits per channel, of which only the upper 8 are read (see `loses_bits`).
     """
 
     damage: str | None = None
@@ -145,7 +145,7 @@ def _cache_file(root: str | os.PathLike[str]) -> Path:
 
 
 def _decoders() -> list[str]:
-    return ["2", PIL.__version__, simplejpeg.__version__]  # the first entry is the version of this check
+    return ["3", PIL.__version__, simplejpeg.__version__]  # the first entry is the version of this check
 
 
 def _remembered(root: str | os.PathLike[str]) -> dict[str, Checked]:
@@ -173,12 +173,12 @@ def _remember(root: str | os.PathLike[str], found: Mapping[str, Checked]) -> Non
 
 
 def warn_of_cut_bits(checked: Mapping[str, Checked], stacklevel: int) -> None:
-    """Warn of colour images, by path, of whose 16 bits a channel only the upper 8 are read."""
+    """Warn of colour images, by path, with more than 8 bits a channel, of which only the upper 8 are read."""
     cut = [path for path, known in checked.items() if known.cut]
     if cut:
         warnings.warn(
-            f"{len(cut)} image(s) have colours of 16 bits a channel, e.g. {cut[0]}: the upper 8 bits of each are read, "
-            "and intensity_range does not apply to them",
+            f"{len(cut)} image(s) have colours of more than 8 bits a channel, e.g. {cut[0]}: the upper 8 bits of each "
+            "are read, and intensity_range does not apply to them",
             stacklevel=stacklevel + 1,
         )
 

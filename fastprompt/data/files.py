@@ -70,7 +70,7 @@ def check_files(
     """Return those of `paths` that can be read and resized to `size`; raise or warn about the others.
 
     A warning names grey images of more than 8 bits with values that do not fit the range they are read with, and colour
-    images with 16 bits per channel, of which the upper 8 bits are read.
+    images with more than 8 bits per channel, of which the upper 8 are read.
 
     Raises:
         ValueError: a file cannot be read and `on_bad` is "error", or no file can be read.

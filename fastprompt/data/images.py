@@ -33,6 +33,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_HEAD = 1 << 16  # bytes of a file that are searched for its bit depth
 _ROWS_AT_ONCE = 1 << 20  # values of a deep grey image scaled at a time; bounds the memory of the copies
 
 
@@ -196,11 +197,58 @@ def deep_kind(image: Image.Image) -> str | None:
 
 
 def loses_bits(image: Image.Image) -> bool:
-    """Whether an image that is not decoded yet has 16 bits a channel of which Pillow decodes the upper 8.
+    """Whether an image that is not decoded yet has more than 8 bits a channel, of which Pillow decodes the upper 8.
 
-    It has no mode for more: those of PNG and TIFF in colour, or grey with transparency, are cut. Grey ones are not.
+    Pillow has no mode for more in colour or in grey with transparency, and none at all in AVIF. Grey images of other
+    formats keep their bits.
     """
-    return not image.mode.startswith("I") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    if image.mode.startswith("I"):
+        return False
+    if image.format == "JPEG2000":
+        return any(depth > 8 for depth in _jpeg2000_depths(_head(image)))
+    if image.format == "AVIF":
+        properties = _head(image).partition(b"av1C")[2]  # AV1 in ISO BMFF, section 2.3.3: the third byte has the flag
+        return len(properties) > 2 and bool(properties[2] & 0x40)
+    for tile in getattr(image, "tile", ()):
+        codec, arguments = tile[0], tile[3]
+        if ";16" in str(arguments):
+            return True
+        if codec in ("ppm", "ppm_plain") and isinstance(arguments, tuple) and isinstance(arguments[-1], int):
+            return image.mode == "RGB" and arguments[-1] > 255  # the file's highest value
+    return False
+
+
+def depth_warning(image: Image.Image, intensity_range: tuple[float, float] | None) -> str | None:
+    """Return what to say of an image that is not decoded yet if its bits do not fit 8 a channel; None if they do.
+
+    A grey image whose `intensity_range` was chosen is read as its owner wants it: None.
+    """
+    if loses_bits(image):
+        return "has colours of more than 8 bits a channel: the upper 8 bits of each are read"
+    kind = deep_kind(image)
+    if kind is None or intensity_range is not None:
+        return None
+    low, high = FULL_RANGE[kind]
+    return f"is grey with more than 8 bits: its values from {low:g} to {high:g} are scaled to black and white"
+
+
+def _head(image: Image.Image) -> bytes:
+    """Return the first bytes of an opened file; the place where Pillow reads on stays the same."""
+    file = image.fp  # type: ignore[attr-defined]
+    if file is None:
+        return b""
+    at = file.tell()
+    file.seek(0)
+    head = file.read(_HEAD)
+    file.seek(at)
+    return bytes(head)
+
+
+def _jpeg2000_depths(head: bytes) -> list[int]:
+    """Return the bits of each component, from the SIZ marker that follows a codestream's start (ISO 15444-1, A.5.1)."""
+    size = head.partition(b"\xff\x4f\xff\x51")[2]
+    components = int.from_bytes(size[36:38], "big")
+    return [(depth & 0x7F) + 1 for depth in size[38 : 38 + 3 * components : 3]]
 
 
 def to_rgb(image: Image.Image, intensity_range: tuple[float, float] | None = None) -> Image.Image:
@@ -208,8 +256,8 @@ def to_rgb(image: Image.Image, intensity_range: tuple[float, float] | None = Non
 
     Grey images of more than 8 bits (modes I;16, I and F) are scaled: `intensity_range` = (low, high) maps to 0 and
     255, and values outside are clipped. Integers are rounded down, floats to the nearest. Without `intensity_range`
-    the mode's `FULL_RANGE` is used; the range never depends on the image. Colour images with 16 bits per channel keep
-    the upper 8 bits, as Pillow reads them (`loses_bits`); `intensity_range` does not apply to them.
+    the mode's `FULL_RANGE` is used; the range never depends on the image. Colour images with more bits per channel keep
+    the upper 8, as Pillow reads them (`loses_bits`); `intensity_range` does not apply to them.
 
     Raises:
         ValueError: values are NaN or infinite.

@@ -174,10 +174,12 @@ class Work:
 
     Attributes:
         pictures: uint8 (3, H, W) each. adapter: the adapter that computes them.
+        warnings: what was not read as it stands, a sentence each; they are sent with the answer.
     """
 
     pictures: list[np.ndarray]
     adapter: str
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -369,8 +371,10 @@ def _from_data_url(url: str, index: int) -> bytes:
 
 def decode(
     ask: Ask, catalogue: Catalogue, limits: Limits, preprocessing: Preprocessing | None = None, sizes: str = "exact"
-) -> list[np.ndarray]:
+) -> tuple[list[np.ndarray], tuple[str, ...]]:
     """Decode the pictures of a request to uint8 (3, H, W) each, at sizes that the backbone accepts.
+
+    The second part are warnings, a sentence each: which pictures lose bits, and how deep grey ones are scaled.
 
     Args:
         preprocessing: how pictures are resized to the backbone's own size; None: the default.
@@ -391,13 +395,16 @@ def decode(
             f"the pictures ({named}{', ...' if len(opened) > 5 else ''} pixels) take {total} bytes to decode, at most "
             f"{limits.decoded_bytes} are taken for a request",
         )
-    found = []
+    preprocessing = preprocessing or Preprocessing()
+    found, warnings = [], []
     for i, (data, (image, _)) in enumerate(zip(ask.files, opened, strict=True)):
         with _refusing(i), image:
+            if warning := images.depth_warning(image, preprocessing.intensity_range):
+                warnings.append(f"image {i} {warning}")
             images.decode(data, image)
             whole = images.upright(image)
-            found.append(_brought_to_size(whole, i, catalogue, limits, preprocessing or Preprocessing(), sizes))
-    return found
+            found.append(_brought_to_size(whole, i, catalogue, limits, preprocessing, sizes))
+    return found, tuple(warnings)
 
 
 @contextlib.contextmanager
@@ -505,7 +512,8 @@ def embeddings_work(ask: Ask, catalogue: Catalogue, limits: Limits) -> Work:
         raise Refused(
             404, "model_not_found", f"model {str(ask.model)[:100]!r} gives no embeddings here; {catalogue.name!r} does"
         )
-    return Work(decode(ask, catalogue, limits, sizes="exact" if ask.pixels == "exact" else "kept"), BASE)
+    pictures, warnings = decode(ask, catalogue, limits, sizes="exact" if ask.pixels == "exact" else "kept")
+    return Work(pictures, BASE, warnings)
 
 
 def classify_work(ask: Ask, catalogue: Catalogue, limits: Limits) -> Work:
@@ -522,8 +530,8 @@ def classify_work(ask: Ask, catalogue: Catalogue, limits: Limits) -> Work:
     if ask.model in catalogue.fixed:
         catalogue = replace(catalogue, spec=replace(catalogue.spec, dynamic_size=False))
     sizes = "exact" if ask.pixels == "exact" or ask.model in catalogue.in_pixels else "own"
-    pictures = decode(ask, catalogue, limits, catalogue.preprocessing.get(ask.model), sizes)
-    return Work(pictures, ask.model)
+    pictures, warnings = decode(ask, catalogue, limits, catalogue.preprocessing.get(ask.model), sizes)
+    return Work(pictures, ask.model, warnings)
 
 
 def embeddings_answer(ask: Ask, catalogue: Catalogue, outputs: Sequence[np.ndarray]) -> dict[str, Any]:

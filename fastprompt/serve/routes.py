@@ -182,7 +182,8 @@ class Routes:
 
         ask, work = await asyncio.get_running_loop().run_in_executor(self._decoders, read)
         share.resize(sum(picture.nbytes for picture in work.pictures))
-        return to_answer(ask, self.catalogue, await self.compute(work))
+        answer = to_answer(ask, self.catalogue, await self.compute(work))
+        return answer | ({"warnings": list(work.warnings)} if work.warnings else {})
 
     def _check_waiting(self) -> None:
         if self._waiting >= self.limits.waiting:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import struct
@@ -13,7 +14,7 @@ from PIL import Image
 
 from fastprompt.data import checks, load_data, read_images
 from fastprompt.data.checks import Checked, check_image, check_images, damage
-from fastprompt.data.images import MAX_DECODED_BYTES, decoded_bytes, open_image
+from fastprompt.data.images import MAX_DECODED_BYTES, decoded_bytes, loses_bits, open_image
 
 
 def test_what_is_known_of_an_image(tmp_path, photo):
@@ -285,11 +286,56 @@ def test_colours_of_16_bits_are_their_upper_8_and_told(kind: str, channels: int,
     np.testing.assert_array_equal(np.asarray(open_image(file)), expected)
     full_range = np.floor(values[..., :1] * 255 / 65535)
     assert np.abs(expected[..., :1] - full_range).max() <= 1
-    with pytest.warns(UserWarning, match=r"10 image\(s\) have colours of 16 bits a channel, e\.g\. .*upper 8 bits"):
+    with pytest.warns(UserWarning, match=r"10 image\(s\) have colours of more than 8 bits a channel, e\.g\. .*upper 8"):
         load_data(str(folder), image_size=16)
-    with pytest.warns(UserWarning, match=r"1 image\(s\) have colours of 16 bits a channel"):
+    with pytest.warns(UserWarning, match=r"1 image\(s\) have colours of more than 8 bits a channel"):
         read_images([file], image_size=16)
     assert not check_image(plain(tmp_path / "plain.png")).cut
+
+
+def depth_of_16(data: bytes, kind: str) -> bytes:
+    """The file with a header that says 16 (AVIF: 10) bits a channel; Pillow writes no such files itself."""
+    if kind == "AVIF":
+        at = data.index(b"av1C") + 6
+        return data[:at] + bytes([data[at] | 0x40]) + data[at + 1 :]
+    at = data.index(b"\xff\x4f\xff\x51") + 4 + 38
+    return data[:at] + bytes([15, data[at + 1], 15, data[at + 3], 15]) + data[at + 5 :]
+
+
+@pytest.mark.parametrize("kind", ["JPEG2000", "AVIF"])
+def test_depth_of_compressed_colours_is_read_from_the_header(kind: str) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    for data, cut in ((buffer.getvalue(), False), (depth_of_16(buffer.getvalue(), kind), True)):
+        with Image.open(io.BytesIO(buffer.getvalue())) as opened:
+            if cut:  # libavif refuses a header that is not of its pixels
+                opened.fp = io.BytesIO(data)
+            assert loses_bits(opened) is cut
+            if not cut:
+                opened.load()  # reading the header has left the file as it was
+                assert opened.size == image.size
+    if kind == "JPEG2000":  # grey keeps its bits
+        grey = io.BytesIO()
+        Image.fromarray(np.zeros((40, 40), np.uint16)).save(grey, kind)
+        assert not loses_bits(Image.open(grey))
+
+
+@pytest.mark.parametrize(
+    ("data", "cut"),
+    [
+        (b"P6\n2 2\n65535\n" + bytes(24), True),
+        (b"P3\n2 2\n1023\n" + b"1 " * 12, True),
+        (b"P6\n2 2\n255\n" + bytes(12), False),
+        (b"P6\n2 2\n100\n" + bytes(12), False),
+        (b"P5\n2 2\n65535\n" + bytes(8), False),  # grey
+    ],
+)
+def test_colours_of_a_portable_map_above_255_are_told(data: bytes, cut: bool, tmp_path: Path) -> None:
+    (tmp_path / "map.ppm").write_bytes(data)
+    checked = check_image(tmp_path / "map.ppm")
+    assert checked.damage is None
+    assert checked.cut is cut
 
 
 def plain(path: Path) -> Path:

@@ -149,7 +149,7 @@ def test_tenants_share_batches_and_get_their_own_answers(url: str, settings: Hos
     for i, answer in enumerate(asyncio.run(everybody())):
         assert answer.status_code == 200, answer.text
         [entry] = answer.json()["data"]
-        pixels = decode(read_form([("file", picture(i))], Limits()), catalogue, Limits())
+        pixels, _ = decode(read_form([("file", picture(i))], Limits()), catalogue, Limits())
         [[expected]] = answers(engine, [Work(pixels, names[i])])
         if names[i] == "__base__":
             np.testing.assert_allclose(entry["embedding"], expected, rtol=1e-4, atol=1e-5)

@@ -44,7 +44,7 @@ def decode(
     sizes: str = "exact",
     **limits: Any,
 ) -> list[np.ndarray]:
-    return protocol.decode(Ask(list(files), None, "float"), catalogue, Limits(**limits), preprocessing, sizes)
+    return protocol.decode(Ask(list(files), None, "float"), catalogue, Limits(**limits), preprocessing, sizes)[0]
 
 
 def bomb(width: int, height: int) -> bytes:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import struct
 import threading
+import zlib
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 from starlette.requests import Request
 
+from fastprompt.adapters import Preprocessing
 from fastprompt.serve import protocol
 from fastprompt.serve.protocol import Catalogue, Limits, Refused, Work
 from fastprompt.serve.routes import Routes, read_keys
@@ -68,6 +71,36 @@ def part(value: bytes, *, name: str = "file", filename: str | None = "a.png") ->
 
 def url(data: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def deep(colour: bool) -> bytes:
+    """A PNG of 32 x 32 pixels with 16 bits a channel."""
+    row = b"\0" + b"\x80\x40" * (32 * (3 if colour else 1))
+    chunks = (
+        b"IHDR" + struct.pack(">IIBBBBB", 32, 32, 16, 2 if colour else 0, 0, 0, 0),
+        b"IDAT" + zlib.compress(row * 32),
+        b"IEND",
+    )
+    packed = (struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/embeddings"])
+def test_answers_say_which_pictures_were_not_read_as_they_stand(picture: Picture, path: str) -> None:
+    model = {"model": "birds"} if path == "/v1/classify" else {}
+    answer = post(path, json={"input": [url(picture()), url(deep(True)), url(deep(False))], **model})
+    assert answer["warnings"] == [
+        "image 1 has colours of more than 8 bits a channel: the upper 8 bits of each are read",
+        "image 2 is grey with more than 8 bits: its values from 0 to 65535 are scaled to black and white",
+    ]
+    assert "warnings" not in post(path, json={"input": url(picture()), **model})
+    chosen = {"birds": Preprocessing(intensity_range=(0, 40000))}  # the training set's range was chosen
+    [of_range] = ask(
+        ("POST", "/v1/classify", {"json": {"input": url(deep(False)), "model": "birds"}}),
+        catalogue=replace(CATALOGUE, preprocessing=chosen),
+    )
+    assert of_range.status_code == 200
+    assert "warnings" not in of_range.json()
 
 
 def test_forms_are_read_to_their_end(picture: Picture) -> None:
