@@ -295,6 +295,19 @@ def test_device_number_format_and_sizes_are_said_before_the_work(
     assert f"cpu (1 threads), bfloat16; 12 images; {total:,} parameters" in capsys.readouterr().err
 
 
+def test_outputs_that_are_not_finite_are_errors(
+    run_dir: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, tensors = read_adapter(run_dir / "best")
+    key = next(name for name in tensors if name.startswith("head.") and name.endswith("weight"))
+    write_adapter(tmp_path / "best", config, tensors | {key: torch.full_like(tensors[key], 3e38)})
+    capsys.readouterr()
+    out = tmp_path / "table.csv"
+    assert main(["predict", str(tmp_path / "best"), str(place / "images" / "red"), "--out", str(out)]) == 2
+    assert "must give finite outputs, got NaN or infinite ones for image 0" in error_line(capsys)
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("command", ["adapt", "eval", "predict", "serve"])
 def test_a_device_that_is_not_there_is_refused_before_any_work(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
