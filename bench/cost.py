@@ -61,7 +61,7 @@ def _convolution_backward_flops(
     mask: list[bool],
     **kwargs: Any,
 ) -> int:
-    """As many as the forward has, for each of input and weight that needs a gradient."""
+    """As many as in the forward, for each of input and weight that needs a gradient."""
     positions, per_position = (x if transposed else grad)[2:], torch.Size(weight).numel()
     return 2 * x[0] * torch.Size(positions).numel() * per_position * (mask[0] + mask[1])
 

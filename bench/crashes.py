@@ -1,4 +1,4 @@
-"""Processes that are killed, and disks that fill up, at a chosen operation on files (Linux alone)."""
+"""Kill processes and fill disks at a chosen file operation (Linux only)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 
 
 class Child:
-    """A fork that does `work` and exits with 0, or with 1 if it raised; as a context, killed at the end if it lives.
+    """A fork that runs `work` and exits with 0, or with 1 if it raised. The context manager kills it at the end.
 
     Args:
-        log: a file that takes what the fork prints, and its traceback.
+        log: the file that receives the fork's output and traceback.
     """
 
     def __init__(self, work: Callable[[], Any], log: Path | None = None) -> None:
@@ -27,12 +27,12 @@ class Child:
             _do(work, log)
 
     def kill(self) -> None:
-        """Send SIGKILL; to a process that has ended by itself nothing happens."""
+        """Send SIGKILL; do nothing if the process has ended."""
         if self._status is None:
             os.kill(self.pid, signal.SIGKILL)
 
     def wait(self) -> int:
-        """Its exit code, or minus the signal that ended it."""
+        """Return the exit code, or the negative number of the signal that ended the process."""
         if self._status is None:
             self._status = os.waitpid(self.pid, 0)[1]
         return os.waitstatus_to_exitcode(self._status)
@@ -61,16 +61,16 @@ def _do(work: Callable[[], Any], log: Path | None) -> NoReturn:
 
 
 def in_a_child(work: Callable[[], Any], log: Path | None = None) -> int:
-    """Do `work` in a `Child`; how that ended."""
+    """Run `work` in a `Child`; return how it ended."""
     return Child(work, log).wait()
 
 
 def killed_after(seconds: float, work: Callable[[], Any], log: Path | None = None) -> int:
-    """Do `work` in a `Child` that is killed after so many seconds; how it ended."""
+    """Run `work` in a `Child` that is killed after that many seconds; return how it ended."""
     with Child(work, log) as process:
         handle = os.pidfd_open(process.pid)
         try:
-            select.select([handle], [], [], seconds)  # until it ends, at the latest then
+            select.select([handle], [], [], seconds)  # returns early if it ends
         finally:
             os.close(handle)
         process.kill()
@@ -78,10 +78,10 @@ def killed_after(seconds: float, work: Callable[[], Any], log: Path | None = Non
 
 
 def at_operation(number: int, directory: Path, work: Callable[[], Any], act: Callable[[str], Any]) -> int:
-    """Do `work`, and `act` before the operation of that number on files below `directory`; how many there were.
+    """Run `work`, calling `act` before the file operation of that number below `directory`; return how many there were.
 
-    Counted are the calls of `open` and of `os` that name a path below it, and every `fsync`. What `act` raises, the
-    operation raises. This process keeps the audit hook for ever: call it in a `Child`.
+    Calls of `open` and of `os` that name a path below it count, and every `fsync`. If `act` raises, so does the
+    operation. The process keeps the audit hook forever: call this in a `Child`.
     """
     count, counting = 0, True
 
@@ -106,7 +106,7 @@ def at_operation(number: int, directory: Path, work: Callable[[], Any], act: Cal
 
 
 def killed_at(number: int, directory: Path, work: Callable[[], Any], log: Path | None = None) -> int:
-    """Do `work` in a fork that is killed before its operation of that number (`at_operation`); how it ended."""
+    """Run `work` in a fork that is killed before its operation of that number (`at_operation`); return how it ended."""
 
     def kill(_: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -118,9 +118,9 @@ WRITES = ("os.fsync", "os.mkdir", "os.rename", "os.link", "open")
 
 
 def full_from(number: int, directory: Path, work: Callable[[], Any], log: Path | None = None) -> int:
-    """Do `work` in a fork whose disk is full from the write of that number below `directory` on; how it ended.
+    """Run `work` in a fork whose disk is full from the write of that number below `directory`; return how it ended.
 
-    A write is an `fsync`, a new name, or a file that is opened to be written. Files can still be read and removed.
+    A write is an `fsync`, a new name, or opening a file for writing. Files can still be read and removed.
     """
 
     def on_a_full_disk() -> None:

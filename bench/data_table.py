@@ -1,9 +1,9 @@
-"""What reading a folder of images costs: the check of every file beside decoding it, and the memory of one image.
+"""Measure the cost of reading a folder of images: checking and decoding each file, and the memory of one image.
 
     python bench/data_table.py [number of files]
 
-The jobs take turns; each line is the median of seven rounds. Memory is the growth of the largest resident size in a
-process of its own, for the largest square image that `MAX_DECODED_BYTES` takes in each mode.
+The jobs take turns; each line is the median of seven rounds. Memory is the growth of the peak resident size
+of a fresh process that reads the largest square image that `MAX_DECODED_BYTES` allows in each mode.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 def write_images(folder: Path, number: int, suffix: str) -> list[str]:
-    """`number` files of 500 x 375 pixels: smooth colours with some noise, as photographs compress."""
+    """Write `number` files of 500 x 375 pixels: smooth colours with some noise, which compress like photographs."""
     paths = []
     for seed in range(number):
         random = np.random.default_rng(seed)
@@ -44,18 +44,18 @@ def write_images(folder: Path, number: int, suffix: str) -> list[str]:
 
 
 def seconds(job: Callable[[], object]) -> float:
-    """How long one call takes."""
+    """Return the seconds of one call."""
     began = time.perf_counter()
     job()
     return time.perf_counter() - began
 
 
 def jobs(paths: list[str], folder: Path) -> dict[str, Callable[[], object]]:
-    """What is timed, by name."""
+    """Return what is timed, by name."""
     from fastprompt.data.checks import REMEMBERED_FROM, check_image, check_images
     from fastprompt.data.images import open_image, to_tensor
 
-    check_images(paths, root=folder)  # writes the memory
+    check_images(paths, root=folder)  # fills the cache
     remembered = {"checked, remembered": lambda: check_images(paths, root=folder)}
     return {
         "decoded and resized, one thread": lambda: [

@@ -1,8 +1,8 @@
-"""results/engine.md and the documentation's table of engines from what `bench_engine.py` measured.
+"""Write results/engine.md and the documentation's table of engines from the measurements of `bench_engine.py`.
 
     python bench/engine_table.py BENCHMARK.json OUT.md docs/results.md
 
-In the page it replaces what stands between the two `engine` comments.
+In the page, the text between the two `engine` comments is replaced.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FLOAT32, COMPILED, OPENVINO, RUNTIME = (
     "papers' graph, bfloat16 OpenVINO",
     "papers' graph, float32 ONNX Runtime",
 )
-GOALS = {  # of the engine against each baseline, by number of prompts, at batch 8
+GOALS = {  # engine against each baseline, by number of prompts, at batch 8
     ("VPT-deep", FLOAT32): {10: 5.6, 50: 5.5, 100: 7.2},
     ("VPT-deep", COMPILED): {10: 1.3, 50: 1.5, 100: 1.75},
     ("VPT-deep", OPENVINO): {10: 1.1, 50: 1.25, 100: 1.5},
@@ -39,7 +39,7 @@ CEILING = 0.88
 
 
 def fastest(seconds: Mapping[str, Sequence[float]], dtype: str) -> str:
-    """The engine's backend with the lowest median in this number format."""
+    """Return the engine's backend with the lowest median in this number format."""
     return min(
         (name for name in seconds if name.startswith(f"Engine, {dtype}")),
         key=lambda name: statistics.median(seconds[name]),
@@ -47,7 +47,7 @@ def fastest(seconds: Mapping[str, Sequence[float]], dtype: str) -> str:
 
 
 def one_adapter(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The lines of one method's table at one batch size."""
+    """Return the lines of one method's table at one batch size."""
     method, batch = runs[0]["method"], runs[0]["batch"]
     columns = [str(run["num_prompts"]) for run in runs]
     lines = [f"| {method}, batch {batch}, prompts | {' | '.join(columns)} |", "|---|" + "---:|" * len(runs)]
@@ -78,7 +78,7 @@ def one_adapter(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def many_adapters(run: Mapping[str, Any]) -> list[str]:
-    """The lines of one mixture."""
+    """Return the lines of one mixture."""
     what = "VPT-deep with 50 prompts" if run["mixture"] == "VPT-deep" else "four methods in turn"
     mixed = run["seconds"]["32 adapters"]
     lines = [f"| 32 images over 32 adapters, {what} | ms | time of the mixed batch, × this |", "|---|---:|---:|"]
@@ -89,7 +89,7 @@ def many_adapters(run: Mapping[str, Any]) -> list[str]:
 
 
 def medians(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The page's lines: the engine's fastest backend against each baseline, and the mixed batch."""
+    """Return the page's lines: the engine's fastest backend against each baseline, and the mixed batch."""
     baselines = (FLOAT32, COMPILED, OPENVINO, RUNTIME)
     lines = [
         f"| times as fast as the papers' graph in | {' | '.join(name.split(', ')[1] for name in baselines)} |",
@@ -116,7 +116,7 @@ def medians(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def replace_part(text: str, lines: Sequence[str]) -> str:
-    """The page with `lines` between its two comments."""
+    """Return the page with `lines` between its two comments."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise SystemExit(f"the page has no place for the table: {BEGIN.strip()} and {END.strip()}")
     before, rest = text.split(BEGIN)

@@ -1,4 +1,6 @@
-"""results/forward.md from what `bench_forward.py` measured: `python bench/forward_table.py BENCHMARK.json OUT.md`."""
+"""Write results/forward.md from the measurements of `bench_forward.py`.
+
+python bench/forward_table.py BENCHMARK.json OUT.md"""
 
 from __future__ import annotations
 
@@ -27,24 +29,24 @@ EQUAL = {"inference": (1.0, 1.0, 1.0), "training": (1.1, 1.3, 1.55)}  # bfloat16
 
 
 def ratio(slow: Sequence[float], fast: Sequence[float]) -> tuple[float, float, float]:
-    """The median over rounds of slow / fast, and the interval without the lowest and the highest round."""
+    """Return the median over rounds of slow / fast, and the range without the lowest and the highest round."""
     ratios = sorted(s / f for s, f in zip(slow, fast, strict=True))
     return statistics.median(ratios), ratios[1], ratios[-2]
 
 
 def cell(value: tuple[float, float, float], goal: float | None) -> str:
-    """A ratio with its interval, and whether its upper end reaches the goal."""
+    """Format a ratio with its interval, and say whether the upper end reaches the goal."""
     text = f"{value[0]:.2f} ({value[1]:.2f}–{value[2]:.2f})"
     return text if goal is None else f"{text} {'≥' if value[2] >= goal else '**<**'} {goal:g}"
 
 
 def better(seconds: Mapping[str, Sequence[float]], graph: str) -> Sequence[float]:
-    """The rounds of the faster of a graph's two bfloat16 ways, eager or compiled."""
+    """Return the rounds of the faster bfloat16 way of a graph, eager or compiled."""
     return min((seconds[f"{graph}, bfloat16 {way}"] for way in ("eager", "compiled")), key=statistics.median)
 
 
 def table(benchmarks: Sequence[Mapping[str, Any]], job: str) -> list[str]:
-    """The lines of one job's table."""
+    """Return the lines of one job's table."""
     runs = sorted(
         (b["extra_info"] for b in benchmarks if b["extra_info"]["job"] == job), key=lambda run: run["num_prompts"]
     )

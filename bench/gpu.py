@@ -1,15 +1,16 @@
-"""What only a GPU can show of the Triton kernels, into results/gpu.json: `make gpu`, at most eight minutes on an H100.
+"""Measure what only a GPU can show of the Triton kernels: `make gpu` writes results/gpu.json in at most eight minutes.
 
-Per op: parity with float64 under the tolerance of the gates, outputs and gradients, in three dtypes, at the gates' and
-the papers' sizes; the same bits in two runs, and from a CUDA graph; every kernel under compute-sanitizer's checkers of
-memory and races, where it is installed; then, in bfloat16 at the papers' sizes, the time of forward and of forward with
-backward beside PyTorch's own, eager and, for the first size, under torch.compile in three modes, by CUDA events, as
-medians of interleaved rounds. Last, replays of whole models (`bench/gpu_graphs.py`). Any mismatch ends the run with an
-error, and nothing is written; so does the end of the eight minutes, with a traceback. Before that, the times of
-compiled PyTorch which they leave no room for are null, and models are timed in fewer rounds; parity is never cut short.
+For each op, outputs and gradients are compared with float64 under the gates' tolerance, in three dtypes, at the gates'
+and the papers' sizes. Two runs and a CUDA graph must give the same bits. Every kernel runs under compute-sanitizer's
+memory and race checkers where that is installed. Then forward, and forward with backward, are timed in bfloat16 at the
+papers' sizes beside PyTorch, eager and, for the first size, under torch.compile in three modes: CUDA events, medians of
+interleaved rounds. Replays of whole models come last (`bench/gpu_graphs.py`).
 
-`TRITON_INTERPRET=1 python bench/gpu.py --dry-run` goes the same way without a GPU: in Triton's interpreter, at small
-sizes, without a graph and with a compiler that does nothing. Its times say nothing; it shows that a wrong kernel is
+A mismatch ends the run with an error, as does the end of the eight minutes; nothing is written then. If time gets
+short, times of compiled PyTorch are null and models are timed in fewer rounds. Parity is never cut short.
+
+`TRITON_INTERPRET=1 python bench/gpu.py --dry-run` takes the same path without a GPU: in Triton's interpreter, at small
+sizes, without a graph and with a compiler that does nothing. Its times mean nothing; it shows that a wrong kernel is
 found and that the report is complete.
 """
 
@@ -47,12 +48,12 @@ from spec import Case, Inputs, cast, load_spec  # noqa: E402
 OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/triton.py"))
 COMPILED = ("default", "reduce-overhead", "max-autotune")
 SECONDS = 480
-OPS_UNTIL, MODELS_UNTIL = 0.65, 0.85  # of the seconds; what was begun before is finished in the rest
+OPS_UNTIL, MODELS_UNTIL = 0.65, 0.85  # share of the seconds; what has begun by then is finished in the rest
 SANITIZER_SECONDS = 90
 
 
 class Bench(NamedTuple):
-    """How much is run, and on what."""
+    """How much to run, and on which device."""
 
     device: str
     dtypes: tuple[torch.dtype, ...]
@@ -64,11 +65,11 @@ class Bench(NamedTuple):
         return self.device == "cpu"
 
     def cases(self, spec: ModuleType) -> list[Case]:
-        """For parity: the gates' and the papers' sizes."""
+        """Return the cases for parity: the gates' and the papers' sizes."""
         return spec.CASES[:1] if self.dry else [*spec.CASES, *spec.at_size(32)]
 
     def sized(self, spec: ModuleType, batch: int) -> list[Case]:
-        """For times: the papers' sizes."""
+        """Return the cases to time: the papers' sizes."""
         return spec.CASES[:1] if self.dry else spec.at_size(batch)
 
 
@@ -77,10 +78,10 @@ DRY = Bench("cpu", (torch.float32, torch.float16), rounds=2, calls=1)  # the int
 
 
 def mismatches(bench: Bench, op: str, case: Case, module: ModuleType) -> dict[str, list[dict[str, Any]]]:
-    """Error, budget and repeatability of each output and gradient, by dtype.
+    """Return error, allowed error and repeatability of each output and gradient, by dtype.
 
     Raises:
-        SystemExit: one is wrong.
+        SystemExit: one of them is wrong.
     """
     found = {}
     for dtype in bench.dtypes:
@@ -95,7 +96,7 @@ def mismatches(bench: Bench, op: str, case: Case, module: ModuleType) -> dict[st
 def step_of(
     call: Callable[[Inputs], Sequence[Tensor]], inputs: Inputs, grads: tuple[str, ...], cotangents: list[Tensor]
 ) -> Callable[[], list[Tensor]]:
-    """One forward with backward, for these gradients of the outputs; returns outputs and gradients."""
+    """Run forward and backward with these gradients of the outputs; return outputs and gradients."""
     leaves = [inputs[name] for name in grads]
 
     def step() -> list[Tensor]:
@@ -107,7 +108,7 @@ def step_of(
 
 
 def replayed(bench: Bench, op: str, case: Case, module: ModuleType) -> str:
-    """Capture forward and backward in a CUDA graph and compare what a replay leaves with an eager run, bit for bit."""
+    """Capture forward and backward in a CUDA graph and compare a replay with an eager run, bit for bit."""
     if bench.dry:
         return "dry run"
     inputs = cast(drawn(case, bench.device), torch.bfloat16, case.kept, case.grads)
@@ -129,12 +130,12 @@ def replayed(bench: Bench, op: str, case: Case, module: ModuleType) -> str:
 
 
 def alone(bench: Bench, *options: str) -> list[str]:
-    """The command that launches kernels in a process of its own, see `launch`."""
+    """Return the command that launches kernels in a process of their own, see `launch`."""
     return [sys.executable, __file__, "--launch-only", *options, *(["--dry-run"] if bench.dry else [])]
 
 
 def warmed(bench: Bench, ops: Sequence[str]) -> None:
-    """Compile all kernels into Triton's cache, a process for each op and dtype: one after the other takes minutes."""
+    """Compile all kernels into Triton's cache, in one process per op and dtype: in turn it takes minutes."""
     names = [str(dtype).split(".")[1] for dtype in bench.dtypes]
     running = [
         subprocess.Popen(alone(bench, "--op", op, "--dtype", name), stderr=subprocess.PIPE, text=True)
@@ -148,7 +149,7 @@ def warmed(bench: Bench, ops: Sequence[str]) -> None:
 
 
 def sanitized(bench: Bench) -> str:
-    """Every kernel once under compute-sanitizer, where it is installed; both checkers at the same time."""
+    """Run every kernel once under compute-sanitizer, if it is installed; both checkers run at the same time."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return "compute-sanitizer is not installed"
@@ -181,7 +182,7 @@ def sanitized(bench: Bench) -> str:
 
 
 def launch(bench: Bench, ops: Sequence[str], dtype: str | None) -> None:
-    """Forward and backward of the kernels alone: the small cases in float16, or all of `mismatches` in `dtype`."""
+    """Run the kernels forward and backward: the small cases in float16, or all cases of `mismatches` in `dtype`."""
     for op in ops:
         spec = load_spec(op)
         module = importlib.import_module(spec.MODULE)
@@ -193,7 +194,7 @@ def launch(bench: Bench, ops: Sequence[str], dtype: str | None) -> None:
 
 
 def timed(bench: Bench, steps: dict[str, Callable[[], Any]], deadline: float) -> dict[str, dict[str, float] | None]:
-    """Microseconds per call, median and quartiles over interleaved rounds; None: no time was left to compile it."""
+    """Return microseconds per call, median and quartiles over interleaved rounds; None if no time was left."""
     times: dict[str, list[float]] = {}
     for name, step in steps.items():
         if name.startswith("compile") and time.monotonic() > deadline:
@@ -225,7 +226,7 @@ def _now(bench: Bench) -> float | torch.cuda.Event:
 
 
 def _since(began: float | torch.cuda.Event) -> float:
-    """Microseconds since `_now`."""
+    """Return microseconds since `_now`."""
     if isinstance(began, float):
         return (time.perf_counter() - began) * 1e6
     end = torch.cuda.Event(enable_timing=True)
@@ -235,7 +236,7 @@ def _since(began: float | torch.cuda.Event) -> float:
 
 
 def speed(bench: Bench, case: Case, module: ModuleType, modes: Sequence[str], deadline: float) -> dict[str, Any]:
-    """Times of the kernels, of eager PyTorch and of its compiler in some modes."""
+    """Time the kernels, eager PyTorch, and its compiler in some modes."""
     inputs = cast(drawn(case, bench.device), torch.float16 if bench.dry else torch.bfloat16, case.kept, case.grads)
     calls: dict[str, Callable[[Inputs], Any]] = {"triton": lambda x: case.kernel(module, x), "eager": case.reference}
     torch._dynamo.reset()
@@ -251,10 +252,10 @@ def speed(bench: Bench, case: Case, module: ModuleType, modes: Sequence[str], de
 
 
 def measure(bench: Bench, ops: Sequence[str], began: float, seconds: float) -> dict[str, Any]:
-    """The report; SystemExit on any mismatch.
+    """Return the report; raise SystemExit on a mismatch.
 
     Args:
-        began, seconds: when, by `time.monotonic`, the time began that all of it may take, and how much that is.
+        began, seconds: start of the time allowed, by `time.monotonic`, and its length.
     """
     name = "Triton's interpreter" if bench.dry else torch.cuda.get_device_name()
     report: dict[str, Any] = {

@@ -1,15 +1,16 @@
-"""CUDA graphs on a device: is a replay the eager forward, and what does it save? Part of `make gpu` (results/gpu.json).
+"""Compare replays of CUDA graphs with eager forwards, and time both. Part of `make gpu` (results/gpu.json).
 
-Alone, `python bench/gpu_graphs.py --methods pgn --batches 1 8` writes results/gpu_graphs.json, after each method anew.
+Alone, `python bench/gpu_graphs.py --methods pgn --batches 1 8` writes results/gpu_graphs.json again after each method.
 
-Per method, ViT-B/16 at 224 px with a backbone in bfloat16: replays against float64 under the tolerance of the gates, at
-a batch size that was captured and at one that is padded, before and after parameters change in place; then the time of
-a call, eager, by torch.compile and by graph, for inference and for a training step (AdamW) on the same batches, medians
-and quartiles of interleaved rounds. "throughput" is per call of many without waiting, "latency" that of one until its
-output is there. Last, a batch of 32 images of 32 adapters in one `fp.Engine`, beside 32 images of one adapter, and
-beside serving them one by one, eager and by a graph of each adapter. A mismatch, or a forward that cannot be captured,
-ends the run with an error. Inside `make gpu` time is short: there are as many rounds as fit into it, and
-torch.compile's times are null where it leaves no room to compile.
+The backbone is a ViT-B/16 at 224 px in bfloat16. For each method, replays are compared with float64 under the gates'
+tolerance, at a captured and at a padded batch size, before and after parameters change in place. Then a call is timed
+eager, under torch.compile and as a graph, for inference and for a training step (AdamW) on the same batches: medians
+and quartiles of interleaved rounds. "throughput" is the time per call of many without waiting, "latency" that of one
+until its output is there. Last, 32 images of 32 adapters in one batch of `fp.Engine` are timed beside 32 images of one
+adapter, and beside serving them one by one, eager and with a graph of each adapter.
+
+A mismatch, or a forward that cannot be captured, ends the run with an error. Inside `make gpu`, time is short: there
+are as many rounds as fit, and torch.compile's times are null if there is no time to compile.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ METHODS: dict[str, PromptConfig] = {
 BATCHES = (1, 8, 32, 128)
 NUM_CLASSES = 100
 ROUNDS, CALLS = 9, 20
-COMPILE_SECONDS = 60.0  # that one of these models takes to compile, forward and backward
+COMPILE_SECONDS = 60.0  # to compile one of these models, forward and backward
 ADAPTERS = 32
 
 Times = dict[str, dict[str, dict[str, float]] | None]
 
 
 def vit_base(device: str = "cuda") -> fp.FrozenViT:
-    """ViT-B/16 with random weights, in bfloat16."""
+    """Return a ViT-B/16 with random weights, in bfloat16."""
     torch.manual_seed(0)
     module = timm.create_model("vit_base_patch16_224", num_classes=0)
     return fp.FrozenViT(module).to(device=device, dtype=torch.bfloat16)
@@ -66,12 +67,12 @@ def measure(
     keep: Callable[[dict[str, Any]], None] | None = None,
     deadline: float = math.inf,
 ) -> dict[str, Any]:
-    """The report: parity of all methods, then their times; `keep` gets it after the times of each.
+    """Return the report: parity of all methods, then their times. `keep` receives it after each method.
 
     Args:
         backbone: on the device to measure; None: ViT-B/16 on the current GPU.
-        capturer: makes the `Capturer` of each manager. compiler: as torch.compile. Both for tests without a device.
-        deadline: when, by `time.monotonic`, the times should be taken; parity knows none.
+        capturer: makes the `Capturer` of each manager. compiler: replaces torch.compile. Both are for tests.
+        deadline: when the timing should end, by `time.monotonic`; it does not limit parity.
     """
     backbone = vit_base() if backbone is None else backbone
     capturer = (lambda: CudaCapturer(backbone.device)) if capturer is None else capturer
@@ -108,7 +109,7 @@ def measure(
 def parity(
     name: str, model: fp.PromptedViT, images: Tensor, batches: tuple[int, ...], capturer: Callable[[], Capturer]
 ) -> list[dict[str, Any]]:
-    """Error and budget of replays, and whether they have the bits of eager."""
+    """Return error and allowed error of replays, and whether their bits are those of eager."""
     exact = fp.PromptedViT(copy.deepcopy(model.backbone).double(), model.config, NUM_CLASSES).eval()
     graphed, rows, largest = GraphedForward(model, batches, capturer=capturer()), [], max(batches)
     for round_ in ("first parameters", "changed in place"):
@@ -141,7 +142,7 @@ def parity(
 def inference(
     model: fp.PromptedViT, images: Tensor, capturer: Callable[[], Capturer], compiler: Callable[..., Any], until: float
 ) -> Times:
-    """Times of a forward."""
+    """Time a forward."""
     graphed = GraphedForward(model, (len(images),), capturer=capturer())
     torch._dynamo.reset()
     compiled = compiler(model, dynamic=False)
@@ -168,7 +169,7 @@ def training(
     compiler: Callable[..., Any],
     until: float,
 ) -> Times:
-    """Times of a training step; each way trains a copy of generator and head."""
+    """Time a training step; each way trains its own copy of generator and head."""
     torch._dynamo.reset()
     models = [fp.PromptedViT(model.backbone, model.config, NUM_CLASSES).train() for _ in range(3)]
     for other in models:
@@ -188,7 +189,7 @@ def training(
 
 
 def mixed(backbone: fp.FrozenViT, capturer: Callable[[], Capturer], until: float) -> dict[str, Any]:
-    """Times of `ADAPTERS` images, each of its own VPT-deep adapter, by all ways to serve them.
+    """Time `ADAPTERS` images, each of its own VPT-deep adapter, for every way to serve them.
 
     Raises:
         SystemExit: an image's output is not its own adapter's.
@@ -240,7 +241,7 @@ def adamw(model: fp.PromptedViT, capturable: bool = False) -> torch.optim.Optimi
 def plain_step(
     model: fp.PromptedViT, forward: Callable[..., Any], images: Tensor, labels: Tensor
 ) -> Callable[[], None]:
-    """The step that the graph holds, as a loop would write it."""
+    """The captured step, as a training loop would write it."""
     optimizer, loss = adamw(model), cross_entropy(model)
 
     def step() -> None:
@@ -253,7 +254,7 @@ def plain_step(
 
 
 def timed(ways: dict[str, Callable[[], Any]], device: Capturer, until: float, calls: int | None = None) -> Times:
-    """Microseconds per call, median and quartiles over interleaved rounds, at least one; None: no time to compile."""
+    """Return microseconds per call, median and quartiles over at least one round; None if no time was left."""
     samples: dict[str, dict[str, list[float]]] = {}
     for name, way in ways.items():
         if name == "compile" and time.monotonic() + COMPILE_SECONDS > until:

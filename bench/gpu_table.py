@@ -1,6 +1,8 @@
-"""The documentation's table of GPU times from results/gpu.json: `python bench/gpu_table.py GPU.json docs/results.md`.
+"""Write the documentation's table of GPU times from results/gpu.json.
 
-It replaces what stands between the two `gpu` comments of the page.
+    python bench/gpu_table.py GPU.json docs/results.md
+
+The text between the two `gpu` comments of the page is replaced.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ COLUMNS = ("triton", "eager", "compile, default", "compile, reduce-overhead", "c
 
 
 def cell(times: Mapping[str, Mapping[str, float] | None], name: str) -> str:
-    """Median and quartiles."""
+    """Format median and quartiles."""
     if name not in times:
         return ""
     value = times[name]
@@ -26,7 +28,7 @@ def cell(times: Mapping[str, Mapping[str, float] | None], name: str) -> str:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The text between the comments."""
+    """Return the text between the comments."""
     stack = f"torch {report['torch']}, Triton {report['triton']}"
     lines = [
         f"Measured by `make gpu` on {report['device']} ({stack}): every op and gradient is within twice PyTorch's own "

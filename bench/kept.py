@@ -1,6 +1,6 @@
-"""What a call pays to find out whether tensors have changed, of a ViT-S sized model: `python bench/kept.py`.
+"""Measure what a call of a ViT-S-sized model pays to detect changed tensors: `python bench/kept.py`.
 
-Forward and engine call, with the check and without it by turns in one process, in seconds of the processor.
+Forward and engine calls run with and without the check in turn, in one process; times are CPU seconds.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
             ratios.append(times[0] / times[1])
             looks.append(seconds(backbone.folded))
             shares.append(seconds(engine._change) / seconds(lambda e=engine: e(images)))
-        ratios = sorted(ratios[1:])  # the first round makes what is kept
+        ratios = sorted(ratios[1:])  # the first round fills the caches
         print(
             f"{name:8} forward with / without {statistics.median(ratios):.4f} "
             f"({ratios[len(ratios) // 4]:.4f} to {ratios[-len(ratios) // 4]:.4f})   "

@@ -116,7 +116,7 @@ def png(picture: np.ndarray) -> bytes:
 
 
 def make_adapters(folder: Path, backbone: fp.FrozenViT, shown: list[np.ndarray]) -> dict[str, Path]:
-    """Adapters whose heads read, each in a mixture of its own, the directions in which the pictures differ most."""
+    """Build adapters whose heads read the directions in which the pictures differ most, each in its own mixture."""
     for seed, (name, config) in enumerate(ADAPTERS.items()):
         torch.manual_seed(seed)
         names = [f"{name}/{i}" for i in range(CLASSES)]
@@ -138,7 +138,7 @@ def make_adapters(folder: Path, backbone: fp.FrozenViT, shown: list[np.ndarray])
 
 
 class Check:
-    """What the engine alone says of every picture as each tenant, and whether an answer is that."""
+    """The engine's own output for every picture and tenant, and the comparison of an answer with it."""
 
     def __init__(self, settings: HostSettings, shown: list[np.ndarray]) -> None:
         engine, self.catalogue = load(settings)
@@ -182,17 +182,17 @@ class Check:
         return "features" if name == BASE else "log-probabilities"
 
     def entry(self, name: str, output: np.ndarray) -> dict[str, Any]:
-        """What a host makes of an engine's output."""
+        """Convert an engine's output as the host does."""
         ask = Ask([], None if name == BASE else name, "base64")
         answer = embeddings_answer if name == BASE else classify_answer
         return answer(ask, self.catalogue, [output])["data"][0]
 
     def place(self, name: str, i: int) -> int:
-        """Where `distances` has a picture's own."""
+        """Return the position of a picture's own output in `distances`."""
         return i if name == BASE else self.places.index((name, i))
 
     def distances(self, name: str, entry: dict[str, Any]) -> np.ndarray:
-        """How far an answer is from what is expected of each picture, and, where it names classes, by each tenant."""
+        """Return the distance of an answer from that of each picture and, if it names classes, of each tenant."""
         if name == BASE:
             found = np.frombuffer(base64.b64decode(entry["embedding"]), "<f4")
             return np.linalg.norm(self.features - found, axis=-1) / np.linalg.norm(found)

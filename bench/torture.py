@@ -1,10 +1,10 @@
-"""Runs, adapters, engines and a host under kills, full disks, flipped bits and hostile clients.
+"""Test runs, adapters, engines and a host under kills, full disks, flipped bits and hostile clients.
 
     python bench/torture.py [--kills 50] [--flips 800] [--hostile 500] [--out results/torture.md]
 
-Nothing may be lost, half written or wrong: a run that was killed ends in the bits of one that was not, a flipped bit is
-refused or changes nothing, and every answer of the host is right. `make torture` writes results/torture.md. Linux, one
-thread: the processes that are killed are forks of this one.
+Nothing may be lost, half written or wrong: a killed run must end in the same bits as an undisturbed one, a flipped bit
+must be refused or change nothing, and every answer of the host must be right. `make torture` writes results/torture.md.
+It needs Linux and runs on one thread; the killed processes are forks of this one.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ class Flags:
 
 @dataclass
 class Found:
-    """What one part saw.
+    """The result of one part.
 
     Attributes:
-        tried: what was done, for people. outcomes: how often what came of it. wrong: what must not be.
+        tried: what was done, as text. outcomes: how often each outcome occurred. wrong: what should not have happened.
     """
 
     part: str
@@ -93,7 +93,7 @@ class Found:
 
 
 class Place:
-    """A folder with a tiny backbone, images of two classes, and a run that nobody disturbed."""
+    """A folder with a tiny backbone, images of two classes, and an undisturbed run."""
 
     def __init__(self, root: Path, seed: int = 0) -> None:
         self.root, self.vit, self.log = root, root / "vit", root / "log.txt"
@@ -118,22 +118,22 @@ class Place:
             options={"num_prompts": 2},
             recipe={"epochs": EPOCHS, "dtype": "float32", "batch_size": 8},
         )
-        self.run("undisturbed")  # in this process: forks know what it measured, and choose as it did
+        self.run("undisturbed")  # in this process: forks inherit its measurements and thus its choices
         self.expected = contents(root / "undisturbed")
 
     def run(self, name: str) -> None:
-        """Train, evaluate and test in a directory, or go on there."""
+        """Train, evaluate and test in a directory, or resume there."""
         execute(self.settings, self.root / name, test=True, progress=False, device="cpu")
 
     def write(self, name: str) -> None:
-        """`run`; exits with `REFUSED` where another process writes there."""
+        """Call `run`; exit with `REFUSED` if another process writes there."""
         try:
             self.run(name)
         except DirectoryInUse:
             os._exit(REFUSED)
 
     def finish(self, name: str, found: Found, what: str) -> None:
-        """Let the run go on to its end in a process that nobody kills, compare all that it wrote, and remove it."""
+        """Finish the run in an undisturbed process, compare everything that it wrote, and remove it."""
         status = crashes.in_a_child(lambda: self.run(name), self.log)
         if status != 0:
             found.wrong.append(f"{what}: it does not go on, exit code {status}: {self.log.read_text()[-500:]}")
@@ -146,7 +146,7 @@ class Place:
 
 
 def contents(directory: Path) -> dict[str, Any]:
-    """All that a finished run wrote, without times."""
+    """Return everything that a finished run wrote, except times."""
     tensors, values = load_state(directory / "last.safetensors")
     config, weights = read_adapter(directory / "best")
     rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
@@ -172,7 +172,7 @@ def without_times(value: Any) -> Any:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two values are the same, tensors bit for bit."""
+    """Return whether two values are the same, tensors bit for bit."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
     if isinstance(a, dict) and isinstance(b, dict):
@@ -181,12 +181,12 @@ def same(a: Any, b: Any) -> bool:
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """Which parts of two `contents` are not the same."""
+    """Return the parts in which two `contents` differ."""
     return [f"{name} differs" for name in expected if not same(found[name], expected[name])]
 
 
 def random_kills(place: Place, count: int, seed: int) -> Found:
-    """SIGKILL at random moments of a run and of its continuations, until it was killed `count` times in all."""
+    """Kill a run and its continuations at random moments, `count` times in all."""
     found, chance = Found("Runs killed at random", "SIGKILL"), random.Random(seed)
     began = time.perf_counter()
     if crashes.in_a_child(lambda: place.run("timed"), place.log) != 0:
@@ -204,7 +204,7 @@ def random_kills(place: Place, count: int, seed: int) -> Found:
 
 
 def every_operation(place: Place, every: int) -> Found:
-    """A run killed before its first operation on files, another one before its second, and so on to the last."""
+    """Kill one run before its first file operation, another before its second, and so on to the last."""
     found, number = Found("Every operation on files killed", ""), 1
     while True:
         name = f"killed at {number}"
@@ -220,7 +220,7 @@ def every_operation(place: Place, every: int) -> Found:
 
 
 def full_disk(place: Place, every: int) -> Found:
-    """A disk that is full from a run's first write on, from its second, and so on: an error that says it."""
+    """Fill the disk from a run's first write, from its second, and so on; each must end in an error that says so."""
     found, number = Found("Full disk", ""), 1
     while True:
         name = f"full at {number}"
@@ -237,7 +237,7 @@ def full_disk(place: Place, every: int) -> Found:
 
 
 def many_writers(place: Place, writers: int, seed: int) -> Found:
-    """Processes that run in one directory at once: one writes, the others are refused; some writers are killed."""
+    """Start several processes in one directory: one writes, the others are refused; some writers are killed."""
     found = Found("Several writers in one directory", f"{writers} processes at once, 3 times")
     chance = random.Random(seed)
     for turn in range(3):
@@ -259,7 +259,7 @@ def many_writers(place: Place, writers: int, seed: int) -> Found:
 
 
 def flipped_bits(place: Place, count: int, seed: int) -> list[Found]:
-    """Single bits of an adapter's two files and of a run's state flipped: refused by name, or nothing changes."""
+    """Flip single bits of an adapter's two files and of a run's state: each is refused by name or changes nothing."""
     adapter, state = place.root / "flipped", place.root / "last.safetensors"
     shutil.copytree(place.root / "undisturbed" / "best", adapter)
     shutil.copy(place.root / "undisturbed" / "last.safetensors", state)
@@ -293,7 +293,7 @@ def flipped_bits(place: Place, count: int, seed: int) -> list[Found]:
 
 
 def hostile_clients(place: Place, hostile: int, idle: int, seconds: float = 5.0) -> Found:
-    """Hostile requests, slow and idle connections beside clients whose every answer is checked."""
+    """Send hostile requests and open slow and idle connections beside valid clients whose answers are all checked."""
     name, shown = f"local-dir:{place.vit}", load_serve.pictures(32)[:8]
     flags = load_serve.Flags(name, 32, batch_size=8, seconds=seconds)
     adapters = load_serve.make_adapters(place.root, fp.load_backbone(name), shown)
@@ -341,7 +341,7 @@ async def _beside_idle(url: str, count: int, load: Any) -> load_serve.Round:
 
 
 def swapped_states(turns: int) -> Found:
-    """The engine's own tests of threads that swap states while others ask, with more turns."""
+    """Run the engine's tests in which threads swap states while others call it, with more turns."""
     found = Found("An engine whose states are swapped", f"{turns} turns of each thread, three methods and a mixture")
     ran = subprocess.run(
         [
@@ -368,7 +368,7 @@ def swapped_states(turns: int) -> Found:
 
 
 def report(parts: list[Found], flags: Flags) -> str:
-    """The table, and what went wrong, as Markdown."""
+    """Return the table, and what went wrong, as Markdown."""
     info = cpuinfo.get_cpu_info()
     lines = [
         "# fastprompt under torture",
@@ -387,8 +387,8 @@ def report(parts: list[Found], flags: Flags) -> str:
             for found in parts
         ),
         "",
-        "A run counts as the same where state, random numbers, best adapter, results and every row of the log are "
-        "those of a run that nobody disturbed, tensors bit for bit, and no temporary file is left. Valid clients' "
+        "A run counts as the same if state, random numbers, best adapter, results and every row of the log equal "
+        "those of an undisturbed run, tensors bit for bit, and no temporary file is left. Valid clients' "
         "answers are compared with the engine's for that picture and tenant alone.",
     ]
     lines += ["", *(f"* {found.part}: {text}" for found in parts for text in found.wrong)]
@@ -396,7 +396,7 @@ def report(parts: list[Found], flags: Flags) -> str:
 
 
 def tortured(flags: Flags, root: Path) -> Iterator[Found]:
-    """Every part, as it ends."""
+    """Yield the result of each part when it ends."""
     place = Place(root)
     for act in (
         functools.partial(random_kills, place, flags.kills, flags.seed),
