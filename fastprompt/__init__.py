@@ -53,6 +53,10 @@ if TYPE_CHECKING:  # what `__getattr__` below finds at run time
     from fastprompt.official import load_official as load_official
     from fastprompt.pixels.export import export_client as export_client
     from fastprompt.pixels.prompts import RGBPrompts as RGBPrompts
+    from fastprompt.protocols import (
+        list_protocols as list_protocols,
+        load_protocol as load_protocol,
+    )
     from fastprompt.train.evaluate import evaluate as evaluate
     from fastprompt.train.fit import (
         FitResult as FitResult,
@@ -119,6 +123,8 @@ _PUBLIC = {
     "evaluate": "fastprompt.train.evaluate",
     "fit_linear_probe": "fastprompt.train.probe",
     "load_data": "fastprompt.data",
+    "list_protocols": "fastprompt.protocols",
+    "load_protocol": "fastprompt.protocols",
     "Engine": "fastprompt.engine.engine",
     "explain": "fastprompt.engine.explain",
     "use_backend": "fastprompt.kernels.dispatch",

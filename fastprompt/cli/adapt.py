@@ -31,7 +31,7 @@ class Adapt:
     """
 
     data: str
-    """Image folder, torchvision data set, mnist5k or fashion-mnist."""
+    """Image folder, torchvision data set, mnist5k, fashion-mnist, or a protocol's task, such as vtab1k:dtd."""
     out: Path
     """Run directory for the adapter, log and results."""
     config: Path | None = None
@@ -42,6 +42,10 @@ class Adapt:
     """clip-vit-b16, vit-s14, any timm name, or a file of published weights as checkpoint:ARCH:PATH."""
     image_size: int | None = None
     """Image side in pixels; the backbone's own if not given."""
+    mean: tuple[float, float, float] | None = None
+    """Mean that pixels are normalised by, for each channel; the backbone's own if not given."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation that pixels are normalised by, for each channel; the backbone's own if not given."""
     num_prompts: int | None = None
     """Number of prompts; short for --options.num-prompts."""
     epochs: int | None = None
@@ -73,7 +77,13 @@ class Adapt:
     data_seed: int = 0
     """Seed of the train/validation/test split."""
     data_root: Path | None = None
-    """Folder of torchvision's data sets."""
+    """Folder of torchvision's data sets, or with a protocol's data."""
+    final: bool = False
+    """With a protocol's task: train as its final runs do, so that --test may read the locked test split."""
+    per_class: int | None = None
+    """With a protocol's task: number of training images, and of validation images, of each class."""
+    probe_C: float | None = None
+    """With --final: inverse regularisation of the L-BFGS probe, as chosen on validation."""
     augment: str | None = None
     """Augmentation of training images: none, flip, crop or pgn; if not given, that of a named recipe, else none."""
     resize: Literal["crop", "squash"] | None = None
@@ -152,6 +162,11 @@ def adapt_settings(command: Adapt) -> RunSettings:
         class_embeddings=None if command.class_embeddings is None else absolute(command.class_embeddings),
         readout=command.readout,
         train_backbone=command.train_backbone,
+        final=command.final,
+        per_class=command.per_class,
+        probe_C=command.probe_C,
+        mean=command.mean,
+        std=command.std,
     )
 
 

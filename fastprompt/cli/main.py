@@ -20,6 +20,7 @@ from fastprompt.cli.export import Export, export
 from fastprompt.cli.info import Info, info
 from fastprompt.cli.options import load_plugins
 from fastprompt.cli.predict import Predict, predict
+from fastprompt.cli.protocols import Protocols, protocols
 from fastprompt.cli.report import Report, report
 from fastprompt.cli.serve import Serve, serve
 from fastprompt.cli.words import (
@@ -59,6 +60,7 @@ CLASSES: dict[str, type] = {
     "serve": Serve,
     "info": Info,
     "report": Report,
+    "protocols": Protocols,
 }
 
 
@@ -138,7 +140,7 @@ def parse(words: list[str]) -> Any:
     )
 
 
-def run(command: Adapt | Eval | Predict | Export | Convert | Serve | Info | Report) -> None:
+def run(command: Adapt | Eval | Predict | Export | Convert | Serve | Info | Report | Protocols) -> None:
     """Run one command."""
     if isinstance(command, Adapt):
         adapt(command)
@@ -154,6 +156,8 @@ def run(command: Adapt | Eval | Predict | Export | Convert | Serve | Info | Repo
         serve(command)
     elif isinstance(command, Info):
         info(command)
+    elif isinstance(command, Protocols):
+        protocols(command)
     else:
         report(command)
 

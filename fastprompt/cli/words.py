@@ -14,7 +14,7 @@ import tyro
 
 from fastprompt.arguments import ArgumentError
 
-COMMANDS = ("adapt", "eval", "predict", "export", "convert", "serve", "info", "report")
+COMMANDS = ("adapt", "eval", "predict", "export", "convert", "serve", "info", "report", "protocols")
 ALSO_CALLED = {
     "adapt": ("train", "fit", "finetune", "fine-tune", "tune", "run", "learn"),
     "eval": ("evaluate", "test", "validate", "score", "accuracy"),
@@ -24,6 +24,7 @@ ALSO_CALLED = {
     "serve": ("host", "server", "deploy", "api"),
     "info": ("show", "list", "describe", "help", "cost", "version", "methods", "backbones"),
     "report": ("html", "plot", "plots", "compare", "summary"),
+    "protocols": ("protocol", "datasets", "data", "tasks"),
 }
 EXAMPLES = {
     "adapt": "fastprompt adapt --data FOLDER --out runs/first",
@@ -34,6 +35,7 @@ EXAMPLES = {
     "serve": "fastprompt serve --adapter NAME=runs/first",
     "info": "fastprompt info runs/first",
     "report": "fastprompt report runs/first runs/second",
+    "protocols": "fastprompt protocols vtab1k --data-root DIR",
 }
 SHORT = {"set": "options", "recipe": "recipe"}
 """Flags that take KEY=VALUE, and the group of typed flags that each stands for."""

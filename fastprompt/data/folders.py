@@ -90,10 +90,9 @@ def folder_source(root: Path, reading: Reading) -> Source:
     message = left_out.message(root)
     if message:
         warnings.warn(message, stacklevel=4)
-    checked = _check(root, parts, reading)
-    warn_of_cut_bits(checked, stacklevel=4)
+    pools, intensity_range = pools_of_files(root, {name: part.labels for name, part in parts.items()}, reading)
     for name, part in parts.items():
-        present = {label for path, label in part.labels.items() if path in checked}
+        present = set(pools[name].labels)
         empty = [label for label in range(len(classes)) if label not in present]
         if not present:
             raise ValueError(f"{part.folder}: no image in any class folder")
@@ -101,11 +100,28 @@ def folder_source(root: Path, reading: Reading) -> Source:
             raise ValueError(
                 f"{part.folder}: no image in the class folder(s) {', '.join(classes[i] for i in empty[:10])}"
             )
-    intensity_range = _intensity_range(root, [p for p in parts["train"].labels if p in checked], checked, reading)
-    pools = {name: _pool(root, part, checked, intensity_range, reading) for name, part in parts.items()}
     return Source(
         str(root), classes, pools["train"], pools.get("val"), pools.get("test"), intensity_range, left_out.counts()
     )
+
+
+def pools_of_files(
+    root: Path, parts: Mapping[str, Mapping[str, int]], reading: Reading
+) -> tuple[dict[str, Pool], tuple[float, float] | None]:
+    """Check the image files of each split and return a pool of each, and the black and white level of deep grey images.
+
+    Args:
+        root: the folder below which they lie.
+        parts: split -> path -> label; "train" is one of them.
+
+    Raises:
+        ValueError: a file cannot be read, unless `reading` skips those, or `reading` needs an intensity range.
+    """
+    checked = _check(root, parts, reading)
+    warn_of_cut_bits(checked, stacklevel=5)
+    intensity_range = _intensity_range(root, [path for path in parts["train"] if path in checked], checked, reading)
+    pools = {name: _pool(root, labels, checked, intensity_range, reading) for name, labels in parts.items()}
+    return pools, intensity_range
 
 
 def _class_names(folder: Path, left_out: LeftOut) -> list[str]:
@@ -164,9 +180,9 @@ def _check_each_file_is_once(parts: Mapping[str, _Part]) -> None:
         )
 
 
-def _check(root: Path, parts: Mapping[str, _Part], reading: Reading) -> dict[str, Checked]:
+def _check(root: Path, parts: Mapping[str, Mapping[str, int]], reading: Reading) -> dict[str, Checked]:
     """Check all images and return the results of the readable ones by path; report the others."""
-    paths = [path for part in parts.values() for path in part.labels]
+    paths = [path for labels in parts.values() for path in labels]
     found = dict(zip(paths, check_images(paths, reading.max_decoded_bytes, root), strict=True))
     bad = {path: damage(checked, reading.size, reading.preprocessing.resize) for path, checked in found.items()}
     report_bad([(path, reason) for path, reason in bad.items() if reason is not None], reading.on_bad)
@@ -201,7 +217,7 @@ def _intensity_range(
             f"white are set to {bounds[0]:g} and {bounds[1]:g} for all of them, from the values of the train images"
             + (f"; {len(beyond)} exceed this range, e.g. {os.path.relpath(beyond[0], root)}" if beyond else "")
             + ". Set intensity_range=(low, high) (--intensity-range) to change this",
-            stacklevel=5,
+            stacklevel=6,
         )
     return bounds
 
@@ -217,11 +233,15 @@ def _range_of(images: Sequence[Checked], kind: str) -> tuple[float, float] | Non
 
 
 def _pool(
-    root: Path, part: _Part, checked: Mapping[str, Checked], bounds: tuple[float, float] | None, reading: Reading
+    root: Path,
+    labels: Mapping[str, int],
+    checked: Mapping[str, Checked],
+    bounds: tuple[float, float] | None,
+    reading: Reading,
 ) -> Pool:
-    paths = [path for path in part.labels if path in checked]
+    paths = [path for path in labels if path in checked]
     return Pool(
-        [part.labels[path] for path in paths],
+        [labels[path] for path in paths],
         [os.path.relpath(path, root) for path in paths],
         ReadChecked(paths, [checked[path] for path in paths], bounds, reading.max_decoded_bytes),
         paths,

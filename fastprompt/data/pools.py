@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from PIL import Image
@@ -43,3 +45,43 @@ class Source:
     test: Pool | None = None
     intensity_range: tuple[float, float] | None = None
     left_out: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Reads image `indices[i]` of a pool."""
+
+    pool: Pool
+    indices: Sequence[int]
+
+    def __call__(self, i: int) -> Image.Image | torch.Tensor:
+        return self.pool.read(self.indices[i])
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Reads image i of pools that follow each other; `ends` are their cumulative sizes."""
+
+    pools: Sequence[Pool]
+    ends: Sequence[int]
+
+    def __call__(self, i: int) -> Image.Image | torch.Tensor:
+        which = bisect.bisect_right(self.ends, i)
+        return self.pools[which].read(i - (self.ends[which - 1] if which else 0))
+
+
+def chosen(pool: Pool, indices: Sequence[int]) -> Pool:
+    """Return the pool of the images `indices`, in their order."""
+    files = None if pool.files is None else [pool.files[i] for i in indices]
+    return Pool([pool.labels[i] for i in indices], [pool.keys[i] for i in indices], _Chosen(pool, indices), files)
+
+
+def joined(pools: Sequence[Pool]) -> Pool:
+    """Return one pool of the images of several, one pool after the other."""
+    parts = [pool.files for pool in pools]
+    return Pool(
+        [label for pool in pools for label in pool.labels],
+        [key for pool in pools for key in pool.keys],
+        _Joined(list(pools), list(accumulate(len(pool.labels) for pool in pools))),
+        None if None in parts else [file for files in parts if files is not None for file in files],
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -121,7 +121,8 @@ class DataSplits:
     """`.train`, `.val` and `.test` of a data set, each yielding (uint8 (3, H, W), int).
 
     `.test` can be read only once, at the end, after every choice was made on `.val`. To evaluate several models, keep
-    the dataset that it returns. `.class_names` has one name per label; `.name` is the source.
+    the dataset that it returns. `.class_names` has one name per label; `.name` is the source. `.locked` says why
+    `.test` cannot be read at all, or is None.
     """
 
     def __init__(
@@ -132,7 +133,9 @@ class DataSplits:
         val: ImageSet,
         test: ImageSet,
         facts: dict[str, Any],
+        locked: str | None = None,
     ) -> None:
+        self.locked = locked
         self.name = name
         self.class_names = class_names
         self.train = train
@@ -143,7 +146,9 @@ class DataSplits:
 
     @property
     def test(self) -> ImageSet:
-        """The test split; reading it a second time raises RuntimeError."""
+        """The test split; reading it a second time, or while it is locked, raises RuntimeError."""
+        if self.locked is not None:
+            raise RuntimeError(f"the test split of {self.name} is locked: {self.locked}")
         if self.test_reads:
             raise RuntimeError(
                 f"the test split of {self.name} was read already. Read it once, at the end, after every choice has "
@@ -184,6 +189,8 @@ def split(
     resize: str,
     augment: Augment | None,
     augment_name: str,
+    stated: Mapping[str, Any] | None = None,
+    locked: str | None = None,
 ) -> DataSplits:
     """Draw the three splits, stratified by class.
 
@@ -195,6 +202,8 @@ def split(
     Training takes precedence: by default, drawing from the train images leaves at least one image of every class to
     train on. If `num_test` or `num_val` ask for more than that allows, a warning names the classes without a training
     image.
+
+    `stated` are further facts for `DataSplits.summary`, `locked` is as in `DataSplits`.
 
     Raises:
         ValueError: there are too few images for the requested numbers, or none are left for one of the splits.
@@ -233,6 +242,7 @@ def split(
         "intensity_range": None if source.intensity_range is None else list(source.intensity_range),
         "left_out": dict(source.left_out),
         "sha256": _checksum(source.train, train, val_pool, val, test_pool, test),
+        **(stated or {}),
     }
     names, bounds = source.class_names, source.intensity_range
     return DataSplits(
@@ -242,6 +252,7 @@ def split(
         ImageSet(val_pool, val, size, resize, class_names=names, intensity_range=bounds),
         ImageSet(test_pool, test, size, resize, class_names=names, intensity_range=bounds),
         facts,
+        locked,
     )
 
 
@@ -282,7 +293,7 @@ def draw(
     """
     if number is not None and number > len(indices):
         raise ArgumentError(argument, f"must be at most {len(indices)}, the number of images available, got {number}")
-    shuffled = sorted(indices, key=lambda i: hashlib.sha256(f"{seed} {part} {i}".encode()).digest())
+    shuffled = _shuffled(indices, seed, part)
     if number is None or number == len(indices):
         return shuffled
     by_class: dict[int, list[int]] = {}
@@ -303,6 +314,22 @@ def draw(
             counts[max(open_classes, key=lambda label: (counts[label] - shares[label], -label))] -= 1
     taken = {i for label, members in by_class.items() for i in members[: counts[label]]}
     return [i for i in shuffled if i in taken]
+
+
+def _shuffled(indices: Sequence[int], seed: int, part: str) -> list[int]:
+    """Return the indices in the order of sha256(seed, part, index)."""
+    return sorted(indices, key=lambda i: hashlib.sha256(f"{seed} {part} {i}".encode()).digest())
+
+
+def draw_per_class(labels: Sequence[int], number: int, seed: int, part: str) -> list[int]:
+    """Draw up to `number` indices of each class, in the order of `draw`; more include those of a smaller number."""
+    left: dict[int, int] = {}
+    taken = []
+    for i in _shuffled(range(len(labels)), seed, part):
+        if left.setdefault(labels[i], number) > 0:
+            left[labels[i]] -= 1
+            taken.append(i)
+    return taken
 
 
 def _checksum(

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from fastprompt.data import DataSplits
     from fastprompt.model import PromptedViT
+    from fastprompt.protocols import Protocol, Task
     from fastprompt.train.directory import RunDirectory
     from fastprompt.train.evaluate import Evaluation
     from fastprompt.train.recipes import Recipe
@@ -44,7 +45,14 @@ PROBE_VIEWS = 4
 def load_run_data(settings: RunSettings, image_size: int) -> DataSplits:
     """Load the run's train, validation and test images at `image_size` pixels."""
     from fastprompt.data import load_data
+    from fastprompt.protocols import named_task
 
+    named = named_task(settings.data)
+    if named is not None:
+        return _load_task_data(settings, *named, image_size)
+    for name in ("final", "per_class"):
+        if getattr(settings, name):
+            raise ArgumentError(name, f"must not be given for {settings.data}, which is no task of a protocol")
     with argument_names(name="data", root="data_root", seed="data_seed"):
         return load_data(
             settings.data,
@@ -59,6 +67,26 @@ def load_run_data(settings: RunSettings, image_size: int) -> DataSplits:
             on_bad=settings.on_bad,
             intensity_range=settings.intensity_range,
             max_decoded_bytes=settings.max_decoded_bytes,
+        )
+
+
+def _load_task_data(settings: RunSettings, protocol: Protocol, task: Task, image_size: int) -> DataSplits:
+    """Load a task of a protocol, which fixes splits and resizing."""
+    for name in ("num_train", "num_val", "num_test", "intensity_range", "max_decoded_bytes"):
+        if getattr(settings, name) is not None:
+            raise ArgumentError(name, f"must not be given for {settings.data}: the protocol fixes its images")
+    if settings.data_root is None:
+        raise ArgumentError("data_root", f"is required for {settings.data}: the folder with the protocol's data")
+    with argument_names(root="data_root", seed="data_seed"):
+        return protocol.load(
+            task.name,
+            settings.data_root,
+            image_size=image_size,
+            final=settings.final,
+            per_class=settings.per_class,
+            seed=settings.data_seed,
+            augment=settings.augment,
+            on_bad=settings.on_bad,
         )
 
 
@@ -172,6 +200,7 @@ def execute(
         ValueError, TypeError: the settings are wrong, or `out_dir` holds another run; the message says what differs.
         DirectoryInUse: another process writes into `out_dir`.
     """
+    from fastprompt.protocols import named_task
     from fastprompt.train.directory import open_run
     from fastprompt.train.recipes import adjusted_recipe
 
@@ -181,6 +210,12 @@ def execute(
     method = get_method(settings.method)
     method.config(settings.options)
     recipe = adjusted_recipe(settings.method, settings.recipe, train_backbone=settings.train_backbone)
+    if settings.final:
+        recipe = recipe.replace(select_by="last")
+    if test and not settings.final and named_task(settings.data) is not None:
+        raise ArgumentError("test", f"must not be given for {settings.data} unless the run is final (--final)")
+    if (settings.probe_C is None) != (not settings.final or method.solver != "lbfgs"):
+        raise ArgumentError("probe_C", "must be given for a final run of the L-BFGS probe, and for no other run")
     if method.solver == "lbfgs":
         from fastprompt.train.probe import logistic_regression
 
@@ -220,6 +255,8 @@ def _execute_in(
     out_dir = directory.path
     results = _finished(out_dir) if resume else None
     backbone = backbone_at(settings.backbone, settings.image_size).to(place)
+    if settings.mean is not None or settings.std is not None:
+        backbone = backbone.normalising_by(settings.mean, settings.std)
     splits = load_run_data(settings, square_size(backbone))
     num_classes = len(splits.class_names)
     model = build_model(settings, backbone, splits.class_names, recipe.seed)
@@ -322,7 +359,8 @@ def _train(
     method, out_dir = get_method(settings.method), directory.path
     files = {SETTINGS_FILE: json_text(settings.to_dict())}
     if method.solver == "lbfgs":
-        training = run_probe(model, splits, recipe, directory, files)
+        grid = None if settings.probe_C is None else [settings.probe_C]
+        training = run_probe(model, splits, recipe, directory, files, grid)
     else:
         fitted = fit_in(directory, model, splits.train, splits.val, recipe, resume, progress, files, data, announced)
         training = {
@@ -365,7 +403,12 @@ def _train(
 
 
 def run_probe(
-    model: PromptedViT, splits: DataSplits, recipe: Recipe, directory: RunDirectory, files: Mapping[str, str]
+    model: PromptedViT,
+    splits: DataSplits,
+    recipe: Recipe,
+    directory: RunDirectory,
+    files: Mapping[str, str],
+    grid: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Fit the L-BFGS probe and save it to `best/`.
 
@@ -375,6 +418,7 @@ def run_probe(
     Args:
         directory: replaced once the probe is fitted.
         files: name -> text of the files that the run writes first.
+        grid: inverse regularisation strengths to try; None is the probe's own grid.
     """
     import torch
 
@@ -388,7 +432,7 @@ def run_probe(
         train = [extract_features(model, splits.train, epoch=view) for view in range(views)]
         val = extract_features(model, splits.val)
     features, labels = (torch.cat(parts) for parts in zip(*train, strict=True))
-    probe = fit_linear_probe(model, (features, labels), val)
+    probe = fit_linear_probe(model, (features, labels), val, grid)
     seconds = time.perf_counter() - began
     directory.begin(files)
     directory.write_best(model)

@@ -15,7 +15,11 @@ class RunSettings:
     `options` are the method's configuration options (`fp.PGNConfig` and so on). `recipe` holds only the fields of
     `fastprompt.train.recipes.Recipe` that differ from `default_recipe`. An `image_size` of None is the backbone's own;
     `resize` says how image files are resized to it. With `train_backbone`, the backbone is trained along with the
-    method's prompts.
+    method's prompts. `mean` and `std` normalise pixels in place of the backbone's own.
+
+    `data` may be a task of a protocol, as "vtab1k:dtd", below `data_root`. The protocol then fixes splits and resizing;
+    `final` and `per_class` are as in `Protocol.load`. A final run keeps the last epoch, because its validation images
+    may be trained on, and the L-BFGS probe takes `probe_C` instead of choosing it.
     """
 
     method: str
@@ -38,13 +42,19 @@ class RunSettings:
     class_embeddings: str | None = None
     readout: str | None = None
     train_backbone: bool = False
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    final: bool = False
+    per_class: int | None = None
+    probe_C: float | None = None
 
     def __post_init__(self) -> None:
         from fastprompt.generators import get_method
 
         get_method(self.method)
-        if isinstance(self.intensity_range, list):  # from JSON
-            object.__setattr__(self, "intensity_range", tuple(self.intensity_range))
+        for name in ("intensity_range", "mean", "std"):
+            if isinstance(value := getattr(self, name), list):  # from JSON
+                object.__setattr__(self, name, tuple(value))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

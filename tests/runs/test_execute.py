@@ -78,9 +78,9 @@ def test_the_probe_is_fitted_to_several_views_where_images_are_augmented(
     fitted: list[Any] = []
     fit_linear_probe = probe_module.fit_linear_probe
 
-    def record(model: Any, train: Any, val: Any) -> Any:
+    def record(model: Any, train: Any, val: Any, grid: Any) -> Any:
         fitted.append((train, val))
-        return fit_linear_probe(model, train, val)
+        return fit_linear_probe(model, train, val, grid)
 
     monkeypatch.setattr(probe_module, "fit_linear_probe", record)
     backbone = fp.FrozenViT(tiny_vit)
