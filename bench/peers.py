@@ -23,7 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, *([torch.bfloat16] if bfloat16_is_fast(torch.device(DEVICE)) else [])]
 """bfloat16 only if the processor or GPU multiplies it; otherwise PyTorch emulates it, which nobody would use."""
 JOBS = ("forward", "forward+backward")
-ROUNDS = 9
+ROUNDS = 7
 ROUND_SECONDS = 0.02  # a round repeats a call until it lasts about this long
 
 Way = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -95,7 +95,8 @@ def compare(
         job: one of `JOBS`.
 
     Raises:
-        AssertionError: an output or gradient is further from float64 than twice the plain way's own error.
+        AssertionError: an output or gradient is further from float64 than twice the plain way's own error; for a peer,
+            than ten times, since a compiler adds up in another order.
     """
     trains = job == "forward+backward"
     oracle = list(ways.values())[-1]
@@ -109,8 +110,9 @@ def compare(
     exact = results(oracle, wide)
     plain = [(a.double() - e).abs().max() for a, e in zip(results(oracle, arguments), exact, strict=True)]
     for name, way in ways.items():
+        share = 2 if name == next(iter(ways)) else 10
         for found, expected, error in zip(results(way, arguments), exact, plain, strict=True):
-            bound = 2 * error + torch.finfo(found.dtype).eps * expected.abs().max()
+            bound = share * error + torch.finfo(found.dtype).eps * expected.abs().max()
             worst = (found.double() - expected).abs().max()
             assert worst <= bound, f"{op}, {case}, {job}: {name} is off by {worst:.3g}, at most {bound:.3g} is allowed"
     take_turns(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -55,6 +56,21 @@ def test_a_wrong_way_is_refused_before_it_is_timed(monkeypatch: pytest.MonkeyPat
     with pytest.raises(AssertionError, match="fastprompt is off by"):
         peers.compare(benchmark, "op", "case", gradient, [x], "forward+backward")
     assert peers.ratio_table() == []
+
+
+def test_a_peer_may_add_up_in_another_order_but_not_compute_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "RATIOS", [])
+    benchmark: object = Recorder()
+    x = torch.linspace(0, 1, 12)
+    error = (x.exp().double() - x.double().exp()).abs().max()
+    for times, fails in ((5, False), (30, True)):
+        ways = {
+            "fastprompt": torch.exp,
+            "compiled": lambda x, by=times * error: x.double().exp().add(by).to(x.dtype),
+            "eager": torch.exp,
+        }
+        with pytest.raises(AssertionError, match="compiled is off by") if fails else contextlib.nullcontext():
+            peers.compare(benchmark, "op", "case", ways, [x])
 
 
 def test_the_table_has_every_peer_in_units_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:

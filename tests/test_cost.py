@@ -191,22 +191,27 @@ B16 = Sizes(768, 12, 12, 3072, 196, 1, 16, (224, 224), (14, 14))
 MIB = 2**20
 
 
-@pytest.mark.parametrize(
-    ("config", "graph", "limit"),
-    [
-        (fp.VPTConfig(50), "rewritten", 34),
-        (fp.V2APTConfig(50, 25), "rewritten", 37),
-        (fp.VAPTConfig(50), "rewritten", 37),
-        (fp.VPTConfig(50), "recompute", 4.5),
-        (fp.V2APTConfig(50, 25), "recompute", 4.5),
-        (fp.VAPTConfig(50), "recompute", 4.5),
-    ],
-    ids=["VPT-deep", "V2APT", "VAPT", "VPT-deep, recomputed", "V2APT, recomputed", "VAPT, recomputed"],
-)
-def test_training_memory_of_vit_b16(
-    bench: ModuleType, base: fp.FrozenViT, config: PromptConfig, graph: str, limit: float
-) -> None:
-    """The goals, by formula and as measured, at batch 1, where nothing is shared by images."""
+GOALS = {
+    ("VPT-deep", "rewritten"): (fp.VPTConfig(50), 34),
+    ("V2APT", "rewritten"): (fp.V2APTConfig(50, 25), 37),
+    ("VAPT", "rewritten"): (fp.VAPTConfig(50), 37),
+    ("VPT-deep", "recompute"): (fp.VPTConfig(50), 4.5),
+    ("V2APT", "recompute"): (fp.V2APTConfig(50, 25), 4.5),
+    ("VAPT", "recompute"): (fp.VAPTConfig(50), 4.5),
+}
+"""MiB that a training step of ViT-B/16 may save for an image, by method and graph."""
+
+
+@pytest.mark.parametrize(("method", "graph"), GOALS)
+def test_training_memory_of_vit_b16_by_formula(method: str, graph: str) -> None:
+    config, limit = GOALS[method, graph]
+    assert cost(B16, config, "cls", graph, training=True).saved_bytes <= limit * MIB
+
+
+@pytest.mark.parametrize(("method", "graph"), [("VAPT", "rewritten"), ("VPT-deep", "recompute")])
+def test_training_memory_of_vit_b16(bench: ModuleType, base: fp.FrozenViT, method: str, graph: str) -> None:
+    """As measured, at batch 1, where nothing is shared by images; `make cost` measures the other methods."""
+    config, limit = GOALS[method, graph]
     model = fp.PromptedViT(base, config, num_classes=10)
     model.set_grad_checkpointing(graph == "recompute")
     model.train()
