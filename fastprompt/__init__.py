@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what `__getattr__` below finds at run time
+    import fastprompt.analysis as analysis  # noqa: F401
     from fastprompt.data import load_data as load_data
     from fastprompt.engine.engine import Engine as Engine
     from fastprompt.engine.explain import explain as explain
@@ -131,12 +132,17 @@ _PUBLIC = {
     "DirectoryInUse": "fastprompt.locks",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]
+_PACKAGES = ("analysis",)
+"""Packages whose functions are public under the package's name, as `fastprompt.analysis.collect`."""
+
+__all__ = ["__version__", *sorted([*_PUBLIC, *_PACKAGES])]
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    elif name in _PACKAGES:
+        value = importlib.import_module(f"fastprompt.{name}")
     elif name[0].isupper() and name in (methods := importlib.import_module("fastprompt.generators")).__dict__:
         value = getattr(methods, name)  # a method's classes
     else:

@@ -12,9 +12,14 @@ if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
 
 
+DEAD = 0.01
+"""Share of an equal share of the weight below which a token counts as dead."""
+
+
 def has_library(model: PromptedViT) -> bool:
     """Whether the model mixes its prompts from a token library, as PGN does: its generator has `mixture(images)`."""
-    return callable(getattr(model.generator, "mixture", None))
+    without = getattr(model.config, "library_size", 1) is None
+    return callable(getattr(model.generator, "mixture", None)) and not without
 
 
 def library_usage(model: PromptedViT, dataset: Any, batch_size: int = 64) -> dict[str, Any]:
@@ -22,10 +27,13 @@ def library_usage(model: PromptedViT, dataset: Any, batch_size: int = 64) -> dic
 
     `mean_weight` (M,) is each token's mixture weight, averaged over images and prompts. `entropy` (nats) is the mean
     entropy of one mixture, and `effective_tokens` = exp(entropy) the number of tokens that make up one prompt.
-    `effective_library` is exp(entropy of `mean_weight`), the number of tokens in use over all images. Sigmoid mixtures
-    are first normalised to sum to 1.
+    `effective_library` is exp(entropy of `mean_weight`), the number of tokens in use over all images. `dead_tokens` is
+    the number of tokens with less than a hundredth of an equal share, and `effective_rank` that of the library's matrix
+    (M, D) (`fastprompt.analysis.effective_rank`). Sigmoid mixtures are first normalised to sum to 1.
     """
     import torch
+
+    from fastprompt.analysis.rank import effective_rank
 
     generator: Any = model.generator
     if not has_library(model):
@@ -56,5 +64,7 @@ def library_usage(model: PromptedViT, dataset: Any, batch_size: int = 64) -> dic
         "entropy": entropy / mixtures,
         "effective_tokens": float(torch.tensor(entropy / mixtures).exp()),
         "effective_library": float(torch.tensor(spread).exp()),
+        "dead_tokens": int((mean_weight < DEAD / len(mean_weight)).sum()),
+        "effective_rank": effective_rank(generator.library),
         "num_images": len(dataset),
     }

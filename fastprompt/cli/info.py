@@ -260,7 +260,8 @@ def has_token_library(method: dict[str, Any]) -> bool:
     """Whether an adapter's method mixes its prompts from a library of tokens, which can be inverted to pixels."""
     from fastprompt.generators import PGNConfig, config_from_dict
 
-    return isinstance(config_from_dict(method), PGNConfig)
+    config = config_from_dict(method)
+    return isinstance(config, PGNConfig) and config.library_size is not None
 
 
 def rgb_facts(

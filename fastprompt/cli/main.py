@@ -14,6 +14,7 @@ import tyro
 import fastprompt
 from fastprompt.arguments import ArgumentError
 from fastprompt.cli.adapt import Adapt, adapt
+from fastprompt.cli.bench import Bench, bench
 from fastprompt.cli.convert import Convert, convert
 from fastprompt.cli.eval import Eval, evaluate_adapter
 from fastprompt.cli.export import Export, export
@@ -61,6 +62,7 @@ CLASSES: dict[str, type] = {
     "info": Info,
     "report": Report,
     "protocols": Protocols,
+    "bench": Bench,
 }
 
 
@@ -140,7 +142,7 @@ def parse(words: list[str]) -> Any:
     )
 
 
-def run(command: Adapt | Eval | Predict | Export | Convert | Serve | Info | Report | Protocols) -> None:
+def run(command: Adapt | Eval | Predict | Export | Convert | Serve | Info | Report | Protocols | Bench) -> None:
     """Run one command."""
     if isinstance(command, Adapt):
         adapt(command)
@@ -158,6 +160,8 @@ def run(command: Adapt | Eval | Predict | Export | Convert | Serve | Info | Repo
         info(command)
     elif isinstance(command, Protocols):
         protocols(command)
+    elif isinstance(command, Bench):
+        bench(command)
     else:
         report(command)
 
@@ -193,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
-        if isinstance(command, Adapt):
+        if isinstance(command, (Adapt, Bench)):
             say(f"\ninterrupted; run the same command again to resume from {command.out}", sys.stderr)
         else:
             say("\ninterrupted; nothing was written", sys.stderr)

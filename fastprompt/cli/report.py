@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -18,13 +19,20 @@ class Report:
     """Run directories of `adapt`."""
     out: Path = Path("report.html")
     """HTML file to write."""
+    analysis: list[Literal["information", "latent", "similarity"]] = field(default_factory=list)
+    """What to compute with each run's adapter on its validation images: mutual information with the labels, KL and
+    traversals of V²APT's latent units, maps of prompts and patches."""
+    max_images: int = 500
+    """Number of validation images that an analysis uses at most."""
     debug: bool = False
     """Show the traceback of an error."""
 
 
 def report(command: Report) -> None:
     """Run `fastprompt report`."""
+    from fastprompt.report.analysis import analyse
     from fastprompt.report.html import build_report
 
-    build_report(command.runs, command.out)
+    found = [analyse(run, command.analysis, command.max_images) for run in command.runs] if command.analysis else None
+    build_report(command.runs, command.out, analyses=found)
     say(f"written: {command.out}")

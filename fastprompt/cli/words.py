@@ -14,7 +14,7 @@ import tyro
 
 from fastprompt.arguments import ArgumentError
 
-COMMANDS = ("adapt", "eval", "predict", "export", "convert", "serve", "info", "report", "protocols")
+COMMANDS = ("adapt", "eval", "predict", "export", "convert", "serve", "info", "report", "protocols", "bench")
 ALSO_CALLED = {
     "adapt": ("train", "fit", "finetune", "fine-tune", "tune", "run", "learn"),
     "eval": ("evaluate", "test", "validate", "score", "accuracy"),
@@ -25,6 +25,7 @@ ALSO_CALLED = {
     "info": ("show", "list", "describe", "help", "cost", "version", "methods", "backbones"),
     "report": ("html", "plot", "plots", "compare", "summary"),
     "protocols": ("protocol", "datasets", "data", "tasks"),
+    "bench": ("benchmark", "vtab", "table"),
 }
 EXAMPLES = {
     "adapt": "fastprompt adapt --data FOLDER --out runs/first",
@@ -36,6 +37,7 @@ EXAMPLES = {
     "info": "fastprompt info runs/first",
     "report": "fastprompt report runs/first runs/second",
     "protocols": "fastprompt protocols vtab1k --data-root DIR",
+    "bench": "fastprompt bench vtab1k --data-root DIR --out runs/vtab1k",
 }
 SHORT = {"set": "options", "recipe": "recipe"}
 """Flags that take KEY=VALUE, and the group of typed flags that each stands for."""

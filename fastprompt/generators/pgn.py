@@ -30,7 +30,8 @@ class PGNConfig(PromptConfig):
     """Options of `PGN`.
 
     Attributes:
-        num_prompts: K per image. library_size: M tokens (the authors use 8 to 16 times K).
+        num_prompts: K per image. library_size: M tokens (the authors use 8 to 16 times K); None predicts the prompts
+            themselves, without a library.
         activation: "softmax" over the library, or "sigmoid".
         trunk: "resnet10" (the authors' small network) or "resnet18" (torchvision's, with a new last layer).
         widths: channels of resnet10's groups.
@@ -45,7 +46,7 @@ class PGNConfig(PromptConfig):
 
     kind: ClassVar[str] = "pgn"
     num_prompts: int = 16
-    library_size: int = 256
+    library_size: int | None = 256
     activation: str = "softmax"
     trunk: str = "resnet10"
     widths: tuple[int, ...] = (16, 32, 64, 128)
@@ -57,7 +58,8 @@ class PGNConfig(PromptConfig):
 
     def __post_init__(self) -> None:
         self.require("num_prompts", int, 1)
-        self.require("library_size", int, 1)
+        if self.library_size is not None:
+            self.require("library_size", int, 1)
         self.require_choice("activation", ACTIVATIONS)
         self.require_choice("trunk", ("resnet10", "resnet18"))
         self.require("widths", tuple)
@@ -131,6 +133,13 @@ class ResNet10(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
+def _start_small(layer: nn.Module) -> None:
+    """Initialise a Linear that predicts prompts, so that they start as large as the tokens of a library."""
+    assert isinstance(layer, nn.Linear)
+    nn.init.normal_(layer.weight, std=0.02 / layer.in_features**0.5)
+    nn.init.normal_(layer.bias, std=0.02)
+
+
 def _resnet18(outputs: int, pretrained: bool) -> nn.Module:
     from torchvision.models import ResNet18_Weights, resnet18
 
@@ -143,6 +152,8 @@ def _cost(s: Sizes, config: PGNConfig, t: Tally) -> PromptCost:
     """ResNet-10, the mixture's weights and the mixture, all in float32."""
     if config.trunk != "resnet10":
         raise ValueError(f"the cost of PGNConfig.trunk {config.trunk!r} has no formula")
+    if config.library_size is None:
+        raise ValueError("the cost of PGNConfig.library_size None has no formula")
     plain = s.graph == "papers"
     b, k, m = s.batch, config.num_prompts, config.library_size
     height, width = s.image_size
@@ -252,6 +263,10 @@ class PGN(PromptGenerator):
     [CLS, patches, prompts], without position embedding and before CLIP's pre-norm. With `first_block` k (our option)
     they join before block k instead, behind the pre-norm.
 
+    With `library_size=None`, the network's last Linear gives the K · D numbers of the prompts themselves, the direct
+    prediction that the paper compares the library with (Fig. 4). Its initialisation is our choice: weights N(0, 0.02² /
+    C) of C inputs, and biases N(0, 0.02²), so that prompts start as large as tokens of a library.
+
     `generator(images)` (B, 3, H, W) → (B, K, D). `generator.sequence(images, tokens)` → (B, T + K, D) for a
     transformer of one's own.
     """
@@ -267,7 +282,7 @@ class PGN(PromptGenerator):
         geometry: Geometry | FrozenViT | None = None,
         *,
         num_prompts: int = UNSET,
-        library_size: int = UNSET,
+        library_size: int | None = UNSET,
         activation: str = UNSET,
         trunk: str = UNSET,
         widths: tuple[int, ...] = UNSET,
@@ -296,18 +311,23 @@ class PGN(PromptGenerator):
         cfg = self.config
         self.num_prompts, self.layers = cfg.num_prompts, (cfg.first_block,)
         self.before_pre_norm = cfg.first_block == 0
-        outputs = cfg.num_prompts * cfg.library_size
+        outputs = cfg.num_prompts * (cfg.library_size or self.geometry.width)
         self.trunk = (
             ResNet10(cfg.widths, outputs, cfg.stem_pool)
             if cfg.trunk == "resnet10"
             else _resnet18(outputs, cfg.pretrained_trunk)
         )
-        self.library = nn.Parameter(torch.randn(cfg.library_size, self.geometry.width) * 0.02)
+        self.library: nn.Parameter | None
+        if cfg.library_size is None:
+            self.register_parameter("library", None)
+            _start_small(self.trunk.get_submodule("fc"))
+        else:
+            self.library = nn.Parameter(torch.randn(cfg.library_size, self.geometry.width) * 0.02)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Map normalised images (B, 3, H, W) to selection logits (B, K, M)."""
+        """Map normalised images (B, 3, H, W) to selection logits (B, K, M); without a library, to prompts (B, K, D)."""
         self.check_input(images, "images")
-        images = images.to(self.library.dtype)
+        images = images.to(next(self.trunk.parameters()).dtype)
         size = self.config.resized(*images.shape[2:])
         if size != tuple(images.shape[2:]):
             antialias = self.config.resize == "square"
@@ -320,29 +340,37 @@ class PGN(PromptGenerator):
                 f"must be at least 2 while PGN trains, got {images.shape[0]} of {images.shape[2]} x "
                 f"{images.shape[3]} pixels, which gives the trunk's batch norm one value per channel ({error})",
             ) from error
-        return logits.view(images.shape[0], self.config.num_prompts, self.config.library_size)
+        return logits.view(images.shape[0], self.config.num_prompts, -1)
 
     def mixture(self, images: Tensor) -> Tensor:
-        """Map normalised images (B, 3, H, W) to weights of the library tokens (B, K, M)."""
+        """Map normalised images (B, 3, H, W) to weights of the library tokens (B, K, M).
+
+        Raises:
+            ValueError: there is no library (`library_size=None`).
+        """
+        if self.config.library_size is None:
+            raise ValueError("PGNConfig.library_size must be a number of tokens for a mixture of them, got None")
         return library_reference.mixture(self.logits(images), self.config.activation)
 
     def context(self, x: Tensor | None, draws: Draws | None = None) -> Tensor:
-        """Return the selection logits (B, K, M)."""
+        """Return what `logits` returns."""
         assert x is not None
         return self.logits(x)
 
     def prompts(self, layer: int, context: Any, tokens: Tensor | None = None, draws: Draws | None = None) -> Tensor:
-        return library_prompts(context, self.library, self.config.activation)
+        return context if self.library is None else library_prompts(context, self.library, self.config.activation)
 
     def first_prompts(self, context: Any, tokens: Tensor, draws: Draws | None, norm: Norm | None) -> Tensor:
         """Return `prompts` with the backbone's pre-norm, such as CLIP's, fused into the mixture."""
         pre_norm = _pre_norm(norm)
-        if pre_norm is None:
+        if pre_norm is None or self.library is None:
             return super().first_prompts(context, tokens, draws, norm)
         return library_prompts(context, self.library, self.config.activation, pre_norm=pre_norm).to(tokens.dtype)
 
     def first_sequence(self, context: Any, apart: Apart, draws: Draws | None, norm: Norm | None) -> Tensor | None:
         """Mixture, position embedding and pre-norm in one pass over the rows of the sequence."""
+        if self.library is None:
+            return None
         pre_norm = _pre_norm(norm)
         constants = (*apart, *(pre_norm or ()))
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in constants):

@@ -64,6 +64,7 @@ class RGBPGNConfig(PGNConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require("library_size", int, 1)
         self.require_choice("placement", PLACEMENTS)
         for name in ("bounded", "round_pixels", "offset", "compensate"):
             self.require(name, bool)
@@ -107,7 +108,7 @@ class RGBPGN(PGN):
         geometry: Geometry | FrozenViT | None = None,
         *,
         num_prompts: int = UNSET,
-        library_size: int = UNSET,
+        library_size: int | None = UNSET,
         activation: str = UNSET,
         trunk: str = UNSET,
         widths: tuple[int, ...] = UNSET,
@@ -163,7 +164,8 @@ class RGBPGN(PGN):
             self.prompt_rows = cfg.num_prompts // g.grid[1]
             self.num_prompts, self.layers = 0, ()
         pixels = 3 * g.patch_size**2
-        self.library = nn.Parameter(torch.randn(cfg.library_size, pixels))
+        assert cfg.library_size is not None  # checked by the configuration
+        self.library: nn.Parameter = nn.Parameter(torch.randn(cfg.library_size, pixels))
         if cfg.offset:
             self.offset = nn.Parameter(torch.zeros(cfg.num_prompts, pixels))
         if cfg.compensate:

@@ -245,8 +245,8 @@ class RGBPrompts(nn.Module):
         if not isinstance(model, PromptedViT):
             raise ArgumentTypeError("model", f"must be a PromptedViT, got {type(model).__name__}")
         generator, backbone = model.generator, model.backbone
-        if not isinstance(generator, PGN) or isinstance(generator, RGBPGN):
-            raise ArgumentError("model", f"must have token prompts of PGNConfig, got {model.config}")
+        if not isinstance(generator, PGN) or isinstance(generator, RGBPGN) or generator.library is None:
+            raise ArgumentError("model", f"must have token prompts of PGNConfig from a library, got {model.config}")
         if placement not in ("latent", "extend"):
             raise ArgumentError(
                 "placement",
@@ -314,8 +314,8 @@ class RGBPrompts(nn.Module):
             if not isinstance(given, PromptedViT):
                 raise ArgumentTypeError(name, f"must be a PromptedViT, got {type(given).__name__}")
         tokens, generator, backbone = model.generator, inverted.generator, model.backbone
-        if not isinstance(tokens, PGN) or isinstance(tokens, RGBPGN):
-            raise ArgumentError("model", f"must have token prompts of PGNConfig, got {model.config}")
+        if not isinstance(tokens, PGN) or isinstance(tokens, RGBPGN) or tokens.library is None:
+            raise ArgumentError("model", f"must have token prompts of PGNConfig from a library, got {model.config}")
         if (
             not isinstance(generator, RGBPGN)
             or not generator.config.offset

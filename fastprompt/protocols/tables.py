@@ -54,8 +54,8 @@ class Protocol:
     size: int
     resize: str
     augment: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     base_lrs: tuple[float, ...]
     weight_decays: tuple[float, ...]
     tasks: tuple[Task, ...]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from fastprompt.arguments import ArgumentError, ArgumentPathError
 from fastprompt.intervals import wilson
@@ -109,8 +109,8 @@ def summary_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) ->
     )
 
 
-def run_section(name: str, r: Mapping[str, Any]) -> dict[str, Any]:
-    """Build the page's section about one run: confusion, classes, library or latent, and settings."""
+def run_section(name: str, r: Mapping[str, Any], analyses: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """Build the page's section about one run: confusion, classes, library or latent, `analyses` and settings."""
     split = split_of(r)
     record, classes = r[split], r["class_names"]
     by_class = [
@@ -133,6 +133,7 @@ def run_section(name: str, r: Mapping[str, Any]) -> dict[str, Any]:
         "settings": table("Method and recipe", ["Setting", "Value"], settings),
         "library": None,
         "latent": None,
+        "analyses": list(analyses),
     }
     if r.get("library"):
         usage = r["library"]
@@ -142,7 +143,7 @@ def run_section(name: str, r: Mapping[str, Any]) -> dict[str, Any]:
             f"Mixture weights averaged over {usage['num_images']} validation images and all prompts. A prompt mixes "
             f"{usage['effective_tokens']:.1f} tokens (exponential of the mean entropy, {usage['entropy']:.2f} nats); "
             f"over all images and prompts, {usage['effective_library']:.1f} of {len(usage['mean_weight'])} tokens are "
-            f"in use.",
+            f"in use{_library_facts(usage)}.",
         )
     if any(entry.get("kl") is not None for entry in r["history"]):
         section["latent"] = figure(
@@ -152,6 +153,13 @@ def run_section(name: str, r: Mapping[str, Any]) -> dict[str, Any]:
             "no longer depend on the image.",
         )
     return section
+
+
+def _library_facts(usage: Mapping[str, Any]) -> str:
+    """Describe dead tokens and effective rank, which earlier versions did not record."""
+    if "dead_tokens" not in usage:
+        return ""
+    return f", {usage['dead_tokens']} are dead; the library's effective rank is {usage['effective_rank']:.1f}"
 
 
 def data_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -173,8 +181,25 @@ def data_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> di
     return table("The seed fixes the split; the sha256 identifies which images are in which part.", ["", "Value"], rows)
 
 
-def render(results: Sequence[Mapping[str, Any]], heading: str) -> str:
-    """Render the whole page. The template escapes all inserted text."""
+def template(name: str) -> Template:
+    """Return a template of this folder; it escapes all inserted text, and an undefined name is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
+def render(
+    results: Sequence[Mapping[str, Any]], heading: str, analyses: Sequence[Sequence[Mapping[str, Any]]] | None = None
+) -> str:
+    """Render the whole page. The template escapes all inserted text.
+
+    `analyses`: the sections of `fastprompt.report.analysis.analyse` for each run; None has none.
+    """
     names = titles(results)
     points = []
     for name, r in zip(names, results, strict=True):
@@ -193,29 +218,30 @@ def render(results: Sequence[Mapping[str, Any]], heading: str) -> str:
         "Loss and accuracy by epoch. Training values are measured with dropout and while the weights change, so "
         "validation can be better than training.",
     )
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.jinja").render(
+    return template("page.html.jinja").render(
         heading=heading,
         backbone=results[0]["backbone"],
         image_size=results[0]["image_size"],
         summary=summary_table(names, results),
         parameters=parameters,
         curves=curves,
-        runs=[run_section(name, r) for name, r in zip(names, results, strict=True)],
+        runs=[
+            run_section(name, r, sections)
+            for name, r, sections in zip(names, results, analyses or [()] * len(results), strict=True)
+        ],
         data=data_table(names, results),
     )
 
 
 def build_report(
-    runs: Sequence[Path | str | Mapping[str, Any]], out_file: Path | str, heading: str = "fastprompt report"
+    runs: Sequence[Path | str | Mapping[str, Any]],
+    out_file: Path | str,
+    heading: str = "fastprompt report",
+    analyses: Sequence[Sequence[Mapping[str, Any]]] | None = None,
 ) -> Path:
     """Write one self-contained HTML file about `runs`: run directories of `fastprompt adapt`, or their results.
+
+    `analyses` are as in `render`.
 
     Raises:
         ValueError: `runs` is empty, or a results.json does not hold the results of a run.
@@ -227,5 +253,5 @@ def build_report(
         raise ArgumentError("runs", "must name at least one run directory, got none")
     results = [load_results(run) for run in runs]
     path = Path(out_file)
-    atomic_write(path, render(results, heading))
+    atomic_write(path, render(results, heading, analyses))
     return path

@@ -245,3 +245,111 @@ def latent_units(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
         plain(axes)
     panels[0].legend(fontsize=8, frameon=False)
     return to_png(figure)
+
+
+def differences(rows: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, str], label: str) -> bytes:
+    """Plot differences with intervals, one line for each task and a thick one for the mean, in percentage points.
+
+    `rows`: title -> "mean" and "tasks" (name -> estimate), estimates with "mean", "low" and "high" (None: unknown).
+    """
+    lines = ["mean", *tasks]
+    figure = new_figure(8, 1.2 + 0.26 * len(lines) * max(1, len(rows) / 2))
+    axes = figure.subplots()
+    step = 0.8 / len(rows)
+    for number, (title, row) in enumerate(rows.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        for place, name in enumerate(lines):
+            each = row["mean"] if name == "mean" else row["tasks"][name]
+            y = -(place + step * (number - (len(rows) - 1) / 2))
+            if each["low"] is not None:
+                width = 2.6 if name == "mean" else 1.0
+                axes.plot([100 * each["low"], 100 * each["high"]], [y, y], color=colour, linewidth=width)
+            shown = literal(title) if name == "mean" else None
+            marker = MARKERS[number % len(MARKERS)]
+            axes.plot(100 * each["mean"], y, color=colour, marker=marker, markersize=5, linestyle="none", label=shown)
+    axes.axvline(0, color="#555555", linewidth=0.8)
+    axes.set_yticks(
+        [-i for i in range(len(lines))], ["mean", *(literal(title) for title in tasks.values())], fontsize=8
+    )
+    axes.set_xlabel(f"Accuracy {literal(label)}, points")
+    plain(axes)
+    axes.legend(fontsize=8, frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
+    return to_png(figure)
+
+
+def low_data(curves: Mapping[str, Sequence[tuple[int, Mapping[str, Any]]]]) -> bytes:
+    """Plot accuracy over training images of each class (logarithmic), with intervals.
+
+    `curves`: title -> (images of each class, estimate with "mean", "low" and "high").
+    """
+    figure = new_figure(7.5, 4)
+    axes = figure.subplots()
+    for number, (title, values) in enumerate(curves.items()):
+        ordered = sorted(values, key=lambda pair: pair[0])
+        means = [each["mean"] for _, each in ordered]
+        below = [0.0 if each["low"] is None else each["mean"] - each["low"] for _, each in ordered]
+        axes.errorbar(
+            [few for few, _ in ordered],
+            means,
+            yerr=[below, below],
+            color=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)],
+            capsize=3,
+            label=literal(title),
+        )
+    axes.set_xscale("log")
+    ticks = sorted({few for values in curves.values() for few, _ in values})
+    axes.set_xticks(ticks, [str(few) for few in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("Training images of each class")
+    axes.set_ylabel("Accuracy")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    plain(axes)
+    axes.legend(fontsize=8, frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
+    return to_png(figure)
+
+
+def latent_kl(values: Sequence[float], units: Sequence[int]) -> bytes:
+    """Plot the KL of latent units in nats, in the given order; `units` are their numbers."""
+    figure = new_figure(10, 3)
+    axes = figure.subplots()
+    axes.bar(range(len(values)), values, color=COLOURS[0], width=0.75)
+    if len(units) <= 64:
+        axes.set_xticks(range(len(units)), [str(unit) for unit in units], fontsize=7, rotation=90)
+    axes.set_xlabel("Latent unit")
+    axes.set_ylabel("KL (nats)")
+    plain(axes)
+    axes.grid(False, axis="x")
+    return to_png(figure)
+
+
+def traversals(values: Sequence[float], curves: Mapping[str, Sequence[float]]) -> bytes:
+    """Plot probabilities over the value of a latent unit, one curve for each unit."""
+    figure = new_figure(7.5, 3.6)
+    axes = figure.subplots()
+    for number, (title, probabilities) in enumerate(curves.items()):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        axes.plot(values, probabilities, color=colour, marker=marker, markersize=4, label=literal(title))
+    axes.set_xlabel("Value of the unit")
+    axes.set_ylabel("Class probability")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    plain(axes)
+    axes.legend(fontsize=8, frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
+    return to_png(figure)
+
+
+def maps_beside_images(images: Any, maps: Any) -> bytes:
+    """Draw each image (B, 3, H, W), uint8, and beside it its maps (B, P, rows, columns) from -1 (blue) to 1 (red)."""
+    rows, columns = len(images), maps.shape[1] + 1
+    figure = new_figure(1.6 * columns, 1.6 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for row, (image, of_image) in enumerate(zip(images, maps, strict=True)):
+        panels[row][0].imshow(image.permute(1, 2, 0).numpy())
+        for column, each in enumerate(of_image, 1):
+            panels[row][column].imshow(each.numpy(), cmap="coolwarm", vmin=-1, vmax=1, interpolation="nearest")
+            if row == 0:
+                panels[row][column].set_title(f"prompt {column - 1}", fontsize=8)
+    for axes in panels.flat:
+        axes.set_xticks([])
+        axes.set_yticks([])
+    return to_png(figure)

@@ -114,7 +114,8 @@ def inputs_stamp(settings: RunSettings) -> str:
     sets.
     """
     digest = hashlib.sha256()
-    places = [settings.data, settings.data_root or cache_dir(), settings.class_embeddings]
+    data = _task_folder(settings) or settings.data_root or cache_dir()
+    places: list[str | Path | None] = [settings.data, data, settings.class_embeddings]
     local = split_local(settings.backbone)
     places.append(settings.backbone if local is None else local[1])
     for place in places:
@@ -124,6 +125,16 @@ def inputs_stamp(settings: RunSettings) -> str:
             for line in _files_below(path):
                 digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
+
+
+def _task_folder(settings: RunSettings) -> Path | None:
+    """Return the folder of a protocol's task, of which the data root holds others too; None for other data."""
+    if ":" not in settings.data or settings.data_root is None:
+        return None
+    from fastprompt.protocols import named_task
+
+    named = named_task(settings.data)
+    return None if named is None else named[1].place(Path(settings.data_root).expanduser())
 
 
 def _files_below(root: Path) -> Iterator[str]:

@@ -392,6 +392,7 @@ def _train(
         "class_names": list(splits.class_names),
         "head": settings.head,
         "trained_parameters": trainable,
+        "total_parameters": sum(p.numel() for p in model.parameters()),
         "paper_parameter_count": paper_count,
         **training,
         "validation": evaluation_record(evaluate(model, splits.val)),

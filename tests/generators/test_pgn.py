@@ -324,3 +324,42 @@ def test_sequence_takes_the_images_tokens(tokens: Any, error: type[Exception], m
     generator = fp.PGN(num_prompts=3, library_size=5, widths=(4,), width=16)
     with pytest.raises(error, match=message):
         generator.sequence(torch.randn(2, 3, 16, 16), tokens)
+
+
+def test_without_a_library_the_network_predicts_the_prompts(tiny_images: Tensor) -> None:
+    """PGN, Fig. 4: the last Linear has an output for each number of the prompts."""
+    pgn = tiny(library_size=None).eval()
+    assert pgn.trunk.fc.out_features == 4 * 24
+    assert "library" not in pgn.state_dict()
+    features = pgn.trunk.stem(tiny_images)
+    features = pgn.trunk.pool(features)
+    for block in pgn.trunk.blocks:
+        features = block(features)
+    expected = (features.mean((2, 3)) @ pgn.trunk.fc.weight.T + pgn.trunk.fc.bias).view(4, 4, 24)
+    torch.testing.assert_close(pgn(tiny_images), expected)
+    assert pgn.num_parameters() == tiny().num_parameters() + (4 * 24 - 4 * 6) * 9 - 6 * 24
+    assert 0.01 < pgn(tiny_images).std() < 0.04, "they start as large as tokens of a library"
+    with pytest.raises(ValueError, match="library_size must be a number of tokens"):
+        pgn.mixture(tiny_images)
+    with pytest.raises(ValueError, match=r"PGNConfig\.library_size must be at least 1, got 0"):
+        fp.PGNConfig(library_size=0)
+    with pytest.raises(ValueError, match=r"RGBPGNConfig\.library_size must be int, got None"):
+        fp.RGBPGNConfig(library_size=None)
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_predicted_prompts_enter_the_model_where_mixed_ones_do(
+    pre_norm: bool, make_vit: Callable[..., VisionTransformer], tiny_images: Tensor, tmp_path: Path
+) -> None:
+    backbone = fp.FrozenViT(make_vit(pre_norm=pre_norm))
+    config = fp.PGNConfig(num_prompts=2, library_size=None, widths=(4, 8))
+    model = fp.PromptedViT(backbone, config, num_classes=3).double().eval()
+    images = tiny_images.double()
+    logits = model(images)
+    torch.testing.assert_close(logits, model.reference_forward(images), rtol=1e-10, atol=1e-10)
+    model.train()
+    model(images).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.generator.parameters() if p.ndim > 1)
+    model.eval().save_pretrained(tmp_path)
+    loaded = fp.PromptedViT.from_pretrained(backbone, tmp_path)
+    assert loaded.config.library_size is None

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fastprompt.report.bench import markdown, p_text, render
+
+
+def estimate(mean: float, half: float | None = 0.02, **more: Any) -> dict[str, Any]:
+    ends = {"low": None, "high": None} if half is None else {"low": mean - half, "high": mean + half}
+    return {"mean": mean, **ends, "p": 0.01, **more}
+
+
+def row(name: str, title: str, mean: float, **more: Any) -> dict[str, Any]:
+    task = {"lr": 0.5, "weight_decay": 0.001, "at_edge": False, "diverged": 0, "accuracy": estimate(mean)}
+    return {
+        "name": name,
+        "method": name,
+        "title": title,
+        "per_class": None,
+        "tasks": {"dtd": task},
+        "groups": {"natural": estimate(mean)},
+        "mean": estimate(mean),
+        "trained_parameters": 1000.0,
+        "trained_share": 0.0012,
+        "images_per_second": 12.3,
+        "peak_memory_mib": 456.0,
+        "differences": {},
+        **more,
+    }
+
+
+def summary(*rows: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "title": "VTAB-1k",
+        "backbone": "a <b>",
+        "image_size": 224,
+        "split": "test",
+        "recipe": "paper",
+        "seeds": [42, 44],
+        "tasks": {"dtd": "DTD | 47"},
+        "rows": list(rows),
+    }
+
+
+def test_the_table_has_the_best_first_with_differences() -> None:
+    difference = {"mean": estimate(0.05, p_holm=0.0004), "tasks": {"dtd": estimate(0.05, p_holm=0.02)}}
+    text = markdown(summary(row("linear", "Probe", 0.6), row("vapt", "VAPT", 0.65, differences={"linear": difference})))
+    lines = text.splitlines()
+    header = next(i for i, line in enumerate(lines) if line.startswith("| method"))
+    assert lines[header] == "| method | trained % | natural | mean of 1 | minus Probe | p | images/s | peak MiB |"
+    assert lines[header + 2] == "| VAPT | 0.120 | 65.0 ± 2.0 | 65.0 ± 2.0 | +5.0 ± 2.0 | < 0.001 | 12.3 | 456 |"
+    assert lines[header + 3].startswith("| Probe | 0.120 | 60.0 ± 2.0 | 60.0 ± 2.0 | – | – |")
+    assert "| DTD \\| 47 | 60.0 ± 2.0 (lr 0.5, wd 0.001) |" in text
+
+
+def test_edges_and_divergence_are_shown() -> None:
+    task = {"lr": 4.0, "weight_decay": 0.0, "at_edge": True, "diverged": 2, "accuracy": None}
+    text = markdown(summary(row("vapt", "VAPT", 0.5, tasks={"dtd": task}, mean=None)))
+    assert "– (lr 4, wd 0, edge, 2 diverged)" in text
+    assert "| VAPT | 0.120 | 50.0 ± 2.0 | – |" in text
+
+
+def test_the_page_escapes_and_draws() -> None:
+    difference = {"mean": estimate(0.05, None, p_holm=None), "tasks": {"dtd": estimate(0.05, None, p_holm=None)}}
+    rows = [row("linear", "Probe", 0.6), row("vapt", "VAPT", 0.65, differences={"linear": difference})]
+    page = render(summary(*rows))
+    assert "a &lt;b&gt; at 224 px" in page
+    assert page.count("data:image/png;base64") == 2
+    few = [row("vapt", "VAPT", 0.4 + n / 100, per_class=n) for n in (1, 5)]
+    page = render(summary(*few))
+    assert "VAPT, 5 per class" in page
+    assert "training images of each class" in page
+
+
+@pytest.mark.parametrize(("p", "text"), [(None, "–"), (0.0, "< 0.001"), (0.0312, "0.031")])
+def test_p_values(p: float | None, text: str) -> None:
+    assert p_text(p) == text
