@@ -31,6 +31,7 @@ from torch import Tensor
 
 import fastprompt
 from fastprompt.arguments import ArgumentError, ArgumentTypeError
+from fastprompt.domains import Domains
 from fastprompt.files import atomic_write_many, parse_json
 from fastprompt.generators import PromptConfig, build_generator, config_from_dict, method_of
 from fastprompt.heads import Head, LabelMapHead, PrototypeHead, TextHead, build_head
@@ -250,6 +251,12 @@ def preprocessing_of(config: Mapping[str, Any]) -> Preprocessing | None:
     """Return the preprocessing of an adapter's configuration; None if it is not recorded."""
     recorded = config["backbone"].get("optional", {}).get("preprocessing")
     return None if recorded is None else Preprocessing.from_dict(recorded)
+
+
+def domains_of(config: Mapping[str, Any]) -> Domains | None:
+    """Return the domains of an adapter's configuration; None if it was trained on one data set."""
+    recorded = config["backbone"].get("optional", {}).get("domains")
+    return None if recorded is None else Domains.from_dict(recorded)
 
 
 def with_resampled(state: Mapping[str, Tensor], backbone: FrozenViT) -> dict[str, Tensor]:

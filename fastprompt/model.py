@@ -23,6 +23,7 @@ from fastprompt.adapters import (
     as_trained,
     check_sizes,
     config_from,
+    domains_of,
     head_from,
     preprocessing_of,
     registered_by,
@@ -33,6 +34,7 @@ from fastprompt.adapters import (
 )
 from fastprompt.arguments import ArgumentError, ArgumentTypeError, NotFiniteError
 from fastprompt.changes import changing
+from fastprompt.domains import Domains
 from fastprompt.generators import (
     PromptConfig,
     PromptGenerator,
@@ -143,6 +145,7 @@ class PromptedViT(nn.Module):
                 raise ArgumentError("class_names", f"has {len(class_names)} names, num_classes is {self.num_classes}")
         self.class_names = class_names
         self.preprocessing: Preprocessing | None = None
+        self.domains: Domains | None = None
         self._autocast: torch.dtype | None = None
         self._recompute = False
         self.private = False
@@ -475,7 +478,7 @@ class PromptedViT(nn.Module):
         return changing(self, self.own_parts())
 
     def describe_data(self, data: Any) -> None:
-        """Take over from a data set what the adapter needs to be used without it: class names and preprocessing.
+        """Take over from a data set what the adapter needs to be used without it: class names, domains, preprocessing.
 
         Args:
             data: a data set, or a DataLoader or Subset of one. Names come from its `class_names` or `classes` (as in
@@ -487,6 +490,10 @@ class PromptedViT(nn.Module):
         preprocessing = stated_by(data, "preprocessing")
         if isinstance(preprocessing, Preprocessing):
             self.preprocessing = preprocessing
+        domains = stated_by(data, "domains")
+        if isinstance(domains, Domains):
+            domains.check_fits(self.num_classes or 0)
+            self.domains = domains
         names = class_names_of(data)
         if names is None:
             return
@@ -513,7 +520,8 @@ class PromptedViT(nn.Module):
         """Write the adapter with `source` as the call that loads its backbone; return its configuration."""
         self.check_all_saved()
         backbone, optional = self.backbone, dict[str, Any]()
-        for key, value in (("source", source), ("preprocessing", self.preprocessing)):
+        described = (("source", source), ("preprocessing", self.preprocessing), ("domains", self.domains))
+        for key, value in described:
             if value is not None:
                 optional[key] = dataclasses.asdict(value)
         if self.full and not self.config.trains_backbone:
@@ -652,6 +660,9 @@ class PromptedViT(nn.Module):
             )
             model.load_adapter_state_dict(state)
             model.preprocessing = preprocessing_of(config)
+            model.domains = domains_of(config)
+            if model.domains is not None:
+                model.domains.check_fits(num_classes or 0)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the adapter in {directory} cannot be read: {error}") from error
         return model.eval()

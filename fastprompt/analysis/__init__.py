@@ -6,6 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastprompt.analysis.corruptions import (
+        Robustness as Robustness,
+        corrupt as corrupt,
+        robustness as robustness,
+        robustness_difference as robustness_difference,
+    )
     from fastprompt.analysis.domains import (
         Discovery as Discovery,
         discover_domains as discover_domains,
@@ -34,6 +40,7 @@ _MODULES = {
     "latent": ("LatentUse", "latent_use", "most_telling_units", "traverse"),
     "library": ("library_usage",),
     "rank": ("effective_rank",),
+    "corruptions": ("Robustness", "corrupt", "robustness", "robustness_difference"),
     "similarity": ("similarity_maps",),
 }
 _WHERE = {name: f"fastprompt.analysis.{module}" for module, names in _MODULES.items() for name in names}

@@ -11,6 +11,7 @@ from fastprompt.arguments import ArgumentError
 from fastprompt.cli.options import (
     METHOD,
     RECIPE_FLAGS,
+    MoreData,
     Plugins,
     absolute,
     data_name,
@@ -68,6 +69,13 @@ class Adapt:
     """Seed of initial values, batch order and dropout."""
     options: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    more_data: MoreData = field(default_factory=list)
+    """Another data set, a domain like --data; repeat for several. The adapter knows its domains."""
+    labels: Literal["union", "per-domain"] | None = None
+    """With --more-data: one label space, in which classes of one name are one class (union, if not given), or a head
+    for each domain."""
+    sampling: Literal["proportional", "balanced"] | None = None
+    """With --more-data: every image once in each epoch (proportional, if not given), or equally many of each domain."""
     num_train: int | None = None
     """Number of training images; all remaining ones if not given."""
     num_val: int | None = None
@@ -165,6 +173,9 @@ def adapt_settings(command: Adapt) -> RunSettings:
         final=command.final,
         per_class=command.per_class,
         probe_C=command.probe_C,
+        more_data=tuple(data_name(name) for name in command.more_data),
+        labels=command.labels,
+        sampling=command.sampling,
         mean=command.mean,
         std=command.std,
     )
@@ -187,4 +198,7 @@ def adapt(command: Adapt) -> None:
         announce=lambda text: say(text, sys.stderr),
     )
     say(results_table([results]))
+    for name, record in ((results.get("domains") or {}).get("validation") or {}).items():
+        given = f"{record['accuracy_with_domain']:.4f} where the domain is given"
+        say(f"{name}: val accuracy {record['accuracy']:.4f}, {given}")
     say(f"\nadapter: {command.out / 'best'}\nresults: {command.out / 'results.json'}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -68,6 +68,12 @@ class Eval:
     """auto, cpu, cuda, cuda:N or mps; auto uses a GPU if there is one."""
     batch_size: int = 64
     """Images per call."""
+    corruptions: list[str] = field(default_factory=list)
+    """Evaluate under these corruptions of ImageNet-C, or all, at five severities, instead of once."""
+    reference: Path | None = None
+    """With --corruptions: adapter or run directory to compare with, such as the probe's."""
+    max_images: int = 1000
+    """With --corruptions: number of images to use at most."""
     out: Path | None = None
     """JSON file to write; only a summary is printed if not given."""
     threads: int | None = None
@@ -110,6 +116,11 @@ def evaluate_adapter(command: Eval) -> None:
     names = list(splits.class_names)
     split = getattr(splits, command.split)  # the test split can be read only once
     announce(model, f"{len(split):,} {command.split} images of {len(names)} classes")
+    if command.reference is not None and not command.corruptions:
+        raise ArgumentError("reference", "must be given with --corruptions")
+    if command.corruptions:
+        _evaluate_corrupted(command, model, split, place)
+        return
     try:
         record = evaluation_record(evaluate(model, split, batch_size=command.batch_size))
     except ValueError as error:
@@ -133,6 +144,55 @@ def evaluate_adapter(command: Eval) -> None:
     label_width = min(24, max(map(len, labels)))
     for name, row in zip(labels, record["confusion"], strict=True):
         say(f"  {name[:label_width]:<{label_width}}" + "".join(f"{n:>{width}}" for n in row))
+    if command.out is not None:
+        write_json(command.out, record)
+        say(f"written: {command.out}")
+
+
+def _evaluate_corrupted(command: Eval, model: Any, split: Any, place: Any) -> None:
+    """Print accuracy and calibration under corruptions, and the difference to a reference on the same images."""
+    from dataclasses import replace
+
+    from fastprompt.analysis import robustness, robustness_difference
+    from fastprompt.analysis.corruptions import CORRUPTIONS
+    from fastprompt.runs.directory import adapter_dir, read_settings, write_json
+    from fastprompt.runs.tables import text_table
+
+    corruptions = CORRUPTIONS if command.corruptions == ["all"] else tuple(command.corruptions)
+    models = {str(command.adapter): model}
+    if command.reference is not None:
+        adapter_dir(command.reference)
+        other = replace(command, adapter=command.reference)
+        models[str(command.reference)] = load_adapter(other, read_settings(command.reference), place)
+    found = robustness(
+        models, split, corruptions=corruptions, max_images=command.max_images, batch_size=command.batch_size
+    )
+    header = ["corruption", *(f"{what} {name}" for name in found for what in ("accuracy", "calibration error"))]
+    rows = [["none", *(f"{value:.4f}" for each in found.values() for value in each.clean)]]
+    for corruption in corruptions:
+        cells = []
+        for each in found.values():
+            of_severities = [values for (name, _), values in each.corrupted.items() if name == corruption]
+            cells += [f"{sum(column) / len(column):.4f}" for column in zip(*of_severities, strict=True)]
+        rows.append([corruption, *cells])
+    rows.append(["mean", *(f"{value:.4f}" for each in found.values() for value in (each.accuracy, each.ece))])
+    say(text_table(header, rows))
+    say("each corruption: mean over severities 1 to 5")
+    record: dict[str, Any] = {
+        name: {
+            "clean": each.clean,
+            "corrupted": [[*key, *values] for key, values in each.corrupted.items()],
+            "accuracy": each.accuracy,
+            "calibration_error": each.ece,
+        }
+        for name, each in found.items()
+    }
+    if command.reference is not None:
+        mine, theirs = found.values()
+        difference = robustness_difference(mine, theirs)
+        low, high = difference.interval
+        say(f"accuracy minus {command.reference}'s: {difference.mean:+.4f} [{low:+.4f}, {high:+.4f}] over images")
+        record["difference"] = difference.to_dict()
     if command.out is not None:
         write_json(command.out, record)
         say(f"written: {command.out}")

@@ -28,6 +28,8 @@ def _method_hint(default: str) -> str:
 
 Plugins = Annotated[list[str], tyro.conf.arg(metavar="MODULE"), tyro.conf.UseAppendAction]
 """Type of --plugin: modules that register methods; the flag may be repeated."""
+MoreData = Annotated[list[str], tyro.conf.arg(metavar="DATA"), tyro.conf.UseAppendAction]
+"""Type of --more-data: data sets; the flag may be repeated."""
 
 
 def load_plugins(words: Sequence[str]) -> None:

@@ -34,6 +34,8 @@ class Predict:
     """Image side in pixels; the one used in training if not given."""
     out: Path | None = None
     """.csv or .json file to write; CSV on standard output if not given."""
+    domain: str | None = None
+    """Domain of the images, for an adapter of several data sets; its classes alone are then predicted."""
     on_bad: Literal["error", "skip"] = "error"
     """What to do about image files that cannot be read."""
     intensity_range: tuple[float, float] | None = None
@@ -84,6 +86,13 @@ def predict(command: Predict) -> None:
     with argument_names(paths="images"):
         found = list_images(command.images)
     model = load_adapter(command, read_settings(command.adapter), place)
+    if command.domain is not None and model.domains is None:
+        raise ArgumentError("domain", "must not be given: the adapter was trained on one data set")
+    if model.domains is not None:
+        if command.domain is not None:
+            model.domains.index(command.domain)
+        elif model.domains.labels == "per-domain":
+            raise ArgumentError("domain", f"must be given, one of {', '.join(model.domains.names)}")
     preprocessing = model.preprocessing or Preprocessing()
     if command.intensity_range is not None:
         preprocessing = replace(preprocessing, intensity_range=command.intensity_range)
@@ -101,6 +110,8 @@ def predict(command: Predict) -> None:
                 files += read
                 logits = model(images.to(place)).cpu()
                 model.check_outputs(images, logits)
+                if command.domain is not None and model.domains is not None:
+                    logits = model.domains.only(logits, command.domain)
                 rows += logits.double().softmax(-1).tolist()
     if not files:
         raise ArgumentError("images", f"must name at least one readable image, got {len(found)} unreadable files")

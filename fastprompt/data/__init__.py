@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from fastprompt.adapters import Preprocessing
 from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.data.augment import AUGMENTS, Augment, make_augment
+from fastprompt.data.domains import DomainSet, load_domains
 from fastprompt.data.files import list_images, read_images
 from fastprompt.data.folders import Reading
 from fastprompt.data.images import check_choice, decoded_limit, sides
 from fastprompt.data.sources import find_source, known_names
 from fastprompt.data.splits import DataSplits, ImageSet, split
 
-__all__ = ["DataSplits", "ImageSet", "known_names", "list_images", "load_data", "read_images"]
+__all__ = ["DataSplits", "DomainSet", "ImageSet", "known_names", "list_images", "load_data", "read_images"]
 
 
 def load_data(
-    name: str | os.PathLike[str],
+    name: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]],
     *,
     image_size: int | Sequence[int],
     num_train: int | None = None,
@@ -31,6 +33,8 @@ def load_data(
     on_bad: str = "error",
     intensity_range: tuple[float, float] | None = None,
     max_decoded_bytes: int | None = None,
+    labels: str | None = None,
+    sampling: str | None = None,
 ) -> DataSplits:
     """Load a data set, split into train, val and test, with images as uint8 (3, image_size, image_size).
 
@@ -48,11 +52,15 @@ def load_data(
     This check takes about as long as reading the images once (`bench/data_table.py` measures it). Its result is cached
     for folders of 500 files or more, until a file changes.
 
+    A list of names loads several data sets as domains of one, each split as if alone: see `fastprompt.data.domains`.
+    `data.train`, `data.val` and `data.test` hold the images of all, `data.val.of("birds")` those of one, with the same
+    labels. A model that is trained on them remembers its domains.
+
     Args:
         name: the path of an image folder (root/train, root/val, root/test with one folder per class each; or
             root/<class>, split here), "fashion-mnist", "mnist5k", or a torchvision set ("cifar10", "flowers102", ...:
             see `known_names`, or "torchvision:<ClassName>"). If a folder and a set share a name, "./cifar10" is the
-            folder and "builtin:cifar10" the set.
+            folder and "builtin:cifar10" the set. Or a list of these, or a mapping of domain names to them.
         num_train, num_val, num_test: number of images; by default all. If the publisher has no val split, num_val
             defaults to a quarter of `num_train`, or to a fifth of the train images.
         root: folder of torchvision's files; None uses the cache.
@@ -69,11 +77,34 @@ def load_data(
             colour images with more than 8 bits per channel the upper 8 are read, with a warning.
         max_decoded_bytes: maximum size in bytes of one decoded image of a folder (width x height x 4, and as much
             again if it is not RGB); None is 2²⁹, 134 megapixels of RGB.
+        labels: with several sets, "union" (also None): one label space, in which classes of one name are one class; or
+            "per-domain": a head for each domain over its own classes.
+        sampling: with several sets, "proportional" (also None): an epoch has every training image once; or "balanced":
+            an epoch is as long, but has equally many images of each domain.
 
     Raises:
         ValueError, TypeError: a wrong argument or a bad folder. FetchError (a RuntimeError): a set cannot be
             downloaded, or the cache holds something else.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        one = partial(
+            load_data,
+            image_size=image_size,
+            num_train=num_train,
+            num_val=num_val,
+            num_test=num_test,
+            seed=seed,
+            root=root,
+            augment=augment,
+            resize=resize,
+            on_bad=on_bad,
+            intensity_range=intensity_range,
+            max_decoded_bytes=max_decoded_bytes,
+        )
+        return load_domains(name, one, labels or "union", sampling or "proportional", seed)
+    for argument, choice in (("labels", labels), ("sampling", sampling)):
+        if choice is not None:
+            raise ArgumentError(argument, f"must be None for a single data set, got {choice!r}")
     size = sides(image_size)
     for argument, value in (("num_train", num_train), ("num_val", num_val), ("num_test", num_test)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):

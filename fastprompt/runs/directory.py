@@ -95,7 +95,8 @@ def require_same_settings(settings: RunSettings, out_dir: Path) -> None:
         return
     # A setting that an earlier version did not have had its default value there.
     defaults = RunSettings(settings.method, settings.data).to_dict() | {"method": None, "data": None}
-    wanted, there = json.loads(json.dumps(settings.to_dict())), defaults | read_json(run_file)
+    wanted, there = (json.loads(json.dumps(each)) for each in (settings.to_dict(), defaults))
+    there |= read_json(run_file)
     different = [key for key in sorted({*wanted, *there}) if wanted.get(key) != there.get(key)]
     if different:
         said = "; ".join(f"{key}: {there.get(key)!r} there, {wanted.get(key)!r} now" for key in different)
@@ -115,7 +116,7 @@ def inputs_stamp(settings: RunSettings) -> str:
     """
     digest = hashlib.sha256()
     data = _task_folder(settings) or settings.data_root or cache_dir()
-    places: list[str | Path | None] = [settings.data, data, settings.class_embeddings]
+    places: list[str | Path | None] = [settings.data, *settings.more_data, data, settings.class_embeddings]
     local = split_local(settings.backbone)
     places.append(settings.backbone if local is None else local[1])
     for place in places:

@@ -48,6 +48,8 @@ def load_run_data(settings: RunSettings, image_size: int) -> DataSplits:
     from fastprompt.protocols import named_task
 
     named = named_task(settings.data)
+    if named is not None and settings.more_data:
+        raise ArgumentError("more_data", f"must not be given for {settings.data}, a task of a protocol")
     if named is not None:
         return _load_task_data(settings, *named, image_size)
     for name in ("final", "per_class"):
@@ -55,7 +57,7 @@ def load_run_data(settings: RunSettings, image_size: int) -> DataSplits:
             raise ArgumentError(name, f"must not be given for {settings.data}, which is no task of a protocol")
     with argument_names(name="data", root="data_root", seed="data_seed"):
         return load_data(
-            settings.data,
+            [settings.data, *settings.more_data] if settings.more_data else settings.data,
             image_size=image_size,
             num_train=settings.num_train,
             num_val=settings.num_val,
@@ -67,6 +69,8 @@ def load_run_data(settings: RunSettings, image_size: int) -> DataSplits:
             on_bad=settings.on_bad,
             intensity_range=settings.intensity_range,
             max_decoded_bytes=settings.max_decoded_bytes,
+            labels=settings.labels,
+            sampling=settings.sampling,
         )
 
 
@@ -120,6 +124,22 @@ def read_rows(path: Path, argument: str) -> torch.Tensor:
         return torch.from_numpy(np.load(path, allow_pickle=False)).float()
     except (ValueError, TypeError, AttributeError, EOFError) as error:
         raise ArgumentError(argument, f"must be a .npy file with one array of numbers, got {path} ({error})") from error
+
+
+def by_domain(model: PromptedViT, data: Any) -> dict[str, dict[str, float | int]]:
+    """Evaluate a model on each domain of a `DomainSet` alone, with the domain unknown (in a union) and given."""
+    from fastprompt.train.evaluate import evaluate
+
+    assert model.domains is not None
+    found: dict[str, dict[str, float | int]] = {}
+    for name in model.domains.names:
+        of_domain = data.of(name)
+        found[name] = {
+            "accuracy": float(evaluate(model, of_domain).accuracy),
+            "accuracy_with_domain": float(evaluate(model, of_domain, domain=name).accuracy),
+            "num_images": len(of_domain),
+        }
+    return found
 
 
 def build_model(settings: RunSettings, backbone: FrozenViT, class_names: Sequence[str], seed: int) -> PromptedViT:
@@ -284,7 +304,10 @@ def _execute_in(
         write_json(out_dir / RESULTS_FILE, results)
     if test:
         test_split = splits.test
-        results["test"] = evaluation_record(evaluate(load_best(backbone, out_dir, recipe), test_split))
+        best = load_best(backbone, out_dir, recipe)
+        results["test"] = evaluation_record(evaluate(best, test_split))
+        if best.domains is not None:
+            results["domains"]["test"] = by_domain(best, test_split)
         if "identity" in results:
             results["identity"] |= {"stamp": stamp, "test": data_identity(test_split, "test", num_classes)}
         write_json(out_dir / RESULTS_FILE, results)
@@ -400,6 +423,8 @@ def _train(
     }
     if has_library(model):
         results["library"] = library_usage(model, splits.val)
+    if model.domains is not None:
+        results["domains"] = {"validation": by_domain(model, splits.val), "test": None}
     return results
 
 

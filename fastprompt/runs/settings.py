@@ -17,6 +17,9 @@ class RunSettings:
     `resize` says how image files are resized to it. With `train_backbone`, the backbone is trained along with the
     method's prompts. `mean` and `std` normalise pixels in place of the backbone's own.
 
+    `more_data` are further data sets, which are then domains of one, with `labels` and `sampling` as in
+    `fastprompt.load_data`.
+
     `data` may be a task of a protocol, as "vtab1k:dtd", below `data_root`. The protocol then fixes splits and resizing;
     `final` and `per_class` are as in `Protocol.load`. A final run keeps the last epoch, because its validation images
     may be trained on, and the L-BFGS probe takes `probe_C` instead of choosing it.
@@ -47,12 +50,15 @@ class RunSettings:
     final: bool = False
     per_class: int | None = None
     probe_C: float | None = None
+    more_data: tuple[str, ...] = ()
+    labels: str | None = None
+    sampling: str | None = None
 
     def __post_init__(self) -> None:
         from fastprompt.generators import get_method
 
         get_method(self.method)
-        for name in ("intensity_range", "mean", "std"):
+        for name in ("intensity_range", "mean", "std", "more_data"):
             if isinstance(value := getattr(self, name), list):  # from JSON
                 object.__setattr__(self, name, tuple(value))
 

@@ -21,6 +21,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from fastprompt.adapters import Preprocessing
 from fastprompt.data import images
+from fastprompt.domains import Domains
 from fastprompt.vit.weights import ViTSpec
 
 BASE = "__base__"
@@ -117,6 +118,7 @@ class Catalogue:
         created: load time in seconds since 1970.
         preprocessing: how pictures are resized to the backbone's size, by adapter; "crop" for adapters without one.
         in_pixels: adapters whose prompts are pixels; they take pictures unresized.
+        domains: of adapters that were trained on several data sets.
     """
 
     name: str
@@ -129,6 +131,7 @@ class Catalogue:
     created: int = 0
     preprocessing: Mapping[str, Preprocessing] = field(default_factory=dict)
     in_pixels: Collection[str] = ()
+    domains: Mapping[str, Domains] = field(default_factory=dict)
 
     def models(self) -> dict[str, Any]:
         """Return the answer to `GET /v1/models`."""
@@ -152,6 +155,7 @@ class Catalogue:
                 "object": "adapter",
                 **owned,
                 "class_names": list(names),
+                **({"domains": list(self.domains[name].names)} if name in self.domains else {}),
                 "any_size": spec.dynamic_size and name not in self.fixed,
             }
             for name, names in self.adapters.items()
@@ -186,13 +190,15 @@ class Work:
 class Ask:
     """A parsed request: encoded pictures and the options of the request.
 
-    `pixels` is "fit" (pictures of other sizes are resized) or "exact" (they are refused).
+    `pixels` is "fit" (pictures of other sizes are resized) or "exact" (they are refused). `domain` is that of all
+    pictures, for an adapter of several domains.
     """
 
     files: list[bytes]
     model: str | None
     encoding_format: str
     pixels: str = "fit"
+    domain: str | None = None
 
 
 class _Body(BaseModel):
@@ -203,11 +209,12 @@ class _Body(BaseModel):
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
     pixels: Literal["fit", "exact"] | None = None
+    domain: str | None = None
     user: str | None = None
 
 
 def read_json(body: bytes, limits: Limits) -> Ask:
-    """Parse a JSON request: {"input": data URL or list of them, "model": ..., "encoding_format": ..., "pixels": ...}.
+    """Parse a JSON request: {"input": data URL or list of them, "model", "encoding_format", "pixels", "domain": ...}.
 
     Raises:
         Refused: it is not such JSON, or an input is not a base64 data URL.
@@ -228,7 +235,7 @@ def read_json(body: bytes, limits: Limits) -> Ask:
     inputs = [asked.input] if isinstance(asked.input, str) else asked.input
     check_count(len(inputs), limits)
     files = [_from_data_url(url, i) for i, url in enumerate(inputs)]
-    return Ask(files, asked.model, asked.encoding_format or "float", asked.pixels or "fit")
+    return Ask(files, asked.model, asked.encoding_format or "float", asked.pixels or "fit", asked.domain)
 
 
 _PART_EVENTS = (
@@ -309,6 +316,9 @@ def form_fields(body: bytes, content_type: str) -> list[tuple[str, str | bytes]]
     return parts.fields
 
 
+_OPTIONS = ("model", "encoding_format", "pixels", "domain", "user")
+
+
 def read_form(fields: Sequence[tuple[str, str | bytes]], limits: Limits) -> Ask:
     """Parse the parts of multipart/form-data: `file` for each picture, and the options of `read_json`.
 
@@ -326,14 +336,18 @@ def read_form(fields: Sequence[tuple[str, str | bytes]], limits: Limits) -> Ask:
                 "invalid_request",
                 "a part 'file' must have a file name, as filename=\"owl.png\" in its Content-Disposition",
             )
-        elif name in ("model", "encoding_format", "pixels", "user") and isinstance(value, str) and name not in texts:
+        elif (
+            name in ("model", "encoding_format", "pixels", "domain", "user")
+            and isinstance(value, str)
+            and name not in texts
+        ):
             texts[name] = value
         else:
             raise Refused(
                 422,
                 "invalid_request",
                 f"part {name[:50]!r} is not taken: a form has a part 'file' for each picture, and at most one "
-                "'model', 'encoding_format', 'pixels' and 'user', without file names",
+                "'model', 'encoding_format', 'pixels', 'domain' and 'user', without file names",
             )
     encoding_format = texts.get("encoding_format", "float")
     if encoding_format not in ("float", "base64"):
@@ -344,7 +358,7 @@ def read_form(fields: Sequence[tuple[str, str | bytes]], limits: Limits) -> Ask:
     if pixels not in ("fit", "exact"):
         raise Refused(422, "invalid_request", f"pixels must be 'fit' or 'exact', got {pixels[:20]!r}")
     check_count(len(files), limits)
-    return Ask(files, texts.get("model"), encoding_format, pixels)
+    return Ask(files, texts.get("model"), encoding_format, pixels, texts.get("domain"))
 
 
 def check_count(images: int, limits: Limits) -> None:
@@ -512,6 +526,8 @@ def embeddings_work(ask: Ask, catalogue: Catalogue, limits: Limits) -> Work:
         raise Refused(
             404, "model_not_found", f"model {str(ask.model)[:100]!r} gives no embeddings here; {catalogue.name!r} does"
         )
+    if ask.domain is not None:
+        raise Refused(422, "invalid_request", "domain is taken for the classes of an adapter, not for embeddings")
     pictures, warnings = decode(ask, catalogue, limits, sizes="exact" if ask.pixels == "exact" else "kept")
     return Work(pictures, BASE, warnings)
 
@@ -527,11 +543,28 @@ def classify_work(ask: Ask, catalogue: Catalogue, limits: Limits) -> Work:
         raise Refused(422, "invalid_request", "model must name an adapter; GET /v1/models lists them")
     if ask.model not in catalogue.adapters:
         raise Refused(404, "model_not_found", f"there is no adapter {ask.model[:100]!r}; GET /v1/models lists them")
+    _check_domain(ask, catalogue.domains.get(ask.model))
     if ask.model in catalogue.fixed:
         catalogue = replace(catalogue, spec=replace(catalogue.spec, dynamic_size=False))
     sizes = "exact" if ask.pixels == "exact" or ask.model in catalogue.in_pixels else "own"
     pictures, warnings = decode(ask, catalogue, limits, catalogue.preprocessing.get(ask.model), sizes)
     return Work(pictures, ask.model, warnings)
+
+
+def _check_domain(ask: Ask, domains: Domains | None) -> None:
+    """Refuse a domain that the adapter does not have, or its absence where each domain has a head of its own."""
+    if domains is None and ask.domain is not None:
+        raise Refused(422, "invalid_request", f"adapter {str(ask.model)[:100]!r} has no domains")
+    if domains is not None and ask.domain not in (None, *domains.names):
+        raise Refused(
+            422, "invalid_request", f"domain must be one of {', '.join(domains.names)}, got {str(ask.domain)[:100]!r}"
+        )
+    if domains is not None and ask.domain is None and domains.labels == "per-domain":
+        raise Refused(
+            422,
+            "invalid_request",
+            f"domain must be given, one of {', '.join(domains.names)}: each has a head of its own",
+        )
 
 
 def embeddings_answer(ask: Ask, catalogue: Catalogue, outputs: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -550,15 +583,27 @@ def embeddings_answer(ask: Ask, catalogue: Catalogue, outputs: Sequence[np.ndarr
 
 
 def classify_answer(ask: Ask, catalogue: Catalogue, outputs: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Format logits (C,) of each picture: the most likely class, and the probabilities of the most likely ones."""
+    """Format logits (C,) of each picture: the most likely class, and the probabilities of the most likely ones.
+
+    For an adapter of several domains, classes are those of the domain that the request gives. Otherwise the answer
+    names the domain whose classes are most likely together, and classes are those of all.
+    """
     names, data = catalogue.adapters[str(ask.model)], []
+    domains = catalogue.domains.get(str(ask.model))
     for i, logits in enumerate(outputs):
+        if domains is not None and ask.domain is not None:
+            others = np.ones(len(logits), bool)
+            others[list(domains.classes[domains.index(ask.domain)])] = False
+            logits = np.where(others, -np.inf, logits)
         likely = np.exp(logits.astype(np.float64) - logits.max())
         likely /= likely.sum()
-        best = [int(label) for label in np.argsort(-likely, kind="stable")[:MAX_RETURNED_CLASSES]]
+        order = [label for label in np.argsort(-likely, kind="stable") if np.isfinite(logits[label])]
+        best = [int(label) for label in order[:MAX_RETURNED_CLASSES]]
+        of_domain = {} if domains is None else {"domain": ask.domain or domains.likeliest(likely.tolist())}
         data.append(
             {
                 "index": i,
+                **of_domain,
                 "label": best[0],
                 "class": names[best[0]],
                 "probabilities": [

@@ -14,6 +14,7 @@ import torch
 
 from fastprompt.adapters import Preprocessing, read_adapter, source_of
 from fastprompt.arguments import ArgumentError, NotFiniteError
+from fastprompt.domains import Domains
 from fastprompt.engine.backends import BACKENDS
 from fastprompt.engine.engine import KEPT, Engine
 from fastprompt.generators import load_plugin
@@ -110,6 +111,7 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
     class_names: dict[str, Sequence[str]] = {}
     preprocessing: dict[str, Preprocessing] = {}
     in_pixels = []
+    domains: dict[str, Domains] = {}
     for name, directory in directories.items():
         if name == backbone_name:
             raise ValueError(f"adapter {name!r}: is the name of the backbone")
@@ -122,6 +124,8 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
             raise ValueError(f"adapter {name!r}: {error}") from error
         class_names[name] = list(model.class_names or map(str, range(int(model.num_classes or 0))))
         preprocessing[name] = model.preprocessing or Preprocessing()
+        if model.domains is not None:
+            domains[name] = model.domains
         if model.generator is not None and model.generator.changes_images:
             in_pixels.append(name)
     fixed = [name for name in directories if backbone.spec.dynamic_size and not _takes_other_sizes(engine, name)]
@@ -136,6 +140,7 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
         int(time.time()),
         preprocessing,
         in_pixels,
+        domains,
     )
 
 

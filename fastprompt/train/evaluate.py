@@ -225,6 +225,7 @@ def evaluate(
     num_samples: int | None = None,
     num_workers: int = 0,
     class_names: Sequence[str] | None = None,
+    domain: str | None = None,
 ) -> Evaluation:
     """Evaluate the model once over the data, in eval mode; the modes of its modules are restored.
 
@@ -241,6 +242,8 @@ def evaluate(
         num_workers: number of processes that load a Dataset.
         class_names: names of the data's labels; None uses those of the data set (`class_names` or torchvision's
             `classes`). Pass `model.class_names` if labels are the model's own class numbers.
+        domain: for a model of several domains, the domain of all images, to which predictions are then limited. None
+            leaves a union of labels open; with a head for each domain, every image is given to the head of its label.
 
     Raises:
         TypeError, ValueError: the model has no head, or the data are empty or have wrong images, wrong labels, or
@@ -261,6 +264,10 @@ def evaluate(
                 f"must be None for a method that draws no samples at inference, got {num_samples}: "
                 f"{model.config.kind!r} has no option inference_samples, unlike V²APT",
             )
+    if domain is not None and model.domains is None:
+        raise ArgumentError("domain", f"must be None: the model was trained on one data set, got {domain!r}")
+    if domain is not None and model.domains is not None:
+        model.domains.index(domain)
     classes = _matched_classes(model, dataset, class_names)
     batches = Batches(
         dataset,
@@ -279,4 +286,8 @@ def evaluate(
             logits.append(model(images).float().cpu())
             model.check_outputs(images, logits[-1])
             labels.append(of_model)
+            if domain is not None and model.domains is not None:
+                logits[-1] = model.domains.only(logits[-1], domain)
+            elif model.domains is not None:
+                logits[-1] = model.domains.of_its_domain(logits[-1], of_model)
     return summarise(torch.cat(logits), torch.cat(labels), time.perf_counter() - began)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,7 @@ def run_identity(
         "head": model.head.describe(),
         "head_tensors": {name: tensor_digest(state[name]) for name in sorted(fixed & set(state))},
         "readout": model.readout,
+        "domains": None if model.domains is None else asdict(model.domains),
         "backbone": backbone.fingerprint,
         "mean": list(backbone.mean),
         "std": list(backbone.std),

@@ -87,7 +87,7 @@ class Loop:
             lr = recipe.lr * factor
             set_learning_rates(self.optimizer, factor)
             logits, aux = self._forward(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+            loss = self._cross_entropy(logits, labels, recipe.label_smoothing)
             if "kl" in aux:
                 has_kl = True
                 kl = aux["kl"].float().mean()
@@ -111,7 +111,7 @@ class Loop:
             self.optimizer.step()
             total_loss += value * len(labels)
             total_norm += norm
-            correct += int((logits.detach().argmax(-1) == labels).sum())
+            correct += self._correct(logits.detach(), labels)
             seen += len(labels)
             bar.set_postfix_str(
                 f"epoch {epoch}/{recipe.epochs} loss {total_loss / seen:.3f} acc {correct / seen:.3f}{said}",
@@ -142,8 +142,8 @@ class Loop:
         with evaluation_mode(self.model):
             for images, labels in self.val_batches.epoch(epoch - 1):
                 logits, _ = self._forward(images)
-                total += float(F.cross_entropy(logits, labels, reduction="sum"))
-                correct += int((logits.argmax(-1) == labels).sum())
+                total += float(self._cross_entropy(logits, labels)) * len(labels)
+                correct += self._correct(logits, labels)
                 seen += len(labels)
         loss = total / seen
         if not math.isfinite(loss):
@@ -157,3 +157,15 @@ class Loop:
             return self.model.head(images).float(), {}
         logits, aux = self.model(images, return_aux=True)
         return logits.float(), aux
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Return the mean cross-entropy; with a head for each domain, over the classes of the label's domain."""
+        if self.model.domains is None:
+            return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        return self.model.domains.cross_entropy(logits, labels, label_smoothing)
+
+    def _correct(self, logits: Tensor, labels: Tensor) -> int:
+        """Return the number of images whose most likely class, of those that the loss compares, is the label."""
+        if self.model.domains is not None:
+            logits = self.model.domains.of_its_domain(logits, labels)
+        return int((logits.argmax(-1) == labels).sum())

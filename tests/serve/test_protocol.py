@@ -24,6 +24,7 @@ from torch import nn
 import fastprompt as fp
 from fastprompt.adapters import Preprocessing
 from fastprompt.data.files import read_images
+from fastprompt.domains import Domains
 from fastprompt.serve import protocol
 from fastprompt.serve.protocol import Ask, Catalogue, Limits, Refused
 from fastprompt.vit.weights import ViTSpec
@@ -462,3 +463,47 @@ def test_limits_are_checked_and_errors_travel() -> None:
     assert error.body() == {"error": {"message": "too much", "type": "invalid_request_error", "code": "body_too_large"}}
     assert Refused(401, "x", "y").body()["error"]["type"] == "authentication_error"
     assert Refused(500, "x", "y").body()["error"]["type"] == "server_error"
+
+
+TWO = replace(CATALOGUE, domains={"birds": Domains(("field", "lake"), ((0, 1), (1, 2)))})
+HEADS = replace(CATALOGUE, domains={"birds": Domains(("field", "lake"), ((0, 1), (2,)), "per-domain")})
+
+
+def test_a_domain_limits_the_classes(picture: Picture) -> None:
+    logits = np.array([2.0, 1.0, 3.0], np.float32)
+    [found] = protocol.classify_answer(Ask([], "birds", "float", "fit", "field"), TWO, [logits])["data"]
+    assert (found["domain"], found["class"]) == ("field", "owl")
+    assert [each["class"] for each in found["probabilities"]] == ["owl", "tit"]
+    assert sum(each["probability"] for each in found["probabilities"]) == pytest.approx(1)
+    [inferred] = protocol.classify_answer(Ask([], "birds", "float"), TWO, [logits])["data"]
+    assert (inferred["domain"], inferred["class"]) == ("lake", "jay")
+    assert len(inferred["probabilities"]) == 3
+    [plain] = protocol.classify_answer(Ask([], "birds", "float"), CATALOGUE, [logits])["data"]
+    assert "domain" not in plain
+    assert TWO.models()["data"][1]["domains"] == ["field", "lake"]
+
+
+@pytest.mark.parametrize(
+    ("catalogue", "domain", "message"),
+    [
+        (TWO, "sea", "domain must be one of field, lake, got 'sea'"),
+        (HEADS, None, "domain must be given, one of field, lake: each has a head of its own"),
+        (CATALOGUE, "field", "adapter 'birds' has no domains"),
+    ],
+)
+def test_domains_that_do_not_fit_are_refused(
+    catalogue: Catalogue, domain: str | None, message: str, picture: Picture
+) -> None:
+    ask = Ask([picture()], "birds", "float", "fit", domain)
+    with pytest.raises(Refused, match=message) as caught:
+        protocol.classify_work(ask, catalogue, Limits())
+    assert caught.value.status == 422
+    with pytest.raises(Refused, match="not for embeddings"):
+        protocol.embeddings_work(Ask([picture()], None, "float", "fit", "field"), TWO, Limits())
+    assert protocol.classify_work(Ask([picture()], "birds", "float", "fit", "field"), HEADS, Limits()).pictures
+
+
+def test_requests_carry_a_domain(picture: Picture) -> None:
+    body = json.dumps({"input": url(picture()), "model": "birds", "domain": "lake"}).encode()
+    assert protocol.read_json(body, Limits()).domain == "lake"
+    assert protocol.read_form([("file", picture()), ("domain", "lake")], Limits()).domain == "lake"
