@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,10 +92,19 @@ def recorded(model: PromptedViT, images: Tensor) -> list[tuple[int, Tensor, Tens
         seen.append((layer, prompts.detach(), tokens.detach()))
         return prompts
 
-    generator.plain_prompts = record
-    try:
-        with torch.no_grad():
-            model.reference_forward(images)
-    finally:
-        del generator.plain_prompts
+    with replaced(generator, "plain_prompts", record), torch.no_grad():
+        model.reference_forward(images)
     return seen
+
+
+@contextlib.contextmanager
+def replaced(module: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Context in which `module` has another method of this name."""
+    before = vars(module).get(name)
+    setattr(module, name, method)
+    try:
+        yield
+    finally:
+        delattr(module, name)
+        if before is not None:
+            setattr(module, name, before)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastprompt.analysis.features import normalised_batches
+from fastprompt.analysis.features import normalised_batches, replaced
 from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.generators.v2apt import ACTIVE_UNIT_NATS, V2APT
 from fastprompt.kernels.vae_prompts.reference import gaussian, kl_per_unit
@@ -103,15 +103,10 @@ def _v2apt(model: PromptedViT) -> V2APT:
     return model.generator
 
 
-@contextlib.contextmanager
-def _changed_stats(generator: Any, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _changed_stats(generator: Any, change: Callable[[Tensor], Tensor]) -> contextlib.AbstractContextManager[None]:
     """Context in which the encoder's output (B, 2Z) is changed."""
     own = generator.stats
-    generator.stats = lambda embeddings: change(own(embeddings))
-    try:
-        yield
-    finally:
-        del generator.stats
+    return replaced(generator, "stats", lambda embeddings: change(own(embeddings)))
 
 
 @contextlib.contextmanager

@@ -189,7 +189,7 @@ def test_a_method_without_library_shows_its_prompts(model: Callable[..., fp.Prom
 def test_wrong_domains(model: Callable[..., fp.PromptedViT]) -> None:
     with pytest.raises(ValueError, match="at least two domains"):
         fp.analysis.discover_domains(pgn(model), {"a": images_of(0)})
-    with pytest.raises(ValueError, match="5 images or more of each domain, got 4 of b"):
+    with pytest.raises(ValueError, match="at least 5 images of each domain, got 4 of b"):
         fp.analysis.discover_domains(pgn(model), {"a": images_of(0), "b": images_of(0, 4)})
     with pytest.raises(TypeError, match="data must be domain"):
         fp.analysis.discover_domains(pgn(model), [images_of(0)])  # type: ignore[arg-type]
