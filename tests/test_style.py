@@ -27,6 +27,7 @@ LAYERS = [
     {
         "arguments",
         "changes",
+        "domains",
         "extras",
         "fetch",
         "files",

@@ -12,16 +12,16 @@ def estimate(mean: float, half: float | None = 0.02, **more: Any) -> dict[str, A
     return {"mean": mean, **ends, "p": 0.01, **more}
 
 
-def row(name: str, title: str, mean: float, **more: Any) -> dict[str, Any]:
-    task = {"lr": 0.5, "weight_decay": 0.001, "at_edge": False, "diverged": 0, "accuracy": estimate(mean)}
+def row(name: str, title: str, accuracy: float, **more: Any) -> dict[str, Any]:
+    task = {"lr": 0.5, "weight_decay": 0.001, "at_edge": False, "diverged": 0, "accuracy": estimate(accuracy)}
     return {
         "name": name,
         "method": name,
         "title": title,
         "per_class": None,
         "tasks": {"dtd": task},
-        "groups": {"natural": estimate(mean)},
-        "mean": estimate(mean),
+        "groups": {"natural": estimate(accuracy)},
+        "mean": estimate(accuracy),
         "trained_parameters": 1000.0,
         "trained_share": 0.0012,
         "images_per_second": 12.3,
