@@ -135,7 +135,9 @@ def robustness(
         raise ArgumentError("data", f"must have at least two images, got {len(items)}")
     images, labels = torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
     names = class_names_of(data)
-    clean, results, correct = {}, dict[str, dict[tuple[str, int], tuple[float, float]]](), dict[str, list[np.ndarray]]()
+    clean: dict[str, tuple[float, float]] = {}
+    results: dict[str, dict[tuple[str, int], tuple[float, float]]] = {}
+    correct: dict[str, list[np.ndarray]] = {}
     for corruption in corruptions:
         for severity in severities:
             changed = corrupt(images, corruption, severity, seed)

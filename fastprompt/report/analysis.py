@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ def analyse(run: Path, names: Sequence[str], max_images: int = 500) -> list[dict
     model = PromptedViT.from_pretrained(backbone, directory)
     data: Any = load_run_data(dataclasses.replace(settings, augment="none"), square_size(backbone)).val
     data = Subset(data, range(min(max_images, len(data))))
+    made: dict[str, Callable[[PromptedViT, Any], dict[str, Any] | None]]
     made = {"information": _information, "latent": _latent, "similarity": _similarity}
     return [section for name in names if (section := made[name](model, data)) is not None]
 
