@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what `__getattr__` below finds at run time
     from fastprompt.data import load_data as load_data
     from fastprompt.engine.engine import Engine as Engine
     from fastprompt.engine.explain import explain as explain
+    from fastprompt.export import export_model as export_model
     from fastprompt.generators import (
         PGN as PGN,
         RGBPGN as RGBPGN,
@@ -93,6 +94,7 @@ _PUBLIC = {
     "RGBPGNConfig": "fastprompt.generators",
     "RGBPrompts": "fastprompt.pixels.prompts",
     "export_client": "fastprompt.pixels.export",
+    "export_model": "fastprompt.export",
     "V2APT": "fastprompt.generators",
     "V2APTConfig": "fastprompt.generators",
     "VAPT": "fastprompt.generators",

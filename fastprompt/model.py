@@ -46,10 +46,13 @@ from fastprompt.hub import CARD_FILE, check_push, model_card, push, read_pretrai
 from fastprompt.kept import Kept, SeenValues, arithmetic, can_compare, tensors_of
 from fastprompt.vit import FrozenViT
 from fastprompt.vit.assets import load_source
+from fastprompt.vit.attention_maps import AttentionMap
 from fastprompt.vit.prompts import NO_DRAWS, Draws, Embedding, Group, Prefix
 from fastprompt.vit.reference import READOUTS
 from fastprompt.vit.source import BackboneSource
 from fastprompt.vit.weights import Folded, is_finite
+
+GRAPHS = ("rewritten", "papers")
 
 Features = Callable[[Tensor, Draws], tuple[Tensor, dict[str, Tensor]]]
 """(images, draws) → the head's input, and what a loss needs in addition."""
@@ -148,6 +151,7 @@ class PromptedViT(nn.Module):
         self.domains: Domains | None = None
         self._autocast: torch.dtype | None = None
         self._recompute = False
+        self._graph = "rewritten"
         self.private = False
         self._prefixes: Kept[dict[int, Prefix]] = Kept()
         self.backbone.folded()
@@ -167,13 +171,17 @@ class PromptedViT(nn.Module):
             return_aux: also return what a loss needs besides the logits: "kl" (B,) in nats for V²APT.
             draws: the random tensors of a training step (`draw`); None: in training mode they are drawn here.
         """
-        output, aux = self._outputs(images, draws, self._features)
+        features = self._papers_features if self._graph == "papers" else self._features
+        output, aux = self._outputs(images, draws, features)
         return (output, aux) if return_aux else output
 
     def reference_forward(
         self, images: Tensor, return_aux: bool = False, draws: Draws | None = None
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Compute `forward` by the papers' own graph, unoptimised, as a reference and baseline."""
+        """Compute `forward` by the papers' own graph, unoptimised, as a reference and baseline.
+
+        Blocks, Linears and norms of the backbone are called as modules, so that forward hooks on them fire.
+        """
         output, aux = self._outputs(images, draws, self._papers_features)
         return (output, aux) if return_aux else output
 
@@ -355,6 +363,61 @@ class PromptedViT(nn.Module):
         self._prefixes.clear()
         if self.full:
             self.backbone.refold()
+
+    def set_graph(self, graph: str) -> None:
+        """Choose the graph that `forward` computes: "rewritten", the fast one, or "papers" (`reference_forward`).
+
+        In the papers' graph blocks, Linears and norms of the backbone are called as modules, with every row. So forward
+        hooks fire, tools that record modules (torchinfo) see them, and Linears whose weights were replaced by quantised
+        ones are used. In the rewritten graph constants have moved between modules, and many rows are never computed.
+        `fp.Engine` computes the rewritten graph whatever is set here.
+
+        Raises:
+            ValueError: `graph` is neither.
+        """
+        if graph not in GRAPHS:
+            raise ArgumentError("graph", f"must be one of {GRAPHS}, got {graph!r}")
+        self._graph = graph
+
+    @torch.no_grad()
+    def attention_maps(self, images: Tensor, graph: str = "rewritten") -> list[AttentionMap]:
+        """Return the attention weights of each block, in eval mode and without gradients.
+
+        `maps[i].between("cls", "patches")` is (B, heads, 1, N): how the class token attends to the patches in block i;
+        `between("patches", "prompts")` how the patches attend to the prompts. All weights of a block take
+        B · heads · Q · K numbers.
+
+        Args:
+            images: (B, 3, H, W), float (normalised) or uint8 (raw pixels).
+            graph: "rewritten": only the queries that the fast graph computes, which has no prompts as queries unless
+                their rows stay, and only the rows that are read in the last block. "papers": every token is a query.
+                The weights of the same query are equal up to rounding.
+
+        Raises:
+            TypeError, ValueError: an argument is invalid, the model is in training mode, or its attention runs in
+                windows (a Swin transformer).
+        """
+        self._check(images)
+        vit, maps = self.backbone, self.backbone.graph.maps
+        if graph not in GRAPHS:
+            raise ArgumentError("graph", f"must be one of {GRAPHS}, got {graph!r}")
+        if maps is None:
+            raise ArgumentError("model", f"must attend to all tokens; {vit.spec.name} attends in windows")
+        if self.training:
+            raise ArgumentError("model", "must be in eval mode: call model.eval()")
+        draws = NO_DRAWS if self.generator is None else self.generator.inference_draws()[0]
+        inputs, generator = self._inputs(images)
+        with self._own_autocast(images.device):
+            if graph == "papers":
+                sequence = vit.graph.papers.embed(vit, inputs.to(vit.dtype))
+                context = None if generator is None else self.prompt_context(inputs, sequence, draws)
+                return maps.papers_maps(vit, inputs, generator, context, draws, sequence)
+            folded = vit.folded()
+            raw = images if generator is self.generator else inputs
+            embedded = vit.graph.rewritten.embed(vit, raw, inputs, folded)
+            context = None if generator is None else self.prompt_context(inputs, embedded, draws)
+            prefixes = None if draws else self.kept_prefixes(folded)
+            return maps.rewritten_maps(vit, embedded, Group(generator, context, draws, self.readout, prefixes), folded)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only each block's input for the backward pass, and compute the blocks again there.

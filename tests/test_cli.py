@@ -993,6 +993,16 @@ def test_export_writes_a_clients_folder(
     assert Client(tmp_path / "out").folder.resize == "squash"
 
 
+def test_export_writes_the_whole_model(
+    place: Path, pixel_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(export_command(place, pixel_adapter, tmp_path / "model.pt2", "--format", "pt2")) == 0
+    assert "uint8 images (B, 3, 32, 32) to logits of 3 classes, blue, green, red" in capsys.readouterr().out
+    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    model = fp.PromptedViT.from_pretrained(backbone_at(f"local-dir:{place / 'vit'}", None), pixel_adapter)
+    torch.testing.assert_close(torch.export.load(tmp_path / "model.pt2").module()(images), model(images))
+
+
 def test_export_inverts_a_pgn(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import fastprompt as fp
 
@@ -1010,7 +1020,11 @@ def test_export_names_what_is_wrong(
 ) -> None:
     (tmp_path / "file").write_text("")
     for command, message in (
-        (export_command(place, pixel_adapter, tmp_path / "out"), "--client is required"),
+        (export_command(place, pixel_adapter, tmp_path / "out"), "--format or --client is required"),
+        (export_command(place, pixel_adapter, tmp_path / "m.onnx", "--format", "onnx", "--client"), "one of the two"),
+        (export_command(place, pixel_adapter, tmp_path / "m.onnx", "--format", "onnx", "--invert"), "--invert is for"),
+        (export_command(place, pixel_adapter, tmp_path / "out", "--client", "--input", "uint8"), "--input is for"),
+        (export_command(place, pixel_adapter, tmp_path / "m.onnx", "--format", "pt2"), "--out must end in .pt2"),
         (export_command(place, pixel_adapter, tmp_path / "file", "--client"), "--out"),
         (
             export_command(place, pixel_adapter, tmp_path / "out", "--client", "--golden", "none.png"),

@@ -45,7 +45,7 @@ LAYERS = [
     {"hub"},
     {"model"},
 ]
-LAYERS += [{"official", "cost", "huggingface"}, {"train", "engine", "pixels", "data", "protocols"}]
+LAYERS += [{"official", "cost", "huggingface"}, {"train", "engine", "export", "pixels", "data", "protocols"}]
 LAYERS += [{"analysis", "report", "runs"}]
 LAYERS += [{"serve"}, {"cli", "__main__"}]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

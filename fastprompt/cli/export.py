@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from fastprompt.arguments import ArgumentError
+from fastprompt.arguments import ArgumentError, argument_names
 from fastprompt.cli.options import Plugins, load_adapter, set_threads
 from fastprompt.terminal import say
 
@@ -16,16 +16,30 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+CLIENT_FLAGS = ("invert", "golden", "resize")
+"""Flags that belong to --client."""
+
+
 @dataclass
 class Export:
-    """Export an adapter with pixel prompts as a folder for `fastprompt-client`, which needs no torch."""
+    """Export an adapter: with --format the whole model for another runtime, with --client a client's folder.
+
+    A file of --format takes images of the backbone's size, any number of them, and gives logits. It is written only if
+    it computes what the model computes. The folder of --client is for `fastprompt-client`, which needs no torch and no
+    backbone; the adapter must prompt with pixels (method rgb-pgn with placement extend or replace, pixel, or pgn with
+    --invert).
+    """
 
     adapter: tyro.conf.Positional[Path]
-    """Adapter or run directory: method rgb-pgn (placement extend or replace), pixel, or pgn with --invert."""
+    """Adapter or run directory."""
     out: Path
-    """Folder to write."""
+    """File to write (.onnx, .pt2 or .xml), or with --client the folder."""
+    format: Literal["onnx", "pt2", "openvino"] | None = None
+    """Runtime of the file: ONNX Runtime, torch.export or OpenVINO."""
+    input: Literal["uint8", "float32"] | None = None
+    """What the file takes: raw pixels, which it normalises, or normalised images; uint8 if not given."""
     client: bool = False
-    """Export a client's folder. Required, because there is no other kind of export."""
+    """Export a client's folder."""
     invert: bool = False
     """Turn the token prompts of a PGN into pictures first; `fastprompt info --rgb` reports the loss."""
     golden: Path | None = None
@@ -56,14 +70,46 @@ def golden_image(file: Path, intensity_range: tuple[float, float] | None) -> Ima
 
 def export(command: Export) -> None:
     """Run `fastprompt export`."""
+    if command.client == (command.format is not None):
+        raise ArgumentError("format", "or --client is required, one of the two")
+    if command.client:
+        if command.input is not None:
+            raise ArgumentError("input", "is for --format")
+        export_folder(command)
+    else:
+        for name in CLIENT_FLAGS:
+            if getattr(command, name):
+                raise ArgumentError(name, "is for --client")
+        export_file(command)
+
+
+def export_file(command: Export) -> None:
+    """Write the whole model for another runtime."""
+    from fastprompt.export import export_model
+    from fastprompt.runs.directory import read_settings
+
+    set_threads(command.threads)
+    model = load_adapter(command, read_settings(command.adapter))
+    with argument_names(path="out"):
+        record = export_model(model, command.out, command.format, input=command.input or "uint8")
+    files = [command.out, command.out.with_suffix(".bin")] if command.format == "openvino" else [command.out]
+    height, width = record["image_size"]
+    classes, names = record["num_classes"], record["class_names"]
+    outputs = "features" if classes is None else f"logits of {classes:,} classes"
+    say(
+        f"{', '.join(map(str, files))}: {sum(file.stat().st_size for file in files):,} bytes; {record['input']} images "
+        f"(B, 3, {height}, {width}) to {outputs}{'' if names is None else ', ' + ', '.join(names[:3])}"
+    )
+
+
+def export_folder(command: Export) -> None:
+    """Write the folder of a client."""
     from fastprompt.adapters import Preprocessing
     from fastprompt.data.images import to_tensor
     from fastprompt.pixels.export import export_client, unnoticed
     from fastprompt.pixels.prompts import RGBPrompts
     from fastprompt.runs.directory import read_settings
 
-    if not command.client:
-        raise ArgumentError("client", "is required: there is no other kind of export")
     if command.out.exists() and not command.out.is_dir():
         raise ArgumentError("out", f"must be a folder, got the file {command.out}")
     if command.golden is not None:

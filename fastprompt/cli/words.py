@@ -31,7 +31,7 @@ EXAMPLES = {
     "adapt": "fastprompt adapt --data FOLDER --out runs/first",
     "eval": "fastprompt eval runs/first",
     "predict": "fastprompt predict runs/first photo.jpg",
-    "export": "fastprompt export runs/first --client --out my-client",
+    "export": "fastprompt export runs/first --format onnx --out first.onnx",
     "convert": "fastprompt convert FILE --backbone NAME --out my-adapter",
     "serve": "fastprompt serve --adapter NAME=runs/first",
     "info": "fastprompt info runs/first",

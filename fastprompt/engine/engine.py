@@ -597,6 +597,7 @@ def _copy_adapter(model: PromptedViT, backbone: FrozenViT) -> PromptedViT:
     with torch.inference_mode(False):
         copied = copy.deepcopy(model, {id(model.backbone): backbone})
     copied.eval().requires_grad_(False).set_grad_checkpointing(False)
+    copied.set_graph("rewritten")
     copied._autocast, copied.private = None, True
     for part in (copied.generator, copied.head):
         if part is not None:

@@ -17,7 +17,7 @@ All of these are exact in real arithmetic, for outputs and gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -113,6 +113,7 @@ def features(
     groups: Sequence[Group],
     parts: Folded | None,
     recompute: bool = False,
+    watch: Callable[[int, int, Rows, Sequence[Reads]], None] | None = None,
 ) -> list[Tensor]:
     """Compute the features that the head reads, (B, D) for each group.
 
@@ -121,6 +122,7 @@ def features(
         groups: Linears and MLPs run over the rows of all groups; prompts and attention run per group.
         parts: the backbone's parts from `folded`.
         recompute: keep only each block's input for the backward and compute the block again there (one group only).
+        watch: called before block i with i, the number of rows that are no prompts, and what enters the block.
     """
     blocks = read_blocks(vit, parts)
     last = len(blocks) - 1
@@ -160,6 +162,8 @@ def features(
 
     def step(i: int, x: Rows, following: Block | None = None) -> Rows:
         read = [reads(i, *of_group) for of_group in zip(groups, firsts, x.parts(), strict=True)]
+        if watch is not None:
+            watch(i, own, x, read)
         return run_block(blocks[i], x, read, following)
 
     rows = Rows(x) if len(groups) == 1 else Rows(x.flatten(0, 1), tuple((size, own) for size in sizes))

@@ -8,6 +8,7 @@ through every block, and dropped when the next block replaces them.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -154,6 +155,9 @@ def run_block(block: Block, x: Tensor) -> Tensor:
     return x + (h if block.ls2 is None else h * block.ls2)
 
 
+Block.papers = run_block  # `encode` calls blocks as modules, so that forward hooks on them fire
+
+
 def map_pool(pool: MapPool, x: Tensor) -> Tensor:
     """Pool x (B, N, D) to (B, D) by attention with the learned query."""
     b = x.shape[0]
@@ -176,6 +180,7 @@ def encode(
     context: Any = None,
     draws: Draws = NO_DRAWS,
     embedded: Sequence | None = None,
+    watch: Callable[[int, Sequence], None] | None = None,
 ) -> Sequence:
     """Run normalised images (B, 3, H, W) through the blocks and the final norm; prompts are among the tokens.
 
@@ -184,6 +189,7 @@ def encode(
         context: the result of `generator.context` for this batch.
         draws: the random tensors of a training step (`generator.draw`).
         embedded: the result of `embed`, if the caller already has it.
+        watch: called before block i with i and what enters the block.
     """
     sequence = embed(vit, images) if embedded is None else embedded
     if generator is not None and generator.before_pre_norm:
@@ -195,7 +201,9 @@ def encode(
         if generator is not None and i in generator.layers and not (i == 0 and generator.before_pre_norm):
             prompts = generator.plain_prompts(i, context, sequence.patches, draws)
             sequence = sequence.with_prompts(prompts, generator.prompts_last)
-        sequence = dataclasses.replace(sequence, tokens=run_block(block, sequence.tokens))
+        if watch is not None:
+            watch(i, sequence)
+        sequence = dataclasses.replace(sequence, tokens=block(sequence.tokens))
     if vit.norm is not None:
         sequence = dataclasses.replace(sequence, tokens=vit.norm(sequence.tokens))
     return sequence

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn as nn
@@ -52,6 +52,8 @@ class SwinBlock(nn.Module):
         constant_bias: (windows or 1, heads, N, N): bias and shift mask for `grid`, computed once and not saved.
     """
 
+    papers: ClassVar[Callable[..., Tensor]]
+    """The papers' block, which `swin_reference.py` defines."""
     constant_bias: Tensor
 
     def __init__(
@@ -80,6 +82,9 @@ class SwinBlock(nn.Module):
         self.register_buffer("constant_bias", self.bias_for(grid).detach(), persistent=False)
         for name in Layout._fields[1:]:
             self.register_buffer(name, None, persistent=False)
+
+    def forward(self, *inputs: Any) -> Tensor:
+        return type(self).papers(self, *inputs)
 
     @property
     def layout(self) -> Layout:

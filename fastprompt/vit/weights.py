@@ -1,7 +1,8 @@
 """The parts of a frozen vision transformer: containers of tensors and switches.
 
 Every reader (`fastprompt/vit/readers/`) fills the same few containers, so each forward is written once. `Norm` and
-`Dense` are callable; `reference.py` and `forward.py` compute blocks, MLPs and pooling.
+`Dense` are callable; `reference.py` and `forward.py` compute blocks, MLPs and pooling. Calling a `Block` is the papers'
+block of `reference.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 import torch.nn as nn
@@ -110,6 +111,9 @@ class Block(nn.Module):
     the attention scores; None: 1/√d.
     """
 
+    papers: ClassVar[Callable[..., Tensor]]
+    """The papers' block, which `reference.py` defines."""
+
     def __init__(
         self,
         *,
@@ -134,6 +138,9 @@ class Block(nn.Module):
         self.num_heads, self.post_norm = num_heads, post_norm
         self.head_dim = qkv.weight.shape[0] // (3 * num_heads)
         self.scale = self.head_dim**-0.5 if scale is None else scale
+
+    def forward(self, *inputs: Any) -> Tensor:
+        return type(self).papers(self, *inputs)
 
     @property
     def width(self) -> int:
