@@ -18,9 +18,11 @@ import platform
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -45,6 +47,7 @@ from fastprompt.locks import DirectoryInUse
 from fastprompt.runs.execute import execute
 from fastprompt.runs.settings import RunSettings
 from fastprompt.serve.tenants import HostSettings
+from fastprompt.train.callbacks import Step
 from fastprompt.train.checkpoint import load_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +66,8 @@ class Flags:
     seed: int = 0
     kills: int = 50
     """Runs are killed at a random moment so often."""
+    within: int = 50
+    """Runs are killed within an epoch so often."""
     every: int = 1
     """Of a run's operations on files, kill and fill the disk at each, or at every second, third ..."""
     writers: int = 6
@@ -116,14 +121,14 @@ class Place:
             str(root / "images"),
             f"local-dir:{self.vit}",
             options={"num_prompts": 2},
-            recipe={"epochs": EPOCHS, "dtype": "float32", "batch_size": 8},
+            recipe={"epochs": EPOCHS, "dtype": "float32", "batch_size": 8, "checkpoint_every": "1 steps"},
         )
         self.run("undisturbed")  # in this process: forks inherit its measurements and thus its choices
         self.expected = contents(root / "undisturbed")
 
-    def run(self, name: str) -> None:
+    def run(self, name: str, *callbacks: fp.Callback) -> None:
         """Train, evaluate and test in a directory, or resume there."""
-        execute(self.settings, self.root / name, test=True, progress=False, device="cpu")
+        execute(self.settings, self.root / name, test=True, progress=False, device="cpu", callbacks=callbacks)
 
     def write(self, name: str) -> None:
         """Call `run`; exit with `REFUSED` if another process writes there."""
@@ -200,6 +205,31 @@ def random_kills(place: Place, count: int, seed: int) -> Found:
         place.finish(name, found, name)
         runs += 1
     found.tried = f"{found.outcomes['kills']} × SIGKILL in {runs} runs of {EPOCHS} epochs, each then finished"
+    return found
+
+
+class KillWithin(fp.Callback):
+    """SIGKILL so many seconds after the step of that number, counted over the run."""
+
+    def __init__(self, step: int, seconds: float) -> None:
+        self.step, self.seconds = step, seconds
+
+    def on_step(self, step: Step) -> None:
+        if (step.epoch - 1) * step.steps + step.step == self.step:
+            threading.Timer(self.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+def kills_within_epochs(place: Place, count: int, seed: int) -> Found:
+    """SIGKILL within an epoch: at a random moment after a random step, whose state may be half written then."""
+    found = Found("Runs killed within an epoch", f"{count} × SIGKILL, each run then finished")
+    chance = random.Random(seed)
+    for number in range(count):
+        name, killer = f"within {number}", KillWithin(chance.randint(1, 5), chance.uniform(0, 0.02))
+        ended = crashes.in_a_child(lambda to=name, by=killer: place.run(to, by), place.log)
+        found.outcomes["kills"] += ended == -signal.SIGKILL
+        if ended != -signal.SIGKILL:
+            found.wrong.append(f"{name}: not killed, exit code {ended}: {place.log.read_text()[-500:]}")
+        place.finish(name, found, name)
     return found
 
 
@@ -400,6 +430,7 @@ def tortured(flags: Flags, root: Path) -> Iterator[Found]:
     place = Place(root)
     for act in (
         functools.partial(random_kills, place, flags.kills, flags.seed),
+        functools.partial(kills_within_epochs, place, flags.within, flags.seed),
         functools.partial(every_operation, place, flags.every),
         functools.partial(full_disk, place, flags.every),
         functools.partial(many_writers, place, flags.writers, flags.seed),

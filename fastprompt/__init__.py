@@ -59,11 +59,14 @@ if TYPE_CHECKING:  # what `__getattr__` below finds at run time
         list_protocols as list_protocols,
         load_protocol as load_protocol,
     )
+    from fastprompt.train.callbacks import Callback as Callback
     from fastprompt.train.evaluate import evaluate as evaluate
+    from fastprompt.train.find_lr import find_lr as find_lr
     from fastprompt.train.fit import (
         FitResult as FitResult,
         fit as fit,
     )
+    from fastprompt.train.grid import summarise_seeds as summarise_seeds
     from fastprompt.train.probe import fit_linear_probe as fit_linear_probe
     from fastprompt.train.recipes import (
         Recipe as Recipe,
@@ -119,6 +122,9 @@ _PUBLIC = {
     "PrototypeHead": "fastprompt.heads",
     "encode_class_texts": "fastprompt.heads",
     "fit": "fastprompt.train.fit",
+    "Callback": "fastprompt.train.callbacks",
+    "find_lr": "fastprompt.train.find_lr",
+    "summarise_seeds": "fastprompt.train.grid",
     "FitResult": "fastprompt.train.fit",
     "Recipe": "fastprompt.train.recipes",
     "default_recipe": "fastprompt.train.recipes",

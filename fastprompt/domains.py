@@ -88,28 +88,15 @@ class Domains:
         """Return logits (B, C) with those of other domains than the label's at −∞; unchanged for a union."""
         if self.labels == "union":
             return logits
-        masked = logits.new_full(logits.shape, float("-inf"))
-        domains = self.of_labels(labels.tolist())
-        for number in {*domains}:
-            rows = [row for row, domain in enumerate(domains) if domain == number]
-            mine = list(self.classes[number])
-            masked[[[row] for row in rows], mine] = logits[[[row] for row in rows], mine]
-        return masked
+        return logits.masked_fill(~self.compared().to(logits.device)[labels], float("-inf"))
 
-    def cross_entropy(self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Return the mean cross-entropy of logits (B, C): over all classes, or over those of each label's domain."""
+    def compared(self) -> Tensor:
+        """Return (C, C), True where class j is in a domain with class i: the classes that label i is compared with."""
         import torch
-        import torch.nn.functional as F
 
-        if self.labels == "union":
-            return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-        domains = torch.tensor(self.of_labels(labels.tolist()), device=labels.device)
-        total = logits.new_zeros(())
-        for number, of_domain in enumerate(self.classes):
-            rows = (domains == number).nonzero()[:, 0]
-            if len(rows):
-                mine = torch.tensor(of_domain, device=labels.device)
-                own = (labels[rows, None] == mine).int().argmax(1)
-                mean = F.cross_entropy(logits[rows][:, mine], own, label_smoothing=label_smoothing)
-                total = total + mean * len(rows)
-        return total / len(labels)
+        num_classes = 1 + max(label for of_domain in self.classes for label in of_domain)
+        together = torch.zeros(num_classes, num_classes, dtype=torch.bool)
+        for of_domain in self.classes:
+            mine = torch.tensor(of_domain)
+            together[mine[:, None], mine] = True
+        return together

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -33,6 +34,7 @@ from fastprompt.generators import VPTConfig
 from fastprompt.kernels import native
 from fastprompt.runs.execute import backbone_at
 from fastprompt.runs.settings import RunSettings
+from fastprompt.train.loop import Loop
 from fastprompt.train.recipes import adjusted_recipe
 
 COLOURS = {"blue": (0, 0, 200), "green": (0, 200, 0), "red": (200, 0, 0)}
@@ -546,6 +548,53 @@ def test_interrupted_run_goes_on_to_the_same_result(
     assert [e["train_loss"] for e in results["history"]] == [e["train_loss"] for e in whole["history"]]
     assert main(adapt_command(place, out, "--no-resume")) == 0
     assert trained == [3, 1, 2, 3, 1, 2, 3]
+
+
+def test_a_run_takes_the_trainers_options_and_goes_on(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--augment", "flip+rand-m9", "--track", "tensorboard"]
+    options += ["--recipe", "class_weights=(1,2,1)", "accumulate=2", "mixup=0.2", "random_erasing=0.1", "rollbacks=1"]
+    options += ["checkpoint_every=1 steps", "sampling=balanced"]
+    out = tmp_path / "run"
+    assert main([word for word in adapt_command(place, out, *options) if word != "--no-progress"]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["recipe"]["class_weights"] == [1, 2, 1]
+    assert results["recipe"]["checkpoint_every"] == "1 steps"
+    assert list((out / "tensorboard").iterdir())
+    shown = capsys.readouterr().err
+    assert all(f"epoch {number}/3: loss " in shown for number in (1, 2, 3))
+    more = [*options, "epochs=4"]
+    command = [word for word in adapt_command(place, out, *more) if word not in ("--epochs", "3")]
+    assert main(command) == 2
+    assert "recipe" in error_line(capsys)
+    assert main([*command[:1], "--extend", *command[1:]]) == 0
+    history = json.loads((out / "results.json").read_text())["history"]
+    assert history[:3] == results["history"]
+    assert [record["epoch"] for record in history] == [1, 2, 3, 4]
+    assert json.loads((out / "run.json").read_text())["recipe"]["epochs"] == 4
+    assert main(command) == 0
+    assert json.loads((out / "results.json").read_text())["history"] == history
+
+
+def test_sigterm_ends_a_command_with_143(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate = Loop.validate
+
+    def terminated(self: Any, epoch: int, *rest: Any) -> Any:
+        if epoch == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return validate(self, epoch, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "validate", terminated)
+        assert main(adapt_command(place, tmp_path / "run")) == 143
+    assert "terminated; a checkpoint was written; run the same command again" in capsys.readouterr().err
+    assert main(adapt_command(place, tmp_path / "run")) == 0
+    assert main(adapt_command(place, tmp_path / "whole")) == 0
+    found = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "whole")]
+    assert found[0]["validation"]["predictions"] == found[1]["validation"]["predictions"]
 
 
 @pytest.mark.parametrize(

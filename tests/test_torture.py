@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 
-SMALL = "--kills 3 --every 40 --writers 3 --flips 60 --hostile 20 --idle 6 --turns 0 --seed 1"
+SMALL = "--kills 3 --within 5 --every 40 --writers 3 --flips 60 --hostile 20 --idle 6 --turns 0 --seed 1"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict
     ran = subprocess.run(command, cwd=out.parent, env=environment, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     lines = re.findall(r"^([^|:\n]+(?:: \w[^:\n]*)?): (.*): (\{.*\}), 0 wrong$", ran.stdout, re.MULTILINE)
-    assert out.read_text().count("| 0 |\n") == len(lines) == 8, ran.stdout
+    assert out.read_text().count("| 0 |\n") == len(lines) == 9, ran.stdout
     return {
         part: {"tried": int(re.findall(r"\d+", tried)[0]), **ast.literal_eval(found)} for part, tried, found in lines
     }
@@ -43,6 +43,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict
 
 def test_a_minute_of_torture_loses_nothing(outcomes: dict[str, dict[str, int]]) -> None:
     assert outcomes["Runs killed at random"]["kills"] >= 3
+    within = outcomes["Runs killed within an epoch"]
+    assert (within["kills"], within["the same bits in the end"]) == (5, 5)
     assert outcomes["Every operation on files killed"]["tried"] > 100
     assert outcomes["Every operation on files killed"]["the same bits in the end"] >= 4
     full = outcomes["Full disk"]

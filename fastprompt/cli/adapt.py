@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastprompt.arguments import ArgumentError
+import tyro
+
+from fastprompt.arguments import ArgumentError, argument_names
 from fastprompt.cli.options import (
     METHOD,
     RECIPE_FLAGS,
@@ -93,7 +95,8 @@ class Adapt:
     probe_C: float | None = None
     """With --final: inverse regularisation of the L-BFGS probe, as chosen on validation."""
     augment: str | None = None
-    """Augmentation of training images: none, flip, crop or pgn; if not given, that of a named recipe, else none."""
+    """Augmentation of training images: none, flip, crop, pgn, timm's rand-... or augmix-..., or several joined by +; if
+    not given, that of a named recipe, else none."""
     resize: Literal["crop", "squash"] | None = None
     """Crop or squash images to a square; if not given, as a named recipe does, else crop."""
     on_bad: Literal["error", "skip"] = "error"
@@ -114,8 +117,14 @@ class Adapt:
     """Evaluate once on the test split after training."""
     resume: bool = True
     """Resume the run in --out; --no-resume starts over."""
+    extend: bool = False
+    """Go on with a finished run in --out for more --epochs."""
+    compare_probe: bool = False
+    """Fit a linear probe first, and warn if the result is below it."""
+    track: Annotated[list[str], tyro.conf.arg(metavar="NAME"), tyro.conf.UseAppendAction] = field(default_factory=list)
+    """Experiment tracker: tensorboard, wandb or trackio; repeat for several."""
     progress: bool = True
-    """Show a progress bar on standard error."""
+    """Show a progress bar and a line per epoch on standard error."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto uses a GPU if there is one."""
     threads: int | None = None
@@ -185,18 +194,27 @@ def adapt(command: Adapt) -> None:
     """Run `fastprompt adapt`."""
     from fastprompt.runs.execute import execute
     from fastprompt.runs.tables import results_table
+    from fastprompt.train.ranks import leave_job
+    from fastprompt.train.termination import sigterm_handled
 
     settings = adapt_settings(command)
     set_threads(command.threads)
-    results = execute(
-        settings,
-        command.out,
-        test=command.test,
-        resume=command.resume,
-        progress=command.progress,
-        device=command.device,
-        announce=lambda text: say(text, sys.stderr),
-    )
+    with argument_names(callbacks="track"), sigterm_handled():
+        results = execute(
+            settings,
+            command.out,
+            test=command.test,
+            resume=command.resume,
+            progress=command.progress,
+            device=command.device,
+            announce=lambda text: say(text, sys.stderr),
+            extend=command.extend,
+            compare_probe=command.compare_probe,
+            callbacks=command.track,
+        )
+    leave_job()
+    if not results:  # another process of the job says it
+        return
     say(results_table([results]))
     for name, record in ((results.get("domains") or {}).get("validation") or {}).items():
         given = f"{record['accuracy_with_domain']:.4f} where the domain is given"

@@ -35,6 +35,7 @@ from fastprompt.cli.words import (
     with_settings_file,
 )
 from fastprompt.terminal import printable_warnings, say
+from fastprompt.train.termination import EXIT_CODE, Terminated
 
 WRONG_INPUT = (
     ValueError,
@@ -202,6 +203,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             say("\ninterrupted; nothing was written", sys.stderr)
         return 130
+    except Terminated as error:
+        again = "run the same command again to resume"
+        say(f"\nterminated{'; a checkpoint was written' if error.saved else ''}; {again}", sys.stderr)
+        return EXIT_CODE
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -8,7 +8,7 @@ from functools import partial
 
 from fastprompt.adapters import Preprocessing
 from fastprompt.arguments import ArgumentError, ArgumentTypeError
-from fastprompt.data.augment import AUGMENTS, Augment, make_augment
+from fastprompt.data.augment import Augment, make_augment
 from fastprompt.data.domains import DomainSet, load_domains
 from fastprompt.data.files import list_images, read_images
 from fastprompt.data.folders import Reading
@@ -64,8 +64,10 @@ def load_data(
         num_train, num_val, num_test: number of images; by default all. If the publisher has no val split, num_val
             defaults to a quarter of `num_train`, or to a fifth of the train images.
         root: folder of torchvision's files; None uses the cache.
-        augment: augmentation of the train images: "none", "flip", "crop", "pgn" or a callable on uint8 (3, H, W).
-            Its randomness depends on (seed, epoch, index) only, see `ImageSet.set_epoch`.
+        augment: augmentation of the train images: "none", "flip", "crop", "pgn", one of timm's such as
+            "rand-m9-mstd0.5", several joined by "+", or a callable on uint8 (3, H, W)
+            (`fastprompt.data.augment.make_augment`). Its randomness depends on (seed, epoch, index) only, see
+            `ImageSet.set_epoch`.
         resize: "crop" (short side, centre crop) or "squash".
         on_bad: what to do about image files in a folder that cannot be read or resized: "error" raises an error that
             names them, "skip" leaves them out with a warning that names them.
@@ -113,8 +115,7 @@ def load_data(
             raise ArgumentError(argument, f"must be a positive number of images, got {value}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ArgumentTypeError("seed", f"must be an integer, got {seed!r}")
-    if not callable(augment):
-        check_choice("augment", augment, AUGMENTS)
+    augmentation = make_augment(augment, size)
     check_choice("on_bad", on_bad, ("error", "skip"))
     reading = Reading(size, Preprocessing(resize, intensity_range), on_bad, decoded_limit(max_decoded_bytes))
     return split(
@@ -125,6 +126,6 @@ def load_data(
         num_test=num_test,
         seed=seed,
         resize=resize,
-        augment=make_augment(augment, size),
+        augment=augmentation,
         augment_name=augment if isinstance(augment, str) else repr(augment),
     )

@@ -1,10 +1,13 @@
-"""Augmentations of training images, from torchvision, reproducible for each image."""
+"""Augmentations of training images, from torchvision and timm, reproducible for each image."""
 
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms import v2
@@ -13,23 +16,73 @@ from torchvision.transforms.v2 import functional as F
 from fastprompt.arguments import ArgumentError
 
 AUGMENTS = ("none", "flip", "crop", "pgn")
+TIMMS = ("rand-", "augmix-")
+"""How names of timm's augmentations begin."""
 Augment = Callable[[torch.Tensor], torch.Tensor]
+
+
+class TimmAugment(torch.nn.Module):
+    """timm's RandAugment (Cubuk et al. 2020) or AugMix (Hendrycks et al. 2020): uint8 (3, H, W) -> uint8 (3, H, W).
+
+    timm draws from the generators of NumPy and Python. They are seeded from torch's and restored.
+
+    Args:
+        name: in timm's notation, such as "rand-m9-mstd0.5-inc1" or "augmix-m5-w4-d2".
+
+    Raises:
+        ValueError: timm does not take the name.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        from timm.data.auto_augment import augment_and_mix_transform, rand_augment_transform
+
+        self.name = name
+        make = rand_augment_transform if name.startswith("rand-") else augment_and_mix_transform
+        try:
+            self.transform: Any = make(name, {})
+        except (AssertionError, ValueError, KeyError, IndexError) as error:
+            raise ArgumentError("augment", f"must be in timm's notation, got {name!r} ({error})") from error
+
+    def extra_repr(self) -> str:
+        return self.name
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        seed = int(torch.randint(2**32, ()))
+        before = random.getstate(), np.random.get_state()
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            return F.pil_to_tensor(self.transform(F.to_pil_image(image)))
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
 
 
 def make_augment(kind: str | Augment, size: tuple[int, int]) -> Augment | None:
     """Return an augmentation uint8 (3, H, W) -> uint8 (3, H, W), or None for "none".
 
-    It draws from torch's global CPU generator.
+    It draws from torch's global CPU generator. Names joined by "+" are applied in turn: "crop+rand-m9-mstd0.5".
 
     "flip"  left-right with probability 0.5.
     "crop"  pad by an eighth of the side (reflected), random crop back to size, flip.
     "pgn"   PGN's training recipe: RandomResizedCrop at scale 1, ColorJitter(0.4, 0.4, 0.4, 0.4) with probability 0.8,
             grey 0.2, solarize 0.2, flip. The crop leaves square images unchanged; images that are read for it are
             squashed from their `widest_part`.
+    "rand-...", "augmix-..."  timm's RandAugment and AugMix, in its notation ("rand-m9-mstd0.5-inc1"), on the image as
+            resized.
     A callable is returned unchanged.
+
+    Raises:
+        ValueError: there is no augmentation of that name.
     """
     if callable(kind):
         return kind
+    if isinstance(kind, str) and "+" in kind:
+        parts = [make_augment(part, size) for part in kind.split("+")]
+        return v2.Compose([part for part in parts if part is not None])
+    if isinstance(kind, str) and kind.startswith(TIMMS):
+        return TimmAugment(kind)
     flip = v2.RandomHorizontalFlip()
     if kind == "none":
         return None
@@ -50,7 +103,11 @@ def make_augment(kind: str | Augment, size: tuple[int, int]) -> Augment | None:
                 flip,
             ]
         )
-    raise ArgumentError("augment", f"must be one of {', '.join(map(repr, AUGMENTS))} or a callable, got {kind!r}")
+    raise ArgumentError(
+        "augment",
+        f"must be one of {', '.join(map(repr, AUGMENTS))}, 'rand-...' or 'augmix-...' in timm's notation, several "
+        f"joined by '+', or a callable, got {kind!r}",
+    )
 
 
 def widest_part(image: Image.Image | torch.Tensor) -> Image.Image | torch.Tensor:

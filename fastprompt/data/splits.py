@@ -248,7 +248,9 @@ def split(
     return DataSplits(
         source.name,
         source.class_names,
-        ImageSet(source.train, train, size, resize, augment, seed, names, bounds, widest=augment_name == "pgn"),
+        ImageSet(
+            source.train, train, size, resize, augment, seed, names, bounds, widest="pgn" in augment_name.split("+")
+        ),
         ImageSet(val_pool, val, size, resize, class_names=names, intensity_range=bounds),
         ImageSet(test_pool, test, size, resize, class_names=names, intensity_range=bounds),
         facts,

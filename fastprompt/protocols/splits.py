@@ -11,7 +11,7 @@ from typing import Any
 
 from fastprompt.adapters import Preprocessing
 from fastprompt.arguments import ArgumentError, ArgumentPathError, ArgumentTypeError
-from fastprompt.data.augment import AUGMENTS, Augment, make_augment
+from fastprompt.data.augment import Augment, make_augment
 from fastprompt.data.folders import ReadChecked, Reading, pools_of_files
 from fastprompt.data.images import check_choice, sides
 from fastprompt.data.pools import Pool, Source, chosen, joined
@@ -43,8 +43,7 @@ def load_task(
     """Load a task; see `Protocol.load`, whose final runs train on training and validation images if `together`."""
     size = sides(image_size)
     check_choice("on_bad", on_bad, ("error", "skip"))
-    if not callable(augment):
-        check_choice("augment", augment, AUGMENTS)
+    augmentation = make_augment(augment, size)
     for name, value, low in (("seed", seed, 0), ("per_class", per_class, 1)):
         if value is None and name == "per_class":
             continue
@@ -76,7 +75,7 @@ def load_task(
         num_test=None,
         seed=seed,
         resize=resize,
-        augment=make_augment(augment, size),
+        augment=augmentation,
         augment_name=augment if isinstance(augment, str) else repr(augment),
         stated={"protocol": protocol, "task": task.name, "final": final, "per_class": per_class},
         locked=None if final else LOCKED,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from fastprompt.arguments import ArgumentError, ArgumentPathError
 from fastprompt.intervals import wilson
 from fastprompt.report import plots
 from fastprompt.runs.directory import read_json
+from fastprompt.train.grid import summarise_seeds
+from fastprompt.train.recipes import RUNTIME_FIELDS
 
 
 def figure(png: bytes, alt: str, caption: str) -> dict[str, str]:
@@ -105,6 +108,32 @@ def summary_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) ->
         "Test accuracy is measured once, after training, at the epoch that was best on validation. The interval is "
         "over test images. “By the paper” is the number of the generator's parameters by the paper's formula.",
         header,
+        rows,
+    )
+
+
+def seeds_table(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """One row for each group of runs that differ in their seed alone; None if there is none."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for r in results:
+        recipe = {name: value for name, value in r["recipe"].items() if name not in ("seed", *RUNTIME_FIELDS)}
+        same = [r["method"], r["config"], recipe, r["backbone_fingerprint"], r["data"], r.get("head")]
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(r)
+    rows = []
+    for group in groups.values():
+        if len(group) == 1:
+            continue
+        split = "test" if all(r.get("test") for r in group) else "validation"
+        over_seeds = summarise_seeds([r[split]["accuracy"] for r in group])
+        low, high = (percent(bound) for bound in over_seeds.interval)
+        title, seeds = group[0]["title"], ", ".join(str(r["recipe"]["seed"]) for r in group)
+        rows.append([title, seeds, split, percent(over_seeds.mean), percent(over_seeds.sd), f"{low}–{high}"])
+    if not rows:
+        return None
+    return table(
+        "Accuracy over runs that differ in their seed alone: mean, standard deviation, and Student's interval of the "
+        "mean, which covers the choice of seeds for these images.",
+        ["Method", "Seeds", "Split", "Mean", "Standard deviation", "95 % interval"],
         rows,
     )
 
@@ -223,6 +252,7 @@ def render(
         backbone=results[0]["backbone"],
         image_size=results[0]["image_size"],
         summary=summary_table(names, results),
+        seeds=seeds_table(results),
         parameters=parameters,
         curves=curves,
         runs=[

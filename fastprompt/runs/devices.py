@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,8 @@ def find_device(name: str = "auto") -> torch.device:
         built = torch.version.cuda or torch.version.hip
         why = "no GPU was found" if built else f"torch {torch.__version__} is built without CUDA and ROCm"
         raise ArgumentError("device", f"must be available, got {name!r}: {why}; 'auto' and 'cpu' work")
-    index = int(found[2] or 0)
+    # torchrun numbers the processes of a machine.
+    index = int(found[2] or os.environ.get("LOCAL_RANK", 0))
     if index >= count:
         raise ArgumentError("device", f"must be at most cuda:{count - 1} on this machine, got {name!r}")
     return torch.device("cuda", index)

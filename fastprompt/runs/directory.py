@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,12 @@ def read_settings(run_dir: Path) -> RunSettings | None:
     return None
 
 
-def require_same_settings(settings: RunSettings, out_dir: Path) -> None:
-    """Raise `ValueError` if `out_dir` holds a run with different settings."""
+def require_same_settings(settings: RunSettings, out_dir: Path, except_for: Sequence[str] = ()) -> None:
+    """Raise `ValueError` if `out_dir` holds a run with different settings.
+
+    Args:
+        except_for: fields of the recipe that may differ.
+    """
     run_file = out_dir / SETTINGS_FILE
     if not run_file.exists():
         return
@@ -97,6 +101,8 @@ def require_same_settings(settings: RunSettings, out_dir: Path) -> None:
     defaults = RunSettings(settings.method, settings.data).to_dict() | {"method": None, "data": None}
     wanted, there = (json.loads(json.dumps(each)) for each in (settings.to_dict(), defaults))
     there |= read_json(run_file)
+    for each in (wanted, there):
+        each["recipe"] = {name: value for name, value in each["recipe"].items() if name not in except_for}
     different = [key for key in sorted({*wanted, *there}) if wanted.get(key) != there.get(key)]
     if different:
         said = "; ".join(f"{key}: {there.get(key)!r} there, {wanted.get(key)!r} now" for key in different)

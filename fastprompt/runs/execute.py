@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +34,12 @@ if TYPE_CHECKING:
     from fastprompt.data import DataSplits
     from fastprompt.model import PromptedViT
     from fastprompt.protocols import Protocol, Task
+    from fastprompt.train.callbacks import Callback
     from fastprompt.train.directory import RunDirectory
     from fastprompt.train.evaluate import Evaluation
+    from fastprompt.train.ranks import Ranks
     from fastprompt.train.recipes import Recipe
+    from fastprompt.train.run import Options
     from fastprompt.vit import FrozenViT
 
 PROBE_VIEWS = 4
@@ -200,6 +204,9 @@ def execute(
     progress: bool = True,
     device: str = "auto",
     announce: Callable[[str], None] | None = None,
+    extend: bool = False,
+    compare_probe: bool = False,
+    callbacks: Sequence[Callback | str] = (),
 ) -> dict[str, Any]:
     """Adapt, evaluate on validation and, with `test`, once on the test split.
 
@@ -212,9 +219,11 @@ def execute(
         announce: called once before training with a line about the run: device, data type, sizes of the splits,
             parameters.
         resume: False starts over and replaces what is in `out_dir`.
+        extend, compare_probe, callbacks: as in `fastprompt.fit`. With `extend`, settings may differ in the length of
+            the run.
 
     Returns:
-        The contents of `results.json`.
+        The contents of `results.json`; in the other processes of a job, which only help to train, an empty dictionary.
 
     Raises:
         ValueError, TypeError: the settings are wrong, or `out_dir` holds another run; the message says what differs.
@@ -222,7 +231,10 @@ def execute(
     """
     from fastprompt.protocols import named_task
     from fastprompt.train.directory import open_run
+    from fastprompt.train.ranks import find_ranks
     from fastprompt.train.recipes import adjusted_recipe
+    from fastprompt.train.run import LENGTH_FIELDS, Options
+    from fastprompt.train.tasks import REGRESSION
 
     out_dir, place = Path(out_dir), find_device(device)
     if out_dir.exists() and not out_dir.is_dir():
@@ -236,18 +248,74 @@ def execute(
         raise ArgumentError("test", f"must not be given for {settings.data} unless the run is final (--final)")
     if (settings.probe_C is None) != (not settings.final or method.solver != "lbfgs"):
         raise ArgumentError("probe_C", "must be given for a final run of the L-BFGS probe, and for no other run")
+    if recipe.loss in REGRESSION:
+        raise ArgumentError("loss", f"must be 'cross_entropy' or 'bce' for images of classes, got {recipe.loss!r}")
+    options = Options(extend, compare_probe, callbacks)
     if method.solver == "lbfgs":
         from fastprompt.train.probe import logistic_regression
 
         logistic_regression()  # fail before anything is written
-    if resume:
-        require_same_settings(settings, out_dir)
-    stamp = inputs_stamp(settings)
-    results = _finished(out_dir) if resume else None
-    if results is not None and results.get("identity", {}).get("stamp") == stamp and (not test or results["test"]):
-        return results
-    with open_run(out_dir) as directory:
-        return _execute_in(directory, settings, recipe, stamp, test, resume, progress, place, announce)
+    ranks = find_ranks(place)
+    if not ranks.main:
+        _follow(ranks, settings, recipe, resume, place, options)
+        return {}
+    with _followers(ranks) as begin:
+        if resume:
+            require_same_settings(settings, out_dir, LENGTH_FIELDS if extend else ())
+        stamp = inputs_stamp(settings)
+        results = _finished(out_dir) if resume and not extend else None
+        if results is not None and results.get("identity", {}).get("stamp") == stamp and (not test or results["test"]):
+            return results
+        with open_run(out_dir) as directory:
+            return _execute_in(
+                directory, settings, recipe, stamp, test, resume, progress, place, announce, options, begin
+            )
+
+
+@contextlib.contextmanager
+def _followers(ranks: Ranks) -> Iterator[Callable[[], None]]:
+    """Context of the first process of a job, with a function that tells the others to train with it.
+
+    At the end, the others are told that there is nothing to train, if they have not been told to.
+    """
+    from fastprompt.train.ranks import RankLost
+
+    waiting = True
+
+    def tell(train: bool) -> None:
+        nonlocal waiting
+        if waiting:
+            waiting = False
+            ranks.of_main(lambda: train)
+
+    try:
+        yield lambda: tell(True)
+    except BaseException:
+        with contextlib.suppress(RankLost):  # they may have met the same error
+            tell(False)
+        raise
+    tell(False)
+
+
+def _follow(
+    ranks: Ranks, settings: RunSettings, recipe: Recipe, resume: bool, place: torch.device, options: Options
+) -> None:
+    """Train as one of the other processes of a job, which write nothing, if the first one does."""
+    from fastprompt.train.fit import fit_in
+
+    backbone = _backbone_on(place, settings)
+    splits = load_run_data(settings, square_size(backbone))
+    model = build_model(settings, backbone, splits.class_names, recipe.seed)
+    if ranks.of_main(lambda: False):
+        fit_in(None, model, splits.train, splits.val, recipe, resume, progress=False, options=options)
+
+
+def _backbone_on(place: torch.device, settings: RunSettings) -> FrozenViT:
+    """Load the run's backbone on a device, with the run's normalisation."""
+    backbone = backbone_at(settings.backbone, settings.image_size).to(place)
+    if settings.mean is None and settings.std is None:
+        return backbone
+    return backbone.normalising_by(settings.mean, settings.std)
 
 
 def _finished(out_dir: Path) -> dict[str, Any] | None:
@@ -265,20 +333,22 @@ def _execute_in(
     progress: bool,
     place: torch.device,
     announce: Callable[[str], None] | None,
+    options: Options,
+    begin: Callable[[], None],
 ) -> dict[str, Any]:
     """Run `execute` in a directory that is already locked."""
     from fastprompt.adapters import CONFIG_FILE
     from fastprompt.train.evaluate import evaluate
-    from fastprompt.train.fit import check_model, describe_data
+    from fastprompt.train.fit import check_model, describe_data, recipe_for
     from fastprompt.train.identity import data_identities, data_identity, run_identity
 
     out_dir = directory.path
     results = _finished(out_dir) if resume else None
-    backbone = backbone_at(settings.backbone, settings.image_size).to(place)
-    if settings.mean is not None or settings.std is not None:
-        backbone = backbone.normalising_by(settings.mean, settings.std)
+    if results is not None and options.extend and results["recipe"]["epochs"] < recipe.epochs:
+        results = None
+    backbone = _backbone_on(place, settings)
     splits = load_run_data(settings, square_size(backbone))
-    num_classes = len(splits.class_names)
+    num_classes, recipe = len(splits.class_names), recipe_for(recipe, splits.train)
     model = build_model(settings, backbone, splits.class_names, recipe.seed)
     check_model(model)
     data = data_identities(splits.train, splits.val, num_classes)
@@ -297,8 +367,10 @@ def _execute_in(
     if results is None:
         if announce is not None:
             announce(summary(model, splits, backbone_dtype(recipe, backbone)))
+        if get_method(settings.method).solver != "lbfgs":
+            begin()
         results = _train(
-            directory, settings, model, backbone, splits, recipe, data, resume, progress, announce is not None
+            directory, settings, model, backbone, splits, recipe, data, resume, progress, announce is not None, options
         )
         results["identity"] = {"stamp": stamp, "run": identity}
         write_json(out_dir / RESULTS_FILE, results)
@@ -368,6 +440,7 @@ def _train(
     resume: bool,
     progress: bool,
     announced: bool,
+    options: Options,
 ) -> dict[str, Any]:
     """Train or resume, evaluate the best adapter on validation, and return the results without a test record.
 
@@ -385,7 +458,9 @@ def _train(
         grid = None if settings.probe_C is None else [settings.probe_C]
         training = run_probe(model, splits, recipe, directory, files, grid)
     else:
-        fitted = fit_in(directory, model, splits.train, splits.val, recipe, resume, progress, files, data, announced)
+        fitted = fit_in(
+            directory, model, splits.train, splits.val, recipe, resume, progress, files, data, announced, options
+        )
         training = {
             "best_epoch": fitted.best_epoch,
             "best_val_loss": fitted.best_val_loss,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -10,9 +11,11 @@ import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from fastprompt.arguments import ArgumentError, ArgumentTypeError
+from fastprompt.train.checkpoint import RandomStates, rng_state, set_rng_state
+from fastprompt.train.ranks import Ranks
 
 CHECK_ALL_UP_TO = 20_000
 CHECKED_OF_MORE = 2_048
@@ -76,8 +79,18 @@ def check_images(images: Tensor, where: str, ndim: int) -> None:
         raise ArgumentError(where, "must have finite pixels, got NaN or infinity")
 
 
-def check_labels(labels: Tensor, where: str, num_classes: int) -> None:
-    """Raise an error unless `labels` are class indices below `num_classes`."""
+def check_labels(labels: Tensor, where: str, num_classes: int, kind: str = "class") -> None:
+    """Raise an error unless `labels` are what the model's outputs are compared with.
+
+    Args:
+        labels: of N images.
+        num_classes: number of outputs C of the model.
+        kind: "class" for (N,) class indices below C; "labels" for (N, C) zeros and ones; "values" for (N, C) finite
+            floating-point numbers, or (N,) if C is 1.
+    """
+    if kind != "class":
+        _check_rows(labels, where, num_classes, kind)
+        return
     if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ArgumentTypeError(
             where, f"must have integer labels of shape (N,), got {labels.dtype} of shape {tuple(labels.shape)}"
@@ -89,16 +102,31 @@ def check_labels(labels: Tensor, where: str, num_classes: int) -> None:
         )
 
 
+def _check_rows(labels: Tensor, where: str, num_classes: int, kind: str) -> None:
+    shapes = [(len(labels), num_classes)] + [(len(labels),)] * (kind == "values" and num_classes == 1)
+    got = f"{labels.dtype} of shape {tuple(labels.shape)}"
+    if tuple(labels.shape) not in shapes or labels.is_complex():
+        said = "(N,) or (N, 1)" if num_classes == 1 and kind == "values" else f"(N, {num_classes})"
+        raise ArgumentTypeError(where, f"must have {kind} of shape {said} (num_classes={num_classes}), got {got}")
+    if kind == "values" and not labels.is_floating_point():
+        raise ArgumentTypeError(where, f"must have floating-point values to predict, got {got}")
+    if kind == "labels" and not ((labels == 0) | (labels == 1)).all():
+        raise ArgumentError(where, "must have zeros and ones as labels, got other numbers")
+    if kind == "values" and not torch.isfinite(labels).all():
+        raise ArgumentError(where, "must have finite values to predict, got NaN or infinity")
+
+
 def indices_to_read(count: int) -> range:
     """Return the indices to read before training: all of up to 20,000 items, else about 2,048 evenly spaced ones."""
     return range(0, count, 1 if count <= CHECK_ALL_UP_TO else count // CHECKED_OF_MORE)
 
 
-def read_item(data: Any, index: int) -> Any:
-    """Return `data[index]` with all random generators seeded by the index, for random transforms."""
-    torch.manual_seed(index)
-    np.random.seed(index % 2**32)
-    random.seed(index)
+def read_item(data: Any, index: int, seed: int | None = None) -> Any:
+    """Return `data[index]` with all random generators seeded, by the index or `seed`, for random transforms."""
+    seed = index if seed is None else seed
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
     return data[index]
 
 
@@ -126,7 +154,7 @@ def feed(digest: Any, value: Any) -> bool:
     return True
 
 
-def check_data(data: Any, name: str, num_classes: int, digest: Any = None) -> Tensor:
+def check_data(data: Any, name: str, num_classes: int, digest: Any = None, kind: str = "class") -> Tensor:
     """Check the data before training on it.
 
     Tensors are checked in full. All items of a Dataset are read if there are at most 20,000, else about 2,048 evenly
@@ -135,12 +163,12 @@ def check_data(data: Any, name: str, num_classes: int, digest: Any = None) -> Te
     Args:
         data: see `Batches`.
         name: the name of the data in messages.
-        num_classes: upper bound of the labels.
+        num_classes, kind: as in `check_labels`.
         digest: a `hashlib` hash to update with the images that are read. A pair of tensors and a Dataset of the same
             images give the same bytes. Random transforms then draw from fixed seeds (`read_item`).
 
     Returns:
-        The labels that were read, (N,) int64.
+        The labels that were read, (N,) int64, or as they are if `kind` is not "class".
 
     Raises:
         TypeError, ValueError: the data are empty, have a wrong shape or dtype, NaN or infinite pixels, images of
@@ -154,15 +182,15 @@ def check_data(data: Any, name: str, num_classes: int, digest: Any = None) -> Te
     if is_tensor_pair(data):
         images, labels = as_tensor_pair(data)
         check_images(images, name, 4)
-        check_labels(labels, name, num_classes)
+        check_labels(labels, name, num_classes, kind)
         if len(labels) != count:
             raise ArgumentError(name, f"must have one label per image, got {count} images and {len(labels)} labels")
         if digest is not None:
             digest.update(f"{images.dtype}{tuple(images.shape[1:])}".encode())
             for rows in images.split(_ROWS_HASHED):
                 digest.update(rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return labels.to("cpu", torch.int64)
-    found: list[int] = []
+        return labels.to("cpu", torch.int64) if kind == "class" else labels.cpu()
+    found: list[Any] = []
     first: Tensor | None = None
     for index in indices_to_read(count):
         item = data[index] if digest is None else read_item(data, index)
@@ -183,6 +211,11 @@ def check_data(data: Any, name: str, num_classes: int, digest: Any = None) -> Te
             )
         if digest is not None:
             digest.update(image.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        if kind != "class":
+            row = torch.as_tensor(label)
+            check_labels(row[None], where, num_classes, kind)
+            found.append(row)
+            continue
         if isinstance(label, bool) or not (
             isinstance(label, (int, np.integer))
             or (isinstance(label, Tensor) and label.ndim == 0 and not label.is_floating_point())
@@ -193,7 +226,7 @@ def check_data(data: Any, name: str, num_classes: int, digest: Any = None) -> Te
                 where, f"must have a label from 0 to {num_classes - 1} (num_classes={num_classes}), got {int(label)}"
             )
         found.append(int(label))
-    return torch.tensor(found)
+    return torch.tensor(found) if kind == "class" else torch.stack(found)
 
 
 def split_indices(indices: Tensor, batch_size: int, merge_single: bool) -> list[list[int]]:
@@ -204,6 +237,27 @@ def split_indices(indices: Tensor, batch_size: int, merge_single: bool) -> list[
     return batches
 
 
+def num_batches(data: Any, batch_size: int, name: str, merge_single: bool) -> int:
+    """Return the number of batches in one epoch of `Batches`."""
+    if isinstance(data, DataLoader):
+        return len(data)
+    return len(split_indices(torch.arange(num_images(data, name)), batch_size, merge_single))
+
+
+class _Seeded(Dataset[Any]):
+    """A Dataset in a worker: what its transforms draw depends on the seed and the place in the epoch alone.
+
+    An epoch can thus be taken up in the middle, by any number of workers.
+    """
+
+    def __init__(self, data: Any, seed: int) -> None:
+        self.data, self.seed = data, seed
+
+    def __getitem__(self, place: tuple[int, int]) -> Any:
+        position, index = place
+        return read_item(self.data, index, (self.seed * 1_000_003 + position) % 2**63)
+
+
 class Batches:
     """(images, labels) batches of one data source, on the model's device.
 
@@ -212,13 +266,18 @@ class Batches:
             pair of tensors, or a DataLoader (used with its own batch size, order and workers).
         batch_size: images per batch; ignored for a DataLoader.
         name: the name of the data in messages.
-        num_classes: labels of every batch must be below it.
+        num_classes, kind: labels of every batch are checked against them (`check_labels`).
         device: device of the batches.
         seed: None keeps the order; otherwise epoch e is shuffled by a generator seeded with (seed, e), so that any
             epoch can be repeated alone. A DataLoader's own generator is seeded in the same way.
         merge_single: append a last batch of one image to the one before. A DataLoader's batch of one image after a
             larger batch is dropped instead.
         num_workers: number of processes that load a Dataset.
+        weights: (N,) relative probabilities with which images are drawn, with replacement; None takes each image once.
+        ranks: processes that share each batch; `epoch` yields this one's part, which may be empty.
+
+    Raises:
+        ValueError: several processes share a DataLoader, whose batches only it knows.
     """
 
     def __init__(
@@ -228,43 +287,67 @@ class Batches:
         *,
         name: str,
         num_classes: int,
+        kind: str = "class",
         device: torch.device | str = "cpu",
         seed: int | None = None,
         merge_single: bool = False,
         num_workers: int = 0,
+        weights: Tensor | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = Ranks() if ranks is None else ranks
+        if self.ranks.size > 1 and isinstance(data, DataLoader):
+            raise ArgumentError(name, "must be a Dataset or a pair of tensors with several processes, got a DataLoader")
         self.data, self.batch_size, self.name, self.num_classes = data, batch_size, name, num_classes
+        self.kind, self.weights = kind, weights
         self.device, self.seed, self.merge_single = torch.device(device), seed, merge_single
         self.num_workers = num_workers
         self.num_images = num_images(data, name)
 
     def __len__(self) -> int:
         """Number of batches in one epoch."""
-        if isinstance(self.data, DataLoader):
-            return len(self.data)
-        return len(split_indices(torch.arange(self.num_images), self.batch_size, self.merge_single))
+        return num_batches(self.data, self.batch_size, self.name, self.merge_single)
 
-    def epoch(self, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(
+        self, epoch: int = 0, skip: int = 0, started_with: RandomStates | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over the data once, after calling `set_epoch` on datasets that have it.
 
+        Args:
+            epoch: counted from 0.
+            skip: number of batches to leave out at the beginning. A DataLoader reads them, all others do not.
+            started_with: random states before the first batch, with which a DataLoader reads what is left out; then
+                the current ones are restored.
+
         Yields:
-            images (B, 3, H, W), uint8 or floating point, and labels (B,) int64.
+            images (B, 3, H, W), uint8 or floating point, and labels (B,) int64, or float32 of other kinds.
         """
-        largest = 0
-        for images, labels in self._raw(epoch):
+        replayed = isinstance(self.data, DataLoader)
+        largest, left = 0, skip if replayed else 0
+        now = rng_state() if left else None
+        if left and started_with is not None:
+            set_rng_state(*started_with)
+        for images, labels in self._raw(epoch, 0 if replayed else skip):
             largest = max(largest, len(labels))
-            if self.merge_single and isinstance(self.data, DataLoader) and len(labels) == 1 < largest:
+            if self.merge_single and replayed and len(labels) == 1 < largest:
+                continue
+            if left:
+                left -= 1
+                if not left and now is not None:
+                    set_rng_state(*now)
                 continue
             if labels.device.type == "cpu":
-                check_labels(labels, f"a batch of {self.name}", self.num_classes)
-            if not is_tensor_pair(self.data) and images.is_floating_point() and not torch.isfinite(images).all():
-                raise ValueError(f"a batch of {self.name} must have finite pixels, got NaN or infinity")
+                check_labels(labels, f"a batch of {self.name}", self.num_classes, self.kind)
+            # On a GPU, looking at the pixels would wait for it.
+            if not is_tensor_pair(self.data) and images.is_floating_point() and images.device.type == "cpu":
+                if not torch.isfinite(images).all():
+                    raise ValueError(f"a batch of {self.name} must have finite pixels, got NaN or infinity")
             yield (
                 images.to(self.device, non_blocking=True),
-                labels.to(self.device, torch.int64, non_blocking=True),
+                labels.to(self.device, torch.int64 if self.kind == "class" else torch.float32, non_blocking=True),
             )
 
-    def _raw(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _raw(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
         epoch_seed = (0 if self.seed is None else self.seed) * 1_000_003 % 2**40 + epoch
         generator = torch.Generator().manual_seed(epoch_seed)
         source = self.data.dataset if isinstance(self.data, DataLoader) else self.data
@@ -286,19 +369,43 @@ class Batches:
                 check_images(batch[0], f"a batch of {self.name}", 4)
                 yield batch[0], batch[1]
             return
-        count = self.num_images
-        order = torch.arange(count) if self.seed is None else torch.randperm(count, generator=generator)
-        batches = split_indices(order, self.batch_size, self.merge_single)
+        order = self._order(generator).tolist()
+        places = split_indices(torch.arange(self.num_images), self.batch_size, self.merge_single)[skip:]
+        own = [self.ranks.share(batch) for batch in places]
+        batches = [[order[place] for place in batch] for batch in own]
         if is_tensor_pair(self.data):
             images, labels = as_tensor_pair(self.data)
             for batch in batches:
-                index = torch.tensor(batch)
+                index = torch.tensor(batch, dtype=torch.int64)
                 yield images[index.to(images.device)], labels[index.to(labels.device)]
             return
-        yield from DataLoader(
-            self.data,
-            batch_sampler=batches,
+        data: Any = self.data
+        read: list[Any] = [batch for batch in batches if batch]
+        if self.num_workers:
+            data = _Seeded(self.data, epoch_seed)
+            read = [[(place, order[place]) for place in batch] for batch in own if batch]
+        loader = DataLoader(
+            data,
+            batch_sampler=read,
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
             generator=generator,
         )
+        yield from loader
+        if len(read) < len(batches):  # of the last batch, other processes have all images
+            first, label = self.data[0]
+            yield torch.as_tensor(first)[None][:0], torch.as_tensor(label)[None][:0]
+
+    def _order(self, generator: torch.Generator) -> Tensor:
+        """Return the indices of an epoch's images, (N,) int64."""
+        if self.weights is not None:
+            return torch.multinomial(self.weights, self.num_images, replacement=True, generator=generator)
+        if self.seed is None:
+            return torch.arange(self.num_images)
+        return torch.randperm(self.num_images, generator=generator)
+
+
+def grouped(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """Yield lists of `size` consecutive items; the last may be shorter. Nothing is read ahead of its list."""
+    while group := list(itertools.islice(batches, size)):
+        yield group

@@ -16,8 +16,11 @@ from safetensors.torch import load as tensors_from_bytes, save as tensors_to_byt
 
 from fastprompt.files import atomic_write
 
+RandomStates = tuple[dict[str, torch.Tensor], dict[str, Any]]
+"""Random states as tensors and JSON values."""
 
-def rng_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+
+def rng_state() -> RandomStates:
     """Return the random states of torch (CPU and CUDA), numpy and Python as tensors and JSON values."""
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():

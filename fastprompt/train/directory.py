@@ -6,6 +6,7 @@
     log.jsonl         one JSON object per line: start, epoch, resume, diverged, end
     recipe.json       the recipe
     best/             the adapter of the best epoch
+    tensorboard/      events for TensorBoard, if it is a callback
     run.json, results.json, result.json   settings and results, added by the command line and by grids
 
 A run directory commits as SQLite does. Commits are atomic: the state is one file under one digest, so a process killed
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
 
 STATE_FILE, CHOICES_FILE, LOG_FILE, RECIPE_FILE = "last.safetensors", "choices.json", "log.jsonl", "recipe.json"
-BEST_DIRECTORY = "best"
+BEST_DIRECTORY, TRACKER_DIRECTORY = "best", "tensorboard"
 SETTINGS_FILE, RESULTS_FILE, GRID_RESULT_FILE = "run.json", "results.json", "result.json"
 _REMOVED_IN_ORDER = (
     RESULTS_FILE,
@@ -46,6 +47,7 @@ _REMOVED_IN_ORDER = (
     STATE_FILE,
     CHOICES_FILE,
     BEST_DIRECTORY,
+    TRACKER_DIRECTORY,
     LOG_FILE,
     RECIPE_FILE,
     SETTINGS_FILE,
@@ -73,6 +75,12 @@ class RunDirectory:
     def begin(self, files: Mapping[str, str]) -> None:
         """Remove the files of an earlier run, then write the first files of the new one (name -> text)."""
         remove(self.path, _REMOVED_IN_ORDER)
+        for name, text in files.items():
+            atomic_write(self.path / name, text)
+
+    def extend(self, files: Mapping[str, str]) -> None:
+        """Remove the results of a run that goes on, and replace its first files."""
+        remove(self.path, (RESULTS_FILE, GRID_RESULT_FILE))
         for name, text in files.items():
             atomic_write(self.path / name, text)
 

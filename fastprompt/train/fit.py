@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.kernels import stopwatch
+from fastprompt.train.batches import num_batches
+from fastprompt.train.callbacks import Callback, make_callbacks
 from fastprompt.train.checkpoint import rng_state, set_rng_state
 from fastprompt.train.directory import RECIPE_FILE, RunDirectory, open_run
-from fastprompt.train.evaluate import backbone_precision
+from fastprompt.train.evaluate import backbone_precision, device_of
 from fastprompt.train.identity import data_identities
 from fastprompt.train.loop import TrainingDiverged
-from fastprompt.train.recipes import Recipe, adjusted_recipe
-from fastprompt.train.run import FitResult, Run
+from fastprompt.train.ranks import find_ranks, synced_batch_norms
+from fastprompt.train.recipes import Recipe, adjusted_recipe, default_recipe
+from fastprompt.train.result import FitResult
+from fastprompt.train.run import Options, Run
+from fastprompt.train.tasks import kind_of_labels
 
 if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
@@ -35,20 +42,28 @@ def fit(
     out_dir: str | os.PathLike[str] | None = None,
     resume: bool = True,
     progress: bool = True,
+    *,
+    extend: bool = False,
+    compare_probe: bool = False,
+    callbacks: Sequence[Callback | str] = (),
     **fields: Any,
 ) -> FitResult:
     """Train the model and leave it with the weights that were best on validation.
 
-    The loss is cross-entropy, plus beta · mean(KL) if the generator returns a KL (V²APT; beta is in its
-    configuration). The frozen backbone runs in `recipe.dtype`, and its own tensors are restored bit for bit at the
-    end. In full fine-tuning, its weights stay float32 and bfloat16 is autocast. A linear probe on data without
+    The loss is the recipe's, by default cross-entropy, plus beta · mean(KL) if the generator returns a KL (V²APT; beta
+    is in its configuration). The frozen backbone runs in `recipe.dtype`, and its own tensors are restored bit for bit
+    at the end. In full fine-tuning, its weights stay float32 and bfloat16 is autocast. A linear probe on data without
     augmentation computes its features once.
+
+    In a job of several processes (`torchrun --nproc-per-node=2 script.py`), each batch is shared among them, and the
+    result is that of one process up to rounding, whatever their number. Draws for dropout, latent noise and mixing
+    differ between processes. The first one writes the files; all of them return the result.
 
     With `out_dir`, `fit` writes the files that `fastprompt.train.directory` lists, each one atomically: the state to
     resume from, the log, the recipe and the best adapter. Only one process at a time may write there. A killed run
-    resumes after its last complete epoch and ends with the same bits as an uninterrupted one (on a CPU, and wherever
-    the operations are deterministic): implementations chosen by timing are kept, and a warning names differences in
-    threads, processor or versions. A finished run returns its result at once.
+    resumes after its last checkpoint (`Recipe.checkpoint_every`) and ends with the same bits as an uninterrupted one
+    (on a CPU, and wherever the operations are deterministic): implementations chosen by timing are kept, and a warning
+    names differences in threads, processor or versions. A finished run returns its result at once.
 
     A run is resumed, or its result returned, only if everything it depends on is unchanged: recipe, configuration,
     initial weights, head, class names, backbone with its normalisation and data types, and the images after their
@@ -58,14 +73,24 @@ def fit(
     Args:
         model: a model built with num_classes. Without class names it takes those of the data set (`describe_data`).
         train, val: a Dataset yielding (image (3, H, W), label), an (images, labels) pair of tensors, or a
-            DataLoader. uint8 images are raw pixels, floating-point images are normalised. All images are checked
-            before training; of more than 20,000, a sample is, and the others are checked in their batches. A last
-            batch of one image is appended to the one before.
-        recipe: None is `default_recipe(model.config)`.
+            DataLoader. Labels are class indices; for `loss="bce"` they may be rows (num_classes,) of zeros and ones,
+            for "mse" and "l1" they are rows of floating-point values, one per output of the head. uint8 images are raw
+            pixels, floating-point images are normalised. All images are checked before training; of more than 20,000,
+            a sample is, and the others are checked in their batches. A last batch of one image is appended to the one
+            before.
+        recipe: None is `default_recipe(model.config)`. To change some of its fields, pass `fields` or its `replace`:
+            a `Recipe(...)` of your own has the class's defaults in all other fields, not the method's, and a warning
+            names those that differ.
         out_dir: None keeps everything in memory.
         resume: False starts over and replaces what is in `out_dir`.
         progress: print device, sizes and number of trained parameters, then show a progress bar with loss, accuracy,
-            images per second and remaining time (stderr).
+            images per second and remaining time, and a line per epoch (stderr).
+        extend: if `out_dir` holds a finished run of fewer epochs and the same identity otherwise, go on with it. Its
+            later epochs follow the learning rates of a run of that many epochs, so the rate rises again.
+        compare_probe: fit a linear probe to the features before the first step (of the model as it is, which costs
+            one forward pass over all images), and warn if the run ends below its validation accuracy. With
+            `head_init="probe"`, this is known without.
+        callbacks: `fastprompt.Callback` objects, or names of trackers: "tensorboard", "wandb", "trackio".
         fields: fields of the recipe to change, such as `epochs=3, lr=1e-3`. If `epochs` changes the method's own
             recipe, the warmups are scaled with it.
 
@@ -73,15 +98,22 @@ def fit(
         TypeError, ValueError: an argument or the data are wrong, the adapter would not hold all trained parameters,
             or `out_dir` holds another run or is damaged. Nothing is trained.
         DirectoryInUse: another process writes into `out_dir`.
+        RankLost: another process of the job has ended.
         TrainingDiverged: loss or gradient became NaN or infinite; the log records it.
         OSError: a file could not be written; earlier files are intact.
     """
     check_model(model)
-    recipe = _recipe(model, recipe, fields)
-    if out_dir is None:
-        return fit_in(None, model, train, val, recipe, progress=progress)
+    recipe = chosen_recipe(model, recipe, fields)
+    options = Options(extend, compare_probe, callbacks)
+    if out_dir is None or not find_ranks(device_of(model)).main:
+        return fit_in(None, model, train, val, recipe, resume, progress, options=options)
     with open_run(out_dir) as directory:
-        return fit_in(directory, model, train, val, recipe, resume, progress)
+        return fit_in(directory, model, train, val, recipe, resume, progress, options=options)
+
+
+def recipe_for(recipe: Recipe, train: Any) -> Recipe:
+    """Return the recipe with `min_steps` turned into epochs over these data (`Recipe.with_enough_steps`)."""
+    return recipe.with_enough_steps(num_batches(train, recipe.batch_size, "train", merge_single=True))
 
 
 def fit_in(
@@ -95,6 +127,7 @@ def fit_in(
     files: Mapping[str, str] | None = None,
     data: Mapping[str, Any] | None = None,
     announced: bool = False,
+    options: Options | None = None,
 ) -> FitResult:
     """Run `fit` on a checked model in a directory that is already locked.
 
@@ -102,26 +135,34 @@ def fit_in(
         files: name -> text of files that a new run writes first, beside the recipe.
         data: result of `data_identities`; None computes it.
         announced: device, sizes and number of trained parameters have been printed already.
+        options: what `fit` takes besides.
     """
     assert model.head is not None
+    options, ranks = Options() if options is None else options, find_ranks(device_of(model))
+    callbacks = make_callbacks(options.callbacks, None if directory is None else directory.path) if ranks.main else []
     if recipe.head_init == "probe" and model.head.kind == "linear":
         from fastprompt.train.probe import logistic_regression
 
         logistic_regression()  # fail before anything is read or written
     before = rng_state()
     try:
-        data = data_identities(train, val, model.head.num_classes) if data is None else data
+        kind = kind_of_labels(recipe.loss, train)
+        if recipe.head_init == "probe" and kind != "class":
+            raise ArgumentError("head_init", "must be 'default' or 'vpt' unless labels are classes, got 'probe'")
+        data = data_identities(train, val, model.head.num_classes, kind) if data is None else data
+        recipe = recipe_for(recipe, train)
         describe_data(model, train)
-        run = Run(model, train, val, recipe, directory, progress, data, announced)
-        saved = run.find_saved() if resume else None
+        run = Run(model, train, val, recipe, directory, progress, data, announced, callbacks, options, ranks)
+        saved = run.shared_state(resume)
         with (
             _deterministic_algorithms(recipe.deterministic),
             backbone_precision(model, run.backbone_dtype),
+            synced_batch_norms(model, ranks),
             stopwatch.kept(run.state.choices),
         ):
             if saved is not None:
                 run.recall_choices(saved[1])
-                if run.is_finished(saved):
+                if run.is_finished(saved) and not run.extend:
                     return run.result(saved)
             if directory is not None and not directory.writable:
                 raise OSError(errno.EROFS, f"out_dir {directory.path} cannot be written, and holds no finished run")
@@ -129,7 +170,7 @@ def fit_in(
             if saved is None:
                 run.start({**(files or {}), RECIPE_FILE: json.dumps(recipe.to_dict(), indent=2) + "\n"})
             else:
-                run.go_on(saved)
+                run.go_on(saved, files or {})
             run.train_to_the_end()
             return run.result()
     finally:
@@ -160,16 +201,26 @@ def describe_data(model: PromptedViT, train: Any) -> None:
             ) from None
 
 
-def _recipe(model: PromptedViT, recipe: Recipe | None, fields: Mapping[str, Any]) -> Recipe:
+def chosen_recipe(model: PromptedViT, recipe: Recipe | None, fields: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that `fit` takes: the method's own or the one given, with some fields changed."""
     if recipe is not None and not isinstance(recipe, Recipe):
         raise ArgumentTypeError("recipe", f"must be a fastprompt Recipe or None, got {type(recipe).__name__}")
-    known = Recipe.__dataclass_fields__
-    unknown = [name for name in fields if name not in known]
-    if unknown:
-        raise TypeError(f"fit takes no argument {unknown[0]!r}; fields of the recipe are {', '.join(known)}")
-    return (
-        adjusted_recipe(model.config, fields, train_backbone=model.full) if recipe is None else recipe.replace(**fields)
-    )
+    known = [*Recipe.__dataclass_fields__]
+    for name, value in fields.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ArgumentError(name, f"must be a field of the recipe ({', '.join(known)}), got {value!r}{hint}")
+    if recipe is None:
+        return adjusted_recipe(model.config, fields, train_backbone=model.full)
+    if left_out := recipe.left_out(default_recipe(model.config, train_backbone=model.full)):
+        said = ", ".join(f"{name}={mine!r} (its own: {own!r})" for name, (mine, own) in left_out.items())
+        warnings.warn(
+            f"recipe has the defaults of Recipe where {model.config.kind!r} has other ones: {said}. To change single "
+            "fields of the method's recipe, pass them to fit, as in fp.fit(..., epochs=3)",
+            stacklevel=3,
+        )
+    return recipe.replace(**fields)
 
 
 @contextlib.contextmanager

@@ -18,10 +18,11 @@ from fastprompt.extras import needed
 from fastprompt.files import atomic_write
 from fastprompt.train.directory import BEST_DIRECTORY, GRID_RESULT_FILE, RunDirectory, open_run
 from fastprompt.train.evaluate import compute_dtype, device_of
-from fastprompt.train.fit import TrainingDiverged, check_model, describe_data, fit_in
+from fastprompt.train.fit import TrainingDiverged, check_model, describe_data, fit_in, recipe_for
 from fastprompt.train.identity import data_identities, require_same, run_identity
 from fastprompt.train.recipes import Recipe
 from fastprompt.train.state import recorded_identity
+from fastprompt.train.tasks import kind_of_labels
 
 if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
@@ -91,6 +92,7 @@ def run_grid(
     """
     if len(lrs) == 0 or len(seeds) == 0:
         raise ValueError(f"lrs and seeds must not be empty, got {list(lrs)} and {list(seeds)}")
+    recipe = recipe_for(recipe, train)
     recipes = [recipe.replace(lr=float(lr), seed=int(seed)) for lr in lrs for seed in seeds]
     data: dict[str, Any] = {}
     return [_one_run(make_model, train, val, each, Path(out_dir), progress, data) for each in recipes]
@@ -113,7 +115,7 @@ def _one_run(
         check_model(model)
         if not data:
             assert model.num_classes is not None
-            data |= data_identities(train, val, model.num_classes)
+            data |= data_identities(train, val, model.num_classes, kind_of_labels(recipe.loss, train))
         describe_data(model, train)
         identity = run_identity(model, recipe, compute_dtype(recipe.dtype, device_of(model)), data)
         if record is not None:
@@ -237,6 +239,60 @@ def select_learning_rate(
 
 
 @dataclass(frozen=True)
+class SeedSummary:
+    """The results of several seeds.
+
+    Attributes:
+        mean: mean over seeds. sd: sample standard deviation; NaN of a single seed.
+        interval: (low, high), t interval of the mean; NaN of a single seed.
+        num_seeds: number of seeds. level: confidence level of the interval.
+    """
+
+    mean: float
+    sd: float
+    interval: tuple[float, float]
+    num_seeds: int
+    level: float
+
+    def __str__(self) -> str:
+        """Mean ± half of the interval, or the mean alone of a single seed."""
+        if self.num_seeds == 1:
+            return f"{self.mean:.4f}"
+        half = (self.interval[1] - self.interval[0]) / 2
+        return f"{self.mean:.4f} ± {half:.4f} (sd {self.sd:.4f}, {self.num_seeds} seeds)"
+
+
+def summarise_seeds(values: Sequence[float], level: float = 0.95) -> SeedSummary:
+    """Return mean, standard deviation and Student's t interval of the results of several seeds.
+
+    Args:
+        values: one number per seed, such as test accuracies.
+        level: confidence level of the interval, between 0 and 1.
+
+    Raises:
+        ValueError: there are no values, one is not finite, or the level is out of range.
+    """
+    if not 0 < level < 1:
+        raise ArgumentError("level", f"must be between 0 and 1, got {level!r}")
+    found = np.asarray(values, dtype=np.float64)
+    if found.ndim != 1 or not len(found) or not np.isfinite(found).all():
+        raise ArgumentError("values", f"must be finite numbers, one per seed, got {values!r}")
+    sd = float(found.std(ddof=1)) if len(found) > 1 else math.nan
+    return SeedSummary(float(found.mean()), sd, _t_interval(found, level), len(found), level)
+
+
+def _t_interval(samples: np.ndarray, level: float) -> tuple[float, float]:
+    """Return the t interval of the mean of samples (N,); NaN if there are fewer than two."""
+    with needed("report", "an interval over seeds or images"):
+        from scipy import stats
+
+    if len(samples) < 2:
+        return math.nan, math.nan
+    half = stats.t.ppf((1 + level) / 2, len(samples) - 1) * samples.std(ddof=1) / math.sqrt(len(samples))
+    return float(samples.mean() - half), float(samples.mean() + half)
+
+
+@dataclass(frozen=True)
 class PairedDifference:
     """Accuracy of a minus accuracy of b on the same images.
 
@@ -289,20 +345,14 @@ def paired_difference(correct_a: Any, correct_b: Any, level: float = 0.95) -> Pa
     differences = a - b  # (seeds, N)
     seeds, images = differences.shape
 
-    def interval(samples: np.ndarray) -> tuple[float, float]:
-        if len(samples) < 2:
-            return math.nan, math.nan
-        half = stats.t.ppf((1 + level) / 2, len(samples) - 1) * samples.std(ddof=1) / math.sqrt(len(samples))
-        return float(samples.mean() - half), float(samples.mean() + half)
-
     p_value = math.nan
     if seeds == 1:
         only_a, only_b = int((differences > 0).sum()), int((differences < 0).sum())
         p_value = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
     return PairedDifference(
         difference=float(differences.mean()),
-        image_interval=interval(differences.mean(0)),
-        seed_interval=interval(differences.mean(1)),
+        image_interval=_t_interval(differences.mean(0), level),
+        seed_interval=_t_interval(differences.mean(1), level),
         p_value=p_value,
         num_images=images,
         num_seeds=seeds,

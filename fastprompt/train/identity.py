@@ -71,19 +71,19 @@ def run_identity(
     }
 
 
-def data_identities(train: Any, val: Any, num_classes: int) -> dict[str, Any]:
+def data_identities(train: Any, val: Any, num_classes: int, kind: str = "class") -> dict[str, Any]:
     """Return `data_identity` of the data as "train" and "val"; random states are restored."""
     before = rng_state()
     try:
         return {
-            "train": data_identity(train, "train", num_classes),
-            "val": data_identity(val, "val", num_classes),
+            "train": data_identity(train, "train", num_classes, kind),
+            "val": data_identity(val, "val", num_classes, kind),
         }
     finally:
         set_rng_state(*before)
 
 
-def data_identity(data: Any, name: str, num_classes: int) -> dict[str, Any]:
+def data_identity(data: Any, name: str, num_classes: int, kind: str = "class") -> dict[str, Any]:
     """Check labelled images (`check_data`) and compute digests of what was read.
 
     A Dataset can add to its identity what its images do not show: a method `identity()` that returns JSON values, as
@@ -103,7 +103,7 @@ def data_identity(data: Any, name: str, num_classes: int) -> dict[str, Any]:
     if hasattr(source, "set_epoch"):
         source.set_epoch(0)
     digest = hashlib.sha256()
-    labels = check_data(data, name, num_classes, digest)
+    labels = check_data(data, name, num_classes, digest, kind)
     read = range(count) if is_tensor_pair(source) else indices_to_read(count)
     collates = isinstance(data, DataLoader) and data.collate_fn is not default_collate
     if collates and not is_tensor_pair(source):
@@ -215,18 +215,22 @@ def as_recorded_here(
 
 
 def require_same(
-    mine: Mapping[str, Any], theirs: Mapping[str, Any], where: Path, except_for: Sequence[str] = ()
+    mine: Mapping[str, Any],
+    theirs: Mapping[str, Any],
+    where: Path,
+    except_for: Sequence[str] = (),
+    hint: str = "",
 ) -> None:
     """Raise `ValueError` if the run in `where` has a different identity; the message says what differs.
 
     Args:
         except_for: names of parts to ignore.
+        hint: appended to the message.
     """
     different = differences(mine, theirs)
     said = [phrase for name, phrase in different.items() if name not in except_for]
     if not said:
         return
-    hint = ""
     if said == [different.get("initial_weights")]:
         hint = ". To resume a run, start from the same weights: seed before building the model"
     raise ValueError(

@@ -42,13 +42,23 @@ def environment(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def start_line(event: Mapping[str, Any]) -> str:
-    """Describe a starting run in one line, from its "start" row."""
+def start_line(event: Mapping[str, Any], epochs: int, steps: int) -> str:
+    """Describe a starting run in one line, from its "start" row and the number of epochs and steps per epoch."""
     counts = event["trained_parameters"]
     return (
         f"training {event['config']['kind']} on {event['device']} in {event['backbone_dtype']}: "
         f"{event['num_train']:,} training and {event['num_val']:,} validation images, "
-        f"{counts:,} trained parameters"
+        f"{counts:,} trained parameters, {epochs} epochs of {steps} steps"
+    )
+
+
+def epoch_line(event: Mapping[str, Any], epochs: int, metric: str, best: bool) -> str:
+    """Describe an epoch in one line, from its "epoch" row."""
+    accuracy = f", accuracy {event['train_accuracy']:.3f}" if "train_accuracy" in event else ""
+    return (
+        f"epoch {event['epoch']}/{epochs}: loss {event['train_loss']:.4f}{accuracy}; validation loss "
+        f"{event['val_loss']:.4f}, {metric} {event[f'val_{metric}']:.3f}{' (best)' if best else ''}; "
+        f"lr {event['lr']:.3g}, {event['images_per_second']:.1f} images/s, {event['seconds']:.1f} s"
     )
 
 

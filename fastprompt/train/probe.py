@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt.arguments import ArgumentError
+from fastprompt.domains import Domains
 from fastprompt.extras import needed
 from fastprompt.heads import LinearHead
 from fastprompt.train.batches import Batches, as_tensor_pair, check_data, check_labels, is_tensor_pair
@@ -68,6 +69,7 @@ def extract_features(
     *,
     num_workers: int = 0,
     epoch: int = 0,
+    kind: str = "class",
 ) -> tuple[Tensor, Tensor]:
     """Compute the features of every image in eval mode, in the order of the data.
 
@@ -78,15 +80,17 @@ def extract_features(
         dtype: dtype of a PromptedViT's frozen backbone during extraction; None keeps the current one.
         num_workers: number of processes that load a Dataset.
         epoch: epoch that selects the augmented view of the images, if the data have `set_epoch`.
+        kind: of labels (`fastprompt.train.tasks.kind_of_labels`).
 
     Returns:
-        features (N, width), float32 or wider, and labels (N,) int64, both on the CPU.
+        features (N, width), float32 or wider, and labels (N,) int64, or float32 of other kinds, both on the CPU.
     """
     batches = Batches(
         data,
         batch_size,
         name="data",
         num_classes=getattr(model, "num_classes", None) or 2**62,
+        kind=kind,
         device=device_of(model),
         num_workers=num_workers,
     )
@@ -131,9 +135,12 @@ def fit_linear_probe(
         max_iter: maximum number of L-BFGS iterations per C (`converged` in the result says whether they sufficed).
 
     Raises:
-        TypeError, ValueError: the head is not linear, the data are wrong, or the training set has a single class.
+        TypeError, ValueError: the head is not linear, the data are wrong or have a head for each domain, or the
+            training set has a single class.
         ImportError: scikit-learn is not installed; it comes with the extra `report`.
     """
+    from fastprompt.model import stated_by
+
     logistic_regression()  # fail before features are computed
     head = model.head
     if not isinstance(head, LinearHead):
@@ -145,6 +152,11 @@ def fit_linear_probe(
     grid = tuple(float(c) for c in (C_GRID if C_grid is None else C_grid))
     if not grid or not all(np.isfinite(c) and c > 0 for c in grid):
         raise ValueError(f"C_grid must hold positive finite numbers, got {C_grid!r}")
+    domains = stated_by(train, "domains")
+    if isinstance(domains, Domains) and domains.labels == "per-domain":
+        raise ArgumentError(
+            "train", "must have one label space for the probe's L-BFGS (labels='union'), got a head for each domain"
+        )
     began = time.perf_counter()
     pairs = []
     for name, data in (("train", train), ("val", val)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,23 @@ _CHOICES = {
     "schedule": ("step", "epoch"),
     "head_init": ("default", "probe", "vpt"),
     "select_by": ("accuracy", "loss", "last"),
+    "loss": ("cross_entropy", "bce", "mse", "l1"),
+    "sampling": ("shuffle", "balanced"),
 }
-RUNTIME_FIELDS = ("num_workers",)
+_INTEGERS = {
+    "epochs": 1,
+    "min_steps": 0,
+    "patience": 1,
+    "batch_size": 1,
+    "accumulate": 1,
+    "rollbacks": 0,
+    "seed": 0,
+    "num_workers": 0,
+}
+"""Lowest values of integer fields."""
+RUNTIME_FIELDS = ("num_workers", "checkpoint_every")
 """Fields that do not change the result."""
+_INTERVAL = re.compile(r"(\d+(?:\.\d+)?) *(steps?|min|minutes?)")
 
 
 @dataclass(frozen=True)
@@ -32,8 +47,14 @@ class Recipe:
 
     Attributes:
         epochs: passes over the training set.
-        batch_size: images per step. The last partial batch is kept; a last batch of one image is appended to the
-            one before it (a generator's BatchNorm cannot normalise a single 1×1 map).
+        min_steps: lowest number of optimizer steps; for a small training set, `epochs` is raised to reach it
+            (`with_enough_steps`). `replace` sets it to 0 if it changes `epochs`: a number that is asked for is kept.
+        patience: stop after this many epochs without a better one, as `select_by` compares them; None never does.
+        batch_size: images per step, over all processes. The last partial batch is kept; a last batch of one image is
+            appended to the one before it (a generator's BatchNorm cannot normalise a single 1×1 map).
+        accumulate: batches per optimizer step. k batches of b images give the step of one batch of k · b, up to
+            rounding, except for what a model computes from a whole batch or draws for it: BatchNorm (PGN), dropout,
+            latent noise, mixup and cutmix.
         lr: peak learning rate of the generator (and of the backbone in full fine-tuning), as passed to the optimizer.
             It is not scaled by the batch size; `Recipe.scaled_lr` does that as the papers do.
         head_lr: peak learning rate of the head; None is `lr`.
@@ -49,7 +70,17 @@ class Recipe:
         warmup_floor: lowest learning rate of the warmup, as a fraction of lr.
         min_lr_ratio: the cosine after the warmup ends at `lr * min_lr_ratio`.
         clip_grad: maximum global gradient norm; None does not clip.
+        loss: "cross_entropy"; "bce", binary cross-entropy averaged over the classes, for class labels or for rows of
+            several labels per image (N, C); "mse" or "l1" for a regression with one head output per value.
         label_smoothing: probability mass spread over all classes in the training loss.
+        class_weights: weights of the classes in the cross-entropy of training: one positive number per class,
+            "balanced" (N / (C · n_c), with n_c of N training images in class c), or "none".
+        sampling: "shuffle" shows every training image once an epoch. "balanced" draws as many with replacement, each
+            class with the same probability.
+        mixup, cutmix: parameter alpha of timm's Mixup (Zhang et al. 2018; Yun et al. 2019); 0 is off. With both, each
+            batch is mixed in one of the two ways. Of an odd batch, the last image is not mixed.
+        random_erasing: probability that a rectangle of an image becomes noise (timm's RandomErasing, Zhong et al.
+            2020).
         kl_warmup_epochs: epochs over which the KL term's weight rises linearly from 0 to the configuration's `beta`.
         seed: seed of shuffling, dropout, latent noise and augmentation.
         dtype: dtype in which the frozen backbone computes: "auto" (bfloat16 if the device has bfloat16 instructions,
@@ -58,8 +89,12 @@ class Recipe:
             features before the first step), or "vpt" (as VPT and VAPT do, `LinearHead.reset`). Other heads ignore it.
         select_by: epoch to keep the weights of: the one with the highest validation "accuracy" (then the lower loss),
             with the lowest validation "loss", which is less noisy with few validation images, or the "last" one.
+        rollbacks: number of times that a diverged run goes back to its last good state and on at a third of the
+            learning rate. Then a mean loss of an epoch above three times that of the first counts as diverged, too.
         num_workers: number of processes that load images; 0 loads them in this process. It does not change the
             result without augmentation.
+        checkpoint_every: interval between checkpoints within an epoch, as "N steps" or "N minutes"; "epoch" saves
+            only after each epoch. It does not change the result.
         deterministic: choose nothing by timing and use PyTorch's deterministic algorithms. If implementations of an op
             differ in their last bits, PyTorch's own is used. Two runs then end in the same bits with the same
             processor, threads and versions, at some cost in speed.
@@ -69,7 +104,10 @@ class Recipe:
     """
 
     epochs: int = 30
+    min_steps: int = 0
+    patience: int | None = None
     batch_size: int = 32
+    accumulate: int = 1
     lr: float = 1e-3
     head_lr: float | None = None
     backbone_lr: float | None = None
@@ -82,18 +120,28 @@ class Recipe:
     warmup_floor: float = 0.0
     min_lr_ratio: float = 0.0
     clip_grad: float | None = None
+    loss: str = "cross_entropy"
     label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] | str = "none"
+    sampling: str = "shuffle"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    random_erasing: float = 0.0
     kl_warmup_epochs: float = 0.0
     seed: int = 0
     dtype: str = "auto"
     head_init: str = "default"
     select_by: str = "accuracy"
+    rollbacks: int = 0
     num_workers: int = 0
+    checkpoint_every: str = "10 minutes"
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("num_workers", 0)):
+        for name, low in _INTEGERS.items():
             value = getattr(self, name)
+            if name == "patience" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ArgumentTypeError(name, f"must be an integer, got {type(value).__name__} {value!r}")
             if not low <= value < 2**63:
@@ -111,6 +159,9 @@ class Recipe:
         self._check_number("clip_grad", low=0, open_low=True, optional=True)
         self._check_number("label_smoothing", low=0, high=1, open_high=True)
         self._check_number("kl_warmup_epochs", low=0)
+        self._check_number("mixup", low=0)
+        self._check_number("cutmix", low=0)
+        self._check_number("random_erasing", low=0, high=1)
         if self.warmup_epochs > self.epochs:
             raise ArgumentError("warmup_epochs", f"must be at most epochs ({self.epochs}), got {self.warmup_epochs}")
         for name, choices in _CHOICES.items():
@@ -118,6 +169,37 @@ class Recipe:
                 raise ArgumentError(
                     name, f"must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}"
                 )
+        self._check_class_weights()
+        self._check_combinations()
+
+    def _check_class_weights(self) -> None:
+        weights = self.class_weights
+        if isinstance(weights, list):  # from JSON
+            object.__setattr__(self, "class_weights", weights := tuple(weights))
+        if weights == "none" or weights == "balanced":
+            return
+        numbers = isinstance(weights, tuple) and all(
+            isinstance(weight, (int, float)) and not isinstance(weight, bool) for weight in weights
+        )
+        if not numbers or not weights or not all(0 < float(w) < math.inf for w in weights):
+            raise ArgumentError(
+                "class_weights", f"must be 'none', 'balanced' or one positive number per class, got {weights!r}"
+            )
+
+    def _check_combinations(self) -> None:
+        """Raise an error for fields that do not fit each other."""
+        checkpoint_interval(self.checkpoint_every)
+        if self.patience is not None and self.select_by == "last":
+            raise ArgumentError("patience", f"must be None with select_by='last', got {self.patience}")
+        for name, neutral in (("class_weights", "none"), ("label_smoothing", 0.0)):
+            value = getattr(self, name)
+            if self.loss != "cross_entropy" and value != neutral:
+                raise ArgumentError(name, f"must be {neutral!r} with loss={self.loss!r}, got {value!r}")
+        for name in ("mixup", "cutmix"):
+            if self.loss in ("mse", "l1") and getattr(self, name):
+                raise ArgumentError(name, f"must be 0 with loss={self.loss!r}, got {getattr(self, name)}")
+        if self.loss in ("mse", "l1") and self.sampling != "shuffle":
+            raise ArgumentError("sampling", f"must be 'shuffle' with loss={self.loss!r}, got {self.sampling!r}")
 
     def _check_number(
         self,
@@ -143,11 +225,13 @@ class Recipe:
             raise ArgumentError(name, f"must be in {interval}, got {value!r}")
 
     def replace(self, **changes: Any) -> Recipe:
-        """Return a copy with some fields changed.
+        """Return a copy with some fields changed. A change of `epochs` sets `min_steps` to 0 unless that is given.
 
         Raises:
             ValueError: a name is not a field.
         """
+        if changes.get("epochs", self.epochs) != self.epochs:
+            changes.setdefault("min_steps", 0)
         return Recipe.from_dict({**self.to_dict(), **changes})
 
     def adjusted(self, changes: Mapping[str, Any]) -> Recipe:
@@ -156,11 +240,36 @@ class Recipe:
         if isinstance(epochs, int) and epochs > 0:
             for warmup in ("warmup_epochs", "kl_warmup_epochs"):
                 changes.setdefault(warmup, getattr(self, warmup) * epochs / self.epochs)
+            changes.setdefault("min_steps", 0)
         return self.replace(**changes)
+
+    def with_enough_steps(self, batches: int) -> Recipe:
+        """Return the recipe with `epochs` raised, and the warmups with it, to reach `min_steps`, which becomes 0.
+
+        Args:
+            batches: batches in one epoch.
+        """
+        epochs = math.ceil(self.min_steps / math.ceil(batches / self.accumulate))
+        return self.adjusted({"epochs": epochs}) if epochs > self.epochs else self.replace(min_steps=0)
+
+    def left_out(self, own: Recipe) -> dict[str, tuple[Any, Any]]:
+        """Return the fields that are at the class's default and differ in a method's own recipe: name -> (mine, own).
+
+        A recipe that was derived from another one (`replace`, `from_dict`, `default_recipe`, `paper_recipe`) leaves
+        nothing out.
+        """
+        if getattr(self, "_derived", False):
+            return {}
+        default = Recipe()
+        found = {name: both for name, both in self.differences(own).items() if both[0] == getattr(default, name)}
+        if self.epochs != default.epochs:  # a number that is asked for needs no floor
+            found.pop("min_steps", None)
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as JSON values."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -173,7 +282,9 @@ class Recipe:
         for key in values:
             if key not in known:
                 raise ArgumentError("recipe", f"must have known fields, got {key!r}; known are {', '.join(known)}")
-        return cls(**values)
+        recipe = cls(**values)
+        object.__setattr__(recipe, "_derived", True)
+        return recipe
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
         """Return the fields that differ and change the result: name -> (mine, other's)."""
@@ -234,8 +345,26 @@ class Recipe:
         return min(1.0, (step + 1) / warmup) if warmup else 1.0
 
 
+def checkpoint_interval(text: str) -> tuple[float, str]:
+    """Parse `Recipe.checkpoint_every` into (number, "steps" or "minutes"); "epoch" is (inf, "steps").
+
+    Raises:
+        TypeError, ValueError: the text is none of these, or the number is not positive.
+    """
+    takes = "must be 'epoch', 'N steps' or 'N minutes'"
+    if not isinstance(text, str):
+        raise ArgumentTypeError("checkpoint_every", f"{takes}, got {type(text).__name__} {text!r}")
+    if text == "epoch":
+        return math.inf, "steps"
+    found = _INTERVAL.fullmatch(text.strip())
+    if found is None or float(found[1]) == 0 or (found[2].startswith("step") and "." in found[1]):
+        raise ArgumentError("checkpoint_every", f"{takes}, got {text!r}")
+    return float(found[1]), "steps" if found[2].startswith("step") else "minutes"
+
+
 COMMON_RECIPE: dict[str, Any] = {
     "epochs": 10,
+    "min_steps": 200,
     "batch_size": 16,
     "warmup_epochs": 1.0,
     "head_lr": 1e-3,
@@ -251,7 +380,7 @@ def default_recipe(config: PromptConfig | str, *, train_backbone: bool = False) 
     It was chosen for float32 prompts on a bfloat16 CLIP ViT-B/16 and a few hundred images: a new head with its own
     learning rate, label smoothing, and the epoch with the lowest validation loss (results/exploration.md). Choose
     your own learning rate on validation (`fastprompt.train.grid.select_learning_rate`). The recipe was tried with 300
-    to 400 steps; far fewer hardly train a new head.
+    to 400 steps; far fewer hardly train a new head, so small sets get more epochs (`Recipe.min_steps`).
 
     Args:
         config: a method's configuration (fp.PGNConfig(), ...), its kind, or a method's name.

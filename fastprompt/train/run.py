@@ -8,25 +8,23 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
 from fastprompt.adapters import without_resampled
-from fastprompt.arguments import ArgumentError
 from fastprompt.files import atomic_write
 from fastprompt.heads import LinearHead
 from fastprompt.memory import peak_memory_mib, reset_peak_memory
 from fastprompt.terminal import say
-from fastprompt.train.batches import Batches, is_tensor_pair
+from fastprompt.train.callbacks import Callback, Step
+from fastprompt.train.checkpoint import rng_state, set_rng_state
 from fastprompt.train.directory import BEST_DIRECTORY, RECIPE_FILE, RunDirectory
-from fastprompt.train.evaluate import compute_dtype, device_of, evaluation_mode
+from fastprompt.train.evaluate import compute_dtype, device_of
 from fastprompt.train.identity import (
     as_recorded_here,
     not_covered,
@@ -34,42 +32,33 @@ from fastprompt.train.identity import (
     run_identity,
     weights_digest,
 )
-from fastprompt.train.log import choices_line, environment, progress_bar, start_line, whole_log
-from fastprompt.train.loop import Loop, TrainingDiverged
+from fastprompt.train.log import choices_line, environment, epoch_line, progress_bar, start_line, whole_log
+from fastprompt.train.loop import Loop, Totals, TrainingDiverged
 from fastprompt.train.optimizer import make_optimizer
-from fastprompt.train.recipes import Recipe
-from fastprompt.train.state import RunState, best_weights, holds, recorded_identity
+from fastprompt.train.ranks import Ranks
+from fastprompt.train.recipes import Recipe, checkpoint_interval
+from fastprompt.train.result import FitResult
+from fastprompt.train.sources import RunData
+from fastprompt.train.state import Progress, RunState, best_weights, holds, recorded_identity
+from fastprompt.train.termination import Terminated, polling, requested
 
 if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
 
 Saved = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors and JSON values of a state file."""
+LENGTH_FIELDS = ("epochs", "min_steps", "warmup_epochs", "kl_warmup_epochs", "patience")
+"""Fields of the recipe that may differ if a finished run goes on for more epochs."""
+EXTEND_HINT = ". To go on with it for more epochs, pass extend=True (--extend)"
 
 
-@dataclass
-class FitResult:
-    """The result of `fit`.
+@dataclass(frozen=True)
+class Options:
+    """What `fit` takes that changes neither recipe nor data; see there."""
 
-    Attributes:
-        best_epoch: the epoch, counted from 1, that `recipe.select_by` selects: by default the one with the highest
-            validation accuracy and, among equals, the lowest validation loss.
-        best_val_accuracy, best_val_loss: of that epoch.
-        history: one dict per epoch, as in the log.
-        images_per_second: training images over training time (validation and saving excluded).
-        peak_memory_mib: highest allocation on CUDA; highest resident size of the process while fitting on the CPU.
-        seconds: wall time of all epochs, including those of interrupted runs.
-        out_dir: directory of log and checkpoints, or None.
-    """
-
-    best_epoch: int
-    best_val_accuracy: float
-    history: list[dict[str, Any]]
-    images_per_second: float
-    peak_memory_mib: float
-    seconds: float
-    out_dir: Path | None
-    best_val_loss: float = float("nan")
+    extend: bool = False
+    compare_probe: bool = False
+    callbacks: Sequence[Callback | str] = ()
 
 
 class Run:
@@ -83,27 +72,35 @@ class Run:
         recipe: Recipe,
         directory: RunDirectory | None,
         show_progress: bool,
-        data: Mapping[str, Any],
+        identities: Mapping[str, Any],
         announced: bool,
+        callbacks: Sequence[Callback],
+        options: Options,
+        ranks: Ranks,
     ) -> None:
-        self.announced = announced
+        self.ranks = ranks
+        show_progress = show_progress and ranks.main
+        self.announced, self.callbacks = announced, callbacks
+        self.extend, self.compare_probe = options.extend, options.compare_probe
         self.model, self.recipe, self.directory, self.show_progress = model, recipe, directory, show_progress
         self.device = device_of(model)
-        self.train_source, self.val_source = train, val
-        assert model.head is not None
-        self.num_classes = model.head.num_classes
+        self.data = RunData(model, train, val, recipe, ranks)
         self.backbone_dtype = compute_dtype(recipe.dtype, self.device)
         optimizer = make_optimizer(model.trainable_parameters(), recipe)
-        identity = run_identity(model, recipe, self.backbone_dtype, data)
+        identity = run_identity(model, recipe, self.backbone_dtype, identities)
         self.state = RunState(model, optimizer, identity, environment(self.device), measure=not recipe.deterministic)
-        self.feature_seconds = 0.0
-        head_only = model.generator is None and not model.full
-        self.cached = head_only and _same_every_epoch(train) and _same_every_epoch(val)
+        self.last_commit = time.monotonic()
+        self.good: Saved | None = None
         if directory is not None:
             for name in ("train", "val"):
                 gap = not_covered(identity[name], name)
                 if gap is not None:
                     warnings.warn(gap, stacklevel=4)
+
+    def shared_state(self, resume: bool) -> Saved | None:
+        """Return what `find_saved` finds in the first process, in all of them; None without `resume`."""
+        saved, self.extend = self.ranks.of_main(lambda: (self.find_saved() if resume else None, self.extend))
+        return saved
 
     def find_saved(self) -> Saved | None:
         """Return the saved state of this run, or None; raise `ValueError` if it belongs to another run."""
@@ -115,17 +112,21 @@ class Run:
         holds_result = self.is_finished(saved) and weights_digest(best_weights(tensors)) == weights_digest(
             self.state.best
         )
+        recorded = as_recorded_here(recorded_identity(values), without_resampled(tensors)[1], self.model.backbone)
+        more = self.is_finished(saved) and self.recipe.epochs > values["progress"]["epoch"]
+        self.extend = self.extend and more
         require_same(
             self.state.identity,
-            as_recorded_here(recorded_identity(values), without_resampled(tensors)[1], self.model.backbone),
+            recorded,
             self.directory.path,
-            except_for=["initial_weights"] if holds_result else [],
+            except_for=["initial_weights"] * holds_result + [f"recipe.{name}" for name in LENGTH_FIELDS] * self.extend,
+            hint=EXTEND_HINT if more and recorded["recipe"]["epochs"] < self.recipe.epochs else "",
         )
         if "identity" not in values:
             warnings.warn(
                 f"{self.directory.path} holds a run of an earlier version, which recorded neither its images nor its "
                 "initial weights, so these cannot be compared",
-                stacklevel=4,
+                stacklevel=7,
             )
         return saved
 
@@ -136,64 +137,27 @@ class Run:
 
     def recall_choices(self, values: Mapping[str, Any]) -> None:
         """Take over the timing choices of the process that wrote the state."""
-        assert self.directory is not None
         made = self.state.choices.made
         made |= values.get("choices", {})
-        made |= self.directory.read_choices(values["run"]) if "run" in values else {}
+        if self.directory is not None and "run" in values:
+            made |= self.directory.read_choices(values["run"])
 
     def prepare_data(self) -> None:
         """Prepare batches of images, or of features for a linear probe, after a trial forward."""
-        train, val = self.train_source, self.val_source
-        for name, data in (("train", train), ("val", val)):
-            images, _ = next(
-                iter(Batches(data, 2, name=name, num_classes=self.num_classes, device=self.device).epoch())
-            )
-            with evaluation_mode(self.model):
-                self.model(images[:2])
-        self._check_single_images()
-        if self.cached:
-            from fastprompt.train.probe import extract_features
-
-            began = time.perf_counter()
-            train = extract_features(self.model, train, self.recipe.batch_size, num_workers=self.recipe.num_workers)
-            val = extract_features(self.model, val, self.recipe.batch_size, num_workers=self.recipe.num_workers)
-            self.feature_seconds = time.perf_counter() - began
-        self.train = Batches(
-            train,
-            self.recipe.batch_size,
-            name="train",
-            num_classes=self.num_classes,
-            device=self.device,
-            seed=self.recipe.seed,
-            merge_single=True,
-            num_workers=self.recipe.num_workers,
+        self.data.try_out()
+        began = time.perf_counter()
+        self.train, self.val = self.data.batches()
+        self.feature_seconds = time.perf_counter() - began if self.data.cached else 0.0
+        self.loop = Loop(
+            self.model,
+            self.state.optimizer,
+            self.recipe,
+            self.data.task,
+            self.train,
+            self.val,
+            self.data.cached,
+            self.ranks,
         )
-        self.val = Batches(
-            val,
-            max(64, self.recipe.batch_size),
-            name="val",
-            num_classes=self.num_classes,
-            device=self.device,
-            num_workers=self.recipe.num_workers,
-        )
-        self.loop = Loop(self.model, self.state.optimizer, self.recipe, self.train, self.val, self.cached)
-
-    def _check_single_images(self) -> None:
-        """Raise an error if there are batches of one image and the generator's batch norm cannot process them."""
-        generator, train = self.model.generator, self.train_source
-        size = train.batch_size if isinstance(train, DataLoader) else self.recipe.batch_size
-        first = Batches(train, 1, name="train", num_classes=self.num_classes, device=self.device)
-        if generator is None or generator.known_at != "image" or 1 not in (size, first.num_images):
-            return
-        images, _ = next(iter(first.epoch()))
-        try:
-            copy.deepcopy(generator).train()(self.model.backbone.normalise(images[:1]).float())
-        except ValueError as error:
-            raise ArgumentError(
-                "batch_size",
-                f"must be at least 2 and train must hold at least 2 images for {self.model.config.kind!r} "
-                f"here, got {size} and {first.num_images}: its batch norm cannot process a single image ({error})",
-            ) from error
 
     def start(self, files: Mapping[str, str]) -> None:
         """Start a new run: seed, initialise the head, and save a state so that the first epoch can be resumed."""
@@ -203,16 +167,18 @@ class Run:
         random.seed(seed)
         assert self.model.head is not None
         if self.recipe.head_init == "probe" and self.model.head.kind == "linear":
-            from fastprompt.train.probe import extract_features, fit_linear_probe
-
-            pairs = [
-                extract_features(self.model, data, self.recipe.batch_size, num_workers=self.recipe.num_workers)
-                for data in (self.train_source, self.val_source)
-            ]
-            fit_linear_probe(self.model, pairs[0], pairs[1])
+            self.state.progress.probe_accuracy = self._fit_probe()
             self.state.best = self.state.weights()
+        elif self.compare_probe and isinstance(self.model.head, LinearHead):
+            states, head = rng_state(), copy.deepcopy(self.model.head.state_dict())
+            self.state.progress.probe_accuracy = self._fit_probe()
+            self.model.head.load_state_dict(head)
+            set_rng_state(*states)
         if self.recipe.head_init == "vpt" and isinstance(self.model.head, LinearHead):
             self.model.head.reset()
+            self.state.best = self.state.weights()
+        if self.ranks.size > 1:
+            self.model.load_adapter_state_dict(self.ranks.of_main(self.state.weights))
             self.state.best = self.state.weights()
         progress = self.state.progress
         progress.seconds = progress.train_seconds = self.feature_seconds
@@ -233,13 +199,19 @@ class Run:
         ]
         if self.directory is not None:
             self.directory.begin(files)
-            self.commit()
+        self.commit()
+        if self.directory is not None:
             self._keep_new_choices(self.directory)
-        self._say_start()
+        self._announce()
 
-    def go_on(self, saved: Saved) -> None:
-        """Resume from the saved state."""
-        assert self.directory is not None
+    def _fit_probe(self) -> float:
+        """Fit the linear head to the features of the model as it is; return the probe's validation accuracy."""
+        from fastprompt.train.probe import fit_linear_probe
+
+        return fit_linear_probe(self.model, *self.data.features()).best_val_accuracy
+
+    def go_on(self, saved: Saved, files: Mapping[str, str]) -> None:
+        """Resume from the saved state; a run that is extended gets `files` anew, and its old results are removed."""
         tensors, values = saved
         self.state.restore(tensors, values)
         changed = {
@@ -247,33 +219,48 @@ class Run:
             for name, value in self.state.environment.items()
             if "environment" in values and value != values["environment"].get(name)
         }
-        if changed:
+        if changed and self.directory is not None:
             said = ", ".join(f"{name} is {new}, was {old}" for name, (new, old) in changed.items())
             warnings.warn(
                 f"{self.directory.path} is resumed in another environment, so last bits may differ: {said}",
                 stacklevel=4,
             )
         progress = self.state.progress
-        progress.events = whole_log(progress.events, self.directory.read_log())
-        progress.events.append({"event": "resume", "epoch": progress.epoch, "environment": self.state.environment})
-        self._make_up(tensors)
-        self._keep_new_choices(self.directory)
-        self._say_start()
-        self._say(f"resuming after epoch {progress.epoch} of {self.recipe.epochs}")
+        self.loop.scale = progress.scale
+        self._remember(saved)
+        if self.directory is not None:
+            progress.events = whole_log(progress.events, self.directory.read_log())
+        row: dict[str, Any] = {"epoch": progress.epoch, "environment": self.state.environment}
+        place = f"epoch {progress.epoch}"
+        if self.state.part is not None:
+            row["step"] = self.state.part.steps
+            place = f"step {row['step']} of epoch {progress.epoch + 1}"
+        if self.extend:
+            before = recorded_identity(values)["recipe"]["epochs"]
+            progress.events.append({"event": "extend", "before": before, "epochs": self.recipe.epochs, **row})
+            self.commit()
+            if self.directory is not None:
+                self.directory.extend(files)
+        else:
+            progress.events.append({"event": "resume", **row})
+        if self.directory is not None:
+            self._make_up(self.directory, tensors)
+            self._keep_new_choices(self.directory)
+        self._announce()
+        self._say(f"{'going on' if self.extend else 'resuming'} after {place} of {self.recipe.epochs}")
 
-    def _make_up(self, tensors: Mapping[str, Tensor]) -> None:
+    def _make_up(self, directory: RunDirectory, tensors: Mapping[str, Tensor]) -> None:
         """Rebuild the files that follow from the state if they are lost or do not match it."""
-        assert self.directory is not None
-        path, progress = self.directory.path, self.state.progress
+        path, progress = directory.path, self.state.progress
         recipe = json.dumps(self.recipe.to_dict(), indent=2) + "\n"
         if not (path / RECIPE_FILE).exists() or (path / RECIPE_FILE).read_text() != recipe:
             atomic_write(path / RECIPE_FILE, recipe)
-        if self.directory.read_log() != progress.events:
-            self.directory.write_log(progress.events)
+        if directory.read_log() != progress.events:
+            directory.write_log(progress.events)
         if progress.best_epoch and not holds(path / BEST_DIRECTORY, best_weights(tensors)):
             now = self.state.weights()
             self.model.load_adapter_state_dict(self.state.best)
-            self.directory.write_best(self.model)
+            directory.write_best(self.model)
             self.model.load_adapter_state_dict(now)
 
     def _keep_new_choices(self, directory: RunDirectory) -> None:
@@ -281,12 +268,16 @@ class Run:
         choices = self.state.choices
         choices.on_choice = lambda: directory.write_choices(self.state.name, choices.made)
 
-    def _say_start(self) -> None:
+    def _announce(self) -> None:
+        """Say what starts, and tell the callbacks."""
+        start = self.state.progress.events[0]
         if not self.announced:
-            self._say(start_line(self.state.progress.events[0]))
+            self._say(start_line(start, self.recipe.epochs, self.loop.steps))
         chosen = choices_line(self.state.choices.made)
         if chosen is not None:
             self._say(chosen)
+        for callback in self.callbacks:
+            callback.on_start(start)
 
     def _say(self, line: str) -> None:
         if self.show_progress:
@@ -295,57 +286,102 @@ class Run:
     def train_to_the_end(self) -> None:
         """Train the remaining epochs, then record the event that marks the run as finished."""
         recipe, progress = self.recipe, self.state.progress
-        total, done = (epochs * self.train.num_images for epochs in (recipe.epochs, progress.epoch))
         reset_peak_memory(self.device)
-        with progress_bar(self.show_progress, total, done) as bar:
-            try:
-                while progress.epoch < recipe.epochs:
-                    self.one_epoch(progress.epoch + 1, bar)
-            except TrainingDiverged as error:
-                progress.events.append(
-                    {
-                        "event": "diverged",
-                        "epoch": error.epoch,
-                        "step": error.step,
-                        "lr": error.lr,
-                        "message": str(error),
-                    }
-                )
-                if self.directory is not None:
-                    self.directory.write_log(progress.events)
-                self.model.load_adapter_state_dict(self.state.best)
-                raise
-        progress.events.append(
-            {
-                "event": "end",
-                "best_epoch": progress.best_epoch,
-                "best_val_accuracy": progress.best_val_accuracy,
-                "best_val_loss": progress.best_val_loss,
-                "images_per_second": progress.train_images / progress.train_seconds,
-                "seconds": progress.seconds,
-                "peak_memory_mib": peak_memory_mib(self.device),
-            }
-        )
+        total, done = recipe.epochs * self.train.num_images, self._images_done(self.state.part)
+        with progress_bar(self.show_progress, total, done) as bar, polling():
+            while not self._is_done():
+                try:
+                    self.one_epoch(self.state.progress.epoch + 1, bar)
+                except TrainingDiverged as error:
+                    self._log_divergence(error)
+                    if self.good is None or progress.rollbacks >= recipe.rollbacks:
+                        self.model.load_adapter_state_dict(self.state.best)
+                        raise
+                    progress = self._roll_back(error)
+        end = {
+            "event": "end",
+            "best_epoch": progress.best_epoch,
+            "best_val_accuracy": progress.best_val_accuracy,
+            "best_val_loss": progress.best_val_loss,
+            "images_per_second": progress.train_images / progress.train_seconds,
+            "seconds": progress.seconds,
+            "peak_memory_mib": peak_memory_mib(self.device),
+        }
+        if progress.epoch < recipe.epochs:
+            end["stopped_after"] = progress.epoch
+            self._say(f"stopped after epoch {progress.epoch}: no better one for {recipe.patience} epochs")
+        progress.events.append(end)
         self.commit()
+        probe = progress.probe_accuracy
+        if self.ranks.main and probe is not None and progress.best_val_accuracy < probe:
+            warnings.warn(
+                f"the validation accuracy of {progress.best_val_accuracy:.3f} is below that of a linear probe on the "
+                f"same features, {probe:.3f}: train longer, with another learning rate or head_init='probe'",
+                stacklevel=4,
+            )
+
+    def _images_done(self, part: Totals | None) -> int:
+        of_part = 0 if part is None else int(part.read()["images"])
+        return self.state.progress.epoch * self.train.num_images + of_part
+
+    def _is_done(self) -> bool:
+        """Whether all epochs are done, or none was better for `patience` epochs."""
+        progress, patience = self.state.progress, self.recipe.patience
+        return progress.epoch >= self.recipe.epochs or (
+            patience is not None and progress.epoch - progress.best_epoch >= patience
+        )
+
+    def _log_divergence(self, error: TrainingDiverged) -> None:
+        row = {"event": "diverged", "epoch": error.epoch, "step": error.step, "lr": error.lr, "message": str(error)}
+        self.state.progress.events.append(row)
+        if self.directory is not None:
+            self.directory.write_log(self.state.progress.events)
+
+    def _roll_back(self, error: TrainingDiverged) -> Progress:
+        """Go back to the last good state, at a third of the learning rate; return its progress."""
+        before = self.state.progress
+        good = self.ranks.of_main(lambda: self.good)
+        assert good is not None
+        self.state.restore(*copy.deepcopy(good))
+        progress = self.state.progress
+        progress.rollbacks, progress.scale = before.rollbacks + 1, before.scale / 3
+        self.loop.scale = progress.scale
+        steps = 0 if self.state.part is None else self.state.part.steps
+        row = {"event": "rollback", "epoch": progress.epoch, "step": steps, "scale": progress.scale}
+        progress.events = [*before.events, row]
+        self.commit()
+        after = f"step {steps} of epoch {progress.epoch + 1}" if steps else f"epoch {progress.epoch}"
+        self._say(f"{error.what} at epoch {error.epoch}: back to the state after {after}, at a third of the rate")
+        return progress
 
     def one_epoch(self, epoch: int, bar: Any) -> None:
-        """Train and validate for one epoch, then commit the result."""
-        progress = self.state.progress
-        began = time.perf_counter()
+        """Train and validate for one epoch, or the rest of it, then commit the result."""
+        state, progress = self.state, self.state.progress
+        totals = Totals(self.device, rng_state()) if state.part is None else state.part
+        self.began, self.before = time.perf_counter(), totals.seconds
+        bar.n = self._images_done(totals)
         said = f" val {progress.best_val_accuracy:.3f} (best)" if progress.epoch else ""
-        record = self.loop.train(epoch, bar, said)
-        trained = time.perf_counter() - began
-        val_loss, val_accuracy = self.loop.validate(epoch)
-        now, best = (val_accuracy, -val_loss), (progress.best_val_accuracy, -progress.best_val_loss)
+        record = self.loop.train(epoch, bar, said, totals, self._after_step)
+        self._refuse_explosion(epoch, record)
+        self._keep_time(totals)
+        trained, after_training = totals.seconds, rng_state()
+
+        def stop_if_asked() -> None:
+            if requested() and self.ranks.main:
+                set_rng_state(*after_training)
+                self._save_and_stop(epoch, totals)
+
+        val_loss, score = self.loop.validate(epoch, stop_if_asked)
+        now, best = (score, -val_loss), (progress.best_val_accuracy, -progress.best_val_loss)
         improved = now[::-1] > best[::-1] if self.recipe.select_by == "loss" else now > best
         improved = improved or self.recipe.select_by == "last"
         if improved:
-            progress.best_epoch, progress.best_val_accuracy, progress.best_val_loss = epoch, val_accuracy, val_loss
-            self.state.best = self.state.weights()
+            progress.best_epoch, progress.best_val_accuracy, progress.best_val_loss = epoch, score, val_loss
+            state.best = state.weights()
         progress.epoch = epoch
         progress.train_images += self.train.num_images
         progress.train_seconds += trained
-        seconds = time.perf_counter() - began
+        seconds = self.before + time.perf_counter() - self.began
         progress.seconds += seconds
         progress.events.append(
             {
@@ -353,21 +389,72 @@ class Run:
                 "epoch": epoch,
                 **record,
                 "val_loss": val_loss,
-                "val_accuracy": val_accuracy,
+                f"val_{self.data.task.metric}": score,
                 "images_per_second": self.train.num_images / trained,
                 "seconds": seconds,
             }
         )
-        bar.set_postfix_str(bar.postfix.rsplit(" val ", 1)[0] + f" val {val_accuracy:.3f}" if bar.postfix else "")
+        state.part = None
         self.commit()
         if improved and self.directory is not None:
             self.directory.write_best(self.model)
+        if self.show_progress:
+            with bar.external_write_mode(file=sys.stderr):
+                say(epoch_line(progress.events[-1], self.recipe.epochs, self.data.task.metric, improved), sys.stderr)
+        for callback in self.callbacks:
+            callback.on_epoch(progress.events[-1])
+
+    def _refuse_explosion(self, epoch: int, record: Mapping[str, Any]) -> None:
+        """Raise `TrainingDiverged` for an epoch's mean loss far above the first one's, where a rollback can mend it."""
+        losses = [event["train_loss"] for event in self.state.progress.events if event["event"] == "epoch"]
+        if self.recipe.rollbacks and losses and record["train_loss"] > 3 * losses[0]:
+            what = f"mean loss is {record['train_loss']:.4g}, more than three times that of the first epoch"
+            raise TrainingDiverged(what, epoch, 0, record["lr"], "as a whole")
+
+    def _keep_time(self, totals: Totals) -> None:
+        totals.seconds = self.before + time.perf_counter() - self.began
+
+    def _after_step(self, totals: Totals, step: Step) -> None:
+        """Tell the callbacks, and save if it is time to or the process is asked to end."""
+        for callback in self.callbacks:
+            callback.on_step(step)
+        if not self.ranks.main:
+            return
+        if requested():
+            self._save_and_stop(step.epoch, totals)
+        number, unit = checkpoint_interval(self.recipe.checkpoint_every)
+        due = totals.steps % number == 0 if unit == "steps" else time.monotonic() - self.last_commit > 60 * number
+        if due:
+            self._save_part(step.epoch, totals)
+
+    def _save_part(self, epoch: int, totals: Totals) -> None:
+        """Commit the state in the middle of an epoch."""
+        if self.ranks.size == 1:
+            self.loop.require_finite(epoch, totals)
+        elif totals.read()["bad_step"]:  # all processes see that together, at the end of the epoch
+            return
+        self._keep_time(totals)
+        self.state.part = totals
+        self.commit()
+
+    def _save_and_stop(self, epoch: int, totals: Totals) -> NoReturn:
+        self._save_part(epoch, totals)
+        raise Terminated(saved=self.directory is not None)
 
     def commit(self) -> None:
-        """Write the state, then the files that follow from it."""
+        """Write the state, then the files that follow from it; remember it if the run may go back to it."""
+        self.last_commit = time.monotonic()
+        if self.directory is None and not self.recipe.rollbacks:
+            return
+        saved = self.state.saved()
+        self._remember(saved)
         if self.directory is not None:
-            self.directory.commit(*self.state.saved())
+            self.directory.commit(*saved)
             self.directory.write_log(self.state.progress.events)
+
+    def _remember(self, saved: Saved) -> None:
+        if self.recipe.rollbacks:
+            self.good = copy.deepcopy(saved)
 
     def result(self, saved: Saved | None = None) -> FitResult:
         """Load the best weights into the model and return the finished run's result.
@@ -378,10 +465,10 @@ class Run:
         state = self.state
         if saved is not None:
             state.restore(*saved)
+        if saved is not None and self.directory is not None:
             try:
-                self._make_up(saved[0])
+                self._make_up(self.directory, saved[0])
             except OSError as error:
-                assert self.directory is not None
                 warnings.warn(
                     f"{self.directory.path} holds a finished run with an incomplete log or best/, which could not be "
                     f"rebuilt: {error}",
@@ -391,7 +478,7 @@ class Run:
         self.model.eval()
         progress = state.progress
         end = progress.events[-1]
-        return FitResult(
+        result = FitResult(
             best_epoch=progress.best_epoch,
             best_val_accuracy=progress.best_val_accuracy,
             best_val_loss=progress.best_val_loss,
@@ -401,10 +488,7 @@ class Run:
             seconds=progress.seconds,
             out_dir=None if self.directory is None else self.directory.path,
         )
-
-
-def _same_every_epoch(data: Any) -> bool:
-    """Whether the data are known to yield the same images in every epoch (no augmentation)."""
-    if is_tensor_pair(data) or isinstance(data, TensorDataset):
-        return True
-    return not isinstance(data, DataLoader) and getattr(data, "augment", "unknown") in ("none", None, False)
+        if saved is None:
+            for callback in self.callbacks:
+                callback.on_end(result)
+        return result

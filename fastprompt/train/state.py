@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import warnings
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from torch import Tensor
 from fastprompt.adapters import read_adapter, with_resampled, without_resampled
 from fastprompt.kernels.stopwatch import Choices
 from fastprompt.train.checkpoint import optimizer_state, rng_state, set_optimizer_state, set_rng_state
+from fastprompt.train.evaluate import device_of
+from fastprompt.train.loop import Totals
 from fastprompt.train.recipes import RUNTIME_FIELDS, Recipe
 
 if TYPE_CHECKING:
@@ -23,16 +26,26 @@ if TYPE_CHECKING:
 
 @dataclass
 class Progress:
-    """The progress of a run, including the rows of its log."""
+    """The progress of a run, including the rows of its log.
+
+    Attributes:
+        epoch: epochs that are complete.
+        best_val_accuracy: the score by which epochs are compared: accuracy, or what `Task.metric` names.
+        rollbacks: times that the run went back to an earlier state. scale: factor of its learning rates since then.
+        probe_accuracy: validation accuracy of a linear probe, if it is known.
+    """
 
     epoch: int = 0
     best_epoch: int = 0
-    best_val_accuracy: float = -1.0
+    best_val_accuracy: float = -math.inf
     best_val_loss: float = float("inf")
     events: list[dict[str, Any]] = field(default_factory=list)
     train_images: int = 0
     train_seconds: float = 0.0
     seconds: float = 0.0
+    rollbacks: int = 0
+    scale: float = 1.0
+    probe_accuracy: float | None = None
 
     @property
     def finished(self) -> bool:
@@ -41,7 +54,7 @@ class Progress:
 
 
 class RunState:
-    """A run between two epochs: weights, best weights, optimizer, random states, progress and identity.
+    """A run between two steps: weights, best weights, optimizer, random states, progress and identity.
 
     Attributes:
         name: random name of the run, which distinguishes its files from those of another run.
@@ -49,6 +62,7 @@ class RunState:
         environment: what else the last bits depend on (`fastprompt.train.log.environment`).
         best: `adapter_state_dict` of the best epoch; before the first epoch, the initial one.
         choices: implementations chosen by timing.
+        part: what the current epoch has summed up, or None between epochs.
     """
 
     def __init__(
@@ -65,6 +79,7 @@ class RunState:
         self.progress = Progress()
         self.choices = Choices(measure=measure)
         self.best = self.weights()
+        self.part: Totals | None = None
 
     def weights(self) -> dict[str, Tensor]:
         """Return a copy of the current weights of generator and head."""
@@ -80,7 +95,15 @@ class RunState:
             **{f"optimizer.{name}": tensor for name, tensor in optimizer_tensors.items()},
             **{f"rng.{name}": tensor for name, tensor in rng_tensors.items()},
         }
+        part = {}
+        if self.part is not None:
+            started, states = self.part.rng
+            tensors |= {f"epoch_rng.{name}": tensor for name, tensor in started.items()}
+            tensors |= {"epoch.sums": self.part.sums, "epoch.units": self.part.units}
+            done = {"steps": self.part.steps, "seconds": self.part.seconds, "has_kl": self.part.has_kl}
+            part = {"epoch": {**done, "rng": states}}
         return with_resampled(tensors, self.model.backbone), {
+            **part,
             "run": self.name,
             "identity": self.identity,
             "environment": self.environment,
@@ -101,6 +124,12 @@ class RunState:
         self.model.load_adapter_state_dict(_under(tensors, "model."))
         set_optimizer_state(self.optimizer, _under(tensors, "optimizer."), values["optimizer"])
         set_rng_state(_under(tensors, "rng."), values["rng"])
+        self.part = None
+        if "epoch" in values:
+            done, device = values["epoch"], device_of(self.model)
+            self.part = Totals(device, (_under(tensors, "epoch_rng."), done["rng"]))
+            self.part.steps, self.part.seconds, self.part.has_kl = done["steps"], done["seconds"], done["has_kl"]
+            self.part.sums, self.part.units = tensors["epoch.sums"].to(device), tensors["epoch.units"].to(device)
 
 
 def best_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

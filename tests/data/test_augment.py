@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +18,7 @@ def image():
     return torch.randint(0, 256, (3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("kind", ["flip", "crop", "pgn"])
+@pytest.mark.parametrize("kind", ["flip", "crop", "pgn", "rand-m9-mstd0.5-inc1", "augmix-m5-w2", "flip+rand-m9"])
 def test_same_seed_epoch_and_index_give_the_same_image(kind, image):
     augment = make_augment(kind, (24, 24))
     first = [apply_seeded(augment, image, 0, 1, i) for i in range(12)]
@@ -78,6 +81,16 @@ def test_none_own_function_and_unknown_kind():
     assert make_augment(torch.neg, (8, 8)) is torch.neg
     with pytest.raises(ValueError, match="augment must be one of 'none', 'flip', 'crop', 'pgn'"):
         make_augment("mixup", (8, 8))
+    with pytest.raises(ValueError, match="augment must be in timm's notation, got 'rand-x9'"):
+        make_augment("flip+rand-x9", (8, 8))
+
+
+def test_timms_draws_leave_the_other_generators_alone(image):
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    outs = [apply_seeded(make_augment("rand-m9-mstd0.5", (24, 24)), image, 0, 0, i) for i in range(8)]
+    assert any(not torch.equal(out, image) for out in outs)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+    assert "rand-m9" in repr(make_augment("flip+rand-m9", (24, 24)))  # a run's identity names it
 
 
 @pytest.mark.parametrize(

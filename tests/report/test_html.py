@@ -157,6 +157,18 @@ def test_numbers_are_those_of_the_runs(page_text: str) -> None:
     assert "3.6 of 4 tokens" in text
 
 
+def test_runs_of_several_seeds_are_summed_up(tmp_path: Path) -> None:
+    def run(seed: int, right: int, **recipe: Any) -> dict[str, Any]:
+        test = record([0] * 10, [0] * right + [1] * (10 - right), 3)
+        return results("PGN", test=test, recipe={"lr": 0.1, "epochs": 3, "seed": seed, **recipe})
+
+    alone = build_report([run(0, 5), run(1, 7, lr=0.2)], tmp_path / "alone.html").read_text(encoding="utf-8")
+    assert "differ in their seed alone" not in alone
+    page = build_report([run(0, 5), run(1, 7), run(2, 9)], tmp_path / "page.html").read_text(encoding="utf-8")
+    cells = ["0, 1, 2", "test", "70.0%", "20.0%", "20.3%–119.7%"]  # t(0.975, 2) = 4.303
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in page
+
+
 def test_all_right_and_all_wrong(tmp_path: Path) -> None:
     """Accuracies of 1 and 0 have intervals too, with no end beyond them."""
     right, wrong = record([0, 1, 2] * 3, [0, 1, 2] * 3, 3), record([0, 1, 2] * 3, [1, 2, 0] * 3, 3)

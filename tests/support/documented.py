@@ -111,5 +111,6 @@ def offline(monkeypatch: pytest.MonkeyPatch, *, tiny: bool) -> None:
     monkeypatch.setattr(timm, "create_model", random_weights)
     monkeypatch.setattr(assets, "_module", wheel)
     monkeypatch.setitem(recipes.COMMON_RECIPE, "epochs", 1)
+    monkeypatch.setitem(recipes.COMMON_RECIPE, "min_steps", 0)
     for name in set(backends.BACKENDS) - {"eager"}:
         monkeypatch.delitem(backends.BACKENDS, name)

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import fastprompt as fp
 from fastprompt.adapters import Preprocessing
+from fastprompt.arguments import ArgumentError
 from fastprompt.kernels import dispatch
 from fastprompt.train.checkpoint import load_state
 from fastprompt.train.fit import TrainingDiverged, fit
@@ -145,7 +146,7 @@ def test_the_best_epoch_is_chosen_by_accuracy_or_by_loss(
     epoch: int,
 ) -> None:
     validation = {1: (0.9, 0.8), 2: (0.5, 0.6), 3: (0.4, 0.7), 4: (0.4, 0.6)}  # loss, accuracy
-    monkeypatch.setattr("fastprompt.train.loop.Loop.validate", lambda _, epoch: validation[epoch])
+    monkeypatch.setattr("fastprompt.train.loop.Loop.validate", lambda _, epoch, *rest: validation[epoch])
     recipe = RECIPE.replace(epochs=4, warmup_epochs=0.0, select_by=select_by)
     result = fit(make_model(), colours(16), colours(8, seed=1), recipe, progress=False)
     assert (result.best_epoch, result.best_val_loss, result.best_val_accuracy) == (epoch, *validation[epoch])
@@ -1189,12 +1190,13 @@ def test_fields_of_the_recipe_change_the_methods_own(
     fit(make_model(), data, data, out_dir=tmp_path, progress=False, epochs=2, lr=2e-3)
     own = default_recipe("vpt")
     expected = own.replace(epochs=2, lr=2e-3, warmup_epochs=own.warmup_epochs * 2 / own.epochs)
+    assert (own.min_steps, expected.min_steps) == (200, 0)
     assert json.loads((tmp_path / "recipe.json").read_text()) == expected.to_dict()
     assert expected.label_smoothing > 0
     fit(make_model(), data, data, RECIPE, tmp_path, resume=False, progress=False, epochs=1)
     assert json.loads((tmp_path / "recipe.json").read_text()) == RECIPE.replace(epochs=1).to_dict()
     for wrong, error, message in (
-        ({"epoch": 3}, TypeError, "fit takes no argument 'epoch'; fields of the recipe are epochs, batch_size"),
+        ({"epoch": 3}, ArgumentError, r"epoch must be a field of the recipe \(epochs, .*got 3; did you mean epochs\?"),
         ({"lr": -1}, ValueError, "lr must be in"),
         ({"epochs": "3"}, TypeError, "epochs must be an integer"),
     ):
@@ -1210,7 +1212,8 @@ def test_device_dtype_sizes_and_parameters_are_said_at_the_start(
     lines = capsys.readouterr().err.splitlines()
     trained = model.num_trainable()["total"]
     assert lines[0] == (
-        f"training vpt on cpu in float32: 32 training and 8 validation images, {trained:,} trained parameters"
+        f"training vpt on cpu in float32: 32 training and 8 validation images, {trained:,} trained parameters, "
+        "1 epochs of 2 steps"
     )
     assert lines[1].startswith("chosen by timing and kept for this run: ")
     assert "float32 products by " in lines[1]

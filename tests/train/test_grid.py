@@ -13,7 +13,13 @@ import torch
 import fastprompt as fp
 from fastprompt.train import grid
 from fastprompt.train.fit import TrainingDiverged
-from fastprompt.train.grid import best_learning_rate, paired_difference, run_grid, select_learning_rate
+from fastprompt.train.grid import (
+    best_learning_rate,
+    paired_difference,
+    run_grid,
+    select_learning_rate,
+    summarise_seeds,
+)
 from fastprompt.train.recipes import Recipe
 
 RECIPE = Recipe(epochs=2, batch_size=16, warmup_epochs=0, dtype="float32", optimizer="sgd")
@@ -180,3 +186,21 @@ def test_the_interval_covers_the_truth() -> None:
 def test_paired_difference_refuses(a: Any, b: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         paired_difference(a, b)
+
+
+def test_seeds_are_summed_up_by_student() -> None:
+    found = summarise_seeds([0.5, 0.7, 0.9])
+    assert (found.mean, found.sd, found.num_seeds) == (pytest.approx(0.7), pytest.approx(0.2), 3)
+    half = 4.302652729749464 * 0.2 / math.sqrt(3)  # the table of Student's t with 2 degrees of freedom
+    assert found.interval == pytest.approx((0.7 - half, 0.7 + half))
+    assert str(found) == "0.7000 ± 0.4968 (sd 0.2000, 3 seeds)"
+    narrow = summarise_seeds([0.5, 0.7, 0.9], level=0.5).interval
+    assert found.interval[0] < narrow[0] < narrow[1] < found.interval[1]
+    one = summarise_seeds([0.5])
+    assert (one.mean, str(one)) == (0.5, "0.5000")
+    assert math.isnan(one.sd)
+    for wrong in ([], [0.5, math.nan], [[0.5]]):
+        with pytest.raises(ValueError, match="values must be finite numbers, one per seed"):
+            summarise_seeds(wrong)
+    with pytest.raises(ValueError, match="level must be between 0 and 1"):
+        summarise_seeds([0.5], level=95)

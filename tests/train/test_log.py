@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastprompt.train.log import choices_line, environment, start_line, whole_log
+from fastprompt.train.log import choices_line, environment, epoch_line, start_line, whole_log
 
 START, ONE, TWO, END = (
     {"event": "start"},
@@ -44,9 +44,23 @@ def test_the_start_is_said_in_a_line() -> None:
         "num_val": 40,
         "trained_parameters": 92160,
     }
-    assert start_line(event) == (
-        "training vpt on cuda:1 in bfloat16: 1,200 training and 40 validation images, 92,160 trained parameters"
+    assert start_line(event, 10, 75) == (
+        "training vpt on cuda:1 in bfloat16: 1,200 training and 40 validation images, 92,160 trained parameters, "
+        "10 epochs of 75 steps"
     )
+
+
+def test_an_epoch_is_said_in_a_line() -> None:
+    event = {"epoch": 3, "train_loss": 0.51234, "train_accuracy": 0.8, "lr": 0.00123, "val_loss": 0.4, "seconds": 4.0}
+    event |= {"val_accuracy": 0.9, "images_per_second": 123.4}
+    assert epoch_line(event, 10, "accuracy", best=True) == (
+        "epoch 3/10: loss 0.5123, accuracy 0.800; validation loss 0.4000, accuracy 0.900 (best); lr 0.00123, "
+        "123.4 images/s, 4.0 s"
+    )
+    del event["train_accuracy"]
+    event["val_map"] = 0.75
+    line = epoch_line(event, 10, "map", best=False)
+    assert line.startswith("epoch 3/10: loss 0.5123; validation loss 0.4000, map 0.750; lr")
 
 
 def test_choices_are_said_by_op() -> None:

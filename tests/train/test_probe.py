@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
 import fastprompt as fp
+from fastprompt.domains import Domains
 from fastprompt.train.probe import C_GRID, extract_features, fit_linear_probe
 
 LINEAR = fp.LinearProbeConfig()
@@ -60,6 +61,15 @@ def test_the_standardisation_is_folded_exactly(make_model: Callable[..., Any]) -
     assert torch.equal(model.head.weight, result.weight)
     expected = ((x - mean) / scale) @ weight.T + bias
     assert (logits - expected).abs().max() < 1e-9 * expected.abs().max()
+
+
+def test_a_head_for_each_domain_is_refused(make_model: Callable[..., Any], colours: Callable[..., Any]) -> None:
+    class Domained(TensorDataset):
+        domains = Domains(("a", "b"), ((0, 1), (2, 3)), "per-domain")
+
+    data = Domained(*colours(8))
+    with pytest.raises(ValueError, match="train must have one label space"):
+        fit_linear_probe(make_model(LINEAR), data, data)
 
 
 def test_c_is_chosen_on_validation(make_model: Callable[..., Any]) -> None:

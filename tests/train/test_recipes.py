@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import fastprompt as fp
 from fastprompt.generators import published_recipes
-from fastprompt.train.recipes import Recipe, adjusted_recipe, default_recipe, paper_recipe
+from fastprompt.train.recipes import Recipe, adjusted_recipe, checkpoint_interval, default_recipe, paper_recipe
 
 CONFIGS = [
     fp.PGNConfig(), fp.V2APTConfig(), fp.VAPTConfig(), fp.VPTConfig(), fp.FreePromptsConfig(),
@@ -32,6 +33,12 @@ CONFIGS = [
         ("head_init", "zeros", ValueError), ("decay", "bias", ValueError), ("schedule", "batch", ValueError),
         ("warmup_floor", 1.5, ValueError), ("backbone_lr", 0.0, ValueError),
         ("select_by", "first", ValueError), ("num_workers", -1, ValueError),
+        ("min_steps", -1, ValueError), ("patience", 0, ValueError), ("accumulate", 0, ValueError),
+        ("loss", "hinge", ValueError), ("sampling", "random", ValueError), ("class_weights", "inverse", ValueError),
+        ("class_weights", (1.0, -1.0), ValueError), ("class_weights", (), ValueError), ("mixup", -0.1, ValueError),
+        ("cutmix", float("nan"), ValueError), ("random_erasing", 1.1, ValueError), ("rollbacks", -1, ValueError),
+        ("checkpoint_every", "often", ValueError), ("checkpoint_every", "0 steps", ValueError),
+        ("checkpoint_every", "1.5 steps", ValueError), ("checkpoint_every", 5, TypeError),
     ],
 )  # fmt: skip
 def test_every_field_is_checked(field: str, value: object, error: type[Exception]) -> None:
@@ -53,6 +60,53 @@ def test_dict_round_trip_and_unknown_key() -> None:
 def test_differences_leave_out_what_does_not_change_the_result() -> None:
     assert Recipe(num_workers=2).differences(Recipe()) == {}
     assert Recipe(lr=0.1).differences(Recipe(lr=0.2)) == {"lr": (0.1, 0.2)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"select_by": "last", "patience": 3}, "patience must be None with select_by='last'"),
+        ({"loss": "bce", "label_smoothing": 0.1}, "label_smoothing must be 0.0 with loss='bce'"),
+        ({"loss": "bce", "class_weights": "balanced"}, "class_weights must be 'none' with loss='bce'"),
+        ({"loss": "mse", "mixup": 0.2}, "mixup must be 0 with loss='mse'"),
+        ({"loss": "l1", "sampling": "balanced"}, "sampling must be 'shuffle' with loss='l1'"),
+    ],
+)
+def test_fields_that_do_not_fit_each_other_are_refused(fields: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(named)):
+        Recipe(**fields)  # type: ignore[arg-type]
+
+
+def test_the_interval_of_checkpoints_is_in_steps_or_minutes() -> None:
+    assert checkpoint_interval("epoch") == (math.inf, "steps")
+    for text in ("20 steps", "20steps", "20 step"):
+        assert checkpoint_interval(text) == (20, "steps")
+    for text in ("1.5 minutes", "1.5min", "1.5 minute"):
+        assert checkpoint_interval(text) == (1.5, "minutes")
+
+
+def test_a_small_set_gets_more_epochs_unless_a_number_is_asked_for() -> None:
+    recipe = Recipe(epochs=10, min_steps=200, warmup_epochs=1, kl_warmup_epochs=2)
+    raised = recipe.with_enough_steps(batches=3)
+    assert (raised.epochs, raised.warmup_epochs, raised.kl_warmup_epochs, raised.min_steps) == (67, 6.7, 13.4, 0)
+    assert recipe.with_enough_steps(batches=20) == recipe.replace(min_steps=0)
+    assert recipe.replace(accumulate=4).with_enough_steps(batches=20).epochs == 40
+    assert recipe.replace(epochs=3).with_enough_steps(batches=3).epochs == 3
+    assert recipe.adjusted({"epochs": 3}).min_steps == 0
+    assert recipe.replace(epochs=3, min_steps=30).with_enough_steps(batches=3).epochs == 10
+    assert recipe.replace(lr=0.1).min_steps == 200
+    assert default_recipe("vpt").with_enough_steps(batches=2).epochs == 100
+
+
+def test_a_recipe_of_ones_own_leaves_out_what_the_methods_has() -> None:
+    own = default_recipe("vpt")
+    left_out = Recipe(epochs=3, label_smoothing=0.2).left_out(own)
+    assert left_out["head_lr"] == (None, own.head_lr)
+    assert left_out["select_by"] == ("accuracy", "loss")
+    assert not {"label_smoothing", "epochs", "min_steps", "num_workers"} & set(left_out)
+    assert "min_steps" in Recipe(lr=0.3).left_out(own)
+    for derived in (own.replace(lr=0.3), paper_recipe("vpt"), Recipe().replace(lr=0.3), default_recipe("pgn")):
+        assert derived.left_out(own) == {}
 
 
 def test_schedule_warms_up_per_step_and_ends_at_the_minimum() -> None:
