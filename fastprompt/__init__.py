@@ -15,11 +15,14 @@ if TYPE_CHECKING:  # what `__getattr__` below finds at run time
     from fastprompt.engine.explain import explain as explain
     from fastprompt.export import export_model as export_model
     from fastprompt.generators import (
+        CVPT as CVPT,
         PGN as PGN,
         RGBPGN as RGBPGN,
         V2APT as V2APT,
         VAPT as VAPT,
         VPT as VPT,
+        VQT as VQT,
+        CVPTConfig as CVPTConfig,
         FreePrompts as FreePrompts,
         FreePromptsConfig as FreePromptsConfig,
         FullFineTuneConfig as FullFineTuneConfig,
@@ -37,6 +40,7 @@ if TYPE_CHECKING:  # what `__getattr__` below finds at run time
         VAPTConfig as VAPTConfig,
         Variant as Variant,
         VPTConfig as VPTConfig,
+        VQTConfig as VQTConfig,
         config_from_dict as config_from_dict,
         list_methods as list_methods,
         register_method as register_method,
@@ -104,6 +108,10 @@ _PUBLIC = {
     "VAPTConfig": "fastprompt.generators",
     "VPT": "fastprompt.generators",
     "VPTConfig": "fastprompt.generators",
+    "CVPT": "fastprompt.generators",
+    "CVPTConfig": "fastprompt.generators",
+    "VQT": "fastprompt.generators",
+    "VQTConfig": "fastprompt.generators",
     "FreePrompts": "fastprompt.generators",
     "FreePromptsConfig": "fastprompt.generators",
     "PixelPrompt": "fastprompt.generators",

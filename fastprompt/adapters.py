@@ -34,7 +34,7 @@ from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.domains import Domains
 from fastprompt.files import atomic_write_many, parse_json
 from fastprompt.generators import PromptConfig, build_generator, config_from_dict, method_of
-from fastprompt.heads import Head, LabelMapHead, PrototypeHead, TextHead, build_head
+from fastprompt.heads import Head, LabelMapHead, LinearHead, PrototypeHead, TextHead, build_head
 from fastprompt.vit import FrozenViT
 from fastprompt.vit.source import BackboneSource
 
@@ -298,6 +298,7 @@ def check_sizes(config: PromptConfig, num_classes: Any, backbone: FrozenViT, sta
     more modules either: each entry of a list option creates a module with its own tensors.
     """
     expected: dict[str, torch.Size] = {}
+    width = backbone.feature_width
     for option, value in config.to_dict().items():
         if isinstance(value, (list, tuple)) and len(value) > max(len(state), _SHORT):
             raise ValueError(f"{option} has {len(value):,} entries, but there are only {len(state)} tensors")
@@ -308,8 +309,10 @@ def check_sizes(config: PromptConfig, num_classes: Any, backbone: FrozenViT, sta
         raise ValueError(f"no tensor can have the sizes of {str(config)[:200]}") from error
     if generator is not None:
         expected = {f"generator.{name}": tensor.shape for name, tensor in generator.state_dict().items()}
+        width = generator.feature_width(width)
     if num_classes is not None and "head.weight" in state:
-        expected["head.weight"] = torch.Size([num_classes, backbone.feature_width])
+        read = len(state["head.selected"]) if "head.selected" in state else width
+        expected["head.weight"] = torch.Size([num_classes, read])
     for name, shape in expected.items():
         if name in state and state[name].shape != shape:
             raise ValueError(f"{name} has shape {tuple(state[name].shape)}, the configuration says {tuple(shape)}")
@@ -343,8 +346,14 @@ def config_from(adapter: Mapping[str, Any]) -> PromptConfig:
         raise ValueError(f"{error}; where the adapter was saved, {module} had registered it") from error
 
 
-def head_from(info: Mapping[str, Any], backbone: FrozenViT, num_classes: int, state: Mapping[str, Tensor]) -> Head:
-    """Build the head that an adapter's configuration describes, with its tensors."""
+def head_from(
+    info: Mapping[str, Any],
+    backbone: FrozenViT,
+    num_classes: int,
+    state: Mapping[str, Tensor],
+    config: PromptConfig,
+) -> Head:
+    """Build the head that an adapter's configuration describes for its method, with its tensors."""
     if info["kind"] == "text":
         return TextHead(state["head.class_embeddings"], backbone, info["logit_scale"])
     if info["kind"] == "prototypes":
@@ -355,4 +364,9 @@ def head_from(info: Mapping[str, Any], backbone: FrozenViT, num_classes: int, st
         )
     if info["kind"] == "label_map":
         return LabelMapHead(backbone, num_classes, trainable=info.get("trainable", False))
-    return build_head(info["kind"], backbone, num_classes)
+    with torch.device("meta"):
+        generator = build_generator(config, backbone)
+    width = backbone.feature_width if generator is None else generator.feature_width(backbone.feature_width)
+    if info["kind"] == "linear" and "selected" in info:
+        return LinearHead(width, num_classes, state["head.selected"])
+    return build_head(info["kind"], backbone, num_classes, width=width)

@@ -104,13 +104,16 @@ def cost(
     t = Tally()
     made = formula(s, config, t)
     prompts, pixels = made if made.count else None, made.changes_images
-    if "prompts" in readout and prompts is None:
+    if "prompts" in readout and (prompts is None or prompts.role != "sequence"):
         raise ValueError(f"readout {readout!r} needs prompt tokens; this method has none")
-    if graph == "papers":
-        rows = _papers(t, s, prompts, readout, pixels)
+    if prompts is not None and prompts.role == "queries":
+        _queries(t, s, prompts, readout)
     else:
-        rows = _rewritten(t, s, prompts, readout, pixels, graph == "recompute" and training)
-    _head(t, s, prompts is not None or pixels, rows if readout == "cls" and not s.fc_norm else 1)
+        if graph == "papers":
+            rows = _papers(t, s, prompts, readout, pixels)
+        else:
+            rows = _rewritten(t, s, prompts, readout, pixels, graph == "recompute" and training)
+        _head(t, s, prompts is not None or pixels, rows if readout == "cls" and not s.fc_norm else 1)
     if not training:
         return Cost(t.forward / batch, 0.0, t.calls)
     return Cost((t.forward + t.backward) / batch, t.saved / batch, t.calls + t.backward_calls)
@@ -147,8 +150,20 @@ def _mlp(t: Tally, s: Sizes, rows: int, folded: bool) -> None:
 
 def _papers_block(t: Tally, s: Sizes, rows: int, trains: bool) -> None:
     """A block of the papers' graph over `rows` rows per image."""
-    b, h, d = s.batch, s.heads, s.width
     whole = Tally()
+    _papers_attention(whole, s, rows, trains)
+    _mlp(whole, s, s.batch * rows, folded=False)
+    t.add(whole if trains else _constant(whole))
+
+
+def _constant(t: Tally) -> Tally:
+    """The cost of what has nothing to train."""
+    return Tally(forward=t.forward, calls=t.calls)
+
+
+def _papers_attention(whole: Tally, s: Sizes, rows: int, trains: bool) -> None:
+    """The attention of a block of the papers' graph, with its norm and residual."""
+    b, h, d = s.batch, s.heads, s.width
     _norm(whole, s, b * rows)
     whole.call(0, 1)
     whole.product(2 * b * rows * d * 3 * d, backward=3)
@@ -168,8 +183,6 @@ def _papers_block(t: Tally, s: Sizes, rows: int, trains: bool) -> None:
     if s.layer_scale:
         whole.call(1, 1)
     whole.call(1)
-    _mlp(whole, s, b * rows, folded=False)
-    t.add(whole if trains else Tally(forward=whole.forward, calls=whole.calls))
 
 
 def _papers(t: Tally, s: Sizes, prompts: PromptCost | None, readout: str, pixels: bool) -> int:
@@ -181,6 +194,10 @@ def _papers(t: Tally, s: Sizes, prompts: PromptCost | None, readout: str, pixels
     if s.norm_pre:
         _norm(t, s, b * rows, trains)
     for i in range(s.depth):
+        if prompts is not None and i in prompts.layers and prompts.role == "cross":
+            _papers_cross_block(t, s, prompts, i, trains)
+            trains = True
+            continue
         if prompts is not None and i in prompts.layers and not (i == 0 and prompts.first):
             rows, trains = _papers_insert(t, s, prompts, i, rows, trains), True
         _papers_block(t, s, rows, trains)
@@ -190,6 +207,38 @@ def _papers(t: Tally, s: Sizes, prompts: PromptCost | None, readout: str, pixels
     slices = {"cls": (0, 1), "patches": (1, 2 - whole), "prompts": (1, 2), "patches+prompts": (2, 4)}[readout]
     t.call(slices[0], slices[1] * trains)
     return rows
+
+
+def _papers_cross_block(t: Tally, s: Sizes, prompts: PromptCost, i: int, trains: bool) -> None:
+    """`reference.run_cross_block`."""
+    b, d, p, rows = s.batch, s.width, prompts.count, s.own
+    prompts.make(t, i)
+    t.call(s.cast, s.cast)
+    own = Tally()
+    _papers_attention(own, s, rows, trains)
+    t.add(own if trains else _constant(own))
+    t.call(0, 1 + trains)  # the images share the prompts; the rows are read twice
+    _norm(t, s, b * p, keeps=False)
+    t.saved += s.tokens(p)
+    t.product(2 * b * p * d * 2 * d, backward=3)
+    _norm(t, s, b * rows, trains)
+    t.product(2 * b * rows * d * d, int(trains), backward=3 * trains)
+    scores = b * s.heads * rows * p
+    if s.training and s.cast and rows * p <= SMALL_SCORES:  # plain products
+        t.call(1, int(trains))
+        t.product(2 * scores * s.head_dim, 1 + trains, calls=1 + 2 * (b > 1))
+        t.call(1, 1, scores * s.element)
+        t.product(2 * scores * s.head_dim, 2, calls=1 + (b > 1))
+        t.call(1, 1, s.tokens(b * rows) + (1 + trains) * s.tokens(b * p))
+    else:
+        t.forward += 4 * scores * s.head_dim
+        t.backward += 10 * scores * s.head_dim
+        t.call(1, 1, s.tokens(b * rows, 2 * d) + s.tokens(b * p, 2 * d) + 4 * b * s.heads * rows)
+    t.product(2 * b * rows * d * d)
+    if s.layer_scale:
+        t.call(1, 1)
+    t.call(1)
+    _mlp(t, s, b * rows, folded=False)
 
 
 def _papers_insert(t: Tally, s: Sizes, prompts: PromptCost, i: int, rows: int, trains: bool) -> int:
@@ -257,22 +306,38 @@ def _output_rows(s: Sizes, prompts: PromptCost | None, readout: str, i: int, row
 
 def _step(t: Tally, s: Sizes, prompts: PromptCost | None, readout: str, i: int, rows: int, trains: bool) -> int:
     """Block i over `rows` rows per image; how many rows leave it."""
-    leave = _output_rows(s, prompts, readout, i, rows)
-    if prompts is None or i not in prompts.layers:
-        if i == s.depth - 1 and readout == "cls":
+    here = None if prompts is None or i not in prompts.layers else prompts
+    joined = None if here is None or here.role != "sequence" else here
+    leave, attention, mlp = _output_rows(s, joined, readout, i, rows), Tally(), Tally()
+    _attention(attention, s, joined, readout, i, rows, leave, trains)
+    t.add(attention if joined is not None or trains else _constant(attention))
+    if here is not None and here.role == "cross":
+        _cross(t, s, here, i, leave, trains)
+    _mlp(mlp, s, s.batch * leave, folded=True)
+    t.add(mlp if here is not None or trains else _constant(mlp))
+    return leave
+
+
+def _attention(
+    t: Tally, s: Sizes, prompts: PromptCost | None, readout: str, i: int, rows: int, leave: int, trains: bool
+) -> None:
+    """Block i up to its MLP, with prompts that enter its sequence."""
+    one_query = i == s.depth - 1 and readout == "cls"
+    if prompts is None:
+        if one_query:
             _one_query(t, s, rows, 0, 0, False, trains)
         else:
             _block(t, s, rows, leave, 0, 0, False, trains)
-        return leave
+        return
     n, cast = prompts.images(i, s.batch), s.cast and prompts.cast
-    stay, one_query = _stay(s, prompts, readout, i), i == s.depth - 1 and readout == "cls"
+    stay = _stay(s, prompts, readout, i)
     ready = prompts.known and not s.training and not stay and not one_query and not (i == 0 and prompts.first)
     if not ready and not (i == 0 and prompts.first):
         prompts.make(t, i)
         t.call(cast, cast)
     if one_query:
         _one_query(t, s, rows, prompts.count, n, cast, trains)
-        return leave
+        return
     if not ready:
         width = (3 if stay else 2) * s.width
         _norm(t, s, n * prompts.count, keeps=cast or (i == 0 and prompts.first and s.norm_pre))
@@ -280,11 +345,38 @@ def _step(t: Tally, s: Sizes, prompts: PromptCost | None, readout: str, i: int, 
         t.product(2 * n * prompts.count * s.width * width, backward=3)
         t.saved += s.tokens(n * prompts.count, width)
     _block(t, s, rows, leave, prompts.count, n, stay, trains)
-    return leave
+
+
+def _cross(t: Tally, s: Sizes, prompts: PromptCost, i: int, rows: int, trains: bool) -> None:
+    """`cross.read_of` of prompts that all images share, unless they are known, and `forward.add_crossed`."""
+    b, d, p, columns = s.batch, s.width, prompts.count, s.heads * prompts.count
+    if p * (s.heads - 1) >= d:
+        raise ValueError(f"the cost of {p} prompts of role 'cross', more than are folded, has no formula")
+    if s.training or not prompts.known:
+        prompts.make(t, i)
+        t.call(s.cast, s.cast)
+        _norm(t, s, p, keeps=s.cast)
+        t.product(2 * p * d * 2 * d, backward=3)
+        t.call(1, 1)  # scale
+        t.product(2 * p * d * d)
+        if s.qkv_bias:
+            t.product(2 * p * d)
+            t.call(0, 1)
+        else:
+            t.call(1)
+        t.product(2 * p * d * d)
+        t.call(2)  # the projection's bias
+    _norm(t, s, b * rows, trains)
+    t.call(0, int(trains))  # the rows are read twice
+    t.product(2 * b * rows * d * columns, 1 + trains)
+    t.call(1 + 1, 1 + s.qkv_bias, b * rows * columns * s.element)  # offsets and softmax
+    t.product(2 * b * rows * columns * d, 2)
+    t.saved += s.tokens(b * rows) + (1 + trains) * s.tokens(columns)
+    t.call(1)
 
 
 def _block(t: Tally, s: Sizes, rows: int, leave: int, p: int, n: int, stay: bool, trains: bool) -> None:
-    """`run_block`: `rows` rows enter, `leave` leave; p prompts for n images are a prefix or, if they `stay`, join."""
+    """`run_block` up to its MLP: `rows` rows enter, `leave` leave; p prompts for n images are a prefix, or `stay`."""
     b, d, shared = s.batch, s.width, p > 0 and n < s.batch
     own = leave - p * stay  # of the rows that enter
     sliced, keys = own < rows, rows + p
@@ -308,9 +400,6 @@ def _block(t: Tally, s: Sizes, rows: int, leave: int, p: int, n: int, stay: bool
     _attention_backward(t, s, leave, rows, p, shared, stay or trains, trains, packed=not (sliced or stay))
     t.product(2 * b * leave * d * d)
     t.call(1)
-    _mlp(t, s, b * leave, folded=True)
-    if not (p or trains):  # nothing to train
-        t.backward = t.backward_calls = t.saved = 0
 
 
 def _attention_backward(
@@ -359,9 +448,79 @@ def _one_query(t: Tally, s: Sizes, rows: int, p: int, n: int, cast: bool, trains
     t.call(1 + s.qkv_bias)
     t.product(2 * b * d * d)
     t.call(1, 1)  # the residual, of one row
-    _mlp(t, s, b, folded=True)
-    if not (p or trains):
-        t.backward = t.backward_calls = t.saved = 0
+
+
+def _queries(t: Tally, s: Sizes, prompts: PromptCost, readout: str) -> None:
+    """Frozen rows, what the queries become in their blocks, and the head behind both.
+
+    "recompute" is "rewritten": frozen rows save nothing.
+    """
+    rewritten = s.graph != "papers"
+    frozen, answers = Tally(), Tally()
+    if rewritten:
+        _rewritten(frozen, s, None, readout, False, False)
+    else:
+        _papers(frozen, s, None, readout, False)
+    if s.fc_norm:
+        _norm(frozen, s, s.batch)
+    t.add(_constant(frozen))
+    ready = rewritten and not s.training
+    t.call(ready)  # the queries are compared with those whose share of the work is kept
+    for i in prompts.layers:
+        if not ready:
+            prompts.make(answers, i)
+            answers.call(s.cast and prompts.cast, s.cast and prompts.cast)
+        (_answers if rewritten else _papers_answers)(answers, s, prompts.count, s.cast and prompts.cast)
+    prompts.gather(answers, 0)
+    t.add(answers)
+    _head(t, dataclasses.replace(s, width=prompts.features, fc_norm=False), True, 1)
+
+
+def _answers(t: Tally, s: Sizes, p: int, cast: bool) -> None:
+    """`fastprompt.vit.queries.answers` of p queries that all images share."""
+    b, d, h, rows = s.batch, s.width, s.heads, s.own
+    if s.training:
+        _norm(t, s, p, keeps=cast)
+        t.call(0, 1)  # the queries are read twice
+        t.product(2 * p * d * d)
+        t.call(1, 1)
+        t.product(2 * p * d * d, backward=2)
+    t.product(2 * b * h * p * rows * d, calls=1 + (s.training and b > 1), backward=1 + (b > 1))
+    t.call(1, 1, b * h * p * rows * s.element)  # softmax
+    t.product(2 * b * h * p * rows * d)
+    t.saved += s.tokens(b * rows)  # the normed rows
+    t.call(1, 1)
+    t.product(2 * b * p * d * d)  # W_v
+    t.call(1 + s.qkv_bias)
+    t.product(2 * b * p * d * d)
+    t.call(1, 1)  # the residual, shared by images
+    _mlp(t, s, b * p, folded=True)
+
+
+def _papers_answers(t: Tally, s: Sizes, p: int, cast: bool) -> None:
+    """The queries' part of `reference.run_asked_block`: p rows for each image."""
+    b, d, h, rows = s.batch, s.width, s.heads, s.own
+    t.call(0, 1)  # the images share the queries
+    _norm(t, s, b * p, keeps=False)
+    t.saved += s.tokens(p)
+    t.call(0, 1)
+    t.product(2 * b * p * d * d, backward=3)
+    scores = b * h * p * rows
+    if s.training and s.cast and p * rows <= SMALL_SCORES:  # plain products
+        t.call(1, 1)
+        t.product(2 * scores * s.head_dim, calls=1 + 2 * (b > 1))
+        t.call(1, 1, scores * s.element)
+        t.product(2 * scores * s.head_dim, calls=1 + (b > 1))
+        t.call(1, 1, s.tokens(b * rows, 2 * d))
+    else:
+        t.forward += 4 * scores * s.head_dim
+        t.backward += 10 * scores * s.head_dim
+        t.call(1, 1, s.tokens(b * rows, 3 * d) + s.tokens(b * p, 2 * d) + 4 * b * h * p)
+    t.product(2 * b * p * d * d)
+    if s.layer_scale:
+        t.call(1, 1)
+    t.call(1)
+    _mlp(t, s, b * p, folded=False)
 
 
 def _head(t: Tally, s: Sizes, trains: bool, rows: int) -> None:

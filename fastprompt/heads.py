@@ -44,15 +44,56 @@ class Head(nn.Module):
 
 
 class LinearHead(Head):
-    """A trained linear head, W f + b, initialised with W ~ truncated N(0, 0.01²) and b = 0."""
+    """A trained linear head, W f + b, initialised with W ~ truncated N(0, 0.01²) and b = 0.
+
+    Args:
+        width: D, of the features. num_classes: C.
+        selected: (S,) int64, increasing: the features that the head reads. None: all of them.
+    """
 
     kind = "linear"
+    selected: Tensor | None
 
-    def __init__(self, width: int, num_classes: int) -> None:
+    def __init__(self, width: int, num_classes: int, selected: Tensor | None = None) -> None:
         super().__init__()
         self.width, self.num_classes = width, num_classes
-        self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_classes, width), std=0.01))
+        if selected is not None:
+            fits = selected.ndim == 1 and len(selected) > 0 and selected.dtype == torch.int64
+            if not fits or int(selected[0]) < 0 or int(selected[-1]) >= width or not (selected.diff() > 0).all():
+                raise ArgumentError(
+                    "selected", f"must be (S,) int64, increasing from 0 to at most {width - 1}, got {selected}"
+                )
+        self.register_buffer("selected", selected)
+        read = width if selected is None else len(selected)
+        self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_classes, read), std=0.01))
         self.bias = nn.Parameter(torch.zeros(num_classes))
+
+    def chosen(self, features: Tensor) -> Tensor:
+        """Return the columns of features (N, D) that the head reads."""
+        return features if self.selected is None else features[:, self.selected.to(features.device)]
+
+    @torch.no_grad()
+    def selecting(self, keep: float | int) -> LinearHead:
+        """Return a head that reads only the features f with the largest ‖W[:, f]‖₂, with the same weights for them.
+
+        `keep`: the share of the features that this head reads, in (0, 1], or their number, an int.
+        """
+        read = self.weight.shape[1]
+        if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+            raise ArgumentTypeError("keep", f"must be a share in (0, 1] or a number of features, got {keep!r}")
+        count = keep if isinstance(keep, int) else math.ceil(keep * read) if 0 < keep <= 1 else 0
+        if not 1 <= count <= read:
+            raise ArgumentError("keep", f"must be a share in (0, 1] or from 1 to {read} features, got {keep!r}")
+        columns = self.weight.norm(dim=0).topk(count).indices.sort().values
+        head = LinearHead(self.width, self.num_classes, columns if self.selected is None else self.selected[columns])
+        head.to(self.weight)
+        head.weight.copy_(self.weight[:, columns])
+        head.bias.copy_(self.bias)
+        return head.train(self.training)
+
+    def describe(self) -> dict[str, Any]:
+        described = super().describe()
+        return described if self.selected is None else {**described, "selected": len(self.selected)}
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -64,7 +105,7 @@ class LinearHead(Head):
         nn.init.constant_(self.bias, -math.log(99))
 
     def forward(self, features: Tensor) -> Tensor:
-        return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
+        return F.linear(self.chosen(features).to(self.weight.dtype), self.weight, self.bias)
 
 
 class TextHead(Head):
@@ -253,8 +294,12 @@ def build_head(
     class_embeddings: Any = None,
     logit_scale: float = CLIP_LOGIT_SCALE,
     prototypes: Any = None,
+    *,
+    width: int | None = None,
 ) -> Head:
     """Build a head by name; "text" needs `class_embeddings` (C, E), "prototypes" needs `prototypes` (C, E).
+
+    `width` is that of the features which a linear head reads; None is the backbone's.
 
     Raises:
         ValueError: the name is unknown, or the rows are missing or do not match the number of classes.
@@ -262,7 +307,7 @@ def build_head(
     if head not in HEADS:
         raise ArgumentError("head", f"must be one of {HEADS} or a fastprompt head, got {head!r}")
     if head == "linear":
-        return LinearHead(backbone.feature_width, num_classes)
+        return LinearHead(backbone.feature_width if width is None else width, num_classes)
     if head == "label_map":
         return LabelMapHead(backbone, num_classes)
     name, rows = ("class_embeddings", class_embeddings) if head == "text" else ("prototypes", prototypes)

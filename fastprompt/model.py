@@ -41,7 +41,7 @@ from fastprompt.generators import (
     build_generator,
     method_of,
 )
-from fastprompt.heads import CLIP_LOGIT_SCALE, Head, build_head
+from fastprompt.heads import CLIP_LOGIT_SCALE, Head, LinearHead, build_head
 from fastprompt.hub import CARD_FILE, check_push, model_card, push, read_pretrained, run_facts
 from fastprompt.kept import Kept, SeenValues, arithmetic, can_compare, tensors_of
 from fastprompt.vit import FrozenViT
@@ -132,14 +132,17 @@ class PromptedViT(nn.Module):
                 raise ArgumentError("num_classes", f"is {num_classes}, the given head has {head.num_classes}")
             self.head = head
         elif num_classes is not None:
-            self.head = build_head(head, backbone, num_classes, class_embeddings, logit_scale, prototypes)
+            self.head = build_head(
+                head, backbone, num_classes, class_embeddings, logit_scale, prototypes, width=self.feature_width
+            )
         elif head != "linear":
             raise ArgumentError("head", f"{head!r} needs num_classes; without it the model returns features")
-        if self.head is not None and self.head.width != backbone.feature_width:
+        if self.head is not None and self.head.width != self.feature_width:
+            whose = "the backbone" if self.feature_width == backbone.feature_width else "the method"
             raise ArgumentError(
                 "head",
                 f"{self.head.kind!r} reads features of width {self.head.width}, "
-                f"those of the backbone have {backbone.feature_width}",
+                f"those of {whose} have {self.feature_width}",
             )
         self.num_classes = None if self.head is None else self.head.num_classes
         if class_names is not None:
@@ -161,6 +164,12 @@ class PromptedViT(nn.Module):
                     device=backbone.device, dtype=torch.float64 if backbone.dtype == torch.float64 else torch.float32
                 )
 
+    @property
+    def feature_width(self) -> int:
+        """The width of what the head reads: the backbone's, to which a method of role "queries" adds its own."""
+        width = self.backbone.feature_width
+        return width if self.generator is None else self.generator.feature_width(width)
+
     def forward(
         self, images: Tensor, return_aux: bool = False, draws: Draws | None = None
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -168,7 +177,8 @@ class PromptedViT(nn.Module):
 
         Args:
             images: (B, 3, H, W), float (normalised) or uint8 (raw pixels).
-            return_aux: also return what a loss needs besides the logits: "kl" (B,) in nats for V²APT.
+            return_aux: also return what a loss needs besides the logits: "kl" (B,) in nats for V²APT, "penalty" () for
+                VQT with group lasso.
             draws: the random tensors of a training step (`draw`); None: in training mode they are drawn here.
         """
         features = self._papers_features if self._graph == "papers" else self._features
@@ -220,7 +230,14 @@ class PromptedViT(nn.Module):
         for draws in samples:
             output, aux = features(images, draws)
             outputs.append(output if self.head is None else self.head(output))
-        return self.average(outputs), aux
+        return self.average(outputs), {**aux, **self.penalty()}
+
+    def penalty(self) -> dict[str, Tensor]:
+        """Return the term of the loss that depends on parameters alone as "penalty", (); {} if there is none."""
+        if self.generator is None or not self.training:
+            return {}
+        penalty = self.generator.penalty(self.head.weight if isinstance(self.head, LinearHead) else None)
+        return {} if penalty is None else {"penalty": penalty}
 
     def average(self, outputs: Sequence[Tensor]) -> Tensor:
         """Average several samples' (B, C): the logarithm of their mean probabilities, or their mean features."""
@@ -248,7 +265,7 @@ class PromptedViT(nn.Module):
         )
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Compute (B, D), the head's input.
+        """Compute (B, D), the head's input; with queries (B, F), F being `feature_width`.
 
         `model.head(model.forward_features(images))` equals `model(images)`, with one exception. If a generator averages
         several samples at inference (`V2APTConfig.inference_samples` above 1), this returns the samples' mean features,
@@ -307,7 +324,10 @@ class PromptedViT(nn.Module):
             context = None if generator is None else self.prompt_context(inputs, embedded, draws)
             aux = {} if generator is None else generator.aux(context)
             sequence = papers.encode(vit, inputs, generator, context, draws, embedded)
-            return papers.read_out(vit, sequence, self.readout), aux
+            features = papers.read_out(vit, sequence, self.readout)
+            if generator is not None and generator.role == "queries":
+                features = generator.gather(features, sequence.answers)
+            return features, aux
 
     def _own_autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Autocast if the backbone trains in float32 and computes in 16 bits; otherwise do nothing."""
@@ -328,7 +348,7 @@ class PromptedViT(nn.Module):
         return None
 
     def static_prefixes(self) -> dict[int, Prefix] | None:
-        """Compute a map from block to keys and values of prompts, if they depend on parameters only.
+        """Compute a map from block to what it reads of prompts, such as keys and values, if parameters determine it.
 
         None if the method has no such prompts.
         """
@@ -515,6 +535,24 @@ class PromptedViT(nn.Module):
         with self.changing(), torch.no_grad():
             for name, tensor in cast.items():
                 own[name].copy_(tensor)
+
+    def select_features(self, keep: float | int) -> None:
+        """Let the linear head read only the features that matter most to it: those with the largest ‖W[:, f]‖₂.
+
+        Train with group lasso first (`VQTConfig.group_lasso`), select, and train again, as VQT does. The head is
+        replaced by a smaller one with the same weights for the features it keeps.
+
+        Args:
+            keep: the share of the features to keep, in (0, 1], or their number, an int.
+
+        Raises:
+            TypeError, ValueError: the head is not linear, or `keep` is out of range.
+        """
+        if not isinstance(self.head, LinearHead):
+            kind = None if self.head is None else self.head.kind
+            raise ArgumentError("model", f"must have a linear head to select features, got {kind!r}")
+        with self.changing():
+            self.head = self.head.selecting(keep)
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
         """Load as torch does, as one change for an engine that follows the model."""
@@ -711,7 +749,7 @@ class PromptedViT(nn.Module):
             info, num_classes = config["head"], config["num_classes"]
             method = config_from(config)
             check_sizes(method, num_classes, backbone, state)
-            head: str | Head = "linear" if info is None else head_from(info, backbone, num_classes, state)
+            head: str | Head = "linear" if info is None else head_from(info, backbone, num_classes, state, method)
             model = cls(
                 backbone,
                 method,
@@ -770,7 +808,7 @@ def class_names_of(data: Any) -> list[str] | None:
 
 def check_readout(backbone: FrozenViT, generator: PromptGenerator | None, readout: str | None) -> str:
     """Return the readout to use; raise ValueError if backbone or generator cannot provide it."""
-    prompted = generator is not None and generator.num_prompts > 0
+    prompted = generator is not None and generator.num_prompts > 0 and generator.role == "sequence"
     if readout is None:
         readout = (backbone.graph.prompted_readout if prompted else None) or backbone.spec.pool
         if readout == "patches" and generator is not None and generator.read_with_patches:

@@ -31,6 +31,8 @@ METHODS: dict[str, PromptConfig] = {
     "vapt": fp.VAPTConfig(num_prompts=3, hidden=4, prompt_dropout=0.1),
     "vpt-deep": fp.VPTConfig(num_prompts=3),
     "vpt-shallow": fp.VPTConfig(num_prompts=3, deep=False),
+    "vqt": fp.VQTConfig(num_queries=2),
+    "cvpt": fp.CVPTConfig(num_prompts=3),
     "free": fp.FreePromptsConfig(num_prompts=3),
     "pixel": fp.PixelPromptConfig(border=4),
     "linear": fp.LinearProbeConfig(),
@@ -54,6 +56,8 @@ VARIANTS: dict[str, PromptConfig] = {
     "vpt-5": fp.VPTConfig(num_prompts=5),
     "vpt-dropout": fp.VPTConfig(num_prompts=3, prompt_dropout=0.2),
     "vpt-project": fp.VPTConfig(num_prompts=3, project=5),
+    "cvpt-late": fp.CVPTConfig(num_prompts=25, first_block=1),
+    "vqt-late": fp.VQTConfig(num_queries=3, first_block=1, normalise=False, group_lasso=0.1),
     "vpt-shallow-project": fp.VPTConfig(num_prompts=3, deep=False, project=6, prompt_dropout=0.2),
 }
 

@@ -25,6 +25,8 @@ METHODS = [
     "vpt-deep",
     "vpt-dropout",
     "vpt-shallow",
+    "vqt",
+    "cvpt",
     "free",
     "pixel",
     "linear",
@@ -80,7 +82,7 @@ def compare(
         (method, readout)
         for method in METHODS
         for readout in ("cls", "patches", "patches+prompts")
-        if readout != "patches+prompts" or method not in ("pixel", "linear")
+        if readout != "patches+prompts" or method not in ("pixel", "linear", "vqt", "cvpt")
     ]
     + [("vpt-deep", "prompts"), ("pgn", "prompts")],
 )
@@ -102,6 +104,10 @@ def test_formula_is_what_runs(
         (fp.PGNConfig(3, 16, widths=(8,), first_block=1), "cls", {"pre_norm": True}),
         (fp.V2APTConfig(5, 3, share="per_layer", first_block=1), "patches", {}),
         (fp.VAPTConfig(5, first_block=1), "cls", {}),
+        (fp.VQTConfig(3, first_block=1), "cls", {"pre_norm": True, "init_values": 0.1, "act_layer": "quick_gelu"}),
+        (fp.VQTConfig(3, normalise=False), "patches", {"global_pool": "avg", "qkv_bias": False, "reg_tokens": 2}),
+        (fp.CVPTConfig(3, first_block=1), "cls", {"pre_norm": True, "init_values": 0.1, "act_layer": "quick_gelu"}),
+        (fp.CVPTConfig(3), "patches", {"global_pool": "avg", "qkv_bias": False, "reg_tokens": 2}),
         (fp.FreePromptsConfig(5), "patches+prompts", {"pre_norm": True, "act_layer": "quick_gelu"}),
         (fp.VAPTConfig(5, kernel=3, padding=1, prompt_dropout=0.1, static_layers=2), "patches", {"global_pool": "avg"}),
         (
@@ -120,6 +126,10 @@ def test_formula_is_what_runs(
         "late PGN",
         "late V2APT",
         "late VAPT",
+        "late VQT",
+        "VQT, pooled norm",
+        "late CVPT",
+        "CVPT, pooled norm",
         "free, pre-norm",
         "pooled norm",
         "no class token",
@@ -131,7 +141,7 @@ def test_formula_is_what_runs_on_other_backbones(
     compare(bench, bench.random_backbone(**SMALL, **sizes), config, readout, batch=3)
 
 
-@pytest.mark.parametrize("method", ["pgn", "v2apt", "vapt", "vpt-dropout"])
+@pytest.mark.parametrize("method", ["pgn", "v2apt", "vapt", "vpt-dropout", "vqt", "cvpt"])
 def test_formula_is_what_runs_in_float32(
     configs: dict[str, PromptConfig], bench: ModuleType, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +259,8 @@ def test_the_rewritten_graph_costs_less() -> None:
         ({"config": fp.VAPTConfig(conv=False)}, "VAPTConfig.conv"),
         ({"config": fp.LinearProbeConfig(), "readout": "prompts"}, "needs prompt tokens"),
         ({"config": fp.V2APTConfig(inference_samples=3)}, "inference_samples"),
+        ({"config": fp.CVPTConfig(100)}, "100 prompts of role 'cross'"),
+        ({"config": fp.VQTConfig(), "readout": "prompts"}, "needs prompt tokens"),
     ],
 )
 def test_what_has_no_formula_is_refused(arguments: dict[str, Any], named: str) -> None:

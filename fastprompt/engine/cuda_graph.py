@@ -51,6 +51,7 @@ NO_EFFECT_AT_INFERENCE = (
     "prompt_dropout",
     "dropout_per",
     "pretrained_trunk",
+    "group_lasso",
 )
 
 Loss = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
@@ -473,11 +474,12 @@ class GraphedForward(_Graphs):
         if self._read is None:
             self._samples = [NO_DRAWS] if generator is None else generator.inference_draws()
             self._source = current
-            self._prefixes = None if current is None else {i: (k.clone(), v.clone()) for i, (k, v) in current.items()}
+            if current is not None:
+                self._prefixes = {i: tuple(part.clone() for part in parts) for i, parts in current.items()}
             self._read = self._look()
         elif self._prefixes is not None and current is not self._source:
-            for layer, pair in (current or {}).items():
-                for kept, new in zip(self._prefixes[layer], pair, strict=True):
+            for layer, parts in (current or {}).items():
+                for kept, new in zip(self._prefixes[layer], parts, strict=True):
                     kept.copy_(new)
             self._source = current
 
@@ -724,11 +726,12 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> None:
 
 
 def cross_entropy(model: PromptedViT) -> Loss:
-    """Cross-entropy in float32 or wider, plus beta · mean(KL) if the model's generator has a KL, as in `fit`."""
+    """Cross-entropy in float32 or wider, plus beta · mean(KL) and a penalty if the model has them, as in `fit`."""
     beta = float(getattr(model.config, "beta", 0.0))
 
     def loss(logits: Tensor, labels: Tensor, aux: dict[str, Tensor]) -> Tensor:
         value = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
-        return value + beta * aux["kl"].mean() if "kl" in aux else value
+        value = value + beta * aux["kl"].mean() if "kl" in aux else value
+        return value + aux["penalty"] if "penalty" in aux else value
 
     return loss

@@ -51,6 +51,10 @@ class JointPrompts(Prompts):
         self.members = [member for _, member in self.generators]
 
     @property
+    def role(self) -> str:
+        return self.generators[0][0].role
+
+    @property
     def layers(self) -> tuple[int, ...]:
         return self.generators[0][0].layers
 
@@ -83,15 +87,22 @@ class JointPrompts(Prompts):
         """Return None: no member writes the rows of others."""
 
     def prefixes(self, folded: Folded | None) -> dict[int, Prefix]:
-        """Map each block to (B, heads, P, d) keys and values of prompts that depend on parameters only."""
+        """Map each block to what it reads of prompts that depend on parameters only, with a row for each image."""
         known = [member.model.kept_prefixes(folded) or {} for member in self.members]
         return {
-            layer: (
-                _in_order([prefixes[layer][0] for prefixes in known], self.members),
-                _in_order([prefixes[layer][1] for prefixes in known], self.members),
+            layer: tuple(
+                _in_order(list(parts), self.members)
+                for parts in zip(*(prefixes[layer] for prefixes in known), strict=True)
             )
             for layer in known[0]
         }
+
+    def gather(self, features: Tensor, answers: Sequence[Tensor]) -> Tensor:
+        parts = [
+            generator.gather(_take(features, member.positions), [_take(part, member.positions) for part in answers])
+            for generator, member in self.generators
+        ]
+        return _in_order(parts, self.members)
 
     def _joined(
         self, tokens: Tensor | None, prompts: Callable[[PromptGenerator, _Member, Tensor | None], Tensor]
@@ -194,8 +205,10 @@ def _alike(model: PromptedViT) -> tuple[Any, ...]:
         return (model.readout,)
     return (
         model.readout,
+        generator.role,
         generator.layers,
         generator.num_prompts,
+        model.feature_width,
         generator.before_pre_norm,
         generator.known_at == "static",
     )

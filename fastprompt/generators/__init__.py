@@ -12,6 +12,7 @@ import pkgutil
 from fastprompt.generators.accounting import CostFormula, PromptCost, Sizes, Tally
 from fastprompt.generators.base import Geometry, PromptConfig, PromptGenerator
 from fastprompt.generators.baselines import FullFineTuneConfig, LinearProbeConfig
+from fastprompt.generators.cvpt import CVPT, CVPTConfig
 from fastprompt.generators.free import FreePrompts, FreePromptsConfig
 from fastprompt.generators.pgn import PGN, PGNConfig
 from fastprompt.generators.pixel import PixelPrompt, PixelPromptConfig
@@ -33,13 +34,17 @@ from fastprompt.generators.rgb_pgn import RGBPGN, RGBPGNConfig
 from fastprompt.generators.v2apt import V2APT, V2APTConfig
 from fastprompt.generators.vapt import VAPT, VAPTConfig
 from fastprompt.generators.vpt import VPT, VPTConfig
+from fastprompt.generators.vqt import VQT, VQTConfig
 
 __all__ = [
+    "CVPT",
     "PGN",
     "RGBPGN",
     "V2APT",
     "VAPT",
     "VPT",
+    "VQT",
+    "CVPTConfig",
     "CostFormula",
     "FreePrompts",
     "FreePromptsConfig",
@@ -60,6 +65,7 @@ __all__ = [
     "V2APTConfig",
     "VAPTConfig",
     "VPTConfig",
+    "VQTConfig",
     "Variant",
     "build_generator",
     "config_from_dict",

@@ -160,6 +160,9 @@ class PromptCost:
         kept: bytes read by the blocks that stay alive with the graph if blocks are recomputed.
         norms: whether the prompts' op applies the pre-norm, in float32.
         changes_images: whether the method trains something that it adds to the images, so that they have a gradient.
+        role: what the prompts do in a block (`PromptGenerator.role`).
+        features: the width of the head's input; 0 is the backbone's.
+        gather: function that adds the cost of `PromptGenerator.gather`, with the number of images that share features.
     """
 
     count: int
@@ -172,6 +175,9 @@ class PromptCost:
     kept: int = 0
     norms: bool = False
     changes_images: bool = False
+    role: str = "sequence"
+    features: int = 0
+    gather: Callable[[Tally, int], None] = _no_cost
 
     def images(self, i: int, batch: int) -> int:
         """Return the number of different sets of prompts of block i, 1 or B."""

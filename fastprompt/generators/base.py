@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypedDict, TypeVar
 
 import torch
@@ -168,6 +168,10 @@ class PromptGenerator(nn.Module, abc.ABC):
     A model calls `draw` and `context` once per forward pass and `prompts` once for each block in `layers`.
 
     Attributes:
+        role: what the prompts do in a block. "sequence": they are tokens of the sequence, which all others attend to.
+            "queries": they only query. They attend to the block's tokens, which do not see them; the head reads what
+            they become (`gather`), and the frozen features stay as they are. "cross": they are apart. After its
+            self-attention every token attends to them, with a softmax of its own and the block's projections.
         layers: indices of the blocks whose prompts this generator sets; in other blocks, prompts flow on as tokens.
         num_prompts: P.
         prompts_last: whether prompts come after the patches ([CLS, patches, prompts]) instead of before them.
@@ -180,6 +184,7 @@ class PromptGenerator(nn.Module, abc.ABC):
 
     known_at: ClassVar[str]
     config_class: ClassVar[type[PromptConfig]]
+    role: ClassVar[str] = "sequence"
     prompts_last: ClassVar[bool] = False
     read_with_patches: ClassVar[bool] = False
     before_pre_norm: bool = False
@@ -284,6 +289,26 @@ class PromptGenerator(nn.Module, abc.ABC):
     ) -> Tensor:
         """Return `prompts` computed by the paper's own graph; override this if `prompts` computes them differently."""
         return self.prompts(layer, context, tokens, draws)
+
+    def feature_width(self, width: int) -> int:
+        """Return the width F of the head's input, for frozen features of width D."""
+        return width
+
+    def gather(self, features: Tensor, answers: Sequence[Tensor]) -> Tensor:
+        """Return the head's input (B, F). Called if `role` is "queries".
+
+        Args:
+            features: (B, D), the frozen features that the readout selects.
+            answers: (B, P, D) for each block in `layers`: what its prompts are where they leave it.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.gather must be defined for role 'queries'")
+
+    def penalty(self, weight: Tensor | None) -> Tensor | None:
+        """Return a term of the training loss, (), that depends on parameters alone; None: no term.
+
+        `weight`: (C, F), that of a linear head; None: the model's head is of another kind.
+        """
+        return None
 
     def aux(self, context: Any) -> dict[str, Tensor]:
         """Return what a training loss needs beside the logits, from a `context`."""

@@ -34,6 +34,7 @@ HOW_TO_REGISTER = (
 )
 
 KNOWN_AT = ("static", "image", "embeddings", "layer")
+ROLES = ("sequence", "queries", "cross")
 SOLVERS = ("gradient", "lbfgs")
 
 Registered = TypeVar("Registered", bound="type[PromptConfig] | type[PromptGenerator]")
@@ -339,6 +340,12 @@ def _parts(cls: Any) -> tuple[type[PromptConfig], type[PromptGenerator] | None]:
             raise ValueError(
                 f"{cls.__name__}.known_at must be one of {KNOWN_AT}, got {getattr(cls, 'known_at', None)!r}"
             )
+        if cls.role not in ROLES:
+            raise ValueError(f"{cls.__name__}.role must be one of {ROLES}, got {cls.role!r}")
+        if cls.takes_stages and cls.role != "sequence":
+            raise ValueError(f"{cls.__name__}.takes_stages must be False with role {cls.role!r}")
+        if cls.role == "queries" and cls.gather is PromptGenerator.gather:
+            raise TypeError(f"{cls.__name__} must define gather, which role 'queries' needs")
         if inspect.isabstract(cls):
             raise TypeError(f"{cls.__name__} must define {', '.join(sorted(cls.__abstractmethods__))}")
     if not isinstance(config_class, type) or not issubclass(config_class, PromptConfig):

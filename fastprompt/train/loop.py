@@ -195,6 +195,8 @@ class Loop:
                 kl = aux["kl"].float().sum()
                 of_batch = of_batch + beta * (kl / num_images)
                 kl_sum = kl_sum + kl.detach()
+            if "penalty" in aux:  # of parameters, not of images: each part of the batch has its share
+                of_batch = of_batch + aux["penalty"] * (len(targets) / num_images)
             if "kl_units" in aux:
                 units.append(aux["kl_units"].detach().sum(0).float())
             of_batch.backward()

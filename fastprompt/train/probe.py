@@ -148,7 +148,7 @@ def fit_linear_probe(
         raise ArgumentError(
             "model", f"must have a linear head, got {kind!r}: build it with num_classes= and head='linear'"
         )
-    num_classes, width = head.weight.shape
+    num_classes, width = head.num_classes, head.width
     grid = tuple(float(c) for c in (C_GRID if C_grid is None else C_grid))
     if not grid or not all(np.isfinite(c) and c > 0 for c in grid):
         raise ValueError(f"C_grid must hold positive finite numbers, got {C_grid!r}")
@@ -174,7 +174,7 @@ def fit_linear_probe(
             features, labels = extract_features(model, data, batch_size, dtype, num_workers=num_workers)
         if not torch.isfinite(features).all():
             raise ArgumentError(name, "must have finite features, got NaN or infinity")
-        pairs.append((features.double().cpu().numpy(), labels.cpu().numpy()))
+        pairs.append((head.chosen(features).double().cpu().numpy(), labels.cpu().numpy()))
     feature_seconds = time.perf_counter() - began
     (x, y), (x_val, y_val) = pairs
     if len(np.unique(y)) < 2:

@@ -10,6 +10,7 @@
 * The backward of the first block reaches only prompts: the tokens of a frozen embedding need no gradient.
 * On a GPU, prompts that stay rows of the sequence are written directly to their final place (`slots.py`): PGN's
   mixture together with the whole sequence, others after the attention of their block, within the residual sum.
+* Tokens that only query leave the frozen rows as they are, which then carry no gradient (`queries.py`).
 * Groups of images with different prompts, prompt counts and readouts share every product with the frozen weights.
 
 All of these are exact in real arithmetic, for outputs and gradients.
@@ -27,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from fastprompt.kernels.add_norm import add_norm
 from fastprompt.kernels.prefix_attention import prefix_attention
 from fastprompt.kernels.prefix_attention.reference import unpacked
-from fastprompt.vit import reference
+from fastprompt.vit import cross, queries, reference
 from fastprompt.vit.backbone import Backbone
 from fastprompt.vit.folding import folded as folded
 from fastprompt.vit.linear import linear
@@ -75,6 +76,7 @@ class Reads(NamedTuple):
         one_query: whether `rows` is the first row alone, computed without keys and values.
         prompts: prompts (1 or B, P, D) that this one query reads.
         constants: how many of the rows that enter, counted from the first, are constants in the backward.
+        cross: what the rows that leave read of prompts after their attention (`cross.read_of`).
     """
 
     rows: slice | None = None
@@ -83,6 +85,7 @@ class Reads(NamedTuple):
     one_query: bool = False
     prompts: Tensor | None = None
     constants: int = 0
+    cross: Prefix | None = None
 
 
 class Embedded:
@@ -138,7 +141,7 @@ def features(
 
     def reads(i: int, group: Group, first: Tensor | None, x: Tensor) -> Reads:
         """The inputs of block i for one group; prompt rows that stay come last."""
-        generator = group.generator
+        generator = group.generator if has_role(group.generator, "sequence") else None
         layers = () if generator is None else generator.layers
         kept = slice(0, own) if i + 1 in layers else slice(0, None)  # the next block replaces all prompt rows
         if i == last:
@@ -162,12 +165,30 @@ def features(
 
     def step(i: int, x: Rows, following: Block | None = None) -> Rows:
         read = [reads(i, *of_group) for of_group in zip(groups, firsts, x.parts(), strict=True)]
+        for j, (group, part) in enumerate(zip(groups, x.parts(), strict=True)):
+            if has_role(group.generator, "cross", i):
+                read[j] = read[j]._replace(cross=_crossed(vit, blocks[i], i, group, part))
         if watch is not None:
             watch(i, own, x, read)
         return run_block(blocks[i], x, read, following)
 
+    def ask(i: int, x: Rows) -> Rows:
+        """Take the answers of the groups whose tokens only query; return x with its norm, which block i reads too."""
+        asking = [j for j in querying if has_role(groups[j].generator, "queries", i)]
+        if not asking:
+            return x
+        x = x if x.normed is not None else x._replace(normed=normed(blocks[i], x.data))
+        of_groups = list(zip(x.parts(), x._replace(data=x.normed).parts(), strict=True))
+        for j in asking:
+            answered[j].append(_answers(vit, blocks[i], i, groups[j], *of_groups[j]))
+        return x
+
+    querying = [j for j, group in enumerate(groups) if has_role(group.generator, "queries")]
+    answered: dict[int, list[Tensor]] = {j: [] for j in querying}
+    recompute = recompute and not (querying and parts is not None)  # frozen rows save nothing
     rows = Rows(x) if len(groups) == 1 else Rows(x.flatten(0, 1), tuple((size, own) for size in sizes))
     for i in range(len(blocks)):
+        rows = ask(i, rows)
         if recompute and torch.is_grad_enabled():
             rows = Rows(
                 checkpoint(
@@ -181,7 +202,37 @@ def features(
         else:
             rows = step(i, rows, None if i == last else blocks[i + 1])
     rows = rows if vit.norm is None else rows._replace(data=vit.norm(rows.data))
-    return [reference.pool(vit, x, group.readout) for group, x in zip(groups, rows.parts(), strict=True)]
+    found = [reference.pool(vit, x, group.readout) for group, x in zip(groups, rows.parts(), strict=True)]
+    for j in querying:
+        generator = groups[j].generator
+        assert generator is not None
+        found[j] = generator.gather(found[j], answered[j])
+    return found
+
+
+def has_role(generator: Prompts | None, role: str, block: int | None = None) -> bool:
+    """Whether there are prompts of this role (`PromptGenerator.role`), and in this block if one is given."""
+    return generator is not None and generator.role == role and (block is None or block in generator.layers)
+
+
+def _answers(vit: Backbone, block: Block, i: int, group: Group, x: Tensor, of_x: Tensor) -> Tensor:
+    """What a group's queries become in block i, (B, P, D), from its tokens x (B, T, D) and their norm."""
+    generator = group.generator
+    assert generator is not None
+    if group.prefixes is not None and i in group.prefixes:
+        tokens, wanted = group.prefixes[i]
+        return queries.answers(block, tokens, of_x, wanted)
+    tokens = generator.prompts(i, group.context, x[:, vit.num_prefix :], group.draws).to(x.dtype)
+    return queries.answers(block, tokens, of_x)
+
+
+def _crossed(vit: Backbone, block: Block, i: int, group: Group, x: Tensor) -> Prefix:
+    """What the tokens x (B, T, D) of a group that enter block i read of prompts by cross-attention."""
+    generator = group.generator
+    assert generator is not None
+    if group.prefixes is not None and i in group.prefixes:
+        return group.prefixes[i]
+    return cross.read_of(block, generator.prompts(i, group.context, x[:, vit.num_prefix :], group.draws).to(x.dtype))
 
 
 def _split(x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
@@ -239,9 +290,14 @@ def read_blocks(vit: Backbone, parts: Folded | None) -> Sequence[Block]:
 
 
 def static_prefixes(vit: Backbone, generator: Prompts, readout: str, parts: Folded | None) -> dict[int, Prefix]:
-    """Map each block that only reads its prompts to their keys and values, if they depend on parameters only."""
+    """Map each block that only reads its prompts to what it reads of them, if they depend on parameters only."""
     blocks = read_blocks(vit, parts)
     last = len(blocks) - 1
+    if generator.role == "cross":
+        return {i: cross.read_of(blocks[i], generator.prompts(i, None).to(vit.dtype)) for i in generator.layers}
+    if generator.role == "queries":
+        tokens = {i: generator.prompts(i, None).to(vit.dtype) for i in generator.layers if queries.absorbs(blocks[i])}
+        return {i: (of_block, queries.asked(blocks[i], of_block)) for i, of_block in tokens.items()}
     return {
         i: prompt_keys(blocks[i], generator.prompts(i, None).to(vit.dtype))
         for i in generator.layers
@@ -275,7 +331,7 @@ def one_query(block: Block, rows: slice) -> bool:
     return rows == slice(0, 1) and block.k_norm is None
 
 
-def prompt_keys(block: Block, prompts: Tensor) -> Prefix:
+def prompt_keys(block: Block, prompts: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the keys and values of prompts (1 or B, P, D) that enter the block."""
     inner = block.num_heads * block.head_dim
     bias = None if block.qkv.bias is None else block.qkv.bias[inner:]
@@ -296,7 +352,10 @@ def run_block(block: Block, x: Rows, reads: Sequence[Reads], following: Block | 
     h = attention(block, x, reads)
     if any(read.rows is not None or read.joining is not None for read in reads):
         x = Rows.pack([_leaving(part, read) for part, read in zip(x.parts(), reads, strict=True)])
-    data, of_data = add_branches(block, x.data, h, following)
+    if any(read.cross is not None for read in reads):
+        data, of_data = add_crossed(block, x, h, reads, following)
+    else:
+        data, of_data = add_branches(block, x.data, h, following)
     return x._replace(data=data, normed=of_data)
 
 
@@ -411,6 +470,24 @@ def add_branches(block: Block, x: Tensor, h: Tensor, following: Block | None = N
         x = x + block.norm1(h)
         return add_mlp(block, x, x, following)
     return add_mlp(block, *added(x, h if block.ls1 is None else h * block.ls1, block.norm2), following)
+
+
+def add_crossed(
+    block: Block, x: Rows, h: Tensor, reads: Sequence[Reads], following: Block | None
+) -> tuple[Tensor, Tensor | None]:
+    """Compute `add_branches` with the cross-attention of groups whose tokens read prompts after their attention."""
+    if block.post_norm:
+        data = of_data = x.data + block.norm1(h)
+    else:
+        data, of_data = added(x.data, h if block.ls1 is None else h * block.ls1, block.norm1)
+    parts = x._replace(data=of_data).parts()
+    h = Rows.pack(
+        [
+            torch.zeros_like(part) if read.cross is None else cross.attention(block, part, read.cross)
+            for part, read in zip(parts, reads, strict=True)
+        ]
+    ).data
+    return add_branches(block, data, h, following)
 
 
 def add_mlp(block: Block, x: Tensor, of_x: Tensor, following: Block | None = None) -> tuple[Tensor, Tensor | None]:

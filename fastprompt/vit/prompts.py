@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 from torch import Tensor
@@ -15,8 +15,11 @@ Draws = Mapping[str, Tensor]
 NO_DRAWS: Final[Draws] = {}
 """The draws of a forward without randomness."""
 
-Prefix = tuple[Tensor, Tensor]
-"""Keys and values of prompts, each (1 or B, heads, P, d)."""
+Prefix = tuple[Tensor, ...]
+"""What a block reads of prompts that depend on parameters only, each (1 or B, ...): keys and values (heads, P, d) of
+prompts in the sequence; of tokens that only query, themselves (P, D) and `queries.asked` (heads · P, D); of prompts
+that tokens cross-attend to, `cross.read_of`.
+"""
 
 
 class Apart(NamedTuple):
@@ -61,6 +64,8 @@ class Prompts(Protocol):
     """The prompts and the blocks they enter; `PromptGenerator` documents the members."""
 
     @property
+    def role(self) -> str: ...
+    @property
     def layers(self) -> tuple[int, ...]: ...
     @property
     def num_prompts(self) -> int: ...
@@ -81,6 +86,9 @@ class Prompts(Protocol):
     def plain_prompts(self, layer: int, context: Any, tokens: Tensor | None = None, draws: Draws = NO_DRAWS) -> Tensor:
         """Return the same as `prompts`, computed by the paper's own graph."""
 
+    def gather(self, features: Tensor, answers: Sequence[Tensor]) -> Tensor:
+        """Return the head's input (B, F) from the frozen features (B, D) and what queries became in their blocks."""
+
 
 class Group(NamedTuple):
     """Consecutive images of a batch that share their prompts and their readout.
@@ -88,7 +96,7 @@ class Group(NamedTuple):
     Attributes:
         generator, context, draws: as for `reference.encode`.
         readout: as for `reference.read_out`.
-        prefixes: block → the result of `static_prefixes` for these prompts; other blocks compute theirs.
+        prefixes: the result of `static_prefixes` for these prompts; blocks that it lacks compute theirs.
         size: number of images; None: the whole batch.
     """
 

@@ -25,7 +25,7 @@ from fastprompt.vit.weights import ACTIVATIONS, Block, Dense, MapPool, Mlp
 class Sequence:
     """Tokens (B, T, D), divided into prefix (class token, registers), prompts and patches.
 
-    `grid`: (rows, columns) of the patches.
+    `grid`: (rows, columns) of the patches. `answers`: what tokens that only query became, (B, P, D) for each block.
     """
 
     tokens: Tensor
@@ -33,6 +33,7 @@ class Sequence:
     num_prompts: int = 0
     prompts_last: bool = False
     grid: tuple[int, int] = (0, 0)
+    answers: tuple[Tensor, ...] = ()
 
     @property
     def prefix(self) -> Tensor:
@@ -119,8 +120,18 @@ def position_embedding(vit: Backbone, grid: tuple[int, int]) -> Tensor | None:
 
 def attention(block: Block, x: Tensor) -> Tensor:
     """Compute softmax(q kᵀ / √d) v over all tokens of x (B, T, D), with heads joined and projected."""
-    qkv = block.qkv(x).unflatten(-1, (3, block.num_heads, block.head_dim)).permute(2, 0, 3, 1, 4)
-    q, k, v = qkv.unbind(0)  # (B, heads, T, d)
+    q, k, v = heads(block, x, block.qkv.weight, block.qkv.bias)
+    return attended(block, q, k, v)
+
+
+def heads(block: Block, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """Split x Wᵀ + b, (B, T, parts · heads · d), into `parts` tensors (B, heads, T, d)."""
+    parts = F.linear(x, weight, bias).unflatten(-1, (-1, block.num_heads, block.head_dim))
+    return parts.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def attended(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute `attention` from q (B, heads, R, d), k and v (B, heads, T, d) as they are projected."""
     if block.q_norm is not None:
         q = block.q_norm(q)
     if block.k_norm is not None:
@@ -146,11 +157,46 @@ def mlp(module: Mlp, x: Tensor) -> Tensor:
 
 def run_block(block: Block, x: Tensor) -> Tensor:
     """Run one encoder block over x (B, T, D)."""
+    return add_branches(block, x, attention(block, _normed(block, x)))
+
+
+def run_asked_block(block: Block, x: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Run one block over x (B, T, D), and over `queries` (B, P, D), which attend to x alone and are not seen by it."""
+    inner, weight, bias = block.num_heads * block.head_dim, block.qkv.weight, block.qkv.bias
+    q, k, v = heads(block, _normed(block, x), weight, bias)
+    (asking,) = heads(block, _normed(block, queries), weight[:inner], None if bias is None else bias[:inner])
+    return add_branches(block, x, attended(block, q, k, v)), add_branches(block, queries, attended(block, asking, k, v))
+
+
+def run_cross_block(block: Block, x: Tensor, prompts: Tensor) -> Tensor:
+    """Run one block over x (B, T, D), whose tokens attend to `prompts` (B, P, D) after their self-attention."""
+    inner, weight, bias = block.num_heads * block.head_dim, block.qkv.weight, block.qkv.bias
+    x = add_attention(block, x, attention(block, _normed(block, x)))
+    (q,) = heads(block, _normed(block, x), weight[:inner], None if bias is None else bias[:inner])
+    k, v = heads(block, _normed(block, prompts), weight[inner:], None if bias is None else bias[inner:])
+    return add_mlp(block, add_attention(block, x, attended(block, q, k, v)))
+
+
+def _normed(block: Block, x: Tensor) -> Tensor:
+    return x if block.post_norm else block.norm1(x)
+
+
+def add_branches(block: Block, x: Tensor, h: Tensor) -> Tensor:
+    """Compute the block's output from its input rows x and their projected attention h, both (B, R, D)."""
+    return add_mlp(block, add_attention(block, x, h))
+
+
+def add_attention(block: Block, x: Tensor, h: Tensor) -> Tensor:
+    """Add projected attention h to its rows x, both (B, R, D)."""
     if block.post_norm:
-        x = x + block.norm1(attention(block, x))
+        return x + block.norm1(h)
+    return x + (h if block.ls1 is None else h * block.ls1)
+
+
+def add_mlp(block: Block, x: Tensor) -> Tensor:
+    """Add the block's MLP to x (B, R, D)."""
+    if block.post_norm:
         return x + block.norm2(mlp(block.mlp, x))
-    h = attention(block, block.norm1(x))
-    x = x + (h if block.ls1 is None else h * block.ls1)
     h = mlp(block.mlp, block.norm2(x))
     return x + (h if block.ls2 is None else h * block.ls2)
 
@@ -200,6 +246,15 @@ def encode(
     for i, block in enumerate(vit.blocks):
         if generator is not None and i in generator.layers and not (i == 0 and generator.before_pre_norm):
             prompts = generator.plain_prompts(i, context, sequence.patches, draws)
+            x = sequence.tokens
+            if generator.role == "queries":
+                x, asked = run_asked_block(block, x, prompts.to(x.dtype).expand(len(x), -1, -1))
+                sequence = dataclasses.replace(sequence, tokens=x, answers=(*sequence.answers, asked))
+                continue
+            if generator.role == "cross":
+                x = run_cross_block(block, x, prompts.to(x.dtype).expand(len(x), -1, -1))
+                sequence = dataclasses.replace(sequence, tokens=x)
+                continue
             sequence = sequence.with_prompts(prompts, generator.prompts_last)
         if watch is not None:
             watch(i, sequence)

@@ -22,6 +22,8 @@ CHANGED = {
     "v2apt": fp.V2APTConfig(num_prompts=4, num_instance=1, share="per_layer", beta=0.5),
     "vapt": fp.VAPTConfig(num_prompts=4, kernel=3, conv=False, project=12, static_layers=2),
     "vpt": fp.VPTConfig(num_prompts=4, deep=False, project=3),
+    "cvpt": fp.CVPTConfig(num_prompts=2, first_block=1),
+    "vqt": fp.VQTConfig(num_queries=4, normalise=False, group_lasso=0.5),
     "free": fp.FreePromptsConfig(num_prompts=2),
     "rgb-pgn": fp.RGBPGNConfig(num_prompts=4, placement="replace", bounded=False, offset=True),
     "pixel": fp.PixelPromptConfig(border=2),

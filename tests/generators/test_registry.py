@@ -159,6 +159,23 @@ def config_class(decorate: bool = True, frozen: bool = True, **body: Any) -> Any
         ),
         (lambda: type("Bad", (fp.PromptGenerator,), {}), TypeError, "Bad.config_class must be the method's"),
         (
+            lambda: type("Bad", (Mine,), {"config_class": config_class(kind="bad"), "role": "keys"}),
+            ValueError,
+            "Bad.role must be one of .* got 'keys'",
+        ),
+        (
+            lambda: type("Bad", (Mine,), {"config_class": config_class(kind="bad"), "role": "queries"}),
+            TypeError,
+            "Bad must define gather, which role 'queries' needs",
+        ),
+        (
+            lambda: type(
+                "Bad", (Mine,), {"config_class": config_class(kind="bad"), "role": "cross", "takes_stages": True}
+            ),
+            ValueError,
+            "Bad.takes_stages must be False with role 'cross'",
+        ),
+        (
             lambda: type("Bad", (fp.PromptGenerator,), {"config_class": config_class(kind="bad"), "known_at": "image"}),
             TypeError,
             "Bad must define prompts",
