@@ -44,7 +44,7 @@ from fastprompt.generators import (
 from fastprompt.heads import CLIP_LOGIT_SCALE, Head, LinearHead, build_head
 from fastprompt.hub import CARD_FILE, check_push, model_card, push, read_pretrained, run_facts
 from fastprompt.kept import Kept, SeenValues, arithmetic, can_compare, tensors_of
-from fastprompt.vit import FrozenViT
+from fastprompt.vit import FrozenViT, constants
 from fastprompt.vit.assets import load_source
 from fastprompt.vit.attention_maps import AttentionMap
 from fastprompt.vit.prompts import NO_DRAWS, Draws, Embedding, Group, Prefix
@@ -274,6 +274,95 @@ class PromptedViT(nn.Module):
         self._check(images)
         samples = [self._features(images, draws)[0] for draws in self._samples(images.shape[0])]
         return samples[0] if len(samples) == 1 else torch.stack(samples).mean(0)
+
+    def has_constants(self) -> str:
+        """Return why nothing but the features of a model without prompts is constant in training; "" if something is.
+
+        What `constants` returns is what is.
+        """
+        vit, generator = self.backbone, self.generator
+        if self.full:
+            return "the backbone trains"
+        if vit.folded() is None:
+            return "a Swin transformer keeps no constants"
+        if generator is None:
+            return "there are no prompts"
+        if generator.role == "queries":
+            return "" if generator.known_at == "static" else "the queries depend on the image"
+        if generator.changes_images or not generator.layers:
+            return "the images that the backbone reads change"
+        return "" if min(generator.layers) > 0 else "prompts enter the first block"
+
+    @torch.no_grad()
+    def constants(self, images: Tensor, keep: str = "inputs") -> dict[str, Tensor]:
+        """Compute what no parameter that trains has a part in, with a row per image, for `from_constants`.
+
+        For queries these are the frozen features and the inputs of all blocks with queries, or with `keep` "keys" the
+        keys and values there. If prompts start at block k, they are the rows that enter it, and what the generator
+        reads of an image.
+
+        Raises:
+            TypeError, ValueError: `images` do not fit, or nothing is constant (`has_constants`).
+        """
+        self._check(images)
+        reason, folded, generator, vit = self.has_constants(), self.backbone.folded(), self.generator, self.backbone
+        if reason or folded is None or generator is None:
+            raise ArgumentError("model", f"must have something constant in training, but {reason}")
+        if keep not in constants.KEEPS:
+            raise ArgumentError("keep", f"must be one of {constants.KEEPS}, got {keep!r}")
+        inputs = vit.normalise(images)
+        embedded = vit.graph.rewritten.embed(vit, images, inputs, folded)
+        if generator.role == "queries":
+            return constants.of_queries(vit, embedded, generator.layers, self.readout, folded, keep)
+        rows = constants.before(vit, embedded, min(generator.layers), folded)
+        found = {"rows": rows, "grid": torch.tensor(embedded.grid, device=rows.device).expand(len(rows), -1)}
+        if generator.known_at == "image":
+            found["images"] = inputs
+        if generator.known_at == "embeddings":
+            patches = embedded.patches
+            found["embeddings"] = patches if vit.norm_pre is None else vit.norm_pre(patches)
+        return found
+
+    def from_constants(
+        self, kept: Mapping[str, Tensor], return_aux: bool = False, draws: Draws | None = None
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Compute `forward` from the `constants` of a batch, which may have been cast to another dtype."""
+        batch = len(next(iter(kept.values())))
+        output, aux = self._averaged(
+            next(iter(kept.values())),
+            self._samples(batch) if draws is None else [draws],
+            lambda _, of_sample: self._features_from(kept, of_sample),
+        )
+        return (output, aux) if return_aux else output
+
+    def _features_from(self, kept: Mapping[str, Tensor], draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute `_features` from constants."""
+        vit, generator, folded = self.backbone, self.generator, self.backbone.folded()
+        assert generator is not None
+        assert folded is not None
+        if generator.role == "queries":
+            answers = []
+            for i in generator.layers:
+                tokens = generator.prompts(i, None, None, draws).to(vit.dtype)
+                answers.append(constants.answers(i, tokens, kept, folded))
+            return generator.gather(kept["features"].to(vit.dtype), answers), generator.aux(None)
+        context = None
+        if generator.known_at in ("image", "embeddings"):
+            x = kept["images"] if generator.known_at == "image" else kept["embeddings"].to(vit.dtype)
+            context = generator.context(x, draws)
+        prefixes = None if draws else self.kept_prefixes(folded)
+        group = Group(generator, context, draws, self.readout, prefixes)
+        rows, columns = kept["grid"][0].tolist()
+        features = constants.features_behind(
+            vit,
+            kept["rows"].to(vit.dtype),
+            (rows, columns),
+            min(generator.layers),
+            group,
+            folded,
+            self._recompute,
+        )
+        return features, generator.aux(context)
 
     def draw(self, batch: int) -> Draws:
         """Draw the random tensors of one training step for `batch` images: dropout masks, latent noise."""

@@ -57,7 +57,7 @@ VARIANTS: dict[str, PromptConfig] = {
     "vpt-dropout": fp.VPTConfig(num_prompts=3, prompt_dropout=0.2),
     "vpt-project": fp.VPTConfig(num_prompts=3, project=5),
     "cvpt-late": fp.CVPTConfig(num_prompts=25, first_block=1),
-    "vqt-late": fp.VQTConfig(num_queries=3, first_block=1, normalise=False, group_lasso=0.1),
+    "vqt-late": fp.VQTConfig(num_queries=3, first_block=1, normalise=False),
     "vpt-shallow-project": fp.VPTConfig(num_prompts=3, deep=False, project=6, prompt_dropout=0.2),
 }
 

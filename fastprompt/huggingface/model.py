@@ -98,6 +98,8 @@ class PromptedForImageClassification(PreTrainedModel):
             loss = F.cross_entropy(logits.float(), labels)
             if "kl" in aux:
                 loss = loss + getattr(self.prompted.config, "beta", 0.0) * aux["kl"].float().mean()
+            if "penalty" in aux:
+                loss = loss + aux["penalty"]
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
         return ImageClassifierOutput(loss=loss, logits=logits)

@@ -9,6 +9,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +44,7 @@ def fit(
     resume: bool = True,
     progress: bool = True,
     *,
+    cache_dir: str | os.PathLike[str] | None = None,
     extend: bool = False,
     compare_probe: bool = False,
     callbacks: Sequence[Callback | str] = (),
@@ -53,7 +55,9 @@ def fit(
     The loss is the recipe's, by default cross-entropy, plus beta · mean(KL) if the generator returns a KL (V²APT; beta
     is in its configuration). The frozen backbone runs in `recipe.dtype`, and its own tensors are restored bit for bit
     at the end. In full fine-tuning, its weights stay float32 and bfloat16 is autocast. A linear probe on data without
-    augmentation computes its features once.
+    augmentation computes its features once. Without augmentation, what else no trained parameter has a part in is
+    computed once too (`PromptedViT.constants`, `Recipe.cache`): VQT's frozen features, and with `first_block` k the
+    blocks before k.
 
     In a job of several processes (`torchrun --nproc-per-node=2 script.py`), each batch is shared among them, and the
     result is that of one process up to rounding, whatever their number. Draws for dropout, latent noise and mixing
@@ -85,6 +89,8 @@ def fit(
         resume: False starts over and replaces what is in `out_dir`.
         progress: print device, sizes and number of trained parameters, then show a progress bar with loss, accuracy,
             images per second and remaining time, and a line per epoch (stderr).
+        cache_dir: folder for what is computed once, which runs on the same images and backbone share; files used least
+            recently make room within `Recipe.cache_gib`. None: each run keeps its own in memory.
         extend: if `out_dir` holds a finished run of fewer epochs and the same identity otherwise, go on with it. Its
             later epochs follow the learning rates of a run of that many epochs, so the rate rises again.
         compare_probe: fit a linear probe to the features before the first step (of the model as it is, which costs
@@ -104,7 +110,7 @@ def fit(
     """
     check_model(model)
     recipe = chosen_recipe(model, recipe, fields)
-    options = Options(extend, compare_probe, callbacks)
+    options = Options(extend, compare_probe, callbacks, None if cache_dir is None else Path(cache_dir))
     if out_dir is None or not find_ranks(device_of(model)).main:
         return fit_in(None, model, train, val, recipe, resume, progress, options=options)
     with open_run(out_dir) as directory:
@@ -166,7 +172,7 @@ def fit_in(
                     return run.result(saved)
             if directory is not None and not directory.writable:
                 raise OSError(errno.EROFS, f"out_dir {directory.path} cannot be written, and holds no finished run")
-            run.prepare_data()
+            run.prepare_data(data)
             if saved is None:
                 run.start({**(files or {}), RECIPE_FILE: json.dumps(recipe.to_dict(), indent=2) + "\n"})
             else:

@@ -17,6 +17,7 @@ from fastprompt.generators.v2apt import ACTIVE_UNIT_NATS
 from fastprompt.train.batches import Batches, grouped
 from fastprompt.train.callbacks import Step
 from fastprompt.train.checkpoint import RandomStates, rng_state
+from fastprompt.train.constants import Constants
 from fastprompt.train.evaluate import evaluation_mode
 from fastprompt.train.mixing import Mixing
 from fastprompt.train.optimizer import set_learning_rates
@@ -107,6 +108,7 @@ class Loop:
     Args:
         features: whether the batches hold cached features for the head instead of images (linear probe).
         ranks: processes that share each batch. All of them then have the same totals.
+        constants: whose records the batches hold instead of images.
 
     Attributes:
         steps: optimizer steps in one epoch.
@@ -123,6 +125,7 @@ class Loop:
         val: Batches,
         features: bool,
         ranks: Ranks | None = None,
+        constants: Constants | None = None,
     ) -> None:
         self.model, self.optimizer, self.recipe, self.task = model, optimizer, recipe, task
         self.train_batches, self.val_batches, self.features = train, val, features
@@ -132,6 +135,7 @@ class Loop:
         self.scale = 1.0
         self.ranks = Ranks() if ranks is None else ranks
         self.mixing = Mixing(recipe, task.num_outputs, model.backbone.normalise, train.device)
+        self.constants = constants
 
     def train(
         self,
@@ -282,5 +286,8 @@ class Loop:
         if self.features:
             assert self.model.head is not None
             return self.model.head(images).float(), {}
-        logits, aux = self.model(images, return_aux=True)
+        if self.constants is not None:
+            logits, aux = self.constants.forward(images)
+        else:
+            logits, aux = self.model(images, return_aux=True)
         return logits.float(), aux

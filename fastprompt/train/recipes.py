@@ -24,6 +24,8 @@ _CHOICES = {
     "select_by": ("accuracy", "loss", "last"),
     "loss": ("cross_entropy", "bce", "mse", "l1"),
     "sampling": ("shuffle", "balanced"),
+    "cache": ("auto", "inputs", "keys", "none"),
+    "cache_dtype": ("auto", "bfloat16", "float32"),
 }
 _INTEGERS = {
     "epochs": 1,
@@ -95,6 +97,11 @@ class Recipe:
             result without augmentation.
         checkpoint_every: interval between checkpoints within an epoch, as "N steps" or "N minutes"; "epoch" saves
             only after each epoch. It does not change the result.
+        cache: what is kept of images without augmentation for all epochs, if it does not depend on what trains: with
+            `VQTConfig` the "inputs" of every block or its "keys" and values, with `first_block` k what enters block k.
+            "auto" is "inputs"; "none" keeps nothing. Results differ by rounding alone.
+        cache_dtype: dtype of what is kept; "auto" is the dtype that the backbone computes in.
+        cache_gib: nothing is kept if it takes more than this many GiB.
         deterministic: choose nothing by timing and use PyTorch's deterministic algorithms. If implementations of an op
             differ in their last bits, PyTorch's own is used. Two runs then end in the same bits with the same
             processor, threads and versions, at some cost in speed.
@@ -136,6 +143,9 @@ class Recipe:
     num_workers: int = 0
     checkpoint_every: str = "10 minutes"
     deterministic: bool = False
+    cache: str = "auto"
+    cache_dtype: str = "auto"
+    cache_gib: float = 4.0
 
     def __post_init__(self) -> None:
         for name, low in _INTEGERS.items():
@@ -162,6 +172,7 @@ class Recipe:
         self._check_number("mixup", low=0)
         self._check_number("cutmix", low=0)
         self._check_number("random_erasing", low=0, high=1)
+        self._check_number("cache_gib", low=0)
         if self.warmup_epochs > self.epochs:
             raise ArgumentError("warmup_epochs", f"must be at most epochs ({self.epochs}), got {self.warmup_epochs}")
         for name, choices in _CHOICES.items():

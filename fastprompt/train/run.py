@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -59,6 +60,7 @@ class Options:
     extend: bool = False
     compare_probe: bool = False
     callbacks: Sequence[Callback | str] = ()
+    cache_dir: Path | None = None
 
 
 class Run:
@@ -81,7 +83,7 @@ class Run:
         self.ranks = ranks
         show_progress = show_progress and ranks.main
         self.announced, self.callbacks = announced, callbacks
-        self.extend, self.compare_probe = options.extend, options.compare_probe
+        self.extend, self.compare_probe, self.cache_dir = options.extend, options.compare_probe, options.cache_dir
         self.model, self.recipe, self.directory, self.show_progress = model, recipe, directory, show_progress
         self.device = device_of(model)
         self.data = RunData(model, train, val, recipe, ranks)
@@ -142,12 +144,16 @@ class Run:
         if self.directory is not None and "run" in values:
             made |= self.directory.read_choices(values["run"])
 
-    def prepare_data(self) -> None:
-        """Prepare batches of images, or of features for a linear probe, after a trial forward."""
+    def prepare_data(self, data: Mapping[str, Any]) -> None:
+        """Prepare batches of images, or of what is computed once, after a trial forward.
+
+        `data` is the result of `data_identities`.
+        """
         self.data.try_out()
         began = time.perf_counter()
+        constants = self.data.find_constants(self.cache_dir, data, self._say)
         self.train, self.val = self.data.batches()
-        self.feature_seconds = time.perf_counter() - began if self.data.cached else 0.0
+        self.feature_seconds = time.perf_counter() - began if self.data.cached or constants else 0.0
         self.loop = Loop(
             self.model,
             self.state.optimizer,
@@ -157,6 +163,7 @@ class Run:
             self.val,
             self.data.cached,
             self.ranks,
+            constants,
         )
 
     def start(self, files: Mapping[str, str]) -> None:

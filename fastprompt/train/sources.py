@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastprompt.arguments import ArgumentError
 from fastprompt.train.batches import Batches, is_tensor_pair, num_images
+from fastprompt.train.constants import Constants, reason_against
 from fastprompt.train.evaluate import device_of, evaluation_mode
 from fastprompt.train.ranks import Ranks, check_shares
 from fastprompt.train.recipes import Recipe
@@ -25,7 +28,9 @@ class RunData:
 
     Attributes:
         kind: of the labels (`kind_of_labels`). task: what the model's outputs are compared with.
+        fixed: whether images are the same in every epoch.
         cached: whether the batches hold features for the head (a linear probe on images that never change).
+        constants: whose records the batches hold; see `find_constants`.
 
     Raises:
         ValueError: recipe and labels do not fit each other.
@@ -46,12 +51,36 @@ class RunData:
             self.weights = 1 / counts[labels].double() if recipe.sampling == "balanced" else None
         self.task = make_task(recipe, self.kind, self.num_classes, counts, self.device, model.domains)
         changing = recipe.mixup or recipe.cutmix or recipe.random_erasing
-        head_only = model.generator is None and not model.full and not changing
-        self.cached = head_only and _same_every_epoch(train) and _same_every_epoch(val)
+        self.fixed = not changing and _same_every_epoch(train) and _same_every_epoch(val)
+        self.cached = self.fixed and model.generator is None and not model.full
+        self.constants: Constants | None = None
+
+    def find_constants(
+        self, directory: Path | None, facts: Mapping[str, Any], say: Callable[[str], None]
+    ) -> Constants | None:
+        """Return what keeps the constants of this run; None if it has none, or they take too much room.
+
+        Args:
+            directory: where they are kept; None: in memory.
+            facts: result of `data_identities`.
+            say: called with what is kept, or why nothing is.
+        """
+        if self.cached or reason_against(self.model, self.recipe, self.fixed):
+            return None
+        constants = Constants(self.model, self.recipe, directory, facts, self.kind)
+        reason = constants.prepare({"train": self.train, "val": self.val})
+        if reason:
+            say(f"nothing is kept for all epochs: {reason}")
+            return None
+        say(constants.describe(num_images(self.train, "train") + num_images(self.val, "val")))
+        self.constants = constants
+        return constants
 
     def batches(self) -> tuple[Batches, Batches]:
         """Return the batches of training and validation; this computes the features if they are cached."""
         train, val = self.features() if self.cached else (self.train, self.val)
+        if self.constants is not None:
+            train, val = self.constants.kept("train", train), self.constants.kept("val", val)
         size, workers = self.recipe.batch_size, self.recipe.num_workers
         shuffled = self._batches(
             train,

@@ -117,6 +117,7 @@ def features(
     parts: Folded | None,
     recompute: bool = False,
     watch: Callable[[int, int, Rows, Sequence[Reads]], None] | None = None,
+    first: int = 0,
 ) -> list[Tensor]:
     """Compute the features that the head reads, (B, D) for each group.
 
@@ -126,6 +127,7 @@ def features(
         parts: the backbone's parts from `folded`.
         recompute: keep only each block's input for the backward and compute the block again there (one group only).
         watch: called before block i with i, the number of rows that are no prompts, and what enters the block.
+        first: the block that `embedded` enters; its tokens come from the block before it.
     """
     blocks = read_blocks(vit, parts)
     last = len(blocks) - 1
@@ -133,13 +135,13 @@ def features(
     x = embedded.tokens if whole is None else whole.tokens
     own = x.shape[1] if whole is None else whole.own  # non-prompt rows come first
     sizes = [x.shape[0] if group.size is None else group.size for group in groups]
-    firsts: list[Tensor | None] = [None]
+    own_prompts: list[Tensor | None] = [None]
     if whole is None:
         patches = _split(embedded.patches, sizes)
-        firsts = [_first_prompts(vit, group, of_group) for group, of_group in zip(groups, patches, strict=True)]
-        x = x if vit.norm_pre is None else vit.norm_pre(x)
+        own_prompts = [_first_prompts(vit, group, of_group) for group, of_group in zip(groups, patches, strict=True)]
+        x = x if vit.norm_pre is None or first else vit.norm_pre(x)
 
-    def reads(i: int, group: Group, first: Tensor | None, x: Tensor) -> Reads:
+    def reads(i: int, group: Group, known: Tensor | None, x: Tensor) -> Reads:
         """The inputs of block i for one group; prompt rows that stay come last."""
         generator = group.generator if has_role(group.generator, "sequence") else None
         layers = () if generator is None else generator.layers
@@ -153,7 +155,7 @@ def features(
         if generator is not None and i in layers:
             if group.prefixes is not None and i in group.prefixes:
                 return Reads(rows, prefix=group.prefixes[i])
-            prompts = first
+            prompts = known
             if i > 0 or prompts is None:
                 patches = x[:, vit.num_prefix : own]
                 prompts = generator.prompts(i, group.context, patches, group.draws).to(x.dtype)
@@ -164,7 +166,7 @@ def features(
         return Reads(rows, prefix=None if prompts is None else prompt_keys(blocks[i], prompts))
 
     def step(i: int, x: Rows, following: Block | None = None) -> Rows:
-        read = [reads(i, *of_group) for of_group in zip(groups, firsts, x.parts(), strict=True)]
+        read = [reads(i, *of_group) for of_group in zip(groups, own_prompts, x.parts(), strict=True)]
         for j, (group, part) in enumerate(zip(groups, x.parts(), strict=True)):
             if has_role(group.generator, "cross", i):
                 read[j] = read[j]._replace(cross=_crossed(vit, blocks[i], i, group, part))
@@ -187,7 +189,7 @@ def features(
     answered: dict[int, list[Tensor]] = {j: [] for j in querying}
     recompute = recompute and not (querying and parts is not None)  # frozen rows save nothing
     rows = Rows(x) if len(groups) == 1 else Rows(x.flatten(0, 1), tuple((size, own) for size in sizes))
-    for i in range(len(blocks)):
+    for i in range(first, len(blocks)):
         rows = ask(i, rows)
         if recompute and torch.is_grad_enabled():
             rows = Rows(

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import fastprompt as fp
+from fastprompt.engine.cuda_graph import cross_entropy
 from fastprompt.generators import Geometry
 from fastprompt.vit import queries
 
@@ -106,6 +107,9 @@ def test_group_lasso_and_the_features_it_leaves(
     head = model.head
     by_feature = torch.stack([head.weight[:, f].square().sum().sqrt() for f in range(192)])
     torch.testing.assert_close(aux["penalty"], 0.5 * by_feature.sum())
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    loss = cross_entropy(model)(logits, labels, aux)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, labels) + aux["penalty"])
     assert "penalty" not in model.eval()(tiny_images, return_aux=True)[1]
     features = model.forward_features(tiny_images)
     model.select_features(0.25)

@@ -1,0 +1,80 @@
+"""What a frozen ViT computes of an image whatever the prompts are, so that training can keep it.
+
+* Tokens that only query leave all rows as they are. Constants are the frozen feature and, for each block, the input of
+  its projections (`inputs`), or its keys and values (`keys`).
+* Prompts that start at block k leave the rows before it as they are. The constant is what enters block k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+from fastprompt.vit import forward, queries, reference
+from fastprompt.vit.backbone import Backbone
+from fastprompt.vit.prompts import Embedding, Group
+from fastprompt.vit.weights import Folded
+
+KEEPS = ("inputs", "keys")
+
+
+def of_queries(
+    vit: Backbone, embedded: Embedding, layers: Sequence[int], readout: str, parts: Folded, keep: str
+) -> dict[str, Tensor]:
+    """Return the frozen "features" (B, D), and of each block i in `layers`, with a row per image:
+
+    "inputs.i" (T, D), or with `keep` "keys", "keys.i" and "values.i" (heads, T, d).
+    """
+    found, x = dict[str, Tensor](), embedded.tokens
+    for i, rows in enumerate(_entering(vit, embedded, parts)):
+        x = rows.data
+        if i not in layers:
+            continue
+        block = parts.blocks[i]
+        of_x = forward.normed(block, x) if rows.normed is None else rows.normed
+        if keep == "inputs":
+            found[f"inputs.{i}"] = of_x
+        else:
+            found[f"keys.{i}"], found[f"values.{i}"] = queries.keys_and_values(block, of_x)
+    x = x if vit.norm is None else vit.norm(x)
+    read = forward.rows_read(vit, readout, x.shape[1])
+    return {"features": reference.pool(vit, x[:, read], readout), **found}
+
+
+def before(vit: Backbone, embedded: Embedding, block: int, parts: Folded) -> Tensor:
+    """Return the rows (B, T, D) that enter a block if no block before it has prompts."""
+    return next(rows.data for i, rows in enumerate(_entering(vit, embedded, parts)) if i == block)
+
+
+def _entering(vit: Backbone, embedded: Embedding, parts: Folded) -> Iterator[forward.Rows]:
+    """Yield the rows that enter each block without prompts, and at last those that leave the last one."""
+    x = embedded.tokens
+    rows = forward.Rows(x if vit.norm_pre is None else vit.norm_pre(x))
+    for block, following in zip(parts.blocks, (*parts.blocks[1:], None), strict=True):
+        yield rows
+        rows = forward.run_block(block, rows, [forward.Reads()], following)
+    yield rows
+
+
+def answers(block: int, tokens: Tensor, constants: Mapping[str, Tensor], parts: Folded) -> Tensor:
+    """Return what queries (1 or B, P, D) become in a block, (B, P, D), from the constants of `of_queries`."""
+    inputs = constants.get(f"inputs.{block}")
+    if inputs is not None:
+        return queries.answers(parts.blocks[block], tokens, inputs.to(tokens.dtype))
+    kv = (constants[f"{name}.{block}"].to(tokens.dtype) for name in ("keys", "values"))
+    return queries.answers_from_keys(parts.blocks[block], tokens, *kv)
+
+
+def features_behind(
+    vit: Backbone,
+    rows: Tensor,
+    grid: tuple[int, int],
+    block: int,
+    group: Group,
+    parts: Folded,
+    recompute: bool = False,
+) -> Tensor:
+    """Return the features (B, D) that the head reads, from the rows (B, T, D) that enter `block` (`before`)."""
+    entering = reference.Sequence(rows, vit.num_prefix, grid=grid)
+    return forward.features(vit, entering, [group], parts, recompute, first=block)[0]
