@@ -403,6 +403,10 @@ def _register_classifier(head: Head, backbone: FrozenViT, rows: int | None = Non
 
     They are stored because the backbone's fingerprint does not cover the classifier.
     """
+    if backbone.head_dist is not None:
+        raise ArgumentError(
+            "head", f"{head.kind!r} reads one pretrained classifier; this backbone, a distilled DeiT, has two"
+        )
     for name in ("weight", "bias"):
         tensor = None if backbone.head is None else getattr(backbone.head, name)
         copied = None if tensor is None else tensor[:rows].detach().float().clone()

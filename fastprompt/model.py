@@ -69,8 +69,8 @@ class PromptedViT(nn.Module):
         config: the method and its options, e.g. `PGNConfig(num_prompts=16)`.
         num_classes: C; None: no head, the model returns features.
         head: "linear", "text", "label_map", "prototypes", or a head of `fastprompt.heads`.
-        readout: the head's input: "cls", "patches", "patches+prompts", "prompts" or "map". None: that of the
-            backbone's own head, with two exceptions that follow the authors' code. It is the mean of patches and
+        readout: the head's input: "cls", "patches", "patches+prompts", "prompts", "map" or "cls+dist". None: that of
+            the backbone's own head, with two exceptions that follow the authors' code. It is the mean of patches and
             prompts for any prompts on a Swin transformer, and for VPT and VAPT on a ViT that averages patches (MAE).
         class_names: list of C names, saved with the adapter; None: those of the data set, once `fit` sees one.
         class_embeddings, logit_scale: for head "text". prototypes: for head "prototypes".
@@ -127,6 +127,12 @@ class PromptedViT(nn.Module):
         self.generator = build_generator(config, self.backbone)
         self.readout = check_readout(backbone, self.generator, readout)
         self.head: Head | None = None
+        if self.generator is not None and self.generator.role != "sequence" and backbone.places_keys:
+            raise ArgumentError(
+                "config",
+                "must be a method whose prompts are tokens of the sequence on a backbone with rotary position embedding "
+                f"or relative position bias, got {self.config.kind!r}",
+            )
         if isinstance(head, Head):
             if num_classes not in (None, head.num_classes):
                 raise ArgumentError("num_classes", f"is {num_classes}, the given head has {head.num_classes}")
@@ -906,6 +912,8 @@ def check_readout(backbone: FrozenViT, generator: PromptGenerator | None, readou
         raise ArgumentError("readout", f"must be one of {READOUTS} or None, got {readout!r}")
     if readout == "cls" and not backbone.spec.has_cls:
         raise ArgumentError("readout", "'cls' needs a class token; this backbone has none")
+    if readout == "cls+dist" and backbone.spec.pool != "cls+dist":
+        raise ArgumentError("readout", "'cls+dist' needs a distillation token; this backbone has none")
     if readout == "map" and backbone.map_pool is None:
         raise ArgumentError("readout", "'map' needs an attention-pooling head; this backbone has none")
     if "prompts" in readout and not prompted:

@@ -128,15 +128,15 @@ def configs() -> dict[str, PromptConfig]:
 
 
 @pytest.fixture
-def make_vit() -> Callable[..., VisionTransformer]:
-    """`make_vit(seed=0, **options)`: a random timm ViT in eval mode.
+def make_vit() -> Callable[..., Any]:
+    """`make_vit(seed=0, kind=VisionTransformer, **options)`: a random timm ViT of this class in eval mode.
 
     32 px, patch 8 (grid 4 x 4), width 48, 3 blocks, 3 heads, no head.
     """
 
-    def build(seed: int = 0, **options: Any) -> VisionTransformer:
+    def build(seed: int = 0, kind: Any = VisionTransformer, **options: Any) -> Any:
         sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 0}
-        return randomise(VisionTransformer(**{**sizes, **options}), seed).eval()
+        return randomise(kind(**{**sizes, **options}), seed).eval()
 
     return build
 

@@ -68,6 +68,8 @@ class Sizes:
             ("a norm in float32", block.norm1.upcast or block.norm2.upcast),
             ("a norm of the patch embedding", vit.patch_norm is not None),
             ("zero-padded images", vit.spec.dynamic_pad),
+            ("a rotary embedding", vit.rotary is not None),
+            ("a relative position bias", block.bias is not None),
         ):
             if present:
                 raise ValueError(f"the cost of a backbone with {name} has no formula ({vit.spec.name})")

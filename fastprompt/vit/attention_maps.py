@@ -6,6 +6,7 @@ from collections.abc import Sequence as Groups
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastprompt.arguments import ArgumentError
@@ -50,14 +51,18 @@ def papers_maps(
     maps: list[AttentionMap] = []
 
     def watch(i: int, x: reference.Sequence) -> None:
-        block = vit.blocks[i]
+        block, turns = vit.blocks[i], vit.turns(x.grid, x.tokens.dtype)[i]
         q, k, _ = forward.heads(block, block.qkv(forward.normed(block, x.tokens)), 3)
         q, k = (h if norm is None else norm(h) for h, norm in ((q, block.q_norm), (k, block.k_norm)))
+        if turns is not None:
+            turns = turns._replace(first=x.first_patch)
+            q, k = reference.rotated(q, turns), reference.rotated(k, turns)
+        bias = None if block.bias is None else reference.between_prompts(block.bias(), x.prompt_rows)
         first = vit.num_prefix if x.prompts_last else vit.num_prefix + x.num_prompts
         num_patches = x.tokens.shape[1] - vit.num_prefix - x.num_prompts
         prompts = first + num_patches if x.prompts_last else vit.num_prefix
         names = _own(vit, first, num_patches) | _named("prompts", prompts, x.num_prompts)
-        maps.append(AttentionMap(_softmax(q, k, block.scale), names, dict(names)))
+        maps.append(AttentionMap(_softmax(q, k, block.scale, bias), names, dict(names)))
 
     reference.encode(vit, images, generator, context, draws, embedded, watch)
     return maps
@@ -87,25 +92,28 @@ def rewritten_maps(vit: Backbone, embedded: Embedding, group: Group, parts: Fold
             for name, at in keys.items()
             if max(at.start, start) < min(at.stop, stop)
         }
-        q, k = project(tokens[:, start:stop], 0), project(tokens, 1)
+        q = forward.turned(project(tokens[:, start:stop], 0), read.turns, read.rows)
+        k, bias = forward.turned(project(tokens, 1), read.turns), forward.score_bias(block, x.data, read)
         prompts = read.joining if read.joining is not None else read.prompts
         if prompts is not None or read.prefix is not None:
             rows = None if prompts is None else forward.normed(block, prompts)
             joined = read.prefix[0] if rows is None else project(rows, 1)  # type: ignore[index]
             k = torch.cat([k, joined.expand(len(k), -1, -1, -1)], dim=2)
             keys |= _named("prompts", length, joined.shape[2])
+            bias = None if bias is None else F.pad(bias, (0, joined.shape[2]))
             if read.joining is not None:
                 assert rows is not None
                 queries |= _named("prompts", q.shape[2], joined.shape[2])
                 q = torch.cat([q, project(rows, 0).expand(len(q), -1, -1, -1)], dim=2)
-        maps.append(AttentionMap(_softmax(q, k, block.scale), queries, keys))
+        maps.append(AttentionMap(_softmax(q, k, block.scale, bias), queries, keys))
 
     forward.features(vit, embedded, [group], parts, watch=watch)
     return maps
 
 
-def _softmax(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    return ((q * scale) @ k.transpose(-1, -2)).softmax(dim=-1)
+def _softmax(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    scores = (q * scale) @ k.transpose(-1, -2)
+    return (scores if bias is None else scores + bias).softmax(dim=-1)
 
 
 def _named(name: str, start: int, length: int) -> dict[str, slice]:

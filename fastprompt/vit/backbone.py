@@ -18,7 +18,19 @@ from fastprompt.arguments import ArgumentError, ArgumentTypeError, NotFiniteErro
 from fastprompt.kept import Kept
 from fastprompt.vit import swin
 from fastprompt.vit.swin import Merge, SwinBlock
-from fastprompt.vit.weights import Block, Dense, Folded, MapPool, Norm, ViTSpec, frozen, is_finite, per_channel
+from fastprompt.vit.weights import (
+    Block,
+    Dense,
+    Folded,
+    MapPool,
+    Norm,
+    Rotary,
+    Turns,
+    ViTSpec,
+    frozen,
+    is_finite,
+    per_channel,
+)
 
 Same = TypeVar("Same", bound="Backbone")
 RESAMPLED_TOLERANCE = 1e-6
@@ -56,13 +68,15 @@ class Backbone(nn.Module):
         spec: properties that the tensors do not show.
         patch_weight: (D, 3, p, p). patch_bias: (D,). patch_norm: follows the patch embedding.
         cls_token: (1, 1, D). registers: (1, R, D). pos_embed: (1, [prefix +] patches, D). norm_pre: precedes block 0.
+        rotary: rotates the queries and keys of patches, or None.
         blocks: in order; a Swin transformer has `SwinBlock`s. norm: follows the last block. map_pool, fc_norm: pooling.
         merges: for each block, the patch merging before it, or None.
         staged: whether the width changes between stages, as in a Swin transformer.
         kept_fold: the cached result of `folding.folded`.
         private: only the owner changes this backbone, and the owner discards cached results when it does
             (`FrozenViT.refold`). Nothing else checks it for changes.
-        head: the pretrained classifier or projection.
+        head: the pretrained classifier or projection. head_dist: the second one of a distilled DeiT, which reads the
+            distillation token; the model's logits are the mean of both.
     """
 
     def __init__(self, parts: dict[str, Any]) -> None:
@@ -74,12 +88,14 @@ class Backbone(nn.Module):
         self.cls_token: nn.Parameter | None = frozen(parts.pop("cls_token"))
         self.registers: nn.Parameter | None = frozen(parts.pop("registers"))
         self.pos_embed: nn.Parameter | None = frozen(parts.pop("pos_embed"))
+        self.rotary: Rotary | None = parts.pop("rotary", None)
         self.norm_pre: Norm | None = parts.pop("norm_pre", None)
         self.blocks = cast("Sequence[Block]", nn.ModuleList(parts.pop("blocks")))
         self.norm: Norm | None = parts.pop("norm", None)
         self.map_pool: MapPool | None = parts.pop("map_pool", None)
         self.fc_norm: Norm | None = parts.pop("fc_norm", None)
         self.head: Dense | None = parts.pop("head", None)
+        self.head_dist: Dense | None = parts.pop("head_dist", None)
         self._loaded: dict[str, str | None] = parts.pop("loaded", {})  # hashes of computed tensors; None: resampled
         merges: list[Any] | None = parts.pop("merges", None)
         self.staged = merges is not None
@@ -174,13 +190,15 @@ class Backbone(nn.Module):
         for key in ("name", "mean", "std", "antialias"):  # none of them affects an image of the backbone's own size
             del structure[key]
         structure["blocks"] = [(b.mlp.act, b.mlp.glu, b.post_norm, b.norm1.kind, b.norm1.eps) for b in self.blocks]
+        if self.rotary is not None:
+            structure["rotary"] = self.rotary.rule
         if self.staged:
             windowed = cast("Sequence[SwinBlock]", self.blocks)
             structure |= {"windows": [(b.grid, b.window, b.shift) for b in windowed], "stages": self.stages}
         digest = hashlib.sha256(json.dumps(structure, sort_keys=True).encode())
         earlier, resampled = digest.copy(), dict[str, Tensor]()
         for name, tensor in sorted(self.state_dict().items()):
-            if name.startswith("head."):
+            if name.startswith(("head.", "head_dist.")):
                 continue
             described = f"{name}{tuple(tensor.shape)}".encode()
             values = tensor.detach().to("cpu", torch.float32).contiguous()
@@ -253,6 +271,25 @@ class Backbone(nn.Module):
         """Keep the backbone in eval mode whatever `mode` is: a frozen backbone has no training mode."""
         return super().train(False)
 
+    @property
+    def places_keys(self) -> bool:
+        """Whether attention scores depend on positions: a rotary embedding, or a bias of the scores."""
+        return any(getattr(block, "rotary", False) or getattr(block, "bias", None) is not None for block in self.blocks)
+
+    def turns(self, grid: tuple[int, int], dtype: torch.dtype) -> list[Turns | None]:
+        """Return for each block the rotation of [prefix, patches] on a grid of patches; None: it rotates nothing."""
+        rotary = self.rotary
+        if rotary is None:
+            return [None] * len(self.blocks)
+        if grid == self.spec.grid:
+            sin, cos = rotary.sin, rotary.cos
+        else:
+            angles = rotary.angles(grid)
+            sin, cos = angles.sin(), angles.cos()
+        sin, cos = sin.to(dtype), cos.to(dtype)
+        own = len(sin) > 1 or len(self.blocks) == 1  # whether each block has its own angles
+        return [Turns(sin[i * own], cos[i * own], self.num_prefix) for i in range(len(self.blocks))]
+
     def normalise(self, images: Tensor) -> Tensor:
         """Map uint8 (B, 3, H, W) to (x / 255 − mean) / std; return floating-point images unchanged."""
         if images.dtype != torch.uint8:
@@ -307,6 +344,8 @@ class Backbone(nn.Module):
         are taller than the backbone's own images (`RGBPGNConfig` with placement "extend"). The fingerprint is
         unchanged, so the same adapters fit.
         """
+        if any(getattr(block, "bias", None) is not None for block in self.blocks):
+            raise ValueError(f"{self.spec.name} takes images of one size: it has a relative position bias")
         self.pin_fingerprint()
         other = copy.copy(self)
         other.spec = dataclasses.replace(self.spec, dynamic_size=True)

@@ -50,10 +50,10 @@ def fold(block: Block) -> Block:
 
     * γ, β of a norm move into the next Linear: norm1 into qkv, norm2 into fc1, the inner norms into proj and fc2. In a
       post-norm block norm1 and norm2 stay, since they feed the residual.
-    * LayerScale moves into proj and fc2.
-    * 1/√d moves into W_q, or into the q-norm's affine.
+    * LayerScale moves into proj and fc2. A relative position bias is written out for all pairs of rows.
+    * 1/√d moves into W_q, or into the q-norm's affine; a rotation behind them is linear.
     * The key bias is dropped: it is added to every key, prompts included, so it cancels in the softmax (not with a
-      k-norm).
+      k-norm, and not with a rotary embedding, which rotates it with the key).
     * W_o b_v moves into b_o, since attention weights sum to 1 (not with a norm between them).
     * Quick-GELU x σ(1.702 x) = silu(1.702 x) / 1.702 becomes SiLU between two scaled Linears (not if a norm follows,
       since the scale would change the effect of its epsilon).
@@ -68,7 +68,7 @@ def fold(block: Block) -> Block:
         qkv.scale_rows(slice(0, inner), block.scale)
     else:
         q_norm = _scaled(q_norm, block.scale, block.qkv.weight)
-    if block.k_norm is None:
+    if block.k_norm is None and not block.rotary:
         qkv.bias[inner : 2 * inner] = 0
     if attn_norm is None:
         proj.bias = proj.bias + proj.weight @ qkv.bias[2 * inner :]
@@ -91,6 +91,8 @@ def fold(block: Block) -> Block:
         attn_norm=attn_norm,
         post_norm=block.post_norm,
         scale=1.0,
+        rotary=block.rotary,
+        bias=None if block.bias is None else block.bias.folded(),
     )
     return folded.eval()
 

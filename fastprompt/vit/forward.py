@@ -5,7 +5,7 @@
 * Prompts that are the same for every image have their keys and values computed once instead of once per image; at
   inference, once per adapter.
 * The last block computes only the rows that the head reads. With one query row, W_k and W_v are absorbed into the
-  query side, so no keys or values are computed at all.
+  query side, so no keys or values are computed at all. A rotary embedding keeps the keys, which it rotates row by row.
 * The blocks come from `folding.fold`: their constants have moved into the Linears.
 * The backward of the first block reaches only prompts: the tokens of a frozen embedding need no gradient.
 * On a GPU, prompts that stay rows of the sequence are written directly to their final place (`slots.py`): PGN's
@@ -22,19 +22,21 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastprompt.kernels.add_norm import add_norm
 from fastprompt.kernels.prefix_attention import prefix_attention
-from fastprompt.kernels.prefix_attention.reference import unpacked
+from fastprompt.kernels.prefix_attention.reference import attend, unpacked, with_prefix
 from fastprompt.vit import cross, queries, reference
 from fastprompt.vit.backbone import Backbone
 from fastprompt.vit.folding import folded as folded
 from fastprompt.vit.linear import linear
 from fastprompt.vit.prompts import Apart, Embedding, Group, Prefix, Prompts
+from fastprompt.vit.rotary import rotated
 from fastprompt.vit.slots import LastRows, assembled, in_slots, sums
-from fastprompt.vit.weights import Block, Folded, Norm
+from fastprompt.vit.weights import Block, Folded, Norm, Turns
 
 Projected = tuple[Tensor, Tensor | None, Tensor | None]
 """Queries, keys and values of tokens as `prefix_attention` takes them, packed or separate."""
@@ -77,6 +79,7 @@ class Reads(NamedTuple):
         prompts: prompts (1 or B, P, D) that this one query reads.
         constants: how many of the rows that enter, counted from the first, are constants in the backward.
         cross: what the rows that leave read of prompts after their attention (`cross.read_of`).
+        turns: the rotation of queries and keys.
     """
 
     rows: slice | None = None
@@ -86,6 +89,7 @@ class Reads(NamedTuple):
     prompts: Tensor | None = None
     constants: int = 0
     cross: Prefix | None = None
+    turns: Turns | None = None
 
 
 class Embedded:
@@ -131,6 +135,7 @@ def features(
     """
     blocks = read_blocks(vit, parts)
     last = len(blocks) - 1
+    turns = vit.turns(embedded.grid, vit.dtype)
     whole = _first_sequence(vit, embedded.apart, groups, last, parts)
     x = embedded.tokens if whole is None else whole.tokens
     own = x.shape[1] if whole is None else whole.own  # non-prompt rows come first
@@ -166,7 +171,10 @@ def features(
         return Reads(rows, prefix=None if prompts is None else prompt_keys(blocks[i], prompts))
 
     def step(i: int, x: Rows, following: Block | None = None) -> Rows:
-        read = [reads(i, *of_group) for of_group in zip(groups, own_prompts, x.parts(), strict=True)]
+        read = [
+            reads(i, *of_group)._replace(turns=turns[i])
+            for of_group in zip(groups, own_prompts, x.parts(), strict=True)
+        ]
         for j, (group, part) in enumerate(zip(groups, x.parts(), strict=True)):
             if has_role(group.generator, "cross", i):
                 read[j] = read[j]._replace(cross=_crossed(vit, blocks[i], i, group, part))
@@ -321,6 +329,8 @@ def rows_read(vit: Backbone, readout: str, own: int) -> slice:
     """
     if readout == "cls":
         return slice(0, 1)
+    if readout == "cls+dist":
+        return slice(0, 2)
     if readout == "prompts":
         return slice(own, None)
     if readout == "patches+prompts":
@@ -383,19 +393,47 @@ def attention(block: Block, x: Rows, reads: Sequence[Reads]) -> Tensor:
     outs = []
     for part, own, read in zip(of_x.parts(), projected, reads, strict=True):
         if read.one_query:
-            outs.append(one_query_attention(block, own[0], part, read.prompts))
+            outs.append(one_query_attention(block, own[0], part, read))
             continue
-        prefix = read.prefix
-        if read.joining is not None or block.q_norm is not None or block.k_norm is not None:
+        prefix, norms = read.prefix, block.q_norm is not None or block.k_norm is not None
+        if read.turns is not None and read.rows is None and read.joining is None and not norms:
+            own = rotated(own[0], read.turns), None, None
+        elif read.turns is not None or read.joining is not None or norms:
             query, k, v = unpacked(*own)
             if read.joining is not None:
                 prompt_q, prompt_k, prompt_v = heads(block, linear(normed(block, read.joining), weight, bias), 3)
                 query, prefix = _append(query, prompt_q, dim=2), (_norm(block.k_norm, prompt_k), prompt_v)
-            own = _norm(block.q_norm, query), _norm(block.k_norm, k), v
-        prefix_k, prefix_v = (None, None) if prefix is None else prefix
-        out = prefix_attention(*own, prefix_k, prefix_v, scale=block.scale)
+            own = (
+                turned(_norm(block.q_norm, query), read.turns, read.rows),
+                turned(_norm(block.k_norm, k), read.turns),
+                v,
+            )
+        out = attended(block, *own, prefix, score_bias(block, part, read))
         outs.append(out.transpose(1, 2).flatten(2))
     return block.proj(_norm(block.attn_norm, Rows.pack(outs).data))
+
+
+def attended(
+    block: Block, q: Tensor, k: Tensor | None, v: Tensor | None, prefix: Prefix | None, bias: Tensor | None
+) -> Tensor:
+    """Compute attention over [prefix, k] with a bias (1, heads, R, T) of the scores with k, or none."""
+    prefix_k, prefix_v = (None, None) if prefix is None else prefix
+    if bias is None or (q.is_cuda and not bias.requires_grad):
+        return prefix_attention(q, k, v, prefix_k, prefix_v, bias=bias, scale=block.scale)
+    q, k, v = unpacked(q, k, v)  # the operator would write the bias out for each image
+    bias = bias if prefix_k is None else F.pad(bias, (prefix_k.shape[2], 0))
+    return attend(q, with_prefix(prefix_k, k), with_prefix(prefix_v, v), bias.to(q.dtype), block.scale)
+
+
+def score_bias(block: Block, x: Tensor, read: Reads) -> Tensor | None:
+    """Return the bias (1, heads, R, T) of the queries that leave the block with all rows of x; 0 for prompts."""
+    if block.bias is None:
+        return None
+    bias: Tensor = block.bias()
+    joined = x.shape[1] - bias.shape[3]  # prompts that are rows already come last
+    bias = F.pad(bias, (0, joined, 0, joined)) if joined else bias
+    bias = bias if read.rows is None else bias[:, :, read.rows]
+    return bias if read.joining is None else F.pad(bias, (0, 0, 0, read.joining.shape[1]))
 
 
 def projections(block: Block, x: Rows, reads: Sequence[Reads]) -> list[Projected]:
@@ -428,37 +466,51 @@ def join(block: Block, x: Rows, read: Reads) -> Tensor:
     of_x = x._replace(data=normed(block, x.data) if x.normed is None else x.normed)
     query, k, v = unpacked(*projections(block, of_x, [read])[0])
     prompt_q, prompt_k, prompt_v = heads(block, linear(normed(block, prompts), block.qkv.weight, block.qkv.bias), 3)
-    keys = _norm(block.k_norm, k), v, _norm(block.k_norm, prompt_k), prompt_v
+    keys, prefix = (turned(_norm(block.k_norm, k), read.turns), v), (_norm(block.k_norm, prompt_k), prompt_v)
+    query, prompt_q = turned(_norm(block.q_norm, query), read.turns, read.rows), _norm(block.q_norm, prompt_q)
 
-    def attended(q: Tensor) -> Tensor:
-        out = prefix_attention(_norm(block.q_norm, q), *keys, scale=block.scale).transpose(1, 2).flatten(2)
+    def branch(q: Tensor, bias: Tensor | None) -> Tensor:
+        out = attended(block, q, *keys, prefix, bias).transpose(1, 2).flatten(2)
         h = block.proj(_norm(block.attn_norm, out))
         if block.post_norm:
             return block.norm1(h)
         return h if block.ls1 is None else h * block.ls1
 
-    return sums(rows, attended(query), prompts, attended(prompt_q.expand(rows.shape[0], -1, -1, -1)))
+    of_prompts = branch(prompt_q.expand(rows.shape[0], -1, -1, -1), None)
+    return sums(rows, branch(query, score_bias(block, x.data, read._replace(joining=None))), prompts, of_prompts)
 
 
-def one_query_attention(block: Block, q: Tensor, rows: Tensor, prompts: Tensor | None) -> Tensor:
+def one_query_attention(block: Block, q: Tensor, rows: Tensor, read: Reads) -> Tensor:
     """Compute attention (B, 1, heads · d) of one query q (B, heads, 1, d) over normed `rows` (B, T, D) and prompts.
 
     q kᵀ = (q W_k) xᵀ and a v = (a x) W_vᵀ for each head, so no token needs a key or a value. b_k cancels in the
-    softmax.
+    softmax. With a rotation between W_k and the query, which differs from row to row, rows and prompts need keys.
     """
     inner, (b, t, d) = block.num_heads * block.head_dim, rows.shape
-    prompts = None if prompts is None else normed(block, prompts)
+    prompts = None if read.prompts is None else normed(block, read.prompts)
     _, w_k, w_v = block.qkv.weight.split(inner)
-    q = (_norm(block.q_norm, q) * block.scale).squeeze(2).transpose(0, 1)  # (heads, B, d)
-    q = (q @ w_k.view(block.num_heads, -1, d)).transpose(0, 1)  # (B, heads, D)
-    scores = q @ rows.transpose(1, 2)  # (B, heads, T)
-    if prompts is not None:
-        scores = torch.cat([scores, q @ prompts.transpose(1, 2)], dim=2)
+    q = _norm(block.q_norm, q) * block.scale
+    if read.turns is None:
+        q = (q.squeeze(2).transpose(0, 1) @ w_k.view(block.num_heads, -1, d)).transpose(0, 1)  # (B, heads, D)
+        scores = q @ rows.transpose(1, 2)  # (B, heads, T)
+        of_prompts = None if prompts is None else q @ prompts.transpose(1, 2)
+    else:
+        bias = None if block.qkv.bias is None else block.qkv.bias[inner : 2 * inner]
+        q = turned(q, read.turns, read.rows)
+        (k,) = heads(block, linear(rows, w_k, bias), 1)  # (B, heads, T, d)
+        scores, of_prompts = (q @ turned(k, read.turns).transpose(2, 3)).squeeze(2), None
+        if prompts is not None:
+            (k,) = heads(block, linear(prompts, w_k, bias), 1)
+            of_prompts = (q @ k.transpose(2, 3)).squeeze(2)
+    if (own := score_bias(block, rows, read)) is not None:
+        scores = scores + own.squeeze(2)
+    if of_prompts is not None:
+        scores = torch.cat([scores, of_prompts], dim=2)
     weights = scores.softmax(dim=2)
-    read = weights[:, :, :t] @ rows  # (B, heads, D)
+    out = weights[:, :, :t] @ rows  # (B, heads, D)
     if prompts is not None:
-        read = read + weights[:, :, t:] @ prompts
-    out = read.transpose(0, 1) @ w_v.view(block.num_heads, -1, d).transpose(1, 2)  # (heads, B, d)
+        out = out + weights[:, :, t:] @ prompts
+    out = out.transpose(0, 1) @ w_v.view(block.num_heads, -1, d).transpose(1, 2)  # (heads, B, d)
     out = out.transpose(0, 1).reshape(b, 1, inner)
     return out if block.qkv.bias is None else out + block.qkv.bias[2 * inner :]
 
@@ -526,6 +578,13 @@ def packed(block: Block, x: Tensor, parts: int) -> Tensor:
 def heads(block: Block, x: Tensor, parts: int) -> tuple[Tensor, ...]:
     """Split (B, T, parts · heads · d) into `parts` tensors (B, heads, T, d)."""
     return packed(block, x, parts).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def turned(x: Tensor, turns: Turns | None, rows: slice | None = None) -> Tensor:
+    """Rotate queries or keys (B, heads, T, d) of all rows of the sequence, or of these alone."""
+    if turns is None:
+        return x
+    return rotated(x, turns if rows is None else turns.of(rows))
 
 
 def _norm(norm: Norm | None, x: Tensor) -> Tensor:

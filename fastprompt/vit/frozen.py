@@ -19,6 +19,7 @@ from fastprompt.kept import Kept
 from fastprompt.vit.backbone import Backbone
 from fastprompt.vit.graph import SWIN, VIT, Graph
 from fastprompt.vit.readers import image_sides, is_swin, read
+from fastprompt.vit.reference import Sequence as Tokens
 from fastprompt.vit.source import BackboneSource
 from fastprompt.vit.swin import Pair, SwinBlock
 from fastprompt.vit.weights import Folded
@@ -79,7 +80,8 @@ class FrozenViT(Backbone):
         """Build a timm model by name and freeze it.
 
         Args:
-            name: a timm model name of `timm.models.vision_transformer`, `swin_transformer` or `swin_transformer_v2`.
+            name: a timm model name of `timm.models.vision_transformer`, `vision_transformer_relpos`, `deit`, `beit`,
+                `eva`, `swin_transformer` or `swin_transformer_v2`.
             pretrained: load the published weights from the hub.
             image_size: pixels (or (height, width)); the position embedding is resampled by timm.
             mean, std: per channel; None: those that come with timm's weights.
@@ -349,14 +351,20 @@ class FrozenViT(Backbone):
         Returns:
             (B, C) outputs of the pretrained classifier or projection, or (B, D) features when it has none.
         """
-        features = self.forward_features(images)
+        sequence = self._sequence(images)
+        if self.head is not None and self.head_dist is not None:
+            return (self.head(sequence.tokens[:, 0]) + self.head_dist(sequence.tokens[:, 1])) / 2
+        features = self.graph.papers.read_out(self, sequence, self.spec.pool)
         return features if self.head is None else self.head(features)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Compute (B, D): the input of the model's own classifier."""
+        """Compute (B, D): the input of the model's own classifier; for a distilled DeiT the mean of its two inputs."""
+        return self.graph.papers.read_out(self, self._sequence(images), self.spec.pool)
+
+    def _sequence(self, images: Tensor) -> Tokens:
+        """Run images through all blocks."""
         self.check_images(images)
-        sequence = self.graph.papers.encode(self, self.normalise(images).to(self.dtype))
-        return self.graph.papers.read_out(self, sequence, self.spec.pool)
+        return self.graph.papers.encode(self, self.normalise(images).to(self.dtype))
 
     def extra_repr(self) -> str:
         return (

@@ -18,7 +18,9 @@ from torch import Tensor
 from fastprompt.kernels.prefix_attention.reference import attend
 from fastprompt.vit.backbone import Backbone
 from fastprompt.vit.prompts import NO_DRAWS, Draws, Prompts
-from fastprompt.vit.weights import ACTIVATIONS, Block, Dense, MapPool, Mlp
+from fastprompt.vit.weights import ACTIVATIONS, Block, Dense, MapPool, Mlp, Turns
+
+NO_ROWS = slice(0, 0)
 
 
 @dataclasses.dataclass
@@ -50,6 +52,17 @@ class Sequence:
         if self.prompts_last:
             return self.tokens[:, self.num_prefix : self.tokens.shape[1] - self.num_prompts]
         return self.tokens[:, self.num_prefix + self.num_prompts :]
+
+    @property
+    def prompt_rows(self) -> slice:
+        """The rows of the prompts."""
+        start = self.tokens.shape[1] - self.num_prompts if self.prompts_last else self.num_prefix
+        return slice(start, start + self.num_prompts)
+
+    @property
+    def first_patch(self) -> int:
+        """The row of the first patch."""
+        return self.num_prefix if self.prompts_last else self.num_prefix + self.num_prompts
 
     @property
     def apart(self) -> None:
@@ -118,10 +131,28 @@ def position_embedding(vit: Backbone, grid: tuple[int, int]) -> Tensor | None:
     )
 
 
-def attention(block: Block, x: Tensor) -> Tensor:
+def rotated(x: Tensor, turns: Turns) -> Tensor:
+    """Rotate the patches of x (B, heads, T, d), its queries or keys."""
+    sin, cos, first = turns
+    before, patches, behind = x.tensor_split((first, first + sin.shape[-2]), dim=2)
+    a, b = patches.chunk(2, dim=-1)
+    return torch.cat([before, torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1), behind], dim=2)
+
+
+def between_prompts(bias: Tensor, prompts: slice) -> Tensor:
+    """Insert zeros into a bias (1, heads, T, T) for the queries and keys of prompts, which will be these rows."""
+    for dim in (2, 3):
+        before, behind = bias.tensor_split((prompts.start,), dim=dim)
+        shape = list(bias.shape)
+        shape[dim] = prompts.stop - prompts.start
+        bias = torch.cat([before, bias.new_zeros(shape), behind], dim=dim)
+    return bias
+
+
+def attention(block: Block, x: Tensor, turns: Turns | None = None, prompts: slice = NO_ROWS) -> Tensor:
     """Compute softmax(q kᵀ / √d) v over all tokens of x (B, T, D), with heads joined and projected."""
     q, k, v = heads(block, x, block.qkv.weight, block.qkv.bias)
-    return attended(block, q, k, v)
+    return attended(block, q, k, v, turns, prompts)
 
 
 def heads(block: Block, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
@@ -130,13 +161,18 @@ def heads(block: Block, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple
     return parts.permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def attended(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attended(
+    block: Block, q: Tensor, k: Tensor, v: Tensor, turns: Turns | None = None, prompts: slice = NO_ROWS
+) -> Tensor:
     """Compute `attention` from q (B, heads, R, d), k and v (B, heads, T, d) as they are projected."""
     if block.q_norm is not None:
         q = block.q_norm(q)
     if block.k_norm is not None:
         k = block.k_norm(k)
-    x = attend(q, k, v).transpose(1, 2).flatten(2)
+    if turns is not None:
+        q, k = rotated(q, turns), rotated(k, turns)
+    bias = None if block.bias is None else between_prompts(block.bias(), prompts)
+    x = attend(q, k, v, bias).transpose(1, 2).flatten(2)
     if block.attn_norm is not None:
         x = block.attn_norm(x)
     return block.proj(x)
@@ -155,9 +191,12 @@ def mlp(module: Mlp, x: Tensor) -> Tensor:
     return module.fc2(x)
 
 
-def run_block(block: Block, x: Tensor) -> Tensor:
-    """Run one encoder block over x (B, T, D)."""
-    return add_branches(block, x, attention(block, _normed(block, x)))
+def run_block(block: Block, x: Tensor, turns: Turns | None = None, prompts: slice = NO_ROWS) -> Tensor:
+    """Run one encoder block over x (B, T, D).
+
+    `turns`: the rotation of its queries and keys, if it has one. `prompts`: the rows of prompts, with start and stop.
+    """
+    return add_branches(block, x, attention(block, _normed(block, x), turns, prompts))
 
 
 def run_asked_block(block: Block, x: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,7 +282,7 @@ def encode(
         sequence = sequence.with_prompts(first, generator.prompts_last)
     if vit.norm_pre is not None:
         sequence = dataclasses.replace(sequence, tokens=vit.norm_pre(sequence.tokens))
-    for i, block in enumerate(vit.blocks):
+    for i, (block, turns) in enumerate(zip(vit.blocks, vit.turns(sequence.grid, sequence.tokens.dtype), strict=True)):
         if generator is not None and i in generator.layers and not (i == 0 and generator.before_pre_norm):
             prompts = generator.plain_prompts(i, context, sequence.patches, draws)
             x = sequence.tokens
@@ -256,25 +295,29 @@ def encode(
                 sequence = dataclasses.replace(sequence, tokens=x)
                 continue
             sequence = sequence.with_prompts(prompts, generator.prompts_last)
+        turns = None if turns is None else turns._replace(first=sequence.first_patch)
         if watch is not None:
             watch(i, sequence)
-        sequence = dataclasses.replace(sequence, tokens=block(sequence.tokens))
+        sequence = dataclasses.replace(sequence, tokens=block(sequence.tokens, turns, sequence.prompt_rows))
     if vit.norm is not None:
         sequence = dataclasses.replace(sequence, tokens=vit.norm(sequence.tokens))
     return sequence
 
 
-READOUTS = ("cls", "patches", "patches+prompts", "prompts", "map")
+READOUTS = ("cls", "patches", "patches+prompts", "prompts", "map", "cls+dist")
 
 
 def read_out(vit: Backbone, sequence: Sequence, readout: str) -> Tensor:
     """Compute (B, D): the head's input from a sequence after the final norm.
 
     `readout`: "cls" is the class token; "patches", "prompts", "patches+prompts" are the mean over those tokens; "map"
-    is attention pooling of the patches. A norm that follows pooling (timm's `fc_norm`, MAE) is applied last.
+    is attention pooling of the patches; "cls+dist" is the mean of DeiT's class and distillation token. A norm that
+    follows pooling (timm's `fc_norm`, MAE) is applied last.
     """
     if readout == "cls":
         rows = sequence.tokens
+    elif readout == "cls+dist":
+        rows = sequence.tokens[:, :2]
     elif readout == "prompts":
         rows = sequence.prompts
     elif readout == "patches+prompts":

@@ -102,13 +102,146 @@ class Mlp(nn.Module):
         self.act, self.glu = act, glu
 
 
+class Turns(NamedTuple):
+    """The rotation of queries and keys in one block, for the patches of one grid.
+
+    Attributes:
+        sin, cos: (H or 1, N, d / 2), of the angle of each pair of channels at each patch.
+        first: row of the first patch in the sequence. Rows before it and behind the last patch are not rotated.
+    """
+
+    sin: Tensor
+    cos: Tensor
+    first: int
+
+    def of(self, rows: slice) -> Turns:
+        """Return the rotation of these rows of the sequence alone."""
+        start = rows.start or 0
+        stop = self.first + self.sin.shape[-2] if rows.stop is None else rows.stop
+        patches = slice(max(0, start - self.first), max(0, stop - self.first))
+        return Turns(self.sin[..., patches, :], self.cos[..., patches, :], max(0, self.first - start))
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding: the angles by which the queries and keys of patches are rotated.
+
+    Channels i and i + d / 2 of a head are a pair (a, b), which becomes (a cos θ − b sin θ, b cos θ + a sin θ) with
+    θ = row · frequency + column · frequency. A reader reorders the projections of a model that pairs neighbouring
+    channels. Class token, registers and prompts are not rotated.
+
+    Sine and cosine for the backbone's own grid are the library's; those of other grids are computed here. No tensor
+    here is cast below float32, and none trains.
+
+    Args:
+        frequencies: (2, L, H, d / 2), of row and column; L is the number of blocks or 1, H that of heads or 1.
+        sin, cos: (L, H, N, d / 2), for the backbone's own grid.
+        centred: row i of n is at 2π (2 (i + 1/2 + offset) / n − 1), as in DINOv3; False: at i + offset.
+        offset: shifts rows and columns. reference: the grid that positions are scaled to, as in EVA-02; None: unscaled.
+        size: n of a centred position: "separate" (rows or columns), or the "min" or "max" of both.
+    """
+
+    frequencies: Tensor
+    sin: Tensor
+    cos: Tensor
+
+    def __init__(
+        self,
+        frequencies: Tensor,
+        sin: Tensor,
+        cos: Tensor,
+        *,
+        centred: bool = False,
+        offset: float = 0.0,
+        reference: tuple[int, int] | None = None,
+        size: str = "separate",
+    ) -> None:
+        super().__init__()
+        for name, tensor in (("frequencies", frequencies), ("sin", sin), ("cos", cos)):
+            self.register_buffer(name, tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True))
+        self.centred, self.offset, self.reference, self.size = centred, offset, reference, size
+
+    @property
+    def rule(self) -> tuple[Any, ...]:
+        """What the angles of a grid depend on besides the frequencies."""
+        return self.centred, self.offset, self.reference, self.size
+
+    def move(self, grid: tuple[int, int]) -> None:
+        """Make this the rotation of a backbone with another grid."""
+        angles = self.angles(grid)
+        self.sin, self.cos = angles.sin(), angles.cos()
+
+    def angles(self, grid: tuple[int, int]) -> Tensor:
+        """Compute the angles (L, H, N, d / 2) of a grid of patches, in radians."""
+        rows, columns = (self._positions(grid, axis) for axis in (0, 1))
+        row, column = rows.repeat_interleave(grid[1])[:, None], columns.repeat(grid[0])[:, None]  # (N, 1)
+        frequencies = self.frequencies.unsqueeze(3)  # (2, L, H, 1, d / 2)
+        return row * frequencies[0] + column * frequencies[1]
+
+    def _positions(self, grid: tuple[int, int], axis: int) -> Tensor:
+        """The positions of rows (axis 0) or columns (axis 1)."""
+        at = torch.arange(grid[axis], device=self.frequencies.device, dtype=torch.float32)
+        if self.centred:
+            n = {"separate": grid[axis], "min": min(grid), "max": max(grid)}[self.size]
+            return 2 * math.pi * (2 * ((at + 0.5 + self.offset) / n) - 1).to(self.frequencies.dtype)
+        at = at + self.offset
+        return at if self.reference is None else at / grid[axis] * self.reference[axis]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        """Move the tensors, but keep at least float32: an angle is a product of a frequency and a large position."""
+
+        def wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype.itemsize >= 4 else tensor.to(moved.device)
+
+        super()._apply(wide, recurse)
+        return self
+
+
+class RelativeBias(nn.Module):
+    """A term of the attention scores that depends on how far apart two patches are, as in BEiT. Prompts have none.
+
+    Args:
+        table: (H, 2 rows − 1, 2 columns − 1); the query at (i, j) adds [:, i − k + rows − 1, j − l + columns − 1] to
+            its score with the key at (k, l).
+        prefix: (H, 3), of the class token's scores with patches, of patches' with the class token, and of its own;
+            None: there is no class token.
+    """
+
+    def __init__(self, table: Tensor, prefix: Tensor | None) -> None:
+        super().__init__()
+        self.table: nn.Parameter = frozen(table)
+        self.prefix: nn.Parameter | None = frozen(prefix)
+        self.register_buffer("whole", None, persistent=False)
+
+    def forward(self) -> Tensor:
+        """Return (1, H, T, T) for [class token, patches]."""
+        if self.whole is not None:
+            return self.whole
+        rows, columns = (self.table.shape[1] + 1) // 2, (self.table.shape[2] + 1) // 2
+        bias = self.table.unfold(1, rows, 1).unfold(2, columns, 1).flip(3, 4)  # (H, i, j, k, l)
+        bias = bias.flatten(3, 4).flatten(1, 2)
+        if self.prefix is not None:
+            of_cls, to_cls, own = self.prefix[:, :, None, None].unbind(1)  # each (H, 1, 1)
+            to_patches = of_cls.expand(-1, 1, bias.shape[2])
+            first = torch.cat([own, to_patches], dim=2)
+            bias = torch.cat([first, torch.cat([to_cls.expand(-1, bias.shape[1], 1), bias], dim=2)], dim=1)
+        return bias[None]
+
+    def folded(self) -> RelativeBias:
+        """Return the same bias, written out once instead of at every call."""
+        folded = RelativeBias(self.table, self.prefix)
+        folded.table, folded.prefix, folded.whole = self.table, self.prefix, self().detach()
+        return folded
+
+
 class Block(nn.Module):
     """One encoder block.
 
     `post_norm` False: x + ls1·attn(norm1(x)), then x + ls2·mlp(norm2(x)).
     `post_norm` True:  x + norm1(attn(x)), then x + norm2(mlp(x)) (timm's ResPostBlock).
     `qkv` stacks q, k, v; `q_norm`, `k_norm` act per head, `attn_norm` on the heads' joined output. `scale` multiplies
-    the attention scores; None: 1/√d.
+    the attention scores; None: 1/√d. `rotary`: queries and keys of patches are rotated, behind their norms. `bias` is
+    added to the scores.
     """
 
     papers: ClassVar[Callable[..., Tensor]]
@@ -130,12 +263,15 @@ class Block(nn.Module):
         ls2: Tensor | None = None,
         post_norm: bool = False,
         scale: float | None = None,
+        rotary: bool = False,
+        bias: RelativeBias | None = None,
     ) -> None:
         super().__init__()
         self.norm1, self.qkv, self.proj, self.norm2, self.mlp = norm1, qkv, proj, norm2, mlp
         self.q_norm, self.k_norm, self.attn_norm = q_norm, k_norm, attn_norm
         self.ls1, self.ls2 = frozen(ls1), frozen(ls2)
-        self.num_heads, self.post_norm = num_heads, post_norm
+        self.bias = bias
+        self.num_heads, self.post_norm, self.rotary = num_heads, post_norm, rotary
         self.head_dim = qkv.weight.shape[0] // (3 * num_heads)
         self.scale = self.head_dim**-0.5 if scale is None else scale
 
@@ -187,7 +323,7 @@ class ViTSpec:
     Attributes:
         image_size: (height, width) in pixels that the position embedding is for.
         grid: (rows, columns) of patches.
-        pool: "cls", "patches" or "map": the readout of the model's own head.
+        pool: "cls", "cls+dist", "patches" or "map": the readout of the model's own head.
         pos_on_prefix: whether the position embedding has rows for class and register tokens.
         pool_prefix: whether the model's own pooling also reads class and register tokens.
         dynamic_size: whether the model takes images of other sizes and resamples the position embedding.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from timm import layers as tl
+from timm.models.eva import Eva
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
@@ -30,9 +31,9 @@ BLOCKS: dict[str, dict[str, Any]] = {
 }
 
 
-def frozen(randomised: Callable[..., nn.Module], **options: Any) -> fp.FrozenViT:
+def frozen(randomised: Callable[..., nn.Module], kind: Any = VisionTransformer, **options: Any) -> fp.FrozenViT:
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
-    return fp.FrozenViT(randomised(VisionTransformer(**{**sizes, **options}))).double()
+    return fp.FrozenViT(randomised(kind(**{**sizes, **options}))).double()
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -49,6 +50,19 @@ def test_a_folded_block_computes_the_same(randomised: Callable[..., nn.Module], 
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
     alone = forward.run_block(fold(block), forward.Rows(x), [forward.Reads()]).data
     torch.testing.assert_close(reference.run_block(block, x), alone, rtol=1e-10, atol=1e-11)
+
+
+def test_a_rotation_keeps_the_key_bias(randomised: Callable[..., nn.Module]) -> None:
+    options = {"use_rot_pos_emb": True, "rope_type": "dinov3", "qkv_bias": False, "num_reg_tokens": 1}
+    backbone = frozen(randomised, kind=Eva, **options)
+    block, turns = backbone.blocks[1], backbone.turns(backbone.grid, torch.float64)[1]
+    folded, x = fold(block), torch.randn(2, 18, 48, dtype=torch.float64)
+    assert folded.qkv.bias[48:96].any()  # the norm's bias, as key bias
+    alone = forward.run_block(folded, forward.Rows(x), [forward.Reads(turns=turns)]).data
+    torch.testing.assert_close(alone, reference.run_block(block, x, turns), rtol=1e-10, atol=1e-11)
+    folded.qkv.bias.data[48:96] = 0
+    without = forward.run_block(folded, forward.Rows(x), [forward.Reads(turns=turns)]).data
+    assert (without - alone).abs().max() > 1e-6
 
 
 def affines(block: nn.Module) -> set[str]:

@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 import torch
 from timm import layers as tl
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import Tensor, nn
 
 import fastprompt as fp
@@ -31,8 +35,41 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "map": {"global_pool": "map"},
     "pool prefix": {"global_pool": "avg", "pool_include_prefix": True},
     "one block": {"depth": 1},
+    "rotary": {"kind": Eva, "use_rot_pos_emb": True, "rope_type": "dinov3", "num_reg_tokens": 2, "init_values": 0.5},
+    "rotary of each head": {
+        "kind": Eva,
+        "use_rot_pos_emb": True,
+        "rope_type": "mixed",
+        "qk_norm": True,
+        "scale_attn_inner": True,
+        "use_pre_transformer_norm": True,
+    },
+    "rotary without class token": {
+        "kind": Eva,
+        "use_rot_pos_emb": True,
+        "use_abs_pos_emb": False,
+        "class_token": False,
+        "use_post_norm": True,
+        "global_pool": "map",
+    },
+    "relative bias": {"kind": Beit, "use_rel_pos_bias": True, "init_values": 0.5, "global_pool": "token"},
+    "relative bias without class token": {
+        "kind": VisionTransformerRelPos,
+        "block_fn": ResPostRelPosBlock,
+        "class_token": False,
+        "qk_norm": True,
+        "rel_pos_type": "bias",
+    },
+    "distilled": {"kind": VisionTransformerDistilled},
 }
-CASES = [(name, readout) for name in BACKBONES for readout in reference.READOUTS if readout != "map" or name == "map"]
+CASES = [
+    (name, readout)
+    for name, options in BACKBONES.items()
+    for readout in reference.READOUTS
+    if (readout != "map" or options.get("global_pool") == "map")
+    and (readout != "cls" or options.get("class_token", True))
+    and (readout != "cls+dist" or name == "distilled")
+]
 TOKENS = ["vpt-dropout", "vpt-shallow", "vapt", "v2apt", "pgn", "free"]  # methods whose prompts are tokens
 Build = Callable[..., fp.PromptedViT]
 
@@ -75,7 +112,9 @@ def test_equals_the_reference(model_of: Build, tiny_images: Tensor, backbone: st
 
 
 @pytest.mark.parametrize("num_prompts", [1, 10, 50])
-@pytest.mark.parametrize("backbone", ["plain", "registers", "pre-norm", "layer scale", "all norms"])
+@pytest.mark.parametrize(
+    "backbone", ["plain", "registers", "pre-norm", "layer scale", "all norms", "rotary", "relative bias"]
+)
 @pytest.mark.parametrize("method", TOKENS)
 def test_equals_the_reference_at_inference(
     configs: dict[str, PromptConfig], model_of: Build, tiny_images: Tensor, method: str, backbone: str, num_prompts: int
@@ -99,7 +138,10 @@ def test_equals_the_reference_at_inference(
         )
 
 
-@pytest.mark.parametrize("backbone", ["plain", "registers", "pre-norm", "all norms", "post-norm", "map", "one block"])
+@pytest.mark.parametrize(
+    "backbone",
+    ["plain", "registers", "pre-norm", "all norms", "post-norm", "map", "one block", "rotary", "relative bias"],
+)
 def test_groups_of_images_equal_each_alone(model_of: Build, tiny_images: Tensor, backbone: str) -> None:
     readouts = ["cls", "patches", "prompts", "patches+prompts", "cls", "patches"]
     models = [model_of(m, backbone, r) for m, r in zip(TOKENS, readouts, strict=True)]

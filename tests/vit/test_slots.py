@@ -13,6 +13,8 @@ import gpu_path
 import pytest
 import torch
 from timm import layers as tl
+from timm.models.beit import Beit
+from timm.models.eva import Eva
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor
 
@@ -32,6 +34,9 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "rms": {"norm_layer": tl.RmsNorm, "pre_norm": True, "class_token": False, "global_pool": "avg"},
     "pool prefix": {"global_pool": "avg", "pool_include_prefix": True},
     "one block": {"depth": 1},
+    "rotary": {"kind": Eva, "use_rot_pos_emb": True, "rope_type": "mixed", "qk_norm": True, "num_reg_tokens": 2},
+    "rotary post-norm": {"kind": Eva, "use_rot_pos_emb": True, "use_post_norm": True, "global_pool": "token"},
+    "relative bias": {"kind": Beit, "use_rel_pos_bias": True, "init_values": 0.5},
 }
 JOINING = ["pgn", "rgb-latent", "free", "vpt-shallow", "vapt", "v2apt"]
 Take = Callable[..., gpu_path.NoConcatenation]

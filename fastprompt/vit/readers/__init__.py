@@ -72,22 +72,34 @@ def image_sides(image_size: int | tuple[int, int] | None) -> tuple[int, int] | N
 
 
 def _resize(parts: dict[str, Any], sides: tuple[int, int], rule: dict[str, bool]) -> None:
-    """Resample the position embedding of `parts` for images of `sides` pixels: bicubic, at least in float32."""
-    spec = parts["spec"]
+    """Resample the position embedding of `parts` for images of `sides` pixels: bicubic, at least in float32.
+
+    The angles of a rotary embedding are computed for the new grid by its rule.
+    """
+    from fastprompt.vit.readers.parts import loaded_as
+
+    spec, loaded = parts["spec"], parts.setdefault("loaded", {})
     if sides[0] % spec.patch_size or sides[1] % spec.patch_size:
         raise ArgumentError(
             "image_size",
             f"must have sides that are multiples of the patch size {spec.patch_size}, got {sides[0]} x {sides[1]}",
         )
     grid = (sides[0] // spec.patch_size, sides[1] // spec.patch_size)
+    if grid != spec.grid and any(block.bias is not None for block in parts["blocks"]):
+        raise ArgumentError(
+            "image_size",
+            f"must be {spec.image_size[0]} x {spec.image_size[1]} for this model with a relative position bias, got "
+            f"{sides[0]} x {sides[1]}; build the model itself for other sizes",
+        )
     if parts["pos_embed"] is not None and grid != spec.grid:
         prefix = int(spec.has_cls) + spec.num_registers if spec.pos_on_prefix else 0
         pos: Tensor = parts["pos_embed"].detach()  # (1, [prefix +] patches, D)
-        from fastprompt.vit.readers.parts import loaded_as
-
-        parts["loaded"] = {"pos_embed": loaded_as(pos, grid=spec.grid, to=grid, **rule)}
+        loaded["pos_embed"] = loaded_as(pos, grid=spec.grid, to=grid, **rule)
         rows = rearrange(pos[:, prefix:], "one (rows columns) d -> one d rows columns", rows=spec.grid[0])
         rows = F.interpolate(rows.to(torch.promote_types(pos.dtype, torch.float32)), size=grid, mode="bicubic", **rule)
         patches = rearrange(rows, "one d rows columns -> one (rows columns) d").to(pos.dtype)
         parts["pos_embed"] = torch.cat([pos[:, :prefix], patches], dim=1)
+    if parts.get("rotary") is not None and grid != spec.grid:
+        parts["rotary"].move(grid)
+        loaded |= {f"rotary.{name}": loaded_as(was=loaded[f"rotary.{name}"], to=grid) for name in ("sin", "cos")}
     parts["spec"] = dataclasses.replace(spec, image_size=sides, grid=grid)

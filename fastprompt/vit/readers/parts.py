@@ -102,6 +102,32 @@ def stacked(*modules: Any) -> Dense:
     return Dense(torch.cat(weights), torch.cat(biases) if biases else None)
 
 
+def halves(
+    qkv: Dense, num_heads: int, q_norm: Norm | None, k_norm: Norm | None
+) -> tuple[Dense, Norm | None, Norm | None]:
+    """Reorder the channels of queries and keys, and of their norms: each head's even channels, then its odd ones.
+
+    A rotation of neighbouring channels then rotates channels i and i + d / 2, as `Rotary` does.
+    """
+
+    def reordered(rows: Tensor | None) -> Tensor | None:
+        if rows is None:
+            return None
+        parts = rows.unflatten(0, (3, num_heads, -1, 2))  # (3, heads, pairs, 2, ...)
+        q_and_k = parts[:2].transpose(2, 3)
+        return torch.cat([q_and_k.reshape(-1, *rows.shape[1:]), parts[2].flatten(0, 2)])
+
+    def of(norm: Norm | None) -> Norm | None:
+        if norm is None:
+            return None
+        weight, bias = (None if x is None else torch.cat([x[::2], x[1::2]]) for x in (norm.weight, norm.bias))
+        return Norm(norm.kind, norm.size, norm.eps, weight, bias, norm.upcast)
+
+    weight = reordered(qkv.weight)
+    assert weight is not None
+    return Dense(weight, reordered(qkv.bias)), of(q_norm), of(k_norm)
+
+
 def classifier(module: Any) -> Dense | None:
     """Convert a Linear, or return None for an Identity."""
     return None if isinstance(module, nn.Identity) else dense(module)

@@ -1,15 +1,20 @@
-"""Reader for timm's `VisionTransformer` built of `Block` or `ResPostBlock`; `swin.py` reads timm's Swin."""
+"""Reader for timm's `VisionTransformer` built of `Block` or `ResPostBlock`, and what the readers of timm share.
+
+`eva.py` reads timm's Eva, `beit.py` its models with a relative position bias, `swin.py` its Swin.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import dataclasses
+from typing import Any
 
 import torch
 import torch.nn as nn
 from timm import layers as tl
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import vision_transformer as vt
+from timm.models import beit, deit, eva, vision_transformer as vt, vision_transformer_relpos as relpos
 
+from fastprompt.vit.readers.parts import refuse
 from fastprompt.vit.weights import Block, Dense, MapPool, Mlp, Norm, ViTSpec
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -36,68 +41,90 @@ _POOLS = {"token": "cls", "avg": "patches", "map": "map"}
 
 
 def read(model: nn.Module) -> dict[str, Any]:
-    """Read the canonical parts of a timm `VisionTransformer`; see `FrozenViT`.
+    """Read the canonical parts of a timm `VisionTransformer` or `Eva`; see `FrozenViT`.
 
     Raises:
         ValueError: another timm class, or a part that cannot be represented (parallel or differential blocks,
             hybrid patch embeddings, pooling other than CLS, average or map, ...). The error names it.
     """
-    if type(model) is not vt.VisionTransformer:
-        _refuse(
+    if type(model) is eva.Eva:
+        from fastprompt.vit.readers.eva import read as read_eva
+
+        return read_eva(model)
+    if type(model) in (beit.Beit, relpos.VisionTransformerRelPos):
+        from fastprompt.vit.readers.beit import read as read_beit
+
+        return read_beit(model)
+    if type(model) not in (vt.VisionTransformer, deit.VisionTransformerDistilled):
+        refuse(
             "model",
             f"{type(model).__name__} of {type(model).__module__}",
-            "timm's VisionTransformer, SwinTransformer, SwinTransformerV2",
+            "timm's VisionTransformer, VisionTransformerDistilled, VisionTransformerRelPos, Beit, Eva, SwinTransformer "
+            "and SwinTransformerV2",
         )
+    parts = stem(model, [_block(block) for block in model.blocks])
+    parts["spec"] = dataclasses.replace(parts["spec"], pool_prefix=bool(model.pool_include_prefix))
+    return _distilled(model, parts) if type(model) is deit.VisionTransformerDistilled else parts
+
+
+def _distilled(model: Any, parts: dict[str, Any]) -> dict[str, Any]:
+    """Add the distillation token and its classifier."""
+    parts["spec"] = dataclasses.replace(parts["spec"], pool="cls+dist")
+    head = None if isinstance(model.head_dist, nn.Identity) else dense(model.head_dist)
+    return {**parts, "registers": model.dist_token, "head_dist": head}
+
+
+def stem(model: Any, blocks: list[Block]) -> dict[str, Any]:
+    """Return the parts of one of timm's vision transformers, whose blocks are read."""
     if model.global_pool not in _POOLS:
-        _refuse("global_pool", repr(model.global_pool), "'token', 'avg' or 'map'")
+        refuse("global_pool", repr(model.global_pool), "'token', 'avg' or 'map'")
     embed = model.patch_embed
     if type(embed) not in (tl.PatchEmbed, tl.PatchEmbedWithSize):
-        _refuse("patch_embed", type(embed).__name__, "PatchEmbed")
+        refuse("patch_embed", type(embed).__name__, "PatchEmbed")
     patch = tuple(embed.patch_size)
     if patch[0] != patch[1]:
-        _refuse("patch_size", str(patch), "square patches")
+        refuse("patch_size", str(patch), "square patches")
     if embed.img_size is None:
-        _refuse("img_size", "None", "a model built with an image size")
+        refuse("img_size", "None", "a model built with an image size")
     if min(embed.grid_size) < 1:
-        _refuse("img_size", f"{tuple(embed.img_size)}", f"at least one patch of {patch[0]} pixels")
+        refuse("img_size", f"{tuple(embed.img_size)}", f"at least one patch of {patch[0]} pixels")
     if (embed.proj.kernel_size, embed.proj.stride, embed.proj.padding) != (patch, patch, (0, 0)):
-        _refuse("patch_embed.proj", str(embed.proj), "patches side by side")
-    if not len(model.blocks):
-        _refuse("depth", "0", "at least one block")
+        refuse("patch_embed.proj", str(embed.proj), "patches side by side")
+    if not blocks:
+        refuse("depth", "0", "at least one block")
     if embed.proj.in_channels != 3:
-        _refuse("in_chans", str(embed.proj.in_channels), "3")
+        refuse("in_chans", str(embed.proj.in_channels), "3")
 
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    blocks = [_block(block) for block in model.blocks]
+    has_cls, position = model.cls_token is not None, getattr(model, "pos_embed", None)
     spec = ViTSpec(
         name=cfg.get("architecture") or type(model).__name__,
         image_size=tuple(embed.img_size),
         grid=tuple(embed.grid_size),
         patch_size=patch[0],
         num_heads=blocks[0].num_heads,
-        has_cls=model.cls_token is not None,
-        num_registers=model.num_reg_tokens,
+        has_cls=has_cls,
+        num_registers=model.num_prefix_tokens - has_cls,
         pool=_POOLS[model.global_pool],
-        pos_on_prefix=not model.no_embed_class,
-        pool_prefix=bool(model.pool_include_prefix),
-        dynamic_size=bool(model.dynamic_img_size),
+        pos_on_prefix=not getattr(model, "no_embed_class", False),
+        dynamic_size=bool(getattr(model, "dynamic_img_size", False)),
         dynamic_pad=bool(embed.dynamic_img_pad),
         mean=tuple(cfg.get("mean") or IMAGENET_DEFAULT_MEAN),
         std=tuple(cfg.get("std") or IMAGENET_DEFAULT_STD),
     )
     return {
         "spec": spec,
-        "loaded": {"pos_embed": None} if resampled(model) and model.pos_embed is not None else {},
+        "loaded": {"pos_embed": None} if resampled(model) and position is not None else {},
         "patch_weight": embed.proj.weight,
         "patch_bias": embed.proj.bias,
         "patch_norm": norm(embed.norm),
         "cls_token": model.cls_token,
-        "registers": model.reg_token,
-        "pos_embed": model.pos_embed,
-        "norm_pre": norm(model.norm_pre),
+        "registers": getattr(model, "reg_token", None),
+        "pos_embed": position,
+        "norm_pre": norm(getattr(model, "norm_pre", None)),
         "blocks": blocks,
         "norm": norm(model.norm),
-        "map_pool": _map_pool(model.attn_pool),
+        "map_pool": _map_pool(getattr(model, "attn_pool", None)),
         "fc_norm": norm(model.fc_norm),
         "head": None if isinstance(model.head, nn.Identity) else dense(model.head),
     }
@@ -112,10 +139,6 @@ def resampled(model: Any) -> bool:
     return bool(cfg.get("resampled")) or tuple(cfg.get("input_size") or (3, *built))[1:] != built
 
 
-def _refuse(part: str, got: str, takes: str) -> NoReturn:
-    raise ValueError(f"this model cannot be frozen: {part} is {got}; supported: {takes}")
-
-
 def norm(module: Any) -> Norm | None:
     """Convert a norm layer, or return None for an Identity."""
     if module is None or isinstance(module, nn.Identity):
@@ -126,7 +149,7 @@ def norm(module: Any) -> Norm | None:
     elif type(module) in (tl.RmsNorm, tl.RmsNormFp32, nn.RMSNorm):
         kind = "rmsnorm"
     else:
-        _refuse("norm layer", type(module).__name__, "LayerNorm, RmsNorm")
+        refuse("norm layer", type(module).__name__, "LayerNorm, RmsNorm")
     eps = module.eps if module.eps is not None else torch.finfo(torch.float32).eps
     return Norm(
         kind, module.normalized_shape[0], eps, weight, bias, upcast=type(module) in (tl.LayerNormFp32, tl.RmsNormFp32)
@@ -137,14 +160,14 @@ def block_norm(module: nn.Module) -> Norm:
     """Convert a norm layer that must not be an Identity."""
     layer = norm(module)
     if layer is None:
-        _refuse("a block's norm layer", "Identity", "LayerNorm, RmsNorm")
+        refuse("a block's norm layer", "Identity", "LayerNorm, RmsNorm")
     return layer
 
 
 def dense(module: nn.Module) -> Dense:
     """Convert a Linear."""
     if type(module) is not nn.Linear:
-        _refuse("linear layer", type(module).__name__, "nn.Linear")
+        refuse("linear layer", type(module).__name__, "nn.Linear")
     return Dense(module.weight, module.bias)
 
 
@@ -157,7 +180,7 @@ def _act(module: nn.Module) -> str:
         or (name == "leaky_relu" and module.negative_slope != 0.01)
         or (name in ("elu", "celu") and module.alpha != 1.0)
     ):
-        _refuse("activation", repr(module), ", ".join(sorted(set(_ACTIVATIONS.values()))))
+        refuse("activation", repr(module), ", ".join(sorted(set(_ACTIVATIONS.values()))))
     return name
 
 
@@ -173,20 +196,20 @@ def mlp(module: nn.Module) -> Mlp:
     elif type(module) is tl.Mlp:
         fc1, glu = dense(module.fc1), "none"
     else:
-        _refuse("mlp layer", type(module).__name__, "Mlp, GluMlp, SwiGLU")
+        refuse("mlp layer", type(module).__name__, "Mlp, GluMlp, SwiGLU")
     return Mlp(fc1, dense(module.fc2), _act(module.act), norm(module.norm), glu)
 
 
 def _block(module: Any) -> Block:
     if type(module) not in (vt.Block, vt.ResPostBlock):
-        _refuse("block", type(module).__name__, "Block, ResPostBlock")
+        refuse("block", type(module).__name__, "Block, ResPostBlock")
     attn = module.attn
     if type(attn) is not tl.Attention:
-        _refuse("attention layer", type(attn).__name__, "Attention")
+        refuse("attention layer", type(attn).__name__, "Attention")
     if attn.gate is not None:
-        _refuse("attention layer", "gated Attention", "Attention without gate")
+        refuse("attention layer", "gated Attention", "Attention without gate")
     post_norm = type(module) is vt.ResPostBlock
-    ls1, ls2 = (None, None) if post_norm else (_layer_scale(module.ls1), _layer_scale(module.ls2))
+    ls1, ls2 = (None, None) if post_norm else (layer_scale(module.ls1), layer_scale(module.ls2))
     return Block(
         norm1=block_norm(module.norm1),
         qkv=dense(attn.qkv),
@@ -203,7 +226,8 @@ def _block(module: Any) -> Block:
     )
 
 
-def _layer_scale(module: Any) -> torch.Tensor | None:
+def layer_scale(module: Any) -> torch.Tensor | None:
+    """Return LayerScale's factors, or None for an Identity."""
     return None if isinstance(module, nn.Identity) else module.gamma
 
 
@@ -216,7 +240,7 @@ def _map_pool(module: Any) -> MapPool | None:
         or module.latent_len != 1
         or module.mlp is None
     ):
-        _refuse("attention pool", type(module).__name__, "AttentionPoolLatent with one latent")
+        refuse("attention pool", type(module).__name__, "AttentionPoolLatent with one latent")
     return MapPool(
         latent=module.latent,
         q=None if isinstance(module.q, nn.Identity) else dense(module.q),
