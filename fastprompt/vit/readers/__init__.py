@@ -71,8 +71,8 @@ def image_sides(image_size: int | tuple[int, int] | None) -> tuple[int, int] | N
     return sides[0], sides[1]
 
 
-def _resize(parts: dict[str, Any], sides: tuple[int, int], rule: dict[str, bool]) -> None:
-    """Resample the position embedding of `parts` for images of `sides` pixels: bicubic, at least in float32.
+def _resize(parts: dict[str, Any], sides: tuple[int, int], rule: dict[str, Any]) -> None:
+    """Resample the position embedding of `parts` for images of `sides` pixels, at least in float32.
 
     The angles of a rotary embedding are computed for the new grid by its rule.
     """
@@ -96,7 +96,9 @@ def _resize(parts: dict[str, Any], sides: tuple[int, int], rule: dict[str, bool]
         pos: Tensor = parts["pos_embed"].detach()  # (1, [prefix +] patches, D)
         loaded["pos_embed"] = loaded_as(pos, grid=spec.grid, to=grid, **rule)
         rows = rearrange(pos[:, prefix:], "one (rows columns) d -> one d rows columns", rows=spec.grid[0])
-        rows = F.interpolate(rows.to(torch.promote_types(pos.dtype, torch.float32)), size=grid, mode="bicubic", **rule)
+        rows = F.interpolate(
+            rows.to(torch.promote_types(pos.dtype, torch.float32)), size=grid, **{"mode": "bicubic", **rule}
+        )
         patches = rearrange(rows, "one d rows columns -> one (rows columns) d").to(pos.dtype)
         parts["pos_embed"] = torch.cat([pos[:, :prefix], patches], dim=1)
     if parts.get("rotary") is not None and grid != spec.grid:

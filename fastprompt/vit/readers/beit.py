@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from timm import layers as tl
 from timm.models import beit, vision_transformer_relpos as relpos
-from torch import Tensor
 
 from fastprompt.vit.readers import timm
-from fastprompt.vit.readers.parts import refuse
+from fastprompt.vit.readers.parts import refuse, relative_bias
 from fastprompt.vit.weights import Block, Dense, RelativeBias
 
 Pair = tuple[int, int]
@@ -50,7 +49,7 @@ def _beit_block(module: Any, shared: Any, grid: Pair) -> Block:
         num_heads=attn.num_heads,
         ls1=module.gamma_1,
         ls2=module.gamma_2,
-        bias=_of_table(sum(tables[1:], tables[0]), grid) if tables else None,
+        bias=relative_bias(*tables, grid=grid) if tables else None,
     )
 
 
@@ -77,17 +76,10 @@ def _relpos_block(module: Any, shared: Any, grid: Pair) -> Block:
 
 def _of_position(module: Any, grid: Pair) -> RelativeBias:
     if type(module) is tl.RelPosBias:
-        return _of_table(module.relative_position_bias_table, grid)
+        return relative_bias(module.relative_position_bias_table, grid=grid)
     if type(module) is not tl.RelPosMlp:
         refuse("relative position", type(module).__name__, "RelPosBias, RelPosMlp")
     with torch.no_grad():
         table = module.bias_act(module.mlp(module.rel_coords_log)) * (module.bias_gain or 1)
     table = table.reshape(2 * grid[0] - 1, 2 * grid[1] - 1, -1).permute(2, 0, 1)
     return RelativeBias(table, table.new_zeros(len(table), 3) if module.prefix_tokens else None)
-
-
-def _of_table(table: Tensor, grid: Pair) -> RelativeBias:
-    """Convert a table (places [+ 3], H), whose last rows are the class token's."""
-    rows, columns = 2 * grid[0] - 1, 2 * grid[1] - 1
-    patches, prefix = table.split([rows * columns, len(table) - rows * columns])
-    return RelativeBias(patches.t().unflatten(1, (rows, columns)), prefix.t() if len(prefix) else None)

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fastprompt.vit.weights import Dense, Norm
+from fastprompt.vit.weights import Dense, Norm, RelativeBias
 
 IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CLIP: dict[str, Any] = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
@@ -93,13 +93,21 @@ def dense(module: Any) -> Dense:
 
 
 def stacked(*modules: Any) -> Dense:
-    """Stack Linears that share one input into one, in order."""
+    """Stack Linears that share one input into one, in order. Those without a bias get one of 0 if others have one."""
     parts = [dense(module) for module in modules]
     weights: list[Tensor] = [part.weight for part in parts]
-    biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
-    if biases and len(biases) < len(parts):
-        refuse("bias of stacked linear layers", "in some of them", "in all or none")
-    return Dense(torch.cat(weights), torch.cat(biases) if biases else None)
+    if all(part.bias is None for part in parts):
+        return Dense(torch.cat(weights), None)
+    biases = [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts]
+    return Dense(torch.cat(weights), torch.cat(biases))
+
+
+def relative_bias(*tables: Tensor, grid: tuple[int, int]) -> RelativeBias:
+    """Convert BEiT's tables (places [+ 3], H), of which several add up; the last 3 rows are the class token's."""
+    rows, columns = 2 * grid[0] - 1, 2 * grid[1] - 1
+    table = torch.stack(tables).sum(dim=0)
+    patches, prefix = table.split([rows * columns, len(table) - rows * columns])
+    return RelativeBias(patches.t().unflatten(1, (rows, columns)), prefix.t() if len(prefix) else None)
 
 
 def halves(

@@ -1,4 +1,4 @@
-"""Reader for transformers' ViT, CLIP, SigLIP and DINOv2 vision models.
+"""Reader for transformers' ViT, DeiT, ViT-MAE, BEiT, CLIP, SigLIP, SigLIP 2, DINOv2 and DINOv3 vision models.
 
 A model instance is recognised by its class names, so reading it does not import transformers.
 """
@@ -22,12 +22,14 @@ from fastprompt.vit.readers.parts import (
     attention,
     classifier,
     dense,
+    loaded_as,
     patch_size,
     refuse,
+    relative_bias,
     stacked,
     torch_norm,
 )
-from fastprompt.vit.weights import Block, Dense, MapPool, Mlp, ViTSpec
+from fastprompt.vit.weights import Block, Dense, MapPool, Mlp, Rotary, ViTSpec
 
 _ACTIVATIONS = {
     "GELUActivation": "gelu",
@@ -40,16 +42,39 @@ _ACTIVATIONS = {
     "LinearActivation": "identity",
 }
 # For a model with text: its image tower. For a checkpoint: the class that returns the head's output.
-_TOWERS = {"CLIPModel": "CLIPVisionModelWithProjection", "SiglipModel": "SiglipVisionModel"}
+_TOWERS = {
+    "CLIPModel": "CLIPVisionModelWithProjection",
+    "SiglipModel": "SiglipVisionModel",
+    "Siglip2Model": "Siglip2VisionModel",
+}
 _OF_TYPE = {
     "vit": "ViTModel",
     "clip": "CLIPVisionModelWithProjection",
     "clip_vision_model": "CLIPVisionModelWithProjection",
     "siglip": "SiglipVisionModel",
     "siglip_vision_model": "SiglipVisionModel",
+    "siglip2": "Siglip2VisionModel",
+    "siglip2_vision_model": "Siglip2VisionModel",
+    "deit": "DeiTModel",
+    "vit_mae": "ViTMAEModel",
+    "beit": "BeitModel",
     "dinov2": "Dinov2Model",
     "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "dinov3_vit": "DINOv3ViTModel",
 }
+
+
+_FAMILIES = (
+    "ViT",
+    "DeiT",
+    "ViTMAE",
+    "Beit",
+    "CLIP",
+    "Siglip",
+    "Siglip2",
+    "Dinov2",
+    "Dinov2WithRegisters",
+)  # prefixes of the class names of layers
 
 
 def build(model: Any, pretrained: bool = True, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -122,10 +147,16 @@ def read(model: Any) -> dict[str, Any]:
       `CLIPVisionModel`: `pooler_output`. `CLIPForImageClassification`: `logits`.
     * `SiglipVisionModel`, and the one in a `SiglipModel`: `pooler_output` of attention pooling, or, without that
       head, the mean of `last_hidden_state`. `SiglipForImageClassification`: `logits` (of that mean).
-    * `Dinov2Model`, `Dinov2WithRegistersModel`: `pooler_output`, the class token.
+    * `Siglip2VisionModel`, and the one in a `Siglip2Model`: the same, for images of the size that the position
+      embedding is for, cut into patches here. `Siglip2ForImageClassification`: `logits`.
+    * `DeiTModel`: the class token. `DeiTForImageClassification`, `DeiTForImageClassificationWithTeacher`: `logits`.
+    * `ViTMAEModel`: the class token, of all patches instead of a random part.
+    * `BeitModel`: `pooler_output`. `BeitForImageClassification`: `logits`.
+    * `Dinov2Model`, `Dinov2WithRegistersModel`, `DINOv3ViTModel`: `pooler_output`, the class token.
 
-    mean and std are CLIP's for CLIP, ImageNet's for DINOv2 and 0.5 for ViT and SigLIP. Another `image_size` resamples
-    as transformers does with `interpolate_pos_encoding=True` (bicubic; antialiased only for DINOv2 with registers).
+    mean and std are CLIP's for CLIP, ImageNet's for DINOv2, DINOv3, DeiT and ViT-MAE and 0.5 for ViT, BEiT and SigLIP.
+    Another `image_size` resamples as transformers does with `interpolate_pos_encoding=True` (bicubic; antialiased only
+    for DINOv2 with registers; SigLIP 2: bilinear and antialiased).
 
     Raises:
         ValueError: another class, or a part that cannot be represented. The error names it.
@@ -154,16 +185,16 @@ def read(model: Any) -> dict[str, Any]:
     return parts
 
 
-def _embeddings(embeddings: Any, conv: Any, statistics: dict[str, Any]) -> dict[str, Any]:
-    """Return the parts before the first block, and the known fields of the spec."""
-    patch, size = patch_size(conv), getattr(embeddings, "image_size", None)
+def _embeddings(embeddings: Any, conv: Any, statistics: dict[str, Any], size: Any = None) -> dict[str, Any]:
+    """Return the parts before the first block, and the known fields of the spec. `size`: of images, if it is known."""
+    patch, size = patch_size(conv), getattr(embeddings, "image_size", None) if size is None else size
     if size is None:
         size = embeddings.patch_embeddings.image_size
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     if hasattr(embeddings, "position_embedding"):
         pos = embeddings.position_embedding.weight.unsqueeze(0)
     else:
-        pos = embeddings.position_embeddings
+        pos = getattr(embeddings, "position_embeddings", None)
     cls_token = getattr(embeddings, "cls_token", None)
     if hasattr(embeddings, "class_embedding"):
         cls_token = embeddings.class_embedding.view(1, 1, -1)
@@ -202,24 +233,28 @@ def _act(module: Any) -> str:
 
 
 def _mlp(module: Any) -> Mlp:
-    if type(module).__name__ in ("Dinov2SwiGLUFFN", "Dinov2WithRegistersSwiGLUFFN"):
+    name = type(module).__name__
+    if name in ("Dinov2SwiGLUFFN", "Dinov2WithRegistersSwiGLUFFN", "DINOv3ViTGatedMLP"):
         return Mlp(stacked(module.gate_proj, module.up_proj), dense(module.down_proj), _act(module.act_fn), glu="first")
-    _check(module, "ViTMLP", "CLIPMLP", "SiglipMLP", "Dinov2MLP", "Dinov2WithRegistersMLP")
+    if name == "DINOv3ViTMLP":
+        return Mlp(dense(module.up_proj), dense(module.down_proj), _act(module.act_fn))
+    _check(module, *(f"{family}MLP" for family in _FAMILIES))
     return Mlp(dense(module.fc1), dense(module.fc2), _act(module.activation_fn))
 
 
 def _qkv(attn: Any) -> dict[str, Any]:
-    _check(attn, "ViTAttention", "CLIPAttention", "SiglipAttention", "Dinov2Attention", "Dinov2WithRegistersAttention")
-    clip = hasattr(attn, "out_proj")
+    _check(attn, *(f"{family}Attention" for family in _FAMILIES), "DINOv3ViTAttention")
+    heads = next(getattr(attn, name) for name in ("num_heads", "num_attention_heads") if hasattr(attn, name))
     return {
         "qkv": stacked(attn.q_proj, attn.k_proj, attn.v_proj),
-        "proj": dense(attn.out_proj if clip else attn.o_proj),
-        "num_heads": attn.num_heads if clip else attn.num_attention_heads,
+        "proj": dense(attn.out_proj if hasattr(attn, "out_proj") else attn.o_proj),
+        "num_heads": heads,
     }
 
 
-def _block(layer: Any) -> Block:
-    _check(layer, "ViTLayer", "CLIPEncoderLayer", "SiglipEncoderLayer", "Dinov2Layer", "Dinov2WithRegistersLayer")
+def _block(layer: Any, **parts: Any) -> Block:
+    layers = (f"{family}{kind}" for family in _FAMILIES for kind in ("Layer", "EncoderLayer"))
+    _check(layer, *layers, "DINOv3ViTLayer")
     mlp = _mlp(layer.mlp)
     if hasattr(layer, "layernorm_before"):
         return Block(
@@ -227,10 +262,12 @@ def _block(layer: Any) -> Block:
             norm2=torch_norm(layer.layernorm_after),
             mlp=mlp,
             **_qkv(layer.attention),
+            **parts,
         )
     if hasattr(layer, "layer_scale1"):
-        _check(layer.layer_scale1, "Dinov2LayerScale", "Dinov2WithRegistersLayerScale")
-        _check(layer.layer_scale2, "Dinov2LayerScale", "Dinov2WithRegistersLayerScale")
+        scales = ("Dinov2LayerScale", "Dinov2WithRegistersLayerScale", "DINOv3ViTLayerScale")
+        _check(layer.layer_scale1, *scales)
+        _check(layer.layer_scale2, *scales)
         return Block(
             norm1=torch_norm(layer.norm1),
             norm2=torch_norm(layer.norm2),
@@ -238,6 +275,7 @@ def _block(layer: Any) -> Block:
             ls1=layer.layer_scale1.lambda1,
             ls2=layer.layer_scale2.lambda1,
             **_qkv(layer.attention),
+            **parts,
         )
     return Block(
         norm1=torch_norm(layer.layer_norm1), norm2=torch_norm(layer.layer_norm2), mlp=mlp, **_qkv(layer.self_attn)
@@ -245,7 +283,7 @@ def _block(layer: Any) -> Block:
 
 
 def _map_pool(head: Any) -> MapPool:
-    _check(head, "SiglipMultiheadAttentionPoolingHead")
+    _check(head, "SiglipMultiheadAttentionPoolingHead", "Siglip2MultiheadAttentionPoolingHead")
     parts = attention(head.attention)
     q, kv = _split(parts["qkv"], head.probe.shape[-1])
     return MapPool(
@@ -271,6 +309,107 @@ def _vit(model: Any) -> dict[str, Any]:
         "blocks": [_block(layer) for layer in tower.layers],
         "norm": torch_norm(tower.layernorm),
         "head": _head(model),
+    }
+
+
+def _deit(model: Any) -> dict[str, Any]:
+    tower = model.deit if hasattr(model, "deit") else model
+    parts = _embeddings(tower.embeddings, tower.embeddings.patch_embeddings.projection, IMAGENET)
+    parts["spec"]["num_registers"] = 1
+    parts.update(
+        registers=tower.embeddings.distillation_token,
+        blocks=[_block(layer) for layer in tower.layers],
+        norm=torch_norm(tower.layernorm),
+        head=_head(model),
+    )
+    if hasattr(model, "distillation_classifier"):
+        parts["spec"]["pool"] = "cls+dist"
+        parts.update(head=classifier(model.cls_classifier), head_dist=classifier(model.distillation_classifier))
+    return parts
+
+
+def _mae(model: Any) -> dict[str, Any]:
+    return {
+        **_embeddings(model.embeddings, model.embeddings.patch_embeddings.projection, IMAGENET),
+        "blocks": [_block(layer) for layer in model.layers],
+        "norm": torch_norm(model.layernorm),
+        "head": None,
+    }
+
+
+def _beit(model: Any) -> dict[str, Any]:
+    tower = model.beit if hasattr(model, "beit") else model
+    parts = _embeddings(tower.embeddings, tower.embeddings.patch_embeddings.projection, HALF)
+    grid, shared = parts["spec"]["grid"], tower.shared_position_bias
+    biases = [[bias for bias in (layer.relative_position_bias, shared) if bias is not None] for layer in tower.layers]
+    if grid[0] != grid[1] and any(biases):
+        refuse("image_size", f"{parts['spec']['image_size']}", "a square, for a relative position bias")
+
+    def block(layer: Any, biases: list[Any]) -> Block:
+        ls1, ls2 = (x if isinstance(x, torch.Tensor) else None for x in (layer.lambda_1, layer.lambda_2))
+        tables = [bias.relative_position_bias_table for bias in biases]
+        return _block(layer, ls1=ls1, ls2=ls2, bias=relative_bias(*tables, grid=grid) if tables else None)
+
+    parts["blocks"] = [block(layer, of_layer) for layer, of_layer in zip(tower.layers, biases, strict=True)]
+    pooled = tower.config.use_mean_pooling
+    parts["spec"]["pool"] = "patches" if pooled else "cls"
+    if pooled:
+        norm = None if tower.pooler is None else torch_norm(tower.pooler.layernorm)
+        return {**parts, "norm": None, "fc_norm": norm, "head": _head(model)}
+    return {**parts, "norm": torch_norm(tower.layernorm), "head": _head(model)}
+
+
+def _siglip2(model: Any) -> dict[str, Any]:
+    tower = model.vision_model if hasattr(model, "vision_model") else model
+    embeddings, linear = tower.embeddings, dense(tower.embeddings.patch_embedding)
+    patch, side = embeddings.patch_size, embeddings.position_embedding_size
+    if side * side != embeddings.num_patches:
+        refuse("num_patches", str(embeddings.num_patches), "a square number")
+    classifies = type(model).__name__ == "Siglip2ForImageClassification"
+    pooled = tower.use_head and not classifies
+    return {
+        "spec": {
+            "image_size": (side * patch, side * patch),
+            "grid": (side, side),
+            "patch_size": patch,
+            "has_cls": False,
+            "num_registers": 0,
+            "pool": "map" if pooled else "patches",
+            **HALF,
+        },
+        "patch_weight": linear.weight.unflatten(1, (patch, patch, -1)).permute(0, 3, 1, 2),  # of (row, column, channel)
+        "patch_bias": linear.bias,
+        "cls_token": None,
+        "registers": None,
+        "pos_embed": embeddings.position_embedding.weight.unsqueeze(0),
+        "resampling": {"mode": "bilinear", "antialias": True, "align_corners": False},
+        "blocks": [_block(layer) for layer in tower.encoder.layers],
+        "norm": torch_norm(tower.post_layernorm),
+        "map_pool": _map_pool(tower.head) if pooled else None,
+        "head": _head(model),
+    }
+
+
+def _dinov3(model: Any) -> dict[str, Any]:
+    embeddings, angles = model.embeddings, model.rope_embeddings
+    parts = _embeddings(embeddings, embeddings.patch_embeddings, IMAGENET, model.config.image_size)
+    (height, width), grid, registers = parts["spec"]["image_size"], parts["spec"]["grid"], embeddings.register_tokens
+    parts["spec"]["num_registers"] = registers.shape[1]
+    with torch.no_grad():
+        cos, sin = angles(parts["patch_weight"].new_empty(1, 1, height, width))  # (N, d), each angle twice
+    half, none = sin.shape[-1] // 2, torch.zeros_like(angles.inv_freq)
+    frequencies = torch.stack([torch.cat([angles.inv_freq, none]), torch.cat([none, angles.inv_freq])])
+    table = loaded_as(grid=grid, rule="DINOv3")
+    return {
+        **parts,
+        "registers": registers if registers.shape[1] else None,
+        "rotary": Rotary(
+            frequencies[:, None, None], sin[None, None, :, :half], cos[None, None, :, :half], centred=True
+        ),
+        "loaded": {"rotary.frequencies": None, "rotary.sin": table, "rotary.cos": table},
+        "blocks": [_block(layer, rotary=True) for layer in model.model.layer],
+        "norm": torch_norm(model.norm),
+        "head": None,
     }
 
 
@@ -325,9 +464,19 @@ _READERS = {
     "CLIPVisionModel": _clip,
     "CLIPVisionModelWithProjection": _clip,
     "CLIPForImageClassification": _clip,
+    "DeiTModel": _deit,
+    "DeiTForImageClassification": _deit,
+    "DeiTForImageClassificationWithTeacher": _deit,
+    "ViTMAEModel": _mae,
+    "BeitModel": _beit,
+    "BeitForImageClassification": _beit,
+    "Siglip2Model": _siglip2,
+    "Siglip2VisionModel": _siglip2,
+    "Siglip2ForImageClassification": _siglip2,
     "SiglipModel": _siglip,
     "SiglipVisionModel": _siglip,
     "SiglipForImageClassification": _siglip,
     "Dinov2Model": _dinov2,
     "Dinov2WithRegistersModel": _dinov2,
+    "DINOv3ViTModel": _dinov3,
 }

@@ -46,6 +46,38 @@ def dinov2(kind: str = "Dinov2Model", **options: Any) -> nn.Module:
     return getattr(hf, kind)(config(**{**SIZES, "mlp_ratio": 2, "num_labels": 5, **options}))
 
 
+def dinov3(**options: Any) -> nn.Module:
+    return hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**{**SIZES, "intermediate_size": 80, **options}))
+
+
+def siglip2(kind: str = "Siglip2VisionModel", **options: Any) -> nn.Module:
+    sizes = {key: value for key, value in SIZES.items() if key != "image_size"}
+    vision = {**sizes, "intermediate_size": 80, "num_patches": 16, **options}
+    if kind == "Siglip2VisionModel":
+        return hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**vision))
+    return getattr(hf, kind)(hf.Siglip2Config(vision_config=vision, text_config=TEXT, num_labels=5))
+
+
+def deit(kind: str = "DeiTForImageClassificationWithTeacher", **options: Any) -> nn.Module:
+    return getattr(hf, kind)(hf.DeiTConfig(**{**SIZES, "intermediate_size": 80, "num_labels": 5, **options}))
+
+
+def mae(**options: Any) -> nn.Module:
+    return hf.ViTMAEModel(hf.ViTMAEConfig(**{**SIZES, "intermediate_size": 80, "mask_ratio": 0.0, **options}))
+
+
+def beit(kind: str = "BeitForImageClassification", **options: Any) -> nn.Module:
+    return getattr(hf, kind)(hf.BeitConfig(**{**SIZES, "intermediate_size": 80, "num_labels": 5, **options}))
+
+
+def in_patches(x: Tensor) -> dict[str, Tensor]:
+    """Images as SigLIP 2's image processor cuts them: patches in order, each (row, column, channel)."""
+    rows, columns = x.shape[2] // 8, x.shape[3] // 8
+    patches = x.unflatten(3, (columns, 8)).unflatten(2, (rows, 8)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    shapes = torch.tensor([[rows, columns]] * len(x))
+    return {"pixel_values": patches, "pixel_attention_mask": torch.ones(patches.shape[:2]), "spatial_shapes": shapes}
+
+
 def pooled(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).pooler_output
 
@@ -97,6 +129,53 @@ CASES: dict[str, Case] = {
         pooled,
         "cls",
     ),
+    "DINOv3ViTModel": (dinov3, {}, pooled, "cls"),
+    "DINOv3ViTModel, gated and not square": (
+        dinov3,
+        {"use_gated_mlp": True, "image_size": (24, 40), "num_register_tokens": 0, "hidden_act": "silu"},
+        pooled,
+        "cls",
+    ),
+    "DINOv3ViTModel, other biases": (
+        dinov3,
+        {"query_bias": False, "key_bias": True, "proj_bias": False},
+        pooled,
+        "cls",
+    ),
+    "Siglip2VisionModel": (siglip2, {}, lambda m, x: m(**in_patches(x)).pooler_output, "map"),
+    "Siglip2Model": (
+        siglip2,
+        {"kind": "Siglip2Model"},
+        lambda m, x: m.get_image_features(**in_patches(x)).pooler_output,
+        "map",
+    ),
+    "Siglip2ForImageClassification": (
+        siglip2,
+        {"kind": "Siglip2ForImageClassification"},
+        lambda m, x: m(**in_patches(x)).logits,
+        "patches",
+    ),
+    "DeiTForImageClassificationWithTeacher": (deit, {}, logits, "cls+dist"),
+    "DeiTForImageClassification": (deit, {"kind": "DeiTForImageClassification"}, logits, "cls"),
+    "DeiTModel": (deit, {"kind": "DeiTModel"}, lambda m, x: m(x).last_hidden_state[:, 0], "cls"),
+    "ViTMAEModel": (mae, {}, lambda m, x: m(x).last_hidden_state[:, 0], "cls"),
+    "BeitForImageClassification": (beit, {"use_relative_position_bias": True}, logits, "patches"),
+    "BeitForImageClassification, shared bias": (
+        beit,
+        {
+            "use_shared_relative_position_bias": True,
+            "use_absolute_position_embeddings": True,
+            "use_mean_pooling": False,
+        },
+        logits,
+        "cls",
+    ),
+    "BeitModel": (
+        beit,
+        {"kind": "BeitModel", "use_absolute_position_embeddings": True, "layer_scale_init_value": 0.0},
+        pooled,
+        "patches",
+    ),
 }
 
 
@@ -126,6 +205,19 @@ def test_backbone_is_the_models_own_output(build: Callable[..., nn.Module], name
     assert backbone.spec.pool == pool
     assert backbone.image_size == tuple(x.shape[2:])
     assert backbone.grid == (x.shape[2] // 8, x.shape[3] // 8)
+
+
+def test_a_bias_of_beit_is_for_squares() -> None:
+    with pytest.raises(ValueError, match=r"image_size is \(24, 40\); supported: a square"):
+        fp.FrozenViT(beit(image_size=(24, 40), use_relative_position_bias=True))
+
+
+@pytest.mark.parametrize("name", ["DINOv3ViTModel", "Siglip2VisionModel"])
+@torch.no_grad()
+def test_other_sizes_follow_the_rule_of_the_model(build: Callable[..., nn.Module], name: str) -> None:
+    model, x = build(name), images(24, 40)
+    backbone = fp.FrozenViT(model, image_size=(24, 40))
+    assert_close(backbone(x), CASES[name][2](model, x), 1e-6)
 
 
 ACTIVATIONS = {
