@@ -469,7 +469,7 @@ class PromptedViT(nn.Module):
         if folded is None:
             return None
         switches = (vit.spec, self.readout, generator.config, generator.layers, *arithmetic(vit.device))
-        facts = (weakref.ref(folded.pixels), weakref.ref(generator), *switches)
+        facts = (weakref.ref(folded.blocks[0]), weakref.ref(generator), *switches)
         tensors = [] if self.private else tensors_of(generator)
         return self._prefixes.get(SeenValues, tensors, facts, lambda: self.static_prefixes() or {})
 

@@ -234,13 +234,14 @@ class _Graphs:
         """
         model, generator = self.model, self.model.generator
         folded = model.backbone.folded()
-        parts = (model.backbone, generator, model.head, None if folded is None else folded.pixels)
+        parts = (model.backbone, generator, model.head, None if folded is None else folded.blocks[0])
         if self._read is None:
             modules = list(model.modules())
             if folded is not None:
                 unread = {module for block in model.backbone.blocks for module in block.modules()}
                 modules = [module for module in modules if module not in unread]
-                modules += [module for part in (*folded.blocks, folded.pixels) for module in part.modules()]
+                folds = (*folded.blocks, folded.pixels)
+                modules += [module for part in folds if part is not None for module in part.modules()]
             self._slots = [
                 (slots, name) for module in modules for slots in (module._parameters, module._buffers) for name in slots
             ]

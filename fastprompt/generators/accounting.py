@@ -68,6 +68,7 @@ class Sizes:
             ("a norm in float32", block.norm1.upcast or block.norm2.upcast),
             ("a norm of the patch embedding", vit.patch_norm is not None),
             ("zero-padded images", vit.spec.dynamic_pad),
+            ("a convolutional stem", vit.stem is not None),
             ("a rotary embedding", vit.rotary is not None),
             ("a relative position bias", block.bias is not None),
         ):

@@ -131,6 +131,8 @@ class RGBPGN(PGN):
             )
         if geometry.staged:
             raise ValueError(f"RGBPGNConfig is not defined on {SWIN}")
+        if geometry.stem is not None:
+            raise ValueError("RGBPGNConfig is not defined on a ViT with a convolutional stem, whose patches overlap")
         super().__init__(  # type: ignore[call-arg]  # PGN passes on what it does not name
             config,
             geometry,

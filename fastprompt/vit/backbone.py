@@ -25,6 +25,7 @@ from fastprompt.vit.weights import (
     MapPool,
     Norm,
     Rotary,
+    Stem,
     Turns,
     ViTSpec,
     frozen,
@@ -66,7 +67,9 @@ class Backbone(nn.Module):
 
     Attributes:
         spec: properties that the tensors do not show.
-        patch_weight: (D, 3, p, p). patch_bias: (D,). patch_norm: follows the patch embedding.
+        stem: a convolutional network before the patch embedding, or None.
+        patch_weight: (D, 3, p, p), or with a stem over its channels and pixels. patch_bias: (D,).
+        patch_norm: follows the patch embedding.
         cls_token: (1, 1, D). registers: (1, R, D). pos_embed: (1, [prefix +] patches, D). norm_pre: precedes block 0.
         rotary: rotates the queries and keys of patches, or None.
         blocks: in order; a Swin transformer has `SwinBlock`s. norm: follows the last block. map_pool, fc_norm: pooling.
@@ -82,6 +85,7 @@ class Backbone(nn.Module):
     def __init__(self, parts: dict[str, Any]) -> None:
         super().__init__()
         self.spec: ViTSpec = parts.pop("spec")
+        self.stem: Stem | None = parts.pop("stem", None)
         self.patch_weight: nn.Parameter = frozen(parts.pop("patch_weight"))
         self.patch_bias: nn.Parameter | None = frozen(parts.pop("patch_bias"))
         self.patch_norm: Norm | None = parts.pop("patch_norm", None)

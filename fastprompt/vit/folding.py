@@ -42,7 +42,8 @@ def fold_backbone(vit: Backbone) -> Folded:
     """
     with torch.autocast(vit.device.type, enabled=False):
         blocks = tuple(fold(block) for block in vit.blocks)
-        return Folded(blocks, fold_pixels(Dense(vit.patch_weight, vit.patch_bias), vit.mean, vit.std))
+        patches = Dense(vit.patch_weight, vit.patch_bias)
+        return Folded(blocks, fold_pixels(patches, vit.mean, vit.std) if vit.stem is None else None)
 
 
 def fold(block: Block) -> Block:

@@ -284,7 +284,7 @@ def _first_prompts(vit: Backbone, group: Group, patches: Tensor) -> Tensor | Non
 def embed(vit: Backbone, raw: Tensor, images: Tensor, parts: Folded | None) -> Embedding:
     """Compute `reference.embed` of `images`, from the `raw` uint8 pixels they came from if possible."""
     pixels = None
-    if raw.dtype == torch.uint8 and parts is not None and not vit.spec.dynamic_pad:
+    if raw.dtype == torch.uint8 and parts is not None and parts.pixels is not None and not vit.spec.dynamic_pad:
         images, pixels = raw, parts.pixels
     if not in_slots(images):
         return reference.embed(vit, images.to(vit.dtype), pixels)

@@ -107,7 +107,8 @@ def embed_patches(vit: Backbone, images: Tensor, patches: Dense | None = None) -
     if vit.spec.dynamic_pad:
         pad = [-images.shape[i] % vit.patch_size for i in (2, 3)]
         images = F.pad(images, (0, pad[1], 0, pad[0]))
-    x = F.conv2d(images, weight, bias, stride=vit.patch_size)  # (B, D, gh, gw)
+    images = images if vit.stem is None else vit.stem(images)
+    x = F.conv2d(images, weight, bias, stride=weight.shape[2:])  # (B, D, gh, gw)
     grid = (x.shape[2], x.shape[3])
     x = x.flatten(2).transpose(1, 2)  # (B, N, D)
     return (x if vit.patch_norm is None else vit.patch_norm(x)), grid

@@ -7,6 +7,7 @@ block of `reference.py`.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -287,11 +288,11 @@ class Folded(NamedTuple):
     """A backbone's parts with their constants folded (`folding.py`).
 
     Attributes:
-        blocks: every block. pixels: the patch embedding for raw pixels 0 … 255.
+        blocks: every block. pixels: the patch embedding for raw pixels 0 … 255; None: there is a stem before it.
     """
 
     blocks: tuple[Block, ...]
-    pixels: Dense
+    pixels: Dense | None
 
 
 class MapPool(nn.Module):
@@ -314,6 +315,19 @@ class MapPool(nn.Module):
         self.latent = frozen(latent)
         self.q, self.kv, self.proj, self.norm, self.mlp = q, kv, proj, norm, mlp
         self.q_norm, self.k_norm, self.num_heads = q_norm, k_norm, num_heads
+
+
+class Stem(nn.Module):
+    """A frozen copy of the convolutional network that a hybrid ViT runs before its patch embedding."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = copy.deepcopy(body).requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map normalised images (B, 3, H, W) to the feature map (B, C, h, w) that is cut into patches."""
+        features = self.body(images)
+        return features[-1] if isinstance(features, (list, tuple)) else features
 
 
 @dataclasses.dataclass(frozen=True)

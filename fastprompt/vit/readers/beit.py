@@ -26,7 +26,7 @@ def read(model: Any) -> dict[str, Any]:
     grid = tuple(model.patch_embed.grid_size)
     read_block = _beit_block if type(model) is beit.Beit else _relpos_block
     shared = model.rel_pos_bias if type(model) is beit.Beit else model.shared_rel_pos
-    parts = timm.stem(model, [read_block(block, shared, grid) for block in model.blocks])
+    parts = timm.common(model, [read_block(block, shared, grid) for block in model.blocks])
     if timm.resampled(model):  # timm has resampled all tables
         names = [f"blocks.{i}.bias.table" for i, block in enumerate(parts["blocks"]) if block.bias is not None]
         parts["loaded"] |= dict.fromkeys(names)

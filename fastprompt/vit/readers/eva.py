@@ -24,7 +24,7 @@ def read(model: Any) -> dict[str, Any]:
     Raises:
         ValueError: a part that cannot be represented (gated attention, ...). The error names it.
     """
-    parts = timm.stem(model, [_block(block, model.rope is not None) for block in model.blocks])
+    parts = timm.common(model, [_block(block, model.rope is not None) for block in model.blocks])
     # attention pooling reads all tokens
     parts["spec"] = dataclasses.replace(parts["spec"], pool_prefix=model.attn_pool is not None)
     if model.rope is not None:

@@ -15,7 +15,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import beit, deit, eva, vision_transformer as vt, vision_transformer_relpos as relpos
 
 from fastprompt.vit.readers.parts import refuse
-from fastprompt.vit.weights import Block, Dense, MapPool, Mlp, Norm, ViTSpec
+from fastprompt.vit.weights import Block, Dense, MapPool, Mlp, Norm, Stem, ViTSpec
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     tl.GELU: "gelu",
@@ -62,7 +62,7 @@ def read(model: nn.Module) -> dict[str, Any]:
             "timm's VisionTransformer, VisionTransformerDistilled, VisionTransformerRelPos, Beit, Eva, SwinTransformer "
             "and SwinTransformerV2",
         )
-    parts = stem(model, [_block(block) for block in model.blocks])
+    parts = common(model, [_block(block) for block in model.blocks])
     parts["spec"] = dataclasses.replace(parts["spec"], pool_prefix=bool(model.pool_include_prefix))
     return _distilled(model, parts) if type(model) is deit.VisionTransformerDistilled else parts
 
@@ -74,25 +74,28 @@ def _distilled(model: Any, parts: dict[str, Any]) -> dict[str, Any]:
     return {**parts, "registers": model.dist_token, "head_dist": head}
 
 
-def stem(model: Any, blocks: list[Block]) -> dict[str, Any]:
+def common(model: Any, blocks: list[Block]) -> dict[str, Any]:
     """Return the parts of one of timm's vision transformers, whose blocks are read."""
     if model.global_pool not in _POOLS:
         refuse("global_pool", repr(model.global_pool), "'token', 'avg' or 'map'")
-    embed = model.patch_embed
-    if type(embed) not in (tl.PatchEmbed, tl.PatchEmbedWithSize):
-        refuse("patch_embed", type(embed).__name__, "PatchEmbed")
-    patch = tuple(embed.patch_size)
-    if patch[0] != patch[1]:
-        refuse("patch_size", str(patch), "square patches")
+    embed, hybrid = model.patch_embed, isinstance(model.patch_embed, tl.HybridEmbed)
+    if type(embed) not in (tl.PatchEmbed, tl.PatchEmbedWithSize, tl.HybridEmbed, tl.HybridEmbedWithSize):
+        refuse("patch_embed", type(embed).__name__, "PatchEmbed, HybridEmbed")
+    if not isinstance(embed.proj, nn.Conv2d):
+        refuse("patch_embed.proj", type(embed.proj).__name__, "Conv2d")
+    kernel = tuple(embed.patch_size)
     if embed.img_size is None:
         refuse("img_size", "None", "a model built with an image size")
     if min(embed.grid_size) < 1:
-        refuse("img_size", f"{tuple(embed.img_size)}", f"at least one patch of {patch[0]} pixels")
-    if (embed.proj.kernel_size, embed.proj.stride, embed.proj.padding) != (patch, patch, (0, 0)):
+        refuse("img_size", f"{tuple(embed.img_size)}", f"at least one patch of {kernel[0]} pixels")
+    sides = embed.feat_ratio(as_scalar=False) if hybrid else kernel  # of a patch, in pixels
+    if sides[0] != sides[1] or kernel[0] != kernel[1]:
+        refuse("patch_size", str(sides), "square patches")
+    if (embed.proj.kernel_size, embed.proj.stride, embed.proj.padding) != (kernel, kernel, (0, 0)):
         refuse("patch_embed.proj", str(embed.proj), "patches side by side")
     if not blocks:
         refuse("depth", "0", "at least one block")
-    if embed.proj.in_channels != 3:
+    if not hybrid and embed.proj.in_channels != 3:
         refuse("in_chans", str(embed.proj.in_channels), "3")
 
     cfg = getattr(model, "pretrained_cfg", None) or {}
@@ -101,7 +104,7 @@ def stem(model: Any, blocks: list[Block]) -> dict[str, Any]:
         name=cfg.get("architecture") or type(model).__name__,
         image_size=tuple(embed.img_size),
         grid=tuple(embed.grid_size),
-        patch_size=patch[0],
+        patch_size=sides[0],
         num_heads=blocks[0].num_heads,
         has_cls=has_cls,
         num_registers=model.num_prefix_tokens - has_cls,
@@ -117,7 +120,8 @@ def stem(model: Any, blocks: list[Block]) -> dict[str, Any]:
         "loaded": {"pos_embed": None} if resampled(model) and position is not None else {},
         "patch_weight": embed.proj.weight,
         "patch_bias": embed.proj.bias,
-        "patch_norm": norm(embed.norm),
+        "patch_norm": norm(getattr(embed, "norm", None)),
+        "stem": Stem(embed.backbone) if hybrid else None,
         "cls_token": model.cls_token,
         "registers": getattr(model, "reg_token", None),
         "pos_embed": position,

@@ -216,18 +216,35 @@ def test_other_resolution_at_reading(options: dict[str, Any]) -> None:
         ("vit_small_patch16_18x2_224", "block is ParallelThingsBlock"),
         ("vit_dwee_patch16_reg1_gap_256", "DiffAttention"),
         ("vit_dpwee_patch16_reg1_gap_256", "DiffParallelScalingBlock"),
-        ("vit_tiny_r_s16_p8_224", "patch_embed is HybridEmbed"),
     ],
 )
 def test_other_architectures_are_refused_by_name(name: str, part: str) -> None:
-    options = {} if name == "vit_tiny_r_s16_p8_224" else {"embed_dim": 96, "num_heads": 3}
     with pytest.raises(ValueError, match=part):
-        fp.FrozenViT(timm.create_model(name, depth=1, **options))
+        fp.FrozenViT(timm.create_model(name, depth=1, embed_dim=96, num_heads=3))
 
 
-def test_convolutional_models_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"ResNet"):
-        fp.FrozenViT(timm.create_model("test_resnet"))
+@pytest.mark.parametrize("name", ["test_resnet", "hiera_tiny_224", "convnext_atto", "vit_tiny_r_s16_p8_224"])
+def test_other_networks_are_refused_by_name(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    if name.startswith("vit"):
+        model.patch_embed.proj = nn.Identity()
+    part = {"test": "ResNet", "hiera": "Hiera", "convnext": "ConvNeXt", "vit": r"patch_embed\.proj is Identity"}
+    with pytest.raises(ValueError, match=part[name.partition("_")[0]]):
+        fp.FrozenViT(model)
+
+
+def test_convolutional_stems_match_timm(randomised: Any, tiny_images: Tensor) -> None:
+    model = timm.create_model("vit_tiny_r_s16_p8_224", img_size=32, depth=2, embed_dim=48, num_heads=3, num_classes=5)
+    backbone = assert_same_forward(randomised(model).double().eval(), tiny_images.double())
+    assert backbone.patch_size == 32 // backbone.grid[0]
+    prompted = fp.PromptedViT(backbone, fp.VAPTConfig(3, kernel=1), num_classes=4).eval()
+    raw = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    for images in (tiny_images.double(), raw):
+        torch.testing.assert_close(prompted(images), prompted.reference_forward(images), rtol=1e-10, atol=1e-10)
+    assert not any(p.requires_grad for p in backbone.parameters())
+    with pytest.raises(ValueError, match="a convolutional stem"):
+        fp.RGBPGN(fp.RGBPGNConfig(4, 5, widths=(4, 8)), backbone)
 
 
 def gated() -> nn.Module:
