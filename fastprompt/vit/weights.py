@@ -208,6 +208,8 @@ class RelativeBias(nn.Module):
             None: there is no class token.
     """
 
+    whole: Tensor | None
+
     def __init__(self, table: Tensor, prefix: Tensor | None) -> None:
         super().__init__()
         self.table: nn.Parameter = frozen(table)
