@@ -1,8 +1,8 @@
 """Readers turn a library's model into the canonical parts of `FrozenViT`; one file per library.
 
-`timm.py` (and `swin.py`, timm's Swin), `torchvision.py`, `open_clip.py` and `transformers.py` each import their
-library, and each is imported only when a model of that library is read. `parts.py` reads the layers they share:
-torch's own.
+`timm.py` (with `eva.py`, `beit.py` and `timm_layers.py`, and `swin.py` for Swin), `torchvision.py`, `open_clip.py` and
+`transformers.py` each import their library, and each is imported only when a model of that library is read. `parts.py`
+reads the layers they share: torch's own.
 """
 
 from __future__ import annotations

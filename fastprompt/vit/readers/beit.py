@@ -8,7 +8,7 @@ import torch
 from timm import layers as tl
 from timm.models import beit, vision_transformer_relpos as relpos
 
-from fastprompt.vit.readers import timm
+from fastprompt.vit.readers import timm_layers as layers
 from fastprompt.vit.readers.parts import refuse, relative_bias
 from fastprompt.vit.weights import Block, Dense, RelativeBias
 
@@ -26,8 +26,8 @@ def read(model: Any) -> dict[str, Any]:
     grid = tuple(model.patch_embed.grid_size)
     read_block = _beit_block if type(model) is beit.Beit else _relpos_block
     shared = model.rel_pos_bias if type(model) is beit.Beit else model.shared_rel_pos
-    parts = timm.common(model, [read_block(block, shared, grid) for block in model.blocks])
-    if timm.resampled(model):  # timm has resampled all tables
+    parts = layers.common(model, [read_block(block, shared, grid) for block in model.blocks])
+    if layers.resampled(model):  # timm has resampled all tables
         names = [f"blocks.{i}.bias.table" for i, block in enumerate(parts["blocks"]) if block.bias is not None]
         parts["loaded"] |= dict.fromkeys(names)
     return parts
@@ -41,11 +41,11 @@ def _beit_block(module: Any, shared: Any, grid: Pair) -> Block:
     tables = [table for table in tables if table is not None]
     bias = None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
     return Block(
-        norm1=timm.block_norm(module.norm1),
+        norm1=layers.block_norm(module.norm1),
         qkv=Dense(attn.qkv.weight, bias),
-        proj=timm.dense(attn.proj),
-        norm2=timm.block_norm(module.norm2),
-        mlp=timm.mlp(module.mlp),
+        proj=layers.dense(attn.proj),
+        norm2=layers.block_norm(module.norm2),
+        mlp=layers.mlp(module.mlp),
         num_heads=attn.num_heads,
         ls1=module.gamma_1,
         ls2=module.gamma_2,
@@ -59,16 +59,16 @@ def _relpos_block(module: Any, shared: Any, grid: Pair) -> Block:
     attn, post_norm = module.attn, type(module) is relpos.ResPostRelPosBlock
     position = shared if attn.rel_pos is None else attn.rel_pos
     return Block(
-        norm1=timm.block_norm(module.norm1),
-        qkv=timm.dense(attn.qkv),
-        proj=timm.dense(attn.proj),
-        norm2=timm.block_norm(module.norm2),
-        mlp=timm.mlp(module.mlp),
+        norm1=layers.block_norm(module.norm1),
+        qkv=layers.dense(attn.qkv),
+        proj=layers.dense(attn.proj),
+        norm2=layers.block_norm(module.norm2),
+        mlp=layers.mlp(module.mlp),
         num_heads=attn.num_heads,
-        q_norm=timm.norm(attn.q_norm),
-        k_norm=timm.norm(attn.k_norm),
-        ls1=None if post_norm else timm.layer_scale(module.ls1),
-        ls2=None if post_norm else timm.layer_scale(module.ls2),
+        q_norm=layers.norm(attn.q_norm),
+        k_norm=layers.norm(attn.k_norm),
+        ls1=None if post_norm else layers.layer_scale(module.ls1),
+        ls2=None if post_norm else layers.layer_scale(module.ls2),
         post_norm=post_norm,
         bias=None if position is None else _of_position(position, grid),
     )

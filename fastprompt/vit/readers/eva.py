@@ -11,7 +11,7 @@ from timm.layers import pos_embed_sincos as rope
 from timm.models import eva
 from torch import Tensor
 
-from fastprompt.vit.readers import timm
+from fastprompt.vit.readers import timm_layers as layers
 from fastprompt.vit.readers.parts import halves, loaded_as, refuse
 from fastprompt.vit.weights import Block, Dense, Rotary
 
@@ -24,7 +24,7 @@ def read(model: Any) -> dict[str, Any]:
     Raises:
         ValueError: a part that cannot be represented (gated attention, ...). The error names it.
     """
-    parts = timm.common(model, [_block(block, model.rope is not None) for block in model.blocks])
+    parts = layers.common(model, [_block(block, model.rope is not None) for block in model.blocks])
     # attention pooling reads all tokens
     parts["spec"] = dataclasses.replace(parts["spec"], pool_prefix=model.attn_pool is not None)
     if model.rope is not None:
@@ -83,19 +83,19 @@ def _block(module: Any, rotates: bool) -> Block:
         refuse("attention layer", type(attn).__name__, "EvaAttention, AttentionRope")
     if attn.gate is not None:
         refuse("attention layer", f"gated {type(attn).__name__}", "attention without gate")
-    qkv, q_norm, k_norm = _qkv(attn), timm.norm(attn.q_norm), timm.norm(attn.k_norm)
+    qkv, q_norm, k_norm = _qkv(attn), layers.norm(attn.q_norm), layers.norm(attn.k_norm)
     if rotates and not attn.rotate_half:
         qkv, q_norm, k_norm = halves(qkv, attn.num_heads, q_norm, k_norm)
     return Block(
-        norm1=timm.block_norm(module.norm1),
+        norm1=layers.block_norm(module.norm1),
         qkv=qkv,
-        proj=timm.dense(attn.proj),
-        norm2=timm.block_norm(module.norm2),
-        mlp=timm.mlp(module.mlp),
+        proj=layers.dense(attn.proj),
+        norm2=layers.block_norm(module.norm2),
+        mlp=layers.mlp(module.mlp),
         num_heads=attn.num_heads,
         q_norm=q_norm,
         k_norm=k_norm,
-        attn_norm=timm.norm(attn.norm),
+        attn_norm=layers.norm(attn.norm),
         ls1=getattr(module, "gamma_1", None),
         ls2=getattr(module, "gamma_2", None),
         post_norm=type(module) is eva.EvaBlockPostNorm,
@@ -107,12 +107,12 @@ def _qkv(attn: Any) -> Dense:
     """The stacked projection, with zeros for the biases that are missing and each head's own keys and values."""
     if attn.qkv is not None:
         if getattr(attn, "q_bias", None) is None:
-            return timm.dense(attn.qkv)
+            return layers.dense(attn.qkv)
         return Dense(attn.qkv.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias]))
     groups = getattr(attn, "num_kv_groups", 1)
     weights, biases = [], []
     for i, module in enumerate((attn.q_proj, attn.k_proj, attn.v_proj)):
-        part = timm.dense(module)
+        part = layers.dense(module)
         bias: Tensor = part.weight.new_zeros(part.weight.shape[0]) if part.bias is None else part.bias
         repeats = groups if i else 1
         weights.append(part.weight.unflatten(0, (-1, attn.head_dim)).repeat_interleave(repeats, 0).flatten(0, 1))

@@ -13,9 +13,9 @@ from timm.models import swin_transformer as v1, swin_transformer_v2 as v2
 from torch import Tensor
 
 from fastprompt.arguments import ArgumentError
-from fastprompt.vit.readers import timm
+from fastprompt.vit.readers import timm_layers as layers
 from fastprompt.vit.readers.parts import loaded_as, refuse
-from fastprompt.vit.readers.timm import block_norm, dense, mlp, norm
+from fastprompt.vit.readers.timm_layers import block_norm, dense, mlp, norm
 from fastprompt.vit.swin import Merge, SwinBlock
 from fastprompt.vit.weights import Dense, ViTSpec
 
@@ -109,7 +109,7 @@ def _loaded(before: Any, model: Any) -> dict[str, str | None]:
             window["pretrained"] = _pair(new.pretrained_window_size)
             loaded[f"blocks.{i}.bias_table"] = loaded_as(*old.cpb_mlp.parameters(), **window)
             loaded[f"blocks.{i}.logit_scale"] = loaded_as(old.logit_scale)
-        elif timm.resampled(before):
+        elif layers.resampled(before):
             loaded[f"blocks.{i}.bias_table"] = None
         elif window["window"] != window["to"]:
             loaded[f"blocks.{i}.bias_table"] = loaded_as(old.relative_position_bias_table, **window)
