@@ -36,9 +36,9 @@ def read(model: Any) -> dict[str, Any]:
 def _beit_block(module: Any, shared: Any, grid: Pair) -> Block:
     if type(module) is not beit.Block:
         refuse("block", type(module).__name__, "Beit's Block")
-    attn = module.attn
-    tables = [x.relative_position_bias_table for x in (attn, shared) if x is not None]
-    tables = [table for table in tables if table is not None]
+    attn: Any = module.attn
+    found = (x.relative_position_bias_table for x in (attn, shared) if x is not None)
+    tables = [table for table in found if table is not None]
     bias = None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
     return Block(
         norm1=layers.block_norm(module.norm1),

@@ -21,7 +21,7 @@ from fastprompt.vit.readers.timm_layers import block_norm, common, dense, layer_
 from fastprompt.vit.weights import Block
 
 
-def read(model: nn.Module) -> dict[str, Any]:
+def read(model: Any) -> dict[str, Any]:
     """Read the canonical parts of a timm `VisionTransformer`, `Eva`, `Beit` or one like them; see `FrozenViT`.
 
     Raises:
