@@ -418,7 +418,7 @@ def attended(
 ) -> Tensor:
     """Compute attention over [prefix, k] with a bias (1, heads, R, T) of the scores with k, or none."""
     prefix_k, prefix_v = (None, None) if prefix is None else prefix
-    if bias is None or (q.is_cuda and not bias.requires_grad):
+    if bias is None or (in_slots(q) and not bias.requires_grad):
         return prefix_attention(q, k, v, prefix_k, prefix_v, bias=bias, scale=block.scale)
     q, k, v = unpacked(q, k, v)  # the operator would write the bias out for each image
     bias = bias if prefix_k is None else F.pad(bias, (prefix_k.shape[2], 0))
