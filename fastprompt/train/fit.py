@@ -146,15 +146,17 @@ def fit_in(
     assert model.head is not None
     options, ranks = Options() if options is None else options, find_ranks(device_of(model))
     callbacks = make_callbacks(options.callbacks, None if directory is None else directory.path) if ranks.main else []
-    if recipe.head_init == "probe" and model.head.kind == "linear":
+    probes = recipe.head_init == "probe" or options.compare_probe
+    if probes and model.head.kind == "linear":
         from fastprompt.train.probe import logistic_regression
 
         logistic_regression()  # fail before anything is read or written
     before = rng_state()
     try:
         kind = kind_of_labels(recipe.loss, train)
-        if recipe.head_init == "probe" and kind != "class":
-            raise ArgumentError("head_init", "must be 'default' or 'vpt' unless labels are classes, got 'probe'")
+        if probes and kind != "class":
+            name = "compare_probe" if options.compare_probe else "head_init"
+            raise ArgumentError(name, "must not ask for a linear probe unless labels are classes")
         data = data_identities(train, val, model.head.num_classes, kind) if data is None else data
         recipe = recipe_for(recipe, train)
         describe_data(model, train)

@@ -146,6 +146,8 @@ def test_several_labels_per_image_are_learned(make_model: Callable[..., Any], co
     result = fit(make_model(num_classes=5), train, val, RECIPE.replace(loss="bce"), progress=False)
     assert result.best_val_accuracy == max(record["val_map"] for record in result.history) > 0.9
     assert "train_accuracy" not in result.history[0]
+    with pytest.raises(ValueError, match="compare_probe must not ask for a linear probe unless labels are classes"):
+        fit(make_model(num_classes=5), train, val, RECIPE.replace(loss="bce"), compare_probe=True)
     for wrong, message in (
         ((images, rows(labels) * 2), "train must have zeros and ones as labels"),
         ((images, rows(labels)[:, :3]), r"train must have labels of shape \(N, 5\)"),
