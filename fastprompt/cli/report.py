@@ -19,9 +19,9 @@ class Report:
     """Run directories of `adapt`."""
     out: Path = Path("report.html")
     """HTML file to write."""
-    analysis: list[Literal["information", "latent", "similarity"]] = field(default_factory=list)
+    analysis: list[Literal["information", "latent", "similarity", "domains"]] = field(default_factory=list)
     """What to compute with each run's adapter on its validation images: mutual information with the labels, KL and
-    traversals of V²APT's latent units, maps of prompts and patches."""
+    traversals of V²APT's latent units, maps of prompts and patches, and whether a generator tells data sets apart."""
     max_images: int = 500
     """Number of validation images that an analysis uses at most."""
     debug: bool = False

@@ -15,7 +15,7 @@ from fastprompt.report.html import figure, table
 if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
 
-ANALYSES = ("information", "latent", "similarity")
+ANALYSES = ("information", "latent", "similarity", "domains")
 TRAVERSED = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
 SHOWN_IMAGES, SHOWN_PROMPTS, SHOWN_UNITS = 4, 5, 6
 
@@ -26,7 +26,8 @@ def analyse(run: Path, names: Sequence[str], max_images: int = 500) -> list[dict
     Args:
         run: directory of a finished run.
         names: any of `ANALYSES`. "information": mutual information with the labels; "latent": KL and traversals of
-            V²APT's units; "similarity": maps of prompts and patches. Those that a method does not have are left out.
+            V²APT's units; "similarity": maps of prompts and patches; "domains": whether the generator tells the data
+            sets of a run of several apart. Those that a run does not have are left out.
         max_images: number of validation images to use at most, the first ones.
 
     Raises:
@@ -52,9 +53,14 @@ def analyse(run: Path, names: Sequence[str], max_images: int = 500) -> list[dict
     backbone = backbone_at(settings.backbone, settings.image_size)
     model = PromptedViT.from_pretrained(backbone, directory)
     data: Any = load_run_data(dataclasses.replace(settings, augment="none"), square_size(backbone)).val
+    if "domains" in names and model.domains is not None:
+        domains = {name: data.of(name) for name in model.domains.names}
+    else:
+        domains = {}
     data = Subset(data, range(min(max_images, len(data))))
     made: dict[str, Callable[[PromptedViT, Any], dict[str, Any] | None]]
     made = {"information": _information, "latent": _latent, "similarity": _similarity}
+    made["domains"] = lambda model, data: _domains(model, domains, max_images) if domains else None
     return [section for name in names if (section := made[name](model, data)) is not None]
 
 
@@ -135,4 +141,29 @@ def _similarity(model: PromptedViT, data: Any) -> dict[str, Any] | None:
         "title": "Prompts and patches",
         "figures": [figure(drawn, "Images beside maps of their patches' similarity with prompts", said)],
         "table": None,
+    }
+
+
+def _domains(model: PromptedViT, data: dict[str, Any], max_images: int) -> dict[str, Any] | None:
+    from fastprompt.analysis import discover_domains
+
+    generator = model.generator
+    if generator is None or generator.num_prompts == 0 or generator.known_at == "static":
+        return None
+    found = discover_domains(model, data, max_images=max_images)
+    rows = [
+        [source, f"{100 * each.nearest:.1f}%", f"{100 * each.linear:.1f}%"] for source, each in found.read_out.items()
+    ]
+    used = ", ".join(f"{name} {count}" for name, count in found.tokens_used.items())
+    chance = next(iter(found.read_out.values())).chance
+    said = (
+        f"How well vectors name the domain of {len(found.labels)} validation images; chance is {100 * chance:.1f}%."
+        + (f" Tokens that carry nine tenths of a domain's weight: {used}." if used else "")
+    )
+    drawn = plots.scatter(found.embedding, found.labels, found.domains)
+    caption = "t-SNE of the generator's outputs, coloured by domain; nobody named the domains to the generator."
+    return {
+        "title": "Domains",
+        "figures": [figure(drawn, f"Scatter plot of the generator's outputs for {', '.join(found.domains)}", caption)],
+        "table": table(said, ["Vectors", "Nearest other image", "Linear read-out"], rows),
     }

@@ -353,3 +353,19 @@ def maps_beside_images(images: Any, maps: Any) -> bytes:
         axes.set_xticks([])
         axes.set_yticks([])
     return to_png(figure)
+
+
+def scatter(points: Any, labels: Any, names: Sequence[str]) -> bytes:
+    """Plot points (N, 2), coloured by their label (N,); the axes have no meaning and no numbers."""
+    figure = new_figure(7, 5)
+    axes = figure.subplots()
+    for number, name in enumerate(names):
+        mine = points[labels == number]
+        marker = MARKERS[number % len(MARKERS)]
+        axes.scatter(
+            mine[:, 0], mine[:, 1], s=12, color=COLOURS[number % len(COLOURS)], marker=marker, label=literal(name)
+        )
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.legend(fontsize=8, frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
+    return to_png(figure)
