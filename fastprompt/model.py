@@ -130,8 +130,8 @@ class PromptedViT(nn.Module):
         if self.generator is not None and self.generator.role != "sequence" and backbone.places_keys:
             raise ArgumentError(
                 "config",
-                "must be a method whose prompts are tokens of the sequence on a backbone with rotary position embedding "
-                f"or relative position bias, got {self.config.kind!r}",
+                "must be of a method whose prompts are tokens of the sequence, on a backbone with rotary position "
+                f"embedding or relative position bias, got {self.config.kind!r}",
             )
         if isinstance(head, Head):
             if num_classes not in (None, head.num_classes):

@@ -243,8 +243,9 @@ class FrozenViT(Backbone):
         std: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> FrozenViT:
-        """Freeze the vision model of a transformers checkpoint: ViT, DeiT, ViT-MAE, BEiT, CLIP, SigLIP, SigLIP 2, DINOv2 or
-        DINOv3.
+        """Freeze the vision model of a transformers checkpoint.
+
+        ViT, DeiT, ViT-MAE, BEiT, CLIP, SigLIP, SigLIP 2, DINOv2 or DINOv3.
 
         Args:
             model: a hub name, a folder of `save_pretrained`, a config (random weights), or a model.
