@@ -89,9 +89,9 @@ class Ranks:
                 told = [(None, error)]
         with self.lost_ranks_named():
             dist.broadcast_object_list(told)
-        value, error = told[0]
-        if error is not None:
-            raise error
+        value, failure = told[0]
+        if failure is not None:
+            raise failure
         return value
 
     @contextlib.contextmanager

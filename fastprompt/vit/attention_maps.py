@@ -93,19 +93,19 @@ def rewritten_maps(vit: Backbone, embedded: Embedding, group: Group, parts: Fold
             if max(at.start, start) < min(at.stop, stop)
         }
         q = forward.turned(project(tokens[:, start:stop], 0), read.turns, read.rows)
-        k, bias = forward.turned(project(tokens, 1), read.turns), forward.score_bias(block, x.data, read)
+        k, of_scores = forward.turned(project(tokens, 1), read.turns), forward.score_bias(block, x.data, read)
         prompts = read.joining if read.joining is not None else read.prompts
         if prompts is not None or read.prefix is not None:
             rows = None if prompts is None else forward.normed(block, prompts)
             joined = read.prefix[0] if rows is None else project(rows, 1)  # type: ignore[index]
             k = torch.cat([k, joined.expand(len(k), -1, -1, -1)], dim=2)
             keys |= _named("prompts", length, joined.shape[2])
-            bias = None if bias is None else F.pad(bias, (0, joined.shape[2]))
+            of_scores = None if of_scores is None else F.pad(of_scores, (0, joined.shape[2]))
             if read.joining is not None:
                 assert rows is not None
                 queries |= _named("prompts", q.shape[2], joined.shape[2])
                 q = torch.cat([q, project(rows, 0).expand(len(q), -1, -1, -1)], dim=2)
-        maps.append(AttentionMap(_softmax(q, k, block.scale, bias), queries, keys))
+        maps.append(AttentionMap(_softmax(q, k, block.scale, of_scores), queries, keys))
 
     forward.features(vit, embedded, [group], parts, watch=watch)
     return maps

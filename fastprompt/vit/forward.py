@@ -187,8 +187,9 @@ def features(
         asking = [j for j in querying if has_role(groups[j].generator, "queries", i)]
         if not asking:
             return x
-        x = x if x.normed is not None else x._replace(normed=normed(blocks[i], x.data))
-        of_groups = list(zip(x.parts(), x._replace(data=x.normed).parts(), strict=True))
+        of_x = normed(blocks[i], x.data) if x.normed is None else x.normed
+        x = x._replace(normed=of_x)
+        of_groups = list(zip(x.parts(), x._replace(data=of_x).parts(), strict=True))
         for j in asking:
             answered[j].append(_answers(vit, blocks[i], i, groups[j], *of_groups[j]))
         return x
