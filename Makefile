@@ -1,4 +1,4 @@
-# make test | docs | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-engine | cost | gates | kernels-report | gpu | dist | clean | help
+# make test | docs | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-engine | cost | gates | kernels-report | gpu | gpu-here | gpu-table | dist | clean | help
 #   PYTHON=python3.12   interpreter to create the environment with
 #   VENV=path           environment to create or reuse (default .venv)
 #   PIP_FLAGS=...       more flags for pip, for example an extra index with CPU builds of torch
@@ -17,7 +17,7 @@ STAMP := $(VENV)/.fastprompt-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint types pytest browser page hammer torture serve-ray load demo table pixels plots docs bench bench-forward bench-engine cost gates kernels-report gpu dist clean
+.PHONY: help install test lint types pytest browser page hammer torture serve-ray load demo table pixels plots docs bench bench-forward bench-engine cost gates kernels-report gpu gpu-here gpu-table dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -117,10 +117,14 @@ gates: $(STAMP)  ## run every gate of the Triton kernels; write results/gates.js
 kernels-report: $(STAMP)  ## compile every Triton kernel for every part; write results/kernels.md (minutes, no GPU)
 	OMP_NUM_THREADS=1 $(PY) tests/kernels/gates/report.py
 
-gpu: $(STAMP)  ## on a GPU, check parity, determinism and speed of every op and of CUDA graphs; write results/gpu.json and docs/results.md
-	began=$$(date +%s) && $(VENV)/bin/pytest -q tests/engine/cuda_graph/test_device.py && \
-		$(PY) bench/gpu.py --began $$began
-	$(PY) bench/gpu_table.py results/gpu.json docs/results.md
+gpu: $(STAMP)  ## on a GPU, measure what only a GPU can show, in nine minutes at most; write results/gpu.json and .md
+	@$(MAKE) --no-print-directory gpu-here
+
+gpu-here:  ## the same without an install, by PY=python3; LONG=1 for the sanitizer and autotuned models; OUT=path without suffix
+	PYTHONPATH=bench $(PY) -m gpu $(if $(LONG),--long) $(if $(OUT),--out '$(OUT)')
+
+gpu-table:  ## write the tables of results/gpu.json into docs/results.md
+	PYTHONPATH=bench $(PY) -m gpu.table results/gpu.json docs/results.md
 
 dist: $(STAMP)  ## build sdist and wheel with the C++ kernels into dist/, and check them as PyPI does
 	rm -rf dist

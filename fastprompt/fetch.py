@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock
 
 from fastprompt.package_index import NotOnIndex, download
@@ -63,6 +62,8 @@ def cache_dir() -> Path:
     named = os.environ.get("FASTPROMPT_CACHE")
     if named:
         return Path(named).expanduser()
+    import platformdirs  # here, as models and engines need no cache
+
     own = platformdirs.user_cache_path("fastprompt", appauthor=False)
     before = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastprompt"
     return before if before.is_dir() and not own.is_dir() else own

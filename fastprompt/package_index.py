@@ -24,8 +24,6 @@ from urllib.error import HTTPError
 from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 from urllib.request import HTTPSHandler, Request, build_opener, url2pathname
 
-import platformdirs
-
 PYPI = "https://pypi.org/simple"
 ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
 
@@ -68,6 +66,8 @@ def pip_configuration() -> dict[str, str]:
     named = os.environ.get("PIP_CONFIG_FILE")
     if named == os.devnull:
         return {}
+    import platformdirs
+
     name = "pip.ini" if sys.platform == "win32" else "pip.conf"
     folders = [Path(folder) for folder in platformdirs.site_config_dir("pip", False, multipath=True).split(os.pathsep)]
     folders += [Path("/etc"), Path.home() / ("pip" if sys.platform == "win32" else ".pip"), Path.home() / ".config/pip"]

@@ -6,6 +6,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import platformdirs
 import pytest
 
 from fastprompt import fetch
@@ -44,7 +45,7 @@ def test_the_cache_of_earlier_versions_is_still_found(monkeypatch, tmp_path):
     monkeypatch.delenv("FASTPROMPT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "before"))
     own = tmp_path / "Library" / "Caches" / "fastprompt"
-    monkeypatch.setattr(fetch.platformdirs, "user_cache_path", lambda *_, **__: own)
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda *_, **__: own)
     assert cache_dir() == own
     (tmp_path / "before" / "fastprompt").mkdir(parents=True)
     assert cache_dir() == tmp_path / "before" / "fastprompt"

@@ -1,166 +1,329 @@
-"""`make gpu` without a GPU: the same way in Triton's interpreter, at small sizes."""
+"""`make gpu-here` without a GPU: every stage in Triton's interpreter, and what becomes of stages that fail or hang."""
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gpu import OPS, ROOT, __main__ as driver, table
+from gpu.__main__ import FIRST, LONG, Stage
+from gpu.worker import STAGES
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-ROOT = Path(__file__).resolve().parents[2]
-OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/triton.py"))
-TIMES = {"triton", "eager", "compile, default", "compile, reduce-overhead", "compile, max-autotune"}
-BROKEN = """
-import sys, tempfile
-sys.path[:0] = ["bench", "tests/kernels/gates", "."]
-import gpu, mutate
-from spec import load_spec
-spec = load_spec("prefix_attention")
-source = mutate.source_of(spec)
-broken = source.replace({old!r}, {new!r})
-assert broken != source
-with tempfile.TemporaryDirectory() as folder:
-    mutate.module_from(broken, spec.MODULE, folder)
-    gpu.main("--dry-run", "--op", "prefix_attention", "--out", sys.argv[1])
+METHODS = {"VPT-deep 10", "VAPT 50", "V²APT 50", "PGN 16"}
+THERE = (
+    "torch triton numpy timm torchvision transformers onnx onnxruntime safetensors scipy scikit-learn matplotlib tqdm "
+    "filelock einops pytest pytest-benchmark pytest-xdist hypothesis"
+).split()
+"""The packages that a machine with a GPU can be expected to have; what they need is there as well."""
+BLOCK = """
+import sys
+from importlib.machinery import PathFinder
+
+class Only(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if path is None and name in {blocked!r}:
+            return None
+        return super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Only
+sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
 """
 
 
+def others() -> set[str]:
+    """Modules of the installed packages that are neither in `THERE` nor needed by one that is."""
+    there, new = set[str](), list(THERE)
+    while new:
+        name = re.sub(r"[-_.]+", "-", new.pop()).lower()
+        if name in there:
+            continue
+        there.add(name)
+        try:
+            needs = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        new += [re.split(r"[^\w.-]", need)[0] for need in needs if "extra ==" not in need]
+    return {
+        module
+        for module, packages in importlib.metadata.packages_distributions().items()
+        if not any(re.sub(r"[-_.]+", "-", package).lower() in {*there, "fastprompt"} for package in packages)
+    }
+
+
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    settings = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    settings = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "bench"), **environment}
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True
     )
 
 
 @pytest.fixture(scope="module")
-def report_of(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The report of a dry run, and where it is."""
-    path = tmp_path_factory.mktemp("gpu") / "gpu.json"
-    ran = run("bench/gpu.py", "--dry-run", "--out", str(path))
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return path, json.loads(path.read_text())
+def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], set[str]]:
+    """A dry run from a plain tree, with all packages hidden that no one promised; its files, report, hidden modules."""
+    folder, hidden = tmp_path_factory.mktemp("gpu"), others()
+    (folder / "sitecustomize.py").write_text(BLOCK.format(blocked=hidden))
+    path = f"{folder}{os.pathsep}{ROOT / 'bench'}"
+    ran = run("-P", "-m", "gpu", "--dry-run", "--out", str(folder / "gpu"), PYTHONPATH=path)
+    report = json.loads((folder / "gpu.json").read_text())
+    assert ran.returncode == 0, (folder / "gpu.md").read_text()
+    return folder, report, hidden
 
 
-def test_a_dry_run_writes_a_complete_report(report_of: tuple[Path, dict[str, Any]]) -> None:
-    _, report = report_of
-    assert set(report["ops"]) == set(OPS)
-    assert {"device", "torch", "triton", "cuda", "rocm", "python", "sanitizer", "seconds"} <= set(report)
-    for found in report["ops"].values():
-        assert found["graph"]
-        for by_dtype in found["parity"].values():
-            assert set(by_dtype) == {"float32", "float16"}
-            for rows in by_dtype.values():
-                assert all(row["error"] <= row["budget"] for row in rows)
-                assert {row["tensor"].split()[0] for row in rows} == {"output", "d"}
-        assert set(found["microseconds"]) == {"1", "32"}
-        for job in ("forward", "forward and backward"):
-            assert {"triton", "eager"} <= set(found["microseconds"]["1"][0][job])
-            assert TIMES <= set(found["microseconds"]["32"][0][job])
-    rival = "scaled_dot_product_attention on keys and values concatenated before"
-    assert report["ops"]["prefix_attention"]["microseconds"]["32"][0]["forward"][rival]["median"] > 0
+def test_it_imports_what_the_machine_promises_and_nothing_else(dry: tuple[Path, dict[str, Any], set[str]]) -> None:
+    folder, report, hidden = dry
+    assert {"tyro", "platformdirs"} <= hidden
+    assert report["failures"] == 0
+    path = f"{folder}{os.pathsep}{ROOT}"
+    ran = run("-P", "-c", "import fastprompt; print(fastprompt.__file__); import platformdirs", PYTHONPATH=path)
+    assert ran.stdout == f"{ROOT / 'fastprompt' / '__init__.py'}\n"
+    assert "No module named 'platformdirs'" in ran.stderr
 
 
-def test_the_page_gets_the_table_of_a_real_run_alone(report_of: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    path, report = report_of
-    page = tmp_path / "results.md"
-    original = (ROOT / "docs" / "results.md").read_text()
+def test_every_stage_of_the_first_call_has_rows(dry: tuple[Path, dict[str, Any], set[str]]) -> None:
+    _, report, _ = dry
+    rows = {stage: record["rows"] for stage, record in report["stages"].items()}
+    assert list(rows) == [stage.name for stage in FIRST]
+    assert {row["op"] for row in rows["compile"]} == set(OPS)
+    parity = [row for row in rows["parity"] if "dtype" in row and "of budget" in row]
+    assert {row["op"] for row in parity} == {*OPS, "whole model"}
+    assert {(row["op"], row["dtype"]) for row in parity if row["op"] in OPS} == {
+        (op, dtype) for op in OPS for dtype in ("float32", "float16")
+    }
+    assert all(row["of budget"] <= 1 for row in parity)
+    hows = {row.get("how") for row in rows["parity"]}
+    assert {"replayed", "two streams", "two threads"} <= hows
+    assert {(row["op"], row["job"]) for row in rows["ops"] if row["way"] == "Triton"} >= {
+        (op, job) for op in OPS for job in ("forward", "forward and backward")
+    }
+    assert {row["way"] for row in rows["ops"]} == {"Triton", "eager", "compiled"}
+    for stage, ways in {
+        "end to end": {"ours, eager", "ours, graph", "papers', eager", "papers', max-autotune"},
+        "training": {"ours, eager", "ours, graph", "papers', eager", "papers', max-autotune"},
+        "mixed batches": {"mixed batch", "one adapter", "batch 1, eager", "batch 1, graph"},
+    }.items():
+        assert ways <= {row["way"] for row in rows[stage]}
+        assert all(row["µs"]["low"] <= row["µs"]["median"] <= row["µs"]["high"] for row in rows[stage])
+        assert all(row["% of the limit"] > 0 for row in rows[stage])
+    assert {row["method"] for row in rows["end to end"]} == METHODS
+    assert {row["method"] for row in rows["training"]} == METHODS
+    assert all("not run" in row for row in [*rows["graphs"], *rows["counters"]])
+
+
+def test_every_stage_is_known_to_the_worker_and_a_call_takes_nine_minutes() -> None:
+    assert {stage.name for stage in (*FIRST, *LONG)} == set(STAGES)
+    for call in (FIRST, LONG):
+        assert sum(stage.seconds for stage in call) <= 520
+
+
+def test_the_page_gets_the_tables_of_a_real_run_alone(
+    dry: tuple[Path, dict[str, Any], set[str]], tmp_path: Path
+) -> None:
+    folder, report, _ = dry
+    page, original = tmp_path / "results.md", (ROOT / "docs" / "results.md").read_text()
     page.write_text(original)
-    refused = run("bench/gpu_table.py", str(path), str(page))
-    assert refused.returncode != 0
-    assert "dry run" in refused.stderr
+    with pytest.raises(SystemExit, match="dry run"):
+        table.main(str(folder / "gpu.json"), str(page))
     assert page.read_text() == original
-    report |= {"dry_run": False, "device": "Some GPU"}
-    report["ops"]["vae_prompts"]["microseconds"]["32"][0]["forward"]["compile, max-autotune"] = None
     real = tmp_path / "gpu.json"
-    real.write_text(json.dumps(report))
+    real.write_text(json.dumps(report | {"dry_run": False}))
     for _ in range(2):  # a second time replaces what the first one wrote
-        assert run("bench/gpu_table.py", str(real), str(page)).returncode == 0
+        table.main(str(real), str(page))
     text = page.read_text()
-    assert text.count("Measured by `make gpu` on Some GPU") == 1
+    assert text.count("### End to end") == 1
     for op in OPS:
-        assert text.count(f"| `{op}`, ") == 4  # two batches, forward and both
-    assert text.count("no time left") == 1
-    before, after = original.split("<!-- gpu: written by `make gpu` -->")[0], original.split("<!-- /gpu -->")[1]
+        assert f"| {op} | tiny | 32 | forward and backward |" in text
+    before, after = original.split(table.BEGIN)[0], original.split(table.END)[1]
     assert text.startswith(before)
     assert text.endswith(after)
 
 
+WORKER = """
+import json, os, sys, time
+stage, rows = sys.argv[-1], open(sys.argv[sys.argv.index("--rows") + 1], "a")
+def write(**row):
+    print(json.dumps(dict(stage=stage, **row)), file=rows, flush=True)
+write(what=stage, found=1.5)
+if stage == "fails":
+    write(what="that", failed="Traceback\\nValueError: too small")
+    write(what="this", **{"not run": "no time was left"})
+if stage == "hangs":
+    os.fork() or time.sleep(600)
+    rows.write('{"stage": "hangs", "wh')
+    rows.flush()
+    time.sleep(600)
+if stage == "dies":
+    print("Segmentation fault, or so")
+    os._exit(11)
+"""
+
+
+def test_stages_that_fail_die_and_hang_cost_their_own_rows_alone(tmp_path: Path) -> None:
+    """What was written before is kept, the next stage begins, and each counts as a failure."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    stages = [Stage(name, 1.0) for name in ("fails", "dies", "hangs", "works")]
+    began = time.monotonic()
+    failures = driver.run(stages, tmp_path / "gpu", worker=[sys.executable, "-S", str(script)])
+    assert time.monotonic() - began < 10
+    assert failures == 3
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    records = report["stages"]
+    assert [records[stage.name]["ended"] for stage in stages] == [
+        "",
+        "its process ended with status 11",
+        "it was stopped",
+        "",
+    ]
+    assert [len(records[stage.name]["rows"]) for stage in stages] == [3, 1, 1, 1]
+    assert records["hangs"]["seconds"] <= 4.5
+    text = (tmp_path / "gpu.md").read_text()
+    for said in ("ValueError: too small", "Segmentation fault, or so", "no time was left", "It was stopped"):
+        assert said in text
+
+
+def test_a_report_is_written_before_the_next_stage_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    begin = driver._run
+
+    def looked(group: Any, ends: float, command: Any) -> Any:
+        if group[0].name == "second":
+            assert list(json.loads((tmp_path / "gpu.json").read_text())["stages"]) == ["first"]
+            assert "## First" in (tmp_path / "gpu.md").read_text()
+        return begin(group, ends, command)
+
+    monkeypatch.setattr(driver, "_run", looked)
+    stages = [Stage("first", 9), Stage("second", 9)]
+    assert driver.run(stages, tmp_path / "gpu", worker=[sys.executable, "-S", str(script)]) == 0
+
+
+BROKEN = """
+import os, sys, tempfile
+import mutate
+from gpu import ops
+from gpu.device import place
+from gpu.worker import rows_of
+from spec import load_spec
+
+def failed(old, new):
+    broken = source.replace(old, new)
+    assert broken != source
+    with tempfile.TemporaryDirectory() as folder:
+        mutate.module_from(broken, spec.MODULE, folder)
+        jobs = (job for job in ops.parity(place(True, float("inf"))) if job.labels["op"] == "prefix_attention")
+        return [[line.split(":")[0] for line in row["failed"].splitlines() if "budget" in line]
+                for row in rows_of(jobs, float("inf"))]
+
+spec = load_spec("prefix_attention")
+source = mutate.source_of(spec)
+for change in (("stride_or, acc * scale, D", "stride_or, acc, D"), ("acc / total[:, None]", "acc + 1e-3")):
+    if os.fork():  # each registers the op's operators
+        assert os.wait()[1] == 0
+    else:
+        print(failed(*change), flush=True)
+        os._exit(0)
+"""
+
+
+def test_a_wrong_kernel_is_a_failure_in_every_dtype() -> None:
+    ran = run("-c", BROKEN, PYTHONPATH=os.pathsep.join(driver.PATHS))
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    gradient, output = map(ast.literal_eval, ran.stdout.splitlines())
+    assert gradient == [["d q"], ["d q"]]
+    assert len(output) == 2
+    assert all("output 0" in tensors for tensors in output)
+
+
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("tool", "script", "expected"),
     [
-        ("stride_or, acc * scale, D", "stride_or, acc, D"),
-        ("acc / total[:, None]", "acc / total[:, None] + 1e-3"),
+        ("compute-sanitizer", "exit 0", {"found": "nothing"}),
+        ("compute-sanitizer", "echo Race reported; exit 7", {"failed": "Race reported"}),
+        ("compute-sanitizer", "echo Error: Device not supported; exit 1", {"not run": "Error: Device not supported"}),
+        ("compute-sanitizer", "", {"not run": "compute-sanitizer is not installed"}),
+        ("ncu", "cat {table}", {"time": "12.5 us", "% of DRAM's peak": "70.1"}),
+        ("ncu", "echo ==ERROR== LibraryNotLoaded; exit 1", {"not run": "==ERROR== LibraryNotLoaded"}),
+        ("ncu", "echo something else; exit 1", {"failed": "something else"}),
+        ("ncu", "", {"not run": "ncu is not installed"}),
     ],
-    ids=["gradient", "output"],
 )
-def test_a_wrong_kernel_ends_the_run_with_an_error(old: str, new: str, tmp_path: Path) -> None:
-    ran = run("-c", BROKEN.format(old=old, new=new), str(tmp_path / "gpu.json"))
-    assert ran.returncode != 0
-    assert "prefix_attention is wrong" in ran.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_what_a_tool_finds_and_what_keeps_it_from_looking(
+    tool: str, script: str, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu import profilers
+    from gpu.device import place
+    from gpu.worker import rows_of
 
-
-def test_what_the_sanitizer_finds_ends_the_run_with_an_error(tmp_path: Path) -> None:
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text('#!/bin/sh\necho "$@" >&2\necho Race reported >&2\nexit 1\n')
-    tool.chmod(0o755)
-    code = "import sys; sys.path.insert(0, 'bench'); import gpu; gpu.sanitized(gpu.DRY)"
-    ran = run("-c", code, PATH=f"{tmp_path}:{os.environ['PATH']}")
-    assert ran.returncode != 0
-    assert "compute-sanitizer, memcheck:" in ran.stderr
-    assert "Race reported" in ran.stderr
-    assert "--launch-only --dry-run" in ran.stderr
-    tool.write_text("#!/bin/sh\nexit 0\n")
-    ran = run(
-        "-c",
-        code.replace("gpu.sanitized(gpu.DRY)", "print(gpu.sanitized(gpu.DRY))"),
-        PATH=f"{tmp_path}:{os.environ['PATH']}",
+    counters = tmp_path / "counters.csv"
+    counters.write_text(
+        '==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+        '"0","k","gpu__time_duration.sum","us","99"\n"1","k","gpu__time_duration.sum","us","12.5"\n'
+        '"1","k","dram__throughput.avg.pct_of_peak_sustained_elapsed","%","70.1"\n'
     )
-    assert ran.stdout == "compute-sanitizer: memcheck found nothing, racecheck found nothing\n"
+    if script:
+        (tmp_path / tool).write_text("#!/bin/sh\n" + script.format(table=counters) + "\n")
+        (tmp_path / tool).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    stage = profilers.sanitizer if tool == "compute-sanitizer" else profilers.counters
+    rows = list(rows_of(stage(place(dry=True, until=time.time() + 60)), time.time() + 60))
+    for row in rows:
+        for key, value in expected.items():
+            assert value in row[key]
 
 
-def test_the_time_is_bounded(tmp_path: Path) -> None:
-    """What is over ends with an error, and what takes long is left out before."""
-    path = tmp_path / "gpu.json"
-    ran = run("bench/gpu.py", "--dry-run", "--op", "vae_prompts", "--seconds", "30", "--began", "0", "--out", str(path))
-    assert ran.returncode != 0
-    assert "Timeout" in ran.stderr
-    assert not path.exists()
-    code = (
-        "import sys; sys.path.insert(0, 'bench'); import gpu; gpu.OPS_UNTIL = 0\n"
-        "gpu.main('--dry-run', '--op', 'library_prompts', '--seconds', '3000', '--out', sys.argv[1])"
-    )
-    ran = run("-c", code, str(path))
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    found = json.loads(path.read_text())["ops"]["library_prompts"]
-    assert set(found["parity"]) == {"odd sizes"}
-    for job in ("forward", "forward and backward"):
-        times = found["microseconds"]["32"][0][job]
-        assert {name for name in times if times[name] is None} == TIMES - {"triton", "eager"}
+def test_a_job_without_time_left_is_not_run() -> None:
+    from gpu.jobs import Job
+    from gpu.worker import rows_of
 
-
-def test_kernels_are_launched_in_processes_of_their_own() -> None:
-    """As compute-sanitizer watches them, and as `warmed` compiles them beforehand, where a failure ends the run."""
-    ran = run("bench/gpu.py", "--launch-only", "--dry-run", "--op", "adaptive_prompts")
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    code = "import sys; sys.path.insert(0, 'bench'); import gpu; gpu.warmed(gpu.DRY, [{!r}])"
-    assert run("-c", code.format("library_prompts")).returncode == 0
-    ran = run("-c", code.format("no_op"))
-    assert ran.returncode != 0
-    assert "invalid choice: 'no_op'" in ran.stderr
+    jobs = [Job({"job": "long"}, lambda: {"found": 1}, seconds=60.0), Job({"job": "short"}, lambda: {"found": 2})]
+    rows = list(rows_of(iter(jobs), time.time() + 30))
+    assert rows == [{"job": "long", "not run": "no time was left"}, {"job": "short", "found": 2}]
 
 
 @pytest.mark.parametrize(
     ("options", "interpret", "message"),
-    [((), "0", "make gpu needs a CUDA or ROCm device"), (("--dry-run",), "0", "set TRITON_INTERPRET=1")],
+    [((), "1", "TRITON_INTERPRET=1 is set"), (("--dry-run",), "0", "set TRITON_INTERPRET=1")],
 )
-def test_what_is_missing_is_said(options: tuple[str, ...], interpret: str, message: str) -> None:
-    ran = run("bench/gpu.py", *options, TRITON_INTERPRET=interpret, CUDA_VISIBLE_DEVICES="")
-    assert ran.returncode != 0
+def test_an_interpreter_where_none_is_wanted_is_refused(options: tuple[str, ...], interpret: str, message: str) -> None:
+    ran = run("-S", "-m", "gpu", *options, TRITON_INTERPRET=interpret)
+    assert ran.returncode == 2
     assert message in ran.stderr
+
+
+def test_without_a_device_the_stage_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from gpu.worker import jobs_of, rows_of
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (row,) = rows_of(jobs_of("counters", dry=False, until=float("inf")), float("inf"))
+    assert "torch sees no CUDA or ROCm device" in row["failed"]
+
+
+def test_a_floor_is_the_longer_of_products_and_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from gpu import floors
+    from timm.models.vision_transformer import VisionTransformer
+
+    import fastprompt as fp
+
+    vit = VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0)
+    model = fp.PromptedViT(fp.FrozenViT(vit).to(torch.bfloat16), fp.VPTConfig(num_prompts=2), num_classes=3)
+    one, many, step = (floors.floor(model, *of) for of in ((1, False), (8, False), (8, True)))
+    assert many.flops == 8 * one.flops < step.flops
+    images = 3 * 16 * 16 * 4
+    assert many.nbytes - one.nbytes == 7 * images
+    assert step.nbytes > 2 * floors.resident(model) + 8 * images
+    assert one.seconds(copied=one.nbytes, multiplied=1e30) == 1
+    assert one.seconds(copied=1e30, multiplied=one.flops / 2) == 2
