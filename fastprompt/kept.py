@@ -18,6 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
+
+from fastprompt.streams import Written
 
 SAMPLES = 16
 """Number of values of each tensor that `SeenObjects` compares; it compares all values of up to `SAMPLES`² values."""
@@ -104,10 +107,13 @@ class SeenObjects:
 
 
 class Kept(Generic[T]):
-    """One value computed from tensors, and again after they change. A copy or a pickle of it is empty."""
+    """One value computed from tensors, and again after they change. A copy or a pickle of it is empty.
+
+    Threads may share it, each on a stream of its own: a stream that gets the value waits for the one that computed it.
+    """
 
     def __init__(self) -> None:
-        self._held: tuple[Seen, T] | None = None  # assigned as one tuple, as threads may share it
+        self._held: tuple[Seen, T, Written | None] | None = None  # assigned as one tuple, as threads may share it
 
     @property
     def value(self) -> T | None:
@@ -117,7 +123,7 @@ class Kept(Generic[T]):
     def current(self, tensors: Sequence[Tensor], facts: Facts = ()) -> T | None:
         """Return the last value if it is still valid."""
         held = self._held
-        return held[1] if held is not None and held[0].same(tensors, facts) else None
+        return _read(held) if held is not None and held[0].same(tensors, facts) else None
 
     def get(
         self,
@@ -133,8 +139,9 @@ class Kept(Generic[T]):
         held = self._held
         if held is None or not held[0].same(tensors, facts):
             with torch.inference_mode(False), torch.no_grad():
-                held = self._held = (seen(tensors, facts), make())
-        return held[1]
+                value = seen(tensors, facts), make()
+                held = self._held = (*value, Written(tensors[0].device) if tensors else None)
+        return _read(held)
 
     def clear(self) -> None:
         self._held = None
@@ -144,6 +151,21 @@ class Kept(Generic[T]):
 
     def __reduce__(self) -> tuple[type[Kept[T]], tuple[()]]:
         return Kept, ()
+
+
+def _read(held: tuple[Seen, T, Written | None]) -> T:
+    """Return the value, once the current stream may read it."""
+    _, value, written = held
+    if written is not None:
+        written.read(lambda: _tensors_in(value))
+    return value
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors of a value that was kept: tensors and modules in tuples, lists and dictionaries."""
+    leaves = tree_leaves(value)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return tensors + tensors_of(*(leaf for leaf in leaves if isinstance(leaf, nn.Module)))
 
 
 def tensors_of(*modules: nn.Module | None) -> list[Tensor]:

@@ -36,6 +36,7 @@ LAYERS = [
         "locks",
         "memory",
         "package_index",
+        "streams",
         "terminal",
     },
     {"vit"},

@@ -27,6 +27,7 @@ from fastprompt.engine.backends import BACKENDS, Run
 from fastprompt.generators import LinearProbeConfig
 from fastprompt.kept import Seen, SeenObjects, SeenValues, tensors_of
 from fastprompt.model import PromptedViT
+from fastprompt.streams import Written
 from fastprompt.vit import FrozenViT
 from fastprompt.vit.linear import bfloat16_is_fast, pack
 
@@ -125,6 +126,7 @@ class Engine:
         self.dtype = dtype or (torch.bfloat16 if bfloat16_is_fast(given.device) else torch.float32)
         self._lock = threading.RLock()
         self._released = False
+        self._written: Written | None = None
         self._runs: dict[tuple[str, str, Signature], Run] = {}  # by adapter, backend and signature
         self._measured: dict[tuple[str, Signature], Measured] = {}
         self._source = model if isinstance(model, PromptedViT) else None
@@ -144,6 +146,7 @@ class Engine:
             if reason:
                 error = RuntimeError if BACKENDS[backend].is_installed() else ImportError
                 raise error(f"backend {backend!r} cannot run: {reason}")
+        self._written = Written(self._backbone.device)
 
     def __call__(self, images: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor | list[Tensor]:
         """Compute logits (B, C), or features (B, D) without a head; with `adapter_names`, a list of B outputs.
@@ -217,8 +220,7 @@ class Engine:
             )
         with _whole(model):
             adapter = _copy_adapter(model, backbone)
-        with self._lock:
-            self._check_open()
+        with self.alone():
             self._forget(name)
             self._adapters[name] = adapter
             self._pixels[name] = backbone.normalising_by(model.backbone.mean, model.backbone.std)
@@ -353,15 +355,17 @@ class Engine:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Context in which no other thread's call runs, and gradients and autocast are off."""
+        """Context in which no other thread's call runs, on host and device, and gradients and autocast are off."""
         with self._lock:
             self._check_open()
-            with (
-                torch.inference_mode(False),
-                torch.no_grad(),
-                torch.autocast(self._backbone.device.type, enabled=False),
-            ):
-                yield
+            device = self._backbone.device
+            if self._written is not None:
+                self._written.read()
+            try:
+                with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+                    yield
+            finally:
+                self._written = Written(device)
 
     def _open_source(self) -> PromptedViT | None:
         with self._lock:
