@@ -1,13 +1,15 @@
-# make test | docs | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-engine | cost | gates | kernels-report | gpu | gpu-here | gpu-table | dist | clean | help
+# make test | test-oldest | docs | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-engine | cost | gates | kernels-report | gpu | gpu-here | gpu-table | dist | clean | help
 #   PYTHON=python3.12   interpreter to create the environment with
 #   VENV=path           environment to create or reuse (default .venv)
 #   PIP_FLAGS=...       more flags for pip, for example an extra index with CPU builds of torch
+#   OLDEST=path         environment of test-oldest (default .venv-oldest)
 #   TESTS=tests/vit     run part of the suite
 #   JOBS=2              number of processes that run the suite
 #   IF=changed          for gates: run nothing if results/gates.json is up to date
 #   FOLDER=path         for page: folder written by `fastprompt export --client`
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST ?= .venv-oldest
 PIP_FLAGS ?=
 TESTS ?= tests
 JOBS ?= 2
@@ -17,7 +19,7 @@ STAMP := $(VENV)/.fastprompt-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint types pytest browser page hammer torture serve-ray load demo table pixels plots docs bench bench-forward bench-engine cost gates kernels-report gpu gpu-here gpu-table dist clean
+.PHONY: help install test lint types pytest test-oldest browser page hammer torture serve-ray load demo table pixels plots docs bench bench-forward bench-engine cost gates kernels-report gpu gpu-here gpu-table dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -42,6 +44,16 @@ lint: $(STAMP)  ## run ruff: lint and format
 
 types: $(STAMP)  ## run mypy on the package, its ops and the client
 	$(PY) -m mypy
+
+OLDEST_TESTS := tests/kernels tests/engine tests/test_interoperation.py tests/test_streams.py tests/test_kept.py
+
+test-oldest:  ## test kernels, engine and the GPU stages' dry run with the oldest versions allowed; write results/oldest.txt
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install -qq $(PIP_FLAGS) -c constraints-oldest.txt 'setuptools>=77' pytest pytest-xdist scipy torch
+	@$(OLDEST)/bin/python -m pip install -qq $(PIP_FLAGS) -c constraints-oldest.txt --no-build-isolation -e .
+	@$(OLDEST)/bin/python -m pip list --format=freeze | grep -iE '^(torch|torchvision|triton|timm|numpy)==' > results/oldest.txt
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -q -n $(JOBS) --dist loadfile $(OLDEST_TESTS) >> results/oldest.txt; \
+		status=$$?; tail -n 40 results/oldest.txt; exit $$status
 
 pytest: $(STAMP)  ## run only the test suite
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n $(JOBS) --dist loadfile --durations=20 $(TESTS)

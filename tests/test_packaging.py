@@ -237,3 +237,15 @@ def test_every_import_is_a_declared_dependency(wheel: Path) -> None:
     ours = {"fastprompt", "triton", *sys.stdlib_module_names}
     missing = {name: source for name, source in imported.items() if name not in ours | declared}
     assert not missing
+
+
+def test_the_oldest_versions_allowed_are_those_that_are_tested() -> None:
+    """`make test-oldest` runs with constraints-oldest.txt."""
+    project = (ROOT / "pyproject.toml").read_text()
+    (dependencies,) = re.findall(r"^dependencies = \[(.*?)^\]", project, re.MULTILINE | re.DOTALL)
+    allowed = dict(re.findall(r'"([\w.-]+)>=([\w.]+)', dependencies))
+    tested = dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE))
+    assert allowed.pop("psutil")  # on Windows alone
+    assert allowed.keys() == tested.keys()
+    for name, version in allowed.items():
+        assert re.match(re.escape(version) + r"(\.\d+)*$", tested[name]), name

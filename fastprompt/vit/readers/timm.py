@@ -57,7 +57,7 @@ def _block(module: Any) -> Block:
     attn = module.attn
     if type(attn) is not tl.Attention:
         refuse("attention layer", type(attn).__name__, "Attention")
-    if attn.gate is not None:
+    if getattr(attn, "gate", None) is not None:  # no attribute of earlier versions
         refuse("attention layer", "gated Attention", "Attention without gate")
     post_norm = type(module) is vt.ResPostBlock
     ls1, ls2 = (None, None) if post_norm else (layer_scale(module.ls1), layer_scale(module.ls2))
