@@ -143,7 +143,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     base = [need for need in metadata.get_all("Requires-Dist", []) if "extra ==" not in need]
-    assert {"torch>=2.6", "einops>=0.8", 'triton>=3.2; sys_platform == "linux"'} <= {*base}
+    assert {"torch>=2.10", "einops>=0.8", 'triton>=3.6; sys_platform == "linux"'} <= {*base}
     named = {re.split(r"[^A-Za-z0-9._-]", need)[0] for need in base}
     assert not named & {"scipy", "scikit-learn", "matplotlib", "onnx"}
     extras = {need for need in metadata.get_all("Requires-Dist", []) if "extra ==" in need}
