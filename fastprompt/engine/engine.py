@@ -154,7 +154,7 @@ class Engine:
         Each output of the list is (C,) or (D,).
 
         Args:
-            images: (B, 3, H, W), float (normalised) or uint8 (raw pixels); B may be 0 or exceed `batch_sizes`.
+            images: (B, C, H, W), float (normalised) or uint8 (raw pixels); B may be 0 or exceed `batch_sizes`.
             adapter_names: the adapter of each image: the name of an added adapter, "__base__" for the backbone's
                 features, or "default" for the model that the engine was created with.
 
@@ -288,10 +288,9 @@ class Engine:
                     f"for each of its {len(self.batch_sizes)} batch sizes of each adapter and of its own model, got "
                     f"{len(names - {self._own})}",
                 )
+            shape = (self._backbone.channels, *self._backbone.image_size)
             for size in self.batch_sizes:
-                images = self._taken(
-                    torch.zeros(size, 3, *self._backbone.image_size, dtype=image_dtype, device=self._backbone.device)
-                )
+                images = self._taken(torch.zeros(size, *shape, dtype=image_dtype, device=self._backbone.device))
                 self(images)
                 for name in adapter_names:
                     self._run(self._normalised(images, [name] * size), size, name)
@@ -472,7 +471,7 @@ class Engine:
         """Return a backend's function, building it if needed."""
         key = (adapter, name, signature)
         if key not in self._runs:
-            run = BACKENDS[name].build(self._adapters[adapter], _examples(signature, self._backbone.device))
+            run = BACKENDS[name].build(self._adapters[adapter], _examples(signature, self._backbone))
             while len(self._runs) >= KEPT:
                 del self._runs[next(iter(self._runs))]
             self._runs[key] = run
@@ -488,7 +487,7 @@ class Engine:
         own = self._measured.get((self._own, signature))
         names = (self.backends or BACKENDS) if own is None else ("eager", own.chosen)
         tried = {name: BACKENDS[name] for name in dict.fromkeys(names)}
-        images, expected = _examples(signature, self._backbone.device), None
+        images, expected = _examples(signature, self._backbone), None
         found, runs = Measured("eager"), {}
         for name, backend in tried.items():
             reason = backend.reason(self._adapters[adapter])
@@ -560,13 +559,13 @@ def _signature(images: Tensor, size: int) -> Signature:
     return size, (images.shape[2], images.shape[3]), images.dtype
 
 
-def _examples(signature: Signature, device: torch.device) -> Tensor:
-    """Return random images, leaving torch's random state unchanged."""
+def _examples(signature: Signature, backbone: FrozenViT) -> Tensor:
+    """Return random images for a backbone, leaving torch's random state unchanged."""
     size, (height, width), dtype = signature
-    random, shape = torch.Generator().manual_seed(0), (size, 3, height, width)
+    random, shape = torch.Generator().manual_seed(0), (size, backbone.channels, height, width)
     if dtype == torch.uint8:
-        return torch.randint(0, 256, shape, generator=random, dtype=dtype).to(device)
-    return torch.randn(shape, generator=random, dtype=dtype).to(device)
+        return torch.randint(0, 256, shape, generator=random, dtype=dtype).to(backbone.device)
+    return torch.randn(shape, generator=random, dtype=dtype).to(backbone.device)
 
 
 def _seconds(run: Any, device: torch.device) -> float:

@@ -74,7 +74,8 @@ def _ops(model: PromptedViT) -> dict[str, Choice]:
     try:
         model.eval()
         with torch.no_grad():
-            model(torch.zeros(1, 3, *backbone.image_size, dtype=backbone.dtype, device=backbone.device))
+            shape = (1, backbone.channels, *backbone.image_size)
+            model(torch.zeros(shape, dtype=backbone.dtype, device=backbone.device))
         return dict(dispatch.choices)
     finally:
         dispatch.choices.update({**before, **dispatch.choices})

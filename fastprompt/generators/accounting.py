@@ -23,7 +23,8 @@ class Sizes:
         batch: B. element: bytes per number in the backbone. training: whether autograd records the forward.
         threads: PyTorch's threads; with more of them, the backward of attention works on larger chunks.
         has_cls, position, norm_pre, norm, fc_norm, layer_scale, qkv_bias: whether the backbone has this part.
-        activation: activation of the MLP. num_classes: C of the linear head.
+        rotary: whether patches are rotated, by the same angles in every block.
+        channels: of images. activation: activation of the MLP. num_classes: C of the linear head.
         graph: "papers" (`reference_forward`), "rewritten" (`forward`) or "recompute" (with gradient checkpointing).
     """
 
@@ -44,6 +45,8 @@ class Sizes:
     layer_scale: bool = False
     qkv_bias: bool = True
     activation: str = "gelu"
+    rotary: bool = False
+    channels: int = 3
     batch: int = 1
     element: int = 2
     training: bool = False
@@ -69,8 +72,8 @@ class Sizes:
             ("a norm of the patch embedding", vit.patch_norm is not None),
             ("zero-padded images", vit.spec.dynamic_pad),
             ("a convolutional stem", vit.stem is not None),
-            ("a rotary embedding", vit.rotary is not None),
             ("a relative position bias", block.bias is not None),
+            ("rotary frequencies of each block", vit.rotary is not None and vit.rotary.sin.shape[:2] != (1, 1)),
         ):
             if present:
                 raise ValueError(f"the cost of a backbone with {name} has no formula ({vit.spec.name})")
@@ -92,6 +95,8 @@ class Sizes:
             layer_scale=block.ls1 is not None,
             qkv_bias=block.qkv.bias is not None or block.norm1.bias is not None,
             activation=block.mlp.act,
+            rotary=vit.rotary is not None,
+            channels=vit.channels,
         )
 
     @property

@@ -80,6 +80,7 @@ class Geometry:
         image_size: (height, width) in pixels.
         stages: (width, blocks) of each stage of a Swin transformer; `width` and `grid` then describe its first stage.
             None for a ViT.
+        channels: of images.
     """
 
     width: int = 768
@@ -88,6 +89,7 @@ class Geometry:
     patch_size: int = 16
     image_size: tuple[int, int] = (224, 224)
     stages: tuple[tuple[int, int], ...] | None = None
+    channels: int = 3
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -126,6 +128,7 @@ class Geometry:
             backbone.patch_size,
             backbone.image_size,
             backbone.stage_sizes if backbone.staged else None,
+            backbone.channels,
         )
 
 
@@ -138,6 +141,7 @@ class GeometryOptions(TypedDict, total=False):
     patch_size: int
     image_size: tuple[int, int]
     stages: tuple[tuple[int, int], ...] | None
+    channels: int
 
 
 class _Unset:
@@ -332,7 +336,7 @@ class PromptGenerator(nn.Module, abc.ABC):
     def check_input(self, x: Tensor | None, name: str = "x") -> None:
         """Raise TypeError or ValueError unless `x` fits `known_at`; errors call it `name`."""
         what = {
-            "image": "normalised images (B, 3, H, W)",
+            "image": f"normalised images (B, {self.geometry.channels}, H, W)",
             "embeddings": f"(B, N, {self.geometry.width})",
             "layer": f"(B, N, {self.geometry.width})",
         }[self.known_at]
@@ -340,7 +344,7 @@ class PromptGenerator(nn.Module, abc.ABC):
             found = getattr(x, "dtype", type(x).__name__)
             raise ArgumentTypeError(name, f"must be a floating-point tensor, {what}, got {found}")
         if self.known_at == "image":
-            fits = x.ndim == 4 and x.shape[1] == 3
+            fits = x.ndim == 4 and x.shape[1] == self.geometry.channels
         else:
             fits = x.ndim == 3 and x.shape[2] == self.geometry.width
         if not fits:

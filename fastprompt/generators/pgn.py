@@ -112,12 +112,13 @@ class BasicBlock(nn.Module):
 class ResNet10(nn.Module):
     """The authors' generator network: stem, one `BasicBlock` per width, global average pool, Linear.
 
-    (B, 3, h, w) → (B, outputs). Convolutions are initialised Kaiming-normal (fan out), the Linear by PyTorch's default.
+    (B, C, h, w) → (B, outputs). Convolutions are initialised Kaiming-normal (fan out), the Linear by PyTorch's default.
     """
 
-    def __init__(self, widths: tuple[int, ...], outputs: int, stem_pool: bool) -> None:
+    def __init__(self, widths: tuple[int, ...], outputs: int, stem_pool: bool, channels: int = 3) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
+        stem = nn.Conv2d(channels, widths[0], 3, 2, 1, bias=False)
+        self.stem = nn.Sequential(stem, nn.BatchNorm2d(widths[0]), nn.ReLU())
         self.pool = nn.MaxPool2d(3, 2, 1) if stem_pool else nn.Identity()
         inputs = (widths[0], *widths)
         self.blocks = nn.ModuleList(BasicBlock(inputs[i], w, 1 if i == 0 else 2) for i, w in enumerate(widths))
@@ -159,7 +160,7 @@ def _cost(s: Sizes, config: PGNConfig, t: Tally) -> PromptCost:
     height, width = s.image_size
     if config.resized(height, width) != s.image_size:
         height, width = config.resized(height, width)
-        t.call(1, 0, 4 * b * 3 * height * width)
+        t.call(1, 0, 4 * b * s.channels * height * width)
 
     def convolution(inputs: int, outputs: int, kernel: int, positions: int, gradients: int = 2) -> None:
         t.product(2 * b * positions * outputs * inputs * kernel**2, gradients, backward=1)
@@ -172,7 +173,7 @@ def _cost(s: Sizes, config: PGNConfig, t: Tally) -> PromptCost:
 
     height, width = (height + 1) // 2, (width + 1) // 2
     channels = config.widths[0]
-    convolution(3, channels, 3, height * width, 1)
+    convolution(s.channels, channels, 3, height * width, 1)
     batch_norm(channels, height * width)
     t.call(1, 1, kept(channels, height * width))
     if config.stem_pool:
@@ -312,8 +313,13 @@ class PGN(PromptGenerator):
         self.num_prompts, self.layers = cfg.num_prompts, (cfg.first_block,)
         self.before_pre_norm = cfg.first_block == 0
         outputs = cfg.num_prompts * (cfg.library_size or self.geometry.width)
+        if cfg.trunk == "resnet18" and self.geometry.channels != 3:
+            raise ValueError(
+                f"{type(cfg).__name__}.trunk 'resnet18' reads images of three channels, these have "
+                f"{self.geometry.channels}"
+            )
         self.trunk = (
-            ResNet10(cfg.widths, outputs, cfg.stem_pool)
+            ResNet10(cfg.widths, outputs, cfg.stem_pool, self.geometry.channels)
             if cfg.trunk == "resnet10"
             else _resnet18(outputs, cfg.pretrained_trunk)
         )

@@ -37,7 +37,7 @@ class PixelPromptConfig(PromptConfig):
 
 def _cost(s: Sizes, config: PixelPromptConfig, t: Tally) -> PromptCost:
     """The frame, its sum with the images, and the gradients of its four strips."""
-    t.call(4, 1 + 8, s.batch * 3 * s.image_size[0] * s.image_size[1] * s.element)
+    t.call(4, 1 + 8, s.batch * s.channels * s.image_size[0] * s.image_size[1] * s.element)
     return PromptCost(0, (), changes_images=True)
 
 
@@ -87,16 +87,16 @@ class PixelPrompt(PromptGenerator):
     ) -> None:
         super().__init__(config, geometry, border=border, **sizes)
         self.num_prompts, self.layers = 0, ()
-        b, (h, w) = self.config.border, self.geometry.image_size
+        b, (h, w), c = self.config.border, self.geometry.image_size, self.geometry.channels
         if 2 * b >= min(h, w):
             raise ValueError(f"PixelPromptConfig.border must be less than half of the {h} x {w} image, got {b}")
-        self.top, self.bottom = (nn.Parameter(torch.randn(1, 3, b, w)) for _ in range(2))
-        self.left, self.right = (nn.Parameter(torch.randn(1, 3, h - 2 * b, b)) for _ in range(2))
+        self.top, self.bottom = (nn.Parameter(torch.randn(1, c, b, w)) for _ in range(2))
+        self.left, self.right = (nn.Parameter(torch.randn(1, c, h - 2 * b, b)) for _ in range(2))
 
     def frame(self) -> Tensor:
-        """Return δ (1, 3, H, W)."""
+        """Return δ (1, C, H, W)."""
         rows, inside = self.left.shape[2], self.geometry.image_size[1] - 2 * self.config.border
-        middle = torch.cat([self.left, self.left.new_zeros(1, 3, rows, inside), self.right], dim=3)
+        middle = torch.cat([self.left, self.left.new_zeros(1, self.geometry.channels, rows, inside), self.right], dim=3)
         return torch.cat([self.top, middle, self.bottom], dim=2)
 
     def prompt_images(self, images: Tensor) -> Tensor:
@@ -120,6 +120,6 @@ class PixelPrompt(PromptGenerator):
         raise ValueError("a pixel prompt has no prompt tokens; call prompt_images")
 
     def paper_num_parameters(self) -> int:
-        """2 · 3 · b · (W + H − 2b)."""
+        """2 · C · b · (W + H − 2b)."""
         b, (h, w) = self.config.border, self.geometry.image_size
-        return 6 * b * (w + h - 2 * b)
+        return 2 * self.geometry.channels * b * (w + h - 2 * b)

@@ -131,6 +131,10 @@ class RGBPGN(PGN):
             )
         if geometry.staged:
             raise ValueError(f"RGBPGNConfig is not defined on {SWIN}")
+        if geometry.channels != 3:
+            raise ValueError(
+                f"RGBPGNConfig needs a backbone that reads RGB images, this one reads {geometry.channels} channels"
+            )
         if geometry.stem is not None:
             raise ValueError("RGBPGNConfig is not defined on a ViT with a convolutional stem, whose patches overlap")
         super().__init__(  # type: ignore[call-arg]  # PGN passes on what it does not name

@@ -101,6 +101,10 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
         image_size = image_size or int(stored["backbone"]["image_size"][0])
     backbone_name = backbone_name or DEFAULT_BACKBONE
     backbone = backbone_at(backbone_name, image_size)
+    if backbone.channels != 3:
+        raise ArgumentError(
+            "backbone", f"must read RGB images to be served, this one reads {backbone.channels} channels"
+        )
     if settings.any_size:
         backbone = backbone.any_size()
     backbone.to(settings.device)

@@ -65,11 +65,11 @@ def num_images(data: Any, name: str) -> int:
 
 
 def check_images(images: Tensor, where: str, ndim: int) -> None:
-    """Raise an error unless `images` is a uint8 or finite floating-point tensor with three channels."""
+    """Raise an error unless `images` is a uint8 or finite floating-point tensor; the backbone checks its channels."""
     if not isinstance(images, Tensor):
         raise ArgumentTypeError(where, f"must hold a torch.Tensor image, got {type(images).__name__}")
-    shape = "(3, H, W)" if ndim == 3 else "(N, 3, H, W)"
-    if images.ndim != ndim or images.shape[-3] != 3:
+    shape = "(C, H, W)" if ndim == 3 else "(N, C, H, W)"
+    if images.ndim != ndim:
         raise ArgumentError(where, f"must have images of shape {shape}, got {tuple(images.shape)}")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ArgumentTypeError(
@@ -262,7 +262,7 @@ class Batches:
     """(images, labels) batches of one data source, on the model's device.
 
     Args:
-        data: a map-style Dataset yielding (image (3, H, W), label), an (images (N, 3, H, W), labels (N,))
+        data: a map-style Dataset yielding (image (C, H, W), label), an (images (N, C, H, W), labels (N,))
             pair of tensors, or a DataLoader (used with its own batch size, order and workers).
         batch_size: images per batch; ignored for a DataLoader.
         name: the name of the data in messages.
@@ -320,7 +320,7 @@ class Batches:
                 the current ones are restored.
 
         Yields:
-            images (B, 3, H, W), uint8 or floating point, and labels (B,) int64, or float32 of other kinds.
+            images (B, C, H, W), uint8 or floating point, and labels (B,) int64, or float32 of other kinds.
         """
         replayed = isinstance(self.data, DataLoader)
         largest, left = 0, skip if replayed else 0

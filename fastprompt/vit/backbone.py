@@ -68,7 +68,7 @@ class Backbone(nn.Module):
     Attributes:
         spec: properties that the tensors do not show.
         stem: a convolutional network before the patch embedding, or None.
-        patch_weight: (D, 3, p, p), or with a stem over its channels and pixels. patch_bias: (D,).
+        patch_weight: (D, C, p, p), or with a stem over its channels and pixels. patch_bias: (D,).
         patch_norm: follows the patch embedding.
         cls_token: (1, 1, D). registers: (1, R, D). pos_embed: (1, [prefix +] patches, D). norm_pre: precedes block 0.
         rotary: rotates the queries and keys of patches, or None.
@@ -160,11 +160,16 @@ class Backbone(nn.Module):
         return int(self.spec.has_cls) + self.spec.num_registers
 
     @property
-    def mean(self) -> tuple[float, float, float]:
+    def channels(self) -> int:
+        """C of images (B, C, H, W)."""
+        return len(self.spec.mean)
+
+    @property
+    def mean(self) -> tuple[float, ...]:
         return self.spec.mean
 
     @property
-    def std(self) -> tuple[float, float, float]:
+    def std(self) -> tuple[float, ...]:
         return self.spec.std
 
     @property
@@ -295,7 +300,7 @@ class Backbone(nn.Module):
         return [Turns(sin[i * own], cos[i * own], self.num_prefix) for i in range(len(self.blocks))]
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Map uint8 (B, 3, H, W) to (x / 255 − mean) / std; return floating-point images unchanged."""
+        """Map uint8 (B, C, H, W) to (x / 255 − mean) / std; return floating-point images unchanged."""
         if images.dtype != torch.uint8:
             return images
         dtype = torch.promote_types(self.dtype, torch.float32)
@@ -310,8 +315,8 @@ class Backbone(nn.Module):
             raise ArgumentTypeError(
                 "images", f"must be floating point (normalised) or uint8 (raw pixels), got {images.dtype}"
             )
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ArgumentError("images", f"must have shape (B, 3, H, W), got {tuple(images.shape)}")
+        if images.ndim != 4 or images.shape[1] != self.channels:
+            raise ArgumentError("images", f"must have shape (B, {self.channels}, H, W), got {tuple(images.shape)}")
         if images.device != self.device:
             raise ArgumentError("images", f"are on {images.device}, the backbone is on {self.device}")
         reason = self.spec.obstacle(images.shape[2], images.shape[3])

@@ -171,8 +171,8 @@ def fold_pixels(patches: Dense, mean: tuple[float, ...], std: tuple[float, ...])
     """
     weight, bias = patches.weight, patches.bias
     wide = torch.promote_types(weight.dtype, torch.float32)
-    scale = torch.tensor(std, dtype=wide, device=weight.device).view(3, 1, 1)
-    shift = torch.tensor(mean, dtype=wide, device=weight.device).view(3, 1, 1)
+    scale = torch.tensor(std, dtype=wide, device=weight.device).view(-1, 1, 1)
+    shift = torch.tensor(mean, dtype=wide, device=weight.device).view(-1, 1, 1)
     folded = weight.to(wide) / scale
     moved = -(folded * shift).sum(dim=(1, 2, 3))
     if bias is not None:

@@ -33,13 +33,14 @@ class FrozenViT(Backbone):
     that names the part. `image_size` resamples the position embedding once, by the rule of the module's library.
     `mean` and `std` override the library's. A Swin transformer becomes a `FrozenSwin`, a subclass.
 
-    Images are (B, 3, H, W). Floating-point images are already normalised; uint8 images are raw pixels, which are
-    normalised here with `mean` and `std` (never resized).
+    Images are (B, C, H, W). Floating-point images are already normalised; uint8 images are raw pixels, which are
+    normalised here with `mean` and `std` (never resized). C is 3, or what the module was built for (`in_chans=1`);
+    libraries know `mean` and `std` of RGB alone, so they are 0 and 1 for other channels unless they are given.
 
     Attributes:
         width: token width D. depth: number of blocks. num_heads: attention heads of a block.
         patch_size: pixels. grid: (rows, columns) of patches. image_size: (height, width) in pixels.
-        num_prefix: class and register tokens. mean, std: per channel, of pixels in [0, 1].
+        channels: C. num_prefix: class and register tokens. mean, std: per channel, of pixels in [0, 1].
         source: the call that loaded it by name with published weights; None if it was made in another way.
         fingerprint: sha256 of the structure, of the tensors as loaded (in float32, without the classifier, before any
             resampling) and of the resampling rule.
@@ -59,9 +60,9 @@ class FrozenViT(Backbone):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
-        pixels = check_pixels(mean, std)
         with torch.inference_mode(False):  # PyTorch does not track changes of tensors created in inference mode
             parts = read(module, image_size)
+            pixels = check_pixels(mean, std, len(parts["spec"].mean))
             parts["spec"] = dataclasses.replace(parts["spec"], **pixels)
             super().__init__(parts)
         self.register_load_state_dict_post_hook(_fold_again)
@@ -99,7 +100,7 @@ class FrozenViT(Backbone):
             )
         if ":" not in name and not timm.is_model(name.partition(".")[0]):
             raise ArgumentError("name", f"must be a timm model name, got {name!r}; timm.list_models() lists them")
-        check_pixels(mean, std)
+        check_pixels(mean, std, kwargs.get("in_chans", 3))
         sized = kwargs if image_sides(image_size) is None else {**kwargs, "img_size": image_size}
         try:
             model = timm.create_model(name, pretrained=pretrained, **sized)
@@ -245,7 +246,7 @@ class FrozenViT(Backbone):
     ) -> FrozenViT:
         """Freeze the vision model of a transformers checkpoint.
 
-        ViT, DeiT, ViT-MAE, BEiT, CLIP, SigLIP, SigLIP 2, DINOv2 or DINOv3.
+        It is a ViT, DeiT, ViT-MAE, BEiT, CLIP, SigLIP, SigLIP 2, DINOv2 or DINOv3.
 
         Args:
             model: a hub name, a folder of `save_pretrained`, a config (random weights), or a model.
@@ -286,9 +287,9 @@ class FrozenViT(Backbone):
         this backbone's value.
 
         Raises:
-            ValueError: `mean` or `std` is not three numbers.
+            ValueError: `mean` or `std` is not one number for each channel.
         """
-        spec = dataclasses.replace(self.spec, **check_pixels(mean, std))
+        spec = dataclasses.replace(self.spec, **check_pixels(mean, std, self.channels))
         if spec == self.spec:
             return self
         self.pin_fingerprint()
@@ -348,7 +349,7 @@ class FrozenViT(Backbone):
         """Run the model's own forward without prompts.
 
         Args:
-            images: (B, 3, H, W), float (normalised) or uint8.
+            images: (B, C, H, W), float (normalised) or uint8.
 
         Returns:
             (B, C) outputs of the pretrained classifier or projection, or (B, D) features when it has none.
@@ -425,17 +426,18 @@ def _require(library: str, extra: str) -> None:
         raise ImportError(f"{library} is not installed: pip install 'fastprompt[{extra}]'")
 
 
-def check_pixels(mean: Sequence[float] | None, std: Sequence[float] | None) -> dict[str, Any]:
-    """Return the given fields of a `ViTSpec`; raise ValueError if one is not three numbers."""
+def check_pixels(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int = 3) -> dict[str, Any]:
+    """Return the given fields of a `ViTSpec`; raise ValueError if one is not a number for each channel."""
     given = {"mean": mean, "std": std}
-    return {name: _channel_triple(name, value) for name, value in given.items() if value is not None}
+    return {name: _of_channels(name, value, channels) for name, value in given.items() if value is not None}
 
 
-def _channel_triple(name: str, value: Sequence[float]) -> tuple[float, float, float]:
+def _of_channels(name: str, value: Sequence[float], channels: int) -> tuple[float, ...]:
     try:
-        triple = tuple(float(v) for v in value)
+        values = tuple(float(v) for v in value)
     except (TypeError, ValueError):
-        triple = ()
-    if len(triple) != 3 or not all(map(math.isfinite, triple)) or (name == "std" and min(triple) <= 0):
-        raise ArgumentError(name, f"must be three {'positive ' if name == 'std' else ''}numbers, got {value!r}")
-    return triple
+        values = ()
+    if len(values) != channels or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
+        count, positive = "three" if channels == 3 else str(channels), "positive " if name == "std" else ""
+        raise ArgumentError(name, f"must be {count} {positive}numbers, got {value!r}")
+    return values

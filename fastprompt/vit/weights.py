@@ -344,6 +344,7 @@ class ViTSpec:
         pool_prefix: whether the model's own pooling also reads class and register tokens.
         dynamic_size: whether the model takes images of other sizes and resamples the position embedding.
         dynamic_pad: whether images are zero-padded to whole patches.
+        mean, std: of each channel, for pixels in [0, 1].
         antialias: whether the model's library antialiases when it resamples the position embedding for other sizes.
     """
 
@@ -360,8 +361,8 @@ class ViTSpec:
     dynamic_size: bool = False
     dynamic_pad: bool = False
     antialias: bool = True
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def obstacle(self, height: int, width: int) -> str:
         """Return why images of `height` x `width` pixels are not accepted; empty if they are."""
@@ -384,6 +385,6 @@ def is_finite(tensor: Tensor) -> bool:
     return math.isfinite(tensor.detach().sum().item()) or bool(torch.isfinite(tensor).all())
 
 
-def per_channel(values: tuple[float, float, float], images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return (3, 1, 1) on the device of `images`, filled there: CUDA graphs cannot capture a copy from the host."""
+def per_channel(values: tuple[float, ...], images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return (C, 1, 1) on the device of `images`, filled there: CUDA graphs cannot capture a copy from the host."""
     return torch.cat([images.new_full((1, 1, 1), value, dtype=dtype) for value in values])

@@ -313,3 +313,47 @@ def test_large_weights_are_finite(tiny_vit: VisionTransformer) -> None:
     with torch.no_grad():
         tiny_vit.blocks[0].mlp.fc1.weight.fill_(3e38)
     fp.FrozenViT(tiny_vit)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("method", ["pgn", "pixel", "vpt-deep"])
+def test_images_of_other_channels(
+    make_vit: Callable[..., VisionTransformer], configs: dict[str, fp.PromptConfig], channels: int, method: str
+) -> None:
+    vit = make_vit(in_chans=channels)
+    mean, std = [0.3] * channels, [0.2] * channels
+    backbone = fp.FrozenViT(vit, mean=mean, std=std).double()
+    assert backbone.channels == channels
+    raw = torch.randint(0, 256, (2, channels, 32, 32), dtype=torch.uint8)
+    images = ((raw / 255 - 0.3) / 0.2).double()
+    torch.testing.assert_close(backbone.forward_features(images), vit.double().forward_features(images)[:, 0])
+    model = fp.PromptedViT(backbone, configs[method], num_classes=3).eval()
+    expected = model.reference_forward(images)
+    torch.testing.assert_close(model(images), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model(raw), expected, rtol=1e-5, atol=1e-6)
+    engine = fp.Engine(model.float(), batch_sizes=(1, 2), backend="eager")
+    torch.testing.assert_close(engine(raw).double(), expected, rtol=1e-3, atol=1e-3)
+    engine.release()
+
+
+def test_channels_are_checked_by_name(make_vit: Callable[..., VisionTransformer]) -> None:
+    backbone = fp.FrozenViT(make_vit(in_chans=1))
+    assert (backbone.mean, backbone.std) == ((0.0,), (1.0,))
+    with pytest.raises(ValueError, match=r"images must have shape \(B, 1, H, W\), got \(2, 3, 32, 32\)"):
+        backbone(torch.zeros(2, 3, 32, 32))
+    with pytest.raises(ValueError, match="std must be 1 positive numbers"):
+        fp.FrozenViT(make_vit(in_chans=1), std=(0.2, 0.2, 0.2))
+    with pytest.raises(ValueError, match="RGBPGNConfig needs a backbone that reads RGB images, this one reads 1"):
+        fp.PromptedViT(backbone, fp.RGBPGNConfig(4, 5, widths=(4, 8)))
+    with pytest.raises(ValueError, match="trunk 'resnet18' reads images of three channels"):
+        fp.PromptedViT(backbone, fp.PGNConfig(3, 5, trunk="resnet18"))
+
+
+def test_a_model_trains_on_images_of_one_channel(make_vit: Callable[..., VisionTransformer]) -> None:
+    model = fp.PromptedViT(fp.FrozenViT(make_vit(in_chans=1)), fp.VPTConfig(2), num_classes=2)
+    data = torch.randint(0, 256, (8, 1, 32, 32), dtype=torch.uint8), torch.arange(8) % 2
+    recipe = fp.Recipe(epochs=1, batch_size=4, warmup_epochs=0.0)
+    assert len(fp.fit(model, data, data, recipe).history) == 1
+    colour = data[0].expand(-1, 3, -1, -1), data[1]
+    with pytest.raises(ValueError, match=r"\(B, 1, H, W\)"):
+        fp.fit(model, colour, colour, recipe)

@@ -53,6 +53,9 @@ def read(module: nn.Module, image_size: int | tuple[int, int] | None = None) -> 
     if sides is not None and sides != parts["spec"].image_size:
         _resize(parts, sides, rule)
     parts["spec"] = dataclasses.replace(parts["spec"], antialias=rule["antialias"])
+    channels = parts["patch_weight"].shape[1]
+    if parts.get("stem") is None and channels != len(parts["spec"].mean):  # libraries know statistics of RGB alone
+        parts["spec"] = dataclasses.replace(parts["spec"], mean=(0.0,) * channels, std=(1.0,) * channels)
     return parts
 
 

@@ -55,8 +55,6 @@ def patch_size(conv: Any) -> int:
     """Return the side in pixels of a patch embedding's patches."""
     if type(conv) is not nn.Conv2d:
         refuse("patch embedding", type(conv).__name__, "one Conv2d")
-    if conv.in_channels != 3:
-        refuse("patch embedding", f"for {conv.in_channels} channels", "3")
     size = tuple(conv.kernel_size)
     if (
         size[0] != size[1]

@@ -56,8 +56,8 @@ def common(model: Any, blocks: list[Block]) -> dict[str, Any]:
         refuse("patch_embed.proj", str(embed.proj), "patches side by side")
     if not blocks:
         refuse("depth", "0", "at least one block")
-    if not hybrid and embed.proj.in_channels != 3:
-        refuse("in_chans", str(embed.proj.in_channels), "3")
+    if hybrid and embed.in_chans != 3:
+        refuse("in_chans", str(embed.in_chans), "3 for a convolutional stem")
 
     cfg = getattr(model, "pretrained_cfg", None) or {}
     has_cls, position = model.cls_token is not None, getattr(model, "pos_embed", None)

@@ -283,7 +283,6 @@ def with_head() -> nn.Module:
         (lambda: build(global_pool="prr"), "global_pool is 'prr'"),
         (lambda: build(global_pool="max"), "global_pool is 'max'"),
         (lambda: build(global_pool=""), "global_pool is ''"),
-        (lambda: build(in_chans=1), "in_chans is 1"),
         (lambda: build(norm_layer=nn.Identity), "norm layer is Identity"),
         (lambda: build(patch_size=(8, 4)), r"patch_size is \(8, 4\)"),
         (lambda: build(act_layer=nn.Softplus), "activation is Softplus"),
