@@ -121,11 +121,22 @@ def cost(
 
 def _embed(t: Tally, s: Sizes, pixels: bool) -> None:
     """Finite pixels, patch embedding, class token and registers, position embedding."""
-    flops = 2 * s.batch * s.patches * s.width * 3 * s.patch_size**2
+    flops = 2 * s.batch * s.patches * s.width * s.channels * s.patch_size**2
     t.call(2)
     t.call(s.cast, s.cast * pixels)
     t.product(flops, gradients=int(pixels))
     t.call(1 + s.position)
+
+
+def _angles(t: Tally, s: Sizes, trains: bool) -> None:
+    """`Backbone.turns`: sine and cosine in the backbone's dtype, which every block keeps for the backward."""
+    if s.rotary:
+        t.call(2 * s.cast, 0, s.cast * trains * s.tokens(s.patches, s.head_dim))
+
+
+def _rotate(t: Tally, trains: bool) -> None:
+    """`fastprompt.vit.rotary.rotated`: a copy and four products, and with the sine's negative again backwards."""
+    t.call(5, 6 * trains)
 
 
 def _norm(t: Tally, s: Sizes, rows: int, trains: bool = True, keeps: bool = True) -> None:
@@ -167,10 +178,12 @@ def _papers_attention(whole: Tally, s: Sizes, rows: int, trains: bool) -> None:
     _norm(whole, s, b * rows)
     whole.call(0, 1)
     whole.product(2 * b * rows * d * 3 * d, backward=3)
+    if s.rotary:
+        whole.call(16, 26)
     scores = b * h * rows * rows
     if s.training and trains and s.cast and rows * rows <= SMALL_SCORES:  # plain products
         whole.call(1, 1)
-        copies = 3 * (b > 1)
+        copies = (1 if s.rotary else 3) * (b > 1)  # rotated queries and keys lie as products read them
         whole.product(2 * scores * s.head_dim, 2, calls=1 + copies)
         whole.call(1, 1, scores * s.element)
         whole.product(2 * scores * s.head_dim, 2)
@@ -178,7 +191,8 @@ def _papers_attention(whole: Tally, s: Sizes, rows: int, trains: bool) -> None:
     else:
         whole.forward += 4 * scores * s.head_dim
         whole.backward += 10 * scores * s.head_dim
-        whole.call(1, 1, s.tokens(b * rows, 4 * d) + 4 * b * h * rows)
+        whole.call(1, 1, s.tokens(b * rows, (6 if s.rotary else 4) * d) + 4 * b * h * rows)
+        whole.call(int(s.rotary))  # the output is copied to the projection's layout
     whole.product(2 * b * rows * d * d)
     if s.layer_scale:
         whole.call(1, 1)
@@ -189,6 +203,7 @@ def _papers(t: Tally, s: Sizes, prompts: PromptCost | None, readout: str, pixels
     """`fastprompt.vit.reference.encode` and `read_out`: the rows of an image that are normed."""
     b, rows, trains = s.batch, s.own, pixels
     _embed(t, s, pixels)
+    _angles(t, s, pixels or prompts is not None)
     if prompts is not None and prompts.first:
         rows, trains = _papers_insert(t, s, prompts, 0, rows, trains), True
     if s.norm_pre:
@@ -253,6 +268,7 @@ def _rewritten(t: Tally, s: Sizes, prompts: PromptCost | None, readout: str, pix
     """`fastprompt.vit.forward.features`: the rows of an image that are normed."""
     b, rows, trains = s.batch, s.own, pixels
     _embed(t, s, pixels)
+    _angles(t, s, pixels or prompts is not None)
     if prompts is not None and prompts.known and not s.training:
         t.call(1)  # the prompts are compared with those whose keys and values are kept
     if prompts is not None and prompts.first:
@@ -391,6 +407,13 @@ def _block(t: Tally, s: Sizes, rows: int, leave: int, p: int, n: int, stay: bool
     else:
         t.product(2 * b * rows * d * 3 * d, int(trains), backward=(1 + 2 * stay) * trains)
         t.saved += s.tokens(b * rows, 3 * d)
+    if s.rotary and not (sliced or stay):
+        _rotate(t, trains)
+    elif s.rotary:  # keys, and queries if there are patches among them
+        _rotate(t, trains)
+        t.call(0, 2 * (trains and not stay), s.tokens(b * rows))  # backwards keys' and values' gradients join
+        if own >= s.patches:
+            _rotate(t, trains or stay)
     if stay:  # queries and residual get the prompts' rows; attention's output is copied to the projection's layout
         t.call(2, 2 * shared, s.tokens(b * leave))
         t.call(1)
@@ -433,13 +456,24 @@ def _one_query(t: Tally, s: Sizes, rows: int, p: int, n: int, cast: bool, trains
     t.product(2 * b * d * d, calls=1 + (s.qkv_bias and b > 1), backward=1)
     t.call(1, 3)  # the scale; backwards also the stack of heads, the slice of the row and the sum of its gradients
     t.call(0, 1)
-    t.product(2 * b * d * d)  # q W_k
-    t.product(2 * b * h * rows * d, 2)
+    if s.rotary:
+        t.product(2 * b * rows * d * d)  # keys
+        _rotate(t, True)
+        t.product(2 * b * rows * d, 2)
+        t.call(1, 1, s.tokens(b * rows))
+    else:
+        t.product(2 * b * d * d)  # q W_k
+        t.product(2 * b * h * rows * d, 2)
     t.call(1, 1, b * h * (rows + p) * s.element)  # softmax
     t.product(2 * b * h * rows * d, 2)
     t.call(0, 1)  # the two gradients of the normed rows
     t.saved += s.tokens(b * h)
-    if p:
+    if p and s.rotary:
+        t.product(2 * n * p * d * d)
+        t.product(2 * b * p * d, 2)
+        t.product(2 * b * h * p * d, 2, backward=2 + shared)
+        t.call(3, 7 + shared)
+    elif p:
         t.product(2 * b * h * p * d, 2, calls=1 + (shared and s.training))
         t.saved += s.tokens(b * h) * shared  # the copy that a product with shared prompts makes
         t.product(2 * b * h * p * d, 2, backward=2 + shared)

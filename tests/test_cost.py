@@ -141,6 +141,38 @@ def test_formula_is_what_runs_on_other_backbones(
     compare(bench, bench.random_backbone(**SMALL, **sizes), config, readout, batch=3)
 
 
+ROTARY: dict[str, Any] = {**SMALL, "name": "vit_small_patch16_dinov3", "embed_dim": 192, "num_heads": 3}
+
+
+@pytest.mark.parametrize(
+    ("method", "readout"),
+    [("vpt-deep", "cls"), ("vpt-deep", "patches+prompts"), ("vapt", "cls"), ("pgn", "cls"), ("pgn", "patches")],
+)
+def test_formula_is_what_runs_with_a_rotary_embedding(
+    configs: dict[str, PromptConfig], bench: ModuleType, method: str, readout: str
+) -> None:
+    compare(bench, bench.random_backbone(**ROTARY), configs[method], readout)
+
+
+def test_formula_is_what_runs_with_a_rotary_embedding_in_float32(
+    configs: dict[str, PromptConfig], bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastprompt.vit.linear.onednn_is_faster", lambda: False)
+    compare(bench, bench.random_backbone(**ROTARY).float(), configs["vpt-deep"], dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"name": "beit_base_patch16_224", "embed_dim": 192, "num_heads": 3}, "a relative position bias"),
+        ({"name": "vit_small_patch16_rope_mixed_224", "embed_dim": 192, "num_heads": 3}, "frequencies of each block"),
+    ],
+)
+def test_other_positions_have_no_formula(bench: ModuleType, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        cost(bench.random_backbone(**{**SMALL, **options}), fp.VPTConfig(5))
+
+
 @pytest.mark.parametrize("method", ["pgn", "v2apt", "vapt", "vpt-dropout", "vqt", "cvpt"])
 def test_formula_is_what_runs_in_float32(
     configs: dict[str, PromptConfig], bench: ModuleType, method: str, monkeypatch: pytest.MonkeyPatch
