@@ -19,6 +19,11 @@ from fastprompt.vit.linear import linear
 from fastprompt.vit.weights import Block
 
 
+def is_plain(block: Block) -> bool:
+    """Whether attention scores are those of queries and keys alone: no rotary embedding, no relative position bias."""
+    return not getattr(block, "rotary", False) and getattr(block, "bias", None) is None
+
+
 def absorbs(block: Block) -> bool:
     """Whether W_k can be absorbed into the queries: there is no norm on the keys."""
     return block.k_norm is None
