@@ -128,12 +128,6 @@ class PromptedViT(nn.Module):
         self._check_role()
         self.readout = check_readout(backbone, self.generator, readout)
         self.head: Head | None = None
-        if self.generator is not None and self.generator.role != "sequence" and backbone.places_keys:
-            raise ArgumentError(
-                "config",
-                "must be of a method whose prompts are tokens of the sequence, on a backbone with rotary position "
-                f"embedding or relative position bias, got {self.config.kind!r}",
-            )
         if isinstance(head, Head):
             if num_classes not in (None, head.num_classes):
                 raise ArgumentError("num_classes", f"is {num_classes}, the given head has {head.num_classes}")

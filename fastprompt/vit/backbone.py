@@ -280,11 +280,6 @@ class Backbone(nn.Module):
         """Keep the backbone in eval mode whatever `mode` is: a frozen backbone has no training mode."""
         return super().train(False)
 
-    @property
-    def places_keys(self) -> bool:
-        """Whether attention scores depend on positions: a rotary embedding, or a bias of the scores."""
-        return any(getattr(block, "rotary", False) or getattr(block, "bias", None) is not None for block in self.blocks)
-
     def turns(self, grid: tuple[int, int], dtype: torch.dtype) -> list[Turns | None]:
         """Return for each block the rotation of [prefix, patches] on a grid of patches; None: it rotates nothing."""
         rotary = self.rotary

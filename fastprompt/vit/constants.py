@@ -51,10 +51,9 @@ def _entering(vit: Backbone, embedded: Embedding, parts: Folded) -> Iterator[for
     """Yield the rows that enter each block without prompts, and at last those that leave the last one."""
     x = embedded.tokens
     rows = forward.Rows(x if vit.norm_pre is None else vit.norm_pre(x))
-    turns = vit.turns(embedded.grid, vit.dtype)
-    for block, following, of_block in zip(parts.blocks, (*parts.blocks[1:], None), turns, strict=True):
+    for block, following in zip(parts.blocks, (*parts.blocks[1:], None), strict=True):
         yield rows
-        rows = forward.run_block(block, rows, [forward.Reads(turns=of_block)], following)
+        rows = forward.run_block(block, rows, [forward.Reads()], following)
     yield rows
 
 
