@@ -153,7 +153,7 @@ def features(
         kept = slice(0, own) if i + 1 in layers else slice(0, None)  # the next block replaces all prompt rows
         if i == last:
             kept = rows_read(vit, group.readout, own)
-        rows = None if kept.indices(x.shape[1]) == (0, x.shape[1], 1) else kept
+        rows = None if kept.start == 0 and kept.stop in (None, x.shape[1]) else kept
         prompts = None
         if i == 0 and whole is not None:
             return Reads(rows, constants=own if rows is None and not whole.trains else 0)
