@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -147,6 +148,23 @@ def test_timm_tower(options: dict[str, Any], randomised: Callable[..., nn.Module
     model = randomised(CustomTextCLIP(20, {**TIMM, **options}, TEXT)).double().eval()
     x = images(160, 160)
     assert_close(fp.FrozenViT(model)(x), model.encode_image(x))
+
+
+def test_eva_and_siglip_towers(randomised: Callable[..., nn.Module]) -> None:
+    """The towers of EVA02-CLIP and SigLIP, at a small size: their trunks in place of the tower's own."""
+    small = {"img_size": 48, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    for name, pool, classes in (
+        ("eva02_base_patch16_clip_224", "token", 20),
+        ("vit_base_patch16_siglip_224", "map", 0),
+    ):
+        model = TimmModel("test_vit", 20, 160, pool="token", proj="none")
+        model.trunk = timm.create_model(name, global_pool=pool, num_classes=classes, **small)
+        randomised(model).double().eval()
+        x, backbone = images(48, 48), fp.FrozenViT(model)
+        with torch.no_grad():
+            assert_close(backbone(x), model(x))
+        assert backbone.spec.pool == ("cls" if pool == "token" else "map")
+        assert (backbone.rotary is not None) == name.startswith("eva02")
 
 
 def test_attributes_of_clip(build: Callable[..., nn.Module]) -> None:
