@@ -84,7 +84,7 @@ class Tracker(Callback):
             importlib.import_module(name)
             from accelerate import PartialState
             from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-        PartialState(cpu=True)  # Accelerate's trackers ask it which process they are in
+        PartialState()  # Accelerate's trackers ask it which process they are in
         folder = Path() if directory is None else directory
         kind: Any = LOGGER_TYPE_TO_CLASS[name]
         where = {"logging_dir": folder} if kind.requires_logging_directory else {}

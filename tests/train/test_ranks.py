@@ -54,6 +54,7 @@ def make(config, classes=4):
 class Kill(fp.Callback):
     def on_step(self, step):
         if kill and (step.epoch, step.step) == (2, 2):
+            open(out + "/killed", "w").close()
             os.kill(os.getpid() if kill == 1 else json.load(open(out + "/pids"))[1], signal.SIGKILL)
 
 recipe = fp.Recipe(epochs=2, batch_size=16, lr=0.1, optimizer="sgd", warmup_epochs=1, dtype="float32").replace(
@@ -81,7 +82,8 @@ for name, (config, fields) in methods.items():
     model = make(config)
     fields = {"recipe": recipe.replace(**fields), "out_dir": f"{out}/{name}", "progress": False}
     result = fp.fit(model, train, val, **fields, callbacks=[Kill()])
-    rows = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in result.history]
+    times = ("event", "seconds", "images_per_second")
+    rows = [{k: v for k, v in row.items() if k not in times} for row in result.history]
     found[name] = {"history": rows, "files": result.out_dir is not None}
     tensors = {key: tensor.double() for key, tensor in model.adapter_state_dict().items()}
     found[name]["sums"] = {key: [float(tensor.sum()), float(tensor.norm())] for key, tensor in tensors.items()}
@@ -141,10 +143,9 @@ def test_all_processes_have_the_result_and_the_first_one_the_files(name: str, ru
 def test_a_lost_process_ends_the_job_which_resumes_in_another_number_of_them(
     script: Path, runs: dict[str, Any], tmp_path: Path
 ) -> None:
-    began = time.monotonic()
     ran = launch(script, 2, str(tmp_path), "2")
     assert ran.returncode != 0
-    assert time.monotonic() - began < 60  # with the start of both; the loss is seen at the next step
+    assert time.time() - (tmp_path / "killed").stat().st_mtime < 30
     assert "exitcode  : -9" in ran.stderr
     state = load_state(tmp_path / "vpt" / "last.safetensors")[1]
     assert (state["progress"]["epoch"], state["epoch"]["steps"]) in [(1, 1), (1, 2)]
@@ -171,10 +172,9 @@ def test_the_command_line_trains_in_two_processes(tmp_path: Path) -> None:
     ]
     command += ["--num-prompts", "2", "--out", str(tmp_path / "of 2"), "--device", "cpu", "--threads", "1", "--recipe"]
     command += [f"{name}={value}" for name, value in settings.recipe.items()]
-    for _ in range(2):  # the second time there is nothing to train
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=240)
-        assert ran.returncode == 0, ran.stderr[-3000:]
-        assert ran.stdout.count("results: ") == 1
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.count("results: ") == 1
     results = json.loads((tmp_path / "of 2" / "results.json").read_text())
     alone = json.loads((tmp_path / "undisturbed" / "results.json").read_text())
     assert results["test"]["num_images"] == alone["test"]["num_images"]
