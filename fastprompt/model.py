@@ -517,7 +517,7 @@ class PromptedViT(nn.Module):
 
         Raises:
             TypeError, ValueError: an argument is invalid, the model is in training mode, or its attention runs in
-                windows (a Swin transformer).
+                windows (a Swin transformer), or its prompts are no tokens of the sequence (VQT, CVPT).
         """
         self._check(images)
         vit, maps = self.backbone, self.backbone.graph.maps
@@ -525,6 +525,10 @@ class PromptedViT(nn.Module):
             raise ArgumentError("graph", f"must be one of {GRAPHS}, got {graph!r}")
         if maps is None:
             raise ArgumentError("model", f"must attend to all tokens; {vit.spec.name} attends in windows")
+        if self.generator is not None and self.generator.role != "sequence":
+            raise ArgumentError(
+                "model", f"must have prompts that are tokens of the sequence, those of {self.config.kind!r} are not"
+            )
         if self.training:
             raise ArgumentError("model", "must be in eval mode: call model.eval()")
         draws = NO_DRAWS if self.generator is None else self.generator.inference_draws()[0]

@@ -152,14 +152,18 @@ def between_prompts(bias: Tensor, prompts: slice) -> Tensor:
 
 def attention(block: Block, x: Tensor, turns: Turns | None = None, prompts: slice = NO_ROWS) -> Tensor:
     """Compute softmax(q kᵀ / √d) v over all tokens of x (B, T, D), with heads joined and projected."""
-    q, k, v = heads(block, x, block.qkv.weight, block.qkv.bias)
+    q, k, v = split(block, block.qkv(x))
     return attended(block, q, k, v, turns, prompts)
 
 
 def heads(block: Block, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-    """Split x Wᵀ + b, (B, T, parts · heads · d), into `parts` tensors (B, heads, T, d)."""
-    parts = F.linear(x, weight, bias).unflatten(-1, (-1, block.num_heads, block.head_dim))
-    return parts.permute(2, 0, 3, 1, 4).unbind(0)
+    """Compute x Wᵀ + b with some rows of the projections, and `split` it."""
+    return split(block, F.linear(x, weight, bias))
+
+
+def split(block: Block, projected: Tensor) -> tuple[Tensor, ...]:
+    """Split projections (B, T, parts · heads · d) into `parts` tensors (B, heads, T, d)."""
+    return projected.unflatten(-1, (-1, block.num_heads, block.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def attended(
@@ -203,7 +207,7 @@ def run_block(block: Block, x: Tensor, turns: Turns | None = None, prompts: slic
 def run_asked_block(block: Block, x: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
     """Run one block over x (B, T, D), and over `queries` (B, P, D), which attend to x alone and are not seen by it."""
     inner, weight, bias = block.num_heads * block.head_dim, block.qkv.weight, block.qkv.bias
-    q, k, v = heads(block, _normed(block, x), weight, bias)
+    q, k, v = split(block, block.qkv(_normed(block, x)))
     (asking,) = heads(block, _normed(block, queries), weight[:inner], None if bias is None else bias[:inner])
     return add_branches(block, x, attended(block, q, k, v)), add_branches(block, queries, attended(block, asking, k, v))
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.beit import Beit
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -15,7 +18,19 @@ from fastprompt.generators import PromptConfig
 from fastprompt.vit import forward, slots
 from fastprompt.vit.weights import Dense
 
-BACKBONES = {"plain": {}, "pre-norm": {"pre_norm": True, "reg_tokens": 2}, "qk-norm": {"qk_norm": True}}
+BACKBONES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "pre-norm": {"pre_norm": True, "reg_tokens": 2},
+    "qk-norm": {"qk_norm": True},
+    "rotary": {
+        "kind": Eva,
+        "use_rot_pos_emb": True,
+        "rope_type": "dinov3",
+        "num_reg_tokens": 2,
+        "global_pool": "token",
+    },
+    "relative bias": {"kind": Beit, "use_rel_pos_bias": True, "init_values": 0.5, "global_pool": "token"},
+}
 
 
 @pytest.fixture
@@ -25,10 +40,12 @@ def model_of(
     randomised: Callable[..., nn.Module],
 ) -> Callable[..., fp.PromptedViT]:
     def build(method: str, backbone: str = "plain", **options: object) -> fp.PromptedViT:
-        vit = fp.FrozenViT(make_vit(**BACKBONES[backbone]))
+        theirs = make_vit(**BACKBONES[backbone])
+        vit = fp.FrozenViT(theirs)
         model = fp.PromptedViT(vit, configs[method], num_classes=2, **options)  # type: ignore[arg-type]
         if model.generator is not None:
             randomised(model.generator)
+        object.__setattr__(model, "timm_vit", theirs)  # no part of the model
         return model.double().eval()
 
     return build
@@ -57,6 +74,34 @@ def test_both_graphs_attend_alike(
             torch.testing.assert_close(each.weights.sum(-1), torch.ones_like(each.weights[..., 0]))
             assert sum(at.stop - at.start for at in each.keys.values()) == each.weights.shape[3]
             assert sum(at.stop - at.start for at in each.queries.values()) == each.weights.shape[2]
+
+
+@pytest.mark.parametrize("backbone", ["rotary", "relative bias"])
+def test_positions_are_part_of_the_weights(
+    backbone: str, model_of: Callable[..., fp.PromptedViT], tiny_images: Tensor
+) -> None:
+    """The weights are those with which timm's own block attends."""
+    model, weights = model_of("linear", backbone), list[Tensor]()
+    [first, *_] = model.attention_maps(tiny_images.double(), "papers")
+    original = F.scaled_dot_product_attention
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        scores = (q @ k.transpose(-1, -2)) * options.get("scale", q.shape[-1] ** -0.5)
+        weights.append((scores if attn_mask is None else scores + attn_mask).softmax(-1))
+        return original(q, k, v, attn_mask=attn_mask, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", attend)
+        model.timm_vit.double()(tiny_images.double())
+    torch.testing.assert_close(first.weights, weights[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["vqt", "cvpt"])
+def test_prompts_outside_the_sequence_have_no_maps(
+    method: str, model_of: Callable[..., fp.PromptedViT], tiny_images: Tensor
+) -> None:
+    with pytest.raises(ValueError, match=f"tokens of the sequence, those of '{method}' are not"):
+        model_of(method).attention_maps(tiny_images.double())
 
 
 def test_the_rows_are_those_that_the_graph_computes(
