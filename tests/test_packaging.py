@@ -30,7 +30,13 @@ PACKAGED = [
     "LICENSE",
     "NOTICE",
 ]
-IMPORT_NAMES = {"scikit-learn": "sklearn", "open-clip-torch": "open_clip", "pillow": "PIL", "pyyaml": "yaml"}
+IMPORT_NAMES = {
+    "imagecorruptions-imaug": "imagecorruptions",
+    "open-clip-torch": "open_clip",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+}
 
 
 def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -346,7 +346,7 @@ class PGN(PromptGenerator):
                 f"must be at least 2 while PGN trains, got {images.shape[0]} of {images.shape[2]} x "
                 f"{images.shape[3]} pixels, which gives the trunk's batch norm one value per channel ({error})",
             ) from error
-        return logits.view(images.shape[0], self.config.num_prompts, -1)
+        return logits.view(images.shape[0], self.config.num_prompts, logits.shape[1] // self.config.num_prompts)
 
     def mixture(self, images: Tensor) -> Tensor:
         """Map normalised images (B, 3, H, W) to weights of the library tokens (B, K, M).

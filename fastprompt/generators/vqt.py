@@ -60,7 +60,7 @@ def _cost(s: Sizes, config: VQTConfig, t: Tally) -> PromptCost:
         outputs = s.batch * p * len(layers)
         if config.normalise:
             t.call(len(layers), len(layers), s.tokens(outputs) + 2 * outputs * s.element)
-        t.call(1, 0)
+        t.call(1, 0 if config.normalise else len(layers))  # without the norm, each part's gradient is copied
 
     return PromptCost(
         p, layers, s.depth, make, known=True, role="queries", features=s.width * (1 + p * len(layers)), gather=gather

@@ -120,6 +120,11 @@ class RunData:
         """Compute two images of each; raise an error for images that the model cannot take."""
         for name, data in (("train", self.train), ("val", self.val)):
             images, _ = next(iter(self._batches(data, 2, name).epoch()))
+            channels = self.model.backbone.channels
+            if images.shape[1] != channels:
+                raise ArgumentError(
+                    name, f"must have images of shape (N, {channels}, H, W), got {tuple(images.shape[1:])} each"
+                )
             with evaluation_mode(self.model):
                 self.model(images[:2])
         self._check_single_images()

@@ -107,10 +107,20 @@ def _timm_backbone(name: str, image_size: int | tuple[int, int] | None) -> Froze
         ) from error
 
 
-TIMM_FAMILIES = ("vision_transformer", "deit", "swin_transformer", "swin_transformer_v2")
+TIMM_FAMILIES = (
+    "vision_transformer",
+    "vision_transformer_hybrid",
+    "vision_transformer_relpos",
+    "beit",
+    "deit",
+    "eva",
+    "swin_transformer",
+    "swin_transformer_v2",
+)
 """The timm modules whose models `FrozenViT` can read."""
-NOT_READ = ("*distilled*", "*_18x2_*", "*_xp_*", "*_pwee_*", "*_dwee_*", "*_dpwee_*", "*_dlittle_*")
-"""Models in those modules that it cannot read: two class tokens, parallel blocks or differential attention."""
+NOT_READ = ("vit_base_mci_*", "*_18x2_*", "*_xp_*", "*_pwee_*", "*_dwee_*", "*_dpwee_*", "*_dlittle_*")
+"""Models in those modules that it cannot read: an embedding that is no convolution, parallel blocks or differential
+attention."""
 
 
 def list_backbones(pattern: str = "*", *, pretrained: bool = False) -> list[str]:

@@ -96,7 +96,7 @@ def test_a_registration_is_all_there_is(tiny_vit: Any) -> None:
     assert {"mine", "mine-loud"}.isdisjoint(fp.list_methods(on_swin=True))
     assert default_recipe(MineConfig()).lr == 0.25
     assert default_recipe("mine").label_smoothing == default_recipe("pgn").label_smoothing
-    assert default_recipe("mine-loud") == default_recipe("mine").replace(epochs=3)
+    assert default_recipe("mine-loud") == default_recipe("mine").replace(epochs=3, min_steps=200)
     assert paper_recipe(MineConfig()).lr == paper_recipe("mine-paper").lr == 0.5
     assert get_method("mine-loud").lrs == (0.1, 0.2)
     assert fp.config_from_dict({"kind": "mine", "scale": 2.0}) == MineConfig(scale=2.0)
