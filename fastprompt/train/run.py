@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -91,7 +92,7 @@ class Run:
         optimizer = make_optimizer(model.trainable_parameters(), recipe)
         identity = run_identity(model, recipe, self.backbone_dtype, identities)
         self.state = RunState(model, optimizer, identity, environment(self.device), measure=not recipe.deterministic)
-        self.last_commit = time.monotonic()
+        self.last_commit = monotonic()
         self.good: Saved | None = None
         if directory is not None:
             for name in ("train", "val"):
@@ -430,7 +431,7 @@ class Run:
         if requested():
             self._save_and_stop(step.epoch, totals)
         number, unit = checkpoint_interval(self.recipe.checkpoint_every)
-        due = totals.steps % number == 0 if unit == "steps" else time.monotonic() - self.last_commit > 60 * number
+        due = totals.steps % number == 0 if unit == "steps" else monotonic() - self.last_commit > 60 * number
         if due:
             self._save_part(step.epoch, totals)
 
@@ -450,7 +451,7 @@ class Run:
 
     def commit(self) -> None:
         """Write the state, then the files that follow from it; remember it if the run may go back to it."""
-        self.last_commit = time.monotonic()
+        self.last_commit = monotonic()
         if self.directory is None and not self.recipe.rollbacks:
             return
         saved = self.state.saved()

@@ -135,7 +135,7 @@ def test_checkpoints_are_written_by_steps_or_by_minutes(
         now[0] += 25.0
         return now[0]
 
-    monkeypatch.setattr("fastprompt.train.run.time.monotonic", clock)
+    monkeypatch.setattr("fastprompt.train.run.monotonic", clock)
     assert saved("1 minutes")[3:] == [(0, 3)] * 3
 
 

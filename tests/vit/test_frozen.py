@@ -355,5 +355,5 @@ def test_a_model_trains_on_images_of_one_channel(make_vit: Callable[..., VisionT
     recipe = fp.Recipe(epochs=1, batch_size=4, warmup_epochs=0.0)
     assert len(fp.fit(model, data, data, recipe).history) == 1
     colour = data[0].expand(-1, 3, -1, -1), data[1]
-    with pytest.raises(ValueError, match=r"\(B, 1, H, W\)"):
+    with pytest.raises(ValueError, match=r"train must have images of shape \(N, 1, H, W\)"):
         fp.fit(model, colour, colour, recipe)
