@@ -11,6 +11,7 @@ import tyro
 
 from fastprompt.arguments import ArgumentError
 from fastprompt.cli.options import Plugins, absolute, set_threads
+from fastprompt.cli.words import read_config
 from fastprompt.terminal import say
 
 
@@ -81,7 +82,7 @@ def bench_plan(command: Bench) -> Any:
     """Return the plan of the flags and the settings file."""
     from fastprompt.runs.bench import plan_from
 
-    values = _settings_of(command.config)
+    values = {} if command.config is None else read_config(command.config)
     for name in ("methods", "tasks", "seeds", "backbone", "image_size", "recipe", "normalise", "widenings"):
         if getattr(command, name) is not None:
             values[name] = getattr(command, name)
@@ -94,20 +95,6 @@ def bench_plan(command: Bench) -> Any:
     values.setdefault("backbone", "clip-vit-b16")
     protocol = absolute(command.protocol) if command.protocol.endswith(".toml") else command.protocol
     return plan_from(values, protocol=protocol, data_root=absolute(command.data_root), final=command.final)
-
-
-def _settings_of(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ArgumentError("config", f"must be YAML, got {path} ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict):
-        raise ArgumentError("config", f"must be a mapping of settings, got {path} with {type(values).__name__}")
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
 def _numbers(text: Any) -> tuple[int, ...]:

@@ -205,7 +205,12 @@ def _given(words: Sequence[str]) -> set[str]:
     return names
 
 
-def _file_words(path: Path, command: type, given: set[str]) -> list[str]:
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the settings of a YAML file by name, with underscores for dashes.
+
+    Raises:
+        ValueError: the file is not YAML, or holds no mapping. OSError: it cannot be read.
+    """
     import yaml
 
     try:
@@ -214,10 +219,13 @@ def _file_words(path: Path, command: type, given: set[str]) -> list[str]:
         raise ArgumentError("config", f"must be YAML, got {path} ({' '.join(str(error).split())})") from None
     if not isinstance(settings, dict):
         raise ArgumentError("config", f"must be a mapping of settings, got {path} with {type(settings).__name__}")
+    return {str(key).replace("-", "_"): value for key, value in settings.items()}
+
+
+def _file_words(path: Path, command: type, given: set[str]) -> list[str]:
     fields = {f.name: f for f in dataclasses.fields(command) if f.name not in ("config", "debug")}
     hints, words = get_type_hints(command), []
-    for key, value in settings.items():
-        name = str(key).replace("-", "_")
+    for name, value in read_config(path).items():
         check_key(name, [*fields], str(path))
         if name in given:
             continue

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastprompt.fetch import file_sha256
+from fastprompt.files import parse_json
 from fastprompt.protocols.tasks import SPLITS, Task
 
 LISTS = {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}
@@ -94,7 +94,7 @@ def _text_list(task: Task, folder: Path, name: str) -> list[tuple[str, int]]:
 def _json(task: Task, folder: Path) -> Listing:
     """VPT's `train.json`, `val.json` and `test.json`: {path: class}. Classes are numbered in the order of their ids."""
     images = _images_folder(task, folder)
-    raw: dict[str, Any] = {split: _parsed(folder / f"{split}.json") for split in SPLITS}
+    raw: dict[str, Any] = {split: _json_of(folder / f"{split}.json") for split in SPLITS}
     for split, entries in raw.items():
         if not isinstance(entries, dict) or not all(type(label) is int for label in entries.values()):
             raise ValueError(f"{folder / split}.json: must be an object of paths and whole-numbered classes")
@@ -117,7 +117,7 @@ def _coop(task: Task, folder: Path) -> Listing:
     assert task.file is not None
     path, images = folder / task.file, _images_folder(task, folder)
     _check_sha256(task, path)
-    raw: Any = _parsed(path)
+    raw: Any = _json_of(path)
     if not isinstance(raw, dict) or not set(SPLITS) <= set(raw):
         raise ValueError(f"{path}: must be an object with the splits {', '.join(SPLITS)}")
     names: dict[int, str] = {}
@@ -190,22 +190,8 @@ def _text(path: Path) -> str:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def _parsed(path: Path) -> Any:
-    """Return a JSON file's contents; a key that occurs twice in an object is an error."""
-
-    def once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise ValueError(f"{key!r} occurs twice")
-            found[key] = value
-        return found
-
-    text = _text(path)
-    try:
-        return json.loads(text, object_pairs_hook=once)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+def _json_of(path: Path) -> Any:
+    return parse_json(_text(path), path)
 
 
 def _array(path: Path) -> list[str]:

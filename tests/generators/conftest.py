@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,20 @@ from torch import Tensor
 
 import fastprompt as fp
 from fastprompt.generators import Geometry
+
+VITS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "pre-norm, registers, LayerScale": {"pre_norm": True, "reg_tokens": 2, "init_values": 0.3},
+    "q- and k-norm": {"qk_norm": True},
+    "a norm behind attention": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "no bias": {"qkv_bias": False},
+}
+
+
+@pytest.fixture(params=VITS.values(), ids=VITS)
+def options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Options of `make_vit`, one kind of block after the other."""
+    return dict(request.param)
 
 
 @pytest.fixture

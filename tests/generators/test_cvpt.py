@@ -14,14 +14,6 @@ import fastprompt as fp
 from fastprompt.generators import Geometry
 from fastprompt.vit import cross
 
-VITS = {
-    "plain": {},
-    "pre-norm, registers, LayerScale": {"pre_norm": True, "reg_tokens": 2, "init_values": 0.3},
-    "q- and k-norm": {"qk_norm": True},
-    "a norm behind attention": {"scale_attn_norm": True, "scale_mlp_norm": True},
-    "no bias": {"qkv_bias": False},
-}
-
 
 def by_hand(vit: VisionTransformer, images: Tensor, cvpt: nn.Module) -> Tensor:
     """The class token behind a loop over blocks, heads and prompts."""
@@ -42,7 +34,6 @@ def by_hand(vit: VisionTransformer, images: Tensor, cvpt: nn.Module) -> Tensor:
     return vit.norm(x)[:, 0]
 
 
-@pytest.mark.parametrize("options", VITS.values(), ids=VITS)
 @pytest.mark.parametrize("config", [fp.CVPTConfig(3), fp.CVPTConfig(30, first_block=1)], ids=["3", "30"])
 def test_values_and_gradients_are_those_of_a_plain_loop(
     make_vit: Callable[..., VisionTransformer],

@@ -16,14 +16,6 @@ from fastprompt.engine.cuda_graph import cross_entropy
 from fastprompt.generators import Geometry
 from fastprompt.vit import queries
 
-VITS = {
-    "plain": {},
-    "pre-norm, registers, LayerScale": {"pre_norm": True, "reg_tokens": 2, "init_values": 0.3},
-    "q- and k-norm": {"qk_norm": True},
-    "a norm behind attention": {"scale_attn_norm": True, "scale_mlp_norm": True},
-    "no bias": {"qkv_bias": False},
-}
-
 
 def by_hand(vit: VisionTransformer, images: Tensor, vqt: nn.Module) -> Tensor:
     """[z, Z'_1, ..., Z'_M] by a loop over images, blocks, heads and queries."""
@@ -51,7 +43,6 @@ def by_hand(vit: VisionTransformer, images: Tensor, vqt: nn.Module) -> Tensor:
     return torch.cat([vit.norm(x)[:, 0], torch.stack([torch.cat(of_image) for of_image in outputs])], dim=1)
 
 
-@pytest.mark.parametrize("options", VITS.values(), ids=VITS)
 @pytest.mark.parametrize("config", [fp.VQTConfig(), fp.VQTConfig(3, normalise=False, first_block=1)], ids=["1", "3"])
 def test_values_and_gradients_are_those_of_a_plain_loop(
     make_vit: Callable[..., VisionTransformer],

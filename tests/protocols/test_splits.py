@@ -146,6 +146,10 @@ def twice_in_json(folder: Path) -> None:
     (folder / "train.json").write_text('{"a.png": 1, "a.png": 2}')
 
 
+def nested_json(folder: Path) -> None:
+    (folder / "train.json").write_text("[" * 100_000)
+
+
 SPLIT_ZHOU = "split_zhou_DescribableTextures.json"
 DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("lists", remove("val200.txt"), r"val200\.txt is missing"),
@@ -166,9 +170,10 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
         r"train800val200\.txt: must list",
     ),
     ("json", remove("test.json"), r"test\.json is missing"),
-    ("json", rewrite("val.json", "}", ""), r"val\.json is damaged"),
+    ("json", rewrite("val.json", "}", ""), r"val\.json is corrupted"),
     ("json", rewrite("val.json", ": 1", ": 7"), r"val\.json: has classes that train\.json does not have: \[7\]"),
-    ("json", twice_in_json, r"train\.json is damaged: 'a\.png' occurs twice"),
+    ("json", twice_in_json, r"train\.json is corrupted: a key occurs twice: 'a\.png'"),
+    ("json", nested_json, r"train\.json is corrupted: it is nested too deeply"),
     ("json", lambda folder: shutil.rmtree(folder / "images"), r"has no folder images with the images of CUB"),
     ("coop", rewrite(SPLIT_ZHOU, '"class 0"', '"class 9"'), r"train\[2\]: class 0 is 'class 9' elsewhere"),
     ("coop", rewrite(SPLIT_ZHOU, '"val"', '"vol"'), r"must be an object with the splits train, val, test"),

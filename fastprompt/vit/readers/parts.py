@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -139,17 +141,18 @@ def classifier(module: Any) -> Dense | None:
     return None if isinstance(module, nn.Identity) else dense(module)
 
 
-def activation(module: Any) -> str:
-    """Return the canonical name of torch's activation layer."""
+def activation(module: Any, more: Mapping[type[nn.Module], str] = MappingProxyType({})) -> str:
+    """Return the canonical name of an activation layer: one of torch's, or of `more`."""
     if type(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
-    name = _ACTIVATIONS.get(type(module))
+    known = {**_ACTIVATIONS, **more}
+    name = known.get(type(module))
     if (
         name is None
         or (name == "leaky_relu" and module.negative_slope != 0.01)
         or (name in ("elu", "celu") and module.alpha != 1.0)
     ):
-        refuse("activation", repr(module), ", ".join(sorted({"gelu", "gelu_tanh", *_ACTIVATIONS.values()})))
+        refuse("activation", repr(module), ", ".join(sorted({"gelu", "gelu_tanh", *known.values()})))
     return name
 
 

@@ -9,29 +9,17 @@ import torch.nn as nn
 from timm import layers as tl
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from fastprompt.vit.readers.parts import refuse
+from fastprompt.vit.readers.parts import activation, refuse
 from fastprompt.vit.weights import Block, Dense, MapPool, Mlp, Norm, Stem, ViTSpec
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     tl.GELU: "gelu",
     tl.GELUTanh: "gelu_tanh",
     tl.QuickGELU: "quick_gelu",
-    nn.SiLU: "silu",
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.LeakyReLU: "leaky_relu",
-    nn.ELU: "elu",
-    nn.CELU: "celu",
-    nn.SELU: "selu",
-    nn.Mish: "mish",
-    nn.Tanh: "tanh",
     tl.Tanh: "tanh",
-    nn.Sigmoid: "sigmoid",
     tl.Sigmoid: "sigmoid",
-    nn.Hardsigmoid: "hard_sigmoid",
-    nn.Hardswish: "hard_swish",
-    nn.Identity: "identity",
 }
+"""timm's own, beside torch's."""
 _POOLS = {"token": "cls", "avg": "patches", "map": "map"}
 
 
@@ -136,19 +124,6 @@ def dense(module: nn.Module) -> Dense:
     return Dense(module.weight, module.bias)
 
 
-def _act(module: nn.Module) -> str:
-    if type(module) is nn.GELU:
-        return "gelu" if module.approximate == "none" else "gelu_tanh"
-    name = _ACTIVATIONS.get(type(module))
-    if (
-        name is None
-        or (name == "leaky_relu" and module.negative_slope != 0.01)
-        or (name in ("elu", "celu") and module.alpha != 1.0)
-    ):
-        refuse("activation", repr(module), ", ".join(sorted(set(_ACTIVATIONS.values()))))
-    return name
-
-
 def mlp(module: nn.Module) -> Mlp:
     """Convert timm's Mlp, GluMlp or SwiGLU."""
     if type(module) is tl.SwiGLU:
@@ -162,7 +137,7 @@ def mlp(module: nn.Module) -> Mlp:
         fc1, glu = dense(module.fc1), "none"
     else:
         refuse("mlp layer", type(module).__name__, "Mlp, GluMlp, SwiGLU")
-    return Mlp(fc1, dense(module.fc2), _act(module.act), norm(module.norm), glu)
+    return Mlp(fc1, dense(module.fc2), activation(module.act, _ACTIVATIONS), norm(module.norm), glu)
 
 
 def layer_scale(module: Any) -> torch.Tensor | None:
