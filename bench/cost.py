@@ -126,9 +126,10 @@ class Measured(NamedTuple):
     training: Cost
 
 
-def measure(model: fp.PromptedViT, images: Tensor, graph: str) -> Measured:
+def measure(model: fp.PromptedViT, images: Tensor, graph: str, activation_bits: int | None = None) -> Measured:
     """Measure the costs of `graph`, one of `GRAPHS`, for a trainable model; FLOPs and bytes are per image."""
     batch = images.shape[0]
+    model.set_activation_bits(activation_bits)
     model.set_grad_checkpointing(graph == "recompute")
     forward: Callable[[Tensor], Any] = model.reference_forward if graph == "papers" else model
 

@@ -30,6 +30,7 @@ from fastprompt.generators.accounting import PromptCost, Sizes, Tally
 from fastprompt.generators.registry import method_of
 from fastprompt.kernels.prefix_attention.recompute import BUFFER_SCORES
 from fastprompt.kernels.prefix_attention.reference import SMALL_SCORES
+from fastprompt.vit import compressed
 
 if TYPE_CHECKING:
     from fastprompt.vit import FrozenViT
@@ -57,6 +58,7 @@ def cost(
     batch: int = 1,
     num_classes: int = 10,
     threads: int = 1,
+    activation_bits: int | None = None,
 ) -> Cost:
     """Return the cost of one call: a forward without autograd, or with `training` a forward and its backward.
 
@@ -69,6 +71,7 @@ def cost(
         dtype: dtype of the backbone: "float32", "bfloat16" or "float16".
         batch: images per call. The cost of what they share (static prompts) is divided by it.
         threads: PyTorch's threads. They affect only the dispatches of the rewritten graph's training step.
+        activation_bits: 8 or 2, as in `PromptedViT.set_activation_bits`; None: activations keep their inputs.
 
     Raises:
         ValueError: an argument is not one of the values above, or a part of the backbone or method has no formula; the
@@ -92,12 +95,20 @@ def cost(
         training=training,
         num_classes=num_classes,
         threads=threads,
+        activation_bits=activation_bits,
         graph=graph,
     )
     if readout == "cls" and not s.has_cls:
         raise ValueError("readout 'cls' needs a class token; this backbone has none")
     if readout == "cls" and s.depth == 1:
         raise ValueError("the cost of readout 'cls' has no formula for a backbone of one block")
+    if activation_bits is not None:
+        if activation_bits not in compressed.BITS:
+            raise ArgumentError("activation_bits", f"must be 8, 2 or None, got {activation_bits!r}")
+        if graph == "papers":
+            raise ArgumentError("activation_bits", f"must be None for the papers' graph, got {activation_bits}")
+        if s.activation not in compressed.DERIVATIVES:
+            raise ArgumentError("activation_bits", f"must be None with the activation {s.activation!r}")
     formula = method_of(config).cost
     if formula is None:
         raise ValueError(f"the cost of {type(config).__name__} has no formula")
@@ -106,6 +117,8 @@ def cost(
     prompts, pixels = made if made.count else None, made.changes_images
     if "prompts" in readout and (prompts is None or prompts.role != "sequence"):
         raise ValueError(f"readout {readout!r} needs prompt tokens; this method has none")
+    if activation_bits is not None and ((prompts is None and not pixels) or (prompts and prompts.role == "queries")):
+        raise ArgumentError("activation_bits", "must be None, since no gradient passes the frozen MLPs")
     if prompts is not None and prompts.role == "queries":
         _queries(t, s, prompts, readout)
     else:
@@ -149,7 +162,9 @@ def _mlp(t: Tally, s: Sizes, rows: int, folded: bool) -> None:
     _norm(t, s, rows)
     t.call(0, 1)  # the rows are read twice: their gradients add up
     t.product(2 * rows * s.width * s.hidden)
-    if s.activation == "quick_gelu" and not folded:
+    if folded and s.training and s.activation_bits is not None:
+        _compressed(t, s, rows)
+    elif s.activation == "quick_gelu" and not folded:
         t.call(3, 5, 2 * s.tokens(rows, s.hidden))
     else:
         t.call(1, 1, s.tokens(rows, s.hidden))
@@ -157,6 +172,15 @@ def _mlp(t: Tally, s: Sizes, rows: int, folded: bool) -> None:
     if s.layer_scale and not folded:
         t.call(1, 1)
     t.call(1)
+
+
+def _compressed(t: Tally, s: Sizes, rows: int) -> None:
+    """`fastprompt.vit.compressed.activation` over all rows (images included), with 2 or 4 float32 values for each."""
+    packed = math.ceil(s.hidden * (s.activation_bits or 8) / 8)
+    if s.activation_bits == 8:
+        t.call(13 + s.cast, 3 + s.cast, rows * (packed + 4 * 2))
+    else:
+        t.call(56 + s.cast, 12 + s.cast, rows * (packed + 4 * 4))
 
 
 def _papers_block(t: Tally, s: Sizes, rows: int, trains: bool) -> None:
@@ -329,8 +353,12 @@ def _step(t: Tally, s: Sizes, prompts: PromptCost | None, readout: str, i: int, 
     t.add(attention if joined is not None or trains else _constant(attention))
     if here is not None and here.role == "cross":
         _cross(t, s, here, i, leave, trains)
-    _mlp(mlp, s, s.batch * leave, folded=True)
-    t.add(mlp if here is not None or trains else _constant(mlp))
+    if here is None and not trains:
+        _mlp(mlp, dataclasses.replace(s, activation_bits=None), s.batch * leave, folded=True)
+        mlp = _constant(mlp)
+    else:
+        _mlp(mlp, s, s.batch * leave, folded=True)
+    t.add(mlp)
     return leave
 
 

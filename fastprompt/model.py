@@ -44,7 +44,7 @@ from fastprompt.generators import (
 from fastprompt.heads import CLIP_LOGIT_SCALE, Head, LinearHead, build_head
 from fastprompt.hub import CARD_FILE, check_push, model_card, push, read_pretrained, run_facts
 from fastprompt.kept import Kept, SeenValues, arithmetic, can_compare, tensors_of
-from fastprompt.vit import FrozenViT, constants, queries
+from fastprompt.vit import FrozenViT, compressed, constants, queries
 from fastprompt.vit.assets import load_source
 from fastprompt.vit.attention_maps import AttentionMap
 from fastprompt.vit.prompts import NO_DRAWS, Draws, Embedding, Group, Prefix
@@ -155,6 +155,7 @@ class PromptedViT(nn.Module):
         self.domains: Domains | None = None
         self._autocast: torch.dtype | None = None
         self._recompute = False
+        self._activation_bits: int | None = None
         self._graph = "rewritten"
         self.private = False
         self._prefixes: Kept[dict[int, Prefix]] = Kept()
@@ -374,6 +375,7 @@ class PromptedViT(nn.Module):
             group,
             folded,
             self._recompute,
+            self._activation_bits,
         )
         return features, generator.aux(context)
 
@@ -415,7 +417,8 @@ class PromptedViT(nn.Module):
             if prefixes is None and not draws:
                 prefixes = self.kept_prefixes(folded)
             group = Group(generator, context, draws, self.readout, prefixes)
-            return graph.rewritten.features(vit, embedded, [group], folded, self._recompute)[0], aux
+            bits = self._activation_bits
+            return graph.rewritten.features(vit, embedded, [group], folded, self._recompute, bits=bits)[0], aux
 
     def _papers_features(self, images: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute `_features` by the papers' own graph."""
@@ -495,10 +498,12 @@ class PromptedViT(nn.Module):
         `fp.Engine` computes the rewritten graph whatever is set here.
 
         Raises:
-            ValueError: `graph` is neither.
+            ValueError: `graph` is neither, or it is "papers" and activations are kept in few bits.
         """
         if graph not in GRAPHS:
             raise ArgumentError("graph", f"must be one of {GRAPHS}, got {graph!r}")
+        if graph == "papers" and self._activation_bits is not None:
+            raise ArgumentError("graph", "must be 'rewritten' with set_activation_bits, got 'papers'")
         self._graph = graph
 
     @torch.no_grad()
@@ -551,6 +556,41 @@ class PromptedViT(nn.Module):
         Outputs and gradients stay the same; memory falls, and a training step takes longer.
         """
         self._recompute = bool(enable)
+
+    def set_activation_bits(self, bits: int | None) -> None:
+        """Keep the derivatives of the frozen MLPs' activations for the backward in 8 or 2 bits; None: their inputs.
+
+        These inputs are the largest part of what a training step keeps. Outputs stay the same; gradients are those of
+        the rounded derivatives (`fastprompt.vit.compressed`). `Recipe.activation_bits` sets this for a run.
+
+        Raises:
+            ValueError: `bits` is none of these, or the model keeps no such inputs: the backbone trains, its MLPs are
+                gated or have another activation than GELU or SiLU, no gradient passes the blocks (a linear probe,
+                VQT), or the papers' graph is set.
+        """
+        if bits is not None and bits not in compressed.BITS:
+            raise ArgumentError("bits", f"must be 8, 2 or None, got {bits!r}")
+        if bits is not None and (reason := self._no_compression()):
+            raise ArgumentError("bits", f"must be None here, got {bits}: {reason}")
+        self._activation_bits = bits
+
+    @property
+    def activation_bits(self) -> int | None:
+        """In how many bits the derivatives of activations are kept (`set_activation_bits`)."""
+        return self._activation_bits
+
+    def _no_compression(self) -> str:
+        """Return why activations cannot be kept in few bits; "" if they can."""
+        if self.full:
+            return "the backbone trains, so its Linears keep what the activations put out"
+        if self.generator is None or self.generator.role == "queries":
+            return f"no gradient of {self.config.kind!r} passes the frozen MLPs"
+        if self.backbone.staged and self.generator.changes_images:
+            return f"{self.config.kind!r} runs the plain graph of a Swin transformer"
+        if self._graph == "papers":
+            return "the papers' graph keeps what its authors' code keeps"
+        found = next((reason for block in self.backbone.blocks if (reason := compressed.obstacle(block))), "")
+        return f"{self.backbone.spec.name} has {found}" if found else ""
 
     def set_backbone_dtype(self, dtype: torch.dtype) -> None:
         """Run the backbone in `dtype`. Generator and head keep theirs, and logits have the head's.

@@ -62,14 +62,17 @@ def compare(
     batch: int = 2,
     dtype: str = "bfloat16",
     graphs: tuple[str, ...] = GRAPHS,
+    activation_bits: int | None = None,
 ) -> None:
     """FLOPs within 1 %, bytes within 5 % and dispatches exact, for a forward and a training step of every graph."""
     model = fp.PromptedViT(backbone, config, num_classes=10, readout=readout)
     images = torch.randn(batch, 3, *model.backbone.image_size)
     for graph in graphs:
-        measured = bench.measure(model, images, graph)
+        measured = bench.measure(model, images, graph, activation_bits)
         for training, found in ((False, measured.inference), (True, measured.training)):
-            formula = cost(model.backbone, config, readout, graph, training, dtype, batch)
+            formula = cost(
+                model.backbone, config, readout, graph, training, dtype, batch, activation_bits=activation_bits
+            )
             job = f"{graph}, {'training' if training else 'inference'}"
             assert formula.flops == pytest.approx(found.flops, rel=0.01), job
             assert formula.saved_bytes == pytest.approx(found.saved_bytes, rel=0.05), job
@@ -267,6 +270,19 @@ def test_training_memory_of_vit_b16(bench: ModuleType, base: fp.FrozenViT, metho
     assert formula == pytest.approx(saved, rel=0.05)
 
 
+@pytest.mark.parametrize(("bits", "config"), [(8, fp.VPTConfig(5, first_block=1)), (2, fp.CVPTConfig(3))])
+def test_activations_in_few_bits(bench: ModuleType, small: fp.FrozenViT, bits: int, config: PromptConfig) -> None:
+    compare(bench, small, config, graphs=("rewritten", "recompute"), activation_bits=bits)
+
+
+@pytest.mark.parametrize(("bits", "goal"), [(8, 0.80), (2, 0.65)])
+def test_what_activations_in_few_bits_save_of_vit_b16(bits: int, goal: float) -> None:
+    plain, fewer = (
+        cost(B16, fp.VPTConfig(50), training=True, batch=32, activation_bits=kept).saved_bytes for kept in (None, bits)
+    )
+    assert fewer <= goal * plain
+
+
 def test_the_rewritten_graph_costs_less() -> None:
     for config in (fp.VPTConfig(50), fp.V2APTConfig(50, 25), fp.VAPTConfig(50), fp.PGNConfig(50)):
         papers, rewritten, recompute = (cost(B16, config, "cls", graph, True, batch=4) for graph in GRAPHS)
@@ -283,6 +299,10 @@ def test_the_rewritten_graph_costs_less() -> None:
         ({"graph": "plain"}, "graph"),
         ({"dtype": "float64"}, "dtype"),
         ({"batch": 0}, "batch"),
+        ({"activation_bits": 4}, "activation_bits must be 8, 2"),
+        ({"activation_bits": 8, "graph": "papers"}, "activation_bits"),
+        ({"activation_bits": 8, "backbone": dataclasses.replace(B16, activation="relu")}, "relu"),
+        ({"activation_bits": 8, "config": fp.VQTConfig()}, "activation_bits"),
         ({"backbone": dataclasses.replace(B16, has_cls=False)}, "class token"),
         ({"backbone": dataclasses.replace(B16, depth=1)}, "one block"),
         ({"config": fp.FullFineTuneConfig()}, "FullFineTuneConfig"),

@@ -25,6 +25,7 @@ class Sizes:
         has_cls, position, norm_pre, norm, fc_norm, layer_scale, qkv_bias: whether the backbone has this part.
         rotary: whether patches are rotated, by the same angles in every block.
         channels: of images. activation: activation of the MLP. num_classes: C of the linear head.
+        activation_bits: bits in which the derivatives of activations are kept for the backward; None: their inputs.
         graph: "papers" (`reference_forward`), "rewritten" (`forward`) or "recompute" (with gradient checkpointing).
     """
 
@@ -52,6 +53,7 @@ class Sizes:
     training: bool = False
     threads: int = 1
     num_classes: int = 10
+    activation_bits: int | None = None
     graph: str = "rewritten"
 
     @classmethod

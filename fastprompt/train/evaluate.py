@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from fastprompt.arguments import ArgumentError, ArgumentTypeError
+from fastprompt.arguments import ArgumentError, ArgumentTypeError, argument_names
 from fastprompt.train.batches import Batches
 from fastprompt.vit.linear import bfloat16_is_fast
 
@@ -148,6 +148,18 @@ def backbone_precision(model: PromptedViT, dtype: torch.dtype | None) -> Iterato
         for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers()):
             if name in frozen and frozen[name].device == tensor.device:
                 tensor.data = frozen[name]
+
+
+@contextlib.contextmanager
+def activation_bits(model: PromptedViT, bits: int | None) -> Iterator[None]:
+    """Context in which activations are kept in `bits` bits (`Recipe.activation_bits`)."""
+    before = model.activation_bits
+    with argument_names(bits="activation_bits"):
+        model.set_activation_bits(bits)
+    try:
+        yield
+    finally:
+        model.set_activation_bits(before)
 
 
 @contextlib.contextmanager

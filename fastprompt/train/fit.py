@@ -20,7 +20,7 @@ from fastprompt.train.batches import num_batches
 from fastprompt.train.callbacks import Callback, make_callbacks
 from fastprompt.train.checkpoint import rng_state, set_rng_state
 from fastprompt.train.directory import RECIPE_FILE, RunDirectory, open_run
-from fastprompt.train.evaluate import backbone_precision, device_of
+from fastprompt.train.evaluate import activation_bits, backbone_precision, device_of
 from fastprompt.train.identity import data_identities
 from fastprompt.train.loop import TrainingDiverged
 from fastprompt.train.ranks import find_ranks, synced_batch_norms
@@ -165,6 +165,7 @@ def fit_in(
         with (
             _deterministic_algorithms(recipe.deterministic),
             backbone_precision(model, run.backbone_dtype),
+            activation_bits(model, recipe.activation_bits),
             synced_batch_norms(model, ranks),
             stopwatch.kept(run.state.choices),
         ):

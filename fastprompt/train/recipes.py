@@ -97,6 +97,8 @@ class Recipe:
             result without augmentation.
         checkpoint_every: interval between checkpoints within an epoch, as "N steps" or "N minutes"; "epoch" saves
             only after each epoch. It does not change the result.
+        activation_bits: 8 or 2 keeps the derivatives of the frozen MLPs' activations for the backward in so many bits,
+            which saves memory and makes gradients approximate (`PromptedViT.set_activation_bits`); None is exact.
         cache: what is kept of images without augmentation for all epochs, if it does not depend on what trains: with
             `VQTConfig` the "inputs" of every block or its "keys" and values, with `first_block` k what enters block k.
             "auto" is "inputs"; "none" keeps nothing. Results differ by rounding alone.
@@ -143,6 +145,7 @@ class Recipe:
     num_workers: int = 0
     checkpoint_every: str = "10 minutes"
     deterministic: bool = False
+    activation_bits: int | None = None
     cache: str = "auto"
     cache_dtype: str = "auto"
     cache_gib: float = 4.0
@@ -180,6 +183,8 @@ class Recipe:
                 raise ArgumentError(
                     name, f"must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}"
                 )
+        if self.activation_bits not in (None, 8, 2) or isinstance(self.activation_bits, float):
+            raise ArgumentError("activation_bits", f"must be 8, 2 or None, got {self.activation_bits!r}")
         self._check_class_weights()
         self._check_combinations()
 

@@ -74,7 +74,8 @@ def features_behind(
     group: Group,
     parts: Folded,
     recompute: bool = False,
+    bits: int | None = None,
 ) -> Tensor:
     """Return the features (B, D) that the head reads, from the rows (B, T, D) that enter `block` (`before`)."""
     entering = reference.Sequence(rows, vit.num_prefix, grid=grid)
-    return forward.features(vit, entering, [group], parts, recompute, first=block)[0]
+    return forward.features(vit, entering, [group], parts, recompute, first=block, bits=bits)[0]

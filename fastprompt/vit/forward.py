@@ -122,6 +122,7 @@ def features(
     recompute: bool = False,
     watch: Callable[[int, int, Rows, Sequence[Reads]], None] | None = None,
     first: int = 0,
+    bits: int | None = None,
 ) -> list[Tensor]:
     """Compute the features that the head reads, (B, D) for each group.
 
@@ -132,6 +133,7 @@ def features(
         recompute: keep only each block's input for the backward and compute the block again there (one group only).
         watch: called before block i with i, the number of rows that are no prompts, and what enters the block.
         first: the block that `embedded` enters; its tokens come from the block before it.
+        bits: of what the MLPs' activations keep for the backward (`compressed.activation`); None: their input.
     """
     blocks = read_blocks(vit, parts)
     last = len(blocks) - 1
@@ -180,7 +182,7 @@ def features(
                 read[j] = read[j]._replace(cross=_crossed(vit, blocks[i], i, group, part))
         if watch is not None:
             watch(i, own, x, read)
-        return run_block(blocks[i], x, read, following)
+        return run_block(blocks[i], x, read, following, bits)
 
     def ask(i: int, x: Rows) -> Rows:
         """Take the answers of the groups whose tokens only query; return x with its norm, which block i reads too."""
@@ -352,7 +354,9 @@ def prompt_keys(block: Block, prompts: Tensor) -> tuple[Tensor, Tensor]:
     return _norm(block.k_norm, k), v
 
 
-def run_block(block: Block, x: Rows, reads: Sequence[Reads], following: Block | None = None) -> Rows:
+def run_block(
+    block: Block, x: Rows, reads: Sequence[Reads], following: Block | None = None, bits: int | None = None
+) -> Rows:
     """Run one encoder block over the rows of all groups.
 
     Returns the rows that leave the block, as each group's `Reads` says, with the input of the `following` block's
@@ -360,15 +364,15 @@ def run_block(block: Block, x: Rows, reads: Sequence[Reads], following: Block | 
     """
     if len(reads) == 1 and reads[0].joining is not None and in_slots(x.data):
         data = join(block, x, reads[0])
-        data, of_data = add_mlp(block, data, data if block.post_norm else block.norm2(data), following)
+        data, of_data = add_mlp(block, data, data if block.post_norm else block.norm2(data), following, bits)
         return Rows(data, normed=of_data)
     h = attention(block, x, reads)
     if any(read.rows is not None or read.joining is not None for read in reads):
         x = Rows.pack([_leaving(part, read) for part, read in zip(x.parts(), reads, strict=True)])
     if any(read.cross is not None for read in reads):
-        data, of_data = add_crossed(block, x, h, reads, following)
+        data, of_data = add_crossed(block, x, h, reads, following, bits)
     else:
-        data, of_data = add_branches(block, x.data, h, following)
+        data, of_data = add_branches(block, x.data, h, following, bits)
     return x._replace(data=data, normed=of_data)
 
 
@@ -516,19 +520,21 @@ def one_query_attention(block: Block, q: Tensor, rows: Tensor, read: Reads) -> T
     return out if block.qkv.bias is None else out + block.qkv.bias[2 * inner :]
 
 
-def add_branches(block: Block, x: Tensor, h: Tensor, following: Block | None = None) -> tuple[Tensor, Tensor | None]:
+def add_branches(
+    block: Block, x: Tensor, h: Tensor, following: Block | None = None, bits: int | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Compute the block's output from its input rows x and their projected attention h, both (B, R, D).
 
     Also returns the input of the `following` block's projections.
     """
     if block.post_norm:
         x = x + block.norm1(h)
-        return add_mlp(block, x, x, following)
-    return add_mlp(block, *added(x, h if block.ls1 is None else h * block.ls1, block.norm2), following)
+        return add_mlp(block, x, x, following, bits)
+    return add_mlp(block, *added(x, h if block.ls1 is None else h * block.ls1, block.norm2), following, bits)
 
 
 def add_crossed(
-    block: Block, x: Rows, h: Tensor, reads: Sequence[Reads], following: Block | None
+    block: Block, x: Rows, h: Tensor, reads: Sequence[Reads], following: Block | None, bits: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """Compute `add_branches` with the cross-attention of groups whose tokens read prompts after their attention."""
     if block.post_norm:
@@ -542,15 +548,17 @@ def add_crossed(
             for part, read in zip(parts, reads, strict=True)
         ]
     ).data
-    return add_branches(block, data, h, following)
+    return add_branches(block, data, h, following, bits)
 
 
-def add_mlp(block: Block, x: Tensor, of_x: Tensor, following: Block | None = None) -> tuple[Tensor, Tensor | None]:
+def add_mlp(
+    block: Block, x: Tensor, of_x: Tensor, following: Block | None = None, bits: int | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Compute the block's output from x (B, R, D), the residual before the MLP, and `of_x`, the MLP's input.
 
     Returns the same as `add_branches`.
     """
-    h = reference.mlp(block.mlp, of_x)
+    h = reference.mlp(block.mlp, of_x, bits)
     if block.post_norm:
         return x + block.norm2(h), None
     h = h if block.ls2 is None else h * block.ls2

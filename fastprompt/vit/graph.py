@@ -45,6 +45,8 @@ class Rewritten(Protocol):
         groups: Groups[Group],
         parts: Folded | None,
         recompute: bool = False,
+        *,
+        bits: int | None = None,
     ) -> list[Tensor]: ...
 
     def static_prefixes(

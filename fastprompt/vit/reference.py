@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprompt.kernels.prefix_attention.reference import attend
+from fastprompt.vit import compressed
 from fastprompt.vit.backbone import Backbone
 from fastprompt.vit.prompts import NO_DRAWS, Draws, Prompts
 from fastprompt.vit.weights import ACTIVATIONS, Block, Dense, MapPool, Mlp, Turns
@@ -183,11 +184,14 @@ def attended(
     return block.proj(x)
 
 
-def mlp(module: Mlp, x: Tensor) -> Tensor:
-    """Compute fc2(norm(act(fc1 x))), with the MLP's gate if it has one."""
+def mlp(module: Mlp, x: Tensor, bits: int | None = None) -> Tensor:
+    """Compute fc2(norm(act(fc1 x))), with the MLP's gate if it has one.
+
+    `bits`: of what the activation keeps for the backward (`compressed.activation`), where there is no gate; None: all.
+    """
     x, act = module.fc1(x), ACTIVATIONS[module.act]
     if module.glu == "none":
-        x = act(x)
+        x = act(x) if bits is None else compressed.activation(x, module.act, bits)
     else:
         first, second = x.chunk(2, dim=-1)
         x = act(first) * second if module.glu == "first" else first * act(second)

@@ -50,6 +50,7 @@ def features(
     groups: Groups[Group],
     parts: Folded | None,
     recompute: bool = False,
+    bits: int | None = None,
 ) -> list[Tensor]:
     """Compute the features that the head reads, (B, D) for each group.
 
@@ -58,12 +59,14 @@ def features(
     sizes = [len(embedded.tokens) if group.size is None else group.size for group in groups]
     tokens_of = [embedded.tokens] if len(groups) == 1 else embedded.tokens.split(sizes)
     return [
-        group_features(vit, Sequence(tokens, embedded.num_prefix, grid=embedded.grid), group, recompute)
+        group_features(vit, Sequence(tokens, embedded.num_prefix, grid=embedded.grid), group, recompute, bits)
         for tokens, group in zip(tokens_of, groups, strict=True)
     ]
 
 
-def group_features(vit: Backbone, embedded: Sequence, group: Group, recompute: bool = False) -> Tensor:
+def group_features(
+    vit: Backbone, embedded: Sequence, group: Group, recompute: bool = False, bits: int | None = None
+) -> Tensor:
     """Compute (B, D), the head's input for one group; without prompts this runs the plain graph."""
     generator, context, draws, readout = group.generator, group.context, group.draws, group.readout
     if generator is None:
@@ -81,10 +84,10 @@ def group_features(vit: Backbone, embedded: Sequence, group: Group, recompute: b
         read = "prompts" in readout if i == last else i + 1 not in generator.layers
         if recompute and torch.is_grad_enabled():
             x, prompts = checkpoint(
-                run_block, block, layout, x, prompts, read, use_reentrant=False, preserve_rng_state=False
+                run_block, block, layout, x, prompts, read, bits, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            x, prompts = run_block(block, layout, x, prompts, read)
+            x, prompts = run_block(block, layout, x, prompts, read, bits)
     if vit.norm is not None:
         x, prompts = vit.norm(x), None if prompts is None else vit.norm(prompts)
     if readout == "patches" or prompts is None:
@@ -95,24 +98,24 @@ def group_features(vit: Backbone, embedded: Sequence, group: Group, recompute: b
 
 
 def run_block(
-    block: SwinBlock, layout: Layout, x: Tensor, prompts: Tensor | None, read: bool
+    block: SwinBlock, layout: Layout, x: Tensor, prompts: Tensor | None, read: bool, bits: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Run patches x (B, T, C) and prompts (1 or B, P, C) through one block; return prompts only if they are `read`."""
     if block.post_norm:
         h, p = attention(block, layout, x, prompts, read)
         x = x + block.norm1(h)
-        x = x + block.norm2(mlp(block.mlp, x))
+        x = x + block.norm2(mlp(block.mlp, x, bits))
         if p is None or prompts is None:
             return x, None
         prompts = prompts + block.norm1(p)
-        return x, prompts + block.norm2(mlp(block.mlp, prompts))
+        return x, prompts + block.norm2(mlp(block.mlp, prompts, bits))
     h, p = attention(block, layout, block.norm1(x), None if prompts is None else block.norm1(prompts), read)
     x = x + h
-    x = x + mlp(block.mlp, block.norm2(x))
+    x = x + mlp(block.mlp, block.norm2(x), bits)
     if p is None or prompts is None:
         return x, None
     prompts = prompts + p
-    return x, prompts + mlp(block.mlp, block.norm2(prompts))
+    return x, prompts + mlp(block.mlp, block.norm2(prompts), bits)
 
 
 def attention(

@@ -172,7 +172,7 @@ def test_groups_of_images_equal_each_alone(model_of: Build, tiny_images: Tensor,
 def rows_seen(model: fp.PromptedViT, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows of each block's MLP are computed."""
     rows, original = [], reference.mlp
-    monkeypatch.setattr(reference, "mlp", lambda module, x: rows.append(x.shape[1]) or original(module, x))
+    monkeypatch.setattr(reference, "mlp", lambda module, x, *rest: rows.append(x.shape[1]) or original(module, x))
     model.eval()(images)
     return rows
 

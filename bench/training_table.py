@@ -1,0 +1,394 @@
+"""Measure what training costs, and write results/training.md: `python bench/training_table.py [PART ...]`.
+
+* steps: a training step (forward, cross-entropy, backward, SGD) of VPT-deep on ViT-B/16 at 224 px with 10, 50 and 100
+  prompts, against the papers' graph as its authors train it, float32 eager. Where the processor multiplies bfloat16,
+  both graphs also run in it, eager and compiled. All ways take turns.
+* memory: peak resident memory of one step in a process of its own.
+* files: `fp.fit` on JPEG files, which it reads, decodes and flips in every epoch, against the step alone.
+* bits: what activations in 8 and 2 bits save, and how far gradients are from the exact ones, on published weights.
+
+What is measured lies in .benchmarks/training.json, so that parts can be measured at different times; the tables hold
+all parts that are there. `make bench-training` measures everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from cost import count_saved, random_backbone
+from data_table import write_images
+from forward_table import cell, ratio
+from torch import Tensor
+
+import fastprompt as fp
+from fastprompt.cost import cost
+from fastprompt.files import atomic_write
+from fastprompt.memory import peak_memory_mib, reset_peak_memory
+from fastprompt.vit.linear import bfloat16_is_fast
+
+MEASURED, OUT = Path(".benchmarks/training.json"), Path("results/training.md")
+PROMPTS, BATCH = (10, 50, 100), 8
+THEIRS = "papers' graph, float32 eager"
+GOALS = {"float32": (1.17, 1.40, 1.68), "bfloat16": (4.5, 5.0, 6.5)}
+EQUAL_GOALS = (1.15, 1.4, 1.65)
+"""× the better of the papers' graph in bfloat16 eager and compiled."""
+MEMORY = {
+    "papers' graph, float32": 1.0,
+    "rewritten, float32": 0.6,
+    "rewritten, bfloat16": 0.5,
+    "rewritten, bfloat16, blocks recomputed": 0.25,
+    "papers' graph, bfloat16": None,
+    "rewritten, bfloat16, activations in 8 bits": None,
+    "rewritten, bfloat16, activations in 2 bits": None,
+}
+"""Ways whose memory is measured, with the goal as a share of the first."""
+FILES_GOAL = 0.9
+BITS_GOALS = {8: 0.80, 2: 0.65}
+
+
+def build(num_prompts: int, dtype: str, backbone: fp.FrozenViT | None = None) -> fp.PromptedViT:
+    """VPT-deep on a random ViT-B/16 in training mode, with a linear head of 10 classes."""
+    backbone = random_backbone().to(getattr(torch, dtype)) if backbone is None else backbone
+    torch.manual_seed(0)
+    return fp.PromptedViT(backbone, fp.VPTConfig(num_prompts), num_classes=10).train()
+
+
+def stepper(model: fp.PromptedViT, forward: Callable[[Tensor], Any]) -> Callable[[Tensor, Tensor], None]:
+    """Return a function that takes one training step on a batch."""
+    optimizer = torch.optim.SGD([p for _, p in model.trainable_parameters()], lr=1e-3, momentum=0.9)
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(forward(images).float(), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Return how long a call takes."""
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def steps(rounds: int) -> dict[str, Any]:
+    """Time all ways at each number of prompts."""
+    plain = random_backbone().float()
+    fast = bfloat16_is_fast(torch.device("cpu"))
+    half = copy.deepcopy(plain).to(torch.bfloat16) if fast else None
+    images, labels = torch.randn(BATCH, 3, 224, 224), torch.arange(BATCH) % 10
+    found: dict[str, Any] = {}
+    for num_prompts in PROMPTS:
+        torch._dynamo.reset()
+        model = build(num_prompts, "float32", plain)
+        ways = {
+            THEIRS: stepper(model, model.reference_forward),
+            "rewritten, float32 eager": stepper(model, model),
+        }
+        if num_prompts == 50:
+            for bits in (8, 2):
+                own = copy.deepcopy(model)
+                own.set_activation_bits(bits)
+                ways[f"rewritten, float32 eager, activations in {bits} bits"] = stepper(own, own)
+        if half is not None:
+            model = build(num_prompts, "bfloat16", half)
+            for graph, forward in (("papers' graph", model.reference_forward), ("rewritten", model.forward)):
+                ways[f"{graph}, bfloat16 eager"] = stepper(model, forward)
+                ways[f"{graph}, bfloat16 compiled"] = stepper(model, torch.compile(forward))
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(rounds + 1):
+            for name, step in ways.items():
+                taken = seconds(lambda step=step: step(images, labels))
+                if turn:  # the first one warms up
+                    times[name].append(taken)
+        found[str(num_prompts)] = times
+        flops = [cost(plain, fp.VPTConfig(num_prompts), graph=g, training=True, batch=BATCH).flops for g in GRAPHS]
+        found[str(num_prompts)]["flops"] = flops
+        print(f"{num_prompts} prompts: { ({n: round(statistics.median(t), 2) for n, t in times.items()}) }", flush=True)
+    return found
+
+
+GRAPHS = ("papers", "rewritten")
+
+
+def memory_of(way: str, batch: int) -> float:
+    """Return the peak resident MiB of this process in one step at 50 prompts."""
+    torch.set_num_threads(1)
+    model = build(50, "bfloat16" if "bfloat16" in way else "float32")
+    model.set_grad_checkpointing("recomputed" in way)
+    model.set_activation_bits(int(way.split()[-2]) if way.endswith("bits") else None)
+    step = stepper(model, model.reference_forward if way.startswith("papers") else model)
+    images, labels = torch.randn(batch, 3, 224, 224), torch.arange(batch) % 10
+    gc.collect()
+    reset_peak_memory(torch.device("cpu"))
+    step(images, labels)
+    return peak_memory_mib()
+
+
+def memory(batch: int) -> dict[str, Any]:
+    """Measure every way in a process of its own."""
+    found: dict[str, Any] = {"batch": batch}
+    for way in MEMORY:
+        command = [sys.executable, __file__, "--one", way, "--batch", str(batch)]
+        found[way] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+        print(f"{way}: {found[way]:.0f} MiB", flush=True)
+    return found
+
+
+def files(number: int, epochs: int) -> dict[str, Any]:
+    """Time `fit` on files against the step alone, before and after it."""
+    dtype = "bfloat16" if bfloat16_is_fast(torch.device("cpu")) else "float32"
+    found: dict[str, Any] = {"images": number, "dtype": dtype, "epochs": epochs}
+    with tempfile.TemporaryDirectory(prefix="fastprompt-") as folder:
+        for split, count in (("train", number), ("val", BATCH)):
+            for name in ("a", "b"):
+                (path := Path(folder) / split / name).mkdir(parents=True)
+                paths = write_images(path, count // 2, "jpg")
+        found["file_kib"] = Path(paths[0]).stat().st_size / 2**10
+        data = fp.load_data(folder, image_size=224, augment="flip")
+        found["reading"] = number / seconds(lambda: [data.train[i] for i in range(number)])
+        model = build(50, "float32")
+        model.set_backbone_dtype(getattr(torch, dtype))
+        step, (images, labels) = stepper(model, model), next(iter(torch.utils.data.DataLoader(data.train, BATCH)))
+        step(images, labels)
+        alone = [seconds(lambda: step(images, labels)) for _ in range(3)]
+        for workers in (0, 1):
+            recipe = fp.default_recipe(model.config).replace(
+                epochs=epochs, batch_size=BATCH, dtype=dtype, num_workers=workers, warmup_epochs=0
+            )
+            result = fp.fit(model, data.train, data.val, recipe, progress=False)
+            found[f"{workers} workers"] = [event["images_per_second"] for event in result.history]
+            model.train()
+            alone += [seconds(lambda: step(images, labels)) for _ in range(3)]
+    found["step"] = [BATCH / taken for taken in alone]
+    print(found, flush=True)
+    return found
+
+
+def bits(weights: str) -> dict[str, Any]:
+    """Count saved bytes, and compare gradients of a batch with the exact ones."""
+    found: dict[str, Any] = {"weights": weights}
+    model = build(50, "bfloat16")
+    images = torch.randn(4, 3, 224, 224)
+    for kept in (None, *BITS_GOALS):
+        model.set_activation_bits(kept)
+        model(images)
+        gc.collect()
+        formula = cost(model.backbone, model.config, training=True, batch=4, activation_bits=kept).saved_bytes
+        found[f"saved, {kept}"] = [formula, count_saved(lambda: model(images)) / 4]
+    backbone = fp.load_backbone(weights)
+    data = fp.load_data("fashion-mnist", image_size=backbone.image_size, num_train=50, num_val=50, num_test=0)
+    images, labels = next(iter(torch.utils.data.DataLoader(data.train, BATCH)))
+    for dtype in ("float32", "bfloat16") if bfloat16_is_fast(torch.device("cpu")) else ("float32",):
+        model = build(50, dtype, backbone.to(getattr(torch, dtype)))
+        gradients = []
+        for kept in (None, *BITS_GOALS):
+            model.set_activation_bits(kept)
+            model.zero_grad()
+            F.cross_entropy(model(images).float(), labels).backward()
+            assert model.generator is not None
+            gradients.append(torch.cat([p.grad.flatten() for p in model.generator.parameters() if p.grad is not None]))
+        for kept, gradient in zip(BITS_GOALS, gradients[1:], strict=True):
+            error = (gradient - gradients[0]).norm() / gradients[0].norm()
+            found[f"error, {dtype}, {kept}"] = [
+                float(error),
+                float(F.cosine_similarity(gradient, gradients[0], dim=0)),
+            ]
+    print(found, flush=True)
+    return found
+
+
+def steps_table(part: dict[str, Any]) -> list[str]:
+    """The lines on steps."""
+    ways = list(dict.fromkeys(name for times in part["found"].values() for name in times if name != "flops"))
+    columns = [part["found"][str(number)] for number in PROMPTS]
+    lines = [
+        "## A training step",
+        "",
+        f"VPT-deep on ViT-B/16 at 224 px, batch {BATCH}, random weights. The second row is images a second of the "
+        "papers' graph as its authors train it; × is times as fast. Medians over rounds in which all ways take turns, "
+        "in brackets the rounds but the lowest and the highest, behind it the goal: ≥ where the upper end reaches it.",
+        "",
+        f"| training step, prompts | {' | '.join(map(str, PROMPTS))} |",
+        "|---|" + "---:|" * len(PROMPTS),
+        "| FLOPs by formula, papers' graph / rewritten | "
+        + " | ".join(f"{c['flops'][0] / c['flops'][1]:.2f}" for c in columns)
+        + " |",
+        f"| {THEIRS}, images/s | " + " | ".join(f"{BATCH / statistics.median(c[THEIRS]):.2f}" for c in columns) + " |",
+    ]
+    for way in ways[1:]:
+        goals = GOALS["bfloat16" if "bfloat16" in way else "float32"] if way.startswith("rewritten") else None
+        goals = None if "bits" in way else goals
+        cells = [
+            cell(ratio(c[THEIRS], c[way]), None if goals is None else goals[i]) if way in c else ""
+            for i, c in enumerate(columns)
+        ]
+        lines.append(f"| {way}, × | {' | '.join(cells)} |")
+    if any("bfloat16" in way for way in ways):
+        cells = []
+        for i, c in enumerate(columns):
+            theirs, ours = (
+                min((c[f"{g}, bfloat16 {w}"] for w in ("eager", "compiled")), key=statistics.median)
+                for g in ("papers' graph", "rewritten")
+            )
+            cells.append(cell(ratio(theirs, ours), EQUAL_GOALS[i]))
+        lines.append(f"| rewritten, the better in bfloat16, × the papers' better in bfloat16 | {' | '.join(cells)} |")
+    return lines
+
+
+def memory_table(part: dict[str, Any]) -> list[str]:
+    """The lines on memory."""
+    found = part["found"]
+    first = found[next(iter(MEMORY))]
+    lines = [
+        "## Memory of a training step",
+        "",
+        f"Peak resident memory of a process that takes one step at batch {found['batch']} with 50 prompts, one thread, "
+        "PyTorch and weights included, and its share of the first row's.",
+        "",
+        "| one step | MiB | share | goal |",
+        "|---|---:|---:|---:|",
+    ]
+    for way, goal in MEMORY.items():
+        share = found[way] / first
+        said = "" if goal is None or goal == 1 else f"{'≤' if share <= goal else '**>**'} {goal:g}"
+        lines.append(f"| {way} | {found[way]:,.0f} | {share:.2f} | {said} |")
+    return lines
+
+
+def files_table(part: dict[str, Any]) -> list[str]:
+    """The lines on files."""
+    found = part["found"]
+    step = statistics.median(found["step"])
+    lines = [
+        "## From JPEG files",
+        "",
+        f"`fp.fit` on {found['images']} JPEG files of 500 x 375 pixels ({found['file_kib']:.0f} KiB), which are read, "
+        f"decoded, scaled, cropped and flipped in every epoch; VPT-deep with 50 prompts in {found['dtype']}, "
+        f"batch {BATCH}, medians over {found['epochs']} epochs. The step alone runs on a batch in memory, before, "
+        f"between and after. The goal is {FILES_GOAL:.0%} of it.",
+        "",
+        "| | images/s | of the step alone |",
+        "|---|---:|---:|",
+        f"| reading alone, in the training process | {found['reading']:.1f} | |",
+        f"| the step alone | {step:.2f} | |",
+    ]
+    for workers in (0, 1):
+        speed = statistics.median(found[f"{workers} workers"])
+        said = "≥" if speed >= FILES_GOAL * step else "**<**"
+        lines.append(
+            f"| `fp.fit`, `num_workers={workers}` | {speed:.2f} | {speed / step:.1%} {said} {FILES_GOAL:.0%} |"
+        )
+    return lines
+
+
+def bits_table(part: dict[str, Any]) -> list[str]:
+    """The lines on activations in few bits."""
+    found = part["found"]
+    exact = found["saved, None"][1]
+    errors = {key: value for key, value in found.items() if key.startswith("error")}
+    lines = [
+        "## Activations in few bits",
+        "",
+        "`Recipe.activation_bits`: what a step of VPT-deep with 50 prompts keeps for its backward of an image, "
+        "ViT-B/16 in bfloat16 at batch 4; and the distance of the prompts' gradient from the exact one, relative to "
+        f"its norm, and its cosine, of a fresh adapter on `{found['weights']}` for {BATCH} images of Fashion-MNIST.",
+        "",
+        "| bits | by formula, MiB | measured, MiB | share | "
+        + " | ".join(
+            f"{way} {dtype}"
+            for dtype in dict.fromkeys(key.split(", ")[1] for key in errors)
+            for way in ("error in", "cosine in")
+        )
+        + " |",
+        "|---|---:|---:|---:|" + "---:|" * len(errors),
+        f"| all | {found['saved, None'][0] / 2**20:.2f} | {exact / 2**20:.2f} | 1.00 | "
+        + " | ".join([""] * len(errors))
+        + " |",
+    ]
+    for kept, goal in BITS_GOALS.items():
+        formula, measured = found[f"saved, {kept}"]
+        share = measured / exact
+        own = [value for key, value in errors.items() if key.endswith(f", {kept}")]
+        cells = " | ".join(f"{error:.2g} | {cosine:.5f}" for error, cosine in own)
+        lines.append(
+            f"| {kept} | {formula / 2**20:.2f} | {measured / 2**20:.2f} | {share:.3f} "
+            f"{'≤' if share <= goal else '**>**'} {goal:.2f} | {cells} |"
+        )
+    return lines
+
+
+TABLES = {"steps": steps_table, "memory": memory_table, "files": files_table, "bits": bits_table}
+
+
+def machine() -> str:
+    """The processor, threads and version, as each table says them."""
+    name = platform.processor() or platform.machine()
+    cpus = Path("/proc/cpuinfo")
+    if cpus.is_file():
+        names = [line.partition(":")[2].strip() for line in cpus.read_text().splitlines() if "model name" in line]
+        name = names[0] if names else name
+    units = torch.backends.cpu.get_cpu_capability()
+    return f"{name} ({units}), {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(TABLES)}; all if none is named")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of the steps")
+    parser.add_argument("--batch", type=int, default=32, help="batch of the memory's step")
+    parser.add_argument("--images", type=int, default=24, help="number of files")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs over the files")
+    parser.add_argument("--weights", default="clip-vit-b16", help="published weights for the gradients")
+    parser.add_argument("--measured", type=Path, default=MEASURED)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(memory_of(arguments.one, arguments.batch))
+        return
+    if unknown := set(arguments.parts) - set(TABLES):
+        parser.error(f"argument PART: must be among {', '.join(TABLES)}, got {', '.join(sorted(unknown))}")
+    if arguments.rounds < 3:
+        parser.error("argument --rounds: must be at least 3")
+    measure = {
+        "steps": lambda: steps(arguments.rounds),
+        "memory": lambda: memory(arguments.batch),
+        "files": lambda: files(arguments.images, arguments.epochs),
+        "bits": lambda: bits(arguments.weights),
+    }
+    parts = json.loads(arguments.measured.read_text()) if arguments.measured.is_file() else {}
+    for name in arguments.parts or TABLES:
+        parts[name] = {"machine": machine(), "found": measure[name]()}
+        arguments.measured.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(arguments.measured, json.dumps(parts))
+    lines = [
+        "# What training costs",
+        "",
+        "`make bench-training`, random weights and prompts where no others are named.",
+        "",
+    ]
+    for name, table in TABLES.items():
+        if name in parts:
+            lines += [*table(parts[name]), "", f"Measured on an {parts[name]['machine']}.", ""]
+    atomic_write(arguments.out, "\n".join(lines))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
