@@ -71,6 +71,7 @@ if TYPE_CHECKING:  # what `__getattr__` below finds at run time
         fit as fit,
     )
     from fastprompt.train.grid import summarise_seeds as summarise_seeds
+    from fastprompt.train.plan import Plan as Plan, plan as plan
     from fastprompt.train.probe import fit_linear_probe as fit_linear_probe
     from fastprompt.train.recipes import (
         Recipe as Recipe,
@@ -132,6 +133,8 @@ _PUBLIC = {
     "fit": "fastprompt.train.fit",
     "Callback": "fastprompt.train.callbacks",
     "find_lr": "fastprompt.train.find_lr",
+    "plan": "fastprompt.train.plan",
+    "Plan": "fastprompt.train.plan",
     "summarise_seeds": "fastprompt.train.grid",
     "FitResult": "fastprompt.train.fit",
     "Recipe": "fastprompt.train.recipes",

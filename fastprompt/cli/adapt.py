@@ -123,6 +123,8 @@ class Adapt:
     """Fit a linear probe first, and warn if the result is below it."""
     track: Annotated[list[str], tyro.conf.arg(metavar="NAME"), tyro.conf.UseAppendAction] = field(default_factory=list)
     """Experiment tracker: tensorboard, wandb or trackio; repeat for several."""
+    explain: bool = False
+    """Print what is computed once and how large it is, and exit before anything is trained or written."""
     progress: bool = True
     """Show a progress bar and a line per epoch on standard error."""
     device: str = "auto"
@@ -192,13 +194,16 @@ def adapt_settings(command: Adapt) -> RunSettings:
 
 def adapt(command: Adapt) -> None:
     """Run `fastprompt adapt`."""
-    from fastprompt.runs.execute import execute
+    from fastprompt.runs.execute import execute, plan_of
     from fastprompt.runs.tables import results_table
     from fastprompt.train.ranks import leave_job
     from fastprompt.train.termination import sigterm_handled
 
     settings = adapt_settings(command)
     set_threads(command.threads)
+    if command.explain:
+        say(str(plan_of(settings, command.device)))
+        return
     with argument_names(callbacks="track"), sigterm_handled():
         results = execute(
             settings,

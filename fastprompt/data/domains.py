@@ -53,6 +53,16 @@ class DomainSet(Dataset[tuple[torch.Tensor, int]]):
         self._index: list[tuple[int, int]] = []
         self.set_epoch(0)
 
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes of all resized images."""
+        return sum(part.decoded_bytes for part in self.parts)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the resized images that are kept in memory once they have been read."""
+        return sum(part.kept_bytes for part in self.parts)
+
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that draws the images and seeds their augmentations. Call it before each epoch."""
         for part in self.parts:

@@ -55,7 +55,7 @@ class ImageSet(Dataset[tuple[torch.Tensor, int]]):
         self.labels = [pool.labels[i] for i in self.indices]
         self._kept: torch.Tensor | None = None
         self._has: list[bool] = []
-        if len(self.indices) * 3 * size[0] * size[1] <= KEEP_BYTES:
+        if self.decoded_bytes <= KEEP_BYTES:
             self._kept = torch.empty(len(self.indices), 3, *size, dtype=torch.uint8)
             self._has = [False] * len(self.indices)
 
@@ -85,6 +85,16 @@ class ImageSet(Dataset[tuple[torch.Tensor, int]]):
             "augment_seed": None if augment is None else self.seed,
             "files": digest.hexdigest(),
         }
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes of all resized images."""
+        return len(self.indices) * 3 * self.size[0] * self.size[1]
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the resized images that are kept in memory once they have been read; 0 if they are not."""
+        return 0 if self._kept is None else self._kept.nbytes
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that seeds the augmentations. Call it before each epoch."""

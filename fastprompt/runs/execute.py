@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fastprompt.train.callbacks import Callback
     from fastprompt.train.directory import RunDirectory
     from fastprompt.train.evaluate import Evaluation
+    from fastprompt.train.plan import Plan
     from fastprompt.train.ranks import Ranks
     from fastprompt.train.recipes import Recipe
     from fastprompt.train.run import Options
@@ -295,6 +296,27 @@ def _followers(ranks: Ranks) -> Iterator[Callable[[], None]]:
             tell(False)
         raise
     tell(False)
+
+
+def plan_of(settings: RunSettings, device: str = "auto", cache_dir: Path | None = None) -> Plan:
+    """Return what a run with these settings computes once (`fastprompt.plan`); nothing is trained or written.
+
+    Args:
+        device: a name that `fastprompt.runs.devices.find_device` takes.
+        cache_dir: as in `fastprompt.fit`.
+
+    Raises:
+        ValueError, TypeError: the settings are wrong.
+    """
+    from fastprompt.train.plan import plan
+    from fastprompt.train.recipes import adjusted_recipe
+
+    get_method(settings.method).config(settings.options)
+    recipe = adjusted_recipe(settings.method, settings.recipe, train_backbone=settings.train_backbone)
+    backbone = _backbone_on(find_device(device), settings)
+    splits = load_run_data(settings, square_size(backbone))
+    model = build_model(settings, backbone, splits.class_names, recipe.seed)
+    return plan(model, splits.train, splits.val, recipe, cache_dir=cache_dir)
 
 
 def _follow(

@@ -87,21 +87,27 @@ class Constants:
         self.layout, self.bytes = self._laid_out(self._parts(images, labels))
         needed = count * self.bytes
         if needed > self.recipe.cache_gib * _GIB:
-            return (
-                f"the constants of {count:,} images take {_gib(needed)}, more than cache_gib={self.recipe.cache_gib:g}"
-            )
+            limit = f"more than cache_gib={self.recipe.cache_gib:g}"
+            return f"the constants of {count:,} images take {size_of(needed)}, {limit}"
         return ""
 
     def describe(self, count: int) -> str:
         """Say what is kept of `count` images."""
-        names = {part.name.partition(".")[0] for part in self.layout} & set(CAST)
-        blocks = sum(part.name.startswith(("inputs.", "keys.")) for part in self.layout)
-        what = f"{' and '.join(sorted(names))} of {blocks} blocks" if blocks else "what enters the first prompted block"
         where = "memory" if self.directory is None else str(self.directory)
         return (
-            f"kept for all epochs: {what}, {count:,} images in {self.dtype}, {self.bytes:,} bytes each, "
-            f"{_gib(count * self.bytes)} in {where}"
+            f"kept for all epochs: {self.what()}, {count:,} images in {self.dtype}, {self.bytes:,} bytes each, "
+            f"{size_of(count * self.bytes)} in {where}"
         )
+
+    def what(self) -> str:
+        """Say what is kept of an image."""
+        names = {part.name.partition(".")[0] for part in self.layout} & set(CAST)
+        blocks = sum(part.name.startswith(("inputs.", "keys.")) for part in self.layout)
+        return f"{' and '.join(sorted(names))} of {blocks} blocks" if blocks else "what enters the first prompted block"
+
+    def place(self, name: str) -> str:
+        """Say where the records of `name` are kept: "memory" or the directory."""
+        return "memory" if self._path(name) is None else str(self.directory)
 
     def kept(self, name: str, data: Any) -> tuple[Tensor, Tensor]:
         """Return records (N, bytes) uint8 of the images of `data`, and labels (N,), in the order of the data.
@@ -214,8 +220,10 @@ class Constants:
 
     def _path(self, name: str) -> Path | None:
         """The file for the images of `name`; None: they are kept in memory."""
+        if self.directory is None:
+            return None
         images = self.facts[name]["images"]
-        if self.directory is None or images is None or self.facts[name]["read"] < self.facts[name]["num_images"]:
+        if images is None or self.facts[name]["read"] < self.facts[name]["num_images"]:
             return None  # a file must not be taken for that of images which nothing has compared
         key = hashlib.sha256(json.dumps(self._facts(name), sort_keys=True).encode()).hexdigest()
         return self.directory / f"{key[:32]}{_SUFFIX}"
@@ -285,5 +293,6 @@ def _dtype(name: str) -> torch.dtype:
     return found
 
 
-def _gib(size: int) -> str:
+def size_of(size: int) -> str:
+    """Return a number of bytes for people."""
     return f"{size / _GIB:.2f} GiB" if size >= _GIB / 10 else f"{size / 2**20:.1f} MiB"

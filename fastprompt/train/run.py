@@ -152,9 +152,11 @@ class Run:
         """
         self.data.try_out()
         began = time.perf_counter()
-        constants = self.data.find_constants(self.cache_dir, data, self._say)
+        plan = self.data.make_plan(self.cache_dir, data)
+        if plan.said:
+            self._say(plan.said)
         self.train, self.val = self.data.batches()
-        self.feature_seconds = time.perf_counter() - began if self.data.cached or constants else 0.0
+        self.feature_seconds = time.perf_counter() - began if plan.reads != "images" else 0.0
         self.loop = Loop(
             self.model,
             self.state.optimizer,
@@ -164,7 +166,7 @@ class Run:
             self.val,
             self.data.cached,
             self.ranks,
-            constants,
+            plan.constants,
         )
 
     def start(self, files: Mapping[str, str]) -> None:

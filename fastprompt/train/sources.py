@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastprompt.arguments import ArgumentError
 from fastprompt.train.batches import Batches, is_tensor_pair, num_images
-from fastprompt.train.constants import Constants, reason_against
+from fastprompt.train.constants import Constants
 from fastprompt.train.evaluate import device_of, evaluation_mode
+from fastprompt.train.plan import Plan, make_plan
 from fastprompt.train.ranks import Ranks, check_shares
 from fastprompt.train.recipes import Recipe
 from fastprompt.train.tasks import class_labels, kind_of_labels, make_task, needs_counts
@@ -30,7 +31,7 @@ class RunData:
         kind: of the labels (`kind_of_labels`). task: what the model's outputs are compared with.
         fixed: whether images are the same in every epoch.
         cached: whether the batches hold features for the head (a linear probe on images that never change).
-        constants: whose records the batches hold; see `find_constants`.
+        constants: whose records the batches hold; see `make_plan`.
 
     Raises:
         ValueError: recipe and labels do not fit each other.
@@ -55,26 +56,17 @@ class RunData:
         self.cached = self.fixed and model.generator is None and not model.full
         self.constants: Constants | None = None
 
-    def find_constants(
-        self, directory: Path | None, facts: Mapping[str, Any], say: Callable[[str], None]
-    ) -> Constants | None:
-        """Return what keeps the constants of this run; None if it has none, or they take too much room.
+    def make_plan(self, directory: Path | None, facts: Mapping[str, Any] | None) -> Plan:
+        """Plan what this run computes once (`fastprompt.train.plan`), and keep to it.
 
         Args:
-            directory: where they are kept; None: in memory.
-            facts: result of `data_identities`.
-            say: called with what is kept, or why nothing is.
+            directory: where constants are kept; None: in memory.
+            facts: result of `data_identities`; needed with a directory.
         """
-        if self.cached or reason_against(self.model, self.recipe, self.fixed):
-            return None
-        constants = Constants(self.model, self.recipe, directory, facts, self.kind)
-        reason = constants.prepare({"train": self.train, "val": self.val})
-        if reason:
-            say(f"nothing is kept for all epochs: {reason}")
-            return None
-        say(constants.describe(num_images(self.train, "train") + num_images(self.val, "val")))
-        self.constants = constants
-        return constants
+        data = {"train": self.train, "val": self.val}
+        plan = make_plan(self.model, data, self.recipe, self.cached, self.fixed, directory, facts, self.kind)
+        self.constants = plan.constants
+        return plan
 
     def batches(self) -> tuple[Batches, Batches]:
         """Return the batches of training and validation; this computes the features if they are cached."""
