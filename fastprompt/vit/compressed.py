@@ -98,4 +98,5 @@ class _Compressed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *others: None) -> tuple[Tensor | None, None, None]:
         if grad is None:
             return None, None, None
-        return grad * dequantised(*ctx.saved_tensors, ctx.columns).to(grad.dtype), None, None
+        codes, values = ctx.saved_tensors
+        return grad * dequantised(codes, values, ctx.columns).to(grad.dtype), None, None
