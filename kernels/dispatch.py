@@ -22,14 +22,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastprompt.kernels import native as library, stopwatch
+from fastprompt.kernels.launch import Plans, unseen
 
 BACKENDS = ("auto", "reference", "triton", "native")
 NAMES = {"triton": "Triton", "native": "native"}
 
 _wanted: ContextVar[str] = ContextVar("fastprompt_backend", default="auto")
+_latest = "auto"  # what `use_backend` asked for last, in any context
+COMPILES_CONTEXTS = TorchVersion(torch.__version__) >= (2, 14)  # `torch.compile` before it cannot read a ContextVar
 _in_graphs: ContextVar[bool] = ContextVar("fastprompt_native_in_graphs", default=False)
 
 
@@ -40,9 +44,22 @@ class Choice(NamedTuple):
     reason: str
 
 
+class Settled(NamedTuple):
+    """What was chosen for calls with the same arguments, and the plans of these calls."""
+
+    choice: Choice
+    plans: Plans
+
+
 choices: dict[str, Choice] = {}  # the last choice of each op
 measured: dict[tuple[Any, ...], dict[str, float]] = {}  # signature of a call → seconds of one call by implementation
+failures: dict[tuple[Any, ...], str] = {}  # signature of a call → why its kernels cannot run
 _warned: set[tuple[str, str]] = set()
+_settled: dict[tuple[Any, ...], Settled] = {}  # by `call_of`
+REMEMBERED_ON = ("cuda",)
+"""Types of device on which the host is what a small call waits for."""
+MOST = 4096
+"""Calls that are remembered; beyond that all are forgotten."""
 
 
 @contextmanager
@@ -53,19 +70,24 @@ def use_backend(name: str) -> Iterator[None]:
     tensors these are the Triton kernels (unmeasured inside `torch.compile` and in a graph capture that meets the shape
     first), at inference on a CPU the native ones (PyTorch inside `torch.compile` and under a dispatch mode: compilers,
     exporters and counters know its operators; `native_in_graphs` allows the native ones there). PyTorch is the
-    reference, or, training on a CPU, an op's `recompute.py`, the same with a backward that keeps its inputs alone. An
-    implementation that is asked for by name and cannot run is a `RuntimeError` that says why, never a silent detour.
+    reference, or, training on a CPU, an op's `recompute.py`, the same with a backward that keeps its inputs alone.
+    Kernels that raise when they are first timed give way to PyTorch, with a warning. An implementation that is asked
+    for by name and cannot run is a `RuntimeError` that says why, never a silent detour; an op that has none of that
+    name runs in PyTorch.
 
     Raises:
         ValueError: there is no such backend.
     """
+    global _latest
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {name!r}")
     token = _wanted.set(name)
+    _latest = name
     try:
         yield
     finally:
         _wanted.reset(token)
+        _latest = _wanted.get()
 
 
 @contextmanager
@@ -82,8 +104,42 @@ def native_in_graphs() -> Iterator[None]:
 
 
 def wanted() -> str:
-    """The backend that `use_backend` asks for here."""
-    return _wanted.get()
+    """The backend that `use_backend` asks for here; in an older torch's compiler, that it asked for last."""
+    return _wanted.get() if COMPILES_CONTEXTS or not torch.compiler.is_dynamo_compiling() else _latest
+
+
+def call_of(op: str, *arguments: Any) -> tuple[Any, ...] | None:
+    """All that checks and choice of a call depend on, beside the numbers in its tensors; None: it is not remembered.
+
+    Args:
+        arguments: tensors, None and hashable options; the first is a tensor.
+    """
+    first = arguments[0]
+    if not isinstance(first, Tensor) or first.device.type not in REMEMBERED_ON or not unseen(first):
+        return None
+    kind = first.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    call: list[Any] = [op, _wanted.get(), torch.is_grad_enabled(), autocast, stopwatch.current()]
+    for x in arguments:
+        if isinstance(x, Tensor):
+            call += (x.dtype, x.shape, x.stride(), x.device, x.requires_grad, type(x))
+        else:
+            call += (type(x), x)
+    return tuple(call)
+
+
+def recall(call: tuple[Any, ...] | None, backend: str) -> Plans | None:
+    """The plans of such calls, which passed the op's checks and run by `backend`; None: that is not known."""
+    if call is None:
+        return None
+    try:
+        settled = _settled[call]
+    except (KeyError, TypeError):  # TypeError: an argument cannot be hashed, which the op's checks refuse
+        return None
+    if settled.choice.backend != backend:
+        return None
+    choices[call[0]] = settled.choice
+    return settled.plans
 
 
 def choose(
@@ -93,6 +149,7 @@ def choose(
     recompute: bool = False,
     arguments: tuple[Any, ...] = (),
     native: str = "",
+    call: tuple[Any, ...] | None = None,
 ) -> str:
     """The implementation of `op` on a device of type `device`: "reference", "recompute", "triton" or "native".
 
@@ -102,11 +159,12 @@ def choose(
         arguments: of the call, as the implementations take them, to time two of them on; a tensor that is written must
             be detached, and is written then. None: Triton's kernels run untimed.
         native: why the native kernels, if the op has any, cannot take this call; empty: they can.
+        call: `call_of` all arguments, which passed the op's checks: the choice is remembered for it.
 
     Raises:
         RuntimeError: the backend asked for cannot run.
     """
-    wanted = _wanted.get()
+    asked = wanted()
     if (
         device == "cpu"
         and not native
@@ -114,10 +172,15 @@ def choose(
         and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
     ):
         native = "they have no backward, and gradients are recorded"
-    choice = _decide(op, wanted, device, unsupported, recompute, native)
-    if choice.backend in ("triton", "native") and wanted == "auto":
+    choice = _decide(op, asked, device, unsupported, recompute, native)
+    if choice.backend in ("triton", "native") and asked == "auto":
         choice = _faster(op, choice.backend, arguments)
+        call = call if choice.reason not in UNTIMED else None
     choices[op] = choice
+    if call is not None:
+        if len(_settled) >= MOST:
+            _settled.clear()
+        _settled[call] = Settled(choice, {})
     return choice.backend
 
 
@@ -125,6 +188,8 @@ def _decide(op: str, wanted: str, device: str, unsupported: str, recompute: bool
     obstacle = _obstacle(op, device, unsupported)
     if wanted == "reference":
         return Choice("reference", "asked for by use_backend")
+    if wanted in NAMES and not _has_module(op, wanted):
+        return Choice("recompute" if recompute else "reference", f"it has no {NAMES[wanted]} kernels")
     if wanted == "native":
         missing = _native_obstacle(op, device, native)
         if missing:
@@ -152,11 +217,17 @@ def _decide(op: str, wanted: str, device: str, unsupported: str, recompute: bool
 _decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+UNTIMED = ("", "it cannot be timed here")
+"""Reasons of choices that a later call may make anew."""
+
+
 def _faster(op: str, kernels: str, arguments: tuple[Any, ...]) -> Choice:
     """The faster of `kernels` and reference for calls like this one, timed at the first of them."""
-    untimed = Choice("triton", "") if kernels == "triton" else Choice("reference", "it cannot be timed here")
+    untimed = Choice("triton", UNTIMED[0]) if kernels == "triton" else Choice("reference", UNTIMED[1])
+    if not arguments or torch.compiler.is_dynamo_compiling():
+        return untimed
     in_graphs, compiling = kernels == "native" and _in_graphs.get(), torch.compiler.is_compiling()
-    if not arguments or torch.compiler.is_dynamo_compiling() or (compiling and not in_graphs):
+    if compiling and not in_graphs:
         return untimed
     if kernels == "native" and not in_graphs and (torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing()):
         return Choice("reference", "a dispatch mode or a tracer reads PyTorch's operators")
@@ -181,12 +252,22 @@ def _faster(op: str, kernels: str, arguments: tuple[Any, ...]) -> Choice:
         if key not in measured:
             with torch.cuda.device_of(tensors[0]):
                 timer = seconds_on_cpu if kernels == "native" else seconds
-                measured[key] = {
-                    backend: timer(_step(op, backend, arguments, trains)) for backend in (kernels, "reference")
-                }
-        return kernels if measured[key][kernels] <= measured[key]["reference"] else "reference"
+                try:
+                    of_kernels = timer(_step(op, kernels, arguments, trains))
+                except Exception as error:  # they do not compile here, or need more of the device than it has
+                    failures[key] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+                    of_kernels = float("inf")
+                measured[key] = {kernels: of_kernels, "reference": timer(_step(op, "reference", arguments, trains))}
+        slower = measured[key][kernels] > measured[key]["reference"]
+        return "reference" if slower or key in failures else kernels
 
     chosen = stopwatch.decide(key, measure, untimed.backend)
+    if key in failures and chosen == "reference":
+        reason = f"the {NAMES[kernels]} kernels failed: {failures[key]}"
+        if (op, reason) not in _warned:
+            _warned.add((op, reason))
+            warnings.warn(f"{op} runs in PyTorch: {reason}", stacklevel=4)
+        return Choice("reference", reason)
     times = measured.get(key)
     if times is None or chosen != measure():
         return Choice(chosen, "as this run chose before, or without a measurement")
@@ -198,7 +279,11 @@ def _faster(op: str, kernels: str, arguments: tuple[Any, ...]) -> Choice:
 
 
 def _can_be_timed(tensors: list[Tensor]) -> bool:
-    """Whether there is memory that can be computed on now: no fakes, no transforms, no graph being captured."""
+    """Whether there is memory that can be computed on now: no fakes, no transforms, no graph being captured, no empty
+    batch.
+    """
+    if not tensors[0].numel():
+        return False
     if torch._C._are_functorch_transforms_active() or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
         return False
     return not (tensors[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing())

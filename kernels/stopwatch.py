@@ -57,6 +57,11 @@ def kept(choices: Choices) -> Iterator[None]:
         _current.reset(token)
 
 
+def current() -> Choices | None:
+    """The `Choices` of this context."""
+    return _current.get()
+
+
 def decide(key: Hashable, measure: Callable[[], str], unmeasured: str) -> str:
     """The implementation for calls with the signature `key`.
 

@@ -56,6 +56,27 @@ def adaptive_prompts(
         ValueError: a shape or `activation` does not fit.
         RuntimeError: `use_backend` asks for an implementation that cannot run.
     """
+    arguments = (
+        tokens,
+        norm_weight,
+        norm_bias,
+        mix,
+        bias,
+        w1,
+        w2,
+        scale,
+        activation,
+        eps,
+        channel_mask,
+        hidden_mask,
+        stats,
+    )
+    call = dispatch.call_of("adaptive_prompts", *arguments)
+    plans = dispatch.recall(call, "triton")
+    if plans is not None:
+        from fastprompt.kernels.adaptive_prompts import triton
+
+        return triton.adaptive_prompts(*arguments, plans)
     if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
         raise TypeError(f"tokens must be a floating-point tensor, got {getattr(tokens, 'dtype', type(tokens))}")
     if tokens.ndim != 3:
@@ -81,21 +102,6 @@ def adaptive_prompts(
         raise ValueError("w1 and w2 must be given together")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    arguments = (
-        tokens,
-        norm_weight,
-        norm_bias,
-        mix,
-        bias,
-        w1,
-        w2,
-        scale,
-        activation,
-        eps,
-        channel_mask,
-        hidden_mask,
-        stats,
-    )
     backend = dispatch.choose(
         "adaptive_prompts",
         tokens.device.type,
@@ -103,6 +109,7 @@ def adaptive_prompts(
         dispatch.trains_on_cpu(tokens, norm_weight, norm_bias, mix),
         arguments,
         _unsupported_natively(*arguments),
+        call,
     )
     if backend == "triton":
         from fastprompt.kernels.adaptive_prompts import triton

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastprompt.kernels.launch import Plans, again, cdiv, launch, power_of_2, trains, unseen
+from fastprompt.kernels.layouts import row_major
 from fastprompt.kernels.tiles import Tiles, pick
 
 PROGRAMS = 132  # channels and rows are cut into shares until so many programs work on them
@@ -656,8 +658,8 @@ def _adaptive_prompts_sum_shares(
 
 def _shares(programs: int, size: int, block: int) -> tuple[tuple[int, int], int]:
     """The grid of `programs` per share of `size` numbers, and those of a share: as many as leave PROGRAMS programs."""
-    share = max(triton.cdiv(size, block) // triton.cdiv(PROGRAMS, programs), 1) * block
-    return (programs, triton.cdiv(size, share)), share
+    share = max(cdiv(size, block) // cdiv(PROGRAMS, programs), 1) * block
+    return (programs, cdiv(size, share)), share
 
 
 def _vectors(norm_weight: Tensor, norm_bias: Tensor, bias: Tensor) -> list[int]:
@@ -674,7 +676,7 @@ def _bottleneck(w1: Tensor | None, scale: Tensor | None, channel_mask: Tensor | 
         "BOTTLENECK": w1 is not None,
         "SCALED": scale is not None and w1 is not None,
         "HAS_CHANNELS": channel_mask is not None,
-        "BLOCK_H": 16 if w1 is None else max(triton.next_power_of_2(w1.shape[0]), 16),
+        "BLOCK_H": 16 if w1 is None else max(power_of_2(w1.shape[0]), 16),
     }
 
 
@@ -714,10 +716,12 @@ def _forward(
     if not prompts.numel():
         return prompts, mixed, sums, computed
     row = pick(TABLES["_adaptive_prompts_mix"], tokens.device, bits=8 * tokens.itemsize, given=int(stats is not None))
-    width = 64 if stats is not None else max(triton.next_power_of_2(d), 16)
+    width = 64 if stats is not None else max(power_of_2(d), 16)
     statistics, constants = computed if stats is None else stats, _bottleneck(w1, scale, channel_mask)
     with torch.cuda.device_of(tokens):
-        _adaptive_prompts_mix[(b * triton.cdiv(p, row.sizes["BLOCK_P"]) * triton.cdiv(d, width),)](
+        launch(
+            _adaptive_prompts_mix,
+            (b * cdiv(p, row.sizes["BLOCK_P"]) * cdiv(d, width),),
             tokens,
             statistics,
             mix,
@@ -735,8 +739,10 @@ def _forward(
             **row.options,
         )
         row = pick(TABLES["_adaptive_prompts_fwd"], tokens.device, bits=8 * tokens.itemsize, H=h)
-        grid, share = _shares(triton.cdiv(b * p, row.sizes["BLOCK_R"]), d, row.sizes["BLOCK_W"])
-        _adaptive_prompts_fwd[grid](
+        grid, share = _shares(cdiv(b * p, row.sizes["BLOCK_R"]), d, row.sizes["BLOCK_W"])
+        launch(
+            _adaptive_prompts_fwd,
+            grid,
             mixed,
             sums,
             norm_weight,
@@ -838,15 +844,18 @@ def _backward(
         for x in outputs:
             x.zero_()
         return outputs
+    mixed, sums = row_major(mixed), row_major(sums)
     dv = torch.empty_like(mixed)
     dunits, units = (tokens.new_empty(b * p, h, dtype=torch.float32) for _ in range(2))
-    size, bits = triton.cdiv(p * (n + 2), 16) * 16, 8 * tokens.itemsize  # aligned: the parts are summed in wide loads
+    size, bits = cdiv(p * (n + 2), 16) * 16, 8 * tokens.itemsize  # aligned: the parts are summed in wide loads
     parts = tokens.new_empty(b, size, dtype=torch.float32)
     vectors, constants = _vectors(norm_weight, norm_bias, bias), _bottleneck(w1, scale, channel_mask)
     with torch.cuda.device_of(tokens):
         row = pick(TABLES["_adaptive_prompts_bwd_prompts"], tokens.device, bits=bits, H=h)
-        grid, share = _shares(triton.cdiv(b * p, row.sizes["BLOCK_R"]), d, row.sizes["BLOCK_W"])
-        _adaptive_prompts_bwd_prompts[grid](
+        grid, share = _shares(cdiv(b * p, row.sizes["BLOCK_R"]), d, row.sizes["BLOCK_W"])
+        launch(
+            _adaptive_prompts_bwd_prompts,
+            grid,
             grad,
             mixed,
             sums,
@@ -882,7 +891,9 @@ def _backward(
             **row.options,
         )
         row = pick(TABLES["_adaptive_prompts_bwd_tokens"], tokens.device, bits=bits)
-        _adaptive_prompts_bwd_tokens[(b * triton.cdiv(n, row.sizes["BLOCK_N"]),)](
+        launch(
+            _adaptive_prompts_bwd_tokens,
+            (b * cdiv(n, row.sizes["BLOCK_N"]),),
             tokens,
             stats,
             norm_weight,
@@ -904,9 +915,11 @@ def _backward(
             **row.options,
         )
         row = pick(TABLES["_adaptive_prompts_bwd_weights"], tokens.device, H=h)
-        grid, share = _shares(triton.cdiv(d, row.sizes["BLOCK_D"]), b * p, row.sizes["BLOCK_R"])
+        grid, share = _shares(cdiv(d, row.sizes["BLOCK_D"]), b * p, row.sizes["BLOCK_R"])
         weights = tokens.new_empty(grid[1], (2 + 2 * h) * d, dtype=torch.float32)
-        _adaptive_prompts_bwd_weights[grid](
+        launch(
+            _adaptive_prompts_bwd_weights,
+            grid,
             grad,
             mixed,
             sums,
@@ -932,8 +945,10 @@ def _backward(
             **row.options,
         )
         row = pick(TABLES["_adaptive_prompts_sum_shares"], tokens.device)
-        blocks = triton.cdiv(size, row.sizes["BLOCK"]) + triton.cdiv(weights.shape[1], row.sizes["BLOCK"])
-        _adaptive_prompts_sum_shares[(blocks,)](
+        blocks = cdiv(size, row.sizes["BLOCK"]) + cdiv(weights.shape[1], row.sizes["BLOCK"])
+        launch(
+            _adaptive_prompts_sum_shares,
+            (blocks,),
             parts,
             weights,
             dmix,
@@ -1027,7 +1042,7 @@ class _AdaptivePrompts(torch.autograd.Function):
         hidden_mask: Tensor | None,
         stats: Tensor | None,
     ) -> Tensor:
-        prompts, mixed, sums, computed = _op(
+        prompts, mixed, sums, computed = (_forward if unseen(tokens) else _op)(
             tokens,
             norm_weight,
             norm_bias,
@@ -1065,7 +1080,8 @@ class _AdaptivePrompts(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         bias, w1, scale = saved[4], saved[5], saved[7]
-        dtokens, dweight, dnorm, dmix, rest, dw1, dw2 = _op_backward(
+        run = _backward if unseen(grad) else _op_backward
+        dtokens, dweight, dnorm, dmix, rest, dw1, dw2 = run(
             grad, *saved[:8], *ctx.options, *saved[8:], ctx.needs_input_grad[0]
         )
         dscale = None if scale is None else rest[:, 1].sum().to(scale.dtype)
@@ -1095,11 +1111,12 @@ def adaptive_prompts(
     channel_mask: Tensor | None,
     hidden_mask: Tensor | None,
     stats: Tensor | None = None,
+    plans: Plans | None = None,
 ) -> Tensor:
     """See `fastprompt.kernels.adaptive_prompts.adaptive_prompts`; products are in the dtype of the tokens."""
     learned = scale if isinstance(scale, Tensor) else None
     factor = 1.0 if isinstance(scale, Tensor) else float(scale)
-    return _AdaptivePrompts.apply(
+    arguments = (
         tokens,
         norm_weight,
         norm_bias,
@@ -1115,3 +1132,7 @@ def adaptive_prompts(
         hidden_mask,
         stats,
     )
+    given = (tokens, norm_weight, norm_bias, mix, bias, w1, w2, learned, channel_mask, hidden_mask, stats)
+    if unseen(tokens) and not trains(*given):
+        return again(plans, given, lambda: _forward(*arguments))[0]
+    return _AdaptivePrompts.apply(*arguments)

@@ -51,6 +51,15 @@ def library_prompts(
         ValueError: shapes, `slot` or `activation` do not fit, or arguments that exclude each other are given.
         RuntimeError: `use_backend` asks for an implementation that cannot run.
     """
+    others = (patches, prefix, position, pre_norm)
+    call = dispatch.call_of(
+        "library_prompts", logits, library, activation, out, slot, patches, prefix, position, *(pre_norm or ())
+    )
+    plans = dispatch.recall(call, "triton")
+    if plans is not None:
+        from fastprompt.kernels.library_prompts import triton
+
+        return triton.library_prompts(logits, library, activation, out, slot, *others, plans)
     constants = {"patches": patches, "prefix": prefix, "position": position}
     if pre_norm is not None:
         constants |= {"pre_norm.weight": pre_norm[0], "pre_norm.bias": pre_norm[1]}
@@ -75,7 +84,6 @@ def library_prompts(
             f"pre_norm must hold weight and bias of shape ({library.shape[1]},), "
             f"got {tuple(pre_norm[0].shape)} and {tuple(pre_norm[1].shape)}"
         )
-    others = (patches, prefix, position, pre_norm)
     obstacle = _unsupported((logits, library, out), [x for x in constants.values() if x is not None])
     if (
         dispatch.choose(
@@ -83,6 +91,7 @@ def library_prompts(
             logits.device.type,
             obstacle,
             arguments=(logits, library, activation, None if out is None else out.detach(), slot, *others),
+            call=call,
         )
         == "triton"
     ):

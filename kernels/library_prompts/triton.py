@@ -19,6 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastprompt.kernels.launch import Plans, again, cdiv, launch, power_of_2, trains, unseen
+from fastprompt.kernels.layouts import row_major
 from fastprompt.kernels.library_prompts.reference import PreNorm
 from fastprompt.kernels.tiles import Tiles, pick
 
@@ -412,8 +414,8 @@ def _launch_forward(
     f, n = 0 if prefix is None else prefix.shape[1], 0 if patches is None else patches.shape[1]
     mixed = mixed if mixed.numel() else prompts
     row = pick(TABLES["_library_prompts_fwd"], logits.device, K=k, M=m, D=d)
-    tiles = triton.cdiv(d, row.sizes["BLOCK_D"]) if weight is None else 1
-    programs = triton.cdiv(b * k, row.sizes["BLOCK_R"]) * tiles + b * triton.cdiv(f + n, row.sizes["ROWS"])
+    tiles = cdiv(d, row.sizes["BLOCK_D"]) if weight is None else 1
+    programs = cdiv(b * k, row.sizes["BLOCK_R"]) * tiles + b * cdiv(f + n, row.sizes["ROWS"])
     if programs * d == 0:
         return
     skip = 0 if position is None else f + n - position.shape[1]
@@ -427,7 +429,9 @@ def _launch_forward(
         *prompts.stride(),
     ]
     with torch.cuda.device_of(logits):
-        _library_prompts_fwd[(programs,)](
+        launch(
+            _library_prompts_fwd,
+            (programs,),
             logits,
             library,
             patches,
@@ -463,7 +467,7 @@ def _strides(x: Tensor | None, first: int) -> list[int]:
 
 
 def _width(d: int) -> int:
-    return max(triton.next_power_of_2(d), 16)
+    return max(power_of_2(d), 16)
 
 
 def _kept(logits: Tensor, like: Tensor, softmax: bool, keep: bool) -> tuple[Tensor, Tensor]:
@@ -564,11 +568,24 @@ def _assemble_outputs(
 def _grad_norm(grad: Tensor, mixed: Tensor, weight: Tensor, eps: float) -> Tensor:
     b, k, d = mixed.shape
     out = _grad_norm_output(grad, mixed, weight, eps)
+    mixed, weight = row_major(mixed), row_major(weight)
     if out.numel():
         row = pick(TABLES["_library_prompts_bwd_norm"], mixed.device)
         with torch.cuda.device_of(mixed):
-            _library_prompts_bwd_norm[(triton.cdiv(b * k, row.sizes["ROWS"]),)](
-                grad, mixed, weight, out, b * k, k, d, eps, *grad.stride(), WIDTH=_width(d), **row.options
+            launch(
+                _library_prompts_bwd_norm,
+                (cdiv(b * k, row.sizes["ROWS"]),),
+                grad,
+                mixed,
+                weight,
+                out,
+                b * k,
+                k,
+                d,
+                eps,
+                *grad.stride(),
+                WIDTH=_width(d),
+                **row.options,
             )
     return out
 
@@ -579,12 +596,14 @@ def _grad_norm_output(grad: Tensor, mixed: Tensor, weight: Tensor, eps: float) -
 
 def _grad_logits(grad: Tensor, logits: Tensor, library: Tensor, prompts: Tensor, rows: Tensor, softmax: bool) -> Tensor:
     (b, k, m), d = logits.shape, library.shape[1]
-    out = _grad_logits_output(grad, logits, library, prompts, rows, softmax)
+    out, rows = _grad_logits_output(grad, logits, library, prompts, rows, softmax), row_major(rows)
     if out.numel():
         row = pick(TABLES["_library_prompts_bwd_logits"], logits.device, K=k, M=m, D=d)
-        grid = (triton.cdiv(b * k, row.sizes["BLOCK_R"]), triton.cdiv(m, row.sizes["BLOCK_M"]))
+        grid = (cdiv(b * k, row.sizes["BLOCK_R"]), cdiv(m, row.sizes["BLOCK_M"]))
         with torch.cuda.device_of(logits):
-            _library_prompts_bwd_logits[grid](
+            launch(
+                _library_prompts_bwd_logits,
+                grid,
                 grad,
                 logits,
                 library,
@@ -613,12 +632,14 @@ def _grad_logits_output(
 
 def _grad_library(grad: Tensor, logits: Tensor, library: Tensor, rows: Tensor, softmax: bool) -> Tensor:
     (b, k, m), d = logits.shape, library.shape[1]
-    out = _grad_library_output(grad, logits, library, rows, softmax)
+    out, rows = _grad_library_output(grad, logits, library, rows, softmax), row_major(rows)
     if out.numel():
         row = pick(TABLES["_library_prompts_bwd_library"], logits.device, K=k, M=m, D=d)
-        grid = (triton.cdiv(m, row.sizes["BLOCK_M"]), triton.cdiv(d, row.sizes["BLOCK_D"]))
+        grid = (cdiv(m, row.sizes["BLOCK_M"]), cdiv(d, row.sizes["BLOCK_D"]))
         with torch.cuda.device_of(logits):
-            _library_prompts_bwd_library[grid](
+            launch(
+                _library_prompts_bwd_library,
+                grid,
                 grad,
                 logits,
                 rows,
@@ -703,13 +724,15 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """dA and dL for the gradient of what was written, each only when it is needed."""
     logits, library, prompts, rows, weight = ctx.saved_tensors
     grad = grad[:, ctx.slot : ctx.slot + logits.shape[1]]
+    ops = (_grad_norm, _grad_logits, _grad_library)
+    of_norm, of_logits, of_library = ops if unseen(grad) else (_op_grad_norm, _op_grad_logits, _op_grad_library)
     if weight is None:
         prompts = prompts[:, ctx.slot : ctx.slot + logits.shape[1]]
     else:
-        grad = _op_grad_norm(grad, prompts, weight, ctx.eps)
+        grad = of_norm(grad, prompts, weight, ctx.eps)
     return (
-        _op_grad_logits(grad, logits, library, prompts, rows, ctx.softmax) if ctx.needs_input_grad[0] else None,
-        _op_grad_library(grad, logits, library, rows, ctx.softmax) if ctx.needs_input_grad[1] else None,
+        of_logits(grad, logits, library, prompts, rows, ctx.softmax) if ctx.needs_input_grad[0] else None,
+        of_library(grad, logits, library, rows, ctx.softmax) if ctx.needs_input_grad[1] else None,
     )
 
 
@@ -725,7 +748,8 @@ class _Fresh(torch.autograd.Function):
         eps: float,
         keep: bool,
     ) -> Tensor:
-        prompts, rows, mixed = _op(logits, library, softmax, weight, bias, eps, keep)
+        run = _fresh if unseen(logits) else _op
+        prompts, rows, mixed = run(logits, library, softmax, weight, bias, eps, keep)
         _save(ctx, logits, library, prompts, 0, rows, mixed, softmax, weight, eps)
         return prompts
 
@@ -749,7 +773,8 @@ class _Into(torch.autograd.Function):
         eps: float,
         keep: bool,
     ) -> Tensor:
-        rows, mixed = _op_into(sequence, logits, library, slot, softmax, weight, bias, eps, keep)
+        run = _into if unseen(logits) else _op_into
+        rows, mixed = run(sequence, logits, library, slot, softmax, weight, bias, eps, keep)
         ctx.mark_dirty(sequence)
         _save(ctx, logits, library, sequence, slot, rows, mixed, softmax, weight, eps)
         return sequence
@@ -779,9 +804,8 @@ class _Assembled(torch.autograd.Function):
         eps: float,
         keep: bool,
     ) -> Tensor:
-        sequence, rows, mixed = _op_assemble(
-            logits, library, patches, prefix, position, softmax, weight, bias, eps, keep
-        )
+        run = _assemble if unseen(logits) else _op_assemble
+        sequence, rows, mixed = run(logits, library, patches, prefix, position, softmax, weight, bias, eps, keep)
         _save(ctx, logits, library, sequence, sequence.shape[1] - logits.shape[1], rows, mixed, softmax, weight, eps)
         return sequence
 
@@ -801,11 +825,17 @@ def library_prompts(
     prefix: Tensor | None = None,
     position: Tensor | None = None,
     pre_norm: PreNorm | None = None,
+    plans: Plans | None = None,
 ) -> Tensor:
     """See `fastprompt.kernels.library_prompts.library_prompts`; patches and what stands with them are constants."""
     weight, bias, eps = (None, None, 0.0) if pre_norm is None else pre_norm
-    keep = weight is not None and torch.is_grad_enabled() and (logits.requires_grad or library.requires_grad)
-    norm = (activation == "softmax", weight, bias, eps, keep)
+    records = trains(logits, library)
+    norm = (activation == "softmax", weight, bias, eps, weight is not None and records)
+    if not records and out is None and unseen(logits):
+        given = (logits, library, patches, prefix, position)
+        if patches is None:
+            return again(plans, (*given, weight, bias), lambda: _fresh(logits, library, *norm))[0]
+        return again(plans, (*given, weight, bias), lambda: _assemble(*given, *norm))[0]
     if patches is not None:
         return _Assembled.apply(logits, library, patches, prefix, position, *norm)
     if out is not None:

@@ -44,6 +44,13 @@ def prefix_attention(
         RuntimeError: `use_backend` asks for an implementation that cannot run.
     """
     given = q, k, v
+    call = dispatch.call_of("prefix_attention", *given, prefix_k, prefix_v, bias, scale)
+    plans = dispatch.recall(call, "triton")
+    if plans is not None:
+        from fastprompt.kernels.prefix_attention import triton
+
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return triton.prefix_attention(*given, prefix_k, prefix_v, bias, scale, plans)
     if v is None:
         name, parts, packed = ("q", 3, q) if k is None else ("k", 2, k)
         if packed.ndim != 5 or packed.shape[2] != parts:
@@ -99,6 +106,7 @@ def prefix_attention(
         lean,
         arguments,
         _unsupported_natively(q, k, v, prefix_k, prefix_v, bias, scale),
+        call,
     )
     if backend == "triton":
         from fastprompt.kernels.prefix_attention import triton

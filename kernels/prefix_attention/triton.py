@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastprompt.kernels.launch import Plans, again, cdiv, launch, power_of_2, trains, unseen
+from fastprompt.kernels.layouts import heads_last, row_major
 from fastprompt.kernels.prefix_attention.reference import unpacked
 from fastprompt.kernels.tiles import Tiles, pick
 
@@ -443,7 +445,7 @@ def _fresh(b: int, h: int, rows: int, like: Tensor, dtype: torch.dtype | None = 
 def _run_length(prefix: Tensor, images: int, block: int) -> int:
     """How many of the images that share a prefix are summed by one program: as many as leave PROGRAMS programs."""
     n, h, p, _ = prefix.shape
-    return max(images // n // triton.cdiv(PROGRAMS, n * h * triton.cdiv(p, block)), 1)
+    return max(images // n // cdiv(PROGRAMS, n * h * cdiv(p, block)), 1)
 
 
 def _forward(
@@ -455,7 +457,9 @@ def _forward(
         sources = _sources(k, v, prefix_k, prefix_v, bias)
         row = pick(TABLES["_prefix_attention_fwd"], q.device, bits=8 * q.itemsize, R=r, D=d)
         with torch.cuda.device_of(q):
-            _prefix_attention_fwd[(triton.cdiv(r, row.sizes["BLOCK_R"]) * h * b,)](
+            launch(
+                _prefix_attention_fwd,
+                (cdiv(r, row.sizes["BLOCK_R"]) * h * b,),
                 q,
                 *sources,
                 out,
@@ -504,7 +508,7 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def _width(d: int) -> dict[str, int]:
-    return {"D": d, "BLOCK_D": max(triton.next_power_of_2(d), 16)}
+    return {"D": d, "BLOCK_D": max(power_of_2(d), 16)}
 
 
 def _backward_tokens(
@@ -523,6 +527,7 @@ def _backward_tokens(
 ) -> tuple[Tensor, Tensor]:
     """dq (B, H, R, d) and, if wanted, dk and dv (B, T, 2, H, d); packed: all three as the first, (B, T, 3, H, d)."""
     dq, dkv = _backward_tokens_outputs(grad, q, k, v, prefix_k, prefix_v, bias, out, lse, scale, packed, wanted)
+    out, lse = heads_last(out), row_major(lse)
     rows, tokens = (dq[:, :, 0], dq[:, :, 1:]) if packed else (dq.transpose(1, 2), dkv)
     (b, h, r, d), t = q.shape, k.shape[2]
     delta = torch.empty_like(lse)
@@ -532,7 +537,9 @@ def _backward_tokens(
     with torch.cuda.device_of(q):
         if rows.numel():
             row = pick(TABLES["_prefix_attention_bwd_queries"], q.device, bits=bits, R=r, D=d)
-            _prefix_attention_bwd_queries[(triton.cdiv(r, row.sizes["BLOCK_R"]) * h * b,)](
+            launch(
+                _prefix_attention_bwd_queries,
+                (cdiv(r, row.sizes["BLOCK_R"]) * h * b,),
                 q,
                 *sources,
                 out,
@@ -554,7 +561,9 @@ def _backward_tokens(
             )
         if tokens.numel():
             row = pick(TABLES["_prefix_attention_bwd_tokens"], q.device, bits=bits, D=d)
-            _prefix_attention_bwd_tokens[(triton.cdiv(t, row.sizes["BLOCK_T"]) * h * b,)](
+            launch(
+                _prefix_attention_bwd_tokens,
+                (cdiv(t, row.sizes["BLOCK_T"]) * h * b,),
                 q,
                 k,
                 v,
@@ -601,15 +610,18 @@ def _backward_prefix(
     grad: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     dk, dv = _backward_prefix_outputs(grad, q, prefix_k, prefix_v, out, lse, scale)
+    out, lse = heads_last(out), row_major(lse)
     (n, h, p, d), b = prefix_k.shape, q.shape[0]
     if not dk.numel():
         return dk, dv
     row = pick(TABLES["_prefix_attention_bwd_prefix"], q.device, bits=8 * q.itemsize, D=d)
     run = _run_length(prefix_k, b, row.sizes["BLOCK_P"])
-    runs = max(triton.cdiv(b // n, run), 1)
+    runs = max(cdiv(b // n, run), 1)
     parts = (dk, dv) if runs == 1 else tuple(_fresh(n * runs, h, p, x, torch.float32) for x in (prefix_k, prefix_v))
     with torch.cuda.device_of(q):
-        _prefix_attention_bwd_prefix[(triton.cdiv(p, row.sizes["BLOCK_P"]) * h * n * runs,)](
+        launch(
+            _prefix_attention_bwd_prefix,
+            (cdiv(p, row.sizes["BLOCK_P"]) * h * n * runs,),
             q,
             prefix_k,
             prefix_v,
@@ -630,8 +642,15 @@ def _backward_prefix(
         )
         if runs > 1:
             row = pick(TABLES["_prefix_attention_sum_runs"], q.device)
-            _prefix_attention_sum_runs[(n * triton.cdiv(p * h * d, row.sizes["BLOCK"]),)](
-                *parts, dk, dv, runs, p * h * d, **row.options
+            launch(
+                _prefix_attention_sum_runs,
+                (n * cdiv(p * h * d, row.sizes["BLOCK"]),),
+                *parts,
+                dk,
+                dv,
+                runs,
+                p * h * d,
+                **row.options,
             )
     return dk, dv
 
@@ -678,10 +697,15 @@ class _PrefixAttention(torch.autograd.Function):
         prefix_v: Tensor | None,
         bias: Tensor | None,
         scale: float,
+        plans: Plans | None,
     ) -> Tensor:
-        out, lse = _op(*unpacked(q, k, v), prefix_k, prefix_v, bias, scale)
+        given = *unpacked(q, k, v), prefix_k, prefix_v, bias
+        if unseen(q):
+            out, lse = again(plans, given, lambda: _forward(*given, scale))
+        else:
+            out, lse = _op(*given, scale)
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v, bias, out, lse)
-        ctx.scale = scale
+        ctx.scale, ctx.plans = scale, plans
         return out
 
     @staticmethod
@@ -690,18 +714,33 @@ class _PrefixAttention(torch.autograd.Function):
         q, k, v, prefix_k, prefix_v, bias, out, lse = ctx.saved_tensors
         all_packed, tokens_packed, wanted = k is None, v is None, any(ctx.needs_input_grad[1:3])
         q, k, v = unpacked(q, k, v)
+        direct, plans, scale = unseen(grad), ctx.plans, ctx.scale
+        if direct:
+            out, lse = heads_last(out), row_major(lse)
         dq = dk = dv = dpk = dpv = None
         if any(ctx.needs_input_grad[:3]):
-            dq, dk = _op_backward_tokens(
-                grad, q, k, v, prefix_k, prefix_v, bias, out, lse, ctx.scale, all_packed, wanted
-            )
+            read = (grad, q, k, v, prefix_k, prefix_v, bias, out, lse)
+            if direct:
+                part = ("tokens", wanted, *_layouts(read))
+                dq, dk = again(plans, read, lambda: _backward_tokens(*read, scale, all_packed, wanted), part)
+            else:
+                dq, dk = _op_backward_tokens(*read, scale, all_packed, wanted)
             if not wanted:
                 dk = None
             elif not tokens_packed:
                 dk, dv = dk.permute(2, 0, 3, 1, 4).unbind(0)
         if any(ctx.needs_input_grad[3:5]):  # alone in the first block, where nothing before the tokens trains
-            dpk, dpv = _op_backward_prefix(grad, q, prefix_k, prefix_v, out, lse, ctx.scale)
-        return dq, dk, dv, dpk, dpv, None, None
+            read = (grad, q, prefix_k, prefix_v, out, lse)
+            if direct:
+                part = ("prefix", *_layouts(read))
+                dpk, dpv = again(plans, read, lambda: _backward_prefix(*read, scale), part)
+            else:
+                dpk, dpv = _op_backward_prefix(*read, scale)
+        return dq, dk, dv, dpk, dpv, None, None, None
+
+
+def _layouts(tensors: tuple[Tensor | None, ...]) -> list[tuple[int, ...]]:
+    return [() if x is None else x.stride() for x in tensors]
 
 
 def prefix_attention(
@@ -712,10 +751,14 @@ def prefix_attention(
     prefix_v: Tensor | None,
     bias: Tensor | None,
     scale: float,
+    plans: Plans | None = None,
 ) -> Tensor:
     """See `fastprompt.kernels.prefix_attention.prefix_attention`; under autocast, in autocast's dtype."""
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q = q.to(dtype)
         k, v, prefix_k, prefix_v = (x if x is None else x.to(dtype) for x in (k, v, prefix_k, prefix_v))
-    return _PrefixAttention.apply(q, k, v, prefix_k, prefix_v, bias, scale)
+    if unseen(q) and not trains(q, k, v, prefix_k, prefix_v):
+        given = *unpacked(q, k, v), prefix_k, prefix_v, bias
+        return again(plans, given, lambda: _forward(*given, scale))[0]
+    return _PrefixAttention.apply(q, k, v, prefix_k, prefix_v, bias, scale, plans)

@@ -35,6 +35,12 @@ def vae_prompts(
         ValueError: a shape does not fit.
         RuntimeError: `use_backend` asks for an implementation that cannot run.
     """
+    call = dispatch.call_of("vae_prompts", stats, domain, seed, *(x for decoder in decoders for x in decoder))
+    plans = dispatch.recall(call, "triton")
+    if plans is not None:
+        from fastprompt.kernels.vae_prompts import triton
+
+        return triton.vae_prompts(stats, decoders, domain, seed, plans)
     for name, tensor in (("stats", stats), ("domain", domain)):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {getattr(tensor, 'dtype', type(tensor))}")
@@ -59,6 +65,7 @@ def vae_prompts(
             stats.device.type,
             _unsupported(stats, decoders, domain, seed),
             arguments=(stats, decoders, domain, seed),
+            call=call,
         )
         == "triton"
     ):

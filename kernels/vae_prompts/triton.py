@@ -23,6 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastprompt.kernels.launch import Plans, again, cdiv, launch, trains, unseen
+from fastprompt.kernels.layouts import row_major
 from fastprompt.kernels.tiles import Tiles, pick
 from fastprompt.kernels.vae_prompts.reference import LOGVAR_RANGE, Decoder
 
@@ -539,11 +541,13 @@ def _forward(stats: Tensor, weights: list[Tensor], domain: Tensor, seed: Tensor 
     with torch.cuda.device_of(stats):
         for i, (w1, b1, w2, b2) in enumerate(decoders):
             grid = (
-                (instance + group * static) * triton.cdiv(d, row.sizes["BLOCK_D"]),
-                triton.cdiv(batch, row.sizes["BLOCK_B"]),
+                (instance + group * static) * cdiv(d, row.sizes["BLOCK_D"]),
+                cdiv(batch, row.sizes["BLOCK_B"]),
             )
             own = domain[i * group : (i + 1) * group]
-            _vae_prompts_fwd[grid](
+            launch(
+                _vae_prompts_fwd,
+                grid,
                 stats,
                 seed,
                 w1,
@@ -573,10 +577,10 @@ def _forward(stats: Tensor, weights: list[Tensor], domain: Tensor, seed: Tensor 
 
 def _shares(batch: int, hidden: int, instance: int, d: int, sizes: Mapping[str, int]) -> tuple[int, tuple[int, ...]]:
     """Tiles of d in a share of the decoder's columns, as many as leave PROGRAMS programs, and the grid."""
-    rows = triton.cdiv(batch, sizes["BLOCK_B"]), triton.cdiv(hidden, sizes["BLOCK_H"])
-    tiles = instance * triton.cdiv(d, sizes["BLOCK_D"])
-    share = max(tiles // triton.cdiv(PROGRAMS, max(rows[0] * rows[1], 1)), 1)
-    return share, (*rows, triton.cdiv(tiles, share))
+    rows = cdiv(batch, sizes["BLOCK_B"]), cdiv(hidden, sizes["BLOCK_H"])
+    tiles = instance * cdiv(d, sizes["BLOCK_D"])
+    share = max(tiles // cdiv(PROGRAMS, max(rows[0] * rows[1], 1)), 1)
+    return share, (*rows, cdiv(tiles, share))
 
 
 def _gradients(
@@ -591,6 +595,7 @@ def _backward(
     grad_stats, grad_domain, grad_weights = _gradients(grad, grad_kl, stats, weights, domain, seed)
     (layers, static, d), batch, (h, z) = domain.shape, stats.shape[0], weights[0].shape
     instance = weights[2].shape[0] // d
+    seed = None if seed is None else row_major(seed)
     decoders, found, noise = _decoders(weights), _decoders(grad_weights), seed is not None
     group = layers // len(decoders)
     bits = 8 * weights[2].element_size()
@@ -600,14 +605,17 @@ def _backward(
     carried = stats.new_empty(batch, z, dtype=torch.float32) if len(decoders) > 1 else shares
     with torch.cuda.device_of(stats):
         for i, (w1, b1, w2, _) in enumerate(decoders):
+            b1 = row_major(b1)
             row = rows["_vae_prompts_bwd_decoder"]
             own, own_domain = grad[i * group : (i + 1) * group], grad_domain[i * group : (i + 1) * group]
             summed = grad.new_empty(batch, instance, d) if group > 1 else own[0, :, static:]
             grid = (
-                (instance + group * static) * triton.cdiv(d, row.sizes["BLOCK_D"]),
-                triton.cdiv(h, row.sizes["BLOCK_H"]),
+                (instance + group * static) * cdiv(d, row.sizes["BLOCK_D"]),
+                cdiv(h, row.sizes["BLOCK_H"]),
             )
-            _vae_prompts_bwd_decoder[grid](
+            launch(
+                _vae_prompts_bwd_decoder,
+                grid,
                 own,
                 stats,
                 seed,
@@ -633,7 +641,9 @@ def _backward(
                 **row.options,
             )
             if batch:
-                _vae_prompts_bwd_hidden[grid_hidden](
+                launch(
+                    _vae_prompts_bwd_hidden,
+                    grid_hidden,
                     summed,
                     w2,
                     shares,
@@ -647,7 +657,9 @@ def _backward(
                     **rows["_vae_prompts_bwd_hidden"].options,
                 )
             row = rows["_vae_prompts_bwd_latent"]
-            _vae_prompts_bwd_latent[((h + batch) * triton.cdiv(z, row.sizes["BLOCK_Z"]),)](
+            launch(
+                _vae_prompts_bwd_latent,
+                ((h + batch) * cdiv(z, row.sizes["BLOCK_Z"]),),
                 shares,
                 grad_kl,
                 stats,
@@ -695,16 +707,23 @@ class _VAEPrompts(torch.autograd.Function):
         ctx: Any, stats: Tensor, domain: Tensor, seed: Tensor | None, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(stats, domain, seed, *weights)
-        return _op(stats, weights, domain, seed)
+        return (_forward if unseen(stats) else _op)(stats, weights, domain, seed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
         stats, domain, seed, *weights = ctx.saved_tensors
-        grad_stats, grad_domain, grad_weights = _op_backward(grad, grad_kl, stats, weights, domain, seed)
+        run = _backward if unseen(grad) else _op_backward
+        grad_stats, grad_domain, grad_weights = run(grad, grad_kl, stats, weights, domain, seed)
         return grad_stats, grad_domain, None, *grad_weights
 
 
-def vae_prompts(stats: Tensor, decoders: list[Decoder], domain: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+def vae_prompts(
+    stats: Tensor, decoders: list[Decoder], domain: Tensor, seed: Tensor | None, plans: Plans | None = None
+) -> tuple[Tensor, Tensor]:
     """See `fastprompt.kernels.vae_prompts.vae_prompts`."""
-    return _VAEPrompts.apply(stats, domain, seed, *(w for decoder in decoders for w in decoder))
+    weights = [w for decoder in decoders for w in decoder]
+    if unseen(stats) and not trains(stats, domain, *weights):
+        prompts, kl = again(plans, (stats, domain, seed, *weights), lambda: _forward(stats, weights, domain, seed))
+        return prompts, kl
+    return _VAEPrompts.apply(stats, domain, seed, *weights)

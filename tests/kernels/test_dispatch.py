@@ -180,10 +180,50 @@ def test_what_is_asked_for_runs_or_raises() -> None:
             library_prompts(torch.zeros(1, 1, 2), torch.zeros(2, 1))
         with pytest.raises(RuntimeError, match="float64 is left to PyTorch"):
             dispatch.choose("library_prompts", "cuda", "float64 is left to PyTorch")
-        with pytest.raises(RuntimeError, match="no_such_op cannot run, it has no Triton kernels"):
-            dispatch.choose("no_such_op", "cuda")
-    with fp.use_backend("native"), pytest.raises(RuntimeError, match="no_such_op cannot run, it has no native kernels"):
-        dispatch.choose("no_such_op", "cpu")
+
+
+def test_an_op_without_kernels_of_that_kind_runs_in_pytorch() -> None:
+    """So that a whole model can be asked to run by one kind."""
+    with fp.use_backend("triton"):
+        assert dispatch.choose("add_norm", "cuda") == "reference"
+    assert dispatch.choices["add_norm"].reason == "it has no Triton kernels"
+    with fp.use_backend("native"):
+        assert dispatch.choose("library_prompts", "cuda") == "reference"
+        assert dispatch.choose("library_prompts", "cpu") == "reference"
+    assert dispatch.choices["library_prompts"].reason == "it has no native kernels"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of resource: shared memory\nRequired: 300000"), ValueError()])
+def test_kernels_that_raise_give_way_with_one_warning(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def step(op: str, backend: str, arguments: tuple[Any, ...], trains: bool) -> Callable[[], None]:
+        def fails() -> None:
+            raise error
+
+        return fails if backend == "triton" else lambda: None
+
+    monkeypatch.setattr(dispatch, "failures", {})
+    monkeypatch.setattr(dispatch, "_step", step)
+    monkeypatch.setattr(dispatch, "seconds", lambda call: call() or 1.0)
+    said = "RuntimeError: out of resource: shared memory" if str(error) else "ValueError: no message"
+    inputs = (torch.randn(2, 3, 4), torch.randn(4, 5), "softmax")
+    with pytest.warns(UserWarning, match=f"library_prompts runs in PyTorch: the Triton kernels failed: {said}"):
+        assert dispatch.choose("library_prompts", "cuda", arguments=inputs) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.choose("library_prompts", "cuda", arguments=inputs) == "reference"
+    assert dispatch.choices["library_prompts"].reason == f"the Triton kernels failed: {said}"
+
+
+def test_an_empty_batch_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer = Timer(monkeypatch, slow="triton")
+    assert dispatch.choose("library_prompts", "cuda", arguments=(torch.randn(0, 3, 4), torch.randn(4, 5))) == "triton"
+    assert timer.calls == []
+
+
+def test_an_older_compiler_reads_what_was_asked_for_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot read a ContextVar, and guards what it reads instead."""
+    monkeypatch.setattr(dispatch, "COMPILES_CONTEXTS", False)
+    test_a_compiled_graph_follows_use_backend()
 
 
 def test_the_interpreter_runs_kernels_on_cpu_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
