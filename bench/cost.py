@@ -21,7 +21,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
+import launch
 import timm
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ import fastprompt as fp
 from fastprompt.cost import GRAPHS, Cost, cost
 from fastprompt.files import atomic_write
 from fastprompt.generators import PromptConfig
+from fastprompt.vit import forward as rewritten
 
 aten: Any = torch.ops.aten
 
@@ -192,6 +195,52 @@ def methods(num_prompts: int) -> dict[str, PromptConfig]:
     }
 
 
+class OnGPU(NamedTuple):
+    """Dispatches of a forward and of a training step, each of our graph and of the papers'."""
+
+    forward: tuple[int, int]
+    training: tuple[int, int]
+
+
+def on_a_gpu(model: fp.PromptedViT, images: Tensor) -> OnGPU:
+    """Count the dispatches of a GPU's graph on a CPU: rows go into their slots, ops run by kernels that run nothing.
+
+    A kernel's op counts as one dispatch. The model ends up in training mode.
+    """
+    found: list[tuple[int, int]] = []
+    with launch.stubbed(), mock.patch.object(rewritten, "in_slots", return_value=True):
+        for graph in (model, model.reference_forward):
+
+            def infer(graph: Callable[[Tensor], Tensor] = graph) -> None:
+                with torch.no_grad():
+                    graph(images)
+
+            def step(graph: Callable[[Tensor], Tensor] = graph) -> None:
+                model.zero_grad()
+                logits = graph(images)
+                logits.backward(torch.ones_like(logits))
+
+            counts = []
+            for run, trains in ((infer, False), (step, True)):
+                model.train(trains)
+                run()
+                counts.append(len(count_dispatches(run)))
+            found.append((counts[0], counts[1]))
+    ours, papers = found
+    return OnGPU((ours[0], papers[0]), (ours[1], papers[1]))
+
+
+def gpu_lines() -> list[str]:
+    """The lines of the table of dispatches on a GPU, which depend on no size but the number of blocks."""
+    backbone, lines = random_backbone("vit_tiny_patch16_224", img_size=64), []
+    for name, config in methods(10).items():
+        model = fp.PromptedViT(backbone, config, num_classes=10, readout="cls")
+        found = on_a_gpu(model, torch.randn(2, 3, 64, 64))
+        cells = [f"{ours:,} | {papers:,}" for ours, papers in found]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 class Job(NamedTuple):
     """A job of one process: a method with a number of prompts, in all graphs."""
 
@@ -238,6 +287,7 @@ def main() -> None:
             lines += found
             print("\n".join(found), file=sys.stderr, flush=True)
     text = HEAD.format(batch=arguments.batch, torch=torch.__version__.partition("+")[0]) + "\n".join(lines) + "\n"
+    text += GPU_HEAD + "\n".join(gpu_lines()) + "\n"
     atomic_write(arguments.out, text.encode())
     print(f"written: {arguments.out}")
 
@@ -257,6 +307,16 @@ only changes training.
 | method | prompts | graph | GFLOPs/image, forward | GFLOPs/image, training step | saved MiB/image | \
 dispatches, forward | dispatches, training step |
 |---|---:|---|---:|---:|---:|---:|---:|
+"""
+
+GPU_HEAD = """
+## On a GPU
+
+Dispatches of the path that a GPU takes, counted on a CPU with a driver that launches nothing: a kernel's op is one
+dispatch. A backbone of 12 blocks; the papers' graph has the same generators, whose ops run by kernels too.
+
+| method | forward, ours | papers | training step, ours | papers |
+|---|---:|---:|---:|---:|
 """
 
 

@@ -353,3 +353,16 @@ def test_the_documentation_has_the_numbers_of_the_table(repository: Path) -> Non
         row = next(r for r in rows if r[0].strip("| ") == name and r[1] == "50" and r[2] == graph)
         measured_cells = [cell.split(" / ")[1].split(" ")[0] for cell in row[3:]]
         assert [cell.removesuffix(" GF").removesuffix(" MiB") for cell in cells] == measured_cells
+
+
+@pytest.mark.parametrize("method", ["pgn", "v2apt", "vapt", "vpt-deep"])
+def test_on_a_gpu_a_step_dispatches_less_than_the_papers(
+    bench: ModuleType, small: fp.FrozenViT, configs: dict[str, PromptConfig], method: str
+) -> None:
+    pytest.importorskip("triton", reason="Triton has no build for this platform")
+    model = fp.PromptedViT(small, configs[method], num_classes=10, readout="cls")
+    found = bench.on_a_gpu(model, torch.randn(2, 3, 64, 64))
+    ours, papers = found.training
+    assert ours < papers
+    calls = bench.count_dispatches(lambda: model(torch.randn(2, 3, 64, 64)).sum().backward())
+    assert ours < len(calls)  # on a CPU, the same graph without kernels
