@@ -724,12 +724,11 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """dA and dL for the gradient of what was written, each only when it is needed."""
     logits, library, prompts, rows, weight = ctx.saved_tensors
     grad = grad[:, ctx.slot : ctx.slot + logits.shape[1]]
-    ops = (_grad_norm, _grad_logits, _grad_library)
-    of_norm, of_logits, of_library = ops if unseen(grad) else (_op_grad_norm, _op_grad_logits, _op_grad_library)
+    of_logits, of_library = (_grad_logits, _grad_library) if unseen(grad) else (_op_grad_logits, _op_grad_library)
     if weight is None:
         prompts = prompts[:, ctx.slot : ctx.slot + logits.shape[1]]
     else:
-        grad = of_norm(grad, prompts, weight, ctx.eps)
+        grad = _op_grad_norm(grad, prompts, weight, ctx.eps)
     return (
         of_logits(grad, logits, library, prompts, rows, ctx.softmax) if ctx.needs_input_grad[0] else None,
         of_library(grad, logits, library, rows, ctx.softmax) if ctx.needs_input_grad[1] else None,
