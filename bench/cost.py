@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import launch
 import timm
 import torch
 from torch import Tensor, nn
@@ -207,6 +206,8 @@ def on_a_gpu(model: fp.PromptedViT, images: Tensor) -> OnGPU:
 
     A kernel's op counts as one dispatch. The model ends up in training mode.
     """
+    import launch  # needs Triton, which the rest does not
+
     found: list[tuple[int, int]] = []
     with launch.stubbed(), mock.patch.object(rewritten, "in_slots", return_value=True):
         for graph in (model, model.reference_forward):
