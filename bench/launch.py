@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 
 from fastprompt.kernels import dispatch, launch
 from fastprompt.kernels.adaptive_prompts import adaptive_prompts, reference as adaptive_reference
+from fastprompt.kernels.add_norm import add_norm
 from fastprompt.kernels.library_prompts import library_prompts, reference as library_reference
 from fastprompt.kernels.prefix_attention import prefix_attention
 from fastprompt.kernels.vae_prompts import Decoder, reference as vae_reference, vae_prompts
@@ -118,6 +119,7 @@ def pairs() -> list[Pair]:
     q, k, v = (leaf(1, 2, 4, 16) for _ in range(3))
     prefix_k, prefix_v = (leaf(1, 2, 2, 16) for _ in range(2))
     logits, library = leaf(1, 2, 4), leaf(4, 16)
+    other = leaf(1, 4, 16)
     tokens, weight, bias, mix, shift = leaf(1, 4, 16), leaf(16), leaf(16), leaf(2, 4), leaf(2)
     w1, w2 = leaf(2, 16), leaf(16, 2)
     stats, domain = leaf(1, 4), leaf(2, 1, 16)
@@ -129,6 +131,12 @@ def pairs() -> list[Pair]:
             lambda: prefix_attention(q, k, v, prefix_k, prefix_v),
             lambda: F.scaled_dot_product_attention(q, torch.cat([prefix_k, k], dim=2), torch.cat([prefix_v, v], dim=2)),
             [q, k, v, prefix_k, prefix_v],
+        ),
+        Pair(
+            "add_norm",
+            lambda: add_norm(tokens, other, 1e-6)[1],
+            lambda: F.layer_norm(tokens + other, (16,), eps=1e-6),
+            [tokens, other],
         ),
         Pair(
             "library_prompts",

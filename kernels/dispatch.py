@@ -35,6 +35,7 @@ _wanted: ContextVar[str] = ContextVar("fastprompt_backend", default="auto")
 _latest = "auto"  # what `use_backend` asked for last, in any context
 COMPILES_CONTEXTS = TorchVersion(torch.__version__) >= (2, 14)  # `torch.compile` before it cannot read a ContextVar
 _in_graphs: ContextVar[bool] = ContextVar("fastprompt_native_in_graphs", default=False)
+_replayed: ContextVar[bool] = ContextVar("fastprompt_replayed", default=False)
 
 
 class Choice(NamedTuple):
@@ -56,6 +57,12 @@ measured: dict[tuple[Any, ...], dict[str, float]] = {}  # signature of a call â†
 failures: dict[tuple[Any, ...], str] = {}  # signature of a call â†’ why its kernels cannot run
 _warned: set[tuple[str, str]] = set()
 _settled: dict[tuple[Any, ...], Settled] = {}  # by `call_of`
+TIE = 1.02
+"""Kernels, whose bits never change from call to call, run unless PyTorch is faster by more than this."""
+CALLS = 16
+"""Calls that a measurement on a GPU makes one after the other."""
+BEYOND_CACHE = 256 << 20
+"""Bytes of inputs among which the calls of a replayed measurement take turns: more than any L2 holds."""
 REMEMBERED_ON = ("cuda",)
 """Types of device on which the host is what a small call waits for."""
 MOST = 4096
@@ -103,6 +110,19 @@ def native_in_graphs() -> Iterator[None]:
         _in_graphs.reset(token)
 
 
+@contextmanager
+def for_graphs() -> Iterator[None]:
+    """Within this context, choose for calls that a CUDA graph is going to replay.
+
+    There the host costs nothing, so that "auto" times replayed calls, not launched ones, and remembers them apart.
+    """
+    token = _replayed.set(True)
+    try:
+        yield
+    finally:
+        _replayed.reset(token)
+
+
 def wanted() -> str:
     """The backend that `use_backend` asks for here; in an older torch's compiler, that it asked for last."""
     return _wanted.get() if COMPILES_CONTEXTS or not torch.compiler.is_dynamo_compiling() else _latest
@@ -119,7 +139,7 @@ def call_of(op: str, *arguments: Any) -> tuple[Any, ...] | None:
         return None
     kind = first.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    call: list[Any] = [op, _wanted.get(), torch.is_grad_enabled(), autocast, stopwatch.current()]
+    call: list[Any] = [op, _wanted.get(), torch.is_grad_enabled(), autocast, stopwatch.current(), _replayed.get()]
     for x in arguments:
         if isinstance(x, Tensor):
             call += (x.dtype, x.shape, x.stride(), x.device, x.requires_grad, type(x))
@@ -236,13 +256,12 @@ def _faster(op: str, kernels: str, arguments: tuple[Any, ...]) -> Choice:
     if in_graphs and any(not isinstance(size, int) for x in tensors for size in x.shape):
         return untimed
     device, trains = tensors[0].device, torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    cpu = (library.level(), torch.get_num_threads()) if kernels == "native" else ()
+    where = (library.level(), torch.get_num_threads()) if kernels == "native" else (_part(device), _replayed.get())
     key = (
         op,
-        device,
         trains,
         torch.is_autocast_enabled(device.type),
-        cpu,
+        where,
         *((x.dtype, x.shape, x.requires_grad) if isinstance(x, Tensor) else x for x in leaves),
     )
     if key not in measured and (compiling or in_graphs or not _can_be_timed(tensors)):
@@ -251,14 +270,22 @@ def _faster(op: str, kernels: str, arguments: tuple[Any, ...]) -> Choice:
     def measure() -> str:
         if key not in measured:
             with torch.cuda.device_of(tensors[0]):
-                timer = seconds_on_cpu if kernels == "native" else seconds
+
+                def timer(backend: str) -> float:
+                    step = _step(op, backend, arguments, trains)
+                    if kernels == "native":
+                        return seconds_on_cpu(step)
+                    return (
+                        seconds_replayed(_rotated(op, backend, arguments, trains)) if _replayed.get() else seconds(step)
+                    )
+
                 try:
-                    of_kernels = timer(_step(op, kernels, arguments, trains))
+                    of_kernels = timer(kernels)
                 except Exception as error:  # they do not compile here, or need more of the device than it has
                     failures[key] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
                     of_kernels = float("inf")
-                measured[key] = {kernels: of_kernels, "reference": timer(_step(op, "reference", arguments, trains))}
-        slower = measured[key][kernels] > measured[key]["reference"]
+                measured[key] = {kernels: of_kernels, "reference": timer("reference")}
+        slower = measured[key][kernels] > TIE * measured[key]["reference"]
         return "reference" if slower or key in failures else kernels
 
     chosen = stopwatch.decide(key, measure, untimed.backend)
@@ -289,6 +316,11 @@ def _can_be_timed(tensors: list[Tensor]) -> bool:
     return not (tensors[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
+def _part(device: torch.device) -> str:
+    """The part that a device is, so that all of its kind share what was measured on one."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _step(op: str, backend: str, arguments: tuple[Any, ...], trains: bool) -> Callable[[], None]:
     """One call of an implementation, with its backward where something trains; it leaves no gradient behind."""
     call = getattr(importlib.import_module(f"fastprompt.kernels.{op}.{backend}"), op)
@@ -313,19 +345,56 @@ def seconds_on_cpu(step: Callable[[], None]) -> float:
     return min(times[2:])
 
 
+def _rotated(op: str, backend: str, arguments: tuple[Any, ...], trains: bool) -> list[Callable[[], None]]:
+    """`_step` on copies of the arguments that do not fit into the L2 together."""
+    size = sum(x.untyped_storage().nbytes() for x in tree_leaves(arguments) if isinstance(x, Tensor))
+    copies = min(max(BEYOND_CACHE // max(size, 1), 1), CALLS)
+
+    def copy(x: Tensor) -> Tensor:
+        return x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.requires_grad)
+
+    return [_step(op, backend, tree_map_only(Tensor, copy, arguments), trains) for _ in range(copies)]
+
+
 def seconds(step: Callable[[], None]) -> float:
-    """Median time of a step on the current GPU after two warm-up calls; infinite if memory runs out."""
+    """Seconds of a step that the host launches on the current GPU, one of many in a row: the median of five runs.
+
+    Infinite if memory runs out.
+    """
+    return _seconds([step], lambda: [step() for _ in range(CALLS)], CALLS)
+
+
+def seconds_replayed(steps: list[Callable[[], None]]) -> float:
+    """Seconds of one of these steps in a CUDA graph that replays them; as launched, where they cannot be captured."""
+    turns = [steps[i % len(steps)] for i in range(CALLS)]
+    for step in steps[:2]:
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
     try:
-        for _ in range(2):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for step in turns:
+                step()
+    except torch.OutOfMemoryError:
+        return float("inf")
+    except RuntimeError:
+        return _seconds(steps[:1], lambda: [step() for step in turns], CALLS)
+    return _seconds([], graph.replay, CALLS)
+
+
+def _seconds(first: list[Callable[[], None]], run: Callable[[], Any], calls: int) -> float:
+    """Seconds of one of the `calls` of `run` on the current GPU, after `first` twice: the median of five runs."""
+    try:
+        for step in (*first, *first, run):
             step()
         times = []
         for _ in range(5):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            step()
+            run()
             end.record()
             end.synchronize()
-            times.append(start.elapsed_time(end) / 1000)
+            times.append(start.elapsed_time(end) / 1000 / calls)
         return statistics.median(times)
     except torch.OutOfMemoryError:
         return float("inf")

@@ -30,6 +30,7 @@ from gpu.jobs import Job, NotRun, Row
 
 TINY = {  # sizes of the case of a dry run, by position as the gates' `case` takes them
     "adaptive_prompts": (2, 3, 2, 16, 2),
+    "add_norm": (2, 3, 16),
     "library_prompts": (2, 2, 5, 16),
     "prefix_attention": (2, 1, 2, 3, 2, 16),
     "vae_prompts": (2, 2, 1, 1, 16, 3, 4),

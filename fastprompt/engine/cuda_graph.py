@@ -293,7 +293,8 @@ class _Graphs:
             return None
         try:
             self._pool = self.capturer.pool() if self._pool is None else self._pool
-            graph = self.capturer.capture(function, self._pool)
+            with dispatch.for_graphs():
+                graph = self.capturer.capture(function, self._pool)
         except Exception as error:
             self._pool = None  # it may be unusable now; the graphs in it keep it alive
             self._run_eagerly(signature, f"{type(error).__name__}: {error}")
@@ -301,6 +302,11 @@ class _Graphs:
         self._graphs[signature] = graph
         self.captures += 1
         return graph
+
+    def _warm_up(self, function: Callable[[], None]) -> None:
+        """Run what is to be captured; ops choose between their implementations as they are fast in graphs."""
+        with dispatch.for_graphs():
+            self.capturer.warm_up(function)
 
     def _run_eagerly(self, signature: Signature, reason: str) -> None:
         if signature not in self.eager:
@@ -525,7 +531,7 @@ class GraphedForward(_Graphs):
 
         try:
             for _ in range(0 if signature in self.eager else WARM_UPS):
-                self.capturer.warm_up(function)
+                self._warm_up(function)
         except Exception as error:  # most likely out of memory
             self._run_eagerly(signature, f"{type(error).__name__}: {error}")
         return self._capture(signature, function)
@@ -660,7 +666,7 @@ class GraphedTrainStep(_Graphs):
             step.graph = self._capture(step.signature, function)
             self._read = self._look() if self._graphs else None
         if step.graph is None:
-            self.capturer.warm_up(function)
+            self._warm_up(function)
             self._grads = {p: p.grad for p in self.model.parameters() if p.requires_grad}
             step.eager_steps = min(step.eager_steps + 1, WARM_UPS)
         else:

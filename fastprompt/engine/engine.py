@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import statistics
 import threading
@@ -14,6 +15,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -24,8 +26,10 @@ from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.changes import unchanging, watch_optimizers
 from fastprompt.engine import mixed
 from fastprompt.engine.backends import BACKENDS, Run
+from fastprompt.files import atomic_write, parse_json
 from fastprompt.generators import LinearProbeConfig
 from fastprompt.kept import Seen, SeenObjects, SeenValues, tensors_of
+from fastprompt.kernels import stopwatch
 from fastprompt.model import PromptedViT
 from fastprompt.streams import Written
 from fastprompt.vit import FrozenViT
@@ -40,6 +44,9 @@ CALL_IMAGES = 2
 """Fixed cost of a call, in images. It decides between padding and one more call."""
 TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-3, torch.float64: 1e-3}
 """How far a backend's output may be from eager's, relative to its norm, before the backend is considered broken."""
+
+CHOICES = "fastprompt choices 1"
+"""Format of the files that `Engine.save_choices` writes."""
 
 PATIENCE = 1.0
 """Seconds to wait for another thread's change of the model, from its start. After that the old state answers."""
@@ -94,6 +101,8 @@ class Engine:
         backend: "eager", "cuda_graph", "compile", "openvino", or "auto": the fastest of those that can run, measured at
             the first batch of each size and remembered. `fp.explain(engine)` shows which one runs and why.
         backends: names that "auto" chooses from, besides "eager"; None: all.
+        choices: a file that `save_choices` of such an engine wrote. What was measured there is not measured again, so
+            that engines in several processes compute the same bits.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the error names it.
@@ -108,6 +117,7 @@ class Engine:
         dtype: torch.dtype | None = None,
         backend: str = "auto",
         backends: Sequence[str] | None = None,
+        choices: str | os.PathLike[str] | None = None,
     ) -> None:
         if not isinstance(model, (PromptedViT, FrozenViT)):
             raise ArgumentTypeError("model", f"must be a PromptedViT or a FrozenViT, got {type(model).__name__}")
@@ -124,6 +134,8 @@ class Engine:
         self.batch_sizes, self.backend = tuple(sorted(set(sizes))), backend
         self.backends = None if backends is None else ("eager", *backends)
         self.dtype = dtype or (torch.bfloat16 if bfloat16_is_fast(given.device) else torch.float32)
+        given_choices = {} if choices is None else read_choices(choices)
+        self._given, self._choices = frozenset(given_choices), stopwatch.Choices(given_choices)
         self._lock = threading.RLock()
         self._released = False
         self._written: Written | None = None
@@ -325,6 +337,20 @@ class Engine:
     ) -> None:
         self.release()
 
+    def save_choices(self, path: str | os.PathLike[str]) -> None:
+        """Write what this engine has chosen by measurement so far, backends and implementations of ops, for `choices=`.
+
+        Call `warm_up` first. The file is JSON.
+
+        Raises:
+            OSError: it cannot be written.
+            RuntimeError: the engine was released.
+        """
+        with self._lock:
+            self._check_open()
+            content = {"format": CHOICES, "made": dict(sorted(self._choices.made.items()))}
+        atomic_write(path, json.dumps(content, indent=1).encode())
+
     def describe(self) -> str:
         """Return dtype, threads, batch sizes and adapters in one line."""
         with self._lock:
@@ -362,7 +388,8 @@ class Engine:
                 self._written.read()
             try:
                 with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-                    yield
+                    with stopwatch.kept(self._choices):
+                        yield
             finally:
                 self._written = Written(device)
 
@@ -489,6 +516,10 @@ class Engine:
         tried = {name: BACKENDS[name] for name in dict.fromkeys(names)}
         images, expected = _examples(signature, self._backbone), None
         found, runs = Measured("eager"), {}
+        key = ("backend", str(self._adapters[adapter].config), adapter, signature, tuple(tried))
+        before = self._choices.recall(key) if str(key) in self._given else None
+        if before is not None and before in tried:
+            tried = {name: tried[name] for name in dict.fromkeys(("eager", before))}
         for name, backend in tried.items():
             reason = backend.reason(self._adapters[adapter])
             if not reason:
@@ -506,7 +537,9 @@ class Engine:
                 found.reasons[name] = reason
             else:
                 runs[name] = run
-        if len(runs) > 1:
+        if before is not None and before in runs:
+            found.chosen = before
+        elif len(runs) > 1:
             rounds: dict[str, list[float]] = {name: [] for name in runs}
             for _, name in itertools.product(range(ROUNDS), runs):
                 rounds[name].append(_seconds(functools.partial(runs[name], images), images.device))
@@ -515,6 +548,7 @@ class Engine:
         for name in tried:
             if name != found.chosen:
                 self._runs.pop((adapter, name, signature), None)
+        self._choices.note(key, found.chosen)
         return found
 
     def _mixed(self, images: Tensor, names: Sequence[str]) -> list[Tensor]:
@@ -542,6 +576,20 @@ class Engine:
             return False
         known = self._measured.get((names[0], _signature(images, len(images))))
         return known is not None and known.chosen != "eager"
+
+
+def read_choices(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Read a file of `Engine.save_choices`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no such file; the error names `choices`.
+    """
+    content = parse_json(Path(path).read_bytes(), path)
+    made = content.get("made") if isinstance(content, dict) and content.get("format") == CHOICES else None
+    if not isinstance(made, dict) or not all(isinstance(name, str) for name in made.values()):
+        raise ArgumentError("choices", f"must be a file that Engine.save_choices wrote, {os.fspath(path)} is none")
+    return made
 
 
 def cover(batch: int, sizes: Sequence[int]) -> list[int]:

@@ -8,6 +8,8 @@ from torch import Tensor
 from fastprompt.kernels import dispatch
 from fastprompt.kernels.add_norm import reference
 
+MAX_WIDTH = 8192  # a row stays in registers
+
 
 def add_norm(x: Tensor, branch: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """s = x + branch, rounded to their dtype, and (s − mean) / √(variance + eps) of each row.
@@ -25,6 +27,12 @@ def add_norm(x: Tensor, branch: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         ValueError: shape or dtype of `branch` is another.
         RuntimeError: `use_backend` asks for an implementation that cannot run.
     """
+    call = dispatch.call_of("add_norm", x, branch, eps) if isinstance(x, Tensor) else None
+    plans = dispatch.recall(call, "triton")
+    if plans is not None:
+        from fastprompt.kernels.add_norm import triton
+
+        return triton.add_norm(x, branch, eps, plans)
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x))}")
     if not x.ndim:
@@ -34,12 +42,32 @@ def add_norm(x: Tensor, branch: Tensor, eps: float) -> tuple[Tensor, Tensor]:
             f"branch must be as x, {tuple(x.shape)} in {x.dtype}, got {tuple(branch.shape)} in {branch.dtype}"
         )
     arguments = (x, branch, eps)
-    backend = dispatch.choose("add_norm", x.device.type, arguments=arguments, native=_unsupported_natively(x, branch))
+    if x.device.type == "cuda" and torch.compiler.is_compiling() and dispatch.wanted() == "auto":
+        return reference.add_norm(*arguments)  # which a compiler fuses with what is before and behind it
+    backend = dispatch.choose(
+        "add_norm",
+        x.device.type,
+        _unsupported(x),
+        arguments=arguments,
+        native=_unsupported_natively(x, branch),
+        call=call,
+    )
+    if backend == "triton":
+        from fastprompt.kernels.add_norm import triton
+
+        return triton.add_norm(*arguments)
     if backend == "native":
         from fastprompt.kernels.add_norm import native
 
         return native.add_norm(*arguments)
     return reference.add_norm(*arguments)
+
+
+def _unsupported(x: Tensor) -> str:
+    """Why the Triton kernels cannot take these rows; empty: they can."""
+    if x.dtype == torch.float64:
+        return "float64 is left to PyTorch"
+    return "" if x.shape[-1] <= MAX_WIDTH else f"the kernels take rows of at most {MAX_WIDTH}, not {x.shape[-1]}"
 
 
 def _unsupported_natively(x: Tensor, branch: Tensor) -> str:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastprompt as fp
 from fastprompt.kernels import dispatch
 from fastprompt.kernels.adaptive_prompts import adaptive_prompts
+from fastprompt.kernels.add_norm import add_norm
 from fastprompt.kernels.library_prompts import PreNorm, library_prompts
 from fastprompt.kernels.prefix_attention import prefix_attention
 from fastprompt.kernels.vae_prompts import Decoder, vae_prompts
@@ -83,6 +84,72 @@ def test_each_shape_dtype_and_mode_is_measured_once(monkeypatch: pytest.MonkeyPa
         assert len(timer.calls) == 2 * (len(cases) + 1)
 
 
+def test_kernels_run_where_both_take_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their bits do not change from call to call."""
+    inputs = (torch.randn(2, 3, 4), torch.randn(4, 5), "softmax")
+    for of_kernels, chosen in ((1.01e-5, "triton"), (1.05e-5, "reference")):
+        times = iter([of_kernels, 1e-5])
+        monkeypatch.setattr(dispatch, "seconds", lambda step, times=times: next(times))
+        monkeypatch.setattr(dispatch, "measured", {})
+        assert dispatch.choose("library_prompts", "cuda", arguments=inputs) == chosen
+
+
+def test_calls_that_graphs_replay_are_timed_replayed_and_remembered_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = (torch.randn(2, 3, 4), torch.randn(4, 5), "softmax")
+    monkeypatch.setattr(dispatch, "BEYOND_CACHE", 1000)  # the arguments have 176 bytes
+    launched, replayed = iter([2e-5, 1e-5]), iter([1e-6, 2e-6])
+    steps: list[int] = []
+    monkeypatch.setattr(dispatch, "seconds", lambda step: next(launched))
+    monkeypatch.setattr(dispatch, "seconds_replayed", lambda of: steps.append(len(of)) or next(replayed))
+
+    def chosen() -> str:
+        return dispatch.choose("library_prompts", "cuda", arguments=inputs)
+
+    for _ in range(2):
+        assert chosen() == "reference"
+        with dispatch.for_graphs():
+            assert chosen() == "triton"
+    assert steps == [5, 5]
+
+
+def test_a_replayed_measurement_takes_turns_among_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    steps = [lambda i=i: ran.append(i) for i in range(3)]
+
+    class Graph:
+        def replay(self) -> None:
+            ran.append(-1)
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = len(ran)
+
+        def synchronize(self) -> None:
+            ran.append(-2)
+
+        def elapsed_time(self, end: Any) -> float:
+            return 32.0 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: contextlib.nullcontext())
+    assert dispatch.seconds_replayed(steps) == pytest.approx(0.032 / dispatch.CALLS)
+    assert ran[2 : 2 + dispatch.CALLS] == [i % 3 for i in range(dispatch.CALLS)]
+    assert ran[2 + dispatch.CALLS :] == [-1] + 5 * [-1, -2]
+
+    def refused(graph: Any, capture_error_mode: str) -> Any:
+        raise RuntimeError("it cannot be captured")
+
+    monkeypatch.setattr(torch.cuda, "graph", refused)
+    ran.clear()
+    assert dispatch.seconds_replayed(steps) == pytest.approx(0.032)  # a call is a count there
+    assert len(ran) == 2 + 2 + 6 * dispatch.CALLS + 5
+
+
 def test_a_measurement_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     Timer(monkeypatch, slow="triton")
     logits, library = torch.randn(2, 3, 4, requires_grad=True), torch.randn(4, 5, requires_grad=True)
@@ -101,6 +168,7 @@ def test_every_op_says_what_the_implementations_take(monkeypatch: pytest.MonkeyP
     x = [torch.randn(size, requires_grad=True) for size in sizes]
     norm = PreNorm(torch.ones(5), torch.zeros(5), 1e-5)
     calls = {
+        "add_norm": lambda: add_norm(2 * x[2], x[2], 1e-5)[1],
         "library_prompts": lambda: library_prompts(x[0], x[1], out=2 * x[2], slot=1, pre_norm=norm),
         "prefix_attention": lambda: prefix_attention(x[3], x[3], x[3], x[3][:1], x[3][:1]),
         "adaptive_prompts": lambda: adaptive_prompts(x[2], norm.weight, norm.bias, torch.ones(3, 7), torch.ones(3)),
@@ -185,8 +253,8 @@ def test_what_is_asked_for_runs_or_raises() -> None:
 def test_an_op_without_kernels_of_that_kind_runs_in_pytorch() -> None:
     """So that a whole model can be asked to run by one kind."""
     with fp.use_backend("triton"):
-        assert dispatch.choose("add_norm", "cuda") == "reference"
-    assert dispatch.choices["add_norm"].reason == "it has no Triton kernels"
+        assert dispatch.choose("product", "cuda") == "reference"
+    assert dispatch.choices["product"].reason == "it has no Triton kernels"
     with fp.use_backend("native"):
         assert dispatch.choose("library_prompts", "cuda") == "reference"
         assert dispatch.choose("library_prompts", "cpu") == "reference"

@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 import fastprompt as fp
 from fastprompt.kernels import dispatch
 from fastprompt.kernels.adaptive_prompts import adaptive_prompts
+from fastprompt.kernels.add_norm import add_norm
 from fastprompt.kernels.launch import cdiv, power_of_2
 from fastprompt.kernels.library_prompts import PreNorm, library_prompts
 from fastprompt.kernels.prefix_attention import prefix_attention
@@ -129,6 +130,11 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], list[torch.Tensor]]]] = 
     "attention, bias": (
         lambda q, k, v, bias: prefix_attention(q, k, v, bias=bias),
         lambda: [*(leaf(2, 2, 4, 16) for _ in range(3)), leaf(2, 2, 4, 4)],
+    ),
+    "add and norm": (lambda x, branch: add_norm(x, branch, 1e-6), lambda: [leaf(2, 4, 16) for _ in range(2)]),
+    "add and norm, rows": (
+        lambda x, branch: add_norm(x[:, 1:], branch[:, 1:], 1e-6),
+        lambda: [leaf(2, 4, 16) for _ in range(2)],
     ),
     "library": (library_prompts, lambda: [leaf(2, 3, 5), leaf(5, 16)]),
     "library, sequence": (

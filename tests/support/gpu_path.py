@@ -14,6 +14,7 @@ from fastprompt.generators import pgn, rgb_pgn, v2apt, vapt
 from fastprompt.vit import forward
 
 OPS = [
+    (forward, "add_norm"),
     (forward, "prefix_attention"),
     (pgn, "library_prompts"),
     (rgb_pgn, "library_prompts"),

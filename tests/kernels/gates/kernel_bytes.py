@@ -98,7 +98,17 @@ def _adaptive_sum_shares(e: int, B: int, N: int, P: int, D: int, H: int, shares:
     return 4 * (B * P * (N + 2) + 2 * P + shares * (2 + 2 * H) * D) + e * (P * N + (2 + 2 * H) * D)
 
 
+def _add_norm_fwd(e: int, N: int, D: int) -> int:
+    return e * 4 * N * D + 8 * N
+
+
+def _add_norm_bwd(e: int, N: int, D: int) -> int:
+    return e * 4 * N * D + 8 * N
+
+
 FORMULAS: dict[str, Callable[..., int]] = {
+    "_add_norm_fwd": _add_norm_fwd,
+    "_add_norm_bwd": _add_norm_bwd,
     "_library_prompts_fwd": _library_fwd,
     "_library_prompts_bwd_norm": _library_bwd_norm,
     "_library_prompts_bwd_logits": _library_bwd_logits,
