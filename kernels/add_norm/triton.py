@@ -211,4 +211,4 @@ def add_norm(x: Tensor, branch: Tensor, eps: float, plans: Plans | None = None) 
 def _addressable(x: Tensor) -> Tensor:
     """`x` as (images, rows, D) with adjacent elements in a row."""
     x = x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
-    return x if x.stride(2) == 1 else x.contiguous()
+    return x if x.stride(2) == 1 else row_major(x)
