@@ -14,7 +14,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -33,7 +33,7 @@ NAMES = {"triton": "Triton", "native": "native"}
 
 _wanted: ContextVar[str] = ContextVar("fastprompt_backend", default="auto")
 _latest = "auto"  # what `use_backend` asked for last, in any context
-COMPILES_CONTEXTS = TorchVersion(torch.__version__) >= (2, 14)  # `torch.compile` before it cannot read a ContextVar
+COMPILES_CONTEXTS = TorchVersion(torch.__version__) >= "2.14"  # `torch.compile` before it cannot read a ContextVar
 _in_graphs: ContextVar[bool] = ContextVar("fastprompt_native_in_graphs", default=False)
 _replayed: ContextVar[bool] = ContextVar("fastprompt_replayed", default=False)
 
@@ -361,7 +361,7 @@ def seconds(step: Callable[[], None]) -> float:
 
     Infinite if memory runs out.
     """
-    return _seconds([step], lambda: [step() for _ in range(CALLS)], CALLS)
+    return _seconds([step] * CALLS)
 
 
 def seconds_replayed(steps: list[Callable[[], None]]) -> float:
@@ -378,24 +378,23 @@ def seconds_replayed(steps: list[Callable[[], None]]) -> float:
     except torch.OutOfMemoryError:
         return float("inf")
     except RuntimeError:
-        return _seconds(steps[:1], lambda: [step() for step in turns], CALLS)
-    return _seconds([], graph.replay, CALLS)
+        return _seconds(turns)
+    return _seconds([graph.replay]) / CALLS
 
 
-def _seconds(first: list[Callable[[], None]], run: Callable[[], Any], calls: int) -> float:
-    """Seconds of one of the `calls` of `run` on the current GPU, after `first` twice: the median of five runs."""
+def _seconds(steps: Sequence[Callable[[], None]]) -> float:
+    """Mean seconds of these steps, one after the other, on the current GPU: the median of five runs."""
     try:
-        for step in (*first, *first, run):
-            step()
         times = []
-        for _ in range(5):
+        for _ in range(6):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            run()
+            for step in steps:
+                step()
             end.record()
             end.synchronize()
-            times.append(start.elapsed_time(end) / 1000 / calls)
-        return statistics.median(times)
+            times.append(start.elapsed_time(end) / 1000 / len(steps))
+        return statistics.median(times[1:])  # the first compiles
     except torch.OutOfMemoryError:
         return float("inf")
 

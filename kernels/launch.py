@@ -70,7 +70,7 @@ class Plan(NamedTuple):
     """
 
     tensors: tuple[Made | View, ...]
-    launches: tuple[tuple[Run, tuple[int | tuple[Any], ...]], ...]
+    launches: tuple[tuple[Run, tuple[Any, ...]], ...]
     outputs: tuple[int, ...]
 
     def run(self, inputs: Sequence[Tensor | None], device: torch.device) -> tuple[Tensor, ...]:
@@ -118,7 +118,8 @@ def again(
     given = [id(x) for x in inputs if x is not None]
     if key in plans or len(set(given)) < len(given):  # which of two arguments a launch read could not be told
         return run()
-    _here.launches = launches = []
+    launches: list[Launch] = []
+    _here.launches = launches
     try:
         outputs = run()
     finally:
@@ -146,7 +147,7 @@ def _plan(inputs: Sequence[Tensor | None], launches: list[Launch], outputs: tupl
             base = known[i]
             if base is None or base.dtype != x.dtype or places[: len(inputs)].count(place) > 1:
                 raise LookupError("a view of something else")
-            tensors.append(View(i, x.size(), x.stride(), x.storage_offset() - base.storage_offset()))
+            tensors.append(View(i, x.size(), x.stride(), int(x.storage_offset()) - int(base.storage_offset())))
         known.append(x)
         places.append(place)
         return len(known) - 1

@@ -13,6 +13,7 @@ adds in a fixed order, without atomics: two calls give the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -1080,7 +1081,7 @@ class _AdaptivePrompts(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         bias, w1, scale = saved[4], saved[5], saved[7]
-        run = _backward if unseen(grad) else _op_backward
+        run: Callable[..., Any] = _backward if unseen(grad) else _op_backward
         dtokens, dweight, dnorm, dmix, rest, dw1, dw2 = run(
             grad, *saved[:8], *ctx.options, *saved[8:], ctx.needs_input_grad[0]
         )

@@ -831,10 +831,10 @@ def library_prompts(
     records = trains(logits, library)
     norm = (activation == "softmax", weight, bias, eps, weight is not None and records)
     if not records and out is None and unseen(logits):
-        given = (logits, library, patches, prefix, position)
+        given = (logits, library, patches, prefix, position, weight, bias)
         if patches is None:
-            return again(plans, (*given, weight, bias), lambda: _fresh(logits, library, *norm))[0]
-        return again(plans, (*given, weight, bias), lambda: _assemble(*given, *norm))[0]
+            return again(plans, given, lambda: _fresh(logits, library, *norm))[0]
+        return again(plans, given, lambda: _assemble(logits, library, patches, prefix, position, *norm))[0]
     if patches is not None:
         return _Assembled.apply(logits, library, patches, prefix, position, *norm)
     if out is not None:

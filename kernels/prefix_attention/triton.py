@@ -730,12 +730,12 @@ class _PrefixAttention(torch.autograd.Function):
             elif not tokens_packed:
                 dk, dv = dk.permute(2, 0, 3, 1, 4).unbind(0)
         if any(ctx.needs_input_grad[3:5]):  # alone in the first block, where nothing before the tokens trains
-            read = (grad, q, prefix_k, prefix_v, out, lse)
+            of_prefix = (grad, q, prefix_k, prefix_v, out, lse)
             if direct:
-                part = ("prefix", *_layouts(read))
-                dpk, dpv = again(plans, read, lambda: _backward_prefix(*read, scale), part)
+                part = ("prefix", *_layouts(of_prefix))
+                dpk, dpv = again(plans, of_prefix, lambda: _backward_prefix(*of_prefix, scale), part)
             else:
-                dpk, dpv = _op_backward_prefix(*read, scale)
+                dpk, dpv = _op_backward_prefix(*of_prefix, scale)
         return dq, dk, dv, dpk, dpv, None, None, None
 
 

@@ -707,7 +707,7 @@ class _VAEPrompts(torch.autograd.Function):
         ctx: Any, stats: Tensor, domain: Tensor, seed: Tensor | None, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(stats, domain, seed, *weights)
-        return (_forward if unseen(stats) else _op)(stats, weights, domain, seed)
+        return (_forward if unseen(stats) else _op)(stats, list(weights), domain, seed)
 
     @staticmethod
     @once_differentiable
