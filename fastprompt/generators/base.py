@@ -294,6 +294,10 @@ class PromptGenerator(nn.Module, abc.ABC):
         """Return `prompts` computed by the paper's own graph; override this if `prompts` computes them differently."""
         return self.prompts(layer, context, tokens, draws)
 
+    def free_tokens(self) -> dict[int, Tensor]:
+        """Return the parameters (P, D) that are the prompts of each block themselves, as views; {}: there are none."""
+        return {}
+
     def feature_width(self, width: int) -> int:
         """Return the width F of the head's input, for frozen features of width D."""
         return width

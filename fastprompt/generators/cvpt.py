@@ -95,6 +95,9 @@ class CVPT(PromptGenerator):
     ) -> Tensor:
         return self.static(layer, None)
 
+    def free_tokens(self) -> dict[int, Tensor]:
+        return self.static.free_tokens(self.layers)
+
     def paper_num_parameters(self) -> int:
         """L · P · D."""
         return len(self.layers) * self.num_prompts * self.geometry.width

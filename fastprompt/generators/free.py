@@ -81,6 +81,9 @@ class FreePrompts(PromptGenerator):
     ) -> Tensor:
         return self.tokens
 
+    def free_tokens(self) -> dict[int, Tensor]:
+        return {0: self.tokens[0]}
+
     def paper_num_parameters(self) -> int:
         """K · D."""
         return self.num_prompts * self.geometry.width

@@ -123,6 +123,12 @@ class StaticPrompts(nn.Module):
         """Return the embeddings (blocks, P, k) of one stage."""
         return self.embeddings[stage] if isinstance(self.embeddings, nn.ParameterList) else self.embeddings
 
+    def free_tokens(self, layers: Sequence[int]) -> dict[int, Tensor]:
+        """Return the embeddings (P, D) of each block, as views; {} with a projection."""
+        if self.projection is not None:
+            return {}
+        return {layer: self.of_stage(stage)[index] for layer in layers for stage, index in [self.place(layer)]}
+
     def forward(self, layer: int, mask: Tensor | None) -> Tensor:
         """Return the prompts (1, P, D) of block `layer`, or (B, P, D) with a dropout mask of that shape."""
         stage, index = self.place(layer)
@@ -277,6 +283,9 @@ class VPT(PromptGenerator):
             return self.static(layer, draws["first"][0])
         stage, index = self.static.place(layer)
         return self.static(layer, draws[_mask_name(self.static, stage)][index])
+
+    def free_tokens(self) -> dict[int, Tensor]:
+        return self.static.free_tokens(self.layers)
 
     def paper_num_parameters(self) -> int:
         """Return L · P · D for deep, P · D for shallow, or the sum over blocks if their widths D differ."""

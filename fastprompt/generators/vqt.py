@@ -132,6 +132,9 @@ class VQT(PromptGenerator):
     ) -> Tensor:
         return self.queries(layer, None)
 
+    def free_tokens(self) -> dict[int, Tensor]:
+        return self.queries.free_tokens(self.layers)
+
     def feature_width(self, width: int) -> int:
         return width + len(self.layers) * self.num_prompts * self.geometry.width
 

@@ -23,6 +23,7 @@ from fastprompt.train.directory import RECIPE_FILE, RunDirectory, open_run
 from fastprompt.train.evaluate import activation_bits, backbone_precision, device_of
 from fastprompt.train.identity import data_identities
 from fastprompt.train.loop import TrainingDiverged
+from fastprompt.train.prompt_init import check_prompts
 from fastprompt.train.ranks import find_ranks, synced_batch_norms
 from fastprompt.train.recipes import Recipe, adjusted_recipe, default_recipe
 from fastprompt.train.result import FitResult
@@ -151,6 +152,8 @@ def fit_in(
         from fastprompt.train.probe import logistic_regression
 
         logistic_regression()  # fail before anything is read or written
+    if recipe.prompt_init == "data":
+        check_prompts(model)
     before = rng_state()
     try:
         kind = kind_of_labels(recipe.loss, train)

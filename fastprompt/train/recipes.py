@@ -21,6 +21,7 @@ _CHOICES = {
     "decay": ("matrices", "all", "all but head bias"),
     "schedule": ("step", "epoch"),
     "head_init": ("default", "probe", "vpt"),
+    "prompt_init": ("default", "data"),
     "select_by": ("accuracy", "loss", "last"),
     "loss": ("cross_entropy", "bce", "mse", "l1"),
     "sampling": ("shuffle", "balanced"),
@@ -89,6 +90,9 @@ class Recipe:
             else float32), "bfloat16" or "float32". Generator, head and losses are always float32.
         head_init: initial linear head: "default", "probe" (the L-BFGS probe, with C chosen on validation, of the
             features before the first step), or "vpt" (as VPT and VAPT do, `LinearHead.reset`). Other heads ignore it.
+        prompt_init: initial prompts: "default", or "data" for prompts that are learned tokens themselves (VPT, free
+            prompts, CVPT, VQT): means of the training images' tokens in front of the prompts' block, mixed with
+            directions that those tokens lack (`fastprompt.train.prompt_init` has the formula).
         select_by: epoch to keep the weights of: the one with the highest validation "accuracy" (then the lower loss),
             with the lowest validation "loss", which is less noisy with few validation images, or the "last" one.
         rollbacks: number of times that a diverged run goes back to its last good state and on at a third of the
@@ -140,6 +144,7 @@ class Recipe:
     seed: int = 0
     dtype: str = "auto"
     head_init: str = "default"
+    prompt_init: str = "default"
     select_by: str = "accuracy"
     rollbacks: int = 0
     num_workers: int = 0

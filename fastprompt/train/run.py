@@ -37,6 +37,7 @@ from fastprompt.train.identity import (
 from fastprompt.train.log import choices_line, environment, epoch_line, progress_bar, start_line, whole_log
 from fastprompt.train.loop import Loop, Totals, TrainingDiverged
 from fastprompt.train.optimizer import make_optimizer
+from fastprompt.train.prompt_init import prompts_from_data
 from fastprompt.train.ranks import Ranks
 from fastprompt.train.recipes import Recipe, checkpoint_interval
 from fastprompt.train.result import FitResult
@@ -175,6 +176,9 @@ class Run:
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
+        if self.recipe.prompt_init == "data":
+            prompts_from_data(self.model, self.data.sampled(), seed)
+            self.state.best = self.state.weights()
         assert self.model.head is not None
         if self.recipe.head_init == "probe" and self.model.head.kind == "linear":
             self.state.progress.probe_accuracy = self._fit_probe()

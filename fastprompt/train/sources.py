@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +107,11 @@ class RunData:
             for data in (self.train, self.val)
         )
         return train, val
+
+    def sampled(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches of the training images, shuffled by the recipe's seed, in this process alone."""
+        options = {"seed": self.recipe.seed, "num_workers": self.recipe.num_workers}
+        return self._batches(self.train, self.recipe.batch_size, "train", **options).epoch()
 
     def try_out(self) -> None:
         """Compute two images of each; raise an error for images that the model cannot take."""
