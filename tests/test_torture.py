@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 
-SMALL = "--kills 3 --within 5 --every 40 --writers 3 --flips 60 --hostile 20 --idle 6 --turns 0 --seed 1"
+SMALL = "--kills 2 --within 3 --every 60 --writers 3 --flips 40 --hostile 20 --idle 6 --turns 0 --seed 1"
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict
 
 
 def test_a_minute_of_torture_loses_nothing(outcomes: dict[str, dict[str, int]]) -> None:
-    assert outcomes["Runs killed at random"]["kills"] >= 3
+    assert outcomes["Runs killed at random"]["kills"] >= 2
     within = outcomes["Runs killed within an epoch"]
-    assert (within["kills"], within["the same bits in the end"]) == (5, 5)
+    assert (within["kills"], within["the same bits in the end"]) == (3, 3)
     assert outcomes["Every operation on files killed"]["tried"] > 100
     assert outcomes["Every operation on files killed"]["the same bits in the end"] >= 4
     full = outcomes["Full disk"]
@@ -55,8 +55,8 @@ def test_a_minute_of_torture_loses_nothing(outcomes: dict[str, dict[str, int]]) 
     assert writers["refused: the directory is in use"] >= 2
     for part in ("weights", "configuration", "state of a run"):
         flipped = outcomes[f"Flipped bits: {part}"]
-        assert flipped["refused by name"] > 30
-        assert flipped["refused by name"] + flipped.get("read as it was", 0) == 60
+        assert flipped["refused by name"] > 20
+        assert flipped["refused by name"] + flipped.get("read as it was", 0) == 40
     clients = outcomes["Hostile clients of a host"]
     assert clients["right answers"] > 0
     assert sum(times for name, times in clients.items() if name.startswith("hostile")) >= 20
