@@ -1,4 +1,4 @@
-# make test | test-oldest | docs | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-training | bench-engine | cost | gates | kernels-report | gpu | gpu-here | gpu-table | dist | clean | help
+# make test | test-oldest | docs | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-training | bench-engine | cost | gates | kernels-report | gpu | gpu-here | gpu-table | tune | dist | clean | help
 #   PYTHON=python3.12   interpreter to create the environment with
 #   VENV=path           environment to create or reuse (default .venv)
 #   PIP_FLAGS=...       more flags for pip, for example an extra index with CPU builds of torch
@@ -6,6 +6,7 @@
 #   TESTS=tests/vit     run part of the suite
 #   JOBS=2              number of processes that run the suite
 #   IF=changed          for gates: run nothing if results/gates.json is up to date
+#   FLAGS='...'         for tune: its options
 #   FOLDER=path         for page: folder written by `fastprompt export --client`
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,12 +15,13 @@ PIP_FLAGS ?=
 TESTS ?= tests
 JOBS ?= 2
 FOLDER ?=
+FLAGS ?=
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.fastprompt-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint types pytest test-oldest browser page hammer torture serve-ray load demo table pixels plots docs bench bench-forward bench-training bench-engine cost gates kernels-report gpu gpu-here gpu-table dist clean
+.PHONY: help install test lint types pytest test-oldest browser page hammer torture serve-ray load demo table pixels plots docs bench bench-forward bench-training bench-engine cost gates kernels-report gpu gpu-here gpu-table tune dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -140,6 +142,9 @@ gpu-here:  ## the same without an install, by PY=python3; LONG=1 for the sanitiz
 
 gpu-table:  ## write the tables of results/gpu.json into docs/results.md
 	PYTHONPATH=bench $(PY) -m gpu.table results/gpu.json docs/results.md
+
+tune:  ## on a GPU, measure tile sizes of the Triton kernels, by PY=python3; FLAGS="--ops add_norm --write"; make gates after --write
+	PYTHONPATH=.:bench:tests/kernels/gates $(PY) -m gpu.tune $(FLAGS)
 
 dist: $(STAMP)  ## build sdist and wheel with the C++ kernels into dist/, and check them as PyPI does
 	rm -rf dist
