@@ -82,7 +82,7 @@ class FrozenViT(Backbone):
 
         Args:
             name: a timm model name of `timm.models.vision_transformer`, `vision_transformer_relpos`, `deit`, `beit`,
-                `eva`, `swin_transformer` or `swin_transformer_v2`.
+                `eva`, `naflexvit`, `swin_transformer` or `swin_transformer_v2`.
             pretrained: load the published weights from the hub.
             image_size: pixels (or (height, width)); the position embedding is resampled by timm.
             mean, std: per channel; None: those that come with timm's weights.
@@ -106,7 +106,8 @@ class FrozenViT(Backbone):
             model = timm.create_model(name, pretrained=pretrained, **sized)
         except TypeError as error:
             raise ValueError(f"timm does not build {name!r} with {sized}: {error}") from error
-        backbone = cls(model, mean=mean, std=std)
+        # a NaFlexVit is not built for a size
+        backbone = cls(model, image_size=None if is_swin(model) else image_size, mean=mean, std=std)
         options = {**kwargs, "mean": mean, "std": std}
         backbone.source = BackboneSource.of_call("timm", name, pretrained, image_size, options)
         return backbone

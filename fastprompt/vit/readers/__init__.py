@@ -1,8 +1,8 @@
 """Readers turn a library's model into the canonical parts of `FrozenViT`; one file per library.
 
-`timm.py` (with `eva.py`, `beit.py` and `timm_layers.py`, and `swin.py` for Swin), `torchvision.py`, `open_clip.py` and
-`transformers.py` each import their library, and each is imported only when a model of that library is read. `parts.py`
-reads the layers they share: torch's own.
+`timm.py` (with `eva.py`, `beit.py`, `naflex.py` and `timm_layers.py`, and `swin.py` for Swin), `torchvision.py`,
+`open_clip.py` and `transformers.py` each import their library, and each is imported only when a model of that library
+is read. `parts.py` reads the layers they share: torch's own.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ def read(module: nn.Module, image_size: int | tuple[int, int] | None = None) -> 
             f"transformers of {', '.join(LIBRARIES)} are"
         )
     rule = parts.pop("resampling", {"antialias": True, "align_corners": False})
+    own = parts.pop("own_size", None)  # of images, if not that of the position embedding
+    sides = own if sides is None else sides
     if sides is not None and sides != parts["spec"].image_size:
         _resize(parts, sides, rule)
     parts["spec"] = dataclasses.replace(parts["spec"], antialias=rule["antialias"])
@@ -99,9 +101,10 @@ def _resize(parts: dict[str, Any], sides: tuple[int, int], rule: dict[str, Any])
         pos: Tensor = parts["pos_embed"].detach()  # (1, [prefix +] patches, D)
         loaded["pos_embed"] = loaded_as(pos, grid=spec.grid, to=grid, **rule)
         rows = rearrange(pos[:, prefix:], "one (rows columns) d -> one d rows columns", rows=spec.grid[0])
-        rows = F.interpolate(
-            rows.to(torch.promote_types(pos.dtype, torch.float32)), size=grid, **{"mode": "bicubic", **rule}
-        )
+        how = {"mode": "bicubic", **rule}
+        size = (max(grid), max(grid)) if how.pop("square", False) else grid  # a square's upper left part
+        rows = F.interpolate(rows.to(torch.promote_types(pos.dtype, torch.float32)), size=size, **how)
+        rows = rows[:, :, : grid[0], : grid[1]]
         patches = rearrange(rows, "one d rows columns -> one (rows columns) d").to(pos.dtype)
         parts["pos_embed"] = torch.cat([pos[:, :prefix], patches], dim=1)
     if parts.get("rotary") is not None and grid != spec.grid:

@@ -24,14 +24,18 @@ def read(model: Any) -> dict[str, Any]:
     Raises:
         ValueError: a part that cannot be represented (gated attention, ...). The error names it.
     """
-    parts = layers.common(model, [_block(block, model.rope is not None) for block in model.blocks])
+    parts = layers.common(model, [block(module, model.rope is not None) for module in model.blocks])
     # attention pooling reads all tokens
     parts["spec"] = dataclasses.replace(parts["spec"], pool_prefix=model.attn_pool is not None)
-    if model.rope is not None:
-        grid = tuple(model.patch_embed.grid_size)
-        parts["rotary"] = rotary(model.rope, grid, half=bool(model.blocks[0].attn.rotate_half))
-        parts["loaded"] |= _loaded(model.rope, parts["rotary"], grid)
-    return parts
+    if model.rope is None:
+        return parts
+    return with_rotation(parts, model.rope, tuple(model.patch_embed.grid_size), model.blocks[0].attn)
+
+
+def with_rotation(parts: dict[str, Any], module: Any, grid: tuple[int, ...], attn: Any) -> dict[str, Any]:
+    """Add a rotary embedding for this grid to the parts. `attn`: the attention of one of the blocks that rotate."""
+    embedding = rotary(module, grid, half=bool(attn.rotate_half))
+    return {**parts, "rotary": embedding, "loaded": parts["loaded"] | _loaded(module, embedding, grid)}
 
 
 def _loaded(module: Any, read: Rotary, grid: tuple[int, ...]) -> dict[str, str | None]:
@@ -75,7 +79,8 @@ def rotary(module: Any, grid: tuple[int, ...], half: bool) -> Rotary:
     )
 
 
-def _block(module: Any, rotates: bool) -> Block:
+def block(module: Any, rotates: bool) -> Block:
+    """Convert a block of Eva; `rotates`: the model rotates its queries and keys."""
     if type(module) not in (eva.EvaBlock, eva.EvaBlockPostNorm):
         refuse("block", type(module).__name__, "EvaBlock, EvaBlockPostNorm")
     attn = module.attn

@@ -133,7 +133,7 @@ def _block(block: Any) -> SwinBlock:
     second = type(block) is v2.SwinTransformerV2Block
     bias: Tensor | None = attn.qkv.bias
     if second and attn.q_bias is not None:
-        bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
+        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
     dense(attn.qkv)
     return SwinBlock(
         norm1=block_norm(block.norm1),

@@ -1,4 +1,4 @@
-"""Reader for timm's vision transformers; `eva.py` and `beit.py` read two classes of them, `swin.py` reads its Swin."""
+"""Reader for timm's vision transformers; `eva.py`, `beit.py`, `naflex.py` read some of them, `swin.py` its Swin."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from timm.models import (
     beit as timm_beit,
     deit,
     eva as timm_eva,
+    naflexvit,
     vision_transformer as vt,
     vision_transformer_relpos as relpos,
 )
 
-from fastprompt.vit.readers import beit, eva
+from fastprompt.vit.readers import beit, eva, naflex
 from fastprompt.vit.readers.parts import refuse
 from fastprompt.vit.readers.timm_layers import block_norm, common, dense, layer_scale, mlp, norm
 from fastprompt.vit.weights import Block
+
+_POOLS_TOKENS = (
+    ", whose blocks pool their tokens and attend within windows: one number of tokens for all blocks is needed"
+)
+_WHY_NOT = {"Hiera": _POOLS_TOKENS, "HieraDet": _POOLS_TOKENS}
 
 
 def read(model: Any) -> dict[str, Any]:
@@ -32,12 +38,14 @@ def read(model: Any) -> dict[str, Any]:
         return eva.read(model)
     if type(model) in (timm_beit.Beit, relpos.VisionTransformerRelPos):
         return beit.read(model)
+    if type(model) is naflexvit.NaFlexVit:
+        return naflex.read(model, [_naflex_block(block, model.rope is not None) for block in model.blocks])
     if type(model) not in (vt.VisionTransformer, deit.VisionTransformerDistilled):
         refuse(
             "model",
-            f"{type(model).__name__} of {type(model).__module__}",
-            "timm's VisionTransformer, VisionTransformerDistilled, VisionTransformerRelPos, Beit, Eva, SwinTransformer "
-            "and SwinTransformerV2",
+            f"{type(model).__name__} of {type(model).__module__}{_WHY_NOT.get(type(model).__name__, '')}",
+            "timm's VisionTransformer, VisionTransformerDistilled, VisionTransformerRelPos, Beit, Eva, NaFlexVit, "
+            "SwinTransformer and SwinTransformerV2",
         )
     parts = common(model, [_block(block) for block in model.blocks])
     parts["spec"] = dataclasses.replace(parts["spec"], pool_prefix=bool(model.pool_include_prefix))
@@ -49,6 +57,14 @@ def _distilled(model: Any, parts: dict[str, Any]) -> dict[str, Any]:
     parts["spec"] = dataclasses.replace(parts["spec"], pool="cls+dist")
     head = None if isinstance(model.head_dist, nn.Identity) else dense(model.head_dist)
     return {**parts, "registers": model.dist_token, "head_dist": head}
+
+
+def _naflex_block(module: Any, rotates: bool) -> Block:
+    return (
+        eva.block(module, rotates)
+        if isinstance(module, (timm_eva.EvaBlock, timm_eva.EvaBlockPostNorm))
+        else _block(module)
+    )
 
 
 def _block(module: Any) -> Block:

@@ -25,12 +25,12 @@ _POOLS = {"token": "cls", "avg": "patches", "map": "map"}
 
 def common(model: Any, blocks: list[Block]) -> dict[str, Any]:
     """Return the parts of one of timm's vision transformers, whose blocks are read."""
-    if model.global_pool not in _POOLS:
-        refuse("global_pool", repr(model.global_pool), "'token', 'avg' or 'map'")
+    pool = pool_of(model)
     embed, hybrid = model.patch_embed, isinstance(model.patch_embed, tl.HybridEmbed)
     if type(embed) not in (tl.PatchEmbed, tl.PatchEmbedWithSize, tl.HybridEmbed, tl.HybridEmbedWithSize):
         refuse("patch_embed", type(embed).__name__, "PatchEmbed, HybridEmbed")
-    if not isinstance(embed.proj, nn.Conv2d):
+    stem_alone = hybrid and isinstance(embed.proj, nn.Identity)
+    if not stem_alone and not isinstance(embed.proj, nn.Conv2d):
         refuse("patch_embed.proj", type(embed.proj).__name__, "Conv2d")
     kernel = tuple(embed.patch_size)
     if embed.img_size is None:
@@ -40,7 +40,9 @@ def common(model: Any, blocks: list[Block]) -> dict[str, Any]:
     sides = embed.feat_ratio(as_scalar=False) if hybrid else kernel  # of a patch, in pixels
     if sides[0] != sides[1] or kernel[0] != kernel[1]:
         refuse("patch_size", str(sides), "square patches")
-    if (embed.proj.kernel_size, embed.proj.stride, embed.proj.padding) != (kernel, kernel, (0, 0)):
+    if stem_alone and kernel != (1, 1):
+        refuse("patch_size", str(kernel), "(1, 1) without a projection")
+    if not stem_alone and (embed.proj.kernel_size, embed.proj.stride, embed.proj.padding) != (kernel, kernel, (0, 0)):
         refuse("patch_embed.proj", str(embed.proj), "patches side by side")
     if not blocks:
         refuse("depth", "0", "at least one block")
@@ -57,7 +59,7 @@ def common(model: Any, blocks: list[Block]) -> dict[str, Any]:
         num_heads=blocks[0].num_heads,
         has_cls=has_cls,
         num_registers=model.num_prefix_tokens - has_cls,
-        pool=_POOLS[model.global_pool],
+        pool=pool,
         pos_on_prefix=not getattr(model, "no_embed_class", False),
         dynamic_size=bool(getattr(model, "dynamic_img_size", False)),
         dynamic_pad=bool(embed.dynamic_img_pad),
@@ -67,8 +69,8 @@ def common(model: Any, blocks: list[Block]) -> dict[str, Any]:
     return {
         "spec": spec,
         "loaded": {"pos_embed": None} if resampled(model) and position is not None else {},
-        "patch_weight": embed.proj.weight,
-        "patch_bias": embed.proj.bias,
+        "patch_weight": _identity(blocks[0].qkv.weight) if stem_alone else embed.proj.weight,
+        "patch_bias": None if stem_alone else embed.proj.bias,
         "patch_norm": norm(getattr(embed, "norm", None)),
         "stem": Stem(embed.backbone) if hybrid else None,
         "cls_token": model.cls_token,
@@ -77,10 +79,22 @@ def common(model: Any, blocks: list[Block]) -> dict[str, Any]:
         "norm_pre": norm(getattr(model, "norm_pre", None)),
         "blocks": blocks,
         "norm": norm(model.norm),
-        "map_pool": _map_pool(getattr(model, "attn_pool", None)),
+        "map_pool": map_pool(getattr(model, "attn_pool", None)),
         "fc_norm": norm(model.fc_norm),
         "head": None if isinstance(model.head, nn.Identity) else dense(model.head),
     }
+
+
+def _identity(like: torch.Tensor) -> torch.Tensor:
+    """The projection (D, D, 1, 1) that changes nothing, for rows as wide as those that `like` (out, D) reads."""
+    return torch.eye(like.shape[1]).to(like)[:, :, None, None]
+
+
+def pool_of(model: Any) -> str:
+    """Return the readout of the model's own head."""
+    if model.global_pool not in _POOLS:
+        refuse("global_pool", repr(model.global_pool), "'token', 'avg' or 'map'")
+    return _POOLS[model.global_pool]
 
 
 def resampled(model: Any) -> bool:
@@ -145,7 +159,8 @@ def layer_scale(module: Any) -> torch.Tensor | None:
     return None if isinstance(module, nn.Identity) else module.gamma
 
 
-def _map_pool(module: Any) -> MapPool | None:
+def map_pool(module: Any) -> MapPool | None:
+    """Convert attention pooling with one latent, if there is any."""
     if module is None:
         return None
     if (

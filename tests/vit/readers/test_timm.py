@@ -228,8 +228,8 @@ def test_other_networks_are_refused_by_name(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
     if name.startswith("vit"):
-        model.patch_embed.proj = nn.Identity()
-    part = {"test": "ResNet", "hiera": "Hiera", "convnext": "ConvNeXt", "vit": r"patch_embed\.proj is Identity"}
+        model.patch_embed.proj = nn.Linear(3, 3)
+    part = {"test": "ResNet", "hiera": "Hiera", "convnext": "ConvNeXt", "vit": r"patch_embed\.proj is Linear"}
     with pytest.raises(ValueError, match=part[name.partition("_")[0]]):
         fp.FrozenViT(model)
 
@@ -245,6 +245,15 @@ def test_convolutional_stems_match_timm(randomised: Any, tiny_images: Tensor) ->
     assert not any(p.requires_grad for p in backbone.parameters())
     with pytest.raises(ValueError, match="a convolutional stem"):
         fp.RGBPGN(fp.RGBPGNConfig(4, 5, widths=(4, 8)), backbone)
+
+
+def test_a_stem_without_projection_matches_timm(randomised: Any) -> None:
+    model = randomised(timm.create_model("vit_base_mci_224", img_size=32, depth=1, num_classes=5)).double().eval()
+    backbone = assert_same_forward(model, torch.randn(2, 3, 32, 32, dtype=torch.float64))
+    assert backbone.grid == (2, 2)
+    model.patch_embed.patch_size = (2, 2)
+    with pytest.raises(ValueError, match=r"patch_size is \(2, 2\); supported: \(1, 1\) without a projection"):
+        fp.FrozenViT(model)
 
 
 def gated() -> nn.Module:
