@@ -529,7 +529,7 @@ def _queries(t: Tally, s: Sizes, prompts: PromptCost, readout: str) -> None:
     ready = rewritten and not s.training
     t.call(ready)  # the queries are compared with those whose share of the work is kept
     for i in prompts.layers:
-        if not ready:
+        if not ready or s.rotary:
             prompts.make(answers, i)
             answers.call(s.cast and prompts.cast, s.cast and prompts.cast)
         (_answers if rewritten else _papers_answers)(answers, s, prompts.count, s.cast and prompts.cast)
@@ -541,13 +541,20 @@ def _queries(t: Tally, s: Sizes, prompts: PromptCost, readout: str) -> None:
 def _answers(t: Tally, s: Sizes, p: int, cast: bool) -> None:
     """`fastprompt.vit.queries.answers` of p queries that all images share."""
     b, d, h, rows = s.batch, s.width, s.heads, s.own
-    if s.training:
+    if s.training or s.rotary:
         _norm(t, s, p, keeps=cast)
         t.call(0, 1)  # the queries are read twice
         t.product(2 * p * d * d)
         t.call(1, 1)
-        t.product(2 * p * d * d, backward=2)
-    t.product(2 * b * h * p * rows * d, calls=1 + (s.training and b > 1), backward=1 + (b > 1))
+    if s.rotary:
+        t.product(2 * b * rows * d * d, 0)  # keys
+        _rotate(t, False)
+        t.product(2 * b * p * rows * d, calls=1 + 2 * (b > 1), backward=1 + 2 * (b > 1))
+        t.saved += s.tokens(b * rows)
+    else:
+        if s.training:
+            t.product(2 * p * d * d, backward=2)
+        t.product(2 * b * h * p * rows * d, calls=1 + (s.training and b > 1), backward=1 + (b > 1))
     t.call(1, 1, b * h * p * rows * s.element)  # softmax
     t.product(2 * b * h * p * rows * d)
     t.saved += s.tokens(b * rows)  # the normed rows
@@ -570,14 +577,14 @@ def _papers_answers(t: Tally, s: Sizes, p: int, cast: bool) -> None:
     scores = b * h * p * rows
     if s.training and s.cast and p * rows <= SMALL_SCORES:  # plain products
         t.call(1, 1)
-        t.product(2 * scores * s.head_dim, calls=1 + 2 * (b > 1))
+        t.product(2 * scores * s.head_dim, calls=1 + (2 - s.rotary) * (b > 1))  # rotated keys lie as products read them
         t.call(1, 1, scores * s.element)
         t.product(2 * scores * s.head_dim, calls=1 + (b > 1))
         t.call(1, 1, s.tokens(b * rows, 2 * d))
     else:
         t.forward += 4 * scores * s.head_dim
         t.backward += 10 * scores * s.head_dim
-        t.call(1, 1, s.tokens(b * rows, 3 * d) + s.tokens(b * p, 2 * d) + 4 * b * h * p)
+        t.call(1, 1, s.tokens(b * rows, (3 + s.rotary) * d) + s.tokens(b * p, 2 * d) + 4 * b * h * p)
     t.product(2 * b * p * d * d)
     if s.layer_scale:
         t.call(1, 1)

@@ -44,7 +44,7 @@ from fastprompt.generators import (
 from fastprompt.heads import CLIP_LOGIT_SCALE, Head, LinearHead, build_head
 from fastprompt.hub import CARD_FILE, check_push, model_card, push, read_pretrained, run_facts
 from fastprompt.kept import Kept, SeenValues, arithmetic, can_compare, tensors_of
-from fastprompt.vit import FrozenViT, compressed, constants, queries
+from fastprompt.vit import FrozenViT, compressed, constants
 from fastprompt.vit.assets import load_source
 from fastprompt.vit.attention_maps import AttentionMap
 from fastprompt.vit.prompts import NO_DRAWS, Draws, Embedding, Group, Prefix
@@ -125,7 +125,6 @@ class PromptedViT(nn.Module):
             if self.backbone.head is not None:
                 self.backbone.head.requires_grad_(False)  # the pretrained classifier is not part of the features
         self.generator = build_generator(config, self.backbone)
-        self._check_role()
         self.readout = check_readout(backbone, self.generator, readout)
         self.head: Head | None = None
         if isinstance(head, Head):
@@ -165,16 +164,6 @@ class PromptedViT(nn.Module):
                 module.to(
                     device=backbone.device, dtype=torch.float64 if backbone.dtype == torch.float64 else torch.float32
                 )
-
-    def _check_role(self) -> None:
-        """Raise `ValueError` if prompts outside the sequence meet attention that depends on positions."""
-        role = "sequence" if self.generator is None else self.generator.role
-        if role != "sequence" and not all(queries.is_plain(block) for block in self.backbone.blocks):
-            raise ArgumentError(
-                "backbone",
-                f"must have neither rotary embedding nor a relative position bias for {type(self.config).__name__}, "
-                f"got {self.backbone.spec.name}",
-            )
 
     @property
     def feature_width(self) -> int:
@@ -299,8 +288,6 @@ class PromptedViT(nn.Module):
             return "a Swin transformer keeps no constants"
         if generator is None:
             return "there are no prompts"
-        if not all(queries.is_plain(block) for block in vit.blocks):
-            return "attention depends on positions"
         if generator.role == "queries":
             return "" if generator.known_at == "static" else "the queries depend on the image"
         if generator.changes_images or not generator.layers:
@@ -329,7 +316,7 @@ class PromptedViT(nn.Module):
         if generator.role == "queries":
             return constants.of_queries(vit, embedded, generator.layers, self.readout, folded, keep)
         rows = constants.before(vit, embedded, min(generator.layers), folded)
-        found = {"rows": rows, "grid": torch.tensor(embedded.grid, device=rows.device).expand(len(rows), -1)}
+        found = {"rows": rows, "grid": constants.of_grid(embedded, rows)}
         if generator.known_at == "image":
             found["images"] = inputs
         if generator.known_at == "embeddings":
@@ -356,9 +343,11 @@ class PromptedViT(nn.Module):
         assert folded is not None
         if generator.role == "queries":
             answers = []
+            grid = tuple(kept["grid"][0].tolist()) if "grid" in kept else vit.spec.grid
+            turns = vit.turns(grid, vit.dtype)
             for i in generator.layers:
                 tokens = generator.prompts(i, None, None, draws).to(vit.dtype)
-                answers.append(constants.answers(i, tokens, kept, folded))
+                answers.append(constants.answers(i, tokens, kept, folded, turns[i]))
             return generator.gather(kept["features"].to(vit.dtype), answers), generator.aux(None)
         context = None
         if generator.known_at in ("image", "embeddings"):

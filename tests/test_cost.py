@@ -149,7 +149,15 @@ ROTARY: dict[str, Any] = {**SMALL, "name": "vit_small_patch16_dinov3", "embed_di
 
 @pytest.mark.parametrize(
     ("method", "readout"),
-    [("vpt-deep", "cls"), ("vpt-deep", "patches+prompts"), ("vapt", "cls"), ("pgn", "cls"), ("pgn", "patches")],
+    [
+        ("vpt-deep", "cls"),
+        ("vpt-deep", "patches+prompts"),
+        ("vapt", "cls"),
+        ("pgn", "cls"),
+        ("pgn", "patches"),
+        ("cvpt", "cls"),
+        ("vqt", "cls"),
+    ],
 )
 def test_formula_is_what_runs_with_a_rotary_embedding(
     configs: dict[str, PromptConfig], bench: ModuleType, method: str, readout: str

@@ -63,7 +63,8 @@ class CVPT(PromptGenerator):
     CA has a softmax of its own, so prompts do not take weight from the tokens' own attention. From the paper: the
     cross-attention after self-attention with a residual of its own, new prompts in every block, and weights shared with
     the block's self-attention. Our reading: these weights are all frozen, and so are norm and, where a backbone has it,
-    LayerScale, which CA shares as well. Our choices: prompts are initialised like VPT's, and `first_block`.
+    LayerScale, which CA shares as well; between tokens and prompts there are no positions, so CA has neither rotary
+    embedding nor relative position bias. Our choices: prompts are initialised like VPT's, and `first_block`.
 
     Sharing makes CA a function of frozen weights and prompts alone, so W_q Kᵀ and V W_o are computed once per adapter
     (in training, once per batch); see `fastprompt.vit.cross`.

@@ -87,9 +87,10 @@ class VQT(PromptGenerator):
     the queries are: training goes back through the queries' own rows alone.
 
     Our reading: as the paper's queries are tokens of the block, their outputs pass its norms, projection, both
-    residuals and its MLP like any row. Our choices: z is what the model's `readout` gives, the class token for most
-    models. With `normalise`, each Z' is normalised over its channels, (Z' − mean) / √(variance + 1e-6), since the
-    blocks' outputs differ in scale; z has passed the final norm. U is initialised like VPT's prompts.
+    residuals and its MLP like any row; they have no place in the image, so a rotary embedding does not rotate them and
+    a relative position bias adds nothing to their scores. Our choices: z is what the model's `readout` gives, the class
+    token for most models. With `normalise`, each Z' is normalised over its channels, (Z' − mean) / √(variance + 1e-6),
+    since the blocks' outputs differ in scale; z has passed the final norm. U is initialised like VPT's prompts.
 
     Selection of features, as the paper takes it from Head2Toe (Evci et al., ICML 2022): train with `group_lasso` λ,
     which adds λ Σ_f ‖W[:, f]‖₂ to the loss; keep the features with the largest norms, `model.select_features(keep)`;

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from fastprompt.vit import forward, queries, reference
 from fastprompt.vit.backbone import Backbone
 from fastprompt.vit.prompts import Embedding, Group
-from fastprompt.vit.weights import Folded
+from fastprompt.vit.weights import Folded, Turns
 
 KEEPS = ("inputs", "keys")
 
@@ -24,9 +25,10 @@ def of_queries(
 ) -> dict[str, Tensor]:
     """Return the frozen "features" (B, D), and of each block i in `layers`, with a row per image:
 
-    "inputs.i" (T, D), or with `keep` "keys", "keys.i" and "values.i" (heads, T, d).
+    "inputs.i" (T, D), or with `keep` "keys", "keys.i" and "values.i" (heads, T, d). With a rotary embedding, keys are
+    rotated, and beside inputs there is the "grid" (2,) of the patches.
     """
-    found, x = dict[str, Tensor](), embedded.tokens
+    found, x, turns = dict[str, Tensor](), embedded.tokens, vit.turns(embedded.grid, vit.dtype)
     for i, rows in enumerate(_entering(vit, embedded, parts)):
         x = rows.data
         if i not in layers:
@@ -36,10 +38,17 @@ def of_queries(
         if keep == "inputs":
             found[f"inputs.{i}"] = of_x
         else:
-            found[f"keys.{i}"], found[f"values.{i}"] = queries.keys_and_values(block, of_x)
+            found[f"keys.{i}"], found[f"values.{i}"] = queries.keys_and_values(block, of_x, turns[i])
     x = x if vit.norm is None else vit.norm(x)
     read = forward.rows_read(vit, readout, x.shape[1])
+    if vit.rotary is not None and keep == "inputs":
+        found["grid"] = of_grid(embedded, x)
     return {"features": reference.pool(vit, x[:, read], readout), **found}
+
+
+def of_grid(embedded: Embedding, rows: Tensor) -> Tensor:
+    """Return the grid (B, 2) of the patches of each image of `rows` (B, ...)."""
+    return torch.tensor(embedded.grid, device=rows.device).expand(len(rows), -1)
 
 
 def before(vit: Backbone, embedded: Embedding, block: int, parts: Folded) -> Tensor:
@@ -51,17 +60,23 @@ def _entering(vit: Backbone, embedded: Embedding, parts: Folded) -> Iterator[for
     """Yield the rows that enter each block without prompts, and at last those that leave the last one."""
     x = embedded.tokens
     rows = forward.Rows(x if vit.norm_pre is None else vit.norm_pre(x))
-    for block, following in zip(parts.blocks, (*parts.blocks[1:], None), strict=True):
+    turns = vit.turns(embedded.grid, vit.dtype)
+    for block, following, of_block in zip(parts.blocks, (*parts.blocks[1:], None), turns, strict=True):
         yield rows
-        rows = forward.run_block(block, rows, [forward.Reads()], following)
+        rows = forward.run_block(block, rows, [forward.Reads(turns=of_block)], following)
     yield rows
 
 
-def answers(block: int, tokens: Tensor, constants: Mapping[str, Tensor], parts: Folded) -> Tensor:
-    """Return what queries (1 or B, P, D) become in a block, (B, P, D), from the constants of `of_queries`."""
+def answers(
+    block: int, tokens: Tensor, constants: Mapping[str, Tensor], parts: Folded, turns: Turns | None = None
+) -> Tensor:
+    """Return what queries (1 or B, P, D) become in a block, (B, P, D), from the constants of `of_queries`.
+
+    `turns`: the rotation of its keys on the kept "grid".
+    """
     inputs = constants.get(f"inputs.{block}")
     if inputs is not None:
-        return queries.answers(parts.blocks[block], tokens, inputs.to(tokens.dtype))
+        return queries.answers(parts.blocks[block], tokens, inputs.to(tokens.dtype), turns=turns)
     kv = (constants[f"{name}.{block}"].to(tokens.dtype) for name in ("keys", "values"))
     return queries.answers_from_keys(parts.blocks[block], tokens, *kv)
 

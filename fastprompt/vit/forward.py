@@ -34,7 +34,7 @@ from fastprompt.vit.backbone import Backbone
 from fastprompt.vit.folding import folded as folded
 from fastprompt.vit.linear import linear
 from fastprompt.vit.prompts import Apart, Embedding, Group, Prefix, Prompts
-from fastprompt.vit.rotary import rotated
+from fastprompt.vit.rotary import rotated, turned
 from fastprompt.vit.slots import LastRows, assembled, in_slots, sums
 from fastprompt.vit.weights import Block, Folded, Norm, Turns
 
@@ -193,7 +193,7 @@ def features(
         x = x._replace(normed=of_x)
         of_groups = list(zip(x.parts(), x._replace(data=of_x).parts(), strict=True))
         for j in asking:
-            answered[j].append(_answers(vit, blocks[i], i, groups[j], *of_groups[j]))
+            answered[j].append(_answers(vit, blocks[i], i, groups[j], *of_groups[j], turns[i]))
         return x
 
     querying = [j for j, group in enumerate(groups) if has_role(group.generator, "queries")]
@@ -228,15 +228,15 @@ def has_role(generator: Prompts | None, role: str, block: int | None = None) -> 
     return generator is not None and generator.role == role and (block is None or block in generator.layers)
 
 
-def _answers(vit: Backbone, block: Block, i: int, group: Group, x: Tensor, of_x: Tensor) -> Tensor:
+def _answers(vit: Backbone, block: Block, i: int, group: Group, x: Tensor, of_x: Tensor, turns: Turns | None) -> Tensor:
     """What a group's queries become in block i, (B, P, D), from its tokens x (B, T, D) and their norm."""
     generator = group.generator
     assert generator is not None
     if group.prefixes is not None and i in group.prefixes:
         tokens, wanted = group.prefixes[i]
-        return queries.answers(block, tokens, of_x, wanted)
+        return queries.answers(block, tokens, of_x, wanted, turns)
     tokens = generator.prompts(i, group.context, x[:, vit.num_prefix :], group.draws).to(x.dtype)
-    return queries.answers(block, tokens, of_x)
+    return queries.answers(block, tokens, of_x, turns=turns)
 
 
 def _crossed(vit: Backbone, block: Block, i: int, group: Group, x: Tensor) -> Prefix:
@@ -587,13 +587,6 @@ def packed(block: Block, x: Tensor, parts: int) -> Tensor:
 def heads(block: Block, x: Tensor, parts: int) -> tuple[Tensor, ...]:
     """Split (B, T, parts · heads · d) into `parts` tensors (B, heads, T, d)."""
     return packed(block, x, parts).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def turned(x: Tensor, turns: Turns | None, rows: slice | None = None) -> Tensor:
-    """Rotate queries or keys (B, heads, T, d) of all rows of the sequence, or of these alone."""
-    if turns is None:
-        return x
-    return rotated(x, turns if rows is None else turns.of(rows))
 
 
 def _norm(norm: Norm | None, x: Tensor) -> Tensor:

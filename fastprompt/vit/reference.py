@@ -19,7 +19,7 @@ from fastprompt.kernels.prefix_attention.reference import attend
 from fastprompt.vit import compressed
 from fastprompt.vit.backbone import Backbone
 from fastprompt.vit.prompts import NO_DRAWS, Draws, Prompts
-from fastprompt.vit.weights import ACTIVATIONS, Block, Dense, MapPool, Mlp, Turns
+from fastprompt.vit.weights import ACTIVATIONS, Block, Dense, MapPool, Mlp, Norm, Turns
 
 NO_ROWS = slice(0, 0)
 
@@ -154,7 +154,8 @@ def between_prompts(bias: Tensor, prompts: slice) -> Tensor:
 def attention(block: Block, x: Tensor, turns: Turns | None = None, prompts: slice = NO_ROWS) -> Tensor:
     """Compute softmax(q kᵀ / √d) v over all tokens of x (B, T, D), with heads joined and projected."""
     q, k, v = split(block, block.qkv(x))
-    return attended(block, q, k, v, turns, prompts)
+    bias = None if block.bias is None else between_prompts(block.bias(), prompts)
+    return joined(block, scored(block.q_norm, q, turns), scored(block.k_norm, k, turns), v, bias)
 
 
 def heads(block: Block, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
@@ -167,17 +168,14 @@ def split(block: Block, projected: Tensor) -> tuple[Tensor, ...]:
     return projected.unflatten(-1, (-1, block.num_heads, block.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def attended(
-    block: Block, q: Tensor, k: Tensor, v: Tensor, turns: Turns | None = None, prompts: slice = NO_ROWS
-) -> Tensor:
-    """Compute `attention` from q (B, heads, R, d), k and v (B, heads, T, d) as they are projected."""
-    if block.q_norm is not None:
-        q = block.q_norm(q)
-    if block.k_norm is not None:
-        k = block.k_norm(k)
-    if turns is not None:
-        q, k = rotated(q, turns), rotated(k, turns)
-    bias = None if block.bias is None else between_prompts(block.bias(), prompts)
+def scored(norm: Norm | None, x: Tensor, turns: Turns | None = None) -> Tensor:
+    """Return what scores are products of, from projected queries or keys x (B, heads, T, d): normed, then rotated."""
+    x = x if norm is None else norm(x)
+    return x if turns is None else rotated(x, turns)
+
+
+def joined(block: Block, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute softmax(q kᵀ / √d + bias) v from `scored` q and k, with heads joined and projected."""
     x = attend(q, k, v, bias).transpose(1, 2).flatten(2)
     if block.attn_norm is not None:
         x = block.attn_norm(x)
@@ -208,21 +206,30 @@ def run_block(block: Block, x: Tensor, turns: Turns | None = None, prompts: slic
     return add_branches(block, x, attention(block, _normed(block, x), turns, prompts))
 
 
-def run_asked_block(block: Block, x: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Run one block over x (B, T, D), and over `queries` (B, P, D), which attend to x alone and are not seen by it."""
+def run_asked_block(block: Block, x: Tensor, queries: Tensor, turns: Turns | None = None) -> tuple[Tensor, Tensor]:
+    """Run one block over x (B, T, D), and over `queries` (B, P, D), which attend to x alone and are not seen by it.
+
+    Queries have no place in the image: they are not rotated, and no relative position bias is added to their scores.
+    """
     inner, weight, bias = block.num_heads * block.head_dim, block.qkv.weight, block.qkv.bias
     q, k, v = split(block, block.qkv(_normed(block, x)))
     (asking,) = heads(block, _normed(block, queries), weight[:inner], None if bias is None else bias[:inner])
-    return add_branches(block, x, attended(block, q, k, v)), add_branches(block, queries, attended(block, asking, k, v))
+    q, k, asking = scored(block.q_norm, q, turns), scored(block.k_norm, k, turns), scored(block.q_norm, asking)
+    own = joined(block, q, k, v, None if block.bias is None else block.bias())
+    return add_branches(block, x, own), add_branches(block, queries, joined(block, asking, k, v))
 
 
-def run_cross_block(block: Block, x: Tensor, prompts: Tensor) -> Tensor:
-    """Run one block over x (B, T, D), whose tokens attend to `prompts` (B, P, D) after their self-attention."""
+def run_cross_block(block: Block, x: Tensor, prompts: Tensor, turns: Turns | None = None) -> Tensor:
+    """Run one block over x (B, T, D), whose tokens attend to `prompts` (B, P, D) after their self-attention.
+
+    Between tokens and prompts there are no positions: neither is rotated, and no relative position bias is added.
+    """
     inner, weight, bias = block.num_heads * block.head_dim, block.qkv.weight, block.qkv.bias
-    x = add_attention(block, x, attention(block, _normed(block, x)))
+    x = add_attention(block, x, attention(block, _normed(block, x), turns))
     (q,) = heads(block, _normed(block, x), weight[:inner], None if bias is None else bias[:inner])
     k, v = heads(block, _normed(block, prompts), weight[inner:], None if bias is None else bias[inner:])
-    return add_mlp(block, add_attention(block, x, attended(block, q, k, v)))
+    h = joined(block, scored(block.q_norm, q), scored(block.k_norm, k), v)
+    return add_mlp(block, add_attention(block, x, h))
 
 
 def _normed(block: Block, x: Tensor) -> Tensor:
@@ -296,11 +303,11 @@ def encode(
             prompts = generator.plain_prompts(i, context, sequence.patches, draws)
             x = sequence.tokens
             if generator.role == "queries":
-                x, asked = run_asked_block(block, x, prompts.to(x.dtype).expand(len(x), -1, -1))
+                x, asked = run_asked_block(block, x, prompts.to(x.dtype).expand(len(x), -1, -1), turns)
                 sequence = dataclasses.replace(sequence, tokens=x, answers=(*sequence.answers, asked))
                 continue
             if generator.role == "cross":
-                x = run_cross_block(block, x, prompts.to(x.dtype).expand(len(x), -1, -1))
+                x = run_cross_block(block, x, prompts.to(x.dtype).expand(len(x), -1, -1), turns)
                 sequence = dataclasses.replace(sequence, tokens=x)
                 continue
             sequence = sequence.with_prompts(prompts, generator.prompts_last)

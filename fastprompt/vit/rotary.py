@@ -21,6 +21,13 @@ def rotated(x: Tensor, turns: Turns) -> Tensor:
     return _Rotated.apply(x, *turns)
 
 
+def turned(x: Tensor, turns: Turns | None, rows: slice | None = None) -> Tensor:
+    """Rotate queries or keys (B, H, T, d) of all rows of the sequence, or of these alone; None: no rotation."""
+    if turns is None:
+        return x
+    return rotated(x, turns if rows is None else turns.of(rows))
+
+
 def _plain(x: Tensor, turns: Turns) -> Tensor:
     """Operators alone, which compilers fuse and exporters know."""
     if x.ndim == 4:

@@ -173,15 +173,3 @@ def test_what_does_not_fit_is_refused(
     for indices in ([3, 2], [0, 192], [], [-1, 4]):
         with pytest.raises(ValueError, match="selected must be"):
             fp.LinearHead(192, 2, torch.tensor(indices, dtype=torch.int64))
-
-
-@pytest.mark.parametrize("config", [fp.VQTConfig(), fp.CVPTConfig(2)], ids=["queries", "cross"])
-def test_attention_that_depends_on_positions_is_refused(
-    tiny_vit: VisionTransformer, config: fp.VQTConfig | fp.CVPTConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backbone = fp.FrozenViT(tiny_vit)
-    monkeypatch.setattr(backbone.blocks[1], "rotary", True, raising=False)
-    with pytest.raises(ValueError, match=r"backbone must have neither rotary embedding nor .* for \w+Config, got"):
-        fp.PromptedViT(backbone, config)
-    late = fp.PromptedViT(backbone, fp.VPTConfig(2, first_block=1))
-    assert late.has_constants() == "attention depends on positions"

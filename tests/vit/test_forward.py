@@ -111,6 +111,72 @@ def test_equals_the_reference(model_of: Build, tiny_images: Tensor, backbone: st
             assert (ours - theirs).norm() <= 1e-10 * theirs.norm() + 1e-13, method
 
 
+POSITIONAL = [(backbone, readout) for backbone, readout in CASES if "rotary" in backbone or "bias" in backbone]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "readout"), [(name, readout) for name, readout in POSITIONAL if "prompts" not in readout]
+)
+def test_prompts_outside_the_sequence_equal_the_reference(
+    model_of: Build, tiny_images: Tensor, backbone: str, readout: str
+) -> None:
+    images = tiny_images[:2].double()
+    for method in ("vqt", "vqt-late", "cvpt", "cvpt-late"):
+        model = model_of(method, backbone, readout).train()
+        trained = list(model.generator.parameters())
+        found, plain = model(images), model.reference_forward(images)
+        torch.testing.assert_close(found, plain, rtol=1e-10, atol=1e-10)
+        gradients = [torch.autograd.grad(out.cos().sum(), trained) for out in (found, plain)]
+        for ours, theirs in zip(*gradients, strict=True):
+            assert (ours - theirs).norm() <= 1e-10 * theirs.norm(), method
+        model.eval()
+        for keep in ("inputs", "keys"):
+            if not model.has_constants():
+                kept = model.constants(images, keep)
+                torch.testing.assert_close(model.from_constants(kept), plain, rtol=1e-10, atol=1e-10)
+        with torch.no_grad():
+            for _ in range(2):  # the second time with what is known of the prompts
+                torch.testing.assert_close(model(images), plain, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("backbone", ["rotary", "relative bias"])
+@torch.no_grad()
+def test_prompts_outside_the_sequence_have_no_place_in_the_image(
+    model_of: Build, tiny_images: Tensor, backbone: str
+) -> None:
+    asked, crossed = (model_of(method, backbone, "cls") for method in ("vqt", "cvpt"))
+    vit, block, images = asked.backbone, asked.backbone.blocks[0], tiny_images[:2].double()
+    x, (heads, d) = reference.embed(vit, images).tokens, (block.num_heads, block.head_dim)
+    turns = vit.turns(vit.spec.grid, x.dtype)[0]
+
+    def projected(rows: Tensor) -> Tensor:
+        return block.qkv(block.norm1(rows)).unflatten(-1, (3, heads, d)).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, d)
+
+    def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = (q @ k.transpose(2, 3) / d**0.5).softmax(dim=3)
+        return block.proj((weights @ v).transpose(1, 2).flatten(2)) * block.ls1
+
+    def finished(rows: Tensor) -> Tensor:
+        return rows + reference.mlp(block.mlp, block.norm2(rows)) * block.ls2
+
+    _, k, v = projected(x)
+    if turns is not None:  # (a + i b) e^{iθ}, for patches alone
+        turned = torch.complex(k[..., : d // 2], k[..., d // 2 :])
+        turned[:, :, vit.num_prefix :] *= torch.complex(turns.cos, turns.sin)
+        k = torch.cat([turned.real, turned.imag], dim=-1)
+    queries = asked.generator(layer=0).expand(2, -1, -1)
+    answers = finished(queries + attended(projected(queries)[0], k, v))
+    whole = reference.encode(vit, images, asked.generator)
+    torch.testing.assert_close(whole.answers[0], answers, rtol=1e-10, atol=1e-10)
+
+    x = x + reference.attention(block, block.norm1(x), turns) * block.ls1
+    prompts_of_block = crossed.generator(layer=0).expand(2, -1, -1)
+    prompts = projected(prompts_of_block)
+    x = finished(x + attended(projected(x)[0], *prompts[1:]))
+    of_block = reference.run_cross_block(block, reference.embed(vit, images).tokens, prompts_of_block, turns)
+    torch.testing.assert_close(of_block, x, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("num_prompts", [1, 10, 50])
 @pytest.mark.parametrize(
     "backbone", ["plain", "registers", "pre-norm", "layer scale", "all norms", "rotary", "relative bias"]

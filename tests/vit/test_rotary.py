@@ -85,6 +85,18 @@ def test_other_sizes_equal_the_papers_graph(
     torch.testing.assert_close(model(images), model.reference_forward(images), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "config", [fp.VQTConfig(2), fp.CVPTConfig(2, first_block=1), fp.VPTConfig(2, first_block=1)], ids=lambda c: c.kind
+)
+@pytest.mark.parametrize("keep", ["inputs", "keys"])
+@torch.no_grad()
+def test_constants_know_the_grid_of_their_images(dinov3: fp.FrozenViT, config: PromptConfig, keep: str) -> None:
+    model = fp.PromptedViT(dinov3, config).eval()
+    images = torch.randn(2, 3, 40, 24, dtype=torch.float64)
+    kept = model.constants(images, keep)
+    torch.testing.assert_close(model.from_constants(kept), model.reference_forward(images), rtol=1e-10, atol=1e-10)
+
+
 def test_one_query_projects_keys_but_no_values(
     dinov3: fp.FrozenViT, tiny_images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,7 +109,7 @@ def test_one_query_projects_keys_but_no_values(
     assert products == [(3, 96), (1, 48), (19, 48), (3, 48)]  # block 0's prompts; the query, keys of rows and prompts
 
 
-@pytest.mark.parametrize("method", ["vpt-deep", "vapt", "v2apt", "pgn"])
+@pytest.mark.parametrize("method", ["vpt-deep", "vapt", "v2apt", "pgn", "vqt", "cvpt"])
 def test_adapters_are_saved_loaded_and_served(
     dinov3: fp.FrozenViT, configs: dict[str, PromptConfig], tiny_images: Tensor, tmp_path: Path, method: str
 ) -> None:
