@@ -34,7 +34,7 @@ SPEEDS = {
 
 GROUPS = {
     "prompts from the image": ("PGN", "VAPT", "V²APT"),
-    "the same prompts for all images": ("VPT-deep", "VPT-shallow", "Free prompts", "Pixel prompt"),
+    "the same prompts for all images": ("VPT-deep", "VPT-shallow", "VQT", "Free prompts", "Pixel prompt"),
     "no prompts": ("Linear probe (L-BFGS)", "Linear probe (SGD)", "Full fine-tuning"),
 }
 """Methods of results/table.json, grouped by colour."""

@@ -109,6 +109,7 @@ class Plan:
     lrs: tuple[float, ...] | None
     out: Path
     plugins: tuple[str, ...] = ()
+    cache_dir: Path | None = None
 
     def grid(self, method: str) -> tuple[float | None, ...]:
         """The learning rates to try; (None,) for the L-BFGS probe, which has none."""
@@ -141,8 +142,9 @@ class Job:
         recipe["seed"] = self.seed
         if self.lr is not None:
             recipe["lr"] = self.lr
-        on_features = method.head_only and method.solver == "gradient"  # encoded once, without augmentation
-        augment = "none" if on_features else base.augment
+        on_features = method.head_only and method.solver == "gradient"
+        constant = method.generator_class is not None and method.generator_class.role == "queries"
+        augment = "none" if on_features or constant else base.augment  # frozen features are computed once
         options = {**base.options, **row.options}
         if "border" in method.free_options and base.image_size is not None:
             # The published border is 30 pixels of 224.
@@ -223,7 +225,14 @@ def stop_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_single(settings: RunSettings, directory: Path, test: bool, threads: int, parent: int | None = None) -> int:
+def run_single(
+    settings: RunSettings,
+    directory: Path,
+    test: bool,
+    threads: int,
+    parent: int | None = None,
+    cache_dir: Path | None = None,
+) -> int:
     """Execute one run in this process. NaN is recorded, not raised; a second process on the directory is refused.
 
     Ctrl-C stops it even if a background shell started the table. Otherwise its children would start with SIGINT
@@ -236,7 +245,7 @@ def run_single(settings: RunSettings, directory: Path, test: bool, threads: int,
         stop_with(parent)
     torch.set_num_threads(threads)
     try:
-        execute(settings, directory, test=test, progress=False)
+        execute(settings, directory, test=test, progress=False, cache_dir=cache_dir)
     except DirectoryInUse as error:
         print(error, file=sys.stderr)
         return 3
@@ -260,6 +269,7 @@ def start(job: Job, plan: Plan, threads: int) -> subprocess.Popen[bytes]:
     ]
     command += ["--out", str(directory), "--threads", str(threads), "--parent", str(os.getpid())]
     command += ["--with-test"] if job.test else []
+    command += [] if plan.cache_dir is None else ["--cache-dir", str(plan.cache_dir)]
     command += [word for module in plan.plugins for word in ("--plugin", module)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     with (directory / "output.txt").open("ab") as output:
@@ -476,7 +486,8 @@ def markdown(table: Mapping[str, Any]) -> str:
     machine = protocol.get("machine")
     lines += [
         "",
-        f"Images: {sizes}; augmentation of the training images, but for the SGD probe: {data.get('augment')}. "
+        f"Images: {sizes}; augmentation of the training images, but for the SGD probe and VQT, whose "
+        f"frozen features are computed once: {data.get('augment')}. "
         f"A seed ({seeds}) draws the training and validation images and sets initial values, batch order and "
         "dropout; it is the same for every method. The test images are the same for all seeds.",
         "The learning rate is the one with the best validation accuracy, averaged over the seeds; a method with one "
@@ -571,13 +582,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--augment",
         default="flip",
-        help="augmentation of training images; the SGD probe trains on features without any",
+        help="augmentation of training images; the SGD probe and VQT train on frozen features without any",
     )
     p.add_argument("--workers", type=int, default=2, help="number of parallel runs")
     p.add_argument("--threads", type=int, default=1, help="threads of each run")
     p.add_argument(
         "--out", type=Path, help="parent of the run directories; default: runs/table/DATA, with the kept records"
     )
+    p.add_argument("--cache-dir", type=Path, help="folder for VQT's frozen features, which its runs share")
     p.add_argument("--results", type=Path, default=Path("results"), help="folder for table.json and table.md")
     p.add_argument("--aggregate-only", action="store_true", help="rebuild the table; run nothing")
     p.add_argument("--dry-run", action="store_true", help="print which runs would start; run nothing")
@@ -594,7 +606,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     if args.single is not None:
         settings = RunSettings.from_dict(json.loads(args.single))
-        return run_single(settings, args.out, args.with_test, args.threads, args.parent)
+        return run_single(settings, args.out, args.with_test, args.threads, args.parent, args.cache_dir)
     base = RunSettings(
         method=args.methods[0],
         data=args.data,
@@ -615,7 +627,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     out = args.out or RUNS / name_of(args.data)
     plan = Plan(
-        base, tuple(args.methods), tuple(args.seeds), tuple(args.lrs) if args.lrs else None, out, tuple(args.plugin)
+        base,
+        tuple(args.methods),
+        tuple(args.seeds),
+        tuple(args.lrs) if args.lrs else None,
+        out,
+        tuple(args.plugin),
+        args.cache_dir,
     )
     if args.out is None:
         restore(args.data)

@@ -577,6 +577,20 @@ def test_a_run_takes_the_trainers_options_and_goes_on(
     assert json.loads((out / "results.json").read_text())["history"] == history
 
 
+def test_runs_share_what_is_constant(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = ["--cache-dir", str(tmp_path / "cache")]
+    command = [word for word in adapt_command(place, tmp_path / "a", *cache, method="vqt") if word != "--no-progress"]
+    assert main(command) == 0
+    assert f"in {tmp_path / 'cache'}" in capsys.readouterr().err
+    files = {path: path.stat().st_ino for path in (tmp_path / "cache").glob("*.constants")}
+    assert len(files) == 2
+    other = adapt_command(place, tmp_path / "b", *cache, method="vqt")
+    assert main([*other[:1], "--seed", "5", *other[1:]]) == 0
+    assert {path: path.stat().st_ino for path in (tmp_path / "cache").glob("*.constants")} == files
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in "ab"]
+    assert results[0]["history"] != results[1]["history"]
+
+
 def test_sigterm_ends_a_command_with_143(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,6 +121,9 @@ class Adapt:
     """Go on with a finished run in --out for more --epochs."""
     compare_probe: bool = False
     """Fit a linear probe first, and warn if the result is below it."""
+    cache_dir: Path | None = None
+    """Folder for what no training changes, such as VQT's frozen features, which later runs on the same images and
+    backbone read; if not given, it is computed once for each run. Needs --augment none."""
     track: Annotated[list[str], tyro.conf.arg(metavar="NAME"), tyro.conf.UseAppendAction] = field(default_factory=list)
     """Experiment tracker: tensorboard, wandb or trackio; repeat for several."""
     explain: bool = False
@@ -202,7 +205,7 @@ def adapt(command: Adapt) -> None:
     settings = adapt_settings(command)
     set_threads(command.threads)
     if command.explain:
-        say(str(plan_of(settings, command.device)))
+        say(str(plan_of(settings, command.device, command.cache_dir)))
         return
     with argument_names(callbacks="track"), sigterm_handled():
         results = execute(
@@ -216,6 +219,7 @@ def adapt(command: Adapt) -> None:
             extend=command.extend,
             compare_probe=command.compare_probe,
             callbacks=command.track,
+            cache_dir=command.cache_dir,
         )
     leave_job()
     if not results:  # another process of the job says it

@@ -208,6 +208,7 @@ def execute(
     extend: bool = False,
     compare_probe: bool = False,
     callbacks: Sequence[Callback | str] = (),
+    cache_dir: Path | str | None = None,
 ) -> dict[str, Any]:
     """Adapt, evaluate on validation and, with `test`, once on the test split.
 
@@ -220,8 +221,8 @@ def execute(
         announce: called once before training with a line about the run: device, data type, sizes of the splits,
             parameters.
         resume: False starts over and replaces what is in `out_dir`.
-        extend, compare_probe, callbacks: as in `fastprompt.fit`. With `extend`, settings may differ in the length of
-            the run.
+        extend, compare_probe, callbacks, cache_dir: as in `fastprompt.fit`. With `extend`, settings may differ in the
+            length of the run.
 
     Returns:
         The contents of `results.json`; in the other processes of a job, which only help to train, an empty dictionary.
@@ -251,7 +252,7 @@ def execute(
         raise ArgumentError("probe_C", "must be given for a final run of the L-BFGS probe, and for no other run")
     if recipe.loss in REGRESSION:
         raise ArgumentError("loss", f"must be 'cross_entropy' or 'bce' for images of classes, got {recipe.loss!r}")
-    options = Options(extend, compare_probe, callbacks)
+    options = Options(extend, compare_probe, callbacks, None if cache_dir is None else Path(cache_dir))
     if method.solver == "lbfgs":
         from fastprompt.train.probe import logistic_regression
 

@@ -21,6 +21,7 @@ from fastprompt.train.evaluate import compute_dtype, device_of
 from fastprompt.train.fit import TrainingDiverged, check_model, describe_data, fit_in, recipe_for
 from fastprompt.train.identity import data_identities, require_same, run_identity
 from fastprompt.train.recipes import Recipe
+from fastprompt.train.run import Options
 from fastprompt.train.state import recorded_identity
 from fastprompt.train.tasks import kind_of_labels
 
@@ -68,6 +69,7 @@ def run_grid(
     seeds: Sequence[int],
     out_dir: str | Path,
     progress: bool = True,
+    cache_dir: str | Path | None = None,
 ) -> list[RunResult]:
     """Train one model for every learning rate and seed; runs that an earlier call finished are not repeated.
 
@@ -82,6 +84,7 @@ def run_grid(
         lrs, seeds: the grid.
         out_dir: parent directory of the runs.
         progress: show a progress bar for every run.
+        cache_dir: as in `fastprompt.fit`: what is constant in training is then computed once for all runs.
 
     Returns:
         One result per learning rate and seed, learning rates outermost.
@@ -95,7 +98,8 @@ def run_grid(
     recipe = recipe_for(recipe, train)
     recipes = [recipe.replace(lr=float(lr), seed=int(seed)) for lr in lrs for seed in seeds]
     data: dict[str, Any] = {}
-    return [_one_run(make_model, train, val, each, Path(out_dir), progress, data) for each in recipes]
+    options = Options(cache_dir=None if cache_dir is None else Path(cache_dir))
+    return [_one_run(make_model, train, val, each, Path(out_dir), progress, data, options) for each in recipes]
 
 
 def _one_run(
@@ -106,6 +110,7 @@ def _one_run(
     out_dir: Path,
     progress: bool,
     data: dict[str, Any],
+    options: Options,
 ) -> RunResult:
     """Run one point of the grid or return its earlier result; the first call fills `data`."""
     directory = out_dir / f"lr-{recipe.lr:g}_seed-{recipe.seed}"
@@ -122,7 +127,7 @@ def _one_run(
             _require_same_record(record, identity, run)
             return _result(record, directory)
         try:
-            fitted = fit_in(run, model, train, val, recipe, progress=progress, data=data)
+            fitted = fit_in(run, model, train, val, recipe, progress=progress, data=data, options=options)
             values: dict[str, Any] = {
                 "diverged": False,
                 "best_epoch": fitted.best_epoch,
@@ -223,6 +228,7 @@ def select_learning_rate(
     out_dir: str | Path,
     seeds: Sequence[int] = (0,),
     progress: bool = True,
+    cache_dir: str | Path | None = None,
 ) -> tuple[float, list[RunResult]]:
     """Run the grid and pick the learning rate on validation (`run_grid`, `best_learning_rate`).
 
@@ -232,7 +238,7 @@ def select_learning_rate(
     Raises:
         TrainingDiverged: every run diverged.
     """
-    results = run_grid(make_model, train, val, recipe, lrs, seeds, out_dir, progress)
+    results = run_grid(make_model, train, val, recipe, lrs, seeds, out_dir, progress, cache_dir)
     if all(run.diverged for run in results):
         raise TrainingDiverged(f"loss of every run in {out_dir}", 0, 0, min(run.lr for run in results))
     return best_learning_rate(results), results

@@ -112,6 +112,8 @@ def test_the_flags_reach_every_method_and_the_shared_recipe_only_those_that_trai
     by_sgd = Job("linear-sgd", 0.1, 2, False).settings(base)
     assert by_sgd.recipe == {**probe.recipe, "lr": 0.1}
     assert by_sgd.augment == "none"  # it trains on features that are encoded once
+    assert Job("vqt", 0.1, 2, False).settings(base).augment == "none"  # its frozen features are constants
+    assert base.augment == Job("cvpt", 0.1, 2, False).settings(base).augment
     assert table.main([*where, "--recipe", "head_lr=0.5"]) == 0
     assert Job("pgn", 0.1, 0, False).settings(plans[1].base).recipe["head_lr"] == 0.5
 

@@ -46,6 +46,36 @@ def test_every_run_is_made_and_kept(
         assert fp.evaluate(saved, val).accuracy == pytest.approx(run.best_val_accuracy)
 
 
+def test_a_grid_computes_what_is_constant_once(
+    make_model: Callable[..., Any], colours: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, val = colours(20), colours(12, seed=1)
+    encoded: list[int] = []
+    constants = fp.PromptedViT.constants
+
+    def counted(model: Any, images: Any, *rest: Any) -> Any:
+        encoded.append(len(images))
+        return constants(model, images, *rest)
+
+    monkeypatch.setattr(fp.PromptedViT, "constants", counted)
+
+    def run(out: str, **options: Any) -> list[Any]:
+        encoded.clear()
+        return run_grid(
+            lambda seed: make_model(fp.VQTConfig(), seed=seed),
+            *(train, val, RECIPE, (0.01, 0.1, 0.3), (0, 1), tmp_path / out),
+            progress=False,
+            **options,
+        )
+
+    shared = run("shared", cache_dir=tmp_path / "cache")
+    assert sum(encoded) < 2 * (20 + 12)  # the first run, and one image of each other one to know what is kept
+    own = run("own")
+    assert sum(encoded) >= 6 * (20 + 12)
+    assert [one.best_val_loss for one in shared] == [one.best_val_loss for one in own]
+    assert len(list((tmp_path / "cache").glob("*.constants"))) == 2
+
+
 def test_finished_runs_are_skipped_and_the_interrupted_one_goes_on(
     make_probe: Callable[[int], Any],
     colours: Callable[..., Any],
