@@ -48,7 +48,7 @@ class Serve:
     """Data type of the backbone; auto uses bfloat16 if the hardware multiplies it."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto uses a GPU if there is one."""
-    backend: Literal["auto", "eager", "compile", "openvino", "cuda_graph"] = "auto"
+    backend: Literal["auto", "eager", "compile", "openvino", "cuda_graph", "compiled_cuda_graph"] = "auto"
     """Backend for batches of a single adapter. auto measures and picks the fastest one here, without compile, which is
     slow to build for each batch size and adapter."""
     fast_adapters: int = 1

@@ -124,7 +124,15 @@ def _not_for_openvino(model: PromptedViT) -> str:
 
 def _cuda_graph(model: PromptedViT, images: Tensor) -> Run:
     """Build one launch for the whole forward. It reads the parameters in place, also after they change."""
-    graphed = GraphedForward(model, (len(images),))
+    return _captured(GraphedForward(model, (len(images),)), images)
+
+
+def _compiled_graph(model: PromptedViT, images: Tensor) -> Run:
+    """Build one launch for the whole forward as Inductor compiles it, kernels tuned on the device."""
+    return _captured(GraphedForward(model, (len(images),), compiled=True), images)
+
+
+def _captured(graphed: GraphedForward, images: Tensor) -> Run:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no CUDA graph")  # raised as an error here instead
         graphed.prepare(images)
@@ -141,6 +149,7 @@ def _no_graphs(model: PromptedViT) -> str:
 BACKENDS: dict[str, Backend] = {
     "eager": Backend(_eager, any_batch=True, bakes=False),
     "cuda_graph": Backend(_cuda_graph, _no_graphs, bakes=False),
+    "compiled_cuda_graph": Backend(_compiled_graph, _no_graphs, bakes=False),
     "compile": Backend(_compile, _no_compiler),
     "openvino": Backend(_openvino, _not_for_openvino, package="openvino"),
 }

@@ -41,6 +41,7 @@ from fastprompt.kernels import dispatch
 from fastprompt.model import PromptedViT
 from fastprompt.vit.prompts import NO_DRAWS, Draws, Prefix
 
+MODE = "max-autotune-no-cudagraphs"  # of a compiled forward, which is captured by us
 WARM_UPS = 3  # runs before a capture, in which kernels are compiled and libraries choose algorithms and workspaces
 MAX_FORMS = 4  # number of image forms, each a dtype and size, for which one manager keeps graphs
 MANY_DROPS = 3  # number of recaptures before a warning
@@ -55,6 +56,7 @@ NO_EFFECT_AT_INFERENCE = (
 )
 
 Loss = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
+Predict = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
 
 class Graph(Protocol):
@@ -346,6 +348,8 @@ class GraphedForward(_Graphs):
         batch_sizes: the batch sizes to capture.
         seed: for a V²APT with `inference_samples` > 0, each replay draws new noise for its images from this seed. None:
             the same noise for every image and call, as in the model itself.
+        compiled: capture what `torch.compile` makes of the forward (mode "max-autotune-no-cudagraphs"), the ops of
+            fastprompt inside it. The first batch of each size takes minutes. Parameters are read in place all the same.
         capturer: how to capture; None: on the model's device.
 
     Raises:
@@ -358,9 +362,11 @@ class GraphedForward(_Graphs):
         batch_sizes: Iterable[int] = (1, 8, 32),
         *,
         seed: int | None = None,
+        compiled: bool = False,
         capturer: Capturer | None = None,
     ) -> None:
         super().__init__(model, capturer)
+        self._predict: Predict = torch.compile(model.predict, mode=MODE, dynamic=False) if compiled else model.predict
         try:
             sizes = sorted(set(batch_sizes), reverse=True)
         except TypeError as error:
@@ -527,7 +533,7 @@ class GraphedForward(_Graphs):
         images, output = form.images[: signature.batch], form.output[: signature.batch]
 
         def function() -> None:
-            output.copy_(self._forward(images))
+            output.copy_(self._forward(images, self._predict))
 
         try:
             for _ in range(0 if signature in self.eager else WARM_UPS):
@@ -536,15 +542,15 @@ class GraphedForward(_Graphs):
             self._run_eagerly(signature, f"{type(error).__name__}: {error}")
         return self._capture(signature, function)
 
-    def _forward(self, images: Tensor) -> Tensor:
-        samples = self._samples
+    def _forward(self, images: Tensor, predict: Predict | None = None) -> Tensor:
+        predict, samples = predict or self.model.predict, self._samples
         if self._noise is None:
-            return self.model.predict(images, samples, self._prefixes)[0]
+            return predict(images, samples, self._prefixes)[0]
         noise, drawn = self._noise, []
         for _ in samples:
             drawn.append({"noise": noise.clone()})
             noise[1].add_(1)
-        return self.model.predict(images, drawn, self._prefixes)[0]
+        return predict(images, drawn, self._prefixes)[0]
 
     def _drop(self) -> None:
         super()._drop()
@@ -577,6 +583,7 @@ class GraphedTrainStep(_Graphs):
         model: on a CUDA or ROCm device. optimizer: over its parameters: SGD, or one with `capturable=True`.
         loss: (logits (B, C), labels, aux) → (); it must not read tensors on the host. None: cross-entropy, plus
             beta · mean(KL) if the generator has a KL (V²APT).
+        compiled: capture what `torch.compile` makes of the model's forward and backward, as `GraphedForward` does.
         capturer: how to capture; None: on the model's device.
 
     Raises:
@@ -589,6 +596,7 @@ class GraphedTrainStep(_Graphs):
         optimizer: torch.optim.Optimizer,
         loss: Loss | None = None,
         *,
+        compiled: bool = False,
         capturer: Capturer | None = None,
     ) -> None:
         super().__init__(model, capturer)
@@ -596,6 +604,7 @@ class GraphedTrainStep(_Graphs):
             raise ArgumentTypeError("optimizer", f"must be a torch optimizer, got {type(optimizer).__name__}")
         if loss is not None and not callable(loss):
             raise ArgumentTypeError("loss", f"must be a function of (logits, labels, aux), got {type(loss).__name__}")
+        self._module = torch.compile(model, mode=MODE, dynamic=False) if compiled else model
         own = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         self._parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         if any(id(parameter) not in own for parameter in self._parameters):
@@ -654,7 +663,7 @@ class GraphedTrainStep(_Graphs):
     def _run(self, step: _Step) -> None:
         def function() -> None:
             self.optimizer.zero_grad(set_to_none=False)
-            logits, aux = self.model(step.images, return_aux=True)
+            logits, aux = self._module(step.images, return_aux=True)
             loss = self.loss(logits, step.labels, aux)
             loss.backward()
             self.optimizer.step()

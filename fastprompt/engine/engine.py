@@ -98,8 +98,9 @@ class Engine:
         model: a `PromptedViT`, or a `FrozenViT`, for which the engine returns the features.
         batch_sizes: the batch sizes to prepare a backend for; other batches are padded or split.
         dtype: the backbone's dtype; None: bfloat16 if the hardware multiplies it, else float32.
-        backend: "eager", "cuda_graph", "compile", "openvino", or "auto": the fastest of those that can run, measured at
-            the first batch of each size and remembered. `fp.explain(engine)` shows which one runs and why.
+        backend: "eager", "cuda_graph", "compiled_cuda_graph", "compile", "openvino", or "auto": the fastest of those
+            that can run, measured at the first batch of each size and remembered. `fp.explain(engine)` shows which one
+            runs and why.
         backends: names that "auto" chooses from, besides "eager"; None: all.
         choices: a file that `save_choices` of such an engine wrote. What was measured there is not measured again, so
             that engines in several processes compute the same bits.

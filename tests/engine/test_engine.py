@@ -572,7 +572,7 @@ def test_released_engines_say_so_and_hold_nothing(build: Build, images: Tensor) 
 def test_auto_takes_the_fastest_and_measures_once(
     build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("cuda_graph", "compile", "openvino"):
+    for name in ("cuda_graph", "compiled_cuda_graph", "compile", "openvino"):
         monkeypatch.delitem(BACKENDS, name)
     recorder, durations = Recorder(monkeypatch), {"recorded": 1.0, "eager": 2.0}
     monkeypatch.setattr(
@@ -664,7 +664,7 @@ def test_added_adapters_try_the_backend_that_was_the_fastest_for_the_engine_s_ow
 def test_auto_leaves_out_what_is_wrong_broken_or_missing(
     build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("cuda_graph", "compile", "openvino"):
+    for name in ("cuda_graph", "compiled_cuda_graph", "compile", "openvino"):
         monkeypatch.delitem(BACKENDS, name)
     Recorder(monkeypatch, "wrong").alter = lambda output: output + 1
 
@@ -688,7 +688,7 @@ def test_auto_leaves_out_what_is_wrong_broken_or_missing(
 def test_a_failure_in_a_call_falls_back_once_or_is_reported(
     build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("cuda_graph", "compile", "openvino"):
+    for name in ("cuda_graph", "compiled_cuda_graph", "compile", "openvino"):
         monkeypatch.delitem(BACKENDS, name)
     recorder, model = Recorder(monkeypatch), build("vpt-deep").double()
     monkeypatch.setattr(

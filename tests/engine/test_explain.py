@@ -76,7 +76,7 @@ def test_tells_what_an_engine_runs(
 def test_tells_the_times_that_an_engine_measured(
     tiny_vit: VisionTransformer, tiny_images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("cuda_graph", "compile", "openvino"):
+    for name in ("cuda_graph", "compiled_cuda_graph", "compile", "openvino"):
         monkeypatch.delitem(backends.BACKENDS, name)
     monkeypatch.setitem(backends.BACKENDS, "other", backends.Backend(lambda model, images: model))
     engine = fp.Engine(model_of(tiny_vit, fp.VPTConfig(num_prompts=2)), (4,), torch.float32)

@@ -40,7 +40,7 @@ def capturers(failures: dict[int, Exception], monkeypatch: pytest.MonkeyPatch) -
         made.append(RecordingCapturer(failures))
         return made[-1]
 
-    for name in ("compile", "openvino"):
+    for name in ("compile", "openvino", "compiled_cuda_graph"):
         monkeypatch.delitem(BACKENDS, name)
     monkeypatch.setattr(cuda_graph, "CudaCapturer", capturer)
     monkeypatch.setitem(BACKENDS, "cuda_graph", BACKENDS["cuda_graph"]._replace(obstacle=lambda model: ""))
