@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +93,14 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def steps(rounds: int) -> dict[str, Any]:
-    """Time all ways at each number of prompts."""
+def steps(rounds: int, numbers: Sequence[int], known: dict[str, Any]) -> dict[str, Any]:
+    """Time all ways at these numbers of prompts; return what is `known` of the others as well."""
     plain = random_backbone().float()
     fast = bfloat16_is_fast(torch.device("cpu"))
     half = copy.deepcopy(plain).to(torch.bfloat16) if fast else None
     images, labels = torch.randn(BATCH, 3, 224, 224), torch.arange(BATCH) % 10
-    found: dict[str, Any] = {}
-    for num_prompts in PROMPTS:
+    found = dict(known)
+    for num_prompts in numbers:
         torch._dynamo.reset()
         model = build(num_prompts, "float32", plain)
         ways = {
@@ -249,7 +249,8 @@ def bits(weights: str) -> dict[str, Any]:
 def steps_table(part: dict[str, Any]) -> list[str]:
     """The lines on steps."""
     ways = list(dict.fromkeys(name for times in part["found"].values() for name in times if name != "flops"))
-    columns = [part["found"][str(number)] for number in PROMPTS]
+    numbers = [number for number in PROMPTS if str(number) in part["found"]]
+    columns = [part["found"][str(number)] for number in numbers]
     lines = [
         "## A training step",
         "",
@@ -257,8 +258,8 @@ def steps_table(part: dict[str, Any]) -> list[str]:
         "papers' graph as its authors train it; × is times as fast. Medians over rounds in which all ways take turns, "
         "in brackets the rounds but the lowest and the highest, behind it the goal: ≥ where the upper end reaches it.",
         "",
-        f"| training step, prompts | {' | '.join(map(str, PROMPTS))} |",
-        "|---|" + "---:|" * len(PROMPTS),
+        f"| training step, prompts | {' | '.join(map(str, numbers))} |",
+        "|---|" + "---:|" * len(numbers),
         "| FLOPs by formula, papers' graph / rewritten | "
         + " | ".join(f"{c['flops'][0] / c['flops'][1]:.2f}" for c in columns)
         + " |",
@@ -268,18 +269,18 @@ def steps_table(part: dict[str, Any]) -> list[str]:
         goals = GOALS["bfloat16" if "bfloat16" in way else "float32"] if way.startswith("rewritten") else None
         goals = None if "bits" in way else goals
         cells = [
-            cell(ratio(c[THEIRS], c[way]), None if goals is None else goals[i]) if way in c else ""
-            for i, c in enumerate(columns)
+            cell(ratio(c[THEIRS], c[way]), None if goals is None else goals[PROMPTS.index(n)]) if way in c else ""
+            for n, c in zip(numbers, columns, strict=True)
         ]
         lines.append(f"| {way}, × | {' | '.join(cells)} |")
     if any("bfloat16" in way for way in ways):
         cells = []
-        for i, c in enumerate(columns):
+        for n, c in zip(numbers, columns, strict=True):
             theirs, ours = (
                 min((c[f"{g}, bfloat16 {w}"] for w in ("eager", "compiled")), key=statistics.median)
                 for g in ("papers' graph", "rewritten")
             )
-            cells.append(cell(ratio(theirs, ours), EQUAL_GOALS[i]))
+            cells.append(cell(ratio(theirs, ours), EQUAL_GOALS[PROMPTS.index(n)]))
         lines.append(f"| rewritten, the better in bfloat16, × the papers' better in bfloat16 | {' | '.join(cells)} |")
     return lines
 
@@ -386,6 +387,7 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(TABLES)}; all if none is named")
+    parser.add_argument("--prompts", type=int, nargs="+", choices=PROMPTS, default=PROMPTS, help="of the steps")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of the steps")
     parser.add_argument("--batch", type=int, default=32, help="batch of the memory's step")
     parser.add_argument("--images", type=int, default=24, help="number of files")
@@ -402,13 +404,13 @@ def main() -> None:
         parser.error(f"argument PART: must be among {', '.join(TABLES)}, got {', '.join(sorted(unknown))}")
     if arguments.rounds < 3:
         parser.error("argument --rounds: must be at least 3")
+    parts = json.loads(arguments.measured.read_text()) if arguments.measured.is_file() else {}
     measure = {
-        "steps": lambda: steps(arguments.rounds),
+        "steps": lambda: steps(arguments.rounds, arguments.prompts, parts.get("steps", {}).get("found", {})),
         "memory": lambda: memory(arguments.batch),
         "files": lambda: files(arguments.images, arguments.epochs),
         "bits": lambda: bits(arguments.weights),
     }
-    parts = json.loads(arguments.measured.read_text()) if arguments.measured.is_file() else {}
     for name in arguments.parts or TABLES:
         parts[name] = {"machine": machine(), "found": measure[name]()}
         arguments.measured.parent.mkdir(parents=True, exist_ok=True)

@@ -93,8 +93,10 @@ def data_name(name: str) -> str:
     A known name wins over a folder of the same name.
     """
     from fastprompt.data import known_names
+    from fastprompt.data.shards import split_prefix
 
-    return name if name in known_names() else absolute(name)
+    prefix, place = split_prefix(name)
+    return name if name in known_names() else prefix + absolute(place)
 
 
 def set_threads(threads: int | None) -> None:

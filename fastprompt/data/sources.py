@@ -25,6 +25,7 @@ from torchvision import datasets
 from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.data.folders import Reading, folder_source
 from fastprompt.data.pools import Pool, Source
+from fastprompt.data.shards import archive_source, split_prefix
 from fastprompt.fetch import (
     FetchError,
     Wheel,
@@ -135,6 +136,9 @@ def find_source(name: str | os.PathLike[str], root: str | os.PathLike[str] | Non
     if isinstance(name, str) and name.startswith("torchvision:"):
         _no_intensities(name, reading)
         return torchvision_source(name.removeprefix("torchvision:"), root)
+    if isinstance(name, str) and split_prefix(name)[0]:
+        _no_root(name, root)
+        return archive_source(name, reading)
     if path.is_dir():
         _no_root(str(name), root)
         return folder_source(path, reading)
@@ -147,7 +151,8 @@ def find_source(name: str | os.PathLike[str], root: str | os.PathLike[str] | Non
     raise ArgumentError(
         "name",
         f"must be a folder or a known data set, got {name!r}. {hint}Known: {', '.join(known_names())}, "
-        "torchvision:<ClassName>, or the path of an image folder",
+        "torchvision:<ClassName>, wds:<folder of .tar shards>, hfds:<data set of Hugging Face>, or the path of an "
+        "image folder",
     )
 
 

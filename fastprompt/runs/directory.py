@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastprompt.arguments import ArgumentError, ArgumentPathError
+from fastprompt.data.shards import split_prefix
 from fastprompt.fetch import cache_dir
 from fastprompt.files import atomic_write
 from fastprompt.runs.settings import RunSettings
@@ -122,7 +123,8 @@ def inputs_stamp(settings: RunSettings) -> str:
     """
     digest = hashlib.sha256()
     data = _task_folder(settings) or settings.data_root or cache_dir()
-    places: list[str | Path | None] = [settings.data, *settings.more_data, data, settings.class_embeddings]
+    sets = [split_prefix(name)[1] for name in (settings.data, *settings.more_data)]
+    places: list[str | Path | None] = [*sets, data, settings.class_embeddings]
     local = split_local(settings.backbone)
     places.append(settings.backbone if local is None else local[1])
     for place in places:
