@@ -1,4 +1,4 @@
-# make test | test-oldest | docs | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-training | bench-engine | cost | gates | kernels-report | gpu | gpu-here | gpu-table | tune | dist | clean | help
+# make test | test-oldest | docs | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-training | bench-engine | bench-rotary | cost | backbones | gates | kernels-report | gpu | gpu-here | gpu-table | tune | dist | clean | help
 #   PYTHON=python3.12   interpreter to create the environment with
 #   VENV=path           environment to create or reuse (default .venv)
 #   PIP_FLAGS=...       more flags for pip, for example an extra index with CPU builds of torch
@@ -21,7 +21,7 @@ STAMP := $(VENV)/.fastprompt-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint types pytest test-oldest browser page hammer torture serve-ray load demo table pixels plots docs bench bench-forward bench-training bench-engine cost gates kernels-report gpu gpu-here gpu-table tune dist clean
+.PHONY: help install test lint types pytest test-oldest browser page hammer torture serve-ray load demo table pixels plots docs bench bench-forward bench-training bench-engine bench-rotary cost backbones gates kernels-report gpu gpu-here gpu-table tune dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -127,6 +127,12 @@ bench-engine: $(STAMP)  ## time fp.Engine against the papers' graph in other eng
 
 cost: $(STAMP)  ## compare FLOPs, saved bytes and dispatches by formula with measurements; write results/cost.md (minutes)
 	OMP_NUM_THREADS=1 $(PY) bench/cost.py
+
+backbones: $(STAMP)  ## read every pretrained timm name of the supported families, without weights; write results/backbones.md (minutes)
+	OMP_NUM_THREADS=1 $(PY) experiments/backbones.py
+
+bench-rotary: $(STAMP)  ## time both graphs on the shape of DINOv3's ViT-B/16; write results/rotary.md (minutes, on an idle machine)
+	$(PY) bench/rotary.py --out results/rotary.md
 
 gates: $(STAMP)  ## run every gate of the Triton kernels; write results/gates.json (minutes, no GPU); IF=changed skips unchanged kernels
 	$(PY) tests/kernels/gates/run.py $(if $(filter changed,$(IF)),--if-changed)
