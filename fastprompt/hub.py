@@ -65,15 +65,30 @@ def read_pretrained(
             if value is not None:
                 raise ArgumentError(name, f"must be None for an adapter in a directory, got {value!r}")
         return read_adapter(where)
-    repository = str(where)
+    return _fetch_whole(str(where), local_files_only, **options)[1]
+
+
+def fetch_adapter(repository: str) -> Path:
+    """Fetch the adapter of a repository, unless it was fetched before; return the folder with its files.
+
+    Raises what `read_pretrained` raises.
+    """
+    return _fetch_whole(repository)[0]
+
+
+def _fetch_whole(
+    repository: str, local_files_only: bool = False, **options: Any
+) -> tuple[Path, tuple[dict[str, Any], dict[str, Tensor]]]:
+    """Fetch an adapter, and once more if it does not fit its own digest; return folder and content."""
+    folder = _fetch(repository, local_files_only, **options)
     try:
-        return read_adapter(_fetch(repository, local_files_only, **options))
+        return folder, read_adapter(folder)
     except ValueError as error:
         if local_files_only:
             raise ValueError(f"{repository}, as it was fetched before, is damaged: {error}") from error
     folder = _fetch(repository, local_files_only, force_download=True, **options)
     try:
-        return read_adapter(folder)
+        return folder, read_adapter(folder)
     except ValueError as error:
         raise ValueError(f"{repository} was fetched twice and is damaged: {error}") from error
 

@@ -15,7 +15,9 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from documented import prepare
 from hub_stub import Hub, in_its_place, running
+from PIL import Image
 from safetensors.torch import save
 from scipy.stats import binomtest
 from timm.models.vision_transformer import VisionTransformer
@@ -23,9 +25,13 @@ from torch import Tensor
 
 import fastprompt as fp
 from fastprompt.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from fastprompt.cli import main
+from fastprompt.data.images import open_image, to_tensor
 from fastprompt.fetch import FetchError
 from fastprompt.hub import CARD_FILE, is_repository, model_card
 from fastprompt.intervals import wilson
+from fastprompt.runs.directory import adapter_dir
+from fastprompt.serve.tenants import HostSettings, load
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -91,6 +97,66 @@ def test_an_adapter_stands_alone_with_its_backbone_on_the_hub(hub: Hub, tiny_ima
     card = hub.repositories["ann/free"][CARD_FILE].decode()
     assert metadata_of(card)["base_model"] == "ann/vit"
     assert 'from_pretrained("ann/free")' in card
+
+
+@pytest.fixture
+def whole(hub: Hub, model: fp.PromptedViT) -> fp.PromptedViT:
+    """A model of two classes whose adapter is ann/birds and whose backbone is ann/vit."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": sizes, "num_classes": 0}
+    config["pretrained_cfg"] = {"input_size": [3, 32, 32], "num_classes": 0}
+    weights = save(VisionTransformer(num_classes=0, **sizes).state_dict(), {"format": "pt"})
+    hub.repositories["ann/vit"] = {"config.json": json.dumps(config).encode(), "model.safetensors": weights}
+    backbone = fp.FrozenViT.from_timm("hf-hub:ann/vit", pretrained=True)
+    model = fp.PromptedViT(backbone, model.config, num_classes=2, class_names=["owl", "robin"]).eval()
+    model.push_to_hub("ann/birds", token="t")
+    return model
+
+
+def test_commands_take_a_repository(
+    hub: Hub, whole: fp.PromptedViT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["predict", "ann/birds", "owl.png", "--dtype", "float32", "--out", "owl.json"]) == 0
+    found = json.loads(Path("owl.json").read_text())
+    pixels = to_tensor(open_image(Path("owl.png")), (32, 32))
+    expected = whole(pixels[None])[0].softmax(-1).tolist()
+    assert list(found["images"][0]["probabilities"].values()) == pytest.approx(expected, abs=1e-5)
+    assert main(["eval", "ann/birds", "--data", "birds", "--out", "eval.json"]) == 0
+    assert json.loads(Path("eval.json").read_text())["adapter"] == "ann/birds"
+    assert main(["export", "ann/birds", "--format", "pt2", "--out", "birds.pt2"]) == 0
+    assert main(["info", "ann/birds", "--json"]) == 0
+    engine, catalogue = load(HostSettings(adapters={"birds": Path("ann/birds")}, dtype="float32", backend="eager"))
+    engine.release()
+    assert catalogue.adapters["birds"] == ["owl", "robin"]
+
+
+def test_a_folder_comes_before_a_repository(
+    hub: Hub, whole: fp.PromptedViT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole.save_pretrained("ann/birds")
+    (tmp_path / "run.json").write_text("{}")
+    before = len(hub.requests)
+    assert adapter_dir(Path("ann/birds")) == Path("ann/birds")
+    with pytest.raises(FileNotFoundError, match=r"must be a directory that exists, got ann/bird"):
+        adapter_dir(Path("ann/bird"))
+    assert len(hub.requests) == before
+
+
+def test_commands_say_what_to_do_without_the_hub(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 32)).save("owl.png")
+    assert main(["predict", "ann/none", "owl.png"]) == 2
+    assert "ann/none is neither a directory here nor a repository" in capsys.readouterr().err
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert main(["predict", "ann/birds", "owl.png"]) == 1
+    said = capsys.readouterr().err
+    assert "HF_HUB_OFFLINE is set" in said
+    assert "hf download ann/birds --local-dir DIRECTORY" in said
 
 
 def test_a_folder_of_this_machine_is_not_uploaded(hub: Hub, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ class Eval:
     """
 
     adapter: tyro.conf.Positional[Path]
-    """Adapter or run directory."""
+    """Adapter or run directory, or repository of the Hugging Face Hub, as owner/name."""
     data: str | None = None
     """Image folder or name of a data set; the run's if not given."""
     backbone: str | None = None
@@ -71,7 +71,7 @@ class Eval:
     corruptions: list[str] = field(default_factory=list)
     """Evaluate under these corruptions of ImageNet-C, or all, at five severities, instead of once."""
     reference: Path | None = None
-    """With --corruptions: adapter or run directory to compare with, such as the probe's."""
+    """With --corruptions: another adapter to compare with, such as the probe's; named like the first."""
     max_images: int = 1000
     """With --corruptions: number of images to use at most."""
     out: Path | None = None
@@ -95,11 +95,11 @@ def evaluate_adapter(command: Eval) -> None:
 
     place = find_device(command.device)
     set_threads(command.threads)
-    adapter_dir(command.adapter)
+    directory = adapter_dir(command.adapter)
     settings = read_settings(command.adapter)
     if settings is None and command.data is None:
         raise ArgumentError("data", f"is required: {command.adapter} does not say which data the adapter is for")
-    model = load_adapter(command, settings, place)
+    model = load_adapter(command, directory, settings, place)
     if settings is None:
         settings = RunSettings(method="linear", data=str(command.data))
     changed = {name: getattr(command, name) for name in _DATA_FLAGS if getattr(command, name) is not None}
@@ -151,8 +151,6 @@ def evaluate_adapter(command: Eval) -> None:
 
 def _evaluate_corrupted(command: Eval, model: Any, split: Any, place: Any) -> None:
     """Print accuracy and calibration under corruptions, and the difference to a reference on the same images."""
-    from dataclasses import replace
-
     from fastprompt.analysis import robustness, robustness_difference
     from fastprompt.analysis.corruptions import CORRUPTIONS
     from fastprompt.runs.directory import adapter_dir, read_settings, write_json
@@ -161,9 +159,8 @@ def _evaluate_corrupted(command: Eval, model: Any, split: Any, place: Any) -> No
     corruptions = CORRUPTIONS if command.corruptions == ["all"] else tuple(command.corruptions)
     models = {str(command.adapter): model}
     if command.reference is not None:
-        adapter_dir(command.reference)
-        other = replace(command, adapter=command.reference)
-        models[str(command.reference)] = load_adapter(other, read_settings(command.reference), place)
+        directory, settings = adapter_dir(command.reference), read_settings(command.reference)
+        models[str(command.reference)] = load_adapter(command, directory, settings, place)
     found = robustness(
         models, split, corruptions=corruptions, max_images=command.max_images, batch_size=command.batch_size
     )

@@ -31,7 +31,7 @@ class Export:
     """
 
     adapter: tyro.conf.Positional[Path]
-    """Adapter or run directory."""
+    """Adapter or run directory, or repository of the Hugging Face Hub, as owner/name."""
     out: Path
     """File to write (.onnx, .pt2 or .xml), or with --client the folder."""
     format: Literal["onnx", "pt2", "openvino"] | None = None
@@ -86,10 +86,10 @@ def export(command: Export) -> None:
 def export_file(command: Export) -> None:
     """Write the whole model for another runtime."""
     from fastprompt.export import export_model
-    from fastprompt.runs.directory import read_settings
+    from fastprompt.runs.directory import adapter_dir, read_settings
 
     set_threads(command.threads)
-    model = load_adapter(command, read_settings(command.adapter))
+    model = load_adapter(command, adapter_dir(command.adapter), read_settings(command.adapter))
     with argument_names(path="out"):
         record = export_model(model, command.out, command.format, input=command.input or "uint8")
     files = [command.out, command.out.with_suffix(".bin")] if command.format == "openvino" else [command.out]
@@ -108,14 +108,14 @@ def export_folder(command: Export) -> None:
     from fastprompt.data.images import to_tensor
     from fastprompt.pixels.export import export_client, unnoticed
     from fastprompt.pixels.prompts import RGBPrompts
-    from fastprompt.runs.directory import read_settings
+    from fastprompt.runs.directory import adapter_dir, read_settings
 
     if command.out.exists() and not command.out.is_dir():
         raise ArgumentError("out", f"must be a folder, got the file {command.out}")
     if command.golden is not None:
         golden_image(command.golden, None)  # reject a wrong file before loading the adapter
     set_threads(command.threads)
-    model = load_adapter(command, read_settings(command.adapter))
+    model = load_adapter(command, adapter_dir(command.adapter), read_settings(command.adapter))
     preprocessing = model.preprocessing or Preprocessing()
     resize = command.resize or preprocessing.resize
     picture = None

@@ -27,7 +27,7 @@ class Info:
     """
 
     adapter: tyro.conf.Positional[Path | None] = None
-    """Adapter or run directory."""
+    """Adapter or run directory, or repository of the Hugging Face Hub, as owner/name."""
     backbone: str | None = None
     """Backbone; if not given, the adapter's, else clip-vit-b16."""
     image_size: int | None = None

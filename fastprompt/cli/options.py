@@ -67,7 +67,6 @@ class NamesMethod(Protocol):
 class NamesAdapter(Protocol):
     """A command that loads an adapter."""
 
-    adapter: Path
     backbone: str | None
     image_size: int | None
 
@@ -119,24 +118,22 @@ def announce(model: PromptedViT, what: str) -> None:
 
 
 def load_adapter(
-    command: NamesAdapter, settings: RunSettings | None, device: torch.device | None = None
+    command: NamesAdapter, directory: Path, settings: RunSettings | None, device: torch.device | None = None
 ) -> PromptedViT:
-    """Load the adapter on the backbone of --backbone, else of the run.
+    """Load the adapter in `directory` (`adapter_dir(command.adapter)`) on the backbone of --backbone, else of the run.
 
     With `device`, move the model there and set the data type of --dtype, else of the run.
     """
     import fastprompt as fp
     from fastprompt.adapters import read_adapter, source_of
-    from fastprompt.runs.directory import adapter_dir
     from fastprompt.runs.execute import backbone_at
 
-    directory = adapter_dir(command.adapter)
     config, _ = read_adapter(directory)
     name = command.backbone or (settings.backbone if settings else None)
     if command.backbone is None and command.image_size is None and source_of(config) is not None:
         model = fp.PromptedViT.from_pretrained(directory)
     elif name is None:
-        raise ArgumentError("backbone", f"is required: {command.adapter} does not name the adapter's backbone")
+        raise ArgumentError("backbone", f"is required: {directory} does not name the adapter's backbone")
     else:
         model = fp.PromptedViT.from_pretrained(backbone_at(name, command.image_size or stored_size(config)), directory)
     if device is not None:

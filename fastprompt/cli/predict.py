@@ -25,7 +25,7 @@ class Predict:
     """
 
     adapter: tyro.conf.Positional[Path]
-    """Adapter or run directory."""
+    """Adapter or run directory, or repository of the Hugging Face Hub, as owner/name."""
     images: tyro.conf.Positional[list[Path]]
     """Image files, or folders to search for images."""
     backbone: str | None = None
@@ -80,12 +80,12 @@ def predict(command: Predict) -> None:
     if command.batch_size < 1:
         raise ArgumentError("batch_size", f"must be at least 1, got {command.batch_size}")
     place = find_device(command.device)
-    adapter_dir(command.adapter)
+    directory = adapter_dir(command.adapter)
     set_threads(command.threads)
     limit = decoded_limit(command.max_decoded_bytes)
     with argument_names(paths="images"):
         found = list_images(command.images)
-    model = load_adapter(command, read_settings(command.adapter), place)
+    model = load_adapter(command, directory, read_settings(command.adapter), place)
     if command.domain is not None and model.domains is None:
         raise ArgumentError("domain", "must not be given: the adapter was trained on one data set")
     if model.domains is not None:

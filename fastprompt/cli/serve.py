@@ -25,7 +25,8 @@ class Serve:
     adapter: Annotated[list[str], tyro.conf.arg(metavar="NAME=DIR"), tyro.conf.UseAppendAction] = field(
         default_factory=list
     )
-    """Name to serve an adapter under, and its adapter or run directory; repeat for several."""
+    """Name to serve an adapter under, and its adapter or run directory, or repository of the Hugging Face Hub, as
+    owner/name; repeat for several."""
     config: Path | None = None
     """YAML file with any of these settings; flags override it."""
     backbone: str | None = None

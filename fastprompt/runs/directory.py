@@ -13,6 +13,7 @@ from fastprompt.arguments import ArgumentError, ArgumentPathError
 from fastprompt.data.shards import split_prefix
 from fastprompt.fetch import cache_dir
 from fastprompt.files import atomic_write
+from fastprompt.hub import fetch_adapter, is_repository
 from fastprompt.runs.settings import RunSettings
 from fastprompt.vit.source import split_local
 
@@ -49,10 +50,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def adapter_dir(run_dir: Path) -> Path:
-    """Return the directory with the adapter's two files: `run_dir` itself or its `best/`.
+    """Return the directory with the adapter's two files: `run_dir` itself or its `best/`, or one of the Hub's.
+
+    "owner/name" is a repository of the Hugging Face Hub if there is no folder `owner` here. Its adapter is fetched,
+    unless it was before.
 
     Raises:
         ValueError: `run_dir` is a file. FileNotFoundError: there is no adapter in it. Both errors say what to type.
+        FetchError, PermissionError: a repository's adapter cannot be fetched (`fastprompt.hub.read_pretrained`).
     """
     run_dir = Path(run_dir)
     if run_dir.is_file():
@@ -65,6 +70,9 @@ def adapter_dir(run_dir: Path) -> Path:
         if (candidate / "adapter_config.json").exists():
             return candidate
     if not run_dir.exists():
+        repository = run_dir.as_posix()
+        if is_repository(repository) and not run_dir.parent.is_dir():
+            return fetch_adapter(repository)
         runs = [path.name for path in run_dir.parent.glob("*") if (path / "run.json").exists()]
         close = difflib.get_close_matches(run_dir.name, runs, n=1)
         hint = f"did you mean {run_dir.parent / close[0]}?" if close else HOW_TO_ADAPT.format(run_dir)

@@ -43,7 +43,8 @@ class HostSettings:
         image_size: side in pixels; None: that of the first adapter, else the backbone's own.
         any_size: compute pictures of any whole number of patches at their own size, with resampled position
             embeddings. Clients whose prompts are rows below the image (placement "extend") need it.
-        adapters: directories written by `save_pretrained` or `fastprompt adapt`, keyed by the name to serve them under.
+        adapters: directories written by `save_pretrained` or `fastprompt adapt`, or repositories of the Hub as
+            "owner/name", keyed by the name to serve them under.
         dtype: "auto" (bfloat16 if the hardware multiplies it), "bfloat16" or "float32".
         batch_size: maximum number of images that the engine computes at once.
         threads: CPU threads; None: torch's choice.
