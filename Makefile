@@ -1,4 +1,4 @@
-# make test | test-oldest | docs | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-training | bench-engine | bench-rotary | cost | backbones | gates | kernels-report | gpu | gpu-here | gpu-table | tune | dist | clean | help
+# make test | test-oldest | docs | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-training | bench-engine | bench-rotary | cost | backbones | gates | kernels-report | gpu | gpu-here | gpu-table | tune | release-check | dist | clean | help
 #   PYTHON=python3.12   interpreter to create the environment with
 #   VENV=path           environment to create or reuse (default .venv)
 #   PIP_FLAGS=...       more flags for pip, for example an extra index with CPU builds of torch
@@ -7,6 +7,7 @@
 #   JOBS=2              number of processes that run the suite
 #   IF=changed          for gates: run nothing if results/gates.json is up to date
 #   FLAGS='...'         for tune: its options
+#   ONLY="dist docs"    for release-check: these steps alone; SKIP= leaves some out
 #   FOLDER=path         for page: folder written by `fastprompt export --client`
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,15 +17,17 @@ TESTS ?= tests
 JOBS ?= 2
 FOLDER ?=
 FLAGS ?=
+ONLY ?=
+SKIP ?=
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.fastprompt-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint types pytest test-oldest browser page hammer torture serve-ray load demo table pixels plots docs bench bench-forward bench-training bench-engine bench-rotary cost backbones gates kernels-report gpu gpu-here gpu-table tune dist clean
+.PHONY: help install test lint types pytest test-oldest browser page hammer torture serve-ray load demo table pixels plots docs bench bench-forward bench-training bench-engine bench-rotary cost backbones gates kernels-report gpu gpu-here gpu-table tune release-check dist clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(f"fastprompt needs Python 3.10 or newer, but {sys.executable} is {sys.version.split()[0]}: set PYTHON=" if sys.version_info < (3, 10) else 0)'
@@ -76,10 +79,10 @@ page: $(NODE_MODULES)  ## build the client as a web page with onnxruntime-web in
 	@if [ -n '$(FOLDER)' ]; then cp -r '$(FOLDER)' $(PAGE)/model; fi
 	@echo 'run python3 -m http.server --directory $(PAGE) and open http://localhost:8000/?host=http://HOST'
 
-browser: $(STAMP)  ## test the page in headless Chromium against the Python client (needs node, npm and chromium)
+browser: $(STAMP)  ## test the client's page and the web demo in headless Chromium against the Python client (needs node, npm and chromium)
 	@$(MAKE) --no-print-directory page FOLDER= PAGE=.cache/page/site >/dev/null
 	FASTPROMPT_PAGE=.cache/page/site FASTPROMPT_NODE_MODULES=$(NODE_MODULES) OMP_NUM_THREADS=1 \
-		$(VENV)/bin/pytest -q tests/client/test_browser.py
+		$(VENV)/bin/pytest -q tests/client/test_browser.py tests/webdemo/test_browser.py
 
 hammer: $(STAMP)  ## call an engine thousands of times from eight threads, with adapters swapped and failures injected
 	FASTPROMPT_HAMMER_TURNS=500 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q tests/engine/test_engine.py -k hammered
@@ -151,6 +154,9 @@ gpu-table:  ## write the tables of results/gpu.json into docs/results.md
 
 tune:  ## on a GPU, measure tile sizes of the Triton kernels, by PY=python3; FLAGS="--ops add_norm --write"; make gates after --write
 	PYTHONPATH=.:bench:tests/kernels/gates $(PY) -m gpu.tune $(FLAGS)
+
+release-check: $(STAMP)  ## run what a release has to pass, a step at a time (hours); ONLY="dist wheel-oldest" or SKIP="torture demo" choose
+	PIP_FLAGS='$(PIP_FLAGS)' $(PY) release/check.py $(if $(ONLY),--only $(ONLY)) $(if $(SKIP),--skip $(SKIP))
 
 dist: $(STAMP)  ## build sdist and wheel with the C++ kernels into dist/, and check them as PyPI does
 	rm -rf dist
