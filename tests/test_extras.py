@@ -16,7 +16,7 @@ from fastprompt.extras import needed
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = ("matplotlib", "mpl_toolkits", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "open_clip", "openvino")
-OPTIONAL += ("accelerate", "scipy", "sklearn", "tensorboard", "transformers")
+OPTIONAL += ("accelerate", "gradio", "gradio_client", "scipy", "sklearn", "tensorboard", "transformers")
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ LAYERS = [
 ]
 LAYERS += [{"official", "cost", "huggingface"}, {"train", "engine", "export", "pixels", "data", "protocols"}]
 LAYERS += [{"analysis", "report", "runs"}]
-LAYERS += [{"serve"}, {"cli", "__main__"}]
+LAYERS += [{"serve", "webdemo"}, {"cli", "__main__"}]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 
@@ -197,7 +197,10 @@ def test_importing_an_op_is_light_and_needs_no_triton() -> None:
 
 
 def test_every_module_imports_where_there_is_no_posix() -> None:
-    """As on Windows: what the libraries import is there before, what our modules import on top is not."""
+    """As on Windows: what the libraries import is there before, what our modules import on top is not.
+
+    Ray, transformers and Gradio are left out.
+    """
     libraries = ", ".join(
         "timm torch torch._dynamo torch.distributed torchvision PIL.Image filelock platformdirs.unix tqdm tyro numpy "
         "onnx litserve uvicorn matplotlib.figure sklearn.linear_model sklearn.metrics scipy.optimize".split()
@@ -211,7 +214,7 @@ def test_every_module_imports_where_there_is_no_posix() -> None:
         "import fastprompt\n"
         "names = [m.name for m in pkgutil.walk_packages(fastprompt.__path__, 'fastprompt.', lambda name: None)]\n"
         "names = [name for name in names if '.kernels.' not in name]\n"
-        "needs = {'fastprompt.serve.cluster', 'fastprompt.huggingface.model'}\n"  # Ray, transformers
+        "needs = {'fastprompt.serve.cluster', 'fastprompt.huggingface.model', 'fastprompt.webdemo.page'}\n"
         "names = sorted({*names} - needs - {'fastprompt.__main__'})\n"
         "for name in names: importlib.import_module(name)\n"
         "print(len(names))"

@@ -1,4 +1,4 @@
-"""The command line: `fastprompt adapt | eval | predict | export | serve | info | report`, a thin shell over the API.
+"""The command line: a thin shell over the API, with a command for each file (`fastprompt adapt`, `eval`, ...).
 
 Exit codes: 0 success, 1 failure at run time (disk, network, diverged training), 2 wrong input, 130 interrupted.
 """

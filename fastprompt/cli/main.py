@@ -16,6 +16,7 @@ from fastprompt.arguments import ArgumentError
 from fastprompt.cli.adapt import Adapt, adapt
 from fastprompt.cli.bench import Bench, bench
 from fastprompt.cli.convert import Convert, convert
+from fastprompt.cli.demo import Demo, demo
 from fastprompt.cli.eval import Eval, evaluate_adapter
 from fastprompt.cli.export import Export, export
 from fastprompt.cli.info import Info, info
@@ -60,6 +61,7 @@ CLASSES: dict[str, type] = {
     "export": Export,
     "convert": Convert,
     "serve": Serve,
+    "demo": Demo,
     "info": Info,
     "report": Report,
     "protocols": Protocols,
@@ -143,7 +145,7 @@ def parse(words: list[str]) -> Any:
     )
 
 
-def run(command: Adapt | Eval | Predict | Export | Convert | Serve | Info | Report | Protocols | Bench) -> None:
+def run(command: Adapt | Eval | Predict | Export | Convert | Serve | Demo | Info | Report | Protocols | Bench) -> None:
     """Run one command."""
     if isinstance(command, Adapt):
         adapt(command)
@@ -157,6 +159,8 @@ def run(command: Adapt | Eval | Predict | Export | Convert | Serve | Info | Repo
         convert(command)
     elif isinstance(command, Serve):
         serve(command)
+    elif isinstance(command, Demo):
+        demo(command)
     elif isinstance(command, Info):
         info(command)
     elif isinstance(command, Protocols):

@@ -14,7 +14,7 @@ import tyro
 
 from fastprompt.arguments import ArgumentError
 
-COMMANDS = ("adapt", "eval", "predict", "export", "convert", "serve", "info", "report", "protocols", "bench")
+COMMANDS = ("adapt", "eval", "predict", "export", "convert", "serve", "demo", "info", "report", "protocols", "bench")
 ALSO_CALLED = {
     "adapt": ("train", "fit", "finetune", "fine-tune", "tune", "run", "learn"),
     "eval": ("evaluate", "test", "validate", "score", "accuracy"),
@@ -22,6 +22,7 @@ ALSO_CALLED = {
     "export": ("save", "onnx", "openvino", "client"),
     "convert": ("import", "official", "checkpoint"),
     "serve": ("host", "server", "deploy", "api"),
+    "demo": ("gradio", "page", "web", "app", "gui", "ui"),
     "info": ("show", "list", "describe", "help", "cost", "version", "methods", "backbones"),
     "report": ("html", "plot", "plots", "compare", "summary"),
     "protocols": ("protocol", "datasets", "data", "tasks"),
@@ -34,6 +35,7 @@ EXAMPLES = {
     "export": "fastprompt export runs/first --format onnx --out first.onnx",
     "convert": "fastprompt convert FILE --backbone NAME --out my-adapter",
     "serve": "fastprompt serve --adapter NAME=runs/first",
+    "demo": "fastprompt demo runs/first",
     "info": "fastprompt info runs/first",
     "report": "fastprompt report runs/first runs/second",
     "protocols": "fastprompt protocols vtab1k --data-root DIR",
