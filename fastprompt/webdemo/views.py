@@ -94,7 +94,7 @@ def prompt_maps(model: PromptedViT, pixels: Tensor) -> list[tuple[str, Image.Ima
     if model.backbone.graph.maps is None or not sequence:
         return []
     attention = model.attention_maps(pixels)
-    grid = model.backbone.grid
+    grid = model.backbone.spec.grid
     reading = [i for i, a in enumerate(attention) if "patches" in a.queries and "prompts" in a.keys]
     drawn = []
     for i in sorted({reading[0], reading[len(reading) // 2], reading[-1]} if reading else ()):
