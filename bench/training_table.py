@@ -153,10 +153,14 @@ class Filled(TorchDispatchMode):
         )
 
 
+def filled() -> contextlib.AbstractContextManager[Any]:
+    """`Filled` where bfloat16 is emulated, which would take an hour; else nothing."""
+    return contextlib.nullcontext() if bfloat16_is_fast(torch.device("cpu")) else Filled()
+
+
 def memory_of(way: str, batch: int) -> float:
     """Return the peak resident MiB of this process in one step at 50 prompts."""
     torch.set_num_threads(1)
-    emulated = not bfloat16_is_fast(torch.device("cpu"))
     model = build(50, "bfloat16" if "bfloat16" in way else "float32")
     model.set_grad_checkpointing("recomputed" in way)
     model.set_activation_bits(int(way.split()[-2]) if way.endswith("bits") else None)
@@ -165,7 +169,7 @@ def memory_of(way: str, batch: int) -> float:
     onednn_is_faster()  # decided by real products
     gc.collect()
     reset_peak_memory(torch.device("cpu"))
-    with Filled() if emulated else contextlib.nullcontext():
+    with filled():
         step(images, labels)
     return peak_memory_mib()
 
@@ -187,7 +191,7 @@ def files(number: int, epochs: int) -> dict[str, Any]:
     dtype = "bfloat16" if bfloat16_is_fast(torch.device("cpu")) else "float32"
     found: dict[str, Any] = {"images": number, "dtype": dtype, "epochs": epochs}
     with tempfile.TemporaryDirectory(prefix="fastprompt-") as folder:
-        for part, count in (("train", number), ("val", BATCH)):
+        for part, count in (("train", number), ("val", BATCH), ("test", 2)):
             for name in ("a", "b"):
                 (path := Path(folder) / part / name).mkdir(parents=True)
                 paths = write_images(path, count // 2, "jpg")
@@ -220,10 +224,11 @@ def bits(weights: str) -> dict[str, Any]:
     images = torch.randn(4, 3, 224, 224)
     for kept in (None, *BITS_GOALS):
         model.set_activation_bits(kept)
-        model(images)
-        gc.collect()
         formula = cost(model.backbone, model.config, training=True, batch=4, activation_bits=kept).saved_bytes
-        found[f"saved, {kept}"] = [formula, count_saved(lambda: model(images)) / 4]
+        with filled():
+            model(images)
+            gc.collect()
+            found[f"saved, {kept}"] = [formula, count_saved(lambda: model(images)) / 4]
     backbone = fp.load_backbone(weights)
     data = fp.load_data("fashion-mnist", image_size=backbone.image_size, num_train=50, num_val=50)
     images, labels = next(iter(torch.utils.data.DataLoader(data.train, BATCH)))

@@ -577,6 +577,18 @@ def test_a_run_takes_the_trainers_options_and_goes_on(
     assert json.loads((out / "results.json").read_text())["history"] == history
 
 
+def test_what_is_computed_once_is_explained_before_anything_is_trained(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = ["--cache-dir", str(tmp_path / "cache")]
+    assert main(adapt_command(place, tmp_path / "run", "--explain", *cache, method="vqt")) == 0
+    said = capsys.readouterr().out
+    assert "Epochs after the first read constants" in said
+    assert f"(train, 18 images): kept in {tmp_path / 'cache'}, " in said
+    assert "decoded images (val, 6 images): kept in memory, " in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_runs_share_what_is_constant(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = ["--cache-dir", str(tmp_path / "cache")]
     command = [word for word in adapt_command(place, tmp_path / "a", *cache, method="vqt") if word != "--no-progress"]
