@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,6 +48,30 @@ def test_a_model_trains_by_it(
         assert (len(onednn) > before) == (run is model)  # the papers' graph is PyTorch's own
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(1.0, "MKL"), (0.5, "oneDNN")])
+def test_other_work_on_the_machine_does_not_decide(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, expected: str
+) -> None:
+    now, calls = [0.0], []
+
+    def product(name: str, takes: float) -> Callable[..., None]:
+        def run(*operands: torch.Tensor | None) -> None:
+            calls.append(name)
+            now[0] += takes * (20 if len(calls) <= 5 else 1)  # at first something else runs too
+
+        return run
+
+    monkeypatch.setattr(module, "F", SimpleNamespace(linear=product("MKL", 1.0)))
+    monkeypatch.setattr(module, "_product", product("oneDNN", seconds))
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    module._faster_product.cache_clear()
+    try:
+        assert module._faster_product() == expected
+        assert calls[:2] == ["MKL", "oneDNN"]
+    finally:
+        module._faster_product.cache_clear()
 
 
 def test_only_float32_of_frozen_weights_takes_it(onednn: list[tuple[int, ...]]) -> None:
