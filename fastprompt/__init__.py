@@ -69,9 +69,10 @@ if TYPE_CHECKING:  # what `__getattr__` below finds at run time
     from fastprompt.train.fit import (
         FitResult as FitResult,
         fit as fit,
+        plan as plan,
     )
     from fastprompt.train.grid import summarise_seeds as summarise_seeds
-    from fastprompt.train.plan import Plan as Plan, plan as plan
+    from fastprompt.train.plan import Plan as Plan
     from fastprompt.train.probe import fit_linear_probe as fit_linear_probe
     from fastprompt.train.recipes import (
         Recipe as Recipe,
@@ -133,7 +134,7 @@ _PUBLIC = {
     "fit": "fastprompt.train.fit",
     "Callback": "fastprompt.train.callbacks",
     "find_lr": "fastprompt.train.find_lr",
-    "plan": "fastprompt.train.plan",
+    "plan": "fastprompt.train.fit",
     "Plan": "fastprompt.train.plan",
     "summarise_seeds": "fastprompt.train.grid",
     "FitResult": "fastprompt.train.fit",

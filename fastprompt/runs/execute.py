@@ -309,7 +309,7 @@ def plan_of(settings: RunSettings, device: str = "auto", cache_dir: Path | None 
     Raises:
         ValueError, TypeError: the settings are wrong.
     """
-    from fastprompt.train.plan import plan
+    from fastprompt.train.fit import plan
     from fastprompt.train.recipes import adjusted_recipe
 
     get_method(settings.method).config(settings.options)

@@ -20,20 +20,22 @@ from fastprompt.train.batches import num_batches
 from fastprompt.train.callbacks import Callback, make_callbacks
 from fastprompt.train.checkpoint import rng_state, set_rng_state
 from fastprompt.train.directory import RECIPE_FILE, RunDirectory, open_run
-from fastprompt.train.evaluate import activation_bits, backbone_precision, device_of
+from fastprompt.train.evaluate import activation_bits, backbone_precision, compute_dtype, device_of
 from fastprompt.train.identity import data_identities
 from fastprompt.train.loop import TrainingDiverged
+from fastprompt.train.plan import Plan
 from fastprompt.train.prompt_init import check_prompts
 from fastprompt.train.ranks import find_ranks, synced_batch_norms
 from fastprompt.train.recipes import Recipe, adjusted_recipe, default_recipe
 from fastprompt.train.result import FitResult
 from fastprompt.train.run import Options, Run
+from fastprompt.train.sources import RunData
 from fastprompt.train.tasks import kind_of_labels
 
 if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
 
-__all__ = ["FitResult", "TrainingDiverged", "check_model", "describe_data", "fit", "fit_in"]
+__all__ = ["FitResult", "TrainingDiverged", "check_model", "describe_data", "fit", "fit_in", "plan"]
 
 
 def fit(
@@ -116,6 +118,32 @@ def fit(
         return fit_in(None, model, train, val, recipe, resume, progress, options=options)
     with open_run(out_dir) as directory:
         return fit_in(directory, model, train, val, recipe, resume, progress, options=options)
+
+
+def plan(
+    model: PromptedViT,
+    train: Any,
+    val: Any,
+    recipe: Recipe | None = None,
+    *,
+    cache_dir: str | Path | None = None,
+    **fields: Any,
+) -> Plan:
+    """Say what `fit`, called with the same arguments, will compute once, and how large it is. Nothing is trained.
+
+    One image is computed to know the sizes. With `cache_dir` the images are read as `fit` reads them first, because
+    files are shared only by runs on the same images.
+
+    Raises:
+        TypeError, ValueError: as `fit`.
+    """
+    check_model(model)
+    recipe = chosen_recipe(model, recipe, fields)
+    kind, directory = kind_of_labels(recipe.loss, train), None if cache_dir is None else Path(cache_dir)
+    assert model.head is not None
+    facts = None if directory is None else data_identities(train, val, model.head.num_classes, kind)
+    with backbone_precision(model, compute_dtype(recipe.dtype, device_of(model))):
+        return RunData(model, train, val, recipe).make_plan(directory, facts)
 
 
 def recipe_for(recipe: Recipe, train: Any) -> Recipe:

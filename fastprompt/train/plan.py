@@ -78,38 +78,6 @@ class Plan:
         return "\n".join([*lines, *(f"* {entry}" for entry in self.entries)])
 
 
-def plan(
-    model: PromptedViT,
-    train: Any,
-    val: Any,
-    recipe: Recipe | None = None,
-    *,
-    cache_dir: str | Path | None = None,
-    **fields: Any,
-) -> Plan:
-    """Say what `fit`, called with the same arguments, will compute once, and how large it is. Nothing is trained.
-
-    One image is computed to know the sizes. With `cache_dir` the images are read as `fit` reads them first, because
-    files are shared only by runs on the same images.
-
-    Raises:
-        TypeError, ValueError: as `fit`.
-    """
-    from fastprompt.train.evaluate import backbone_precision, compute_dtype, device_of
-    from fastprompt.train.fit import check_model, chosen_recipe
-    from fastprompt.train.identity import data_identities
-    from fastprompt.train.sources import RunData
-    from fastprompt.train.tasks import kind_of_labels
-
-    check_model(model)
-    recipe = chosen_recipe(model, recipe, fields)
-    kind, directory = kind_of_labels(recipe.loss, train), None if cache_dir is None else Path(cache_dir)
-    assert model.head is not None
-    facts = None if directory is None else data_identities(train, val, model.head.num_classes, kind)
-    with backbone_precision(model, compute_dtype(recipe.dtype, device_of(model))):
-        return RunData(model, train, val, recipe).make_plan(directory, facts)
-
-
 def make_plan(
     model: PromptedViT,
     data: Mapping[str, Any],
