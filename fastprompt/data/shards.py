@@ -153,7 +153,7 @@ def _samples(shard: Path) -> Iterator[tuple[Member, int]]:
                     if image is not None:
                         yield _complete(image, label, shard)
                     image, label, key = None, None, (place, stem)
-                if is_image_name(base):
+                if is_image_name(base) and "." not in suffix:  # NAME.mask.png is no picture of its own
                     image = Member(str(shard), member.name, member.offset_data, member.size)
                 elif suffix in ("cls", "json"):
                     file = archive.extractfile(member)

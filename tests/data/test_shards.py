@@ -42,7 +42,7 @@ def write_shard(path: Path, files: dict[str, bytes]) -> None:
 def samples(numbers: range) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     for i in numbers:
-        found[f"{i:03}.png"] = picture(i)
+        found[f"{i:03}.png"], found[f"{i:03}.mask.png"] = picture(i), picture(51)
         label = (
             (f"{i:03}.cls", str(i % 2).encode()) if i % 3 else (f"{i:03}.json", json.dumps({"label": i % 2}).encode())
         )
