@@ -29,6 +29,8 @@ STYLE = """
 .bar span {overflow: hidden; text-overflow: ellipsis; white-space: nowrap}
 .bar meter {width: 100%}
 .bar b {font-weight: 400; text-align: right}
+.maps .grid-container {grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)) !important}
+.maps .caption-label {max-width: 100% !important; white-space: normal !important}
 """
 
 
@@ -57,7 +59,14 @@ def build_page(models: Mapping[str, PromptedViT]) -> Any:
                 button = gradio.Button("Classify", variant="primary")
             with gradio.Column(scale=2, min_width=280):
                 classes = gradio.HTML(label="Classes", container=True, min_height=120)
-                maps = gradio.Gallery(label="Prompt maps", columns=4, height="auto", object_fit="contain", format="png")
+                maps = gradio.Gallery(
+                    label="Prompt maps",
+                    columns=4,
+                    height="auto",
+                    object_fit="contain",
+                    format="png",
+                    elem_classes="maps",
+                )
         button.click(classify, [pictures, adapters], [classes, maps], api_name="classify", concurrency_limit=1)
     return page
 
