@@ -26,6 +26,21 @@ def test_from_nothing_to_the_report(tiny_run: list[str], tmp_path: Path, capfd: 
     report = (tmp_path / "demo" / "report.html").read_text()
     assert "Most-used library tokens" in report
     assert str(tmp_path / "demo" / "report.html") in shown
+    assert "pgn: " in shown
+    assert "points over the probe [" in shown
+
+
+def test_gains_are_paired_over_images() -> None:
+    labels = [0] * 20
+    runs = [
+        {"method": method, "test": {"labels": labels, "predictions": [0] * right + [1] * (20 - right)}}
+        for method, right in (("linear", 12), ("vpt-deep", 17), ("pgn", 12))
+    ]
+    deep, pgn, caveat = demo.gains(runs)
+    assert deep.startswith("vpt-deep: +25.0 points over the probe [+4.2, +45.8], McNemar p = 0.06")
+    assert pgn.startswith("pgn: +0.0 points over the probe [+0.0, +0.0]")
+    assert "One seed" in caveat
+    assert demo.gains(runs[1:]) == []
 
 
 def test_a_failing_method_ends_the_demo_with_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
