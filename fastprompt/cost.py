@@ -176,11 +176,14 @@ def _mlp(t: Tally, s: Sizes, rows: int, folded: bool) -> None:
 
 def _compressed(t: Tally, s: Sizes, rows: int) -> None:
     """`fastprompt.vit.compressed.activation` over all rows (images included), with 2 or 4 float32 values for each."""
-    packed = math.ceil(s.hidden * (s.activation_bits or 8) / 8)
-    if s.activation_bits == 8:
-        t.call(13 + s.cast, 3 + s.cast, rows * (packed + 4 * 2))
-    else:
-        t.call(56 + s.cast, 12 + s.cast, rows * (packed + 4 * 4))
+    packed, chunks = math.ceil(s.hidden * (s.activation_bits or 8) / 8), math.ceil(rows / compressed.chunk(s.hidden))
+    forward, backward, values = (11, 3, 2) if s.activation_bits == 8 else (54, 12, 4)
+    several = int(chunks > 1)  # what the chunks give is joined
+    t.call(
+        2 + chunks * (forward + s.cast) + 2 * several,
+        chunks * (backward + s.cast) + several,
+        rows * (packed + 4 * values),
+    )
 
 
 def _papers_block(t: Tally, s: Sizes, rows: int, trains: bool) -> None:

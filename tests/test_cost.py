@@ -15,6 +15,7 @@ import torch
 import fastprompt as fp
 from fastprompt.cost import GRAPHS, Sizes, cost
 from fastprompt.generators import PromptConfig
+from fastprompt.vit import compressed
 
 SMALL: dict[str, Any] = {"name": "vit_tiny_patch16_224", "img_size": 64, "patch_size": 16, "depth": 3}
 METHODS = [
@@ -279,7 +280,17 @@ def test_training_memory_of_vit_b16(bench: ModuleType, base: fp.FrozenViT, metho
 
 
 @pytest.mark.parametrize(("bits", "config"), [(8, fp.VPTConfig(5, first_block=1)), (2, fp.CVPTConfig(3))])
-def test_activations_in_few_bits(bench: ModuleType, small: fp.FrozenViT, bits: int, config: PromptConfig) -> None:
+@pytest.mark.parametrize("size", [2**20, 4000])
+def test_activations_in_few_bits(
+    bench: ModuleType,
+    small: fp.FrozenViT,
+    monkeypatch: pytest.MonkeyPatch,
+    bits: int,
+    config: PromptConfig,
+    size: int,
+) -> None:
+    """Rounded at once, and a few rows at a time."""
+    monkeypatch.setattr(compressed, "CHUNK", size)
     compare(bench, small, config, graphs=("rewritten", "recompute"), activation_bits=bits)
 
 

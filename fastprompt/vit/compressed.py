@@ -12,7 +12,7 @@ four evenly spaced levels do not; few numbers lie between the two ends of GELU's
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from torch import Tensor
 from fastprompt.vit.weights import ACTIVATIONS, Block
 
 BITS = (8, 2)
+CHUNK = 2**20
+"""Numbers that are rounded at a time."""
 DERIVATIVES: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": lambda x: torch.ops.aten.gelu_backward(torch.ones_like(x), x),
     "gelu_tanh": lambda x: torch.ops.aten.gelu_backward(torch.ones_like(x), x, approximate="tanh"),
@@ -76,6 +78,16 @@ def dequantised(codes: Tensor, values: Tensor, columns: int) -> Tensor:
     return values.gather(-1, unpacked.long())
 
 
+def chunk(columns: int) -> int:
+    """Return how many rows are rounded at a time, which bounds what that takes beside what is kept."""
+    return max(1, CHUNK // columns)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return the rows of all parts."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
 class _Compressed(torch.autograd.Function):
     """act(x), beside the codes of its derivative and what they stand for, in float32 or wider."""
 
@@ -83,8 +95,10 @@ class _Compressed(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, act: str, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-        derivative = DERIVATIVES[act](x.to(torch.promote_types(x.dtype, torch.float32)))
-        return ACTIVATIONS[act](x), *quantised(derivative, bits)
+        rows, wide = x.reshape(-1, x.shape[-1]), torch.promote_types(x.dtype, torch.float32)
+        parts = [quantised(DERIVATIVES[act](part.to(wide)), bits) for part in rows.split(chunk(x.shape[-1]))]
+        codes, values = (joined(each) for each in zip(*parts, strict=True))
+        return ACTIVATIONS[act](x), codes, values
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -98,5 +112,10 @@ class _Compressed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *others: None) -> tuple[Tensor | None, None, None]:
         if grad is None:
             return None, None, None
-        codes, values = ctx.saved_tensors
-        return grad * dequantised(codes, values, ctx.columns).to(grad.dtype), None, None
+        size = chunk(ctx.columns)
+        codes, values = (kept.split(size) for kept in ctx.saved_tensors)
+        parts = [
+            rows * dequantised(of_rows, stand_for, ctx.columns).to(grad.dtype)
+            for rows, of_rows, stand_for in zip(grad.reshape(-1, ctx.columns).split(size), codes, values, strict=True)
+        ]
+        return joined(parts).view(grad.shape), None, None
