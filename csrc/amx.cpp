@@ -3,6 +3,7 @@
 
 #define LANES 16
 #include "kernels.inc"
+#include "int8.inc"
 
 #include <immintrin.h>
 
@@ -119,4 +120,4 @@ void tiled_adaptive_prompts(const AdaptivePrompts* a, int64_t begin, int64_t end
 }  // namespace
 
 const Kernels fastprompt::amx = {tiled_scratch, tiled_prefix_attention, add_norm,
-                                 tiled_adaptive_prompts_scratch, tiled_adaptive_prompts, bottleneck};
+                                 tiled_adaptive_prompts_scratch, tiled_adaptive_prompts, bottleneck, int8_linear_scratch, int8_linear};

@@ -2,6 +2,7 @@
 
 #define LANES 16
 #include "kernels.inc"
+#include "int8.inc"
 
 const Kernels fastprompt::avx512 = {prefix_attention_scratch, prefix_attention, add_norm,
-                                    adaptive_prompts_scratch, adaptive_prompts, bottleneck};
+                                    adaptive_prompts_scratch, adaptive_prompts, bottleneck, int8_linear_scratch, int8_linear};

@@ -2,6 +2,7 @@
 
 #define LANES 16
 #include "kernels.inc"
+#include "int8.inc"
 
 #include <immintrin.h>
 
@@ -47,4 +48,4 @@ inline void product_of_tiles(const char* a, int64_t a_row, int64_t lower, int64_
 #include "bfloat16.inc"
 
 const Kernels fastprompt::avx512_bf16 = {tiled_scratch, tiled_prefix_attention, add_norm,
-                                         adaptive_prompts_scratch, adaptive_prompts, bottleneck};
+                                         adaptive_prompts_scratch, adaptive_prompts, bottleneck, int8_linear_scratch, int8_linear};

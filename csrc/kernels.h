@@ -49,6 +49,21 @@ struct AdaptivePrompts {
   float eps;
 };
 
+enum Activation : int64_t { IDENTITY, GELU, GELU_TANH, SILU };
+
+// act(x Wᵀ + b) → out (rows, columns), float32, contiguous, with x (rows, inner) rounded to integers of 12 bits, each row
+// with a scale of its own, and W int8 with a scale for each column of the result; see int8.inc.
+struct Int8Linear {
+  const float* x;
+  const int8_t* weight;  // (⌈columns / 16⌉, ⌈inner / 2⌉, 16, 2), zeros behind the last column and the last inner number
+  const float *scale, *bias;  // (columns,); bias may be null
+  float* out;
+  int64_t rows, inner, columns;
+  int64_t blocks;  // of rows
+  int64_t parts;  // tasks that share the columns of one block; task i is part i % parts of block i / parts
+  Activation activation;
+};
+
 // The kernels of one instruction set. Tasks [begin, end) run on one thread, which has `scratch` bytes for itself,
 // aligned to 64.
 struct Kernels {
@@ -58,6 +73,8 @@ struct Kernels {
   int64_t (*adaptive_prompts_scratch)(const AdaptivePrompts*);
   void (*adaptive_prompts)(const AdaptivePrompts*, int64_t begin, int64_t end, char* scratch);  // task: part of an image
   void (*bottleneck)(const AdaptivePrompts*, int64_t begin, int64_t end);  // task: a prompt of an image
+  int64_t (*int8_linear_scratch)(const Int8Linear*);
+  void (*int8_linear)(const Int8Linear*, int64_t begin, int64_t end, char* scratch);  // task: part of a block of rows
 };
 
 extern const Kernels portable;

@@ -1,11 +1,12 @@
 // The operators, over torch's stable ABI: tensors are checked and described here, the work is done by the kernels of the
 // best instruction set that the CPU has, on torch's own threads. Schemas, fakes and what may be called with what are in
-// kernels/native.py and kernels/<op>/native.py.
+// kernels/native.py, kernels/<op>/native.py and fastprompt/quantize/native.py.
 
 #include "kernels.h"
 
 #include <cstdlib>
 #include <optional>
+#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -213,10 +214,44 @@ Tensor adaptive_prompts(const Tensor& tokens, const Tensor& norm_weight, const T
   return out;
 }
 
+// x (..., K), weight (⌈N / 16⌉, ⌈K / 2⌉, 16, 2), scale, bias (N,) → (..., N)
+Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, std::optional<Tensor> bias,
+                   int64_t activation) {
+  STD_TORCH_CHECK(x.dim() > 0 && scale.dim() == 1, "x must have a dimension and scale be a vector");
+  const int64_t inner = x.size(x.dim() - 1), columns = scale.size(0), panels = (columns + 15) / 16;
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous(), "x must be contiguous float32");
+  STD_TORCH_CHECK(inner <= 8192, "x must have at most 8192 columns: sums of more do not fit 32 bits");
+  check_sizes(weight, "weight", {panels, (inner + 1) / 2, 16, 2});
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char && weight.is_contiguous(), "weight must be contiguous int8");
+  Int8Linear a = {};
+  a.x = static_cast<const float*>(x.const_data_ptr());
+  a.weight = static_cast<const int8_t*>(weight.const_data_ptr());
+  a.scale = floats(scale, "scale", {columns});
+  a.bias = bias ? floats(*bias, "bias", {columns}) : nullptr;
+  a.rows = inner == 0 ? 0 : x.numel() / inner, a.inner = inner, a.columns = columns;
+  a.activation = static_cast<Activation>(activation);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = columns;
+  Tensor out = torch::stable::empty(sizes, ScalarType::Float, std::nullopt, x.device());
+  a.out = static_cast<float*>(out.mutable_data_ptr());
+  if (a.rows * columns == 0) return out;
+  constexpr int64_t strip = 6, cache = 1 << 18;  // bytes of a block's rounded rows, for the L2 cache
+  const int64_t threads = torch::stable::get_num_threads(), most = cache / (2 * inner) > strip ? cache / (2 * inner) : strip;
+  a.blocks = (a.rows + most - 1) / most;
+  if (a.rows >= threads * strip) a.blocks = (a.blocks + threads - 1) / threads * threads;
+  a.parts = parts_of(a.blocks, panels);
+  const Kernels* run = kernels_of(level);
+  torch::stable::parallel_for(0, a.blocks * a.parts, 1, [&](int64_t begin, int64_t end) {
+    run->int8_linear(&a, begin, end, scratch_of(run->int8_linear_scratch(&a)));
+  });
+  return out;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fastprompt, CPU, m) {
   m.impl("prefix_attention_native", TORCH_BOX(&prefix_attention));
   m.impl("add_norm_native", TORCH_BOX(&add_norm));
   m.impl("adaptive_prompts_native", TORCH_BOX(&adaptive_prompts));
+  m.impl("int8_linear_native", TORCH_BOX(&int8_linear));
 }
 
 }  // namespace

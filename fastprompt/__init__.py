@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # what `__getattr__` below finds at run time
         encode_class_texts as encode_class_texts,
     )
     from fastprompt.huggingface import get_prompted_model as get_prompted_model
+    from fastprompt.int8.weights import Int8Weights as Int8Weights
     from fastprompt.kernels.dispatch import use_backend as use_backend
     from fastprompt.locks import DirectoryInUse as DirectoryInUse
     from fastprompt.model import PromptedViT as PromptedViT
@@ -146,6 +147,7 @@ _PUBLIC = {
     "load_data": "fastprompt.data",
     "list_protocols": "fastprompt.protocols",
     "load_protocol": "fastprompt.protocols",
+    "Int8Weights": "fastprompt.int8.weights",
     "Engine": "fastprompt.engine.engine",
     "explain": "fastprompt.engine.explain",
     "use_backend": "fastprompt.kernels.dispatch",

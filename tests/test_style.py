@@ -46,7 +46,7 @@ LAYERS = [
     {"hub"},
     {"model"},
 ]
-LAYERS += [{"official", "cost", "huggingface"}, {"train", "engine", "export", "pixels", "data", "protocols"}]
+LAYERS += [{"official", "cost", "huggingface", "int8"}, {"train", "engine", "export", "pixels", "data", "protocols"}]
 LAYERS += [{"analysis", "report", "runs"}]
 LAYERS += [{"serve", "webdemo"}, {"cli", "__main__"}]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
