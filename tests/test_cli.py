@@ -31,6 +31,7 @@ from fastprompt.cli.options import data_name
 from fastprompt.cost import Sizes, cost
 from fastprompt.data import files as data_files, read_images
 from fastprompt.generators import VPTConfig
+from fastprompt.int8 import weights
 from fastprompt.kernels import native
 from fastprompt.runs.execute import backbone_at
 from fastprompt.runs.settings import RunSettings
@@ -170,6 +171,36 @@ def test_eval_agrees_with_the_run(run_dir: Path, tmp_path: Path, capsys: pytest.
     shown = capsys.readouterr().out
     assert f"accuracy        {test['accuracy']:.4f}" in shown
     assert all(name in shown for name in COLOURS)
+
+
+def test_eval_compares_int8_with_float32(
+    run_dir: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are calibrated once, on training images, and kept; predict takes their file."""
+    monkeypatch.setattr(weights, "cache_dir", lambda: tmp_path)
+    out = tmp_path / "eval.json"
+    command = ["eval", str(run_dir), "--split", "test", "--dtype", "int8", "--against", "float32", "--out", str(out)]
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    assert "calibrating int8 weights on 18 training images" in shown.err
+    assert "difference      +0.0000 [+0.0000, +0.0000] over images" in shown.out
+    found = json.loads(out.read_text())
+    test = json.loads((run_dir / "results.json").read_text())["test"]
+    assert found["against"]["accuracy"] == test["accuracy"]
+    assert found["against"]["agreement"] == 1
+    assert main(command) == 0
+    assert "calibrating" not in capsys.readouterr().err
+    (file,) = (tmp_path / "int8").iterdir()
+    predict = ["predict", str(run_dir), str(place / "images"), "--out", str(out)]
+    predictions = []
+    for options in (["--dtype", "int8", "--int8", str(file)], ["--dtype", "float32"]):
+        assert main([*predict, *options]) == 0
+        predictions.append(json.loads(out.read_text())["images"])
+    for ours, exact in zip(*predictions, strict=True):
+        assert ours["class"] == exact["class"]
+        assert ours["probability"] != exact["probability"]
+    assert main(["eval", str(run_dir), "--against", "float32", "--corruptions", "fog"]) == 2
+    assert "against" in error_line(capsys)
 
 
 def test_eval_matches_classes_by_name(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

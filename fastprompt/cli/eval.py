@@ -9,7 +9,7 @@ from typing import Any, Literal
 import tyro
 
 from fastprompt.arguments import ArgumentError
-from fastprompt.cli.options import Plugins, announce, data_name, load_adapter, set_threads
+from fastprompt.cli.options import Plugins, announce, data_name, in_int8, load_adapter, set_threads
 from fastprompt.runs.settings import RunSettings
 from fastprompt.terminal import printable, say
 
@@ -62,8 +62,13 @@ class Eval:
     """Maximum size of one decoded image in bytes; the run's if not given."""
     resize: Literal["crop", "squash"] | None = None
     """Crop or squash images to the backbone's size; as in training if not given."""
-    dtype: Literal["auto", "bfloat16", "float32"] | None = None
-    """Data type of the backbone; if not given, the run's, else auto."""
+    dtype: Literal["auto", "bfloat16", "float32", "int8"] | None = None
+    """Data type of the backbone; if not given, the run's, else auto. int8 runs on a CPU, with calibrated weights."""
+    int8: Path | None = None
+    """With --dtype int8: file of calibrated weights. If not given, those in the user cache; if there are none, they are
+    calibrated on training images and kept there."""
+    against: Literal["float32", "bfloat16"] | None = None
+    """Also evaluate in this data type, on the same images, and print the paired difference."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto uses a GPU if there is one."""
     batch_size: int = 64
@@ -115,16 +120,22 @@ def evaluate_adapter(command: Eval) -> None:
     splits = load_run_data(settings, square_size(model.backbone))
     names = list(splits.class_names)
     split = getattr(splits, command.split)  # the test split can be read only once
-    announce(model, f"{len(split):,} {command.split} images of {len(names)} classes")
+    exact, what = model, f"{len(split):,} {command.split} images of {len(names)} classes"
+    if command.dtype == "int8":
+        model, what = in_int8(model, command.int8, splits.train), f"Linears in int8; {what}"
+    announce(model, what)
     if command.reference is not None and not command.corruptions:
         raise ArgumentError("reference", "must be given with --corruptions")
+    if command.against is not None and command.corruptions:
+        raise ArgumentError("against", "must not be given with --corruptions")
     if command.corruptions:
         _evaluate_corrupted(command, model, split, place)
         return
     try:
-        record = evaluation_record(evaluate(model, split, batch_size=command.batch_size))
+        found = evaluate(model, split, batch_size=command.batch_size)
     except ValueError as error:
         raise ArgumentError("data", f"must fit the adapter, got {settings.data}: {error}") from error
+    record = evaluation_record(found)
     names = list(model.class_names or names)  # labels are counted by the model's classes
     record |= {
         "adapter": str(command.adapter),
@@ -144,9 +155,33 @@ def evaluate_adapter(command: Eval) -> None:
     label_width = min(24, max(map(len, labels)))
     for name, row in zip(labels, record["confusion"], strict=True):
         say(f"  {name[:label_width]:<{label_width}}" + "".join(f"{n:>{width}}" for n in row))
+    if command.against is not None:
+        record["against"] = _compare(command, exact, split, found)
     if command.out is not None:
         write_json(command.out, record)
         say(f"written: {command.out}")
+
+
+def _compare(command: Eval, model: Any, split: Any, found: Any) -> dict[str, Any]:
+    """Evaluate the model in another data type on the same images; print and return the paired difference."""
+    from fastprompt.runs.uncertainty import over_seeds_and_images
+    from fastprompt.train.evaluate import backbone_precision, compute_dtype, evaluate
+
+    assert command.against is not None
+    with backbone_precision(model, compute_dtype(command.against, model.backbone.device)):
+        other = evaluate(model, split, batch_size=command.batch_size)
+    difference = over_seeds_and_images(found.correct.double()[None].numpy() - other.correct.double()[None].numpy())
+    low, high = difference.interval
+    agreement = float((found.predictions == other.predictions).double().mean())
+    say(f"{command.against:<15} {other.accuracy:.4f}")
+    say(f"difference      {difference.mean:+.4f} [{low:+.4f}, {high:+.4f}] over images")
+    say(f"agreement       {agreement:.4f} of the images are predicted alike")
+    return {
+        "dtype": command.against,
+        "accuracy": other.accuracy,
+        "difference": difference.to_dict(),
+        "agreement": agreement,
+    }
 
 
 def _evaluate_corrupted(command: Eval, model: Any, split: Any, place: Any) -> None:

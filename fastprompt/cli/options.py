@@ -140,9 +140,32 @@ def load_adapter(
         from fastprompt.train.evaluate import compute_dtype
 
         wanted = getattr(command, "dtype", None) or (settings.recipe.get("dtype") if settings else None)
+        wanted = "float32" if wanted == "int8" else wanted  # `in_int8` rounds float32 weights
         model = model.to(device)
         model.set_backbone_dtype(compute_dtype(wanted or "auto", device))
     return model.eval()
+
+
+def in_int8(model: PromptedViT, weights: Path | None, train: Any = None) -> PromptedViT:
+    """Return a copy of the model whose frozen Linears run in int8.
+
+    Without `weights`, the user cache holds them, or they are calibrated on images of the data set `train` and kept
+    there.
+    """
+    import torch
+
+    from fastprompt.engine.engine import Engine
+    from fastprompt.int8.weights import CALIBRATION_IMAGES, Int8Weights, cached
+
+    if weights is None and train is not None and not cached(model.backbone.fingerprint).is_file():
+        count = min(CALIBRATION_IMAGES, len(train))
+        say(f"calibrating int8 weights on {count} training images", sys.stderr)
+        images = [train[i * len(train) // count][0] for i in range(count)]
+        if not images:
+            raise ArgumentError("int8", "is required: there are no training images to calibrate on")
+        path = Int8Weights.calibrate(model.backbone, torch.stack(images)).save()
+        say(f"kept in {path}", sys.stderr)
+    return Engine(model, dtype="int8", backend="eager", int8=weights).model
 
 
 def stored_size(config: dict[str, Any]) -> int:

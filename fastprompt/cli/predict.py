@@ -12,7 +12,7 @@ from typing import Literal
 import tyro
 
 from fastprompt.arguments import ArgumentError, argument_names
-from fastprompt.cli.options import Plugins, announce, load_adapter, set_threads
+from fastprompt.cli.options import Plugins, announce, in_int8, load_adapter, set_threads
 from fastprompt.terminal import say
 
 
@@ -42,8 +42,10 @@ class Predict:
     """Black and white level of grey images with more than 8 bits; the adapter's if not given."""
     max_decoded_bytes: int | None = None
     """Maximum size of one decoded image in bytes; 2^29 if not given."""
-    dtype: Literal["auto", "bfloat16", "float32"] | None = None
-    """Data type of the backbone; if not given, the run's, else auto."""
+    dtype: Literal["auto", "bfloat16", "float32", "int8"] | None = None
+    """Data type of the backbone; if not given, the run's, else auto. int8 runs on a CPU, with calibrated weights."""
+    int8: Path | None = None
+    """With --dtype int8: file of calibrated weights; those in the user cache if not given."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto uses a GPU if there is one."""
     batch_size: int = 32
@@ -99,7 +101,10 @@ def predict(command: Predict) -> None:
     size = 2 * (square_size(model.backbone),)
     with argument_names(paths="images"):
         whole = check_files(found, size, preprocessing, command.on_bad, limit)
-    announce(model, f"{len(whole):,} images")
+    what = f"{len(whole):,} images"
+    if command.dtype == "int8":
+        model, what = in_int8(model, command.int8), f"Linears in int8; {what}"
+    announce(model, what)
     files: list[str] = []
     rows: list[list[float]] = []
     with torch.inference_mode():

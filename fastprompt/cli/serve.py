@@ -45,8 +45,11 @@ class Serve:
         default_factory=list
     )
     """Origin of a web page that may call the host, such as https://example.org, or '*'; repeat for several."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Data type of the backbone; auto uses bfloat16 if the hardware multiplies it."""
+    dtype: Literal["auto", "bfloat16", "float32", "int8"] = "auto"
+    """Data type of the backbone; auto uses bfloat16 if the hardware multiplies it. int8 runs on a CPU, with calibrated
+    weights."""
+    int8: Path | None = None
+    """With --dtype int8: file of calibrated weights; those in the user cache if not given."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto uses a GPU if there is one."""
     backend: Literal["auto", "eager", "compile", "openvino", "cuda_graph", "compiled_cuda_graph"] = "auto"
@@ -122,6 +125,7 @@ def serve(command: Serve) -> None:
         command.plugin,
         command.backend,
         command.fast_adapters,
+        command.int8,
     )
     limits = Limits(
         int(command.max_body_mb * 2**20),

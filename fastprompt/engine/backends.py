@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastprompt.engine.cuda_graph import GraphedForward
+from fastprompt.int8.linear import is_int8
 from fastprompt.kernels.dispatch import native_in_graphs
 from fastprompt.model import PromptedViT
 
@@ -34,6 +35,7 @@ class Backend(NamedTuple):
         any_batch: whether the function also takes other batch sizes.
         bakes: whether the model's tensors become constants of the function, which is rebuilt when they change.
         package: the package it needs; the fastprompt extra that installs it has the same name.
+        int8: whether it runs Linears in int8.
     """
 
     build: Callable[[PromptedViT, Tensor], Run]
@@ -41,6 +43,7 @@ class Backend(NamedTuple):
     any_batch: bool = False
     bakes: bool = True
     package: str | None = None
+    int8: bool = False
 
     def is_installed(self) -> bool:
         return self.package is None or importlib.util.find_spec(self.package) is not None
@@ -49,6 +52,9 @@ class Backend(NamedTuple):
         """Return why it cannot run this model here; empty if it can."""
         if not self.is_installed():
             return f"{self.package} is not installed: pip install 'fastprompt[{self.package}]'"
+        parts = model.backbone.kept_fold.value
+        if not self.int8 and parts is not None and any(is_int8(block) for block in parts.blocks):
+            return "int8 runs in eager alone"
         return self.obstacle(model)
 
 
@@ -147,7 +153,7 @@ def _no_graphs(model: PromptedViT) -> str:
 
 
 BACKENDS: dict[str, Backend] = {
-    "eager": Backend(_eager, any_batch=True, bakes=False),
+    "eager": Backend(_eager, any_batch=True, bakes=False, int8=True),
     "cuda_graph": Backend(_cuda_graph, _no_graphs, bakes=False),
     "compiled_cuda_graph": Backend(_compiled_graph, _no_graphs, bakes=False),
     "compile": Backend(_compile, _no_compiler),

@@ -28,6 +28,7 @@ from fastprompt.engine import mixed
 from fastprompt.engine.backends import BACKENDS, Run
 from fastprompt.files import atomic_write, parse_json
 from fastprompt.generators import LinearProbeConfig
+from fastprompt.int8.weights import Int8Weights, find_weights
 from fastprompt.kept import Seen, SeenObjects, SeenValues, tensors_of
 from fastprompt.kernels import stopwatch
 from fastprompt.model import PromptedViT
@@ -97,13 +98,17 @@ class Engine:
     Args:
         model: a `PromptedViT`, or a `FrozenViT`, for which the engine returns the features.
         batch_sizes: the batch sizes to prepare a backend for; other batches are padded or split.
-        dtype: the backbone's dtype; None: bfloat16 if the hardware multiplies it, else float32.
+        dtype: the backbone's dtype; None: bfloat16 if the hardware multiplies it, else float32. "int8": frozen Linears
+            in int8 on a CPU, everything else in float32 (`docs/int8.md`).
         backend: "eager", "cuda_graph", "compiled_cuda_graph", "compile", "openvino", or "auto": the fastest of those
             that can run, measured at the first batch of each size and remembered. `fp.explain(engine)` shows which one
             runs and why.
         backends: names that "auto" chooses from, besides "eager"; None: all.
         choices: a file that `save_choices` of such an engine wrote. What was measured there is not measured again, so
             that engines in several processes compute the same bits.
+        int8: the weights that `dtype="int8"` runs, or their file; None: those that `Int8Weights.save()` keeps in the
+            user cache.
+        allow_int8: whether `dtype=None` may mean int8, where it can run and bfloat16 would be emulated.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the error names it.
@@ -115,18 +120,22 @@ class Engine:
         self,
         model: PromptedViT | FrozenViT,
         batch_sizes: Sequence[int] = (1, 8, 32),
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         backend: str = "auto",
         backends: Sequence[str] | None = None,
         choices: str | os.PathLike[str] | None = None,
+        int8: Int8Weights | str | os.PathLike[str] | None = None,
+        allow_int8: bool = False,
     ) -> None:
         if not isinstance(model, (PromptedViT, FrozenViT)):
             raise ArgumentTypeError("model", f"must be a PromptedViT or a FrozenViT, got {type(model).__name__}")
         sizes = tuple(batch_sizes) if isinstance(batch_sizes, (tuple, list)) else ()
         if not sizes or any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in sizes):
             raise ArgumentError("batch_sizes", f"must be positive integers, got {batch_sizes!r}")
-        if dtype is not None and dtype not in DTYPES:
-            raise ArgumentError("dtype", f"must be one of {DTYPES} or None, got {dtype!r}")
+        if dtype is not None and dtype != "int8" and dtype not in DTYPES:
+            raise ArgumentError("dtype", f"must be one of {DTYPES}, 'int8' or None, got {dtype!r}")
+        if int8 is not None and dtype != "int8" and not (dtype is None and allow_int8):
+            raise ArgumentError("int8", f"must be None with dtype={dtype!r}: give dtype='int8' or allow_int8=True")
         if backend != "auto" and backend not in BACKENDS:
             raise ArgumentError("backend", f"must be 'auto' or one of {tuple(BACKENDS)}, got {backend!r}")
         if backends is not None and (isinstance(backends, str) or not set(backends) <= set(BACKENDS)):
@@ -134,7 +143,20 @@ class Engine:
         given = model.backbone if isinstance(model, PromptedViT) else model
         self.batch_sizes, self.backend = tuple(sorted(set(sizes))), backend
         self.backends = None if backends is None else ("eager", *backends)
-        self.dtype = dtype or (torch.bfloat16 if bfloat16_is_fast(given.device) else torch.float32)
+        self.int8: Int8Weights | None = None
+        self.not_int8 = ""
+        if dtype == "int8":
+            self.int8 = find_weights(given, int8)
+        elif dtype is None and allow_int8 and not bfloat16_is_fast(given.device):
+            try:
+                self.int8 = find_weights(given, int8)
+            except (ArgumentError, RuntimeError) as reason:
+                self.not_int8 = str(reason)
+        if self.int8 is not None:
+            self.dtype = torch.float32  # of all that is not a frozen Linear
+        else:
+            fast = bfloat16_is_fast(given.device)
+            self.dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16 if fast else torch.float32
         given_choices = {} if choices is None else read_choices(choices)
         self._given, self._choices = frozenset(given_choices), stopwatch.Choices(given_choices)
         self._lock = threading.RLock()
@@ -148,17 +170,17 @@ class Engine:
         self._pixels: dict[str, FrozenViT] = {}  # the backbone that normalises raw pixels, for each added adapter
         self._states, self._state = itertools.count(1), 0
         watch_optimizers()
-        self._backbone = _copy_backbone(given, self.dtype)
+        self._backbone = _copy_backbone(given, self.dtype, self.int8)
         self._adapters = {BASE: _copy_adapter(PromptedViT(self._backbone, LinearProbeConfig()), self._backbone)}
         if self._source is not None:
             with _whole(self._source):
                 self._seen = _look(self._source)
                 self._adapters[DEFAULT] = _copy_adapter(self._source, self._backbone)
         if backend != "auto":
-            reason = BACKENDS[backend].reason(self.model)
-            if reason:
+            obstacle = BACKENDS[backend].reason(self.model)
+            if obstacle:
                 error = RuntimeError if BACKENDS[backend].is_installed() else ImportError
-                raise error(f"backend {backend!r} cannot run: {reason}")
+                raise error(f"backend {backend!r} cannot run: {obstacle}")
         self._written = Written(self._backbone.device)
 
     def __call__(self, images: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor | list[Tensor]:
@@ -358,10 +380,15 @@ class Engine:
             self._check_open()
             added = len(self._adapters) - 1 - (self._source is not None)
             return (
-                f"{self.backend} engine in {str(self.dtype).removeprefix('torch.')} on {self._backbone.device} "
+                f"{self.backend} engine in {self.precision} on {self._backbone.device} "
                 f"with {torch.get_num_threads()} threads, batches of {', '.join(map(str, self.batch_sizes))}, "
-                f"{added} added adapters"
+                f"{added} added adapters" + (f"\nnot int8: {self.not_int8}" if self.not_int8 else "")
             )
+
+    @property
+    def precision(self) -> str:
+        """The number format of the frozen Linears: "int8", "bfloat16", "float16", "float32" or "float64"."""
+        return "int8" if self.int8 is not None else str(self.dtype).removeprefix("torch.")
 
     @property
     def model(self) -> PromptedViT:
@@ -629,13 +656,15 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
-def _copy_backbone(backbone: FrozenViT, dtype: torch.dtype) -> FrozenViT:
+def _copy_backbone(backbone: FrozenViT, dtype: torch.dtype, int8: Int8Weights | None = None) -> FrozenViT:
     """Return the engine's own backbone, which nobody casts, moves or trains."""
     backbone.pin_fingerprint()
     with torch.inference_mode(False):
         copied = copy.deepcopy(backbone).requires_grad_(False).to(dtype)
     folded, copied.private = copied.folded(), True
-    if folded is not None:
+    if int8 is not None:
+        int8.put_into(copied)
+    elif folded is not None:
         for block in folded.blocks:
             pack(block)
     return copied

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_BACKBONE = "clip-vit-b16"
 MOST_FAST = KEPT // 2 - 1
 """Maximum of `HostSettings.fast_adapters`: an engine keeps `KEPT` functions, two for each adapter and the backbone."""
-DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32, "int8": "int8"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class HostSettings:
             embeddings. Clients whose prompts are rows below the image (placement "extend") need it.
         adapters: directories written by `save_pretrained` or `fastprompt adapt`, or repositories of the Hub as
             "owner/name", keyed by the name to serve them under.
-        dtype: "auto" (bfloat16 if the hardware multiplies it), "bfloat16" or "float32".
+        dtype: "auto" (bfloat16 if the hardware multiplies it), "bfloat16", "float32" or "int8".
         batch_size: maximum number of images that the engine computes at once.
         threads: CPU threads; None: torch's choice.
         device: "cpu" or "cuda".
@@ -55,6 +55,7 @@ class HostSettings:
         fast_adapters: number of adapters that use that backend, the first ones given. Each takes two functions, which
             are built before the host is ready; those of "compile" and "openvino" each hold a copy of the weights. All
             other batches run in "eager".
+        int8: file of the weights for dtype "int8"; None: those in the user cache.
     """
 
     backbone: str | None = None
@@ -68,10 +69,13 @@ class HostSettings:
     plugins: Sequence[str] = ()
     backend: str = "auto"
     fast_adapters: int = 1
+    int8: Path | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ArgumentError("dtype", f"must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.int8 is not None and self.dtype != "int8":
+            raise ArgumentError("int8", f"must be given with dtype 'int8' only, got dtype {self.dtype!r}")
         for name in ("batch_size", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -112,7 +116,9 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
     if (local := split_local(backbone_name)) is not None:  # do not reveal its location
         backbone_name = Path(local[1]).absolute().name or "backbone"
     quick = [name for name in BACKENDS if name != "compile"]
-    engine = Engine(backbone, (1, settings.batch_size), DTYPES[settings.dtype], settings.backend, quick)
+    engine = Engine(
+        backbone, (1, settings.batch_size), DTYPES[settings.dtype], settings.backend, quick, int8=settings.int8
+    )
     class_names: dict[str, Sequence[str]] = {}
     preprocessing: dict[str, Preprocessing] = {}
     in_pixels = []
@@ -138,7 +144,7 @@ def load(settings: HostSettings) -> tuple[Engine, Catalogue]:
         backbone_name,
         backbone.fingerprint,
         backbone.feature_width,
-        str(engine.dtype).removeprefix("torch."),
+        engine.precision,
         backbone.spec,
         class_names,
         fixed,

@@ -51,6 +51,18 @@ def test_the_backbone_is_the_one_that_an_adapter_names(place: Path) -> None:
     assert (catalogue.name, catalogue.fingerprint) == (named.name, named.fingerprint)
 
 
+def test_adapters_are_served_in_int8(place: Path, tmp_path: Path) -> None:
+    backbone = fp.load_backbone(f"local-dir:{place / 'vit'}")
+    images = torch.from_numpy(np.stack(pictures(12)))
+    file = fp.Int8Weights.calibrate(backbone, images).save(tmp_path / "int8.safetensors")
+    engine, catalogue = load(settings(place, "birds", dtype="int8", int8=file))
+    assert catalogue.dtype == engine.precision == "int8"
+    work = [Work(pictures(3), "birds")]
+    [found], [exact] = answers(engine, work), answers(load(settings(place, "birds"))[0], work)
+    np.testing.assert_allclose(found, exact, rtol=0.1, atol=0.1)
+    assert not np.array_equal(found, exact)
+
+
 def test_any_size_leaves_adapters_their_backbone(place: Path) -> None:
     engine, catalogue = load(settings(place, "birds", any_size=True))
     assert catalogue.fingerprint == fp.load_backbone(f"local-dir:{place / 'vit'}").fingerprint
@@ -174,7 +186,7 @@ def test_bad_names_and_settings_are_refused(place: Path) -> None:
         load(HostSettings(name, adapters={"vit": place / "birds"}))
     with pytest.raises(ValueError, match="adapter '__base__': name must be"):
         load(HostSettings(name, adapters={"__base__": place / "birds"}))
-    for options in ({"dtype": "int8"}, {"batch_size": 0}, {"threads": 0}):
+    for options in ({"dtype": "int4"}, {"int8": place}, {"batch_size": 0}, {"threads": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             settings(place, **options)
 
