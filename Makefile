@@ -1,4 +1,4 @@
-# make test | test-oldest | docs | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-training | bench-engine | bench-rotary | cost | backbones | gates | kernels-report | gpu | gpu-here | gpu-table | tune | release-check | dist | clean | help
+# make test | test-oldest | docs | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-training | bench-engine | bench-int8 | bench-rotary | cost | backbones | gates | kernels-report | gpu | gpu-here | gpu-table | tune | release-check | dist | clean | help
 #   PYTHON=python3.12   interpreter to create the environment with
 #   VENV=path           environment to create or reuse (default .venv)
 #   PIP_FLAGS=...       more flags for pip, for example an extra index with CPU builds of torch
@@ -24,7 +24,7 @@ STAMP := $(VENV)/.fastprompt-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint types pytest test-oldest browser page hammer torture serve-ray load demo table pixels plots docs bench bench-forward bench-training bench-engine bench-rotary cost backbones gates kernels-report gpu gpu-here gpu-table tune release-check dist clean
+.PHONY: help install test lint types pytest test-oldest browser page hammer torture serve-ray load demo table pixels plots docs bench bench-forward bench-training bench-engine bench-int8 bench-rotary cost backbones gates kernels-report gpu gpu-here gpu-table tune release-check dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -127,6 +127,13 @@ bench-training: $(STAMP)  ## measure speed, memory and reading of a training ste
 bench-engine: $(STAMP)  ## time fp.Engine against the papers' graph in other engines; write results/engine.md and the table of docs/results.md
 	$(VENV)/bin/pytest bench/bench_engine.py --benchmark-only -s --benchmark-json=.benchmarks/engine.json
 	$(PY) bench/engine_table.py .benchmarks/engine.json results/engine.md docs/results.md
+
+bench-int8: $(STAMP)  ## time int8 and its error against ONNX Runtime and OpenVINO; write results/int8.md and the table of docs/int8.md
+	@$(PY) -m pip install -qq $(PIP_FLAGS) nncf
+	$(PY) bench/int8.py errors
+	$(PY) bench/int8.py peers
+	$(PY) bench/int8.py times
+	$(PY) bench/int8.py table
 
 cost: $(STAMP)  ## compare FLOPs, saved bytes and dispatches by formula with measurements; write results/cost.md (minutes)
 	OMP_NUM_THREADS=1 $(PY) bench/cost.py

