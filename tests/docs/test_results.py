@@ -99,6 +99,21 @@ def test_the_pixel_prompts_accuracies_are_those_of_the_committed_table() -> None
     assert found == expected
 
 
+def test_what_training_costs_is_what_was_measured() -> None:
+    """The page's rows are those of results/training.md without shares; so are the numbers on activations in few bits."""
+    measured = (ROOT / "results" / "training.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in measured.splitlines() if line.startswith("| ")]
+    text = PAGE.read_text(encoding="utf-8")
+    text = text[text.index("## What training costs") : text.index("## What training keeps")]
+    found = re.findall(r"^\| ((?:papers' graph|rewritten), .*?) \| ([\d,]+) \| ([\d,]+) \|$", text, re.MULTILINE)
+    assert sorted(found) == sorted(
+        (row[0], row[1], row[3]) for row in rows if row[0].startswith(("papers'", "rewritten"))
+    )
+    exact, eight, two = (next(row for row in rows if row[0] == bits) for bits in ("all", "8", "2"))
+    for number in (exact[2], eight[2], two[2], eight[4], two[4]):
+        assert number in text
+
+
 @pytest.mark.parametrize("name", ["accuracy.svg", "speed.svg"])
 def test_the_plots_show_the_committed_numbers(name: str) -> None:
     """What is drawn is in the file's description; `make plots` draws it again."""
