@@ -100,7 +100,7 @@ def test_the_pixel_prompts_accuracies_are_those_of_the_committed_table() -> None
 
 
 def test_what_training_costs_is_what_was_measured() -> None:
-    """The page's rows are those of results/training.md without shares; so are the numbers on activations in few bits."""
+    """The page's rows are those of results/training.md without shares, and so are its numbers on few bits."""
     measured = (ROOT / "results" / "training.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in measured.splitlines() if line.startswith("| ")]
     text = PAGE.read_text(encoding="utf-8")
