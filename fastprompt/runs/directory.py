@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from fastprompt.arguments import ArgumentError, ArgumentPathError
-from fastprompt.data.shards import split_prefix
 from fastprompt.fetch import cache_dir
 from fastprompt.files import atomic_write
 from fastprompt.hub import fetch_adapter, is_repository
@@ -129,6 +128,8 @@ def inputs_stamp(settings: RunSettings) -> str:
     have been copied or touched. For a named data set or backbone it covers the cache, or the folder of torchvision's
     sets.
     """
+    from fastprompt.data.shards import split_prefix
+
     digest = hashlib.sha256()
     data = _task_folder(settings) or settings.data_root or cache_dir()
     sets = [split_prefix(name)[1] for name in (settings.data, *settings.more_data)]
