@@ -72,7 +72,10 @@ if TYPE_CHECKING:  # what `__getattr__` below finds at run time
         fit as fit,
         plan as plan,
     )
-    from fastprompt.train.grid import summarise_seeds as summarise_seeds
+    from fastprompt.train.grid import (
+        fit_grid as fit_grid,
+        summarise_seeds as summarise_seeds,
+    )
     from fastprompt.train.plan import Plan as Plan
     from fastprompt.train.probe import fit_linear_probe as fit_linear_probe
     from fastprompt.train.recipes import (
@@ -137,6 +140,7 @@ _PUBLIC = {
     "find_lr": "fastprompt.train.find_lr",
     "plan": "fastprompt.train.fit",
     "Plan": "fastprompt.train.plan",
+    "fit_grid": "fastprompt.train.grid",
     "summarise_seeds": "fastprompt.train.grid",
     "FitResult": "fastprompt.train.fit",
     "Recipe": "fastprompt.train.recipes",

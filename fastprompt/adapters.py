@@ -45,6 +45,7 @@ _SHORT = 8
 """A list option may have this many entries, such as a pair or a triple, even if there are fewer tensors."""
 _FORMAT = 1
 _KEYS = {"format", "fastprompt_version", "method", "num_classes", "head", "readout", "class_names", "backbone"}
+PREDICTS = ("class", "labels", "values")
 _RESAMPLED = "resampled."
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)
 
@@ -257,6 +258,18 @@ def domains_of(config: Mapping[str, Any]) -> Domains | None:
     """Return the domains of an adapter's configuration; None if it was trained on one data set."""
     recorded = config["backbone"].get("optional", {}).get("domains")
     return None if recorded is None else Domains.from_dict(recorded)
+
+
+def predicts_of(config: Mapping[str, Any]) -> str:
+    """Return what the outputs of an adapter stand for (`PromptedViT.predicts`).
+
+    Raises:
+        ValueError: it is nothing that this version knows.
+    """
+    recorded = config["backbone"].get("optional", {}).get("predicts", "class")
+    if recorded not in PREDICTS:
+        raise ValueError(f"backbone.optional.predicts must be one of {PREDICTS}, got {recorded!r}")
+    return recorded
 
 
 def with_resampled(state: Mapping[str, Tensor], backbone: FrozenViT) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from fastprompt.adapters import (
     config_from,
     domains_of,
     head_from,
+    predicts_of,
     preprocessing_of,
     registered_by,
     source_of,
@@ -77,6 +78,7 @@ class PromptedViT(nn.Module):
         train_backbone: train a copy of the backbone along with prompts and head, as in PGN with full fine-tuning.
 
     Attributes:
+        predicts: what the outputs stand for: "class", "labels" (several per image) or "values". `fit` sets it.
         private: only the owner changes this model, and calls `refresh` afterwards. Nothing else checks it for changes.
 
     Raises:
@@ -151,6 +153,7 @@ class PromptedViT(nn.Module):
                 raise ArgumentError("class_names", f"has {len(class_names)} names, num_classes is {self.num_classes}")
         self.class_names = class_names
         self.preprocessing: Preprocessing | None = None
+        self.predicts = "class"
         self.domains: Domains | None = None
         self._autocast: torch.dtype | None = None
         self._recompute = False
@@ -361,11 +364,11 @@ class PromptedViT(nn.Module):
             kept["rows"].to(vit.dtype),
             (rows, columns),
             min(generator.layers),
-            group,
+            [group],
             folded,
             self._recompute,
             self._activation_bits,
-        )
+        )[0]
         return features, generator.aux(context)
 
     def draw(self, batch: int) -> Draws:
@@ -545,6 +548,11 @@ class PromptedViT(nn.Module):
         Outputs and gradients stay the same; memory falls, and a training step takes longer.
         """
         self._recompute = bool(enable)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether `set_grad_checkpointing` is on."""
+        return self._recompute
 
     def set_activation_bits(self, bits: int | None) -> None:
         """Keep the derivatives of the frozen MLPs' activations for the backward in 8 or 2 bits; None: their inputs.
@@ -762,6 +770,8 @@ class PromptedViT(nn.Module):
                 optional[key] = dataclasses.asdict(value)
         if self.full and not self.config.trains_backbone:
             optional["train_backbone"] = True
+        if self.predicts != "class":
+            optional["predicts"] = self.predicts
         if (module := registered_by(self.config)) is not None:
             optional["registered_by"] = module
         config = {
@@ -897,6 +907,7 @@ class PromptedViT(nn.Module):
             model.load_adapter_state_dict(state)
             model.preprocessing = preprocessing_of(config)
             model.domains = domains_of(config)
+            model.predicts = predicts_of(config)
             if model.domains is not None:
                 model.domains.check_fits(num_classes or 0)
         except (KeyError, TypeError, ValueError) as error:

@@ -29,7 +29,7 @@ from fastprompt.cli.adapt import adapt_settings
 from fastprompt.cli.main import parse
 from fastprompt.cli.options import data_name
 from fastprompt.cost import Sizes, cost
-from fastprompt.data import files as data_files, read_images
+from fastprompt.data import LabelTable, files as data_files, read_images
 from fastprompt.generators import VPTConfig
 from fastprompt.int8 import weights
 from fastprompt.kernels import native
@@ -1336,3 +1336,167 @@ def test_convert_refuses_and_writes_nothing(
     assert main(words) == 2
     assert message in capsys.readouterr().err
     assert not Path("adapter").exists()
+
+
+def test_a_grid_is_adapted_in_one_batch_and_its_best_is_tested(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = adapt_command(place, tmp_path / "grid", "--grid", "lr=0.02,1e30", "seed=0,1", "--test")
+    command = [word for word in command if word not in ("--lr", "0.02")]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    names = [f"lr-{lr}_seed-{seed}" for lr in ("0.02", "1e+30") for seed in (0, 1)]
+    assert [line.split()[0] for line in said.splitlines()[2:6]] == names
+    assert re.search(r"lr-1e\+30_seed-0 +diverged", said)
+    assert re.search(r"best on validation: lr-0.02_seed-[01], lr-0.02_seed-[01]\n", said)
+    assert sorted(path.name for path in (tmp_path / "grid").iterdir() if path.name != ".lock") == sorted(names)
+    results = [json.loads((tmp_path / "grid" / name / "results.json").read_text()) for name in names[:2]]
+    assert all(record["test"]["num_images"] == 6 for record in results)
+    assert not (tmp_path / "grid" / names[2] / "results.json").exists()
+    alone = adapt_command(place, tmp_path / "alone", "--seed", "1", "--test")
+    assert main(alone) == 0
+    single = json.loads((tmp_path / "alone" / "results.json").read_text())
+    assert single.keys() == results[1].keys()
+    for key in ("config", "recipe", "data", "trained_parameters", "best_epoch"):
+        assert single[key] == results[1][key]
+    assert single["validation"]["loss"] == pytest.approx(results[1]["validation"]["loss"], rel=1e-3)
+    assert single["test"]["predictions"] == results[1]["test"]["predictions"]
+    mine, theirs = (
+        json.loads((path / "run.json").read_text()) for path in (tmp_path / "alone", tmp_path / "grid" / names[1])
+    )
+    assert mine == theirs
+    assert (
+        main(["report", str(tmp_path / "grid" / names[0]), str(tmp_path / "alone"), "--out", str(tmp_path / "r.html")])
+        == 0
+    )
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "grid").rglob("*") if path.is_file()}
+    assert main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--grid", "epochs=1,2"], "epochs: the grid has no such option; it has lr, head_lr"),
+        (["--grid", "lr=0.1,0.2"], "--lr must not be given in --grid as well"),
+        (["--grid", "seed=0,0"], "--grid must have different values for 'seed', got 0, 0"),
+        (["--grid", "seed=0,1", "--extend"], "--extend must not be given with --grid"),
+        (["--grid", "seed=0,1", "--together", "0"], "--together must be a positive integer or None, got 0"),
+        (["--together", "2"], "--together must be given with --grid"),
+        (["--grid", "seed=0,1", "--train-backbone"], "must leave the backbone frozen"),
+    ],
+)
+def test_wrong_grids_name_the_flag(
+    words: list[str], message: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(adapt_command(place, tmp_path / "new", *words)) == 2
+    assert message in error_line(capsys)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_grid_in_a_settings_file_and_typed_flags(place: Path, tmp_path: Path) -> None:
+    file = tmp_path / "grid.yaml"
+    file.write_text("data: birds\nout: runs/grid\ngrid:\n  lr: [0.1, 0.2]\n  clip_grad: [null, 1.0]\n")
+    assert parse(["adapt", "--config", str(file)]).grid == {"lr": [0.1, 0.2], "clip_grad": [None, 1.0]}
+    command = parse(["adapt", "--data", "x", "--out", "y", "--grid.weight-decay", "0", "1e-4", "--grid", "seed=(0, 1)"])
+    assert command.grid == {"weight_decay": [0.0, 1e-4], "seed": [0, 1]}
+
+
+@pytest.fixture(scope="module")
+def tables(place: Path) -> dict[str, Path]:
+    """Adapters that predict two labels and one value, and a CSV file with the labels, and the value, of the images."""
+    names, files = ["warm", "cold"], [f"{colour}/{i}.png" for colour in COLOURS for i in range(4)]
+    rows = [[int("red" in file), int("blue" in file), 0.5 * ("red" in file) + 0.1] for file in files]
+    table = place / "images" / "labels.csv"
+    table.write_text(
+        "file,cold,warm,heat\n" + "".join(f"{f},{b},{a},{v}\n" for f, (a, b, v) in zip(files, rows, strict=True))
+    )
+    found = {"table": table}
+    for kind, loss, columns in (("labels", "bce", names), ("values", "mse", ["heat"])):
+        data = LabelTable(table, 32, columns)
+        model = fp.PromptedViT(backbone_at(f"local-dir:{place / 'vit'}", None), VPTConfig(num_prompts=2), len(columns))
+        fp.fit(
+            model,
+            data,
+            data,
+            epochs=4,
+            batch_size=4,
+            lr=0.05,
+            loss=loss,
+            label_smoothing=0.0,
+            out_dir=place / kind,
+            progress=False,
+        )
+        found[kind] = place / kind
+    return found
+
+
+def test_several_labels_are_evaluated_and_predicted(
+    place: Path, tables: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, data = str(tables["labels"]), ["--data", str(tables["table"]), "--backbone", f"local-dir:{place / 'vit'}"]
+    assert main(["eval", run, *data, "--out", str(tmp_path / "eval.json")]) == 0
+    said, record = capsys.readouterr().out, json.loads((tmp_path / "eval.json").read_text())
+    log = [json.loads(line) for line in (tables["labels"] / "log.jsonl").read_text().splitlines()]
+    assert record["map"] == pytest.approx(
+        next(row for row in log if row.get("epoch") == log[-1]["best_epoch"] and "val_map" in row)["val_map"]
+    )
+    assert f"mean average precision  {record['map']:.4f}" in said
+    assert record["names"] == ["warm", "cold"]
+    where = data[2:]
+    images = [str(place / "images" / "red" / "0.png"), str(place / "images" / "blue" / "1.png")]
+    assert main(["predict", run, *images, *where, "--threshold", "0", "1"]) == 0
+    header, *lines = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert header == ["file", "labels", "p(warm)", "p(cold)"]
+    assert [line[1] for line in lines] == ["warm", "warm"]
+    assert float(lines[0][2]) == pytest.approx(record["probabilities"][8][0], abs=1e-5)
+    assert main(["predict", run, *images, *where, "--out", str(tmp_path / "p.json"), "--threshold", "0"]) == 0
+    assert json.loads((tmp_path / "p.json").read_text())["images"][0]["labels"] == ["warm", "cold"]
+    capsys.readouterr()
+    for words, message in (
+        (
+            ["predict", run, *images, *where, "--threshold", "0.1", "0.2", "0.3"],
+            "--threshold must be one probability, or 2",
+        ),
+        (
+            ["eval", run, "--data", str(place / "images"), *where],
+            "--data must be a .csv file for an adapter that predicts several labels",
+        ),
+        (["eval", run, *data, "--num-val", "3"], "--num-val must not be given for an adapter that predicts several"),
+    ):
+        assert main(words) == 2
+        assert message in error_line(capsys)
+
+
+def test_values_are_evaluated_and_predicted(
+    place: Path, tables: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, where = str(tables["values"]), ["--backbone", f"local-dir:{place / 'vit'}"]
+    assert main(["eval", run, "--data", str(tables["table"]), *where]) == 0
+    assert re.search(r"R² +-?\d+\.\d{4}\nmean absolute error  \d", capsys.readouterr().out)
+    image = str(place / "images" / "red" / "0.png")
+    assert main(["predict", run, image, *where]) == 0
+    header, line = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert header == ["file", "heat"]
+    model = fp.PromptedViT.from_pretrained(backbone_at(where[1], None), tables["values"] / "best")
+    with torch.no_grad():
+        assert float(line[1]) == pytest.approx(float(model(read_images([image], 32)[0])), abs=1e-4)
+    assert main(["predict", run, image, *where, "--threshold", "0.5"]) == 2
+    assert "--threshold must not be given for an adapter that predicts values" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,a\nx.png,1\n", "must have a header of 'file' and different names"),
+        ("file,a\nx.png,yes\n", "must have finite numbers, got 'yes' for 'a' in line 2"),
+        ("file,a\nx.png,1,2\n", "must have 2 cells in each line, got 3 in line 2"),
+        ("file,a\n", "must have at least one image"),
+        ("file,b\nx.png,1\n", "must have a column for 'a'"),
+        ("", "must have a header"),
+    ],
+)
+def test_wrong_tables_of_labels_are_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        LabelTable(tmp_path / "labels.csv", 32, ["a"])

@@ -15,7 +15,7 @@ from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.extras import needed
 from fastprompt.model import class_names_of
 from fastprompt.runs.uncertainty import Estimate, over_seeds_and_images
-from fastprompt.train.evaluate import evaluate
+from fastprompt.train.evaluate import evaluate_classes
 
 if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
@@ -142,11 +142,11 @@ def robustness(
         for severity in severities:
             changed = corrupt(images, corruption, severity, seed)
             for name, model in models.items():
-                found = evaluate(model, (changed, labels), batch_size, class_names=names)
+                found = evaluate_classes(model, (changed, labels), batch_size, class_names=names)
                 results.setdefault(name, {})[corruption, severity] = (found.accuracy, found.ece)
                 correct.setdefault(name, []).append(found.correct.numpy())
     for name, model in models.items():
-        found = evaluate(model, (images, labels), batch_size, class_names=names)
+        found = evaluate_classes(model, (images, labels), batch_size, class_names=names)
         clean[name] = (found.accuracy, found.ece)
     return {
         name: Robustness(

@@ -31,6 +31,8 @@ class Adapt:
     Run the same command again to resume an interrupted run. The test split is read only with --test, once, at the
     end. --set KEY=VALUE ... is short for --options.KEY VALUE, and --recipe KEY=VALUE ... for --recipe.KEY VALUE.
     --recipe vapt-paper selects the authors' published recipe; further fields and flags override it.
+    --grid lr=1e-3,3e-3 seed=0,1 trains an adapter for every combination of the values, all of them together on one
+    frozen backbone, each into a run directory of its own below --out; --test then evaluates the best on validation.
     """
 
     data: str
@@ -72,6 +74,9 @@ class Adapt:
     """Seed of initial values, batch order and dropout."""
     options: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    grid: dict[str, Any] = field(default_factory=dict)
+    together: int | None = None
+    """With --grid: number of adapters that share a batch; all of them if not given."""
     more_data: MoreData = field(default_factory=list)
     """Another data set, a domain like --data; repeat for several. The adapter knows its domains."""
     labels: Literal["union", "per-domain"] | None = None
@@ -196,6 +201,33 @@ def adapt_settings(command: Adapt) -> RunSettings:
     )
 
 
+def _adapt_grid(command: Adapt, settings: RunSettings) -> None:
+    """Train the adapters of --grid, and print them all and the best."""
+    from fastprompt.runs.grid import execute_grid
+    from fastprompt.runs.tables import grid_table
+    from fastprompt.train.termination import sigterm_handled
+
+    for name in ("extend", "compare_probe", "track"):
+        if getattr(command, name):
+            raise ArgumentError(name, "must not be given with --grid")
+    with sigterm_handled():
+        runs, best = execute_grid(
+            settings,
+            command.grid,
+            command.out,
+            together=command.together,
+            test=command.test,
+            resume=command.resume,
+            progress=command.progress,
+            device=command.device,
+            announce=lambda text: say(text, sys.stderr),
+            cache_dir=command.cache_dir,
+        )
+    say(grid_table(runs))
+    if best:
+        say(f"\nbest on validation: {', '.join(best)}\nadapter: {command.out / best[0] / 'best'}")
+
+
 def adapt(command: Adapt) -> None:
     """Run `fastprompt adapt`."""
     from fastprompt.runs.execute import execute, plan_of
@@ -208,6 +240,11 @@ def adapt(command: Adapt) -> None:
     if command.explain:
         say(str(plan_of(settings, command.device, command.cache_dir)))
         return
+    if command.grid:
+        _adapt_grid(command, settings)
+        return
+    if command.together is not None:
+        raise ArgumentError("together", "must be given with --grid")
     with argument_names(callbacks="track"), sigterm_handled():
         results = execute(
             settings,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from fastprompt.arguments import ArgumentError
+from fastprompt.adapters import Preprocessing
+from fastprompt.arguments import ArgumentError, argument_names
 from fastprompt.cli.options import Plugins, announce, data_name, in_int8, load_adapter, set_threads
 from fastprompt.runs.settings import RunSettings
 from fastprompt.terminal import printable, say
+
+if TYPE_CHECKING:
+    from fastprompt.model import PromptedViT
 
 _DATA_FLAGS = (
     "data",
@@ -28,7 +33,8 @@ _DATA_FLAGS = (
 
 @dataclass
 class Eval:
-    """Evaluate an adapter: accuracy, mean per class, confusion matrix.
+    """Evaluate an adapter: accuracy, mean per class, confusion matrix; mean average precision of several labels; R² of
+    values.
 
     For a run directory of `adapt`, backbone, data and split default to those of the run. Different --data are split
     anew: the numbers of images and the seed are then not taken from the run.
@@ -37,7 +43,8 @@ class Eval:
     adapter: tyro.conf.Positional[Path]
     """Adapter or run directory, or repository of the Hugging Face Hub, as owner/name."""
     data: str | None = None
-    """Image folder or name of a data set; the run's if not given."""
+    """Image folder or name of a data set; the run's if not given. For an adapter that predicts several labels or
+    values: a .csv file with a column `file` and one per label."""
     backbone: str | None = None
     """Backbone; required if neither the adapter nor the run directory names it."""
     image_size: int | None = None
@@ -91,12 +98,10 @@ class Eval:
 
 def evaluate_adapter(command: Eval) -> None:
     """Run `fastprompt eval`."""
-    from dataclasses import replace
-
     from fastprompt.runs.devices import find_device
     from fastprompt.runs.directory import adapter_dir, read_settings, write_json
     from fastprompt.runs.execute import evaluation_record, load_run_data, square_size
-    from fastprompt.train.evaluate import evaluate
+    from fastprompt.train.evaluate import evaluate_classes
 
     place = find_device(command.device)
     set_threads(command.threads)
@@ -105,6 +110,9 @@ def evaluate_adapter(command: Eval) -> None:
     if settings is None and command.data is None:
         raise ArgumentError("data", f"is required: {command.adapter} does not say which data the adapter is for")
     model = load_adapter(command, directory, settings, place)
+    if model.predicts != "class":
+        _evaluate_table(command, model)
+        return
     if settings is None:
         settings = RunSettings(method="linear", data=str(command.data))
     changed = {name: getattr(command, name) for name in _DATA_FLAGS if getattr(command, name) is not None}
@@ -132,7 +140,7 @@ def evaluate_adapter(command: Eval) -> None:
         _evaluate_corrupted(command, model, split, place)
         return
     try:
-        found = evaluate(model, split, batch_size=command.batch_size)
+        found = evaluate_classes(model, split, batch_size=command.batch_size)
     except ValueError as error:
         raise ArgumentError("data", f"must fit the adapter, got {settings.data}: {error}") from error
     record = evaluation_record(found)
@@ -165,11 +173,11 @@ def evaluate_adapter(command: Eval) -> None:
 def _compare(command: Eval, model: Any, split: Any, found: Any) -> dict[str, Any]:
     """Evaluate the model in another data type on the same images; print and return the paired difference."""
     from fastprompt.runs.uncertainty import over_seeds_and_images
-    from fastprompt.train.evaluate import backbone_precision, compute_dtype, evaluate
+    from fastprompt.train.evaluate import backbone_precision, compute_dtype, evaluate_classes
 
     assert command.against is not None
     with backbone_precision(model, compute_dtype(command.against, model.backbone.device)):
-        other = evaluate(model, split, batch_size=command.batch_size)
+        other = evaluate_classes(model, split, batch_size=command.batch_size)
     difference = over_seeds_and_images(found.correct.double()[None].numpy() - other.correct.double()[None].numpy())
     low, high = difference.interval
     agreement = float((found.predictions == other.predictions).double().mean())
@@ -182,6 +190,64 @@ def _compare(command: Eval, model: Any, split: Any, found: Any) -> dict[str, Any
         "difference": difference.to_dict(),
         "agreement": agreement,
     }
+
+
+def _evaluate_table(command: Eval, model: PromptedViT) -> None:
+    """Evaluate an adapter that predicts several labels or values on the images of a CSV file."""
+    from fastprompt.data import LabelTable
+    from fastprompt.data.images import decoded_limit
+    from fastprompt.runs.directory import write_json
+    from fastprompt.runs.execute import square_size
+    from fastprompt.runs.tables import text_table
+    from fastprompt.train.evaluate import LabelsEvaluation, ValuesEvaluation, evaluate
+
+    what = "several labels" if model.predicts == "labels" else "values"
+    if command.data is None or Path(command.data).suffix.lower() != ".csv":
+        raise ArgumentError(
+            "data", f"must be a .csv file for an adapter that predicts {what}, got {command.data or 'no data'}"
+        )
+    unused = {name: getattr(command, name) for name in ("num_train", "num_val", "num_test", "data_seed", "reference")}
+    unused |= {"against": command.against, "corruptions": command.corruptions or None}
+    unused |= {"dtype": command.dtype if command.dtype == "int8" else None}
+    for name, value in unused.items():
+        if value is not None:
+            raise ArgumentError(name, f"must not be given for an adapter that predicts {what}")
+    preprocessing = model.preprocessing or Preprocessing()
+    for name in ("resize", "intensity_range"):
+        if getattr(command, name) is not None:
+            preprocessing = replace(preprocessing, **{name: getattr(command, name)})
+    limit = decoded_limit(command.max_decoded_bytes)
+    with argument_names(path="data", dataset="data"):
+        data = LabelTable(command.data, square_size(model.backbone), model.class_names, preprocessing, limit)
+        announce(model, f"{len(data):,} images, {what}")
+        found = evaluate(model, data, batch_size=command.batch_size)
+    names = [printable(name) for name in data.class_names]
+    say(f"{command.data}: {len(data)} images, {found.seconds:.1f} s")
+    record: dict[str, Any] = {"adapter": str(command.adapter), "data": str(command.data), "names": data.class_names}
+    if isinstance(found, LabelsEvaluation):
+        thresholds = found.best_thresholds()
+        columns = {
+            "average_precision": found.per_label,
+            "f1": found.f1(),
+            "best_threshold": thresholds,
+            "best_f1": found.f1(thresholds),
+        }
+        record |= {"map": found.map, "loss": found.loss, "probabilities": found.probabilities.tolist()}
+        say(f"mean average precision  {found.map:.4f}\nbinary cross-entropy    {found.loss:.4f}")
+        header = ["label", "average precision", "F1 at 0.5", "best threshold", "F1 there"]
+    else:
+        assert isinstance(found, ValuesEvaluation)
+        columns = {"r2": found.per_value}
+        record |= {"mean_r2": found.r2, "mae": found.mae, "rmse": found.rmse, "predictions": found.predictions.tolist()}
+        say(f"R²                   {found.r2:.4f}\nmean absolute error  {found.mae:.4f}")
+        say(f"root mean square     {found.rmse:.4f}")
+        header = ["value", "R²"]
+    record |= {name: [v if math.isfinite(v) else None for v in column.tolist()] for name, column in columns.items()}
+    rows = zip(names, *(column.tolist() for column in columns.values()), strict=True)
+    say(text_table(header, [[name, *(f"{value:.4f}" for value in values)] for name, *values in rows]))
+    if command.out is not None:
+        write_json(command.out, {**record, "files": data.files})
+        say(f"written: {command.out}")
 
 
 def _evaluate_corrupted(command: Eval, model: Any, split: Any, place: Any) -> None:

@@ -93,9 +93,10 @@ def typed_groups(name: str, words: list[str]) -> tuple[type, list[str]]:
     words = spelled_out(words, "options", "--set", hints, f"method {method!r}")
     groups.append(("options", group_type("Options", hints, describe), field(default_factory=dict)))
     if name == "adapt":
-        from fastprompt.train.recipes import Recipe
+        from fastprompt.train.recipes import GRID_FIELDS, Recipe
 
         hints, describe_field = fields_of(Recipe)
+        lists = {key: list[hints[key]] for key in GRID_FIELDS}  # type: ignore[valid-type]
         hints |= {"published": str, "base_lr": float}
         words = spelled_out(words, "recipe", "--recipe", hints, "the recipe", bare="published")
         groups.append(
@@ -105,6 +106,9 @@ def typed_groups(name: str, words: list[str]) -> tuple[type, list[str]]:
                 field(default_factory=dict),
             )
         )
+        words = spelled_out(words, "grid", "--grid", lists, "the grid", several=True)
+        said = group_type("Grid", lists, lambda key: f"values of --recipe.{key.replace('_', '-')} to try")
+        groups.append(("grid", said, field(default_factory=dict)))
     typed = make_dataclass(command.__name__, groups, bases=(command,))
     typed.__doc__ = command.__doc__
     return typed, words

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -15,10 +15,18 @@ from fastprompt.arguments import ArgumentError, argument_names
 from fastprompt.cli.options import Plugins, announce, in_int8, load_adapter, set_threads
 from fastprompt.terminal import say
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastprompt.model import PromptedViT
+
 
 @dataclass
 class Predict:
     """Predict the classes of image files; write CSV or JSON with the probability of every class.
+
+    An adapter that was trained on several labels per image gives those that reach --threshold and the probability of
+    each; one that was trained on values gives these.
 
     In CSV, an apostrophe is put before text that a spreadsheet would read as a formula (text that begins with =, +,
     -, @, a tab or a line end). JSON keeps all text unchanged.
@@ -36,6 +44,9 @@ class Predict:
     """.csv or .json file to write; CSV on standard output if not given."""
     domain: str | None = None
     """Domain of the images, for an adapter of several data sets; its classes alone are then predicted."""
+    threshold: list[float] = field(default_factory=list)
+    """For an adapter that predicts several labels: probability from which on a label is there, for all or for each; 0.5
+    if not given. `fastprompt eval` finds the best on labelled images."""
     on_bad: Literal["error", "skip"] = "error"
     """What to do about image files that cannot be read."""
     intensity_range: tuple[float, float] | None = None
@@ -61,6 +72,39 @@ class Predict:
 def short(names: Sequence[str]) -> str:
     """Format the number of names and the first five of them."""
     return f"{len(names)}: " + ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def probabilities(outputs: Tensor, predicts: str) -> Tensor:
+    """Return the probabilities of classes or labels from outputs (B, C); values are the outputs themselves."""
+    return {"class": lambda: outputs.softmax(-1), "labels": outputs.sigmoid, "values": lambda: outputs}[predicts]()
+
+
+def _thresholds(command: Predict, model: PromptedViT) -> list[float]:
+    """The threshold of each output."""
+    count, given = model.num_classes or 0, command.threshold
+    if given and model.predicts != "labels":
+        raise ArgumentError("threshold", f"must not be given for an adapter that predicts {model.predicts}")
+    if len(given) not in (0, 1, count) or not all(0 <= value <= 1 for value in given):
+        raise ArgumentError("threshold", f"must be one probability, or {count}, one for each label, got {given}")
+    return given if len(given) == count else (given or [0.5]) * count
+
+
+def _entry(
+    file: str, row: list[float], names: Sequence[str], predicts: str, thresholds: Sequence[float]
+) -> dict[str, Any]:
+    """What is predicted for an image, as in JSON."""
+    named = dict(zip(names, row, strict=True))
+    if predicts == "values":
+        return {"file": file, "values": named}
+    if predicts == "labels":
+        there = [name for name, p, least in zip(names, row, thresholds, strict=True) if p >= least]
+        return {"file": file, "labels": there, "probabilities": named}
+    best = max(range(len(row)), key=row.__getitem__)
+    return {"file": file, "class": names[best], "probability": row[best], "probabilities": named}
+
+
+def _cell(value: Any) -> str | float:
+    return "; ".join(value) if isinstance(value, list) else value
 
 
 def predict(command: Predict) -> None:
@@ -95,6 +139,7 @@ def predict(command: Predict) -> None:
             model.domains.index(command.domain)
         elif model.domains.labels == "per-domain":
             raise ArgumentError("domain", f"must be given, one of {', '.join(model.domains.names)}")
+    thresholds = _thresholds(command, model)
     preprocessing = model.preprocessing or Preprocessing()
     if command.intensity_range is not None:
         preprocessing = replace(preprocessing, intensity_range=command.intensity_range)
@@ -117,28 +162,23 @@ def predict(command: Predict) -> None:
                 model.check_outputs(images, logits)
                 if command.domain is not None and model.domains is not None:
                     logits = model.domains.only(logits, command.domain)
-                rows += logits.double().softmax(-1).tolist()
+                rows += probabilities(logits.double(), model.predicts).tolist()
     if not files:
         raise ArgumentError("images", f"must name at least one readable image, got {len(found)} unreadable files")
     skipped = sorted(set(found) - set(files))
     names = list(model.class_names or [str(i) for i in range(len(rows[0]))])
-    best = [max(range(len(row)), key=row.__getitem__) for row in rows]
+    entries = [_entry(f, row, names, model.predicts, thresholds) for f, row in zip(files, rows, strict=True)]
     if command.out is not None and command.out.suffix.lower() == ".json":
-        entries = [
-            {
-                "file": f,
-                "class": names[b],
-                "probability": row[b],
-                "probabilities": dict(zip(names, row, strict=True)),
-            }
-            for f, b, row in zip(files, best, rows, strict=True)
-        ]
         answer = {"class_names": names, "images": entries, "skipped": skipped}
         text = json.dumps(answer, indent=1, ensure_ascii=False) + "\n"
         content = text.encode("utf-8", "backslashreplace")  # a byte of a file name that is not UTF-8 becomes "\udcff"
     else:
-        header = ["file", "class", "probability", *(f"p({name})" for name in names)]
-        text = csv_table(header, [[f, names[b], row[b], *row] for f, b, row in zip(files, best, rows, strict=True)])
+        first = {"class": ["class", "probability"], "labels": ["labels"], "values": []}[model.predicts]
+        header = ["file", *first, *(names if model.predicts == "values" else (f"p({name})" for name in names))]
+        lines: list[list[str | float]] = [
+            [f, *(_cell(entry[key]) for key in first), *row] for f, entry, row in zip(files, entries, rows, strict=True)
+        ]
+        text = csv_table(header, lines)
         content = text.encode("utf-8", "surrogateescape")  # keeps the bytes of file names
     if command.out is None and sys.stdout.isatty():
         say(text.removesuffix("\n"))

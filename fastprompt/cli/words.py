@@ -41,7 +41,7 @@ EXAMPLES = {
     "protocols": "fastprompt protocols vtab1k --data-root DIR",
     "bench": "fastprompt bench vtab1k --data-root DIR --out runs/vtab1k",
 }
-SHORT = {"set": "options", "recipe": "recipe"}
+SHORT = {"set": "options", "recipe": "recipe", "grid": "grid"}
 """Flags that take KEY=VALUE, and the group of typed flags that each stands for."""
 
 
@@ -148,11 +148,18 @@ def flags(group: str, values: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def spelled_out(
-    words: Sequence[str], group: str, flag: str, known: Iterable[str], owner: str, bare: str | None = None
+    words: Sequence[str],
+    group: str,
+    flag: str,
+    known: Iterable[str],
+    owner: str,
+    bare: str | None = None,
+    several: bool = False,
 ) -> list[str]:
     """Replace `--set KEY=VALUE ...` by the typed flags of `group`, in place.
 
-    A word without "=" is the value of the key `bare`, if `bare` is given.
+    A word without "=" is the value of the key `bare`, if `bare` is given. With `several`, each key has one or several
+    values, as in KEY=1,2,3.
     """
     out: list[str] = []
     rest = list(words)
@@ -167,6 +174,9 @@ def spelled_out(
             items.append(f"{bare}={item}" if bare and "=" not in item else item)
         if not items:
             raise ValueError(f"{flag} must be KEY=VALUE, got nothing")
+        if several:
+            parts = [item.partition("=") for item in items]
+            items = [f"{key}{equals}[{text.strip('()[]')}]" if equals else key for key, equals, text in parts]
         out += flags(group, key_values(items, flag, known, owner))
     return out
 
@@ -199,7 +209,7 @@ def _given(words: Sequence[str]) -> set[str]:
     for word in words:
         if word.startswith("--"):
             items = word[2:] in SHORT
-            name = re.sub(r"^--(no-|options\.|recipe\.)?", "", word.partition("=")[0])
+            name = re.sub(r"^--(no-|options\.|recipe\.|grid\.)?", "", word.partition("=")[0])
             names |= set() if items else {name.replace("-", "_")}
         elif items:
             key, equals, _ = word.partition("=")

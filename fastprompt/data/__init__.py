@@ -13,10 +13,20 @@ from fastprompt.data.domains import DomainSet, load_domains
 from fastprompt.data.files import list_images, read_images
 from fastprompt.data.folders import Reading
 from fastprompt.data.images import check_choice, decoded_limit, sides
+from fastprompt.data.labelled import LabelTable
 from fastprompt.data.sources import find_source, known_names
 from fastprompt.data.splits import DataSplits, ImageSet, split
 
-__all__ = ["DataSplits", "DomainSet", "ImageSet", "known_names", "list_images", "load_data", "read_images"]
+__all__ = [
+    "DataSplits",
+    "DomainSet",
+    "ImageSet",
+    "LabelTable",
+    "known_names",
+    "list_images",
+    "load_data",
+    "read_images",
+]
 
 
 def load_data(

@@ -133,15 +133,15 @@ def read_rows(path: Path, argument: str) -> torch.Tensor:
 
 def by_domain(model: PromptedViT, data: Any) -> dict[str, dict[str, float | int]]:
     """Evaluate a model on each domain of a `DomainSet` alone, with the domain unknown (in a union) and given."""
-    from fastprompt.train.evaluate import evaluate
+    from fastprompt.train.evaluate import evaluate_classes
 
     assert model.domains is not None
     found: dict[str, dict[str, float | int]] = {}
     for name in model.domains.names:
         of_domain = data.of(name)
         found[name] = {
-            "accuracy": float(evaluate(model, of_domain).accuracy),
-            "accuracy_with_domain": float(evaluate(model, of_domain, domain=name).accuracy),
+            "accuracy": float(evaluate_classes(model, of_domain).accuracy),
+            "accuracy_with_domain": float(evaluate_classes(model, of_domain, domain=name).accuracy),
             "num_images": len(of_domain),
         }
     return found
@@ -314,7 +314,7 @@ def plan_of(settings: RunSettings, device: str = "auto", cache_dir: Path | None 
 
     get_method(settings.method).config(settings.options)
     recipe = adjusted_recipe(settings.method, settings.recipe, train_backbone=settings.train_backbone)
-    backbone = _backbone_on(find_device(device), settings)
+    backbone = on_device(find_device(device), settings)
     splits = load_run_data(settings, square_size(backbone))
     model = build_model(settings, backbone, splits.class_names, recipe.seed)
     return plan(model, splits.train, splits.val, recipe, cache_dir=cache_dir)
@@ -326,14 +326,14 @@ def _follow(
     """Train as one of the other processes of a job, which write nothing, if the first one does."""
     from fastprompt.train.fit import fit_in
 
-    backbone = _backbone_on(place, settings)
+    backbone = on_device(place, settings)
     splits = load_run_data(settings, square_size(backbone))
     model = build_model(settings, backbone, splits.class_names, recipe.seed)
     if ranks.of_main(lambda: False):
         fit_in(None, model, splits.train, splits.val, recipe, resume, progress=False, options=options)
 
 
-def _backbone_on(place: torch.device, settings: RunSettings) -> FrozenViT:
+def on_device(place: torch.device, settings: RunSettings) -> FrozenViT:
     """Load the run's backbone on a device, with the run's normalisation."""
     backbone = backbone_at(settings.backbone, settings.image_size).to(place)
     if settings.mean is None and settings.std is None:
@@ -361,7 +361,6 @@ def _execute_in(
 ) -> dict[str, Any]:
     """Run `execute` in a directory that is already locked."""
     from fastprompt.adapters import CONFIG_FILE
-    from fastprompt.train.evaluate import evaluate
     from fastprompt.train.fit import check_model, describe_data, recipe_for
     from fastprompt.train.identity import data_identities, data_identity, run_identity
 
@@ -369,7 +368,7 @@ def _execute_in(
     results = _finished(out_dir) if resume else None
     if results is not None and options.extend and results["recipe"]["epochs"] < recipe.epochs:
         results = None
-    backbone = _backbone_on(place, settings)
+    backbone = on_device(place, settings)
     splits = load_run_data(settings, square_size(backbone))
     num_classes, recipe = len(splits.class_names), recipe_for(recipe, splits.train)
     model = build_model(settings, backbone, splits.class_names, recipe.seed)
@@ -398,15 +397,22 @@ def _execute_in(
         results["identity"] = {"stamp": stamp, "run": identity}
         write_json(out_dir / RESULTS_FILE, results)
     if test:
-        test_split = splits.test
-        best = load_best(backbone, out_dir, recipe)
-        results["test"] = evaluation_record(evaluate(best, test_split))
-        if best.domains is not None:
-            results["domains"]["test"] = by_domain(best, test_split)
-        if "identity" in results:
-            results["identity"] |= {"stamp": stamp, "test": data_identity(test_split, "test", num_classes)}
-        write_json(out_dir / RESULTS_FILE, results)
+        add_test(results, out_dir, load_best(backbone, out_dir, recipe), splits.test, stamp)
     return results
+
+
+def add_test(results: dict[str, Any], out_dir: Path, best: PromptedViT, test_split: Any, stamp: str) -> None:
+    """Evaluate the best adapter on the test split, and write its record into the run's results."""
+    from fastprompt.train.evaluate import evaluate_classes
+    from fastprompt.train.identity import data_identity
+
+    assert best.num_classes is not None
+    results["test"] = evaluation_record(evaluate_classes(best, test_split))
+    if best.domains is not None:
+        results["domains"]["test"] = by_domain(best, test_split)
+    if "identity" in results:
+        results["identity"] |= {"stamp": stamp, "test": data_identity(test_split, "test", best.num_classes)}
+    write_json(out_dir / RESULTS_FILE, results)
 
 
 def summary(model: PromptedViT, splits: DataSplits, dtype: torch.dtype) -> str:
@@ -469,10 +475,6 @@ def _train(
 
     `backbone` must be unmodified; full fine-tuning trains a copy of it.
     """
-    import torch
-
-    import fastprompt as fp
-    from fastprompt.train.evaluate import evaluate
     from fastprompt.train.fit import fit_in
 
     method, out_dir = get_method(settings.method), directory.path
@@ -494,7 +496,30 @@ def _train(
         }
     if not (out_dir / SETTINGS_FILE).exists():  # the run was started by `fp.fit`
         write_json(out_dir / SETTINGS_FILE, settings.to_dict())
-    trainable = model.num_trainable()
+    return results_of(settings, model, backbone, splits, recipe, training, out_dir)
+
+
+def results_of(
+    settings: RunSettings,
+    model: PromptedViT,
+    backbone: FrozenViT,
+    splits: DataSplits,
+    recipe: Recipe,
+    training: Mapping[str, Any],
+    out_dir: Path,
+) -> dict[str, Any]:
+    """Evaluate the best adapter of `out_dir` on validation, and return the results without a test record.
+
+    Args:
+        model: as it was trained.
+        training: what the results say of its training: history, speed and so on.
+    """
+    import torch
+
+    import fastprompt as fp
+    from fastprompt.train.evaluate import evaluate_classes
+
+    method, trainable = get_method(settings.method), model.num_trainable()
     paper_count = model.paper_parameter_count()
     model = load_best(backbone, out_dir, recipe)
     results = {
@@ -516,7 +541,7 @@ def _train(
         "total_parameters": sum(p.numel() for p in model.parameters()),
         "paper_parameter_count": paper_count,
         **training,
-        "validation": evaluation_record(evaluate(model, splits.val)),
+        "validation": evaluation_record(evaluate_classes(model, splits.val)),
         "test": None,
     }
     if has_library(model):

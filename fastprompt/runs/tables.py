@@ -34,6 +34,24 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> str:
     return text_table(["method", "trained parameters", "val accuracy", "test accuracy", "img/s", "peak MiB"], rows)
 
 
+def grid_table(runs: Mapping[str, Mapping[str, Any] | None]) -> str:
+    """Format one line per run of a grid, by name: accuracies, loss and best epoch; None for one that diverged."""
+    rows = [
+        [name, "diverged", *4 * ["–"]]
+        if r is None
+        else [
+            name,
+            f"{r['validation']['accuracy']:.4f}",
+            f"{r['validation']['loss']:.4f}",
+            "–" if r["test"] is None else f"{r['test']['accuracy']:.4f}",
+            str(r["best_epoch"]),
+            f"{r['images_per_second']:.1f}",
+        ]
+        for name, r in runs.items()
+    ]
+    return text_table(["run", "val accuracy", "val loss", "test accuracy", "best epoch", "img/s"], rows)
+
+
 def spreadsheet_text(text: str) -> str:
     """Escape `text` so that a spreadsheet shows it and does not run it as a formula.
 

@@ -1,4 +1,4 @@
-"""Accuracy, confusion and calibration of a model on labelled images."""
+"""Evaluate a model on labelled images: classes, several labels per image, or values."""
 
 from __future__ import annotations
 
@@ -61,6 +61,105 @@ class Evaluation:
     def correct(self) -> Tensor:
         """(N,) bool, for `fastprompt.train.grid.paired_difference`."""
         return self.predictions == self.labels
+
+
+@dataclass(frozen=True)
+class LabelsEvaluation:
+    """The result of `evaluate` for a model that predicts several labels per image, over N images and C labels.
+
+    Attributes:
+        map: mean average precision over the labels that occur (`fastprompt.train.tasks.mean_average_precision`).
+        per_label: (C,) average precision of each; NaN for a label that no image has.
+        loss: mean binary cross-entropy in nats.
+        probabilities: (N, C) float32, each label's own. labels: (N, C) bool, in the order of the data.
+        seconds: wall time, including reading the data.
+    """
+
+    map: float
+    per_label: Tensor
+    loss: float
+    probabilities: Tensor
+    labels: Tensor
+    seconds: float
+
+    def predictions(self, thresholds: float | Tensor = 0.5) -> Tensor:
+        """(N, C) bool: the labels whose probability reaches one threshold, or the label's own (C,)."""
+        return self.probabilities >= thresholds
+
+    def f1(self, thresholds: float | Tensor = 0.5) -> Tensor:
+        """(C,) 2 TP / (2 TP + FP + FN) at these thresholds; NaN for a label that is neither there nor predicted."""
+        found = self.predictions(thresholds)
+        both = (found & self.labels).sum(0).double()
+        return 2 * both / (found.sum(0) + self.labels.sum(0))
+
+    def best_thresholds(self) -> Tensor:
+        """(C,) the thresholds with the highest F1 on these images: choose them on validation, not on the test split.
+
+        Each is a probability that occurs, the highest of several with the same F1; 1 for a label that no image has.
+        """
+        order = self.probabilities.sort(dim=0, descending=True)
+        hits = self.labels.gather(0, order.indices).double().cumsum(0)
+        count = torch.arange(1, len(hits) + 1, dtype=torch.float64)[:, None]
+        f1 = 2 * hits / (count + self.labels.sum(0))
+        last = torch.ones_like(self.labels)  # of images with the same probability, which a threshold cannot part
+        last[:-1] = order.values[:-1] != order.values[1:]
+        best = f1.where(last, f1.new_tensor(-1.0)).argmax(0)
+        found = order.values.gather(0, best[None])[0]
+        return found.where(self.labels.any(0), torch.ones_like(found))
+
+
+@dataclass(frozen=True)
+class ValuesEvaluation:
+    """The result of `evaluate` for a model that predicts values, over N images and C values each.
+
+    Attributes:
+        r2: coefficient of determination, averaged over the values. per_value: (C,) of each; NaN for a constant.
+        mae, rmse: mean absolute error, and root of the mean squared error, over all values.
+        predictions, targets: (N, C) float32, in the order of the data.
+        seconds: wall time, including reading the data.
+    """
+
+    r2: float
+    per_value: Tensor
+    mae: float
+    rmse: float
+    predictions: Tensor
+    targets: Tensor
+    seconds: float
+
+
+def summarise_labels(logits: Tensor, labels: Tensor, seconds: float) -> LabelsEvaluation:
+    """Compute a `LabelsEvaluation` from logits (N, C) and labels (N, C) of zeros and ones."""
+    from fastprompt.train.tasks import average_precisions
+
+    per_label = average_precisions(logits.double(), labels)
+    present = per_label[per_label.isfinite()]
+    return LabelsEvaluation(
+        map=float(present.mean()) if len(present) else 0.0,
+        per_label=per_label,
+        loss=float(F.binary_cross_entropy_with_logits(logits.double(), labels.double())),
+        probabilities=logits.double().sigmoid().float(),
+        labels=labels > 0.5,
+        seconds=seconds,
+    )
+
+
+def summarise_values(outputs: Tensor, targets: Tensor, seconds: float) -> ValuesEvaluation:
+    """Compute a `ValuesEvaluation` from outputs (N, C) and targets (N, C) or (N,)."""
+    from fastprompt.train.tasks import coefficients_of_determination
+
+    targets = targets.double().reshape(outputs.shape)
+    errors = outputs.double() - targets
+    per_value = coefficients_of_determination(outputs.double(), targets)
+    return ValuesEvaluation(
+        r2=float(per_value.mean()),
+        per_value=per_value,
+        mae=float(errors.abs().mean()),
+        rmse=float(errors.square().mean().sqrt()),
+        predictions=outputs.float(),
+        targets=targets.float(),
+        seconds=seconds,
+    )
 
 
 def summarise(logits: Tensor, labels: Tensor, seconds: float) -> Evaluation:
@@ -238,8 +337,12 @@ def evaluate(
     num_workers: int = 0,
     class_names: Sequence[str] | None = None,
     domain: str | None = None,
-) -> Evaluation:
+) -> Evaluation | LabelsEvaluation | ValuesEvaluation:
     """Evaluate the model once over the data, in eval mode; the modes of its modules are restored.
+
+    What the labels are is what the model predicts (`PromptedViT.predicts`, which `fit` sets): classes, (N,) integers,
+    give an `Evaluation`; several labels per image, (N, C) zeros and ones, a `LabelsEvaluation`; floating-point values,
+    (N, C), or (N,) if C is 1, a `ValuesEvaluation`.
 
     Classes are matched by name if both model and data have class names: a model of `bird`, `cat` and `dog` can be
     evaluated on a folder with only `cat` and `dog`, and the result uses the model's classes. If either has no names,
@@ -276,6 +379,8 @@ def evaluate(
                 f"must be None for a method that draws no samples at inference, got {num_samples}: "
                 f"{model.config.kind!r} has no option inference_samples, unlike V²APT",
             )
+    if model.predicts != "class":
+        return _evaluate_rows(model, dataset, batch_size, num_samples, num_workers)
     if domain is not None and model.domains is None:
         raise ArgumentError("domain", f"must be None: the model was trained on one data set, got {domain!r}")
     if domain is not None and model.domains is not None:
@@ -303,3 +408,41 @@ def evaluate(
             elif model.domains is not None:
                 logits[-1] = model.domains.of_its_domain(logits[-1], of_model)
     return summarise(torch.cat(logits), torch.cat(labels), time.perf_counter() - began)
+
+
+def evaluate_classes(model: PromptedViT, dataset: Any, batch_size: int = 64, **options: Any) -> Evaluation:
+    """`evaluate` a model that predicts classes.
+
+    Raises:
+        TypeError, ValueError: as `evaluate`, or the model predicts something else.
+    """
+    found = evaluate(model, dataset, batch_size, **options)
+    if not isinstance(found, Evaluation):
+        raise ArgumentError("model", f"must predict classes, got one that predicts {model.predicts}")
+    return found
+
+
+def _evaluate_rows(
+    model: PromptedViT, dataset: Any, batch_size: int, num_samples: int | None, num_workers: int
+) -> LabelsEvaluation | ValuesEvaluation:
+    """`evaluate` a model that predicts several labels or values."""
+    assert model.num_classes is not None
+    batches = Batches(
+        dataset,
+        batch_size,
+        name="dataset",
+        num_classes=model.num_classes,
+        kind=model.predicts,
+        device=device_of(model),
+        num_workers=num_workers,
+    )
+    outputs: list[Tensor] = []
+    labels: list[Tensor] = []
+    began = time.perf_counter()
+    with evaluation_mode(model), latent_samples(model, num_samples):
+        for images, targets in batches.epoch():
+            outputs.append(model(images).float().cpu())
+            model.check_outputs(images, outputs[-1])
+            labels.append(targets.cpu())
+    summarised = summarise_labels if model.predicts == "labels" else summarise_values
+    return summarised(torch.cat(outputs), torch.cat(labels), time.perf_counter() - began)

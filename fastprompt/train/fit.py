@@ -191,10 +191,11 @@ def fit_in(
         data = data_identities(train, val, model.head.num_classes, kind) if data is None else data
         recipe = recipe_for(recipe, train)
         describe_data(model, train)
+        model.predicts = kind
         run = Run(model, train, val, recipe, directory, progress, data, announced, callbacks, options, ranks)
         saved = run.shared_state(resume)
         with (
-            _deterministic_algorithms(recipe.deterministic),
+            deterministic_algorithms(recipe.deterministic),
             backbone_precision(model, run.backbone_dtype),
             activation_bits(model, recipe.activation_bits),
             synced_batch_norms(model, ranks),
@@ -264,7 +265,7 @@ def chosen_recipe(model: PromptedViT, recipe: Recipe | None, fields: Mapping[str
 
 
 @contextlib.contextmanager
-def _deterministic_algorithms(wanted: bool) -> Iterator[None]:
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     """Context with PyTorch's deterministic algorithms; operators without one warn."""
     if not wanted:
         yield

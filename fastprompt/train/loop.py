@@ -102,6 +102,24 @@ class Totals:
         return found
 
 
+class Begun:
+    """An optimizer step that has begun: its batches and what they have summed up so far.
+
+    Attributes:
+        batches: (images, targets) of this process.
+        factor: of the peak learning rates. beta: factor of the KL.
+        divisor, num_images: of the whole step, over all processes, 0-dimensional tensors.
+        loss, kl_sum, correct: 0-dimensional tensors. units: KL of each latent unit, (latent,), of each batch.
+    """
+
+    def __init__(
+        self, batches: list[tuple[Tensor, Tensor]], factor: float, beta: float, divisor: Tensor, num_images: Tensor
+    ) -> None:
+        self.batches, self.factor, self.beta, self.divisor, self.num_images = batches, factor, beta, divisor, num_images
+        self.loss = self.kl_sum = self.correct = torch.zeros((), device=divisor.device)
+        self.units: list[Tensor] = []
+
+
 class Loop:
     """Trains a model on batches of training data, and validates it.
 
@@ -174,56 +192,81 @@ class Loop:
             if after_step is not None:
                 after_step(totals, step)
         self.optimizer.zero_grad(set_to_none=True)
-        return self._record(epoch, totals)
+        return self.record(epoch, totals)
 
     def step(self, epoch: int, group: list[tuple[Tensor, Tensor]], totals: Totals) -> Step:
         """Take one optimizer step on a group of batches, whose gradients add up to those of one batch of them all."""
+        begun = self.begin(epoch, self.mixed(group), totals)
+        for images, targets in begun.batches:
+            self.loss(begun, self._forward(images), targets, totals).backward()
+        return self.end(epoch, begun, totals)
+
+    def mixed(self, group: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Return the batches of a step as the recipe mixes and erases them, without empty ones."""
+        return [self.mixing(images, labels) for images, labels in group if len(labels)]
+
+    def begin(self, epoch: int, batches: list[tuple[Tensor, Tensor]], totals: Totals) -> Begun:
+        """Begin the next step, on batches that are mixed already: `loss` of each and its backward, then `end`."""
         step = (epoch - 1) * self.steps + totals.steps
         factor = self.recipe.lr_factor(step, self.steps) * self.scale
         set_learning_rates(self.optimizer, factor)
-        beta = self.beta * self.recipe.kl_factor(step, self.steps)
-        mixed = [self.mixing(images, labels) for images, labels in group if len(labels)]
         # The mean is over the images of all processes, so each process divides by what all of them have.
         device = self.train_batches.device
         here = [torch.zeros(2, device=device)]
-        here += [torch.stack([self.task.divisor(t), torch.full((), len(t), device=device)]) for _, t in mixed]
+        here += [torch.stack([self.task.divisor(t), torch.full((), len(t), device=device)]) for _, t in batches]
         divisor, num_images = self.ranks.sum(torch.stack(here).sum(0)).unbind()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = kl_sum = correct = torch.zeros((), device=device)
-        units: list[Tensor] = []
-        for images, targets in mixed:
-            logits, aux = self._forward(images)
-            of_batch = self.task.training_loss(logits, targets) / divisor
-            if "kl" in aux:
-                totals.has_kl = True
-                kl = aux["kl"].float().sum()
-                of_batch = of_batch + beta * (kl / num_images)
-                kl_sum = kl_sum + kl.detach()
-            if "penalty" in aux:  # of parameters, not of images: each part of the batch has its share
-                of_batch = of_batch + aux["penalty"] * (len(targets) / num_images)
-            if "kl_units" in aux:
-                units.append(aux["kl_units"].detach().sum(0).float())
-            of_batch.backward()
-            loss = loss + of_batch.detach()
-            correct = correct + self.task.num_correct(logits.detach(), targets)
-        of_units = torch.stack(units).sum(0) if units else torch.zeros(len(totals.units), device=device)
-        sums = torch.cat([torch.stack([loss, kl_sum, correct.float()]), of_units])
+        return Begun(batches, factor, self.beta * self.recipe.kl_factor(step, self.steps), divisor, num_images)
+
+    def loss(self, begun: Begun, outputs: tuple[Tensor, dict[str, Tensor]], targets: Tensor, totals: Totals) -> Tensor:
+        """Return the share of one batch in the step's loss, from logits and auxiliary tensors."""
+        logits, aux = outputs
+        of_batch = self.task.training_loss(logits, targets) / begun.divisor
+        if "kl" in aux:
+            totals.has_kl = True
+            kl = aux["kl"].float().sum()
+            of_batch = of_batch + begun.beta * (kl / begun.num_images)
+            begun.kl_sum = begun.kl_sum + kl.detach()
+        if "penalty" in aux:  # of parameters, not of images: each part of the batch has its share
+            of_batch = of_batch + aux["penalty"] * (len(targets) / begun.num_images)
+        if "kl_units" in aux:
+            begun.units.append(aux["kl_units"].detach().sum(0).float())
+        begun.loss = begun.loss + of_batch.detach()
+        begun.correct = begun.correct + self.task.num_correct(logits.detach(), targets)
+        return of_batch
+
+    def end(self, epoch: int, begun: Begun, totals: Totals) -> Step:
+        """Change the weights by the gradients of all batches, and add the step to the totals."""
+        device = self.train_batches.device
+        of_units = torch.stack(begun.units).sum(0) if begun.units else torch.zeros(len(totals.units), device=device)
+        sums = torch.cat([torch.stack([begun.loss, begun.kl_sum, begun.correct.float()]), of_units])
         sums = reduce_step(self.parameters, sums, self.ranks)
         loss, kl_sum, correct = sums[:3].unbind()
         limit = float("inf") if self.recipe.clip_grad is None else self.recipe.clip_grad
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         self.optimizer.step()
-        totals.add(loss * num_images, kl_sum, norm, correct, num_images)
+        totals.add(loss * begun.num_images, kl_sum, norm, correct, begun.num_images)
         if len(sums) > 3:
             totals.add_units(sums[3:])
-        return Step(epoch, totals.steps, self.steps, self.recipe.lr * factor, loss, norm)
+        return Step(epoch, totals.steps, self.steps, self.recipe.lr * begun.factor, loss, norm)
+
+    def watch(self, epoch: int, totals: Totals) -> dict[str, float] | None:
+        """Return what has arrived from the device, if anything (`Totals.peek`).
+
+        Raises:
+            TrainingDiverged: a step was not finite.
+        """
+        known = totals.peek()
+        if known is None or (self.ranks.size > 1 and totals.sums.device.type != "cpu"):
+            return None  # processes see a step at different times, and must end together
+        self._require_finite(epoch, known)
+        return known
 
     def _show(self, epoch: int, totals: Totals, bar: Any, said: str) -> None:
         """Show on the bar what has arrived from the device, and stop if it says that training diverged."""
-        known = totals.peek()
-        if known is None or (self.ranks.size > 1 and totals.sums.device.type != "cpu"):
-            return  # processes see a step at different times, and must end together
-        self._require_finite(epoch, known)
+        known = self.watch(epoch, totals)
+        if known is None:
+            return
         accuracy = f" acc {known['correct'] / known['images']:.3f}" if self.task.kind == "class" else ""
         bar.set_postfix_str(
             f"epoch {epoch}/{self.recipe.epochs} loss {known['loss'] / known['images']:.3f}{accuracy}{said}",
@@ -243,7 +286,8 @@ class Loop:
         what = f"loss is {known['bad_loss']}" if loss else f"gradient norm is {known['bad_norm']}"
         raise TrainingDiverged(what, epoch, step, lr)
 
-    def _record(self, epoch: int, totals: Totals) -> dict[str, Any]:
+    def record(self, epoch: int, totals: Totals) -> dict[str, Any]:
+        """Return what `train` returns, after the last step of an epoch; raise what it raises."""
         known = totals.read()
         self._require_finite(epoch, known)
         images, last = known["images"], epoch * self.steps - 1
@@ -276,6 +320,10 @@ class Loop:
                     score.add(self._forward(images)[0], labels)
                 if after_batch is not None:
                     after_batch()
+        return self.scored(epoch, score)
+
+    def scored(self, epoch: int, score: Score) -> tuple[float, float]:
+        """Return what `validate` returns, after its last batch; raise what it raises."""
         loss, value = score.result()
         if not math.isfinite(loss):
             raise TrainingDiverged(f"validation loss is {loss}", epoch, 0, self.optimizer.param_groups[0]["lr"])

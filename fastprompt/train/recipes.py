@@ -41,6 +41,25 @@ _INTEGERS = {
 """Lowest values of integer fields."""
 RUNTIME_FIELDS = ("num_workers", "checkpoint_every")
 """Fields that do not change the result."""
+GRID_FIELDS = (
+    "lr",
+    "head_lr",
+    "weight_decay",
+    "decay",
+    "optimizer",
+    "momentum",
+    "schedule",
+    "warmup_epochs",
+    "warmup_floor",
+    "min_lr_ratio",
+    "clip_grad",
+    "label_smoothing",
+    "kl_warmup_epochs",
+    "select_by",
+    "patience",
+    "seed",
+)
+"""Fields of the recipe in which adapters may differ that take their steps together."""
 _INTERVAL = re.compile(r"(\d+(?:\.\d+)?) *(steps?|min|minutes?)")
 
 

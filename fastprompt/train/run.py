@@ -65,6 +65,12 @@ class Options:
     cache_dir: Path | None = None
 
 
+def checkpoint_due(recipe: Recipe, steps: int, last: float) -> bool:
+    """Whether it is time for a checkpoint, after `steps` of the epoch, the `last` one being at that time."""
+    number, unit = checkpoint_interval(recipe.checkpoint_every)
+    return steps % number == 0 if unit == "steps" else monotonic() - last > 60 * number
+
+
 class Run:
     """A training run of `fit`, from its saved state or its start to its result."""
 
@@ -146,16 +152,23 @@ class Run:
         if self.directory is not None and "run" in values:
             made |= self.directory.read_choices(values["run"])
 
-    def prepare_data(self, data: Mapping[str, Any]) -> None:
+    def prepare_data(self, data: Mapping[str, Any], like: Run | None = None) -> None:
         """Prepare batches of images, or of what is computed once, after a trial forward.
 
-        `data` is the result of `data_identities`.
+        Args:
+            data: result of `data_identities`.
+            like: a run on the same data and backbone that has prepared them.
         """
-        self.data.try_out()
         began = time.perf_counter()
-        plan = self.data.make_plan(self.cache_dir, data)
-        if plan.said:
-            self._say(plan.said)
+        if like is None:
+            self.data.try_out()
+            began = time.perf_counter()
+            self.plan = plan = self.data.make_plan(self.cache_dir, data)
+            if plan.said:
+                self._say(plan.said)
+        else:
+            self.plan = plan = like.plan
+            self.data.share(like.data)
         self.train, self.val = self.data.batches()
         self.feature_seconds = time.perf_counter() - began if plan.reads != "images" else 0.0
         self.loop = Loop(
@@ -227,28 +240,13 @@ class Run:
     def go_on(self, saved: Saved, files: Mapping[str, str]) -> None:
         """Resume from the saved state; a run that is extended gets `files` anew, and its old results are removed."""
         tensors, values = saved
-        self.state.restore(tensors, values)
-        changed = {
-            name: (value, values["environment"].get(name))
-            for name, value in self.state.environment.items()
-            if "environment" in values and value != values["environment"].get(name)
-        }
-        if changed and self.directory is not None:
-            said = ", ".join(f"{name} is {new}, was {old}" for name, (new, old) in changed.items())
-            warnings.warn(
-                f"{self.directory.path} is resumed in another environment, so last bits may differ: {said}",
-                stacklevel=4,
-            )
+        where = None if self.directory is None else self.directory.path
+        self.restore(tensors, values, where)
         progress = self.state.progress
-        self.loop.scale = progress.scale
         self._remember(saved)
         if self.directory is not None:
             progress.events = whole_log(progress.events, self.directory.read_log())
-        row: dict[str, Any] = {"epoch": progress.epoch, "environment": self.state.environment}
-        place = f"epoch {progress.epoch}"
-        if self.state.part is not None:
-            row["step"] = self.state.part.steps
-            place = f"step {row['step']} of epoch {progress.epoch + 1}"
+        row, place = self.here()
         if self.extend:
             before = recorded_identity(values)["recipe"]["epochs"]
             progress.events.append({"event": "extend", "before": before, "epochs": self.recipe.epochs, **row})
@@ -262,6 +260,36 @@ class Run:
             self._keep_new_choices(self.directory)
         self._announce()
         self._say(f"{'going on' if self.extend else 'resuming'} after {place} of {self.recipe.epochs}")
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], where: Path | None) -> None:
+        """Take up a state, and warn if it was written in another environment; `where` it was read from."""
+        self.state.restore(tensors, values)
+        changed = {
+            name: (value, values["environment"].get(name))
+            for name, value in self.state.environment.items()
+            if "environment" in values and value != values["environment"].get(name)
+        }
+        if changed and where is not None:
+            said = ", ".join(f"{name} is {new}, was {old}" for name, (new, old) in changed.items())
+            warnings.warn(f"{where} is resumed in another environment, so last bits may differ: {said}", stacklevel=5)
+        self.loop.scale = self.state.progress.scale
+
+    def here(self) -> tuple[dict[str, Any], str]:
+        """Where the run is: fields of a row of the log, and a phrase."""
+        progress = self.state.progress
+        row: dict[str, Any] = {"epoch": progress.epoch, "environment": self.state.environment}
+        if self.state.part is None:
+            return row, f"epoch {progress.epoch}"
+        row["step"] = self.state.part.steps
+        return row, f"step {row['step']} of epoch {progress.epoch + 1}"
+
+    def write_into(self, directory: RunDirectory, files: Mapping[str, str]) -> None:
+        """Write a run that had no directory into one, replacing what is there."""
+        directory.begin(files)
+        saved = self.state.saved()
+        directory.commit(*saved)
+        self._make_up(directory, saved[0])
+        self.directory = directory
 
     def _make_up(self, directory: RunDirectory, tensors: Mapping[str, Tensor]) -> None:
         """Rebuild the files that follow from the state if they are lost or do not match it."""
@@ -301,17 +329,22 @@ class Run:
         """Train the remaining epochs, then record the event that marks the run as finished."""
         recipe, progress = self.recipe, self.state.progress
         reset_peak_memory(self.device)
-        total, done = recipe.epochs * self.train.num_images, self._images_done(self.state.part)
+        total, done = recipe.epochs * self.train.num_images, self.images_done(self.state.part)
         with progress_bar(self.show_progress, total, done) as bar, polling():
-            while not self._is_done():
+            while not self.is_done():
                 try:
                     self.one_epoch(self.state.progress.epoch + 1, bar)
                 except TrainingDiverged as error:
-                    self._log_divergence(error)
+                    self.log_divergence(error)
                     if self.good is None or progress.rollbacks >= recipe.rollbacks:
                         self.model.load_adapter_state_dict(self.state.best)
                         raise
                     progress = self._roll_back(error)
+        self.finish()
+
+    def finish(self) -> None:
+        """Record the event that marks the run as finished, and warn if a probe was better."""
+        recipe, progress = self.recipe, self.state.progress
         end = {
             "event": "end",
             "best_epoch": progress.best_epoch,
@@ -331,21 +364,23 @@ class Run:
             warnings.warn(
                 f"the validation accuracy of {progress.best_val_accuracy:.3f} is below that of a linear probe on the "
                 f"same features, {probe:.3f}: train longer, with another learning rate or head_init='probe'",
-                stacklevel=4,
+                stacklevel=5,
             )
 
-    def _images_done(self, part: Totals | None) -> int:
+    def images_done(self, part: Totals | None) -> int:
+        """Number of images that all epochs have trained on so far, with those of a part of one."""
         of_part = 0 if part is None else int(part.read()["images"])
         return self.state.progress.epoch * self.train.num_images + of_part
 
-    def _is_done(self) -> bool:
+    def is_done(self) -> bool:
         """Whether all epochs are done, or none was better for `patience` epochs."""
         progress, patience = self.state.progress, self.recipe.patience
         return progress.epoch >= self.recipe.epochs or (
             patience is not None and progress.epoch - progress.best_epoch >= patience
         )
 
-    def _log_divergence(self, error: TrainingDiverged) -> None:
+    def log_divergence(self, error: TrainingDiverged) -> None:
+        """Add the error to the log."""
         row = {"event": "diverged", "epoch": error.epoch, "step": error.step, "lr": error.lr, "message": str(error)}
         self.state.progress.events.append(row)
         if self.directory is not None:
@@ -370,14 +405,13 @@ class Run:
 
     def one_epoch(self, epoch: int, bar: Any) -> None:
         """Train and validate for one epoch, or the rest of it, then commit the result."""
-        state, progress = self.state, self.state.progress
-        totals = Totals(self.device, rng_state()) if state.part is None else state.part
-        self.began, self.before = time.perf_counter(), totals.seconds
-        bar.n = self._images_done(totals)
+        progress = self.state.progress
+        totals = self.begin_epoch()
+        bar.n = self.images_done(totals)
         said = f" val {progress.best_val_accuracy:.3f} (best)" if progress.epoch else ""
         record = self.loop.train(epoch, bar, said, totals, self._after_step)
         self._refuse_explosion(epoch, record)
-        self._keep_time(totals)
+        self.keep_time(totals)
         trained, after_training = totals.seconds, rng_state()
 
         def stop_if_asked() -> None:
@@ -386,6 +420,30 @@ class Run:
                 self._save_and_stop(epoch, totals)
 
         val_loss, score = self.loop.validate(epoch, stop_if_asked)
+        improved = self.end_epoch(epoch, record, trained, val_loss, score)
+        self.commit()
+        if improved and self.directory is not None:
+            self.directory.write_best(self.model)
+        if self.show_progress:
+            with bar.external_write_mode(file=sys.stderr):
+                say(epoch_line(progress.events[-1], self.recipe.epochs, self.data.task.metric, improved), sys.stderr)
+        for callback in self.callbacks:
+            callback.on_epoch(progress.events[-1])
+
+    def begin_epoch(self) -> Totals:
+        """Return what the epoch that begins, or goes on, has summed up so far."""
+        totals = Totals(self.device, rng_state()) if self.state.part is None else self.state.part
+        self.began, self.before = time.perf_counter(), totals.seconds
+        return totals
+
+    def end_epoch(self, epoch: int, record: Mapping[str, Any], trained: float, val_loss: float, score: float) -> bool:
+        """Log a complete epoch, and keep its weights if they are the best so far; return whether they are.
+
+        Args:
+            record: result of `Loop.train`.
+            trained: seconds of training, without validation.
+        """
+        state, progress = self.state, self.state.progress
         now, best = (score, -val_loss), (progress.best_val_accuracy, -progress.best_val_loss)
         improved = now[::-1] > best[::-1] if self.recipe.select_by == "loss" else now > best
         improved = improved or self.recipe.select_by == "last"
@@ -409,14 +467,7 @@ class Run:
             }
         )
         state.part = None
-        self.commit()
-        if improved and self.directory is not None:
-            self.directory.write_best(self.model)
-        if self.show_progress:
-            with bar.external_write_mode(file=sys.stderr):
-                say(epoch_line(progress.events[-1], self.recipe.epochs, self.data.task.metric, improved), sys.stderr)
-        for callback in self.callbacks:
-            callback.on_epoch(progress.events[-1])
+        return improved
 
     def _refuse_explosion(self, epoch: int, record: Mapping[str, Any]) -> None:
         """Raise `TrainingDiverged` for an epoch's mean loss far above the first one's, where a rollback can mend it."""
@@ -425,7 +476,8 @@ class Run:
             what = f"mean loss is {record['train_loss']:.4g}, more than three times that of the first epoch"
             raise TrainingDiverged(what, epoch, 0, record["lr"], "as a whole")
 
-    def _keep_time(self, totals: Totals) -> None:
+    def keep_time(self, totals: Totals) -> None:
+        """Let the totals know how long the epoch has taken."""
         totals.seconds = self.before + time.perf_counter() - self.began
 
     def _after_step(self, totals: Totals, step: Step) -> None:
@@ -436,9 +488,7 @@ class Run:
             return
         if requested():
             self._save_and_stop(step.epoch, totals)
-        number, unit = checkpoint_interval(self.recipe.checkpoint_every)
-        due = totals.steps % number == 0 if unit == "steps" else monotonic() - self.last_commit > 60 * number
-        if due:
+        if checkpoint_due(self.recipe, totals.steps, self.last_commit):
             self._save_part(step.epoch, totals)
 
     def _save_part(self, epoch: int, totals: Totals) -> None:
@@ -447,7 +497,7 @@ class Run:
             self.loop.require_finite(epoch, totals)
         elif totals.read()["bad_step"]:  # all processes see that together, at the end of the epoch
             return
-        self._keep_time(totals)
+        self.keep_time(totals)
         self.state.part = totals
         self.commit()
 

@@ -29,7 +29,7 @@ class RunData:
 
     Attributes:
         kind: of the labels (`kind_of_labels`). task: what the model's outputs are compared with.
-        fixed: whether images are the same in every epoch.
+        fixed: whether images are the same in every epoch. fixed_val: whether those of validation are.
         cached: whether the batches hold features for the head (a linear probe on images that never change).
         constants: whose records the batches hold; see `make_plan`.
 
@@ -52,9 +52,11 @@ class RunData:
             self.weights = 1 / counts[labels].double() if recipe.sampling == "balanced" else None
         self.task = make_task(recipe, self.kind, self.num_classes, counts, self.device, model.domains)
         changing = recipe.mixup or recipe.cutmix or recipe.random_erasing
-        self.fixed = not changing and _same_every_epoch(train) and _same_every_epoch(val)
+        self.fixed_val = _same_every_epoch(val)
+        self.fixed = not changing and _same_every_epoch(train) and self.fixed_val
         self.cached = self.fixed and model.generator is None and not model.full
         self.constants: Constants | None = None
+        self._prepared: tuple[Any, Any] | None = None
 
     def make_plan(self, directory: Path | None, facts: Mapping[str, Any] | None) -> Plan:
         """Plan what this run computes once (`fastprompt.train.plan`), and keep to it.
@@ -68,11 +70,22 @@ class RunData:
         self.constants = plan.constants
         return plan
 
+    def prepared(self) -> tuple[Any, Any]:
+        """Return what training and validation read: images, or their features or constants, which this computes."""
+        if self._prepared is None:
+            train, val = self.features() if self.cached else (self.train, self.val)
+            if self.constants is not None:
+                train, val = self.constants.kept("train", train), self.constants.kept("val", val)
+            self._prepared = train, val
+        return self._prepared
+
+    def share(self, other: RunData) -> None:
+        """Read what another run on the same data and backbone has prepared."""
+        self.constants, self._prepared = other.constants, other.prepared()
+
     def batches(self) -> tuple[Batches, Batches]:
-        """Return the batches of training and validation; this computes the features if they are cached."""
-        train, val = self.features() if self.cached else (self.train, self.val)
-        if self.constants is not None:
-            train, val = self.constants.kept("train", train), self.constants.kept("val", val)
+        """Return the batches of training and validation, of what is `prepared`."""
+        train, val = self.prepared()
         size, workers = self.recipe.batch_size, self.recipe.num_workers
         shuffled = self._batches(
             train,

@@ -5,6 +5,7 @@ Nothing here reads a number from the device, except `Score.result`, after the la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -259,8 +260,7 @@ class Score:
             self.ranks.gather(torch.cat([empty, *rows])).double() for rows in (self.outputs, self.labels)
         )
         if self.task.kind == "values":
-            left = (labels - outputs).square().sum(0)
-            return loss / images, float((1 - left / (labels - labels.mean(0)).square().sum(0)).mean())
+            return loss / images, float(coefficients_of_determination(outputs, labels).mean())
         return loss / images, mean_average_precision(outputs, labels)
 
 
@@ -271,10 +271,22 @@ def mean_average_precision(outputs: Tensor, labels: Tensor) -> float:
         outputs: (N, C), higher for more certain labels. labels: (N, C) zeros and ones. A class without positive labels
             does not count.
     """
+    each = average_precisions(outputs, labels)
+    present = each[each.isfinite()]
+    return float(present.mean()) if len(present) else 0.0
+
+
+def average_precisions(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return (C,) what `mean_average_precision` averages; NaN for a class without positive labels."""
     from torchmetrics.functional.classification import binary_average_precision
 
-    present = [index for index in range(labels.shape[1]) if bool((labels[:, index] > 0.5).any())]
-    if not present:
-        return 0.0
-    each = [binary_average_precision(outputs[:, c].sigmoid(), (labels[:, c] > 0.5).long()) for c in present]
-    return float(torch.stack(each).mean())
+    found = torch.full(labels.shape[1:], math.nan, dtype=torch.float64)
+    for c in range(labels.shape[1]):
+        if bool((labels[:, c] > 0.5).any()):
+            found[c] = binary_average_precision(outputs[:, c].sigmoid(), (labels[:, c] > 0.5).long())
+    return found
+
+
+def coefficients_of_determination(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return (C,) R² = 1 − Σ (y − ŷ)² / Σ (y − ȳ)² of each value, from (N, C); NaN or −inf for a constant one."""
+    return 1 - (targets - outputs).square().sum(0) / (targets - targets.mean(0)).square().sum(0)

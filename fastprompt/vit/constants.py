@@ -86,11 +86,11 @@ def features_behind(
     rows: Tensor,
     grid: tuple[int, int],
     block: int,
-    group: Group,
+    groups: Sequence[Group],
     parts: Folded,
     recompute: bool = False,
     bits: int | None = None,
-) -> Tensor:
-    """Return the features (B, D) that the head reads, from the rows (B, T, D) that enter `block` (`before`)."""
+) -> list[Tensor]:
+    """Return the features (B, D) that each group's head reads, from all rows that enter `block` (`before`)."""
     entering = reference.Sequence(rows, vit.num_prefix, grid=grid)
-    return forward.features(vit, entering, [group], parts, recompute, first=block, bits=bits)[0]
+    return forward.features(vit, entering, groups, parts, recompute, first=block, bits=bits)

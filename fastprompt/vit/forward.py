@@ -42,6 +42,10 @@ Projected = tuple[Tensor, Tensor | None, Tensor | None]
 """Queries, keys and values of tokens as `prefix_attention` takes them, packed or separate."""
 
 
+Shapes = tuple[tuple[int, int], ...]
+"""(B, T) of each of several groups whose rows are packed."""
+
+
 class Rows(NamedTuple):
     """Token rows (B, T, D) of one group of images, or of several groups packed as (Σ B T, D) with each group's (B, T).
 
@@ -50,7 +54,7 @@ class Rows(NamedTuple):
     """
 
     data: Tensor
-    shapes: tuple[tuple[int, int], ...] = ()
+    shapes: Shapes = ()
     normed: Tensor | None = None
 
     @classmethod
@@ -130,7 +134,7 @@ def features(
         embedded: class token, registers and patches from `embed`, one group after the other.
         groups: Linears and MLPs run over the rows of all groups; prompts and attention run per group.
         parts: the backbone's parts from `folded`.
-        recompute: keep only each block's input for the backward and compute the block again there (one group only).
+        recompute: keep only each block's input for the backward and compute the block again there.
         watch: called before block i with i, the number of rows that are no prompts, and what enters the block.
         first: the block that `embedded` enters; its tokens come from the block before it.
         bits: of what the MLPs' activations keep for the backward (`compressed.activation`); None: their input.
@@ -196,6 +200,12 @@ def features(
             answered[j].append(_answers(vit, blocks[i], i, groups[j], *of_groups[j], turns[i]))
         return x
 
+    def alone(i: int, data: Tensor, shapes: Shapes, leaving: list[Shapes]) -> Tensor:
+        """Compute block i from its rows alone, now and in the backward; append the shapes that leave it."""
+        found = step(i, Rows(data, shapes))
+        leaving.append(found.shapes)
+        return found.data
+
     querying = [j for j, group in enumerate(groups) if has_role(group.generator, "queries")]
     answered: dict[int, list[Tensor]] = {j: [] for j in querying}
     recompute = recompute and not (querying and parts is not None)  # frozen rows save nothing
@@ -203,15 +213,9 @@ def features(
     for i in range(first, len(blocks)):
         rows = ask(i, rows)
         if recompute and torch.is_grad_enabled():
-            rows = Rows(
-                checkpoint(
-                    lambda i, data: step(i, Rows(data)).data,
-                    i,
-                    rows.data,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
-            )
+            left: list[Shapes] = []
+            data = checkpoint(alone, i, rows.data, rows.shapes, left, use_reentrant=False, preserve_rng_state=False)
+            rows = Rows(data, left[0])
         else:
             rows = step(i, rows, None if i == last else blocks[i + 1])
     rows = rows if vit.norm is None else rows._replace(data=vit.norm(rows.data))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,14 @@ import torch
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import fastprompt as fp
-from fastprompt.train.evaluate import backbone_precision, evaluate, summarise
+from fastprompt.train.evaluate import (
+    backbone_precision,
+    evaluate,
+    evaluate_classes,
+    summarise,
+    summarise_labels,
+    summarise_values,
+)
 
 V2APT = fp.V2APTConfig(num_prompts=4, num_instance=2, latent=8, hidden=16)
 
@@ -220,3 +228,67 @@ def test_logits_that_are_not_finite_are_an_error(make_model: Callable[..., Any],
         model.head.bias[0] = math.inf
     with pytest.raises(ValueError, match=r"model must have finite parameters, got .* in head\.bias"):
         evaluate(model, colours(6))
+
+
+def test_several_labels_are_scored_by_average_precision_and_thresholds() -> None:
+    logits = torch.tensor([[3.0, -1.0, 0.0], [1.0, 2.0, 0.0], [-1.0, 0.5, 0.0], [0.5, -2.0, 0.0]])
+    labels = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 1, 0], [1, 0, 0]])
+    found = summarise_labels(logits, labels, 1.0)
+    # ranked 1 0 1 1: (1 + 2/3 + 3/4) / 3; ranked 1 1 0 0: 1; the third label never occurs
+    assert found.per_label[:2].tolist() == pytest.approx([(1 + 2 / 3 + 3 / 4) / 3, 1.0])
+    assert math.isnan(found.per_label[2])
+    assert found.map == pytest.approx(float(found.per_label[:2].mean()))
+    p = logits.double().sigmoid()
+    assert found.loss == pytest.approx(float(-(labels * p.log() + (1 - labels) * (1 - p).log()).mean()))
+    assert found.predictions().tolist() == (p >= 0.5).tolist()
+    assert found.f1(0.5)[:2].tolist() == pytest.approx([4 / 6, 1.0])
+    best = found.best_thresholds()
+    for c in range(2):  # no other threshold is better
+        tried = [float(found.f1(float(value))[c]) for value in found.probabilities[:, c]]
+        assert float(found.f1(best)[c]) == max(tried)
+    assert best[2] == 1
+    tied = summarise_labels(torch.zeros(4, 1), torch.tensor([[1], [0], [0], [1]]), 1.0)
+    assert float(tied.f1(tied.best_thresholds())) == pytest.approx(2 * 2 / (4 + 2))
+
+
+def test_values_are_scored_by_their_errors() -> None:
+    outputs, targets = (
+        torch.tensor([[1.0, 5.0], [2.0, 5.0], [4.0, 8.0]]),
+        torch.tensor([[1.0, 4.0], [3.0, 6.0], [5.0, 8.0]]),
+    )
+    found = summarise_values(outputs, targets, 1.0)
+    assert found.per_value.tolist() == pytest.approx([1 - 2 / 8, 1 - 2 / 8])
+    assert (found.r2, found.mae) == pytest.approx((0.75, 4 / 6))
+    assert found.rmse == pytest.approx(math.sqrt(4 / 6))
+    assert summarise_values(outputs[:, :1], targets[:, 0], 1.0).r2 == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(("loss", "kind"), [("bce", "labels"), ("mse", "values")])
+def test_a_fitted_model_knows_what_it_predicts(
+    loss: str, kind: str, make_model: Callable[..., Any], colours: Callable[..., Any], tmp_path: Path
+) -> None:
+    images, classes = colours(24)
+    rows = torch.stack([classes == 0, classes > 1, classes == 3], dim=1).float()
+    model = make_model(num_classes=3)
+    result = fp.fit(
+        model,
+        (images, rows),
+        (images, rows),
+        epochs=1,
+        loss=loss,
+        label_smoothing=0.0,
+        out_dir=tmp_path,
+        progress=False,
+    )
+    assert model.predicts == kind
+    saved = fp.PromptedViT.from_pretrained(model.backbone, tmp_path / "best")
+    assert saved.predicts == kind
+    found = evaluate(saved, (images, rows))
+    score = found.map if kind == "labels" else found.r2
+    assert score == pytest.approx(result.best_val_accuracy, rel=1e-4)
+    with pytest.raises(TypeError, match=rf"must have {kind} of shape \(N, 3\)"):
+        evaluate(saved, (images, classes))
+    with pytest.raises(ValueError, match=f"model must predict classes, got one that predicts {kind}"):
+        evaluate_classes(saved, (images, rows))
+    saved.predicts = "class"
+    assert evaluate(saved, (images, classes % 3)).probabilities.shape == (24, 3)
