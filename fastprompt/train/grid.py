@@ -105,8 +105,7 @@ def run_grid(
 ) -> list[RunResult]:
     """Train one model for every learning rate and seed, one after the other; finished runs are not repeated.
 
-    `fit_grid` trains them together, and is faster where they share much. This trains models that cannot be, such as
-    those of full fine-tuning.
+    `fit_grid` trains them together. This trains models that cannot be, such as those of full fine-tuning.
 
     Each run has its own directory `lr-<lr>_seed-<seed>`. Its `result.json` is written last and marks the run as
     finished. An interrupted run resumes after its last epoch. A run that diverges is recorded as diverged, and the
