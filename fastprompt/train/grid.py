@@ -374,7 +374,7 @@ def _one_run(
             return _result(record, directory)
         fitted = None
         with contextlib.suppress(TrainingDiverged):
-            fitted = fit_in(run, model, train, val, recipe, progress=progress, data=data)
+            fitted = fit_in(run, model, train, val, recipe, progress=progress, data=data, options=options)
         return _result(_write_record(directory, model, recipe, identity, fitted), directory)
 
 
