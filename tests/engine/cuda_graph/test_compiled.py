@@ -85,7 +85,7 @@ def test_an_engine_runs_it(
     assert {batch for _, batch in compiles} == {4}
 
 
-@pytest.mark.parametrize("method", ["vpt-deep", "vapt", "v2apt", "pgn"])
+@pytest.mark.parametrize("method", ["vpt-deep", "v2apt"])
 def test_the_compiler_takes_the_whole_forward(build: Build, images: Tensor, method: str) -> None:
     model = build(method)
     samples = [{}] if model.generator is None else model.generator.inference_draws()
