@@ -24,11 +24,13 @@ TABLES = {
     "_add_norm_fwd": (
         Tiles({"BLOCK": 4}, limits={"D": 512}),
         Tiles({"BLOCK": 2}, limits={"D": 1024}),
+        Tiles({"BLOCK": 1}, families=("gfx",)),
         Tiles({"BLOCK": 1}, num_warps=8),
     ),
     "_add_norm_bwd": (
         Tiles({"BLOCK": 4}, limits={"D": 512}),
         Tiles({"BLOCK": 2}, limits={"D": 1024}),
+        Tiles({"BLOCK": 1}, families=("gfx",)),
         Tiles({"BLOCK": 1}, num_warps=8),
     ),
 }

@@ -49,6 +49,7 @@ CASES = [
     case("a matrix", 2, 3, 48, flat=True),
     case("wide", 2, 3, 600),
     case("wider than a ViT-L", 1, 3, 1100),
+    case("wider than a ViT-L, gfx942", 1, 3, 1100, family="gfx942"),
 ]
 TRAFFIC = [case("bytes", 4, 100, 128, dtypes=("float16",))]
 LOADED_ONCE = {"_add_norm_fwd": ("x", "branch"), "_add_norm_bwd": ("grad_added", "grad_normed", "added")}
@@ -59,8 +60,8 @@ def at_size(batch: int) -> list[Case]:
     """The rows of a ViT-S, a ViT-B and a ViT-g."""
     return [
         case("ViT-B", batch, 197, 768),
-        case("ViT-S", batch, 197, 384, compiled=("float16",)),
-        case("ViT-g", batch, 257, 1408, compiled=("float32", "bfloat16")),
+        case("ViT-S", batch, 197, 384),
+        case("ViT-g", batch, 257, 1408),
     ]
 
 
