@@ -1,4 +1,4 @@
-# make test | test-oldest | docs | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-training | bench-engine | bench-int8 | bench-rotary | cost | backbones | gates | kernels-report | gpu | gpu-here | gpu-table | tune | release-check | dist | clean | help
+# make test | test-long | test-oldest | docs | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-training | bench-engine | bench-int8 | bench-rotary | cost | backbones | gates | kernels-report | gpu | gpu-here | gpu-table | tune | release-check | dist | clean | help
 #   PYTHON=python3.12   interpreter to create the environment with
 #   VENV=path           environment to create or reuse (default .venv)
 #   PIP_FLAGS=...       more flags for pip, for example an extra index with CPU builds of torch
@@ -24,7 +24,7 @@ STAMP := $(VENV)/.fastprompt-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint types pytest test-oldest browser page hammer torture serve-ray load demo table pixels plots docs bench bench-forward bench-training bench-engine bench-int8 bench-rotary cost backbones gates kernels-report gpu gpu-here gpu-table tune release-check dist clean
+.PHONY: help install test lint types pytest test-long test-oldest browser page hammer torture serve-ray load demo table pixels plots docs bench bench-forward bench-training bench-engine bench-int8 bench-rotary cost backbones gates kernels-report gpu gpu-here gpu-table tune release-check dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ lint: $(STAMP)  ## run ruff: lint and format
 
 types: $(STAMP)  ## run mypy on the package, its ops and the client
 	$(PY) -m mypy
+
+test-long: $(STAMP)  ## run the slow variants of quicker tests, which `make test` leaves out
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n $(JOBS) --dist loadfile -m long $(TESTS)
 
 OLDEST_TESTS := tests/kernels tests/engine tests/test_interoperation.py tests/test_streams.py tests/test_kept.py
 

@@ -484,10 +484,12 @@ def markdown(table: Mapping[str, Any]) -> str:
     sizes = ", ".join(f"{data[key]} {key}" for key in ("train", "val", "test") if key in data)
     seeds = ", ".join(str(seed) for seed in table["seeds"])
     machine = protocol.get("machine")
+    queries = any(row["method"] == "vqt" for row in table["rows"])
+    constant = " and VQT, whose frozen features are computed once" if queries else ""
     lines += [
         "",
-        f"Images: {sizes}; augmentation of the training images, but for the SGD probe and VQT, whose "
-        f"frozen features are computed once: {data.get('augment')}. "
+        f"Images: {sizes}; augmentation of the training images, but for the SGD probe{constant}: "
+        f"{data.get('augment')}. "
         f"A seed ({seeds}) draws the training and validation images and sets initial values, batch order and "
         "dropout; it is the same for every method. The test images are the same for all seeds.",
         "The learning rate is the one with the best validation accuracy, averaged over the seeds; a method with one "

@@ -155,6 +155,7 @@ STEPS = (
     Step("wheel-newest", "install the wheel with the newest Python and versions, and use it", install(wheel, False)),
     Step("sdist", "build and install the sdist with the newest Python and versions, and use it", install(sdist, False)),
     Step("test", "ruff, mypy and the whole suite", make("test")),
+    Step("test-long", "the slow variants that `make test` leaves out", make("test-long")),
     Step("test-oldest", "kernels and engine with the oldest versions allowed", make("test-oldest")),
     Step("gates", "every gate of the Triton kernels", make("gates")),
     Step("docs", "build the documentation; warnings are errors", make("docs")),

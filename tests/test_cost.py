@@ -193,6 +193,7 @@ def test_formula_is_what_runs_in_float32(
     compare(bench, bench.random_backbone(**SMALL).float(), configs[method], dtype="float32")
 
 
+@pytest.mark.long
 def test_formula_is_what_runs_where_attention_works_in_chunks(bench: ModuleType) -> None:
     backbone = bench.random_backbone(**{**SMALL, "img_size": 448, "depth": 1})
     compare(bench, backbone, fp.VPTConfig(5), "patches", graphs=("papers", "rewritten"))
@@ -213,6 +214,7 @@ def test_flops_and_bytes_hold_where_onednn_multiplies(
         assert found.dispatches <= formula.dispatches
 
 
+@pytest.mark.long
 def test_threads_change_the_parts_that_attention_works_through(bench: ModuleType) -> None:
     model = fp.PromptedViT(bench.random_backbone(**{**SMALL, "img_size": 448, "depth": 2}), fp.VPTConfig(5), 10)
     images = torch.randn(2, 3, 448, 448)

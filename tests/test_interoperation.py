@@ -18,7 +18,10 @@ import fastprompt as fp
 from fastprompt.generators import PromptConfig
 
 Make = Callable[..., fp.PromptedViT]
-pytestmark = pytest.mark.parametrize("method", ["vpt-dropout", "vpt-shallow", "vapt", "v2apt", "pgn", "free"])
+METHODS = ["vpt-dropout", "vpt-shallow", "vapt", "v2apt", "pgn", "free"]
+SLOW = [name if name in ("vapt", "pgn") else pytest.param(name, marks=pytest.mark.long) for name in METHODS]
+ALL = pytest.mark.parametrize("method", METHODS)
+COMPILED = pytest.mark.parametrize("method", SLOW)
 
 
 @pytest.fixture
@@ -55,6 +58,7 @@ def assert_same(ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, di
         assert (ours[1][name] - gradient).norm() <= 1e-10 * gradient.norm() + 1e-13, name
 
 
+@COMPILED
 def test_compiled_without_graph_breaks(make: Make, tiny_images: Tensor, method: str) -> None:
     torch._dynamo.reset()
     model, images = make(method).train(), tiny_images.double()
@@ -75,6 +79,7 @@ def test_compiled_without_graph_breaks(make: Make, tiny_images: Tensor, method: 
     assert not any("_folded" in name for name in model.state_dict())
 
 
+@ALL
 def test_autocast(make: Make, tiny_images: Tensor, method: str) -> None:
     exact, model = make(method).train(), make(method, torch.float32).train()
     draws = exact.draw(4)
@@ -88,6 +93,7 @@ def test_autocast(make: Make, tiny_images: Tensor, method: str) -> None:
     assert all(g.isfinite().all() and g.dtype == torch.float32 for g in gradients.values())
 
 
+@COMPILED
 def test_exported_with_a_dynamic_batch(make: Make, tiny_images: Tensor, tmp_path: Path, method: str) -> None:
     model = make(method, torch.float32).eval()
     check_export(model, tiny_images)
@@ -122,6 +128,7 @@ def check_onnx(model: fp.PromptedViT, images: Tensor, tmp_path: Path) -> None:
         assert (out - expected).norm() <= 1e-4 * expected.norm()
 
 
+@ALL
 def test_gradient_checkpointing(make: Make, tiny_images: Tensor, method: str) -> None:
     model, images, saved = make(method).train(), tiny_images.double(), [0, 0]
     draws = model.draw(4)
@@ -142,6 +149,7 @@ def test_gradient_checkpointing(make: Make, tiny_images: Tensor, method: str) ->
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@ALL
 def test_small_batches(make: Make, tiny_images: Tensor, method: str, training: bool) -> None:
     model = make(method).train(training)
     for batch in (0, 1):
@@ -154,6 +162,7 @@ def test_small_batches(make: Make, tiny_images: Tensor, method: str, training: b
     assert all(t.isfinite().all() for t in model.generator.state_dict().values())
 
 
+@ALL
 def test_memory_layout_of_images_does_not_matter(make: Make, method: str) -> None:
     model, pixels = make(method).eval(), torch.randn(8, 64, 64, 3).double().permute(0, 3, 1, 2)
     layouts = [
@@ -167,6 +176,7 @@ def test_memory_layout_of_images_does_not_matter(make: Make, method: str) -> Non
             torch.testing.assert_close(model(images), model(images.contiguous()), rtol=1e-10, atol=1e-12)
 
 
+@ALL
 def test_gradients_reach_the_images(make: Make, tiny_images: Tensor, method: str) -> None:
     model, gradients = make(method).train(), []
     draws = model.draw(4)
@@ -177,6 +187,7 @@ def test_gradients_reach_the_images(make: Make, tiny_images: Tensor, method: str
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-12)
 
 
+@ALL
 def test_functional_calls_and_copies(make: Make, tiny_images: Tensor, method: str) -> None:
     model, images = make(method).eval(), tiny_images.double()
     with torch.no_grad():
@@ -198,6 +209,7 @@ def test_functional_calls_and_copies(make: Make, tiny_images: Tensor, method: st
         assert (ours - p.grad).norm() <= 1e-10 * p.grad.norm() + 1e-13, name
 
 
+@ALL
 def test_half_precision(make: Make, tiny_images: Tensor, method: str) -> None:
     model = make(method, torch.float32).train()
     model.set_backbone_dtype(torch.float16)
@@ -206,6 +218,7 @@ def test_half_precision(make: Make, tiny_images: Tensor, method: str) -> None:
     assert all(g.isfinite().all() for g in gradients.values())
 
 
+@ALL
 def test_a_compiled_model_sees_loaded_weights(make: Make, tiny_images: Tensor, method: str) -> None:
     torch._dynamo.reset()
     model, images = make(method).eval(), tiny_images.double()

@@ -35,7 +35,8 @@ def vae_prompts(
         ValueError: a shape does not fit.
         RuntimeError: `use_backend` asks for an implementation that cannot run.
     """
-    call = dispatch.call_of("vae_prompts", stats, domain, seed, *(x for decoder in decoders for x in decoder))
+    parts = [x for decoder in decoders if isinstance(decoder, Decoder) for x in decoder]
+    call = dispatch.call_of("vae_prompts", stats, domain, seed, len(decoders), *parts)
     plans = dispatch.recall(call, "triton")
     if plans is not None:
         from fastprompt.kernels.vae_prompts import triton

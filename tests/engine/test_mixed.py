@@ -66,7 +66,7 @@ def test_products_with_frozen_weights_run_once_for_all(
 ) -> None:
     rows, original = [], forward.reference.mlp
     monkeypatch.setattr(
-        forward.reference, "mlp", lambda module, x: rows.append(x[..., 0].numel()) or original(module, x)
+        forward.reference, "mlp", lambda module, x, bits: rows.append(x[..., 0].numel()) or original(module, x, bits)
     )
     models = [build("vpt-deep"), build("vpt-5"), build("pgn"), build("vpt-deep", 1), build("linear", readout="patches")]
     with torch.no_grad():

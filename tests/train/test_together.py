@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+from crashes import in_a_child, killed_at
 from torch.utils.data import DataLoader, Dataset
 
 import fastprompt as fp
-from bench.crashes import in_a_child, killed_at
 from fastprompt.arguments import ArgumentError
 from fastprompt.train.checkpoint import load_state
 from fastprompt.train.fit import fit
