@@ -65,7 +65,7 @@ class Int8Weights:
     def calibrate(cls, backbone: FrozenViT, images: Tensor, batch_size: int = 16) -> Int8Weights:
         """Round the weights on images like those that the engine will see; a few dozen are enough.
 
-        The result is the same for the same images on the same machine. It takes minutes for a ViT-B/16.
+        The result is the same for the same images on the same machine.
 
         Args:
             backbone: a ViT on the CPU; it is not changed.

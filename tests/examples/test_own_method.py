@@ -90,7 +90,6 @@ def test_the_method_is_less_than_fifty_lines() -> None:
     assert len(method.splitlines()) < 50
 
 
-@pytest.mark.long
 def test_its_file_alone_is_a_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     methods = {name: method for name, method in registry._METHODS.items() if name != "pooled"}
     monkeypatch.setattr(registry, "_METHODS", methods)

@@ -15,7 +15,6 @@ from timm.models import save_for_hf
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.long
 def test_two_processes_write_one_run(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     prepare(tmp_path)
