@@ -11,6 +11,7 @@ import io
 import json
 import os
 import tarfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from fastprompt.data.pools import Pool, Source
 from fastprompt.extras import needed
 
 WDS, HFDS = "wds:", "hfds:"
+MOST_CLASSES = 2**20
+"""A larger class index is no class; a list of so many names would fill memory."""
 CLASS_NAMES = "classes.txt"
 
 
@@ -115,7 +118,7 @@ def webdataset_source(folder: Path, reading: Reading) -> Source:
     NAME.json. `classes.txt` beside the shards may name the classes, one a line.
 
     Raises:
-        ValueError: there are no shards, one is damaged or compressed, or a sample has no label.
+        ValueError: there are no shards, one is damaged or compressed, or a sample has no label, no image or several.
     """
     shards = sorted(path for path in folder.rglob("*.tar") if path.is_file())
     if not shards:
@@ -141,7 +144,7 @@ def webdataset_source(folder: Path, reading: Reading) -> Source:
 
 def _samples(shard: Path) -> Iterator[tuple[Member, int]]:
     """Yield the images of a shard with their labels."""
-    image, label, key = None, None, None
+    image, label, key = None, None, ("", "")
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
@@ -150,10 +153,12 @@ def _samples(shard: Path) -> Iterator[tuple[Member, int]]:
                 place, base = os.path.split(member.name)
                 stem, _, suffix = base.partition(".")
                 if (place, stem) != key:
-                    if image is not None:
-                        yield _complete(image, label, shard)
+                    if image is not None or label is not None:
+                        yield _complete(image, label, key[1], shard)
                     image, label, key = None, None, (place, stem)
                 if is_image_name(base) and "." not in suffix:  # NAME.mask.png is no picture of its own
+                    if image is not None:
+                        raise ArgumentError("name", f"must have one image a sample, got several of {stem} in {shard}")
                     image = Member(str(shard), member.name, member.offset_data, member.size)
                 elif suffix in ("cls", "json"):
                     file = archive.extractfile(member)
@@ -162,16 +167,20 @@ def _samples(shard: Path) -> Iterator[tuple[Member, int]]:
                     label = text if suffix == "cls" else json.loads(text).get("label")
     except (tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
         raise ArgumentError("name", f"must have readable, uncompressed shards, got {shard}: {error}") from error
-    if image is not None:
-        yield _complete(image, label, shard)
+    if image is not None or label is not None:
+        yield _complete(image, label, key[1], shard)
 
 
-def _complete(image: Member, label: Any, shard: Path) -> tuple[Member, int]:
+def _complete(image: Member | None, label: Any, sample: str, shard: Path) -> tuple[Member, int]:
+    if image is None:
+        raise ArgumentError(
+            "name", f"must have an image that Pillow reads in each sample, got {sample} in {shard} without one"
+        )
     try:
         number = int(label)
     except (TypeError, ValueError):
         number = -1
-    if number < 0:
+    if not 0 <= number < MOST_CLASSES:
         raise ArgumentError("name", f"must label {image.name} in {shard} with a class index, got {label!r}")
     return image, number
 
@@ -208,9 +217,16 @@ def huggingface_source(name: str, reading: Reading) -> Source:
     for part, rows in parts.items():
         found = split_of(part)[0] or ("all" if len(parts) == 1 else None)
         if found is None or not len(rows):
+            why = "it is empty" if found else "its name says neither training, validation nor test"
+            warnings.warn(f"{HFDS}{name}: the split {part!r} is left out, {why}", stacklevel=2)
             continue
+        if found in pools:
+            raise ArgumentError("name", f"must have one {found} split, got {sorted(parts)} in {name!r}")
         images, labels = _columns(rows, datasets, name)
         feature, values = rows.features[labels], list(rows[labels])
+        of_class = values and all(isinstance(value, int) and 0 <= value < MOST_CLASSES for value in values)
+        if not of_class and not all(isinstance(value, str) for value in values):
+            raise ArgumentError("name", f"must label every image of {name!r} with a class, {part} does not")
         if isinstance(feature, datasets.ClassLabel):
             own = list(feature.names)
         elif values and isinstance(values[0], str):

@@ -133,7 +133,8 @@ def huggingface(folder: Path, label: Callable[[int], Any], feature: Any) -> Any:
 )
 def test_a_data_set_of_hugging_face(tmp_path: Path, label: Any, feature: Any, names: list[str]) -> None:
     huggingface(tmp_path / "set", label, feature)
-    data = fp.load_data(f"hfds:{tmp_path / 'set'}", image_size=SIDE)
+    with pytest.warns(UserWarning, match="the split 'extra' is left out, its name says neither training"):
+        data = fp.load_data(f"hfds:{tmp_path / 'set'}", image_size=SIDE)
     assert data.class_names == names
     left = sorted([*numbers(data.train), *numbers(data.test)])
     assert left == [*range(12)]  # there is no test split
@@ -164,6 +165,9 @@ def test_a_run_on_shards_resumes_exactly(make_vit: Callable[..., Any], shards: P
     [
         ({"0.tar": {"a.png": picture(0)}}, r"must label a\.png in .* with a class index, got None"),
         ({"0.tar": {"a.png": picture(0), "a.cls": b"cat"}}, "got 'cat'"),
+        ({"0.tar": {"a.png": picture(0), "a.cls": b"1000000000000"}}, "with a class index, got '1000000000000'"),
+        ({"0.tar": {"a.npy": b"", "a.cls": b"0"}}, r"must have an image that Pillow reads in each sample, got a in"),
+        ({"0.tar": {"a.png": picture(0), "a.jpg": picture(0), "a.cls": b"0"}}, "must have one image a sample"),
         ({"train.tar": samples(range(4)), "0.tar": samples(range(4))}, "must name the split of every shard or of none"),
         ({}, "must be a folder with .tar shards"),
         ({"val.tar": samples(range(4))}, "must have images to train on"),
@@ -207,6 +211,21 @@ def test_columns_are_found_or_named(tmp_path: Path) -> None:
     loaded["train"].rename_column("label", "kind").save_to_disk(str(tmp_path / "renamed"))
     with pytest.raises(ValueError, match=r"must have one column of images and one of labels, got .*kind"):
         fp.load_data(f"hfds:{tmp_path / 'renamed'}", image_size=SIDE)
+
+
+def test_wrong_splits_and_labels_are_named(tmp_path: Path) -> None:
+    datasets = huggingface(tmp_path / "set", lambda i: i % 2, lambda datasets: datasets.Value("int64"))
+    loaded = datasets.load_from_disk(str(tmp_path / "set"))
+    twice = datasets.DatasetDict({**loaded, "valid": loaded["validation"]})
+    twice.save_to_disk(str(tmp_path / "twice"))
+    with pytest.raises(ValueError, match="must have one val split, got"), pytest.warns(UserWarning, match="'extra'"):
+        fp.load_data(f"hfds:{tmp_path / 'twice'}", image_size=SIDE)
+    for wrong in (None, 2**40):
+        datasets = huggingface(
+            tmp_path / str(wrong), lambda i, wrong=wrong: i or wrong, lambda datasets: datasets.Value("int64")
+        )
+        with pytest.raises(ValueError, match=r"must label every image of .* with a class, train does not"):
+            fp.load_data(f"hfds:{tmp_path / str(wrong)}", image_size=SIDE)
 
 
 def test_the_command_line_records_an_absolute_place(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
