@@ -118,6 +118,7 @@ def test_sdist_holds_the_native_sources(sdist: Path) -> None:
     assert not [name for name in names if name.endswith(".so")]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="there is no C++ compiler")
 def test_one_wheel_with_the_native_kernels_serves_every_python(tmp_path: Path) -> None:
     wheel = build(

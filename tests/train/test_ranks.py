@@ -156,6 +156,7 @@ def test_a_lost_process_ends_the_job_which_resumes_in_another_number_of_them(
         assert b == pytest.approx(a, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.long
 def test_the_command_line_trains_in_two_processes(tmp_path: Path) -> None:
     place = torture.Place(tmp_path)
     settings = place.settings
