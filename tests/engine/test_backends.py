@@ -27,7 +27,11 @@ def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     ("backend", "method"),
     [
         ("compile", "vpt-deep"),
-        *(("openvino", method) for method in ("vpt-deep", "vpt-shallow-project", "pgn", "v2apt", "vapt", "pixel")),
+        *(("openvino", method) for method in ("vpt-deep", "pgn", "v2apt")),
+        *(
+            pytest.param("openvino", method, marks=pytest.mark.long)
+            for method in ("vpt-shallow-project", "vapt", "pixel")
+        ),
     ],
 )
 def test_computes_what_eager_does(

@@ -43,6 +43,7 @@ def test_gains_are_paired_over_images() -> None:
     assert demo.gains(runs[1:]) == []
 
 
+@pytest.mark.long
 def test_a_failing_method_ends_the_demo_with_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "fetch", lambda data, *_: data)
     flags = ["--data", "no/such/folder", "--methods", "linear", "--out", str(tmp_path / "demo")]

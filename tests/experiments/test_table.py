@@ -217,6 +217,7 @@ def small(tiny_run: list[str], tmp_path: Path) -> list[str]:
     return [*flags, "--seeds", "0", "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
 
 
+@pytest.mark.long
 def test_from_nothing_to_the_table(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
