@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import setuptools  # noqa: F401 (torch.compile imports it, and it fails if another thread imports distutils meanwhile)
 import torch
 from safetensors.torch import load_file
 from timm.models.swin_transformer import SwinTransformer
