@@ -100,7 +100,7 @@ serve-ray: $(STAMP)  ## test the host on a local Ray, which this installs into t
 load: $(STAMP)  ## load a host: batching against batch size 1, hostile clients; write results/serve.md (minutes, on an idle machine)
 	$(PY) bench/load_serve.py
 
-demo: $(STAMP)  ## adapt a real CLIP ViT-B/16 to real images and write an HTML report (minutes)
+demo: $(STAMP)  ## adapt a real ViT-S/14 to real images and write an HTML report (minutes)
 	$(PY) experiments/demo.py
 
 table: $(STAMP)  ## compare all methods with three seeds (hours; resumable)

@@ -8,13 +8,25 @@ import demo
 import pytest
 
 import fastprompt.data
-import fastprompt.vit.assets
 from fastprompt.fetch import FetchError
 
 
 def test_from_nothing_to_the_report(tiny_run: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     flags = list(tiny_run)
-    flags += ["--num-train", "8", "--num-val", "4", "--num-test", "6", "--epochs", "1", "--threads", "1"]
+    flags += [
+        "--num-train",
+        "8",
+        "--num-val",
+        "4",
+        "--num-test",
+        "6",
+        "--epochs",
+        "1",
+        "--threads",
+        "1",
+        "--first-block",
+        "1",
+    ]
     flags += ["--methods", "linear", "pgn", "--out", str(tmp_path / "demo")]
     assert demo.main(flags) == 0
     shown = capfd.readouterr().out
@@ -45,32 +57,10 @@ def test_gains_are_paired_over_images() -> None:
 
 @pytest.mark.long
 def test_a_failing_method_ends_the_demo_with_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "fetch", lambda data, *_: data)
+    monkeypatch.setattr(demo, "fetch", lambda *_: None)
     flags = ["--data", "no/such/folder", "--methods", "linear", "--out", str(tmp_path / "demo")]
     assert demo.main(flags) == 2
     assert not (tmp_path / "demo" / "report.html").exists()
-
-
-def test_mnist_stands_in_only_where_fashion_mnist_cannot_be_had(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked: list[str] = []
-    reachable = {"fashion-mnist": False}
-
-    def load_data(name: str, **_: Any) -> None:
-        asked.append(name)
-        if not reachable.get(name, True):
-            raise FetchError("no network")
-
-    monkeypatch.setattr(fastprompt.data, "load_data", load_data)
-    monkeypatch.setattr(fastprompt.vit.assets, "load_backbone", lambda *_, **__: None)
-    assert demo.fetch(None, "clip-vit-b16", 112) == "mnist5k"
-    assert asked == ["fashion-mnist", "mnist5k"]
-    assert "no network" in capsys.readouterr().out
-    with pytest.raises(FetchError):
-        demo.fetch("fashion-mnist", "clip-vit-b16", 112)
-    reachable["fashion-mnist"] = True
-    assert demo.fetch(None, "clip-vit-b16", 112) == "fashion-mnist"
 
 
 @pytest.mark.parametrize(("error", "text"), [(FetchError, "no network"), (ValueError, "name must be a folder")])
