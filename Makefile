@@ -35,8 +35,8 @@ $(PY):
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) | $(PY)
 	@echo 'installing fastprompt and its dependencies into $(VENV); this takes minutes, and about 6 GB if torch comes with CUDA'
-	@$(PY) -m pip install -qq $(PIP_FLAGS) -c constraints.txt setuptools torch
-	@$(PY) -m pip install -qq $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[dev]'
+	@$(PY) -m pip install -qq --no-compile $(PIP_FLAGS) -c constraints.txt setuptools torch
+	@$(PY) -m pip install -qq --no-compile $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 install: $(STAMP)  ## create the environment and install fastprompt in it, editable
