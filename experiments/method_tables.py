@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
+
 from fastprompt.cli.words import fields_of
 from fastprompt.cost import cost
 from fastprompt.files import atomic_write
@@ -82,16 +85,24 @@ def settings(fields: dict[str, Any]) -> str:
     )
 
 
+def backbone_parameters() -> int:
+    """Count the parameters of a ViT-B/16 at 224 px without its head."""
+    with torch.device("meta"):
+        vit = timm.create_model("vit_base_patch16_224", num_classes=0)
+    return sum(p.numel() for p in vit.parameters())
+
+
 def costs(method: Method) -> list[str]:
     """Trained parameters and FLOPs on a ViT-B/16 at 224 px with the default options."""
     config = method.config()
-    if method.generator_class is None:
-        return []
-    try:
-        generator = method.generator_class(config, Geometry())
-    except TypeError:
-        return ["Its parameters depend on the backbone: `fastprompt info` counts them, on any.", ""]
-    count = sum(p.numel() for p in generator.parameters())
+    if method.generator_class is not None:
+        try:
+            generator = method.generator_class(config, Geometry())
+        except TypeError:
+            return ["Its parameters depend on the backbone: `fastprompt info` counts them, on any.", ""]
+        count = sum(p.numel() for p in generator.parameters())
+    else:
+        count = backbone_parameters() if config.trains_backbone else 0
     lines = [
         "| On a ViT-B/16 at 224 px, default options | |",
         "|---|---:|",
