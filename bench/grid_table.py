@@ -2,9 +2,10 @@
 
 Both are calls of `fp.fit_grid` and `fp.fit`, of which the images per second of the second epoch count, validation and
 first pass aside. A round trains one adapter alone, then grids of several, for every case; a ratio is that of two speeds
-of the same round, and is above 1 where the grid gains.
+of the same round, and is above 1 where the grid gains. The first adapter of a grid has the settings of the one alone,
+and must train with its losses.
 
-    python bench/grid_table.py [--batch 8] [--rounds 2] [--sizes 2 4 8] [--cases vpt ...] [--out results/grid.md]
+    python bench/grid_table.py [--batch 8] [--minutes 8] [--sizes 2 4 8] [--cases vpt ...] [--out results/grid.md]
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import statistics
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,9 @@ from torch.utils.data import Dataset
 import fastprompt as fp
 from fastprompt.files import atomic_write
 from fastprompt.generators import PromptConfig
+
+ROUNDING = 1e-3
+"""How far the loss of an epoch in a grid may be from that of the same run alone, relative to it."""
 
 
 class Flipped(Dataset[Any]):
@@ -76,22 +81,33 @@ def speeds(case: Case, vit: fp.FrozenViT, batch: int, sizes: tuple[int, ...]) ->
     side = vit.image_size[0]
     images, labels = torch.randint(0, 256, (2 * batch, 3, side, side), dtype=torch.uint8), torch.arange(2 * batch) % 2
     train: Any = Flipped(images, labels) if case.augmented else (images, labels)
-    recipe = fp.default_recipe(case.config).replace(epochs=2, batch_size=batch, dtype="float32", warmup_epochs=0)
+    lrs = [1e-3 * (1 + i) for i in range(max(sizes))]
+    recipe = fp.default_recipe(case.config).replace(
+        epochs=2, batch_size=batch, dtype="float32", warmup_epochs=0, lr=lrs[0]
+    )
 
     def make(seed: int) -> fp.PromptedViT:
         torch.manual_seed(seed)
         return fp.PromptedViT(vit, case.config, num_classes=10)
 
-    alone = fp.fit(make(0), train, (images[:2], labels[:2]), recipe, progress=False)
+    alone = fp.fit(make(recipe.seed), train, (images[:2], labels[:2]), recipe, progress=False)
     found = {1: alone.history[-1]["images_per_second"]}
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
-            lrs = [1e-3 * (1 + i) for i in range(size)]
-            grid = fp.fit_grid(make, train, (images[:2], labels[:2]), recipe, {"lr": lrs}, folder, progress=False)
+            asked = {"lr": lrs[:size]}
+            grid = fp.fit_grid(make, train, (images[:2], labels[:2]), recipe, asked, folder, progress=False)
             log = [json.loads(line) for line in (grid[0].directory / "log.jsonl").read_text().splitlines()]
             epochs = [row for row in log if row["event"] == "epoch"]
+            check(case, [each["train_loss"] for each in alone.history], [each["train_loss"] for each in epochs])
             found[size] = size * epochs[-1]["images_per_second"]
     return found
+
+
+def check(case: Case, alone: list[float], together: list[float]) -> None:
+    """End the run if an adapter of a grid had other losses than the one trained alone, beyond rounding."""
+    for own, found in zip(alone, together, strict=True):
+        if not abs(found - own) <= ROUNDING * abs(own):
+            raise SystemExit(f"{case.title}: the loss of an epoch is {found} in the grid, {own} alone")
 
 
 def row(case: Case, rounds: list[dict[int, float]]) -> str:
@@ -110,7 +126,8 @@ def row(case: Case, rounds: list[dict[int, float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5, help="at most")
+    parser.add_argument("--minutes", type=float, default=8, help="no round begins that would end later")
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--out", type=Path, default=Path("results/grid.md"))
@@ -120,7 +137,11 @@ def main() -> None:
     names = {CASES[name].backbone for name in arguments.cases}
     backbones = {name: fp.FrozenViT(BACKBONES[name][1]()) for name in names}
     rounds: dict[str, list[dict[int, float]]] = {name: [] for name in arguments.cases}
+    began = time.perf_counter()
     for number in range(1, arguments.rounds + 1):
+        passed = (time.perf_counter() - began) / 60
+        if passed * number > arguments.minutes * (number - 1) and number > 1:
+            break
         for name in arguments.cases:
             case = CASES[name]
             rounds[name].append(speeds(case, backbones[case.backbone], arguments.batch, tuple(arguments.sizes)))
@@ -130,10 +151,10 @@ def main() -> None:
     lines = [
         "# Grids in one batch against separate runs",
         "",
-        f"`python bench/grid_table.py --batch {arguments.batch} --rounds {arguments.rounds}`, "
+        f"`python bench/grid_table.py --batch {arguments.batch} --minutes {arguments.minutes:g}`, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32, random weights. Adapters × images per "
         "second in training, in the second epoch, and how many times those of separate runs, one after the other, they "
-        "are: the median over rounds, in brackets the lowest and the highest.",
+        f"are: the median over {len(rounds[arguments.cases[0]])} rounds, in brackets the lowest and the highest.",
         "",
         f"| {' | '.join(titles)} |",
         f"|{'---|' * 4}{'---:|' * (len(titles) - 4)}",

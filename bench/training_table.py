@@ -1,11 +1,13 @@
 """Measure what training costs, and write results/training.md: `python bench/training_table.py [PART ...]`.
 
 * steps: a training step (forward, cross-entropy, backward, SGD) of VPT-deep on ViT-B/16 at 224 px with 10, 50 and 100
-  prompts, against the papers' graph as its authors train it, float32 eager. Where the processor multiplies bfloat16,
-  both graphs also run in it, eager and compiled. All ways take turns.
-* memory: peak resident memory of one step in a process of its own.
+  prompts, against the papers' graph as its authors train it, float32 eager. Both graphs also run compiled, and in
+  bfloat16 where the processor multiplies it. Their gradients are compared first; then all ways take turns.
+* memory: peak resident memory of one step in a process of its own, and what it consists of.
 * files: `fp.fit` on JPEG files, which it reads, decodes and flips in every epoch, against the step alone.
 * bits: what activations in 8 and 2 bits save, and how far gradients are from the exact ones, on published weights.
+
+`--minutes` bounds the time of each part: rounds end when it is over, after three at least.
 
 What is measured lies in .benchmarks/training.json, so that parts can be measured at different times; the tables hold
 all parts that are there. `make bench-training` measures everything.
@@ -25,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ import fastprompt as fp
 from fastprompt.cost import cost
 from fastprompt.data import splits
 from fastprompt.files import atomic_write
+from fastprompt.kept import tensors_of
 from fastprompt.memory import peak_memory_mib, reset_peak_memory
 from fastprompt.vit.linear import bfloat16_is_fast, onednn_is_faster
 
@@ -61,10 +64,22 @@ MEMORY = {
     "rewritten, bfloat16, activations in 2 bits": None,
 }
 """Ways whose memory is measured, with the goal as a share of the first."""
+PARTS = {
+    "imports": "imports",
+    "weights": "weights",
+    "folded": "folded copies",
+    "images": "images",
+    "saved": "saved for the backward",
+    "rest": "the rest",
+    "peak": "peak",
+}
+"""What memory consists of, as the table names it."""
 FILES_GOAL = 0.9
 MMAP = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 """Makes glibc give back what is freed, rather than keep it in pieces between what lives on."""
 BITS_GOALS = {8: 0.80, 2: 0.65}
+ROUNDING = {"float32": 1e-3, "bfloat16": 0.1}
+"""Largest distance of a gradient from that of the papers' graph in float32, relative to its norm."""
 
 
 def build(num_prompts: int, dtype: str, backbone: fp.FrozenViT | None = None) -> fp.PromptedViT:
@@ -93,40 +108,52 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def steps(rounds: int, numbers: Sequence[int], known: dict[str, Any]) -> dict[str, Any]:
+def gradients(model: fp.PromptedViT, forward: Callable[[Tensor], Any], images: Tensor, labels: Tensor) -> Tensor:
+    """The gradients of all trained parameters on a batch, (total,) float32."""
+    model.zero_grad(set_to_none=True)
+    F.cross_entropy(forward(images).float(), labels).backward()
+    return torch.cat([p.grad.flatten().float() for _, p in model.trainable_parameters() if p.grad is not None])
+
+
+def check_gradient(name: str, found: Tensor, exact: Tensor, dtype: str) -> float:
+    """Return the distance of a gradient from the exact one, relative to its norm; end the run if it is too large."""
+    error = float((found - exact).norm() / exact.norm())
+    if not error <= ROUNDING[dtype]:
+        raise SystemExit(f"{name}: the gradient differs by {error:.2g} of its norm; at most {ROUNDING[dtype]:g} may")
+    return error
+
+
+def steps(rounds: int, minutes: float, numbers: Sequence[int], known: dict[str, Any]) -> dict[str, Any]:
     """Time all ways at these numbers of prompts; return what is `known` of the others as well."""
     plain = random_backbone().float()
     fast = bfloat16_is_fast(torch.device("cpu"))
-    half = copy.deepcopy(plain).to(torch.bfloat16) if fast else None
+    dtype, own = ("bfloat16", copy.deepcopy(plain).to(torch.bfloat16)) if fast else ("float32", plain)
     images, labels = torch.randn(BATCH, 3, 224, 224), torch.arange(BATCH) % 10
     found = dict(known)
     for num_prompts in numbers:
+        began = time.perf_counter()
         torch._dynamo.reset()
-        model = build(num_prompts, "float32", plain)
-        ways = {
-            THEIRS: stepper(model, model.reference_forward),
-            "rewritten, float32 eager": stepper(model, model),
-        }
-        if num_prompts == 50:
-            for bits in (8, 2):
-                own = copy.deepcopy(model)
-                own.set_activation_bits(bits)
-                ways[f"rewritten, float32 eager, activations in {bits} bits"] = stepper(own, own)
-        if half is not None:
-            model = build(num_prompts, "bfloat16", half)
-            for graph, forward in (("papers' graph", model.reference_forward), ("rewritten", model.forward)):
-                ways[f"{graph}, bfloat16 eager"] = stepper(model, forward)
-                ways[f"{graph}, bfloat16 compiled"] = stepper(model, torch.compile(forward))
-        times: dict[str, list[float]] = {name: [] for name in ways}
+        exact = build(num_prompts, "float32", plain)
+        ways = {THEIRS: (exact, exact.reference_forward)}
+        model = build(num_prompts, dtype, own)
+        for graph, forward in (("papers' graph", model.reference_forward), ("rewritten", model.forward)):
+            ways[f"{graph}, {dtype} eager"] = model, forward
+            ways[f"{graph}, {dtype} compiled"] = model, torch.compile(forward)
+        correct, errors = gradients(exact, exact.reference_forward, images, labels), {}
+        for name, (trained, forward) in ways.items():  # which also compiles
+            errors[name] = check_gradient(name, gradients(trained, forward, images, labels), correct, dtype)
+        runs = {name: stepper(*way) for name, way in ways.items()}
+        times: dict[str, Any] = {name: [] for name in ways}
         for turn in range(rounds + 1):
-            for name, step in ways.items():
+            if turn > 3 and time.perf_counter() - began > 60 * minutes / len(numbers):
+                break
+            for name, step in runs.items():
                 taken = seconds(lambda step=step: step(images, labels))
                 if turn:  # the first one warms up
                     times[name].append(taken)
-        found[str(num_prompts)] = times
-        flops = [cost(plain, fp.VPTConfig(num_prompts), graph=g, training=True, batch=BATCH).flops for g in GRAPHS]
-        found[str(num_prompts)]["flops"] = flops
         print(f"{num_prompts} prompts: { ({n: round(statistics.median(t), 2) for n, t in times.items()}) }", flush=True)
+        flops = [cost(plain, fp.VPTConfig(num_prompts), graph=g, training=True, batch=BATCH).flops for g in GRAPHS]
+        found[str(num_prompts)] = times | {"flops": flops, "errors": errors, "dtype": dtype}
     return found
 
 
@@ -158,31 +185,61 @@ def filled() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if bfloat16_is_fast(torch.device("cpu")) else Filled()
 
 
-def memory_of(way: str, batch: int) -> float:
-    """Return the peak resident MiB of this process in one step at 50 prompts."""
+def distinct_bytes(tensors: Iterable[Tensor]) -> int:
+    """The bytes of the memory behind tensors, of which several may share one."""
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def memory_of(way: str, batch: int) -> dict[str, float]:
+    """Return in MiB the peak resident memory of this process in one step at 50 prompts, and what it consists of."""
     torch.set_num_threads(1)
-    model = build(50, "bfloat16" if "bfloat16" in way else "float32")
-    model.set_grad_checkpointing("recomputed" in way)
-    model.set_activation_bits(int(way.split()[-2]) if way.endswith("bits") else None)
-    step = stepper(model, model.reference_forward if way.startswith("papers") else model)
+    imports = resident_mib()
+    dtype, graph = (
+        ("bfloat16" if "bfloat16" in way else "float32"),
+        "papers" if way.startswith("papers") else "rewritten",
+    )
+    model = build(50, dtype)
+    graph = "recompute" if "recomputed" in way else graph
+    kept = int(way.split()[-2]) if way.endswith("bits") else None
+    model.set_grad_checkpointing(graph == "recompute")
+    model.set_activation_bits(kept)
+    step = stepper(model, model.reference_forward if graph == "papers" else model)
     images, labels = torch.randn(batch, 3, 224, 224), torch.arange(batch) % 10
     onednn_is_faster()  # decided by real products
     gc.collect()
     reset_peak_memory(torch.device("cpu"))
     with filled():
         step(images, labels)
-    return peak_memory_mib()
+    peak = peak_memory_mib()
+    weights = distinct_bytes(tensors_of(model.backbone))
+    parts = model.backbone.folded() if graph != "papers" else None
+    folded = 0 if parts is None else distinct_bytes([*tensors_of(model.backbone), *tensors_of(*parts.blocks)]) - weights
+    saved = (
+        cost(
+            model.backbone, model.config, graph=graph, training=True, dtype=dtype, batch=batch, activation_bits=kept
+        ).saved_bytes
+        * batch
+    )
+    known = {"weights": weights, "folded": folded, "images": images.nbytes, "saved": saved}
+    mib = {"imports": imports} | {name: size / 2**20 for name, size in known.items()}
+    return {"peak": peak, **mib, "rest": peak - sum(mib.values())}
+
+
+def resident_mib() -> float:
+    """The resident memory of this process."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS:")]
+    return int(line.split()[1]) / 2**10
 
 
 def memory(batch: int) -> dict[str, Any]:
-    """Measure every way in a process of its own."""
+    """Measure every way in a process of its own, without and with glibc told to give back what is freed."""
     found: dict[str, Any] = {"batch": batch, "filled": not bfloat16_is_fast(torch.device("cpu"))}
     for way in MEMORY:
         command, found[way] = [sys.executable, __file__, "--one", way, "--batch", str(batch)], []
         for settings in ({}, MMAP):
             run = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | settings)
-            found[way].append(float(run.stdout.split()[-1]))
-        print(f"{way}: {found[way]} MiB", flush=True)
+            found[way].append(json.loads(run.stdout.splitlines()[-1]))
+        print(f"{way}: {[round(each['peak']) for each in found[way]]} MiB", flush=True)
     return found
 
 
@@ -253,15 +310,17 @@ def bits(weights: str) -> dict[str, Any]:
 
 def steps_table(part: dict[str, Any]) -> list[str]:
     """The lines on steps."""
-    ways = list(dict.fromkeys(name for times in part["found"].values() for name in times if name != "flops"))
     numbers = [number for number in PROMPTS if str(number) in part["found"]]
     columns = [part["found"][str(number)] for number in numbers]
+    ways = list(dict.fromkeys(name for errors in columns for name in errors["errors"]))
+    rounds = min(len(times[way]) for times in columns for way in ways if way in times)
     lines = [
         "## A training step",
         "",
         f"VPT-deep on ViT-B/16 at 224 px, batch {BATCH}, random weights. The second row is images a second of the "
         "papers' graph as its authors train it; × is times as fast. Medians over rounds in which all ways take turns, "
-        "in brackets the rounds but the lowest and the highest, behind it the goal: ≥ where the upper end reaches it.",
+        f"at least {rounds}, in brackets the rounds but the lowest and the highest, behind it the goal: ≥ where the "
+        "upper end reaches it. Before that, gradients of all ways are compared with the second row's.",
         "",
         f"| training step, prompts | {' | '.join(map(str, numbers))} |",
         "|---|" + "---:|" * len(numbers),
@@ -272,28 +331,27 @@ def steps_table(part: dict[str, Any]) -> list[str]:
     ]
     for way in ways[1:]:
         goals = GOALS["bfloat16" if "bfloat16" in way else "float32"] if way.startswith("rewritten") else None
-        goals = None if "bits" in way else goals
         cells = [
             cell(ratio(c[THEIRS], c[way]), None if goals is None else goals[PROMPTS.index(n)]) if way in c else ""
             for n, c in zip(numbers, columns, strict=True)
         ]
         lines.append(f"| {way}, × | {' | '.join(cells)} |")
-    if any("bfloat16" in way for way in ways):
-        cells = []
-        for n, c in zip(numbers, columns, strict=True):
-            theirs, ours = (
-                min((c[f"{g}, bfloat16 {w}"] for w in ("eager", "compiled")), key=statistics.median)
-                for g in ("papers' graph", "rewritten")
-            )
-            cells.append(cell(ratio(theirs, ours), EQUAL_GOALS[PROMPTS.index(n)]))
-        lines.append(f"| rewritten, the better in bfloat16, × the papers' better in bfloat16 | {' | '.join(cells)} |")
+    cells = []
+    for n, c in zip(numbers, columns, strict=True):
+        theirs, ours = (
+            min((times for way, times in c.items() if way.startswith(f"{g}, {c['dtype']}")), key=statistics.median)
+            for g in ("papers' graph", "rewritten")
+        )
+        goal = EQUAL_GOALS[PROMPTS.index(n)] if c["dtype"] == "bfloat16" else None
+        cells.append(cell(ratio(theirs, ours), goal))
+    lines.append(f"| rewritten, the better, × the papers' better in the same dtype | {' | '.join(cells)} |")
     return lines
 
 
 def memory_table(part: dict[str, Any]) -> list[str]:
     """The lines on memory."""
     found = part["found"]
-    theirs = found[next(iter(MEMORY))][0]
+    theirs = found[next(iter(MEMORY))][0]["peak"]
     how = " Products are filled instead of computed, as this processor emulates bfloat16." if found["filled"] else ""
     lines = [
         "## Memory of a training step",
@@ -307,9 +365,21 @@ def memory_table(part: dict[str, Any]) -> list[str]:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for way, goal in MEMORY.items():
-        plain, lean = found[way]
+        plain, lean = (each["peak"] for each in found[way])
         said = "" if goal is None or goal == 1 else f"{'≤' if min(plain, lean) <= goal * theirs else '**>**'} {goal:g}"
         lines.append(f"| {way} | {plain:,.0f} | {plain / theirs:.2f} | {lean:,.0f} | {lean / theirs:.2f} | {said} |")
+    ours, own = (found[f"{graph}, bfloat16"][1]["peak"] for graph in ("rewritten", "papers' graph"))
+    lines += [
+        "",
+        f"In bfloat16 both, giving back: {ours / own:.2f}. What the peak consists of, giving back: importing PyTorch, "
+        "timm and fastprompt; the frozen weights, and copies with the norms' γ in them; the images; what the formula "
+        "says is saved for the backward; the rest is in use for a moment, or lost between tensors.",
+        "",
+        "| one step, MiB | " + " | ".join(PARTS.values()) + " |",
+        "|---|" + "---:|" * len(PARTS),
+    ]
+    for way in MEMORY:
+        lines.append(f"| {way} | " + " | ".join(f"{found[way][1][name]:,.0f}" for name in PARTS) + " |")
     return lines
 
 
@@ -394,6 +464,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(TABLES)}; all if none is named")
     parser.add_argument("--prompts", type=int, nargs="+", choices=PROMPTS, default=PROMPTS, help="of the steps")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of the steps")
+    parser.add_argument("--minutes", type=float, default=10, help="after which the rounds of steps end")
     parser.add_argument("--batch", type=int, default=32, help="batch of the memory's step")
     parser.add_argument("--images", type=int, default=24, help="number of files")
     parser.add_argument("--epochs", type=int, default=3, help="epochs over the files")
@@ -403,7 +474,7 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(memory_of(arguments.one, arguments.batch))
+        print(json.dumps(memory_of(arguments.one, arguments.batch)))
         return
     if unknown := set(arguments.parts) - set(TABLES):
         parser.error(f"argument PART: must be among {', '.join(TABLES)}, got {', '.join(sorted(unknown))}")
@@ -411,7 +482,9 @@ def main() -> None:
         parser.error("argument --rounds: must be at least 3")
     parts = json.loads(arguments.measured.read_text()) if arguments.measured.is_file() else {}
     measure = {
-        "steps": lambda: steps(arguments.rounds, arguments.prompts, parts.get("steps", {}).get("found", {})),
+        "steps": lambda: steps(
+            arguments.rounds, arguments.minutes, arguments.prompts, parts.get("steps", {}).get("found", {})
+        ),
         "memory": lambda: memory(arguments.batch),
         "files": lambda: files(arguments.images, arguments.epochs),
         "bits": lambda: bits(arguments.weights),

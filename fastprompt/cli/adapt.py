@@ -36,8 +36,8 @@ class Adapt:
     """
 
     data: str
-    """Image folder, torchvision data set, mnist5k, fashion-mnist, wds:FOLDER of .tar shards, hfds:NAME of Hugging Face,
-    or a protocol's task, such as vtab1k:dtd."""
+    """Image folder, torchvision data set, mnist5k, fashion-mnist, wds:FOLDER or wds:ADDRESSES of .tar shards, hfds:NAME
+    of Hugging Face or hfids:NAME without a download, or a protocol's task, such as vtab1k:dtd."""
     out: Path
     """Run directory for the adapter, log and results."""
     config: Path | None = None

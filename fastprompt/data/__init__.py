@@ -70,9 +70,11 @@ def load_data(
         name: the path of an image folder (root/train, root/val, root/test with one folder per class each; or
             root/<class>, split here), "fashion-mnist", "mnist5k", or a torchvision set ("cifar10", "flowers102", ...:
             see `known_names`, or "torchvision:<ClassName>"). If a folder and a set share a name, "./cifar10" is the
-            folder and "builtin:cifar10" the set. "wds:FOLDER" reads WebDataset shards where they lie, "hfds:NAME" a
-            data set of Hugging Face's `datasets` or a folder of its `save_to_disk` (extra `datasets`); their images are
-            checked when they are read. Or a list of these, or a mapping of domain names to them.
+            folder and "builtin:cifar10" the set. "wds:FOLDER" reads WebDataset shards where they lie, and "wds:" with
+            http addresses, "https://host/train-{00..31}.tar::https://host/val-00.tar", those on servers. "hfds:NAME" is
+            a data set of Hugging Face's `datasets` or a folder of its `save_to_disk`, and "hfids:OWNER/NAME" one of the
+            Hub that is read from there instead of downloaded (extra `datasets`). The images of all these are checked
+            when they are read. Or a list of names, or a mapping of domain names to them.
         num_train, num_val, num_test: number of images; by default all. If the publisher has no val split, num_val
             defaults to a quarter of `num_train`, or to a fifth of the train images.
         root: folder of torchvision's files; None uses the cache.
@@ -98,7 +100,7 @@ def load_data(
 
     Raises:
         ValueError, TypeError: a wrong argument or a bad folder. FetchError (a RuntimeError): a set cannot be
-            downloaded, or the cache holds something else.
+            downloaded or a server not be reached, or the cache holds something else.
     """
     if not isinstance(name, (str, os.PathLike)):
         one = partial(

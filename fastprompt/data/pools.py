@@ -20,12 +20,15 @@ class Pool:
         keys: a name for each image, used in the split's checksum.
         read: decodes image i to a PIL image or uint8 (1 or 3, H, W).
         files: the path of each image, or None if the images are not files of their own.
+        together: for each image, the number of what has to be fetched to read it, and is fetched for all images with
+            that number at once; None: each is read alone.
     """
 
     labels: Sequence[int]
     keys: Sequence[str]
     read: Callable[[int], Image.Image | torch.Tensor]
     files: Sequence[str] | None = None
+    together: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,9 @@ class _Joined:
 def chosen(pool: Pool, indices: Sequence[int]) -> Pool:
     """Return the pool of the images `indices`, in their order."""
     files = None if pool.files is None else [pool.files[i] for i in indices]
-    return Pool([pool.labels[i] for i in indices], [pool.keys[i] for i in indices], _Chosen(pool, indices), files)
+    together = None if pool.together is None else [pool.together[i] for i in indices]
+    keys = [pool.keys[i] for i in indices]
+    return Pool([pool.labels[i] for i in indices], keys, _Chosen(pool, indices), files, together)
 
 
 def joined(pools: Sequence[Pool]) -> Pool:

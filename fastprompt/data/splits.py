@@ -87,6 +87,11 @@ class ImageSet(Dataset[tuple[torch.Tensor, int]]):
         }
 
     @property
+    def together(self) -> list[int] | None:
+        """For each image, the number of what is fetched at once with others, as in `Pool`; None: nothing is."""
+        return None if self.pool.together is None else [self.pool.together[i] for i in self.indices]
+
+    @property
     def decoded_bytes(self) -> int:
         """Bytes of all resized images."""
         return len(self.indices) * 3 * self.size[0] * self.size[1]
@@ -223,6 +228,9 @@ def split(
     fifth_or_quarter = len(left) // 5 if num_train is None else min(num_train // 4, len(left) - num_train)
     val_pool, val, left = _held_out(source, source.val, left, num_val, fifth_or_quarter, seed, "val")
     train = draw(source.train.labels, left, num_train, seed, "train", "num_train")
+    for pool, indices in ((val_pool, val), (test_pool, test)):
+        if pool.together is not None:
+            indices.sort()  # they are read in this order
     for part, indices in (("train", train), ("val", val), ("test", test)):
         if not indices:
             raise ArgumentError(

@@ -20,6 +20,8 @@ from fastprompt.train.ranks import Ranks
 CHECK_ALL_UP_TO = 20_000
 CHECKED_OF_MORE = 2_048
 _ROWS_HASHED = 1_024
+OPEN_AT_ONCE = 8
+"""Sets of images, each fetched at once, among which an epoch's images are shuffled."""
 
 
 def is_tensor_pair(data: Any) -> bool:
@@ -402,7 +404,24 @@ class Batches:
             return torch.multinomial(self.weights, self.num_images, replacement=True, generator=generator)
         if self.seed is None:
             return torch.arange(self.num_images)
+        together = getattr(self.data, "together", None)
+        if together is not None:
+            return local_order(torch.tensor(together), generator)
         return torch.randperm(self.num_images, generator=generator)
+
+
+def local_order(together: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random order (N,) of images that are fetched `together`, of which only a few such sets are open at once.
+
+    The sets come in random order. Among `OPEN_AT_ONCE` of them the images are shuffled; then the next ones follow.
+
+    Args:
+        together: (N,) int64, the number of each image's set.
+    """
+    numbers, of_image = together.unique(return_inverse=True)
+    place = torch.randperm(len(numbers), generator=generator)[of_image] // OPEN_AT_ONCE  # (N,)
+    shuffled = torch.randperm(len(together), generator=generator)
+    return shuffled[place[shuffled].argsort(stable=True)]
 
 
 def grouped(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:

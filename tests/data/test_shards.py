@@ -6,18 +6,22 @@ import io
 import json
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from file_server import FileServer, running
+from hub_stub import in_its_place
 from PIL import Image
 
 import fastprompt as fp
 from fastprompt.cli.options import data_name
-from fastprompt.train.batches import Batches
+from fastprompt.data import remote, streamed
+from fastprompt.fetch import FetchError
+from fastprompt.train.batches import Batches, local_order
 from fastprompt.train.ranks import Ranks
 
 SIDE = 8
@@ -90,7 +94,10 @@ def test_shards_without_splits_are_split_here(tmp_path: Path) -> None:
 
 
 def test_two_processes_share_an_epoch_without_duplicates(shards: Path) -> None:
-    data = fp.load_data(f"wds:{shards}", image_size=SIDE)
+    check_shared(fp.load_data(f"wds:{shards}", image_size=SIDE))
+
+
+def check_shared(data: Any) -> None:
     for part, count in ((data.train, 16), (data.val, 6)):
         found = []
         for rank in range(2):
@@ -181,7 +188,7 @@ def test_wrong_shards_are_named(tmp_path: Path, files: dict[str, dict[str, bytes
 
 
 def test_other_errors(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"must be a folder of \.tar shards behind 'wds:', got 'nowhere'"):
+    with pytest.raises(ValueError, match=r"must be a folder of \.tar shards, or .*, behind 'wds:', got 'nowhere'"):
         fp.load_data("wds:nowhere", image_size=SIDE)
     with pytest.raises(ValueError, match="on_bad must be 'error'"):
         fp.load_data(f"wds:{shards}", image_size=SIDE, on_bad="skip")
@@ -232,3 +239,116 @@ def test_the_command_line_records_an_absolute_place(shards: Path, monkeypatch: p
     monkeypatch.chdir(shards.parent)
     assert data_name("wds:shards") == f"wds:{shards}"
     assert data_name("hfds:ylecun/mnist") == "hfds:ylecun/mnist"
+
+
+@pytest.fixture
+def server(shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FileServer]:
+    """The shards behind addresses, an empty cache, and no pauses between attempts."""
+    monkeypatch.setattr(remote, "PAUSE", 0.0)
+    monkeypatch.setenv("FASTPROMPT_CACHE", str(tmp_path / "cache"))
+    with running() as found:
+        for path in shards.rglob("*.*"):
+            found.files[f"/set/{path.relative_to(shards).as_posix()}"] = path.read_bytes()
+        yield found
+
+
+def behind(server: FileServer) -> str:
+    return f"wds:{server.address}/set/{{train-{{0..1}},val-0}}.tar::{server.address}/set/test/0.tar?signed=1"
+
+
+def test_shards_on_a_server_are_those_of_a_folder(server: FileServer, shards: Path) -> None:
+    data, local = (fp.load_data(name, image_size=SIDE) for name in (behind(server), f"wds:{shards}"))
+    assert data.class_names == ["even", "odd"]
+    for one, other in ((data.train, local.train), (data.val, local.val), (data.test, local.test)):
+        assert numbers(one) == numbers(other)
+        assert one.identity() == other.identity()
+    check_shared(data)
+    size = len(picture(0))
+    assert max(end - start for _, start, end in server.requests[-16:]) < 2 * size  # an image alone
+    before = len(server.requests)
+    stale = fp.load_data(behind(server), image_size=SIDE)
+    shard = len(server.files["/set/train-0.tar"])
+    assert not [1 for _, start, end in server.requests[before:] if end - start == shard]  # headers are cached
+    server.files["/set/train-0.tar"] = server.files["/set/train-1.tar"]
+    changed = fp.load_data(behind(server), image_size=SIDE)
+    assert sorted(numbers(changed.train)) == sorted([*range(8, 16)] * 2)
+    with pytest.raises(FetchError, match=r"train-0\.tar has (changed while it was read|\d+ bytes)"):
+        numbers(stale.train)
+
+
+def test_a_server_that_fails_midway_is_asked_again(server: FileServer) -> None:
+    server.cut["/set/train-0.tar"], server.busy["/set/val-0.tar"] = 3, 2
+    data = fp.load_data(behind(server), image_size=SIDE)
+    server.cut["/set/train-1.tar"] = 4
+    assert sorted(numbers(data.train)) == [*range(16)]
+
+
+def test_a_server_that_fails_for_good_is_an_error_that_names_the_shard(server: FileServer) -> None:
+    data = fp.load_data(behind(server), image_size=SIDE)
+    server.busy["/set/train-1.tar"] = 1000
+    with pytest.raises(FetchError, match=r"cannot read http.*/set/train-1\.tar after 5 attempts: .*503"):
+        numbers(data.train)
+    assert server.busy["/set/train-1.tar"] == 1000 - remote.ATTEMPTS
+    server.busy.clear()
+    with pytest.raises(FetchError, match=r"/set/train-2\.tar: HTTP Error 404"):
+        fp.load_data(f"wds:{server.address}/set/train-{{0..2}}.tar", image_size=SIDE)
+    server.whole = True
+    with pytest.raises(FetchError, match="does not send parts of a file"):
+        fp.load_data(behind(server), image_size=SIDE)
+    for wrong in ("http://host/a.txt", "http://host/a.tar::pipe:cat b.tar", "http://host/a.tar::http://host/a.tar"):
+        with pytest.raises(ValueError, match=r"name must have (addresses of|each address)"):
+            fp.load_data(f"wds:{wrong}", image_size=SIDE)
+    with pytest.raises(ValueError, match="must be a folder of"):
+        fp.load_data("wds:pipe:cat a.tar", image_size=SIDE)
+
+
+def test_braces() -> None:
+    assert remote.expanded("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
+    assert remote.expanded("{a,b-{0..1}}") == ["a", "b-0", "b-1"]
+
+
+def test_a_set_of_the_hub_is_read_without_a_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(remote, "PAUSE", 0.0)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["even", "odd"])})
+
+    def parquet(numbers: range) -> bytes:
+        rows = {"image": [{"bytes": picture(i), "path": None} for i in numbers], "label": [i % 2 for i in numbers]}
+        file = io.BytesIO()
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(file, batch_size=2)
+        return file.getvalue()
+
+    with in_its_place(monkeypatch, tmp_path) as hub:
+        parts = {"train-00000-of-00002": range(8), "train-00001-of-00002": range(8, 16), "validation": range(16, 22)}
+        files = {f"data/{name}.parquet": parquet(numbers) for name, numbers in parts.items()}
+        hub.repositories["datasets/owner/set"] = dict(files)
+        data = fp.load_data("hfids:owner/set", image_size=SIDE, num_train=12, num_test=2)
+        assert data.class_names == ["even", "odd"]
+        data.train._kept = None
+        batches = Batches(data.train, 4, name="data", num_classes=2, seed=0)
+        once, again = ([image for images, _ in batches.epoch(3) for image in images] for _ in range(2))
+        assert torch.equal(torch.stack(once), torch.stack(again))
+        skipped = [image for images, _ in batches.epoch(3, skip=2) for image in images]
+        assert torch.equal(torch.stack(once[8:]), torch.stack(skipped))
+        whole = fp.load_data("hfids:owner/set/data", image_size=SIDE)
+        assert sorted([*numbers(whole.train), *numbers(whole.test)]) == [*range(16)]
+        assert sorted(numbers(whole.val)) == [*range(16, 22)]
+        hub.repositories["datasets/owner/set"] = {"other/train-0.parquet": b"", **files}
+        with pytest.raises(ValueError, match=r"with configurations \['data', 'other'\]: name one, owner/set/FOLDER"):
+            fp.load_data("hfids:owner/set", image_size=SIDE)
+        hub.repositories["datasets/owner/set"] = {"a.csv": b""}
+        with pytest.raises(ValueError, match="must be a data set of the Hub in Parquet files"):
+            fp.load_data("hfids:owner/set", image_size=SIDE)
+
+
+def test_images_that_are_fetched_together_come_close_to_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = torch.arange(200) // 2  # 100 sets of two images
+    order = local_order(together, torch.Generator().manual_seed(0))
+    assert sorted(order.tolist()) == [*range(200)]
+    kept: list[int] = []
+    fetched = 0
+    for number in together[order].tolist():
+        fetched += number not in kept
+        kept = [*(each for each in kept if each != number), number][-streamed.GROUPS_KEPT :]
+    assert fetched == 100
+    assert order[:16].tolist() != sorted(order[:16].tolist())

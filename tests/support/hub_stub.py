@@ -15,13 +15,14 @@ from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 import pytest
+from file_server import send
 
 
 class Hub(ThreadingHTTPServer):
     """Repositories in memory, one commit each.
 
     Attributes:
-        repositories: "owner/name" → file name → content.
+        repositories: "owner/name", "datasets/owner/name" of a data set → file name → content.
         refused: repositories that answer 403. gated: those that answer that access must be asked for.
         damaged: "owner/name" → how many of the next downloads of its weights have a wrong byte.
         requests: (method, path) of every request.
@@ -87,8 +88,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append((self.command, path))
         words = path.strip("/").split("/")
-        if words[:2] == ["api", "models"]:
-            repository, rest = "/".join(words[2:4]), words[4:]
+        if words[:2] in (["api", "models"], ["api", "datasets"]):
+            kind = "datasets/" if words[1] == "datasets" else ""
+            repository, rest = kind + "/".join(words[2:4]), words[4:]
             if self.refusal(repository):
                 return
             files, commit = self.server.repositories[repository], self.server.commit(repository)
@@ -104,7 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
                 siblings = [{"rfilename": name} for name in files]
                 self.answer(200, {"id": repository, "modelId": repository, "sha": commit, "siblings": siblings})
             return
-        repository, name = "/".join(words[:2]), "/".join(words[4:])
+        first = 3 if words[0] == "datasets" else 2
+        repository, name = "/".join(words[:first]), "/".join(words[first + 2 :])
         if self.refusal(repository):
             return
         content, commit = self.server.repositories[repository].get(name), self.server.commit(repository)
@@ -115,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET" and name.endswith(".safetensors") and self.server.damaged.get(repository, 0) > 0:
             self.server.damaged[repository] -= 1
             content = content[:-1] + bytes([content[-1] ^ 1])
-        self.answer(200, content, ETag=etag, X_Repo_Commit=commit, Accept_Ranges="bytes")
+        send(self, content, {"ETag": etag, "X-Repo-Commit": commit, "Accept-Ranges": "bytes"})
 
     def do_POST(self) -> None:
         path = unquote(urlsplit(self.path).path)
