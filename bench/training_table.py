@@ -9,8 +9,8 @@
 
 `--minutes` bounds the time of each part: rounds end when it is over, after three at least.
 
-What is measured lies in .benchmarks/training.json, so that parts can be measured at different times; the tables hold
-all parts that are there. `make bench-training` measures everything.
+What is measured lies in .benchmarks/training.json, so that parts can be measured at different times. Of a part that was
+not measured here, results/training.md keeps its section. `make bench-training` measures everything.
 """
 
 from __future__ import annotations
@@ -315,7 +315,7 @@ def steps_table(part: dict[str, Any]) -> list[str]:
     ways = list(dict.fromkeys(name for errors in columns for name in errors["errors"]))
     rounds = min(len(times[way]) for times in columns for way in ways if way in times)
     lines = [
-        "## A training step",
+        HEADINGS["steps"],
         "",
         f"VPT-deep on ViT-B/16 at 224 px, batch {BATCH}, random weights. The second row is images a second of the "
         "papers' graph as its authors train it; × is times as fast. Medians over rounds in which all ways take turns, "
@@ -354,7 +354,7 @@ def memory_table(part: dict[str, Any]) -> list[str]:
     theirs = found[next(iter(MEMORY))][0]["peak"]
     how = " Products are filled instead of computed, as this processor emulates bfloat16." if found["filled"] else ""
     lines = [
-        "## Memory of a training step",
+        HEADINGS["memory"],
         "",
         f"Peak resident memory of a process that takes one step at batch {found['batch']} with 50 prompts, one thread, "
         f"PyTorch and weights included, and its share of the first row's, as its authors run it.{how} glibc keeps "
@@ -388,7 +388,7 @@ def files_table(part: dict[str, Any]) -> list[str]:
     found = part["found"]
     step = statistics.median(found["step"])
     lines = [
-        "## From JPEG files",
+        HEADINGS["files"],
         "",
         f"`fp.fit` on {found['images']} JPEG files of 500 x 375 pixels ({found['file_kib']:.0f} KiB), which are read, "
         f"decoded, scaled, cropped and flipped in every epoch; VPT-deep with 50 prompts in {found['dtype']}, "
@@ -415,7 +415,7 @@ def bits_table(part: dict[str, Any]) -> list[str]:
     exact = found["saved, None"][1]
     errors = {key: value for key, value in found.items() if key.startswith("error")}
     lines = [
-        "## Activations in few bits",
+        HEADINGS["bits"],
         "",
         "`Recipe.activation_bits`: what a step of VPT-deep with 50 prompts keeps for its backward of an image, "
         "ViT-B/16 in bfloat16 at batch 4; and the distance of the prompts' gradient from the exact one, relative to "
@@ -446,6 +446,25 @@ def bits_table(part: dict[str, Any]) -> list[str]:
 
 
 TABLES = {"steps": steps_table, "memory": memory_table, "files": files_table, "bits": bits_table}
+
+
+HEADINGS = {
+    "steps": "## A training step",
+    "memory": "## Memory of a training step",
+    "files": "## From JPEG files",
+    "bits": "## Activations in few bits",
+}
+
+
+def sections(path: Path) -> dict[str, list[str]]:
+    """Return the sections of a file that was written before, by heading."""
+    found: dict[str, list[str]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        if line.startswith("## "):
+            found[line] = []
+        if found:
+            found[list(found)[-1]].append(line)
+    return {heading: [*"\n".join(lines).rstrip().splitlines(), ""] for heading, lines in found.items()}
 
 
 def machine() -> str:
@@ -499,9 +518,12 @@ def main() -> None:
         "`make bench-training`, random weights and prompts where no others are named.",
         "",
     ]
+    before = sections(arguments.out)
     for name, table in TABLES.items():
         if name in parts:
             lines += [*table(parts[name]), "", f"Measured on an {parts[name]['machine']}.", ""]
+        else:
+            lines += before.get(HEADINGS[name], [])
     atomic_write(arguments.out, "\n".join(lines))
     print("\n".join(lines))
 
