@@ -1,4 +1,4 @@
-# make test | test-long | test-oldest | docs | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-training | bench-engine | bench-int8 | bench-rotary | cost | backbones | gates | kernels-report | gpu | gpu-here | gpu-table | tune | release-check | dist | clean | help
+# make test | test-long | test-oldest | docs | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-training | bench-grid | bench-engine | bench-int8 | bench-rotary | cost | backbones | gates | kernels-report | gpu | gpu-here | gpu-table | tune | release-check | dist | clean | help
 #   PYTHON=python3.12   interpreter to create the environment with
 #   VENV=path           environment to create or reuse (default .venv)
 #   PIP_FLAGS=...       more flags for pip, for example an extra index with CPU builds of torch
@@ -24,7 +24,7 @@ STAMP := $(VENV)/.fastprompt-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint types pytest test-long test-oldest browser page hammer torture serve-ray load demo table pixels plots docs bench bench-forward bench-training bench-engine bench-int8 bench-rotary cost backbones gates kernels-report gpu gpu-here gpu-table tune release-check dist clean
+.PHONY: help install test lint types pytest test-long test-oldest browser page hammer torture serve-ray load demo table pixels plots docs bench bench-forward bench-training bench-grid bench-engine bench-int8 bench-rotary cost backbones gates kernels-report gpu gpu-here gpu-table tune release-check dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -126,6 +126,9 @@ bench-forward: $(STAMP)  ## time forward and training step against the papers' g
 
 bench-training: $(STAMP)  ## measure speed, memory and reading of a training step against the papers' graph; write results/training.md
 	$(PY) bench/training_table.py
+
+bench-grid: $(STAMP)  ## time grids in one batch against separate runs; write results/grid.md
+	$(PY) bench/grid_table.py
 
 bench-engine: $(STAMP)  ## time fp.Engine against the papers' graph in other engines; write results/engine.md and the table of docs/results.md
 	$(VENV)/bin/pytest bench/bench_engine.py --benchmark-only -s --benchmark-json=.benchmarks/engine.json

@@ -5,7 +5,7 @@ first pass aside. A round trains one adapter alone, then grids of several, for e
 of the same round, and is above 1 where the grid gains. The first adapter of a grid has the settings of the one alone,
 and must train with its losses.
 
-    python bench/grid_table.py [--batch 8] [--minutes 8] [--sizes 2 4 8] [--cases vpt ...] [--out results/grid.md]
+    python bench/grid_table.py [--batch 8] [--minutes 8] [--sizes 2 4] [--cases vpt ...] [--out results/grid.md]
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5, help="at most")
     parser.add_argument("--minutes", type=float, default=8, help="no round begins that would end later")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--out", type=Path, default=Path("results/grid.md"))
     arguments = parser.parse_args()
