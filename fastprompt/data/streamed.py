@@ -112,7 +112,9 @@ class StreamedRows:
     def __getitem__(self, which: int | str) -> Any:
         if isinstance(which, str):
             with ThreadPoolExecutor(AT_ONCE) as threads:
-                columns = threads.map(lambda i: self._file(i).read(columns=[which])[which], range(len(self.files)))
+                columns = threads.map(
+                    lambda i: self._file(i).read(columns=[which], use_threads=False)[which], range(len(self.files))
+                )
                 return [value for column in columns for value in column.to_pylist()]
         number = bisect.bisect_right(self._ends, which)
         group = self._group(number)
@@ -138,7 +140,8 @@ class StreamedRows:
         """Return the images of a group of rows."""
         if number not in self._kept:
             file, group = self._groups[number]
-            self._kept[number] = self._file(file).read_row_group(group, columns=[self._column])[self._column]
+            rows = self._file(file).read_row_group(group, columns=[self._column], use_threads=False)
+            self._kept[number] = rows[self._column]
             if len(self._kept) > GROUPS_KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(number)
