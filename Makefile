@@ -1,4 +1,4 @@
-# make test | test-long | test-oldest | docs | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-training | bench-grid | bench-engine | bench-int8 | bench-rotary | cost | backbones | gates | kernels-report | gpu | gpu-here | gpu-table | tune | release-check | dist | clean | help
+# make test | test-long | test-oldest | docs | notebooks | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-training | bench-grid | bench-engine | bench-int8 | bench-rotary | cost | backbones | gates | kernels-report | gpu | gpu-here | gpu-table | tune | release-check | dist | clean | help
 #   PYTHON=python3.12   interpreter to create the environment with
 #   VENV=path           environment to create or reuse (default .venv)
 #   PIP_FLAGS=...       more flags for pip, for example an extra index with CPU builds of torch
@@ -24,7 +24,7 @@ STAMP := $(VENV)/.fastprompt-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint types pytest test-long test-oldest browser page hammer torture serve-ray load demo table pixels plots docs bench bench-forward bench-training bench-grid bench-engine bench-int8 bench-rotary cost backbones gates kernels-report gpu gpu-here gpu-table tune release-check dist clean
+.PHONY: help install test lint types pytest test-long test-oldest browser page hammer torture serve-ray load demo table pixels plots docs notebooks bench bench-forward bench-training bench-grid bench-engine bench-int8 bench-rotary cost backbones gates kernels-report gpu gpu-here gpu-table tune release-check dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -116,6 +116,10 @@ docs: $(STAMP)  ## build the documentation site in build/docs; warnings are erro
 	@$(PY) -m pip install -qq $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[dev,docs]'
 	$(PY) experiments/method_tables.py
 	$(PY) -m mkdocs build --strict
+
+notebooks: $(STAMP)  ## run the notebooks of examples/ at real size and keep their outputs in them (minutes)
+	PYTHONWARNINGS='ignore:IProgress not found' $(VENV)/bin/jupyter-execute --inplace --NotebookClient.record_timing=False \
+		examples/*.ipynb
 
 bench: $(STAMP)  ## time every op and method against its peers and print a table of ratios
 	$(VENV)/bin/pytest --benchmark-only

@@ -13,6 +13,7 @@ const browser = await chromium.launchPersistentContext(job.profile, {
 });
 try {
   const page = await browser.newPage(), errors = [];
+  page.setDefaultTimeout(job.patience);
   page.on("pageerror", (error) => errors.push(String(error)));
   page.on("console", (message) => message.type() === "error" && errors.push(message.text()));
   await page.goto(job.page);

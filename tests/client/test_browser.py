@@ -53,6 +53,7 @@ def browse(host: Any, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
             "modules": str(Path(str(MODULES)).resolve()),
             "chromium": chromium,
             "profile": str(tmp_path / "profile"),
+            "patience": 120_000,  # milliseconds
             "screenshot": os.environ.get("FASTPROMPT_SCREENSHOT"),
         }
         (tmp_path / "job.json").write_text(json.dumps(job))
@@ -60,7 +61,7 @@ def browse(host: Any, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
             ["node", str(Path(__file__).with_name("browser.mjs")), str(tmp_path / "job.json")],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         assert ran.returncode == 0, ran.stderr
         assert not ran.stderr.strip(), ran.stderr

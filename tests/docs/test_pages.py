@@ -26,7 +26,9 @@ def navigation(entry: object) -> list[str]:
 
 def test_every_page_is_in_the_navigation() -> None:
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    assert sorted(navigation(settings["nav"])) == sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md"))
+    pages = [page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")]
+    notebooks = [f"notebooks/{path.stem}.md" for path in (ROOT / "examples").glob("*.ipynb")]  # notebook_pages.py
+    assert sorted(navigation(settings["nav"])) == sorted(pages + notebooks)
 
 
 def test_every_public_name_has_its_place_in_the_reference() -> None:

@@ -14,6 +14,7 @@ const browser = await chromium.launchPersistentContext(job.profile, {
 try {
   for (const width of job.widths) {
     const page = await browser.newPage(), errors = [], outside = [];
+    page.setDefaultTimeout(job.patience);
     await page.setViewportSize({ width, height: 900 });
     page.on("pageerror", (error) => errors.push(String(error)));
     page.on("request", (request) => {
@@ -26,7 +27,10 @@ try {
                                job.files.length);
     await page.getByRole("button", { name: "Classify" }).click();
     await page.waitForSelector(".adapter .bar");
-    await page.waitForFunction(() => Array.from(document.images).every((image) => image.complete));
+    await page.waitForFunction((count) => {  // the gallery of maps is filled after the classes are shown
+      const images = Array.from(document.images);
+      return images.every((image) => image.complete) && images.filter((image) => image.naturalWidth >= 224).length >= count;
+    }, job.maps);
     const shown = await page.evaluate(() => ({
       adapters: Array.from(document.querySelectorAll(".adapter > h4:first-child"), (title) => title.textContent),
       bars: document.querySelectorAll(".adapter .bar").length,

@@ -34,6 +34,8 @@ def test_pictures_are_dropped_and_classified(
         "chromium": chromium,
         "profile": str(tmp_path / "profile"),
         "widths": [1280, 390],
+        "maps": 2,
+        "patience": 120_000,  # milliseconds
         "screenshot": os.environ.get("FASTPROMPT_SCREENSHOT"),
     }
     (tmp_path / "job.json").write_text(json.dumps(job))
@@ -42,7 +44,7 @@ def test_pictures_are_dropped_and_classified(
             ["node", str(Path(__file__).with_name("browser.mjs")), str(tmp_path / "job.json")],
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=300,
         )
     finally:
         page.close(verbose=False)
