@@ -107,7 +107,7 @@ class RemoteFile:
                     tag = answer.headers.get("ETag", "") if self.tag else ""
                     if (_size(answer, self.address), tag) != (self.size, self.tag):
                         raise FetchError(f"{self} has changed while it was read: start again")
-                    while start < end and (piece := answer.read(min(PIECE, end - start))):
+                    while start < end and (piece := answer.read1(min(PIECE, end - start))):
                         start += len(piece)
                         attempts = _attempts()  # what arrived counts as a success
                         yield piece

@@ -179,7 +179,8 @@ def remote_source(name: str, reading: Reading) -> Source:
     for path, samples in zip(paths, found, strict=True):
         part = split_of(path.stem)[0] or (split_of(path.parent.name)[0] if str(path.parent) != folder else None)
         members.setdefault(part or "all", []).extend(samples)
-    return _of_shards(f"{WDS}{name}", members, folder, _names_behind(addresses[0], folder), reading)
+    shown = "::".join(part.partition("?")[0] for part in name.split("::"))  # without signatures
+    return _of_shards(f"{WDS}{shown}", members, folder, _names_behind(addresses[0], folder), reading)
 
 
 def _indexed(address: str) -> list[tuple[Member, int]]:

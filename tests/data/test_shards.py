@@ -19,9 +19,9 @@ from PIL import Image
 
 import fastprompt as fp
 from fastprompt.cli.options import data_name
-from fastprompt.data import remote, streamed
+from fastprompt.data import remote
 from fastprompt.fetch import FetchError
-from fastprompt.train.batches import Batches, local_order
+from fastprompt.train.batches import Batches
 from fastprompt.train.ranks import Ranks
 
 SIDE = 8
@@ -302,11 +302,6 @@ def test_a_server_that_fails_for_good_is_an_error_that_names_the_shard(server: F
         fp.load_data("wds:pipe:cat a.tar", image_size=SIDE)
 
 
-def test_braces() -> None:
-    assert remote.expanded("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
-    assert remote.expanded("{a,b-{0..1}}") == ["a", "b-0", "b-1"]
-
-
 def test_a_set_of_the_hub_is_read_without_a_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(remote, "PAUSE", 0.0)
@@ -339,16 +334,3 @@ def test_a_set_of_the_hub_is_read_without_a_download(monkeypatch: pytest.MonkeyP
         hub.repositories["datasets/owner/set"] = {"a.csv": b""}
         with pytest.raises(ValueError, match="must be a data set of the Hub in Parquet files"):
             fp.load_data("hfids:owner/set", image_size=SIDE)
-
-
-def test_images_that_are_fetched_together_come_close_to_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    together = torch.arange(200) // 2  # 100 sets of two images
-    order = local_order(together, torch.Generator().manual_seed(0))
-    assert sorted(order.tolist()) == [*range(200)]
-    kept: list[int] = []
-    fetched = 0
-    for number in together[order].tolist():
-        fetched += number not in kept
-        kept = [*(each for each in kept if each != number), number][-streamed.GROUPS_KEPT :]
-    assert fetched == 100
-    assert order[:16].tolist() != sorted(order[:16].tolist())

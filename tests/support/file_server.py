@@ -36,23 +36,26 @@ class FileServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
 
-def send(
-    handler: BaseHTTPRequestHandler, content: bytes, headers: dict[str, str], cut: bool = False
-) -> tuple[int, int]:
-    """Answer with the range of the content that was asked for, half of it if it is `cut`; return the range."""
+def asked_for(handler: BaseHTTPRequestHandler, content: bytes) -> tuple[int, int]:
+    """Return the range of the content that a request asks for."""
     asked = re.fullmatch(r"bytes=(\d+)-(\d+)", handler.headers.get("Range", ""))
-    start, end = (int(asked[1]), min(int(asked[2]) + 1, len(content))) if asked else (0, len(content))
-    handler.send_response(206 if asked else 200)
+    return (int(asked[1]), min(int(asked[2]) + 1, len(content))) if asked else (0, len(content))
+
+
+def send(handler: BaseHTTPRequestHandler, content: bytes, headers: dict[str, str], cut: bool = False) -> None:
+    """Answer with the range of the content that was asked for, half of it if it is `cut`."""
+    start, end = asked_for(handler, content)
+    part = "Range" in handler.headers
+    handler.send_response(206 if part else 200)
     for name, value in headers.items():
         handler.send_header(name, value)
-    if asked:
+    if part:
         handler.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
     handler.send_header("Content-Length", str(end - start))
     handler.end_headers()
     if handler.command != "HEAD":
         handler.wfile.write(content[start : start + (end - start) // 2] if cut else content[start:end])
     handler.close_connection = handler.close_connection or cut
-    return start, end
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -77,7 +80,8 @@ class _Handler(BaseHTTPRequestHandler):
         cut = self.server.cut.get(path, 0) > 0
         self.server.cut[path] = self.server.cut.get(path, 0) - cut
         tag = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
-        self.server.requests.append((path, *send(self, content, tag, cut)))
+        self.server.requests.append((path, *asked_for(self, content)))
+        send(self, content, tag, cut)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastprompt.train.batches import Batches, check_data, split_indices
+from fastprompt.data.streamed import GROUPS_KEPT
+from fastprompt.train.batches import Batches, check_data, local_order, split_indices
 
 
 def labels_of(batches: Batches, epoch: int = 0) -> list[list[int]]:
@@ -114,3 +115,16 @@ def test_a_loader_must_yield_images_and_labels(colours: Callable[..., Any]) -> N
 
     with pytest.raises(ValueError, match="a batch of train must have images of shape"):
         list(Batches(DataLoader(data, 2, collate_fn=lost_axis), 1, name="train", num_classes=4).epoch())
+
+
+def test_images_that_are_fetched_together_come_close_to_each_other() -> None:
+    together = torch.arange(200) // 2  # 100 sets of two images
+    order = local_order(together, torch.Generator().manual_seed(0))
+    assert sorted(order.tolist()) == [*range(200)]
+    kept: list[int] = []
+    fetched = 0
+    for number in together[order].tolist():
+        fetched += number not in kept
+        kept = [*(each for each in kept if each != number), number][-GROUPS_KEPT:]
+    assert fetched == 100
+    assert order[:16].tolist() != sorted(order[:16].tolist())
