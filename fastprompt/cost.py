@@ -147,9 +147,19 @@ def _angles(t: Tally, s: Sizes, trains: bool) -> None:
         t.call(2 * s.cast, 0, s.cast * trains * s.tokens(s.patches, s.head_dim))
 
 
-def _rotate(t: Tally, trains: bool) -> None:
-    """`fastprompt.vit.rotary.rotated`: a copy and four products, and with the sine's negative again backwards."""
-    t.call(5, 6 * trains)
+def _rotate(t: Tally, s: Sizes, rows: int, trains: bool, packed: bool = False, joined: int = 0) -> None:
+    """`fastprompt.vit.rotary.rotated` of `rows` + `joined` rows of an image: queries or keys, or with values `packed`.
+
+    In 16 bits a copy and four products, and with the sine's negative again backwards. Else the pairs are complex: one
+    product, in place, or with a new tensor and copies of what is not rotated where a gradient passes.
+    """
+    if s.cast:
+        t.call(5, 6 * trains)
+        return
+    before = s.prefix > 0 and rows >= s.own  # patches are read alone otherwise
+    behind = rows + joined - s.prefix * before > s.patches
+    written = 3 + before + behind + packed
+    t.call(written if trains else 2, (1 + written) * trains)
 
 
 def _norm(t: Tally, s: Sizes, rows: int, trains: bool = True, keeps: bool = True) -> None:
@@ -439,12 +449,12 @@ def _block(t: Tally, s: Sizes, rows: int, leave: int, p: int, n: int, stay: bool
         t.product(2 * b * rows * d * 3 * d, int(trains), backward=(1 + 2 * stay) * trains)
         t.saved += s.tokens(b * rows, 3 * d)
     if s.rotary and not (sliced or stay):
-        _rotate(t, trains)
+        _rotate(t, s, rows, trains, packed=True)
     elif s.rotary:  # keys, and queries if there are patches among them
-        _rotate(t, trains)
+        _rotate(t, s, rows, trains)
         t.call(0, 2 * (trains and not stay), s.tokens(b * rows))  # backwards keys' and values' gradients join
         if own >= s.patches:
-            _rotate(t, trains or stay)
+            _rotate(t, s, own, trains or stay, joined=p * stay)
     if stay:  # queries and residual get the prompts' rows; attention's output is copied to the projection's layout
         t.call(2, 2 * shared, s.tokens(b * leave))
         t.call(1)
@@ -489,7 +499,7 @@ def _one_query(t: Tally, s: Sizes, rows: int, p: int, n: int, cast: bool, trains
     t.call(0, 1)
     if s.rotary:
         t.product(2 * b * rows * d * d)  # keys
-        _rotate(t, True)
+        _rotate(t, s, rows, True)
         t.product(2 * b * rows * d, 2)
         t.call(1, 1, s.tokens(b * rows))
     else:
@@ -551,7 +561,7 @@ def _answers(t: Tally, s: Sizes, p: int, cast: bool) -> None:
         t.call(1, 1)
     if s.rotary:
         t.product(2 * b * rows * d * d, 0)  # keys
-        _rotate(t, False)
+        _rotate(t, s, rows, False)
         t.product(2 * b * p * rows * d, calls=1 + 2 * (b > 1), backward=1 + 2 * (b > 1))
         t.saved += s.tokens(b * rows)
     else:

@@ -166,11 +166,14 @@ def test_formula_is_what_runs_with_a_rotary_embedding(
     compare(bench, bench.random_backbone(**ROTARY), configs[method], readout)
 
 
+@pytest.mark.parametrize(
+    ("method", "readout"), [("vpt-deep", "cls"), ("vpt-deep", "patches+prompts"), ("pgn", "patches"), ("vqt", "cls")]
+)
 def test_formula_is_what_runs_with_a_rotary_embedding_in_float32(
-    configs: dict[str, PromptConfig], bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+    configs: dict[str, PromptConfig], bench: ModuleType, method: str, readout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastprompt.vit.linear.onednn_is_faster", lambda: False)
-    compare(bench, bench.random_backbone(**ROTARY).float(), configs["vpt-deep"], dtype="float32")
+    compare(bench, bench.random_backbone(**ROTARY).float(), configs[method], readout, dtype="float32")
 
 
 @pytest.mark.parametrize(

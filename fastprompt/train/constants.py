@@ -210,6 +210,7 @@ class Constants:
             "mean": list(backbone.mean),
             "std": list(backbone.std),
             "backbone_dtype": str(backbone.dtype),
+            "interleaved": self._interleaved(),
             "torch": torch.__version__,
             "readout": model.readout,
             "layers": list(model.generator.layers),
@@ -217,6 +218,11 @@ class Constants:
             "layout": [list(part) for part in self.layout],
             "images": self.facts[name],
         }
+
+    def _interleaved(self) -> bool:
+        """Whether kept keys have the channels that a rotation pairs side by side."""
+        folded = self.model.backbone.folded()
+        return folded is not None and any(block.interleaved for block in folded.blocks)
 
     def _path(self, name: str) -> Path | None:
         """The file for the images of `name`; None: they are kept in memory."""

@@ -93,8 +93,8 @@ def rewritten_maps(vit: Backbone, embedded: Embedding, group: Group, parts: Fold
             for name, at in keys.items()
             if max(at.start, start) < min(at.stop, stop)
         }
-        q = turned(project(tokens[:, start:stop], 0), read.turns, read.rows)
-        k, of_scores = turned(project(tokens, 1), read.turns), forward.score_bias(block, x.data, read)
+        q = turned(project(tokens[:, start:stop], 0), block, read.turns, read.rows)
+        k, of_scores = turned(project(tokens, 1), block, read.turns), forward.score_bias(block, x.data, read)
         prompts = read.joining if read.joining is not None else read.prompts
         if prompts is not None or read.prefix is not None:
             rows = None if prompts is None else forward.normed(block, prompts)

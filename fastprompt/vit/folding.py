@@ -12,6 +12,7 @@ from torch import Tensor
 from fastprompt.kept import SeenObjects, arithmetic, tensors_of
 from fastprompt.vit.backbone import Backbone
 from fastprompt.vit.linear import FrozenLinear
+from fastprompt.vit.rotary import COMPLEX
 from fastprompt.vit.weights import Block, Dense, Folded, Mlp, Norm
 
 QUICK_GELU_SLOPE = 1.702
@@ -53,6 +54,8 @@ def fold(block: Block) -> Block:
       post-norm block norm1 and norm2 stay, since they feed the residual.
     * LayerScale moves into proj and fc2. A relative position bias is written out for all pairs of rows.
     * 1/√d moves into W_q, or into the q-norm's affine; a rotation behind them is linear.
+    * The channels of queries and keys that a rotation pairs become neighbours, where PyTorch multiplies complex numbers
+      (float32 and float64 on a CPU): the rotation is then one product. Scores do not depend on the channels' order.
     * The key bias is dropped: it is added to every key, prompts included, so it cancels in the softmax (not with a
       k-norm, and not with a rotary embedding, which rotates it with the key).
     * W_o b_v moves into b_o, since attention weights sum to 1 (not with a norm between them).
@@ -77,6 +80,11 @@ def fold(block: Block) -> Block:
     else:
         proj.absorb_norm(attn_norm)
         attn_norm = without_affine(attn_norm)
+    k_norm, like = block.k_norm, block.qkv.weight
+    interleaved = block.rotary and like.device.type == "cpu" and like.dtype in COMPLEX
+    if interleaved:
+        qkv.interleave(block.num_heads)
+        q_norm, k_norm = _interleaved(q_norm), _interleaved(k_norm)
     if block.ls1 is not None and not block.post_norm:
         proj.scale_rows(slice(None), block.ls1)
     norm2 = block.norm2 if block.post_norm else without_affine(block.norm2)
@@ -88,11 +96,12 @@ def fold(block: Block) -> Block:
         mlp=_fold_mlp(block),
         num_heads=block.num_heads,
         q_norm=q_norm,
-        k_norm=block.k_norm,
+        k_norm=k_norm,
         attn_norm=attn_norm,
         post_norm=block.post_norm,
         scale=1.0,
         rotary=block.rotary,
+        interleaved=interleaved,
         bias=None if block.bias is None else block.bias.folded(),
     )
     return folded.eval()
@@ -141,6 +150,13 @@ class _Affine:
         self.weight[rows] *= column[..., None]
         self.bias[rows] *= column
 
+    def interleave(self, num_heads: int) -> None:
+        """Reorder the channels of each head's queries and keys from i, i + d / 2 to neighbours."""
+        self.weight, self.bias = (
+            torch.cat([x.unflatten(0, (3, num_heads, 2, -1))[:2].transpose(2, 3).flatten(0, 3), x[len(x) // 3 * 2 :]])
+            for x in (self.weight, self.bias)
+        )
+
     def dense(self) -> Dense:
         """Return a frozen Linear in the source's dtype: the source itself if nothing moved, without a zero bias."""
         weight, bias = self.weight.to(self.source.weight.dtype), self.bias.to(self.source.weight.dtype)
@@ -153,6 +169,14 @@ class _Affine:
 def without_affine(norm: Norm) -> Norm:
     """Return the norm without its affine: x̂ alone."""
     return Norm(norm.kind, norm.size, norm.eps, None, None, norm.upcast)
+
+
+def _interleaved(norm: Norm | None) -> Norm | None:
+    """Reorder a norm of queries or keys like `_Affine.interleave`."""
+    if norm is None:
+        return None
+    weight, bias = (None if x is None else x.unflatten(0, (2, -1)).t().flatten() for x in (norm.weight, norm.bias))
+    return Norm(norm.kind, norm.size, norm.eps, weight, bias, norm.upcast)
 
 
 def _scaled(norm: Norm, factor: float, like: Tensor) -> Norm:

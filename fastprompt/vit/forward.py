@@ -406,15 +406,15 @@ def attention(block: Block, x: Rows, reads: Sequence[Reads]) -> Tensor:
             continue
         prefix, norms = read.prefix, block.q_norm is not None or block.k_norm is not None
         if read.turns is not None and read.rows is None and read.joining is None and not norms:
-            own = rotated(own[0], read.turns), None, None
+            own = rotated(own[0], read.turns, block.interleaved), None, None
         elif read.turns is not None or read.joining is not None or norms:
             query, k, v = unpacked(*own)
             if read.joining is not None:
                 prompt_q, prompt_k, prompt_v = heads(block, linear(normed(block, read.joining), weight, bias), 3)
                 query, prefix = _append(query, prompt_q, dim=2), (_norm(block.k_norm, prompt_k), prompt_v)
             own = (
-                turned(_norm(block.q_norm, query), read.turns, read.rows),
-                turned(_norm(block.k_norm, k), read.turns),
+                turned(_norm(block.q_norm, query), block, read.turns, read.rows),
+                turned(_norm(block.k_norm, k), block, read.turns),
                 v,
             )
         out = attended(block, *own, prefix, score_bias(block, part, read))
@@ -475,8 +475,8 @@ def join(block: Block, x: Rows, read: Reads) -> Tensor:
     of_x = x._replace(data=normed(block, x.data) if x.normed is None else x.normed)
     query, k, v = unpacked(*projections(block, of_x, [read])[0])
     prompt_q, prompt_k, prompt_v = heads(block, linear(normed(block, prompts), block.qkv.weight, block.qkv.bias), 3)
-    keys, prefix = (turned(_norm(block.k_norm, k), read.turns), v), (_norm(block.k_norm, prompt_k), prompt_v)
-    query, prompt_q = turned(_norm(block.q_norm, query), read.turns, read.rows), _norm(block.q_norm, prompt_q)
+    keys, prefix = (turned(_norm(block.k_norm, k), block, read.turns), v), (_norm(block.k_norm, prompt_k), prompt_v)
+    query, prompt_q = turned(_norm(block.q_norm, query), block, read.turns, read.rows), _norm(block.q_norm, prompt_q)
 
     def branch(q: Tensor, bias: Tensor | None) -> Tensor:
         out = attended(block, q, *keys, prefix, bias).transpose(1, 2).flatten(2)
@@ -505,9 +505,9 @@ def one_query_attention(block: Block, q: Tensor, rows: Tensor, read: Reads) -> T
         of_prompts = None if prompts is None else q @ prompts.transpose(1, 2)
     else:
         bias = None if block.qkv.bias is None else block.qkv.bias[inner : 2 * inner]
-        q = turned(q, read.turns, read.rows)
+        q = turned(q, block, read.turns, read.rows)
         (k,) = heads(block, linear(rows, w_k, bias), 1)  # (B, heads, T, d)
-        scores, of_prompts = (q @ turned(k, read.turns).transpose(2, 3)).squeeze(2), None
+        scores, of_prompts = (q @ turned(k, block, read.turns).transpose(2, 3)).squeeze(2), None
         if prompts is not None:
             (k,) = heads(block, linear(prompts, w_k, bias), 1)
             of_prompts = (q @ k.transpose(2, 3)).squeeze(2)

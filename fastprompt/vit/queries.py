@@ -75,13 +75,13 @@ def keys(block: Block, rows: Tensor, turns: Turns | None = None) -> Tensor:
     """Return keys (B, heads, T, d) of `rows` (B, T, D) as in `answers`."""
     inner = block.num_heads * block.head_dim
     (k,) = _heads(block, rows, slice(inner, 2 * inner))
-    return turned(k if block.k_norm is None else block.k_norm(k), turns)
+    return turned(k if block.k_norm is None else block.k_norm(k), block, turns)
 
 
 def keys_and_values(block: Block, rows: Tensor, turns: Turns | None = None) -> tuple[Tensor, Tensor]:
     """Return keys and values, each (B, heads, T, d), of `rows` (B, T, D) as in `answers`."""
     k, v = _heads(block, rows, slice(block.num_heads * block.head_dim, None))
-    return turned(k if block.k_norm is None else block.k_norm(k), turns), v
+    return turned(k if block.k_norm is None else block.k_norm(k), block, turns), v
 
 
 def _heads(block: Block, rows: Tensor, columns: slice) -> tuple[Tensor, ...]:

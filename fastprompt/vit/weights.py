@@ -243,8 +243,9 @@ class Block(nn.Module):
     `post_norm` False: x + ls1·attn(norm1(x)), then x + ls2·mlp(norm2(x)).
     `post_norm` True:  x + norm1(attn(x)), then x + norm2(mlp(x)) (timm's ResPostBlock).
     `qkv` stacks q, k, v; `q_norm`, `k_norm` act per head, `attn_norm` on the heads' joined output. `scale` multiplies
-    the attention scores; None: 1/√d. `rotary`: queries and keys of patches are rotated, behind their norms. `bias` is
-    added to the scores.
+    the attention scores; None: 1/√d. `rotary`: queries and keys of patches are rotated, behind their norms.
+    `interleaved`: a pair that is rotated is channels 2i and 2i + 1 of a head, not i and i + d / 2. `bias` is added to
+    the scores.
     """
 
     papers: ClassVar[Callable[..., Tensor]]
@@ -267,6 +268,7 @@ class Block(nn.Module):
         post_norm: bool = False,
         scale: float | None = None,
         rotary: bool = False,
+        interleaved: bool = False,
         bias: RelativeBias | None = None,
     ) -> None:
         super().__init__()
@@ -274,7 +276,8 @@ class Block(nn.Module):
         self.q_norm, self.k_norm, self.attn_norm = q_norm, k_norm, attn_norm
         self.ls1, self.ls2 = frozen(ls1), frozen(ls2)
         self.bias = bias
-        self.num_heads, self.post_norm, self.rotary = num_heads, post_norm, rotary
+        self.num_heads, self.post_norm = num_heads, post_norm
+        self.rotary, self.interleaved = rotary, interleaved
         self.head_dim = qkv.weight.shape[0] // (3 * num_heads)
         self.scale = self.head_dim**-0.5 if scale is None else scale
 

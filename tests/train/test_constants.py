@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import fastprompt as fp
 from fastprompt.generators import PromptConfig
-from fastprompt.vit import forward
+from fastprompt.vit import folding, forward
 
 CONFIGS: dict[str, PromptConfig] = {
     "vqt": fp.VQTConfig(num_queries=2, group_lasso=0.01),
@@ -173,6 +174,18 @@ def test_files_are_shared_checked_and_bounded(
     left = list(tmp_path.glob("*.constants"))
     assert sum(file.stat().st_size for file in left) <= 2.1 * size
     assert files[0] in left  # it was used last but one
+
+
+def test_keys_are_read_only_where_their_channels_lie_as_they_were_kept(
+    make_vit: Callable[..., Any], data: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rotary = {"kind": Eva, "use_rot_pos_emb": True, "rope_rotate_half": True}
+    model = fp.PromptedViT(fp.FrozenViT(make_vit(depth=1, **rotary)), fp.VQTConfig(), num_classes=3)
+    for files, dtypes in enumerate((folding.COMPLEX, (), ()), 1):
+        monkeypatch.setattr(folding, "COMPLEX", dtypes)
+        model.backbone.refold()
+        fp.fit(model, data, data, epochs=1, dtype="float32", cache="keys", cache_dir=tmp_path, progress=False)
+        assert len(list(tmp_path.glob("*.constants"))) == min(files, 2)
 
 
 def test_images_of_two_sizes_are_refused(make_vit: Callable[..., VisionTransformer]) -> None:

@@ -59,7 +59,7 @@ def test_other_work_on_the_machine_does_not_decide(
     def product(name: str, takes: float) -> Callable[..., None]:
         def run(*operands: torch.Tensor | None) -> None:
             calls.append(name)
-            now[0] += takes * (20 if len(calls) <= 5 else 1)  # at first something else runs too
+            now[0] += takes * (20 if name == "MKL" and len(calls) <= 30 else 1)  # at first something else runs too
 
         return run
 
@@ -69,7 +69,7 @@ def test_other_work_on_the_machine_does_not_decide(
     module._faster_product.cache_clear()
     try:
         assert module._faster_product() == expected
-        assert calls[:2] == ["MKL", "oneDNN"]
+        assert calls[:4] == ["MKL", "MKL", "oneDNN", "oneDNN"]
     finally:
         module._faster_product.cache_clear()
 

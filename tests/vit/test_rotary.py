@@ -36,11 +36,26 @@ def turns(heads: int, patches: int, first: int) -> Turns:
     return Turns(angles.sin(), angles.cos(), first)
 
 
+def neighbours(x: Tensor) -> Tensor:
+    """Move the channels of each pair from i and i + d / 2 next to each other."""
+    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+
+
+def apart(x: Tensor) -> Tensor:
+    """Undo `neighbours`."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
+def ours_of(q: Tensor, of: Turns, interleaved: bool) -> Tensor:
+    return apart(rotary.rotated(neighbours(q), of, True)) if interleaved else rotary.rotated(q, of)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("heads", [1, 3])
-def test_queries_and_keys_rotate_as_in_the_papers_graph(heads: int) -> None:
+def test_queries_and_keys_rotate_as_in_the_papers_graph(heads: int, interleaved: bool) -> None:
     q = torch.randn(2, 3, 9, 8, dtype=torch.float64, requires_grad=True)
     of = turns(heads, 5, 2)
-    plain, ours = reference.rotated(q, of), rotary.rotated(q, of)
+    plain, ours = reference.rotated(q, of), ours_of(q, of, interleaved)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
     weights = torch.randn_like(q)
     gradients = [torch.autograd.grad((out * weights).sum(), q)[0] for out in (ours, plain)]
@@ -52,22 +67,51 @@ def test_queries_and_keys_rotate_as_in_the_papers_graph(heads: int) -> None:
     assert torch.equal(ours[:, :, [0, 1, 7, 8]], q[:, :, [0, 1, 7, 8]])
 
 
-def test_packed_projections_rotate_without_their_values() -> None:
-    packed = torch.randn(2, 9, 3, 3, 8, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_packed_projections_rotate_without_their_values(dtype: torch.dtype) -> None:
+    packed = torch.randn(2, 9, 3, 3, 8, dtype=dtype, requires_grad=True)
     of = turns(3, 5, 2)
-    q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
-    apart = torch.stack([reference.rotated(q, of), reference.rotated(k, of), v]).permute(1, 3, 0, 2, 4)
-    for ours in (rotary.rotated(packed, of), rotary._plain(packed, of)):
-        torch.testing.assert_close(ours, apart, rtol=1e-12, atol=1e-12)
-        weights = torch.randn_like(packed)
-        gradients = [torch.autograd.grad((out * weights).sum(), packed, retain_graph=True)[0] for out in (ours, apart)]
-        torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+    q, k, v = packed.double().permute(2, 0, 3, 1, 4).unbind(0)
+    expected = torch.stack([reference.rotated(q, of), reference.rotated(k, of), v]).permute(1, 3, 0, 2, 4)
+    paired = torch.cat([neighbours(packed[:, :, :2]), packed[:, :, 2:]], dim=2)  # values stay
+    near = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 0.03, "atol": 0.03}
+    for given, interleaved in ((packed, False), (paired, True)):
+        for rotate in (rotary.rotated, rotary._plain):
+            angles = of if rotate is rotary.rotated else Turns(of.sin.to(dtype), of.cos.to(dtype), of.first)
+            ours = rotate(given, angles, interleaved)
+            ours = torch.cat([apart(ours[:, :, :2]), ours[:, :, 2:]], dim=2) if interleaved else ours
+            torch.testing.assert_close(ours.double(), expected, **near)
+            weights = torch.randn_like(expected)
+            gradients = [
+                torch.autograd.grad((out * weights).sum(), packed, retain_graph=True)[0] for out in (ours, expected)
+            ]
+            torch.testing.assert_close(*gradients, **near)
+
+
+@torch.no_grad()
+def test_neighbours_are_rotated_where_they_are() -> None:
+    for shape, dim in (((2, 3, 9, 8), 2), ((2, 9, 3, 3, 8), 1)):
+        x, of = torch.randn(shape), turns(1, 5, 2)
+        before = x.clone()
+        assert rotary.rotated(x, of, interleaved=True) is x
+        rows = torch.tensor([0, 1, 7, 8])
+        assert torch.equal(x.index_select(dim, rows), before.index_select(dim, rows))
+        assert not torch.equal(x, before)
+
+
+def test_gradients_of_any_layout_are_rotated_back() -> None:
+    q, of = torch.randn(2, 3, 9, 8, dtype=torch.float64, requires_grad=True), turns(1, 5, 2)
+    (found,) = torch.autograd.grad(rotary.rotated(q, of, interleaved=True).sum(), q)
+    (expected,) = torch.autograd.grad(rotary._plain(q, of, interleaved=True).sum(), q)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("rows", [slice(0, 1), slice(1, 4), slice(2, None), slice(0, 8), slice(7, None)])
 def test_some_rows_rotate_as_they_do_among_all(rows: slice) -> None:
     q, of = torch.randn(2, 3, 9, 8, dtype=torch.float64), turns(1, 5, 2)
-    torch.testing.assert_close(rotary.rotated(q[:, :, rows], of.of(rows)), rotary.rotated(q, of)[:, :, rows])
+    for interleaved in (False, True):
+        some = rotary.rotated(q[:, :, rows].clone(), of.of(rows), interleaved)
+        torch.testing.assert_close(some, rotary.rotated(q.clone(), of, interleaved)[:, :, rows])
 
 
 @pytest.fixture
