@@ -151,7 +151,7 @@ def _rotate(t: Tally, s: Sizes, rows: int, trains: bool, packed: bool = False, j
     """`fastprompt.vit.rotary.rotated` of `rows` + `joined` rows of an image: queries or keys, or with values `packed`.
 
     In 16 bits a copy and four products, and with the sine's negative again backwards. Else the pairs are complex: one
-    product, in place, or with a new tensor and copies of what is not rotated where a gradient passes.
+    product, in place, or in training with a new tensor and copies of what is not rotated.
     """
     if s.cast:
         t.call(5, 6 * trains)
@@ -159,7 +159,7 @@ def _rotate(t: Tally, s: Sizes, rows: int, trains: bool, packed: bool = False, j
     before = s.prefix > 0 and rows >= s.own  # patches are read alone otherwise
     behind = rows + joined - s.prefix * before > s.patches
     written = 3 + before + behind + packed
-    t.call(written if trains else 2, (1 + written) * trains)
+    t.call(written if s.training else 2, (1 + written) * trains)
 
 
 def _norm(t: Tally, s: Sizes, rows: int, trains: bool = True, keeps: bool = True) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -111,9 +112,10 @@ def _faster_product() -> str:
         return "MKL"
     with torch.inference_mode():
         x, weight = torch.ones(256, 768), torch.ones(768, 768)
+        products: tuple[Callable[..., Tensor], ...] = (F.linear, _product)
         best = [math.inf, math.inf]
         for _ in range(ROUNDS):  # by turns: what else the machine does slows down both
-            for i, product in enumerate((F.linear, _product)):
+            for i, product in enumerate(products):
                 began = time.perf_counter()
                 product(x, weight, None)
                 product(x, weight.t(), None)

@@ -1,8 +1,8 @@
 """The rotation of queries and keys in the rewritten graph.
 
 A pair of channels (a, b) is rotated by θ as the complex number (a + i b) e^{iθ}. Where the channels of a pair are
-neighbours (`Block.interleaved`), this is one product, in place unless a gradient passes; it writes the values and the
-rows that are not rotated only where it needs a new tensor. Elsewhere it is a copy and four products.
+neighbours (`Block.interleaved`), this is one product, in place where gradients are off; else it writes the values and
+the rows that are not rotated too. Elsewhere it is a copy and four products.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ COMPLEX = (torch.float32, torch.float64)
 def rotated(x: Tensor, turns: Turns, interleaved: bool = False) -> Tensor:
     """Rotate the patches of x, its queries or keys (B, H, T, d) or all three packed (B, T, 3, H, d).
 
-    `interleaved`: pairs are neighbouring channels. Then x is overwritten if no gradient passes.
+    `interleaved`: pairs are neighbouring channels. Then x is overwritten where gradients are off.
     """
     turns = Turns(turns.sin.to(x.dtype), turns.cos.to(x.dtype), turns.first)
     if turns.sin.shape[-2] == 0:
         return x
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _plain(x, turns, interleaved)
-    return _Rotated.apply(x, *turns, interleaved) if _trains(x) else _written(x, *turns, interleaved, in_place=True)
+    if torch.is_grad_enabled():  # groups of images may be views of one product, of which others are saved
+        return _Rotated.apply(x, *turns, interleaved)
+    return _written(x, *turns, interleaved, in_place=True)
 
 
 def turned(x: Tensor, block: Block, turns: Turns | None, rows: slice | None = None) -> Tensor:
@@ -40,10 +42,6 @@ def turned(x: Tensor, block: Block, turns: Turns | None, rows: slice | None = No
     if turns is None:
         return x
     return rotated(x, turns if rows is None else turns.of(rows), block.interleaved)
-
-
-def _trains(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad
 
 
 def _plain(x: Tensor, turns: Turns, interleaved: bool) -> Tensor:
