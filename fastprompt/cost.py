@@ -500,6 +500,7 @@ def _one_query(t: Tally, s: Sizes, rows: int, p: int, n: int, cast: bool, trains
     if s.rotary:
         t.product(2 * b * rows * d * d)  # keys
         _rotate(t, s, rows, True)
+        t.call(0, int(not s.cast))  # the keys' gradient comes transposed and is copied
         t.product(2 * b * rows * d, 2)
         t.call(1, 1, s.tokens(b * rows))
     else:
