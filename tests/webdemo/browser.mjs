@@ -27,10 +27,8 @@ try {
                                job.files.length);
     await page.getByRole("button", { name: "Classify" }).click();
     await page.waitForSelector(".adapter .bar");
-    await page.waitForFunction((count) => {  // the gallery of maps is filled after the classes are shown
-      const images = Array.from(document.images);
-      return images.every((image) => image.complete) && images.filter((image) => image.naturalWidth >= 224).length >= count;
-    }, job.maps);
+    await page.waitForFunction(  // the gallery is filled after the classes are shown, and what is out of sight is not loaded
+      (count) => Array.from(document.images).filter((image) => image.naturalWidth >= 224).length >= count, job.maps);
     const shown = await page.evaluate(() => ({
       adapters: Array.from(document.querySelectorAll(".adapter > h4:first-child"), (title) => title.textContent),
       bars: document.querySelectorAll(".adapter .bar").length,
