@@ -220,6 +220,8 @@ def grid_recipes(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> dict[str,
     """
     if recipe.rollbacks:
         raise ArgumentError("rollbacks", f"must be 0 in a grid, whose adapters keep in step, got {recipe.rollbacks}")
+    if recipe.compile:
+        raise ArgumentError("compile", "must be False in a grid, whose adapters share their steps, got True")
     if not grid:
         raise ArgumentError("grid", f"must name at least one field of the recipe ({', '.join(GRID_FIELDS)})")
     for name, values in grid.items():

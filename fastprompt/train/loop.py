@@ -28,6 +28,7 @@ from fastprompt.train.tasks import Score, Task, wide
 if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
 
+Forward = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 _SUMS = ("loss", "kl", "grad_norm", "correct", "images", "bad_step", "bad_loss", "bad_norm")
 
 
@@ -154,6 +155,7 @@ class Loop:
         self.ranks = Ranks() if ranks is None else ranks
         self.mixing = Mixing(recipe, task.num_outputs, model.backbone.normalise, train.device)
         self.constants = constants
+        self._compiled = self._compile() if recipe.compile and not features else None
 
     def train(
         self,
@@ -329,13 +331,22 @@ class Loop:
             raise TrainingDiverged(f"validation loss is {loss}", epoch, 0, self.optimizer.param_groups[0]["lr"])
         return loss, value
 
+    def _compile(self) -> Forward:
+        """Compile what `_forward` calls in training, at the first step."""
+        mode = "reduce-overhead" if self.train_batches.device.type == "cuda" else None
+        return torch.compile(self._from_images, mode=mode, dynamic=False)
+
+    def _from_images(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return logits and the auxiliary tensors for the loss, from images or their constants."""
+        if self.constants is not None:
+            return self.constants.forward(images)
+        return self.model(images, return_aux=True)
+
     def _forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return float32 logits and the auxiliary tensors for the loss."""
         if self.features:
             assert self.model.head is not None
             return self.model.head(images).float(), {}
-        if self.constants is not None:
-            logits, aux = self.constants.forward(images)
-        else:
-            logits, aux = self.model(images, return_aux=True)
+        forward = self._compiled if self._compiled is not None and self.model.training else self._from_images
+        logits, aux = forward(images)
         return logits.float(), aux

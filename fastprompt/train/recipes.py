@@ -122,6 +122,10 @@ class Recipe:
             only after each epoch. It does not change the result.
         activation_bits: 8 or 2 keeps the derivatives of the frozen MLPs' activations for the backward in so many bits,
             which saves memory and makes gradients approximate (`PromptedViT.set_activation_bits`); None is exact.
+        compile: train on what `torch.compile` makes of the model's forward and backward, on CUDA captured as graphs
+            (mode "reduce-overhead"). The first step, and one of another batch size, take up to minutes; results differ
+            by rounding, and dropout and latent noise are other draws. Validation and a head on cached features are not
+            compiled.
         cache: what is kept of images without augmentation for all epochs, if it does not depend on what trains: with
             `VQTConfig` the "inputs" of every block or its "keys" and values, with `first_block` k what enters block k.
             "auto" is "inputs"; "none" keeps nothing. Results differ by rounding alone.
@@ -170,6 +174,7 @@ class Recipe:
     checkpoint_every: str = "10 minutes"
     deterministic: bool = False
     activation_bits: int | None = None
+    compile: bool = False
     cache: str = "auto"
     cache_dtype: str = "auto"
     cache_gib: float = 4.0
@@ -183,8 +188,9 @@ class Recipe:
                 raise ArgumentTypeError(name, f"must be an integer, got {type(value).__name__} {value!r}")
             if not low <= value < 2**63:
                 raise ArgumentError(name, f"must be at least {low}, got {value}")
-        if not isinstance(self.deterministic, bool):
-            raise ArgumentTypeError("deterministic", f"must be True or False, got {self.deterministic!r}")
+        for name in ("deterministic", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentTypeError(name, f"must be True or False, got {getattr(self, name)!r}")
         self._check_number("lr", low=0, open_low=True)
         self._check_number("head_lr", low=0, open_low=True, optional=True)
         self._check_number("backbone_lr", low=0, open_low=True, optional=True)
