@@ -119,5 +119,10 @@ void tiled_adaptive_prompts(const AdaptivePrompts* a, int64_t begin, int64_t end
 
 }  // namespace
 
-const Kernels fastprompt::amx = {tiled_scratch, tiled_prefix_attention, add_norm,
-                                 tiled_adaptive_prompts_scratch, tiled_adaptive_prompts, bottleneck, int8_linear_scratch, int8_linear};
+const Kernels fastprompt::amx = {
+    tiled_scratch, tiled_prefix_attention,
+    prefix_attention_backward_scratch, prefix_attention_backward,
+    add_norm,
+    tiled_adaptive_prompts_scratch, tiled_adaptive_prompts, bottleneck,
+    int8_linear_scratch, int8_linear,
+};

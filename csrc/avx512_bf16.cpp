@@ -47,5 +47,10 @@ inline void product_of_tiles(const char* a, int64_t a_row, int64_t lower, int64_
 
 #include "bfloat16.inc"
 
-const Kernels fastprompt::avx512_bf16 = {tiled_scratch, tiled_prefix_attention, add_norm,
-                                         adaptive_prompts_scratch, adaptive_prompts, bottleneck, int8_linear_scratch, int8_linear};
+const Kernels fastprompt::avx512_bf16 = {
+    tiled_scratch, tiled_prefix_attention,
+    prefix_attention_backward_scratch, prefix_attention_backward,
+    add_norm,
+    adaptive_prompts_scratch, adaptive_prompts, bottleneck,
+    int8_linear_scratch, int8_linear,
+};

@@ -27,6 +27,16 @@ struct PrefixAttention {
   float scale;
 };
 
+// The gradients of out = softmax(scale · q [prefix_k, k]ᵀ) [prefix_v, v], all float32. Of what is null nothing is written.
+struct PrefixAttentionBackward {
+  Heads q, k, v, prefix_k, prefix_v, grad;  // grad: of out, (B, H, R, d)
+  Heads grad_q, grad_k, grad_v;
+  float *grad_prefix_k, *grad_prefix_v;  // of each image, (B, H, P, d)
+  int64_t heads, queries, tokens, prompts, width;  // H, R, T, P, d
+  int64_t group;  // images that share a prefix
+  float scale;
+};
+
 // sum = x + branch in their type, and normed = (sum − mean) / √(variance + eps), each row by itself; all contiguous.
 struct AddNorm {
   const void *x, *branch;
@@ -69,6 +79,8 @@ struct Int8Linear {
 struct Kernels {
   int64_t (*prefix_attention_scratch)(const PrefixAttention*);
   void (*prefix_attention)(const PrefixAttention*, int64_t begin, int64_t end, char* scratch);
+  int64_t (*prefix_attention_backward_scratch)(const PrefixAttentionBackward*);
+  void (*prefix_attention_backward)(const PrefixAttentionBackward*, int64_t begin, int64_t end, char* scratch);
   void (*add_norm)(const AddNorm*, int64_t begin, int64_t end, char* scratch);  // task: a row
   int64_t (*adaptive_prompts_scratch)(const AdaptivePrompts*);
   void (*adaptive_prompts)(const AdaptivePrompts*, int64_t begin, int64_t end, char* scratch);  // task: part of an image

@@ -161,6 +161,44 @@ Tensor prefix_attention(const Tensor& q, const Tensor& k, const Tensor& v, std::
   return out;
 }
 
+// grad (B, H, R, d) of the output, q, k, v, prefix_k, prefix_v as above → grad_q like q, grad_k, grad_v like k and v,
+// grad_prefix_k, grad_prefix_v (B, H, P, d) of each image, contiguous; all float32, what is not given is not computed
+void prefix_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
+                               std::optional<Tensor> prefix_k, std::optional<Tensor> prefix_v, double scale,
+                               std::optional<Tensor> grad_q, std::optional<Tensor> grad_k, std::optional<Tensor> grad_v,
+                               std::optional<Tensor> grad_prefix_k, std::optional<Tensor> grad_prefix_v) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k must have 4 dimensions");
+  const int64_t b = q.size(0), h = q.size(1), r = q.size(2), d = q.size(3), t = k.size(2);
+  const int64_t p = prefix_k ? prefix_k->size(2) : 0, n = prefix_k ? prefix_k->size(0) : 1;
+  STD_TORCH_CHECK(prefix_k.has_value() == prefix_v.has_value(), "prefix_k and prefix_v must be given together");
+  STD_TORCH_CHECK((n > 0 ? b % n : b) == 0 && p + t > 0, "the prefixes must divide the batch, there must be a key");
+  const auto floats_of = [](const Tensor& x, const char* name, std::initializer_list<int64_t> sizes) {
+    return heads_of(x, name, ScalarType::Float, sizes);
+  };
+  PrefixAttentionBackward a = {};
+  a.q = floats_of(q, "q", {b, h, r, d}), a.grad = floats_of(grad, "grad", {b, h, r, d});
+  a.k = floats_of(k, "k", {b, h, t, d}), a.v = floats_of(v, "v", {b, h, t, d});
+  if (prefix_k) {
+    a.prefix_k = floats_of(*prefix_k, "prefix_k", {n, h, p, d});
+    a.prefix_v = floats_of(*prefix_v, "prefix_v", {n, h, p, d});
+  }
+  if (grad_q) a.grad_q = floats_of(*grad_q, "grad_q", {b, h, r, d});
+  STD_TORCH_CHECK(grad_k.has_value() == grad_v.has_value(), "grad_k and grad_v must be given together");
+  if (grad_k) a.grad_k = floats_of(*grad_k, "grad_k", {b, h, t, d}), a.grad_v = floats_of(*grad_v, "grad_v", {b, h, t, d});
+  STD_TORCH_CHECK(grad_prefix_k.has_value() == grad_prefix_v.has_value(), "grad_prefix_k needs grad_prefix_v");
+  if (grad_prefix_k) {
+    a.grad_prefix_k = const_cast<float*>(floats(*grad_prefix_k, "grad_prefix_k", {b, h, p, d}));
+    a.grad_prefix_v = const_cast<float*>(floats(*grad_prefix_v, "grad_prefix_v", {b, h, p, d}));
+  }
+  a.heads = h, a.queries = r, a.tokens = t, a.prompts = p, a.width = d, a.scale = scale;
+  a.group = n > 0 && b > 0 ? b / n : 1;
+  if (b * h * d == 0) return;
+  const Kernels* run = kernels_of(level);
+  torch::stable::parallel_for(0, b * h, 1, [&](int64_t begin, int64_t end) {
+    run->prefix_attention_backward(&a, begin, end, scratch_of(run->prefix_attention_backward_scratch(&a)));
+  });
+}
+
 // x, branch (..., D) → their sum and its norm
 std::tuple<Tensor, Tensor> add_norm(const Tensor& x, const Tensor& branch, double eps) {
   const int64_t width = x.size(x.dim() - 1), rows = width == 0 ? 0 : x.numel() / width;
@@ -249,6 +287,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, s
 
 STABLE_TORCH_LIBRARY_IMPL(fastprompt, CPU, m) {
   m.impl("prefix_attention_native", TORCH_BOX(&prefix_attention));
+  m.impl("prefix_attention_backward_native", TORCH_BOX(&prefix_attention_backward));
   m.impl("add_norm_native", TORCH_BOX(&add_norm));
   m.impl("adaptive_prompts_native", TORCH_BOX(&adaptive_prompts));
   m.impl("int8_linear_native", TORCH_BOX(&int8_linear));

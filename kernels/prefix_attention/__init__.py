@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprompt.kernels import dispatch
+from fastprompt.kernels import dispatch, native as library
 from fastprompt.kernels.prefix_attention import recompute, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -99,13 +99,14 @@ def prefix_attention(
         and dispatch.trains_on_cpu(*given, prefix_k, prefix_v)
     )
     arguments = (*given, prefix_k, prefix_v, bias, scale)
+    not_natively = _unsupported_natively(q, k, v, prefix_k, prefix_v, bias, scale)
     backend = dispatch.choose(
         "prefix_attention",
         q.device.type,
         _unsupported(q),
         lean,
         arguments,
-        _unsupported_natively(q, k, v, prefix_k, prefix_v, bias, scale),
+        not_natively,
         call,
     )
     if backend == "triton":
@@ -117,7 +118,8 @@ def prefix_attention(
 
         return native.prefix_attention(*arguments)
     if backend == "recompute":
-        return recompute.prefix_attention(*given, prefix_k, prefix_v, scale)
+        natively = not not_natively and k.dtype == torch.float32 and not library.obstacle()
+        return recompute.prefix_attention(*given, prefix_k, prefix_v, scale, natively)
     return reference.prefix_attention(*arguments)
 
 

@@ -1,8 +1,8 @@
 """`prefix_attention` for training on a CPU: saves its inputs alone and computes the weights again in the backward.
 
 What autograd would save (keys and values behind a copied prefix, output, weights) is made again from q, k, v and the
-prefix, which are views of what the projections returned. A few images at a time go through buffers that stay in the
-cache: the weights of a whole batch would come from memory, page by page.
+prefix, which are views of what the projections returned. The C++ kernels do this where they can; elsewhere a few images
+at a time go through buffers that stay in the cache: the weights of a whole batch would come from memory, page by page.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastprompt.kernels.prefix_attention import native
 from fastprompt.kernels.prefix_attention.reference import unpacked, with_prefix
 
 BUFFER_SCORES = 5 * 2**18
@@ -21,10 +22,16 @@ BUFFER_SCORES = 5 * 2**18
 
 
 def prefix_attention(
-    q: Tensor, k: Tensor | None, v: Tensor | None, prefix_k: Tensor | None, prefix_v: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    scale: float,
+    natively: bool = False,
 ) -> Tensor:
-    """See `fastprompt.kernels.prefix_attention.prefix_attention`."""
-    return _PrefixAttention.apply(q, k, v, prefix_k, prefix_v, scale)
+    """See `fastprompt.kernels.prefix_attention.prefix_attention`; `natively`: by the C++ kernels."""
+    return _PrefixAttention.apply(q, k, v, prefix_k, prefix_v, scale, natively)
 
 
 class _PrefixAttention(torch.autograd.Function):
@@ -42,9 +49,12 @@ class _PrefixAttention(torch.autograd.Function):
         prefix_k: Tensor | None,
         prefix_v: Tensor | None,
         scale: float,
+        natively: bool,
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v)
-        ctx.scale = scale
+        ctx.scale, ctx.natively = scale, natively
+        if natively:
+            return native.prefix_attention(q, k, v, prefix_k, prefix_v, None, scale)
         q, k, v = unpacked(q, k, v)
         return F.scaled_dot_product_attention(q, with_prefix(prefix_k, k), with_prefix(prefix_v, v), scale=scale)
 
@@ -64,9 +74,17 @@ class _PrefixAttention(torch.autograd.Function):
         parts = (None, None) if whole is None else whole.permute(2, 0, 3, 1, 4).unbind(0)
         grad_k, grad_v = parts[-2:]
         grad_q = parts[0] if packed == 3 else q.new_empty(b, r, h, d).transpose(1, 2) if wants_q else None
+        grads = {3: (whole, None, None), 2: (grad_q, whole, None), 1: (grad_q, grad_k, grad_v)}[packed]
+        if ctx.natively:
+            of_prefix = [q.new_empty(b, h, p, d) for _ in range(2)] if wants_prefix else [None, None]
+            grad = grad if grad.stride(3) == 1 else grad.contiguous()
+            native.BACKWARD(grad, q, k, v, prefix_k, prefix_v, ctx.scale, grad_q, grad_k, grad_v, *of_prefix)
+            if wants_prefix and prefix_k.shape[0] == 1:
+                of_prefix = [x.sum(0, keepdim=True) for x in of_prefix]
+            return *grads, *of_prefix, None, None
+
         wide = torch.promote_types(q.dtype, torch.float32)
         prefix_grads = [q.new_zeros(x.shape, dtype=wide) for x in (prefix_k, prefix_v)] if wants_prefix else []
-
         room, head = BUFFER_SCORES * torch.get_num_threads(), max(1, r * (p + t))
         images, group = max(1, min(b, room // (h * head))), max(1, min(h, room // head))
         buffers = [
@@ -104,8 +122,7 @@ class _PrefixAttention(torch.autograd.Function):
                     if tokens is not None:
                         tokens[at] = moved[:, :, p - (read.start or 0) :]
         grad_prefix_k, grad_prefix_v = (g.to(q.dtype) for g in prefix_grads) if wants_prefix else (None, None)
-        grads = {3: (whole, None, None), 2: (grad_q, whole, None), 1: (grad_q, grad_k, grad_v)}[packed]
-        return *grads, grad_prefix_k, grad_prefix_v, None
+        return *grads, grad_prefix_k, grad_prefix_v, None, None
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

@@ -175,6 +175,116 @@ class TestPrefixAttention:
             call()  # PyTorch takes it
 
 
+@needs_library
+class TestPrefixAttentionBackward:
+    """Training on a CPU in float32: `recompute.py` with the C++ kernels."""
+
+    SIZES = (
+        (2, 3, 197, 197, 50, 64, 1),
+        (4, 2, 33, 31, 7, 64, 4),
+        (1, 12, 1, 16, 1, 64, 1),
+        (3, 2, 64, 64, 0, 32, 1),
+        (2, 3, 100, 17, 0, 64, 0),
+        (2, 1, 7, 1, 0, 8, 0),
+        (1, 2, 130, 130, 10, 80, 1),
+        (2, 2, 3, 5, 4, 13, 1),
+        (1, 1, 2, 1500, 0, 8, 0),
+        (0, 3, 5, 5, 2, 16, 1),
+        (2, 3, 0, 5, 2, 16, 1),
+        (2, 3, 5, 0, 2, 16, 2),
+    )
+
+    @staticmethod
+    def gradients(inputs: tuple[Any, ...], wanted: tuple[bool, ...], backend: fp.Backend) -> tuple[Tensor, ...]:
+        """Gradients of a weighted sum of the outputs, those `wanted`."""
+        x = [t if t is None else t.detach().requires_grad_(wants) for t, wants in zip(inputs, wanted, strict=True)]
+        with fp.use_backend(backend):
+            out = prefix_attention(*x)
+        out = out.transpose(1, 2).flatten(2)  # as the projection reads it
+        weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out).to(out.dtype)
+        return torch.autograd.grad((out * weights).sum(), [t for t in x if t is not None and t.requires_grad])
+
+    @pytest.mark.parametrize("sizes", SIZES, ids=str)
+    def test_matches_float64(self, level: str, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+        from fastprompt.kernels.prefix_attention import native as bound
+
+        calls: list[int] = []
+        run = bound.BACKWARD
+        monkeypatch.setattr(bound, "BACKWARD", lambda *arguments: calls.append(1) or run(*arguments))
+        inputs = tuple(x if x is None else x / 2 for x in attention_inputs(*sizes, torch.float32))
+        exact = tuple(x if x is None else x.double() for x in inputs)
+        prefix = sizes[-1] > 0 and sizes[4] > 0
+        for wanted in (
+            (True, True, True, prefix, prefix),
+            (True, False, False, False, False),
+            (False, True, True, False, False),
+            (False, False, False, prefix, prefix),
+            (True, False, True, False, prefix),
+        ):
+            if not any(wants and x is not None for wants, x in zip(wanted, inputs, strict=True)):
+                continue
+            calls.clear()
+            found = self.gradients(inputs, wanted, "auto")
+            assert dispatch.choices["prefix_attention"].backend == "recompute"
+            assert calls == [1]
+            plain, best = (self.gradients(x, wanted, "reference") for x in (inputs, exact))
+            for ours, theirs, right in zip(found, plain, best, strict=True):
+                within_tolerance(ours, theirs, right)
+
+    def test_packed_inputs_get_packed_gradients(self, level: str) -> None:
+        whole, (pk, pv) = torch.randn(2, 9, 3, 4, 16), torch.randn(2, 1, 4, 3, 16)
+        for given in ((whole, None, None), (torch.randn(2, 4, 7, 16), whole[:, :, :2].contiguous(), None)):
+            x = [t if t is None else t.detach().requires_grad_() for t in (*given, pk, pv)]
+            grads = []
+            for backend in ("auto", "reference"):
+                with fp.use_backend(backend):
+                    loss = prefix_attention(*x).square().sum()
+                grads.append(torch.autograd.grad(loss, [t for t in x if t is not None]))
+            assert grads[0][given.index(None) - 1].is_contiguous()
+            for ours, plain in zip(*grads, strict=True):
+                torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+    def test_large_scores(self, level: str) -> None:
+        inputs = tuple(None if x is None else 30 * x for x in attention_inputs(1, 2, 70, 40, 3, 16, 1, torch.float32))
+        exact = tuple(x if x is None else x.double() for x in inputs)
+        wanted = (True,) * 5
+        for ours, right in zip(
+            *(self.gradients(x, wanted, b) for x, b in ((inputs, "auto"), (exact, "reference"))), strict=True
+        ):
+            torch.testing.assert_close(ours.double(), right, rtol=1e-4, atol=1e-3)  # of values up to 100
+
+    def test_what_is_no_number_stays_where_it_is(self, level: str) -> None:
+        q, k, v, *_ = attention_inputs(2, 2, 60, 60, 0, 32, 0, torch.float32)
+        q = q.clone()
+        q[0, 1, 3, 5] = float("nan")
+        of_q, of_k, of_v = self.gradients((q, k, v, None, None), (True, True, True, False, False), "auto")
+        assert of_q[0, 1, 3].isnan().all()
+        assert of_q.isnan().any(-1).sum() == 1
+        for x in (of_k, of_v):
+            assert x.isnan().flatten(2).any(-1).tolist() == [[False, True], [False, False]]
+
+    def test_threads_share_the_work_and_change_no_bit(self, level: str) -> None:
+        inputs, found = attention_inputs(3, 2, 97, 60, 5, 64, 1, torch.float32), []
+        for threads in (1, 3, 4):
+            torch.set_num_threads(threads)
+            try:
+                found.append(self.gradients(inputs, (True,) * 5, "auto"))
+            finally:
+                torch.set_num_threads(1)
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+    def test_passes_opcheck(self) -> None:
+        from fastprompt.kernels.prefix_attention import native as bound
+
+        q, k, v, *prefix = attention_inputs(2, 3, 5, 6, 4, 16, 1, torch.float32)
+        like = [torch.empty(2, 3, n, 16) for n in (5, 6, 6, 4, 4)]
+        torch.library.opcheck(bound.BACKWARD, (torch.randn(2, 3, 5, 16), q, k, v, *prefix, 0.25, *like))
+        torch.library.opcheck(
+            bound.BACKWARD, (torch.randn(2, 3, 5, 16), q, k, v, None, None, 0.25, like[0], *[None] * 4)
+        )
+
+
 def adaptive_inputs(b: int, n: int, p: int, d: int, r: int, dtype: torch.dtype) -> dict[str, Tensor | None]:
     """Patch rows of a sequence, of a mean and spread of their own each."""
     sequence = torch.randn(b, n + 1, d) * (0.1 + torch.rand(b, n + 1, 1)) + torch.randn(b, n + 1, 1)
