@@ -249,7 +249,7 @@ def _faster(op: str, kernels: str, arguments: tuple[Any, ...]) -> Choice:
     in_graphs, compiling = kernels == "native" and _in_graphs.get(), torch.compiler.is_compiling()
     if compiling and not in_graphs:
         return untimed
-    if kernels == "native" and not in_graphs and (torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing()):
+    if kernels == "native" and not in_graphs and observed():
         return Choice("reference", "a dispatch mode or a tracer reads PyTorch's operators")
     leaves = arguments if kernels == "native" else tree_leaves(arguments)
     tensors = [x for x in leaves if isinstance(x, Tensor)]
@@ -399,6 +399,11 @@ def _seconds(steps: Sequence[Callable[[], None]]) -> float:
         return statistics.median(times)
     except torch.OutOfMemoryError:
         return float("inf")
+
+
+def observed() -> bool:
+    """Whether a dispatch mode (a FLOP counter, for one) or a tracer reads the operators, which should be PyTorch's."""
+    return bool(torch._C._len_torch_dispatch_stack()) or torch.jit.is_tracing()
 
 
 def trains_on_cpu(*inputs: Tensor | None) -> bool:

@@ -118,7 +118,7 @@ def prefix_attention(
 
         return native.prefix_attention(*arguments)
     if backend == "recompute":
-        natively = not not_natively and k.dtype == torch.float32 and not library.obstacle()
+        natively = not (not_natively or library.obstacle() or dispatch.observed()) and k.dtype == torch.float32
         return recompute.prefix_attention(*given, prefix_k, prefix_v, scale, natively)
     return reference.prefix_attention(*arguments)
 

@@ -128,6 +128,7 @@ def test_the_digest_is_of_contents_wherever_and_whenever_they_lie(gates: Load, t
     shutil.copytree(tree, tmp_path / "elsewhere")
     os.utime(tmp_path / "elsewhere" / "kernels/op/triton.py", (1, 1))
     (tmp_path / "elsewhere" / "kernels/_native.abi3.so").write_bytes(b"built here")
+    (tmp_path / "elsewhere" / "kernels/op/native.py").write_text("no Triton")
     (tmp_path / "elsewhere" / "tests/kernels/test_op.py").write_text("another test")
     assert run.digest(tmp_path / "elsewhere") == digest
 

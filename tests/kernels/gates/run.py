@@ -30,13 +30,15 @@ from fastprompt.files import atomic_write
 
 RESULTS = ROOT / "results" / "gates.json"
 COVERED = ("kernels", "tests/kernels/gates")
+CPU_ONLY = ("native.py", "recompute.py")
+"""Files that no Triton kernel and no gate reads."""
 
 
 def digest(root: Path = ROOT) -> str:
-    """sha256 of the names and contents of all Python files of the kernels and of the gates."""
+    """sha256 of the names and contents of all Python files of the kernels and of the gates, but for `CPU_ONLY`."""
     found = hashlib.sha256()
-    sources = [path.relative_to(root).as_posix() for folder in COVERED for path in (root / folder).rglob("*.py")]
-    for path in sorted(sources):
+    sources = [path for folder in COVERED for path in (root / folder).rglob("*.py") if path.name not in CPU_ONLY]
+    for path in sorted(path.relative_to(root).as_posix() for path in sources):
         content = (root / path).read_bytes()
         found.update(f"{path} {len(content)}\n".encode() + content)
     return found.hexdigest()
