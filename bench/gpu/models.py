@@ -28,6 +28,7 @@ import fastprompt as fp
 from fastprompt.engine.cuda_graph import Capturer, CudaCapturer, GraphedForward, GraphedTrainStep, cross_entropy
 from fastprompt.engine.engine import TOLERANCE
 from fastprompt.generators import PromptConfig
+from fastprompt.train.callbacks import Step
 from gpu import ROOT, floors
 from gpu.device import Call, Place, captured, measure, rates, synchronize
 from gpu.jobs import Job, NotRun, Row
@@ -139,6 +140,43 @@ def graphs(place: Place) -> Iterator[Job]:
         return {"found": ran.stdout.strip().splitlines()[-1]}
 
     yield Job({"tests": DEVICE_TESTS.name}, run)
+    yield Job({"tests": "fp.fit waits for nothing within an epoch"}, lambda: fitted(place, compiled=False))
+    if not place.dry:
+        name = "fp.fit waits for nothing within an epoch, compiled"
+        yield Job({"tests": name}, lambda: fitted(place, compiled=True), COMPILE_SECONDS)
+
+
+class Unwaiting(fp.Callback):
+    """Makes whatever waits for the device an error, from the first step of an epoch to its last."""
+
+    def __init__(self, mode: Callable[[str], Any]) -> None:
+        self.mode, self.steps = mode, 0
+
+    def on_step(self, step: Step) -> None:
+        if step.step == 1:
+            self.mode("error")
+        elif step.step == step.steps:
+            self.mode("default")
+        else:
+            self.steps += 1
+
+
+def fitted(place: Place, compiled: bool) -> Row:
+    """Train two epochs with `fp.fit`; in the second, whose implementations are chosen, no step may wait."""
+    s = setting(place)
+    batch, model = s.trained[0], s.model("VPT-deep 10")
+    images = torch.randint(0, 256, (8 * batch, 3, *s.backbone.image_size), dtype=torch.uint8)
+    data = images, torch.arange(len(images)) % NUM_CLASSES
+    recipe = fp.default_recipe("vpt-deep").replace(
+        epochs=1, batch_size=batch, warmup_epochs=0, dtype="float32" if place.dry else "bfloat16", compile=compiled
+    )
+    watch = Unwaiting((lambda mode: None) if place.dry else torch.cuda.set_sync_debug_mode)
+    fp.fit(model, data, data, recipe, progress=False)
+    try:
+        fp.fit(model, data, data, recipe, progress=False, callbacks=[watch])
+    finally:
+        watch.mode("default")
+    return {"found": f"{watch.steps} steps"}
 
 
 def inference(place: Place) -> Iterator[Job]:

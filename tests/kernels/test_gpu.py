@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu import OPS, ROOT, __main__ as driver, table
+import torch
+from gpu import OPS, ROOT, __main__ as driver, models, table
 from gpu.__main__ import FIRST, LONG, Stage
 from gpu.worker import STAGES
+
+from fastprompt.train.callbacks import Step
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
@@ -118,7 +121,18 @@ def test_every_stage_of_the_first_call_has_rows(dry: tuple[Path, dict[str, Any],
         assert all(row["% of the limit"] > 0 for row in rows[stage])
     assert {row["method"] for row in rows["end to end"]} == METHODS
     assert {row["method"] for row in rows["training"]} == METHODS
-    assert all("not run" in row for row in [*rows["graphs"], *rows["counters"]])
+    device_tests, fitted = rows["graphs"]
+    assert all("not run" in row for row in [device_tests, *rows["counters"]])
+    assert fitted["found"] == "6 steps"
+
+
+def test_a_step_that_waits_within_an_epoch_is_an_error_from_its_first_to_its_last() -> None:
+    asked: list[str] = []
+    watch, zero = models.Unwaiting(asked.append), torch.zeros(())
+    for number in (1, 2, 3, 4):
+        assert asked == ["error"] * (number > 1)
+        watch.on_step(Step(1, number, 4, 1e-3, zero, zero))
+    assert (asked, watch.steps) == (["error", "default"], 2)
 
 
 def test_every_stage_is_known_to_the_worker_and_a_call_takes_nine_minutes() -> None:
