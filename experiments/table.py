@@ -11,7 +11,8 @@ interrupted ones resumed, so the command may be killed and restarted at any time
 runs would start.
 
 Without `--out`, the runs are in `runs/table/<data>`. Missing ones are unpacked from `experiments/records`, and finished
-ones are packed there at the end (`experiments/records.py`).
+ones are packed there at the end (`experiments/records.py`). A table of another backbone, or of other sizes, needs a
+`--name`, which stands for the data in these paths and in the name of the table.
 """
 
 from __future__ import annotations
@@ -522,13 +523,13 @@ def bracket(interval: Sequence[float] | None) -> str:
     return "–" if interval is None else f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
 
 
-def write_table(plan: Plan, results: Path) -> dict[str, Any]:
-    """Write table.json and table.md into the directory `results`."""
+def write_table(plan: Plan, results: Path, name: str = "table") -> dict[str, Any]:
+    """Write `name`.json and `name`.md into the directory `results`."""
     from fastprompt.files import atomic_write
 
     table = aggregate(plan)
-    write_json(results / "table.json", table)
-    atomic_write(results / "table.md", markdown(table))
+    write_json(results / f"{name}.json", table)
+    atomic_write(results / f"{name}.md", markdown(table))
     return table
 
 
@@ -537,9 +538,8 @@ def name_of(data: str) -> str:
     return re.sub(r"[^\w.-]+", "-", data).strip("-.")
 
 
-def restore(data: str) -> None:
-    """Unpack the records of `data` that have no run directory."""
-    name = name_of(data)
+def restore(name: str) -> None:
+    """Unpack the records called `name` that have no run directory."""
     if (RECORDS / f"{name}.jsonl").exists():
         records.unpack(RECORDS / name, RUNS / name)
 
@@ -588,11 +588,12 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--workers", type=int, default=2, help="number of parallel runs")
     p.add_argument("--threads", type=int, default=1, help="threads of each run")
+    p.add_argument("--name", help="of the runs' folder, the kept records and the table-NAME; default: DATA, and table")
     p.add_argument(
-        "--out", type=Path, help="parent of the run directories; default: runs/table/DATA, with the kept records"
+        "--out", type=Path, help="parent of the run directories; default: runs/table/NAME, with the kept records"
     )
     p.add_argument("--cache-dir", type=Path, help="folder for VQT's frozen features, which its runs share")
-    p.add_argument("--results", type=Path, default=Path("results"), help="folder for table.json and table.md")
+    p.add_argument("--results", type=Path, default=Path("results"), help="folder of the table's .json and .md")
     p.add_argument("--aggregate-only", action="store_true", help="rebuild the table; run nothing")
     p.add_argument("--dry-run", action="store_true", help="print which runs would start; run nothing")
     p.add_argument("--single", help=argparse.SUPPRESS)
@@ -627,7 +628,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"table: error: {error}", file=sys.stderr)
             return 1
         return 0
-    out = args.out or RUNS / name_of(args.data)
+    name = name_of(args.name or args.data)
+    written = f"table-{name}" if args.name else "table"
+    out = args.out or RUNS / name
     plan = Plan(
         base,
         tuple(args.methods),
@@ -638,7 +641,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.cache_dir,
     )
     if args.out is None:
-        restore(args.data)
+        restore(name)
     if args.dry_run:
         left = [f"would run   {job.directory(plan.out)}" for job in next_jobs(plan, [], [])]
         print("\n".join(left) or "nothing is left to run")
@@ -656,9 +659,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("interrupted; run the same command again to resume", file=sys.stderr)
             return 130
     if args.out is None:
-        records.pack(out, RECORDS / name_of(args.data))
-    write_table(plan, args.results)
-    print((args.results / "table.md").read_text(encoding="utf-8"))
+        records.pack(out, RECORDS / name)
+    write_table(plan, args.results, written)
+    print((args.results / f"{written}.md").read_text(encoding="utf-8"))
     return 1 if failed else 0
 
 
