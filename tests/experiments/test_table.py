@@ -198,6 +198,17 @@ def test_other_methods_on_disk_stay_in_the_table(tmp_path: Path) -> None:
     assert (tmp_path / "results" / "table.md").read_text() == table.markdown(found)
 
 
+def test_a_table_with_a_name_leaves_the_default_one_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(table, "RECORDS", tmp_path / "records")
+    plan = make_plan(tmp_path / "runs", "linear", lrs=None, seeds=(0,))
+    finish(replace(plan, out=tmp_path / "runs" / "small-vit"), Job("linear", None, 0, True), wrong=20)
+    shared = ["--methods", "linear", "--seeds", "0", "--results", str(tmp_path / "results"), "--aggregate-only"]
+    assert table.main(["--name", "small vit", *shared]) == 0
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"table-small-vit.json", "table-small-vit.md"}
+    assert {path.name for path in (tmp_path / "records").iterdir()} == {"small-vit.jsonl", "small-vit.npz"}
+
+
 @pytest.fixture
 def small(tiny_run: list[str], tmp_path: Path) -> list[str]:
     """The flags of a table on a tiny backbone and tiny images."""
