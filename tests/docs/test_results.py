@@ -123,7 +123,7 @@ def test_the_plots_show_the_committed_numbers(name: str) -> None:
         assert len(numbers) == len(plots.SPEEDS)
     else:
         numbers = plots.accuracies(json.loads((ROOT / "results" / "table.json").read_text(encoding="utf-8")))
-        assert len(numbers) == 10
+        assert len(numbers) == 11
     tree = ElementTree.parse(ROOT / "docs" / "assets" / name)
     description = tree.find(".//{http://purl.org/dc/elements/1.1/}description")
     assert description is not None
