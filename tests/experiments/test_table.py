@@ -48,7 +48,7 @@ def finish(
         "seconds": 1.0, "validation": {"accuracy": accuracy, "loss": loss},
         "test": {"accuracy": 1 - wrong / 100, "labels": LABELS, "predictions": predictions} if test else None,
     }  # fmt: skip
-    (directory / "results.json").write_text(json.dumps(results))
+    table.write_json(directory / "results.json", results)
 
 
 def row_of(found: dict[str, Any], method: str) -> dict[str, Any]:
