@@ -427,6 +427,22 @@ def test_info_of_a_timm_name_needs_no_hub(monkeypatch: pytest.MonkeyPatch, capsy
     assert facts["methods"]["VPT-deep"]["generator"] == 12 * 10 * 192
 
 
+def test_info_fetches_no_weights_that_are_not_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_index(*_: object, **__: object) -> None:
+        raise AssertionError("info fetched weights")
+
+    monkeypatch.setenv("FASTPROMPT_CACHE", str(tmp_path))
+    monkeypatch.setattr("fastprompt.vit.assets.read_wheel_member", no_index)
+    for words in ((), ("--backbone", "vit-s14", "--image-size", "98")):
+        assert main(["info", "--json", *words]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["backbone"]["width"] == (384 if words else 768)
+        assert "does not download" in facts["backbone"]["fingerprint"]
+        assert facts["methods"]["VPT-deep"]["generator"] == 12 * 10 * facts["backbone"]["width"]
+
+
 def test_info_of_a_swin_transformer_has_the_sizes_of_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--backbone", "swin_tiny_patch4_window7_224", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

@@ -82,10 +82,11 @@ def info(command: Info) -> None:
         image_size = image_size or stored_size(facts["adapter"]["config"])
     if name is not None:
         from fastprompt.runs.execute import backbone_at
-        from fastprompt.vit.assets import ASSETS
+        from fastprompt.vit.assets import ASSETS, is_cached
         from fastprompt.vit.source import split_local
 
-        known = command.rgb or "adapter" in facts or name in ASSETS or split_local(name) is not None
+        here = is_cached(name) if name in ASSETS else split_local(name) is not None
+        known = command.rgb or "adapter" in facts or here
         backbone = backbone_at(name, image_size, weights=known)
         facts["backbone"] = backbone_facts(name, backbone)
         if not known:

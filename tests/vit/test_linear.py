@@ -140,6 +140,16 @@ def test_float32_is_packed_only_where_onednn_is_faster(
 
 def test_bfloat16_is_fast_only_with_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for capabilities, fast in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx2": True}, False)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
         assert bfloat16_is_fast(torch.device("cpu")) == fast
     assert not bfloat16_is_fast(torch.device("meta"))
+
+
+@pytest.mark.parametrize(("avx512", "amx"), [(True, False), (False, True), (False, False)])
+def test_bfloat16_is_fast_asks_older_versions_of_torch_too(
+    avx512: bool, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert bfloat16_is_fast(torch.device("cpu")) == (avx512 or amx)
