@@ -53,7 +53,7 @@ types: $(STAMP)  ## run mypy on the package, its ops and the client
 test-long: $(STAMP)  ## run the slow variants of quicker tests, which `make test` leaves out
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n $(JOBS) --dist loadfile -m long $(TESTS)
 
-OLDEST_TESTS := tests/kernels tests/engine tests/test_interoperation.py tests/test_streams.py tests/test_kept.py
+OLDEST_TESTS := tests/kernels tests/engine tests/vit tests/test_interoperation.py tests/test_streams.py tests/test_kept.py
 
 test-oldest:  ## test kernels, engine and the GPU stages' dry run with the oldest versions allowed; write results/oldest.txt
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

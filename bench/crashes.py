@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -26,16 +27,28 @@ class Child:
         if self.pid == 0:
             _do(work, log)
 
-    def kill(self) -> None:
-        """Send SIGKILL; do nothing if the process has ended."""
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal; do nothing if the process has ended."""
         if self._status is None:
-            os.kill(self.pid, signal.SIGKILL)
+            os.kill(self.pid, number)
 
     def wait(self) -> int:
         """Return the exit code, or the negative number of the signal that ended the process."""
         if self._status is None:
             self._status = os.waitpid(self.pid, 0)[1]
         return os.waitstatus_to_exitcode(self._status)
+
+    def wait_until(self, moment: float, otherwise: int) -> int:
+        """Return what `wait` does, or `otherwise` if the process still runs at this `time.monotonic()`."""
+        if self._status is None:
+            handle = os.pidfd_open(self.pid)
+            try:
+                ended = select.select([handle], [], [], max(0.0, moment - time.monotonic()))[0]
+            finally:
+                os.close(handle)
+            if not ended:
+                return otherwise
+        return self.wait()
 
     def __enter__(self) -> Child:
         return self

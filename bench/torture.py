@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import io
 import json
 import os
 import platform
@@ -19,8 +20,10 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -55,6 +58,9 @@ SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_head
 EPOCHS = 2
 TIMES = {"seconds", "images_per_second", "peak_memory_mib", "train_seconds", "environment", "stamp"}
 """What two runs of the same bits may differ in."""
+HANGING = 99
+PATIENCE = 30.0
+"""Seconds after which a process that lost another one must have ended."""
 REFUSED = 3
 """Exit code of a writer that found the directory in use."""
 
@@ -68,6 +74,10 @@ class Flags:
     """Runs are killed at a random moment so often."""
     within: int = 50
     """Runs are killed within an epoch so often."""
+    workers: int = 20
+    """Runs with two loading processes, and runs on WebDataset shards, are killed at a random moment so often each."""
+    ranks: int = 20
+    """Runs in two processes lose one or both at a random moment so often."""
     every: int = 1
     """Of a run's operations on files, kill and fill the disk at each, or at every second, third ..."""
     writers: int = 6
@@ -98,10 +108,15 @@ class Found:
 
 
 class Place:
-    """A folder with a tiny backbone, images of two classes, and an undisturbed run."""
+    """A folder with a tiny backbone, images of two classes, and an undisturbed run.
 
-    def __init__(self, root: Path, seed: int = 0) -> None:
-        self.root, self.vit, self.log = root, root / "vit", root / "log.txt"
+    Args:
+        shards: read the images from WebDataset shards. ranks: number of processes of each run. fields: of the recipe.
+    """
+
+    def __init__(self, root: Path, seed: int = 0, shards: bool = False, ranks: int = 1, **fields: Any) -> None:
+        self.root, self.vit, self.log, self.ranks = root, root / "vit", root / "log.txt", ranks
+        root.mkdir(exist_ok=True)
         torch.manual_seed(seed)
         module = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, **SIZES)
         self.vit.mkdir()
@@ -116,19 +131,51 @@ class Place:
                 for i in range(count):
                     pixels = levels.integers(0, 160, (32, 32, 3)) + 60 * label
                     Image.fromarray(pixels.astype(np.uint8)).save(root / "images" / split / name / f"{i}.png")
+        if shards:
+            write_shards(root / "images", root / "shards")
+        recipe = {"epochs": EPOCHS, "dtype": "float32", "batch_size": 8, "checkpoint_every": "1 steps", **fields}
         self.settings = RunSettings(
             "vpt-deep",
-            str(root / "images"),
+            f"wds:{root / 'shards'}" if shards else str(root / "images"),
             f"local-dir:{self.vit}",
             options={"num_prompts": 2},
-            recipe={"epochs": EPOCHS, "dtype": "float32", "batch_size": 8, "checkpoint_every": "1 steps"},
+            recipe=recipe,
         )
-        self.run("undisturbed")  # in this process: forks inherit its measurements and thus its choices
+        if ranks == 1:
+            self.run("undisturbed")  # in this process: forks inherit its measurements and thus its choices
+        elif (ended := self.job("undisturbed")) != [0] * ranks:
+            raise RuntimeError(f"exit codes {ended}: {self.log.read_text()}")
         self.expected = contents(root / "undisturbed")
 
     def run(self, name: str, *callbacks: fp.Callback) -> None:
         """Train, evaluate and test in a directory, or resume there."""
         execute(self.settings, self.root / name, test=True, progress=False, device="cpu", callbacks=callbacks)
+
+    def job(self, name: str, kill: Callable[[list[crashes.Child]], bool] | None = None) -> list[int]:
+        """Run in `ranks` processes, as torchrun starts them; return their exit codes.
+
+        `kill` is called with the processes once they run. If it kills some, the others get SIGTERM, as from torchrun,
+        and `PATIENCE` seconds; the code of one that still runs then is `HANGING`.
+        """
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+
+        def work(rank: int) -> None:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(self.ranks)}
+            os.environ |= {"LOCAL_WORLD_SIZE": str(self.ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.run(name)
+
+        with contextlib.ExitStack() as stack:
+            running = [
+                stack.enter_context(crashes.Child(functools.partial(work, rank), self.log))
+                for rank in range(self.ranks)
+            ]
+            if kill is not None and kill(running):
+                for process in running:
+                    process.kill(signal.SIGTERM)
+            until = time.monotonic() + PATIENCE
+            return [process.wait_until(until, HANGING) for process in running]
 
     def write(self, name: str) -> None:
         """Call `run`; exit with `REFUSED` if another process writes there."""
@@ -139,9 +186,9 @@ class Place:
 
     def finish(self, name: str, found: Found, what: str) -> None:
         """Finish the run in an undisturbed process, compare everything that it wrote, and remove it."""
-        status = crashes.in_a_child(lambda: self.run(name), self.log)
-        if status != 0:
-            found.wrong.append(f"{what}: it does not go on, exit code {status}: {self.log.read_text()[-500:]}")
+        status = [crashes.in_a_child(lambda: self.run(name), self.log)] if self.ranks == 1 else self.job(name)
+        if any(status):
+            found.wrong.append(f"{what}: it does not go on, exit codes {status}: {self.log.read_text()[-500:]}")
             return
         different = [f"{what}: {text}" for text in differences(contents(self.root / name), self.expected)]
         found.wrong += different
@@ -190,9 +237,25 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     return [f"{name} differs" for name in expected if not same(found[name], expected[name])]
 
 
-def random_kills(place: Place, count: int, seed: int) -> Found:
+def write_shards(images: Path, folder: Path) -> None:
+    """Write a folder of images as WebDataset shards, two for each split."""
+    folder.mkdir()
+    for split in sorted(images.iterdir()):
+        files = sorted(split.glob("*/*.png"))
+        for part in range(2):
+            with tarfile.open(folder / f"{split.name}-{part}.tar", "w") as archive:
+                for number, path in enumerate(files[part::2]):
+                    name = f"{number:04d}"
+                    archive.add(path, f"{name}.png")
+                    label = str(sorted(p.name for p in split.iterdir()).index(path.parent.name)).encode()
+                    member = tarfile.TarInfo(f"{name}.cls")
+                    member.size = len(label)
+                    archive.addfile(member, io.BytesIO(label))
+
+
+def random_kills(place: Place, count: int, seed: int, part: str = "Runs killed at random") -> Found:
     """Kill a run and its continuations at random moments, `count` times in all."""
-    found, chance = Found("Runs killed at random", "SIGKILL"), random.Random(seed)
+    found, chance = Found(part, "SIGKILL"), random.Random(seed)
     began = time.perf_counter()
     if crashes.in_a_child(lambda: place.run("timed"), place.log) != 0:
         raise RuntimeError(place.log.read_text())
@@ -205,6 +268,36 @@ def random_kills(place: Place, count: int, seed: int) -> Found:
         place.finish(name, found, name)
         runs += 1
     found.tried = f"{found.outcomes['kills']} × SIGKILL in {runs} runs of {EPOCHS} epochs, each then finished"
+    return found
+
+
+def lost_ranks(place: Place, count: int, seed: int) -> Found:
+    """Kill one process of a run or all of them at random moments, `count` times; those that are left must end, too."""
+    found, chance = Found("Processes of a run in two processes killed", ""), random.Random(seed)
+    began = time.perf_counter()
+    place.job("timed")
+    whole, runs = time.perf_counter() - began, 0
+    while found.outcomes["kills"] < count and not found.wrong:
+        name = f"lost {runs}"
+        for _ in range(chance.randint(1, 3)):
+            losing = chance.choice([[0], [1], [0, 1]])
+
+            def kill(running: list[crashes.Child], losing: list[int] = losing) -> bool:
+                time.sleep(chance.uniform(0, whole))
+                for rank in losing:
+                    running[rank].kill()
+                return any(running[rank].wait() == -signal.SIGKILL for rank in losing)
+
+            ended = place.job(name, kill)
+            killed = [ended[rank] == -signal.SIGKILL for rank in losing]
+            found.outcomes["kills"] += any(killed)
+            left = [code for rank, code in enumerate(ended) if rank not in losing and any(killed)]
+            if HANGING in ended:
+                found.wrong.append(f"{name}: exit codes {ended} {PATIENCE} s after the kill")
+            found.outcomes["the other process ended, too"] += len(left) - left.count(HANGING)
+        place.finish(name, found, name)
+        runs += 1
+    found.tried = f"{found.outcomes['kills']} × SIGKILL to one or both processes in {runs} runs, each then finished"
     return found
 
 
@@ -431,6 +524,11 @@ def tortured(flags: Flags, root: Path) -> Iterator[Found]:
     for act in (
         functools.partial(random_kills, place, flags.kills, flags.seed),
         functools.partial(kills_within_epochs, place, flags.within, flags.seed),
+        lambda: random_kills(
+            Place(root / "workers", num_workers=2), flags.workers, flags.seed, "Runs with two loading processes killed"
+        ),
+        lambda: random_kills(Place(root / "shards", shards=True), flags.workers, flags.seed, "Runs on shards killed"),
+        lambda: lost_ranks(Place(root / "ranks", ranks=2), flags.ranks, flags.seed),
         functools.partial(every_operation, place, flags.every),
         functools.partial(full_disk, place, flags.every),
         functools.partial(many_writers, place, flags.writers, flags.seed),

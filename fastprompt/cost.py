@@ -30,7 +30,7 @@ from fastprompt.generators.accounting import PromptCost, Sizes, Tally
 from fastprompt.generators.registry import method_of
 from fastprompt.kernels.prefix_attention.recompute import BUFFER_SCORES
 from fastprompt.kernels.prefix_attention.reference import SMALL_SCORES
-from fastprompt.vit import compressed
+from fastprompt.vit import compressed, recomputed
 
 if TYPE_CHECKING:
     from fastprompt.vit import FrozenViT
@@ -71,7 +71,7 @@ def cost(
         dtype: dtype of the backbone: "float32", "bfloat16" or "float16".
         batch: images per call. The cost of what they share (static prompts) is divided by it.
         threads: PyTorch's threads. They affect only the dispatches of the rewritten graph's training step.
-        activation_bits: 8 or 2, as in `PromptedViT.set_activation_bits`; None: activations keep their inputs.
+        activation_bits: 8, 2 or 0, as in `PromptedViT.set_activation_bits`; None: activations keep their inputs.
 
     Raises:
         ValueError: an argument is not one of the values above, or a part of the backbone or method has no formula; the
@@ -103,11 +103,11 @@ def cost(
     if readout == "cls" and s.depth == 1:
         raise ValueError("the cost of readout 'cls' has no formula for a backbone of one block")
     if activation_bits is not None:
-        if activation_bits not in compressed.BITS:
-            raise ArgumentError("activation_bits", f"must be 8, 2 or None, got {activation_bits!r}")
+        if activation_bits not in recomputed.BITS:
+            raise ArgumentError("activation_bits", f"must be 8, 2, 0 or None, got {activation_bits!r}")
         if graph == "papers":
             raise ArgumentError("activation_bits", f"must be None for the papers' graph, got {activation_bits}")
-        if s.activation not in compressed.DERIVATIVES:
+        if activation_bits and s.activation not in compressed.DERIVATIVES:
             raise ArgumentError("activation_bits", f"must be None with the activation {s.activation!r}")
     formula = method_of(config).cost
     if formula is None:
@@ -169,6 +169,11 @@ def _norm(t: Tally, s: Sizes, rows: int, trains: bool = True, keeps: bool = True
 
 def _mlp(t: Tally, s: Sizes, rows: int, folded: bool) -> None:
     """norm2, MLP and residual over all rows (images included), which carry a gradient."""
+    if folded and s.training and s.activation_bits == 0:
+        chunks, product = _chunks(s, rows), 2 * rows * s.width * s.hidden
+        t.add(Tally(2 * product, 3 * product, s.tokens(rows), 4 * chunks + (chunks > 1), 7 * chunks + (chunks > 1)))
+        t.call(1, 1)  # the residual, and the gradients of rows that are read twice
+        return
     _norm(t, s, rows)
     t.call(0, 1)  # the rows are read twice: their gradients add up
     t.product(2 * rows * s.width * s.hidden)
@@ -182,6 +187,11 @@ def _mlp(t: Tally, s: Sizes, rows: int, folded: bool) -> None:
     if s.layer_scale and not folded:
         t.call(1, 1)
     t.call(1)
+
+
+def _chunks(s: Sizes, rows: int) -> int:
+    """How often some rows are computed where the MLP keeps nothing (`fastprompt.vit.recomputed`), on a CPU."""
+    return math.ceil(rows / max(1, recomputed.CHUNK["cpu"] // s.hidden))
 
 
 def _compressed(t: Tally, s: Sizes, rows: int) -> None:
@@ -304,6 +314,8 @@ def _papers_insert(t: Tally, s: Sizes, prompts: PromptCost, i: int, rows: int, t
 def _rewritten(t: Tally, s: Sizes, prompts: PromptCost | None, readout: str, pixels: bool, recompute: bool) -> int:
     """`fastprompt.vit.forward.features`: the rows of an image that are normed."""
     b, rows, trains = s.batch, s.own, pixels
+    if recompute and s.activation_bits is None:
+        s = dataclasses.replace(s, activation_bits=0)
     _embed(t, s, pixels)
     _angles(t, s, pixels or prompts is not None)
     if prompts is not None and prompts.known and not s.training:
@@ -325,13 +337,16 @@ def _rewritten(t: Tally, s: Sizes, prompts: PromptCost | None, readout: str, pix
         rows = _step(step, s, prompts, readout, i, rows, trains)
         trains = trains or (prompts is not None and i in prompts.layers)
         if recompute and trains:  # fc2 and the residual behind it keep nothing: they do not run again
-            fc2 = 2 * b * rows * s.width * s.hidden
+            product, chunks = 2 * b * rows * s.width * s.hidden, _chunks(s, b * rows)
+            once, calls = product, 2
+            if s.activation_bits == 0:  # nor does the MLP, whose result is only allocated
+                once, calls = 2 * product, 4 * chunks + (chunks > 1)
             step = Tally(
                 step.forward,
-                step.forward - fc2 + step.backward,
+                step.forward - once + step.backward,
                 s.tokens(b * entering),
                 step.calls,
-                step.calls - 2 + step.backward_calls,
+                step.calls - calls + step.backward_calls,
             )
         t.add(step)
     if s.norm:

@@ -45,7 +45,7 @@ from fastprompt.generators import (
 from fastprompt.heads import CLIP_LOGIT_SCALE, Head, LinearHead, build_head
 from fastprompt.hub import CARD_FILE, check_push, model_card, push, read_pretrained, run_facts
 from fastprompt.kept import Kept, SeenValues, arithmetic, can_compare, tensors_of
-from fastprompt.vit import FrozenViT, compressed, constants
+from fastprompt.vit import FrozenViT, compressed, constants, recomputed
 from fastprompt.vit.assets import load_source
 from fastprompt.vit.attention_maps import AttentionMap
 from fastprompt.vit.prompts import NO_DRAWS, Draws, Embedding, Group, Prefix
@@ -558,26 +558,28 @@ class PromptedViT(nn.Module):
         """Keep the derivatives of the frozen MLPs' activations for the backward in 8 or 2 bits; None: their inputs.
 
         These inputs are the largest part of what a training step keeps. Outputs stay the same; gradients are those of
-        the rounded derivatives (`fastprompt.vit.compressed`). `Recipe.activation_bits` sets this for a run.
+        the rounded derivatives (`fastprompt.vit.compressed`). With 0 bits nothing is kept: norm, first Linear and
+        activation are computed again in the backward, some rows at a time, and gradients stay exact
+        (`fastprompt.vit.recomputed`). `Recipe.activation_bits` sets this for a run.
 
         Raises:
-            ValueError: `bits` is none of these, or the model keeps no such inputs: the backbone trains, its MLPs are
-                gated or have another activation than GELU or SiLU, no gradient passes the blocks (a linear probe,
-                VQT), or the papers' graph is set.
+            ValueError: `bits` is none of these, or the model keeps no such inputs: the backbone trains, no gradient
+                passes the blocks (a linear probe, VQT), or the papers' graph is set. For 8 and 2 bits also: its MLPs
+                are gated, or have another activation than GELU or SiLU.
         """
-        if bits is not None and bits not in compressed.BITS:
-            raise ArgumentError("bits", f"must be 8, 2 or None, got {bits!r}")
-        if bits is not None and (reason := self._no_compression()):
+        if bits is not None and (bits not in recomputed.BITS or isinstance(bits, bool)):
+            raise ArgumentError("bits", f"must be 8, 2, 0 or None, got {bits!r}")
+        if bits is not None and (reason := self._no_compression(bits)):
             raise ArgumentError("bits", f"must be None here, got {bits}: {reason}")
         self._activation_bits = bits
 
     @property
     def activation_bits(self) -> int | None:
-        """In how many bits the derivatives of activations are kept (`set_activation_bits`)."""
+        """In how many bits the derivatives of activations are kept; 0 keeps none (`set_activation_bits`)."""
         return self._activation_bits
 
-    def _no_compression(self) -> str:
-        """Return why activations cannot be kept in few bits; "" if they can."""
+    def _no_compression(self, bits: int) -> str:
+        """Return why activations cannot be kept in so few bits; "" if they can."""
         if self.full:
             return "the backbone trains, so its Linears keep what the activations put out"
         if self.generator is None or self.generator.role == "queries":
@@ -586,7 +588,8 @@ class PromptedViT(nn.Module):
             return f"{self.config.kind!r} runs the plain graph of a Swin transformer"
         if self._graph == "papers":
             return "the papers' graph keeps what its authors' code keeps"
-        found = next((reason for block in self.backbone.blocks if (reason := compressed.obstacle(block))), "")
+        blocks = self.backbone.blocks if bits else ()
+        found = next((reason for block in blocks if (reason := compressed.obstacle(block))), "")
         return f"{self.backbone.spec.name} has {found}" if found else ""
 
     def set_backbone_dtype(self, dtype: torch.dtype) -> None:

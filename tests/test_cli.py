@@ -240,9 +240,9 @@ def test_a_bare_adapter_stands_alone(
 ) -> None:
     bare, photo = tmp_path / "adapter", str(place / "images" / "red" / "3.png")
     shutil.copytree(run_dir / "best", bare)
-    assert main(["predict", str(run_dir), photo]) == 0
+    assert main(["predict", str(run_dir), photo, "--dtype", "float32"]) == 0
     of_run = capsys.readouterr().out
-    assert main(["predict", str(bare), photo]) == 0
+    assert main(["predict", str(bare), photo, "--dtype", "float32"]) == 0
     assert capsys.readouterr().out == of_run
     assert main(["info", str(bare)]) == 0
     assert "fits this backbone" not in capsys.readouterr().out  # no weights are fetched to print what a file says
@@ -277,7 +277,7 @@ def test_predict_resizes_as_in_training(
         model.save_pretrained(tmp_path / resize)
         images, _ = read_images(tmp_path / "wide.png", 32, resize=resize)
         expected = model(images).softmax(-1)[0]
-        assert main(["predict", str(tmp_path / resize), str(tmp_path / "wide.png")]) == 0
+        assert main(["predict", str(tmp_path / resize), str(tmp_path / "wide.png"), "--dtype", "float32"]) == 0
         row = capsys.readouterr().out.splitlines()[1].split(",")
         assert [float(p) for p in row[3:]] == pytest.approx(expected.tolist(), abs=1e-5)
 

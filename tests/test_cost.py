@@ -15,7 +15,7 @@ import torch
 import fastprompt as fp
 from fastprompt.cost import GRAPHS, Sizes, cost
 from fastprompt.generators import PromptConfig
-from fastprompt.vit import compressed
+from fastprompt.vit import compressed, recomputed
 
 SMALL: dict[str, Any] = {"name": "vit_tiny_patch16_224", "img_size": 64, "patch_size": 16, "depth": 3}
 METHODS = [
@@ -299,7 +299,18 @@ def test_activations_in_few_bits(
     compare(bench, small, config, graphs=("rewritten", "recompute"), activation_bits=bits)
 
 
-@pytest.mark.parametrize(("bits", "goal"), [(8, 0.80), (2, 0.65)])
+@pytest.mark.parametrize("config", [fp.VPTConfig(5, first_block=1), fp.CVPTConfig(3), fp.PixelPromptConfig(4)])
+@pytest.mark.parametrize("size", [2**22, 4000])
+def test_no_activations_kept(
+    bench: ModuleType, small: fp.FrozenViT, monkeypatch: pytest.MonkeyPatch, config: PromptConfig, size: int
+) -> None:
+    """All rows at once, and a few at a time."""
+    monkeypatch.setattr(recomputed, "CHUNK", {"cpu": size})
+    compare(bench, small, config, graphs=("rewritten", "recompute"), activation_bits=0)
+    compare(bench, small, config, graphs=("recompute",))
+
+
+@pytest.mark.parametrize(("bits", "goal"), [(8, 0.80), (2, 0.65), (0, 0.57)])
 def test_what_activations_in_few_bits_save_of_vit_b16(bits: int, goal: float) -> None:
     plain, fewer = (
         cost(B16, fp.VPTConfig(50), training=True, batch=32, activation_bits=kept).saved_bytes for kept in (None, bits)

@@ -178,7 +178,7 @@ def test_an_engine_takes_an_adapter_of_the_hub(
     hub: Hub, model: fp.PromptedViT, backbone: fp.FrozenViT, tiny_images: Tensor, tmp_path: Path
 ) -> None:
     upload(hub, model, "ann/birds", tmp_path / "adapter")
-    with fp.Engine(backbone, batch_sizes=(1,), backend="eager") as engine:
+    with fp.Engine(backbone, batch_sizes=(1,), dtype=torch.float32, backend="eager") as engine:
         engine.add_adapter("birds", "ann/birds")
         [logits] = engine(tiny_images[:1], adapter_names=["birds"])
     torch.testing.assert_close(logits, model(tiny_images[:1])[0].detach())

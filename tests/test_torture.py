@@ -23,7 +23,10 @@ pytestmark = [
 ]
 
 
-SMALL = "--kills 2 --within 3 --every 60 --writers 3 --flips 40 --hostile 20 --idle 6 --turns 0 --seed 1"
+SMALL = (
+    "--kills 2 --within 3 --workers 1 --ranks 2 --every 60 --writers 3 --flips 40 --hostile 20 --idle 6 --turns 0 "
+    "--seed 1"
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict
     ran = subprocess.run(command, cwd=out.parent, env=environment, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     lines = re.findall(r"^([^|:\n]+(?:: \w[^:\n]*)?): (.*): (\{.*\}), 0 wrong$", ran.stdout, re.MULTILINE)
-    assert out.read_text().count("| 0 |\n") == len(lines) == 9, ran.stdout
+    assert out.read_text().count("| 0 |\n") == len(lines) == 12, ran.stdout
     return {
         part: {"tried": int(re.findall(r"\d+", tried)[0]), **ast.literal_eval(found)} for part, tried, found in lines
     }
@@ -45,6 +48,12 @@ def test_a_minute_of_torture_loses_nothing(outcomes: dict[str, dict[str, int]]) 
     assert outcomes["Runs killed at random"]["kills"] >= 2
     within = outcomes["Runs killed within an epoch"]
     assert (within["kills"], within["the same bits in the end"]) == (3, 3)
+    for part in ("with two loading processes", "on shards"):
+        of_part = outcomes[f"Runs {part} killed"]
+        assert min(of_part["kills"], of_part["the same bits in the end"]) >= 1
+    of_ranks = outcomes["Processes of a run in two processes killed"]
+    assert of_ranks["kills"] >= 2
+    assert of_ranks["the same bits in the end"] >= 1
     assert outcomes["Every operation on files killed"]["tried"] > 100
     assert outcomes["Every operation on files killed"]["the same bits in the end"] >= 4
     full = outcomes["Full disk"]

@@ -121,7 +121,8 @@ class Recipe:
         checkpoint_every: interval between checkpoints within an epoch, as "N steps" or "N minutes"; "epoch" saves
             only after each epoch. It does not change the result.
         activation_bits: 8 or 2 keeps the derivatives of the frozen MLPs' activations for the backward in so many bits,
-            which saves memory and makes gradients approximate (`PromptedViT.set_activation_bits`); None is exact.
+            which saves memory and makes gradients approximate. 0 keeps none of them and computes them again, which is
+            exact and slower (`PromptedViT.set_activation_bits`). None keeps all.
         compile: train on what `torch.compile` makes of the model's forward and backward, on CUDA captured as graphs
             (mode "reduce-overhead"). The first step, and one of another batch size, take up to minutes; results differ
             by rounding, and dropout and latent noise are other draws. Validation and a head on cached features are not
@@ -213,8 +214,8 @@ class Recipe:
                 raise ArgumentError(
                     name, f"must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}"
                 )
-        if self.activation_bits not in (None, 8, 2) or isinstance(self.activation_bits, float):
-            raise ArgumentError("activation_bits", f"must be 8, 2 or None, got {self.activation_bits!r}")
+        if self.activation_bits not in (None, 8, 2, 0) or isinstance(self.activation_bits, (bool, float)):
+            raise ArgumentError("activation_bits", f"must be 8, 2, 0 or None, got {self.activation_bits!r}")
         self._check_class_weights()
         self._check_combinations()
 

@@ -29,11 +29,12 @@ from torch.utils.checkpoint import checkpoint
 from fastprompt.kernels.add_norm import add_norm
 from fastprompt.kernels.prefix_attention import prefix_attention
 from fastprompt.kernels.prefix_attention.reference import attend, unpacked, with_prefix
-from fastprompt.vit import cross, queries, reference
+from fastprompt.vit import cross, queries, recomputed, reference
 from fastprompt.vit.backbone import Backbone
 from fastprompt.vit.folding import folded as folded
 from fastprompt.vit.linear import linear
 from fastprompt.vit.prompts import Apart, Embedding, Group, Prefix, Prompts
+from fastprompt.vit.recomputed import ALL, Keep
 from fastprompt.vit.rotary import rotated, turned
 from fastprompt.vit.slots import LastRows, assembled, in_slots, sums
 from fastprompt.vit.weights import Block, Folded, Norm, Turns
@@ -137,7 +138,7 @@ def features(
         recompute: keep only each block's input for the backward and compute the block again there.
         watch: called before block i with i, the number of rows that are no prompts, and what enters the block.
         first: the block that `embedded` enters; its tokens come from the block before it.
-        bits: of what the MLPs' activations keep for the backward (`compressed.activation`); None: their input.
+        bits: of what the MLPs' activations keep for the backward (`Keep.bits`).
     """
     blocks = read_blocks(vit, parts)
     last = len(blocks) - 1
@@ -176,7 +177,7 @@ def features(
             return Reads(kept, one_query=True, prompts=prompts)
         return Reads(rows, prefix=None if prompts is None else prompt_keys(blocks[i], prompts))
 
-    def step(i: int, x: Rows, following: Block | None = None) -> Rows:
+    def step(i: int, x: Rows, following: Block | None, keep: Keep) -> Rows:
         read = [
             reads(i, *of_group)._replace(turns=turns[i])
             for of_group in zip(groups, own_prompts, x.parts(), strict=True)
@@ -186,7 +187,7 @@ def features(
                 read[j] = read[j]._replace(cross=_crossed(vit, blocks[i], i, group, part))
         if watch is not None:
             watch(i, own, x, read)
-        return run_block(blocks[i], x, read, following, bits)
+        return run_block(blocks[i], x, read, following, keep)
 
     def ask(i: int, x: Rows) -> Rows:
         """Take the answers of the groups whose tokens only query; return x with its norm, which block i reads too."""
@@ -202,13 +203,15 @@ def features(
 
     def alone(i: int, data: Tensor, shapes: Shapes, leaving: list[Shapes]) -> Tensor:
         """Compute block i from its rows alone, now and in the backward; append the shapes that leave it."""
-        found = step(i, Rows(data, shapes))
+        found = step(i, Rows(data, shapes), None, Keep(least, again=bool(leaving)))
         leaving.append(found.shapes)
         return found.data
 
     querying = [j for j, group in enumerate(groups) if has_role(group.generator, "queries")]
     answered: dict[int, list[Tensor]] = {j: [] for j in querying}
     recompute = recompute and not (querying and parts is not None)  # frozen rows save nothing
+    nothing = bits is None and parts is not None and not torch.compiler.is_compiling()
+    least = 0 if nothing else bits  # what blocks keep while they are computed again
     rows = Rows(x) if len(groups) == 1 else Rows(x.flatten(0, 1), tuple((size, own) for size in sizes))
     for i in range(first, len(blocks)):
         rows = ask(i, rows)
@@ -217,7 +220,7 @@ def features(
             data = checkpoint(alone, i, rows.data, rows.shapes, left, use_reentrant=False, preserve_rng_state=False)
             rows = Rows(data, left[0])
         else:
-            rows = step(i, rows, None if i == last else blocks[i + 1])
+            rows = step(i, rows, None if i == last else blocks[i + 1], Keep(bits))
     rows = rows if vit.norm is None else rows._replace(data=vit.norm(rows.data))
     found = [reference.pool(vit, x, group.readout) for group, x in zip(groups, rows.parts(), strict=True)]
     for j in querying:
@@ -358,9 +361,7 @@ def prompt_keys(block: Block, prompts: Tensor) -> tuple[Tensor, Tensor]:
     return _norm(block.k_norm, k), v
 
 
-def run_block(
-    block: Block, x: Rows, reads: Sequence[Reads], following: Block | None = None, bits: int | None = None
-) -> Rows:
+def run_block(block: Block, x: Rows, reads: Sequence[Reads], following: Block | None = None, keep: Keep = ALL) -> Rows:
     """Run one encoder block over the rows of all groups.
 
     Returns the rows that leave the block, as each group's `Reads` says, with the input of the `following` block's
@@ -368,15 +369,16 @@ def run_block(
     """
     if len(reads) == 1 and reads[0].joining is not None and in_slots(x.data):
         data = join(block, x, reads[0])
-        data, of_data = add_mlp(block, data, data if block.post_norm else block.norm2(data), following, bits)
+        of_mlp = data if block.post_norm or keep.bits == 0 else block.norm2(data)
+        data, of_data = add_mlp(block, data, of_mlp, following, keep)
         return Rows(data, normed=of_data)
     h = attention(block, x, reads)
     if any(read.rows is not None or read.joining is not None for read in reads):
         x = Rows.pack([_leaving(part, read) for part, read in zip(x.parts(), reads, strict=True)])
     if any(read.cross is not None for read in reads):
-        data, of_data = add_crossed(block, x, h, reads, following, bits)
+        data, of_data = add_crossed(block, x, h, reads, following, keep)
     else:
-        data, of_data = add_branches(block, x.data, h, following, bits)
+        data, of_data = add_branches(block, x.data, h, following, keep)
     return x._replace(data=data, normed=of_data)
 
 
@@ -525,7 +527,7 @@ def one_query_attention(block: Block, q: Tensor, rows: Tensor, read: Reads) -> T
 
 
 def add_branches(
-    block: Block, x: Tensor, h: Tensor, following: Block | None = None, bits: int | None = None
+    block: Block, x: Tensor, h: Tensor, following: Block | None = None, keep: Keep = ALL
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the block's output from its input rows x and their projected attention h, both (B, R, D).
 
@@ -533,12 +535,16 @@ def add_branches(
     """
     if block.post_norm:
         x = x + block.norm1(h)
-        return add_mlp(block, x, x, following, bits)
-    return add_mlp(block, *added(x, h if block.ls1 is None else h * block.ls1, block.norm2), following, bits)
+        return add_mlp(block, x, x, following, keep)
+    h = h if block.ls1 is None else h * block.ls1
+    if keep.bits == 0:
+        x = x + h
+        return add_mlp(block, x, x, following, keep)
+    return add_mlp(block, *added(x, h, block.norm2), following, keep)
 
 
 def add_crossed(
-    block: Block, x: Rows, h: Tensor, reads: Sequence[Reads], following: Block | None, bits: int | None
+    block: Block, x: Rows, h: Tensor, reads: Sequence[Reads], following: Block | None, keep: Keep
 ) -> tuple[Tensor, Tensor | None]:
     """Compute `add_branches` with the cross-attention of groups whose tokens read prompts after their attention."""
     if block.post_norm:
@@ -552,17 +558,20 @@ def add_crossed(
             for part, read in zip(parts, reads, strict=True)
         ]
     ).data
-    return add_branches(block, data, h, following, bits)
+    return add_branches(block, data, h, following, keep)
 
 
 def add_mlp(
-    block: Block, x: Tensor, of_x: Tensor, following: Block | None = None, bits: int | None = None
+    block: Block, x: Tensor, of_x: Tensor, following: Block | None = None, keep: Keep = ALL
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the block's output from x (B, R, D), the residual before the MLP, and `of_x`, the MLP's input.
 
-    Returns the same as `add_branches`.
+    An MLP that keeps nothing norms x itself, and does not read `of_x`. Returns the same as `add_branches`.
     """
-    h = reference.mlp(block.mlp, of_x, bits)
+    if keep.bits == 0:
+        h = recomputed.mlp(None if block.post_norm else block.norm2, block.mlp, x, keep.again and not block.post_norm)
+    else:
+        h = reference.mlp(block.mlp, of_x, keep.bits)
     if block.post_norm:
         return x + block.norm2(h), None
     h = h if block.ls2 is None else h * block.ls2

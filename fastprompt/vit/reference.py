@@ -187,15 +187,18 @@ def mlp(module: Mlp, x: Tensor, bits: int | None = None) -> Tensor:
 
     `bits`: of what the activation keeps for the backward (`compressed.activation`), where there is no gate; None: all.
     """
+    return module.fc2(hidden(module, x, bits))
+
+
+def hidden(module: Mlp, x: Tensor, bits: int | None = None) -> Tensor:
+    """Compute fc2's input; the arguments are those of `mlp`."""
     x, act = module.fc1(x), ACTIVATIONS[module.act]
     if module.glu == "none":
         x = act(x) if bits is None else compressed.activation(x, module.act, bits)
     else:
         first, second = x.chunk(2, dim=-1)
         x = act(first) * second if module.glu == "first" else first * act(second)
-    if module.norm is not None:
-        x = module.norm(x)
-    return module.fc2(x)
+    return x if module.norm is None else module.norm(x)
 
 
 def run_block(block: Block, x: Tensor, turns: Turns | None = None, prompts: slice = NO_ROWS) -> Tensor:

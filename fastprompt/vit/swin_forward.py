@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from fastprompt.vit import swin_reference
+from fastprompt.vit import recomputed, swin_reference
 from fastprompt.vit.backbone import Backbone
 from fastprompt.vit.prompts import Embedding, Group, Prefix, Prompts
 from fastprompt.vit.reference import Sequence, mlp
@@ -104,18 +104,26 @@ def run_block(
     if block.post_norm:
         h, p = attention(block, layout, x, prompts, read)
         x = x + block.norm1(h)
-        x = x + block.norm2(mlp(block.mlp, x, bits))
+        x = x + block.norm2(normed_mlp(block, x, bits))
         if p is None or prompts is None:
             return x, None
         prompts = prompts + block.norm1(p)
-        return x, prompts + block.norm2(mlp(block.mlp, prompts, bits))
+        return x, prompts + block.norm2(normed_mlp(block, prompts, bits))
     h, p = attention(block, layout, block.norm1(x), None if prompts is None else block.norm1(prompts), read)
     x = x + h
-    x = x + mlp(block.mlp, block.norm2(x), bits)
+    x = x + normed_mlp(block, x, bits)
     if p is None or prompts is None:
         return x, None
     prompts = prompts + p
-    return x, prompts + mlp(block.mlp, block.norm2(prompts), bits)
+    return x, prompts + normed_mlp(block, prompts, bits)
+
+
+def normed_mlp(block: SwinBlock, x: Tensor, bits: int | None) -> Tensor:
+    """Compute mlp(norm2(x)), or mlp(x) in a post-norm block, keeping what `Keep.bits` says."""
+    norm = None if block.post_norm else block.norm2
+    if bits == 0:
+        return recomputed.mlp(norm, block.mlp, x)
+    return mlp(block.mlp, x if norm is None else norm(x), bits)
 
 
 def attention(

@@ -48,6 +48,16 @@ def run(make_model: Callable[..., Any], config: Any, images: Any, out: Any = Non
     return fp.fit(make_model(config), images, images, recipe, out_dir=out, progress=False)
 
 
+def test_with_activations_that_are_computed_again(
+    make_model: Callable[..., Any], images: Any, compiler: list[dict[str, Any]]
+) -> None:
+    plain = run(make_model, CONFIGS[0], images)
+    found = run(make_model, CONFIGS[0], images, compile=True, activation_bits=0)
+    assert compiler
+    for ours, theirs in zip(found.history, plain.history, strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
 def test_it_trains_as_without(
     make_model: Callable[..., Any], images: Any, compiler: list[dict[str, Any]], config: Any

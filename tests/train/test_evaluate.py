@@ -277,6 +277,7 @@ def test_a_fitted_model_knows_what_it_predicts(
         epochs=1,
         loss=loss,
         label_smoothing=0.0,
+        dtype="float32",
         out_dir=tmp_path,
         progress=False,
     )

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import GluMlp
+from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
 import fastprompt as fp
 from fastprompt.arguments import ArgumentError
-from fastprompt.vit import compressed
+from fastprompt.vit import compressed, recomputed
+from fastprompt.vit.linear import FrozenLinear
 from fastprompt.vit.weights import ACTIVATIONS, Dense, Mlp
 
 
@@ -51,6 +54,63 @@ def test_equal_numbers_and_nan_survive(bits: int) -> None:
     found = compressed.dequantised(*compressed.quantised(rows, bits), 6)
     assert torch.equal(found[0], rows[0])
     assert found[1].isnan().all()
+
+
+@pytest.mark.parametrize("bits", [0, None])
+def test_nothing_kept_gives_exact_gradients(
+    model: fp.PromptedViT, bits: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows at once and some at a time. `bits` None: the blocks are computed again, and their MLPs keep nothing."""
+    images = torch.randn(2, 3, *model.backbone.image_size, dtype=torch.float64)
+    recomputes = model.recomputes
+    model.set_grad_checkpointing(False)
+    exact, expected = outputs_and_gradients(model, images)
+    model.set_grad_checkpointing(recomputes or bits is None)
+    model.set_activation_bits(bits)
+    for size in (2**22, 3000):
+        monkeypatch.setattr(recomputed, "CHUNK", {"cpu": size})
+        outputs, gradients = outputs_and_gradients(model, images)
+        torch.testing.assert_close(outputs, exact, rtol=1e-12, atol=1e-12)
+        for found, own in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(found, own, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_a_block_that_is_computed_again_runs_neither_fc1_nor_fc2_twice(
+    make_vit: Callable[..., Any], post_norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fc1 runs twice for each block that prompts reach, fc2 once; a norm behind the MLP needs what it reads."""
+    options = {"block_fn": ResPostBlock, "init_values": 0.1} if post_norm else {}
+    model = fp.PromptedViT(fp.FrozenViT(make_vit(**options)).double(), fp.VPTConfig(3), num_classes=3).train()
+    model.head.double()
+    model.set_grad_checkpointing()
+    calls: dict[int, int] = {}
+    forward = Dense.forward
+    linears = [getattr(block.mlp, name) for block in model.backbone.folded().blocks for name in ("fc1", "fc2")]
+
+    def counted(module: Dense, x: Tensor) -> Tensor:
+        calls[id(module)] = calls.get(id(module), 0) + 1
+        return forward(module, x)
+
+    monkeypatch.setattr(FrozenLinear, "forward", counted)
+    images = torch.randn(2, 3, *model.backbone.image_size, dtype=torch.float64)
+    outputs_and_gradients(model, images)
+    fc1, fc2 = ({calls[id(module)] for module in linears[at::2]} for at in (0, 1))
+    assert fc1 == ({3} if post_norm else {2})
+    assert fc2 == ({2} if post_norm else {1})
+
+
+@pytest.mark.parametrize("options", [{"act_layer": "relu"}, {"mlp_layer": GluMlp, "mlp_ratio": 4}])
+def test_nothing_kept_of_any_activation(make_vit: Callable[..., Any], options: dict[str, Any]) -> None:
+    model = fp.PromptedViT(fp.FrozenViT(make_vit(**options)).double(), fp.VPTConfig(3), num_classes=3).train()
+    model.head.double()
+    images = torch.randn(2, 3, *model.backbone.image_size, dtype=torch.float64)
+    exact, expected = outputs_and_gradients(model, images)
+    model.set_activation_bits(0)
+    outputs, gradients = outputs_and_gradients(model, images)
+    torch.testing.assert_close(outputs, exact, rtol=1e-12, atol=1e-12)
+    for found, own in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(found, own, rtol=1e-10, atol=1e-12)
 
 
 def straight_through(x: Tensor, act: str, bits: int) -> Tensor:
@@ -102,12 +162,13 @@ def test_autocast(make_vit: Callable[..., Any]) -> None:
     model = fp.PromptedViT(fp.FrozenViT(make_vit()), fp.VPTConfig(3), num_classes=3).train()
     images = torch.randn(2, 3, *model.backbone.image_size)
     gradients = []
-    for bits in (None, 8):
+    for bits in (None, 8, 0):
         model.set_activation_bits(bits)
         with torch.autocast("cpu", torch.bfloat16):
             gradients.append(outputs_and_gradients(model, images)[1][0])
     assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
-    assert not torch.equal(*gradients)
+    assert not torch.equal(*gradients[:2])
+    assert (gradients[2] - gradients[0]).norm() < 0.01 * gradients[0].norm()
 
 
 def test_memory(make_vit: Callable[..., Any]) -> None:
@@ -122,7 +183,7 @@ def test_memory(make_vit: Callable[..., Any]) -> None:
         return x
 
     sizes = {}
-    for bits in (None, 8, 2):
+    for bits in (None, 8, 2, 0):
         model.set_activation_bits(bits)
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
@@ -130,7 +191,7 @@ def test_memory(make_vit: Callable[..., Any]) -> None:
         wide = [x for x in kept if x.dim() == 3 and x.shape[-1] == hidden and x.is_floating_point()]
         assert bool(wide) == (bits is None)
         sizes[bits] = sum(x.numel() for x in kept if x.dtype == torch.uint8)
-    assert sizes[None] == 0
+    assert sizes[None] == sizes[0] == 0
     assert sizes[8] == 4 * sizes[2] > 0
 
 
@@ -150,6 +211,9 @@ def test_where_nothing_can_be_compressed(
     with pytest.raises(ArgumentError, match=problem) as error:
         model.set_activation_bits(8)
     assert error.value.argument == "bits"
+    if "act_layer" not in options:
+        with pytest.raises(ArgumentError, match=problem):
+            model.set_activation_bits(0)
     model.set_activation_bits(None)
     pair = torch.rand(4, 3, *model.backbone.image_size), torch.tensor([0, 1, 2, 0])
     with pytest.raises(ArgumentError, match="activation_bits must be None here.*" + problem):
@@ -158,7 +222,7 @@ def test_where_nothing_can_be_compressed(
 
 def test_other_refusals(make_vit: Callable[..., Any], tiny_swin: Callable[..., nn.Module]) -> None:
     model = fp.PromptedViT(fp.FrozenViT(make_vit()), fp.VPTConfig(), num_classes=3)
-    with pytest.raises(ArgumentError, match="bits must be 8, 2 or None, got 4"):
+    with pytest.raises(ArgumentError, match="bits must be 8, 2, 0 or None, got 4"):
         model.set_activation_bits(4)
     model.set_activation_bits(2)
     with pytest.raises(ArgumentError, match="graph must be 'rewritten'"):

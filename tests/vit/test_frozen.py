@@ -331,7 +331,7 @@ def test_images_of_other_channels(
     expected = model.reference_forward(images)
     torch.testing.assert_close(model(images), expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(model(raw), expected, rtol=1e-5, atol=1e-6)
-    engine = fp.Engine(model.float(), batch_sizes=(1, 2), backend="eager")
+    engine = fp.Engine(model.float(), batch_sizes=(1, 2), dtype=torch.float32, backend="eager")
     torch.testing.assert_close(engine(raw).double(), expected, rtol=1e-3, atol=1e-3)
     engine.release()
 

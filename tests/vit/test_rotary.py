@@ -163,7 +163,7 @@ def test_adapters_are_saved_loaded_and_served(
     images = tiny_images[:3]
     expected = model.reference_forward(images).detach()
     torch.testing.assert_close(again(images).detach(), expected, rtol=1e-4, atol=1e-5)
-    engine = fp.Engine(model, batch_sizes=(1, 4), backend="eager")
+    engine = fp.Engine(model, batch_sizes=(1, 4), dtype=torch.float32, backend="eager")
     torch.testing.assert_close(engine(images), expected, rtol=1e-4, atol=1e-5)
     engine.release()
 
