@@ -205,6 +205,7 @@ def fit_in(
                 run.recall_choices(saved[1])
                 if run.is_finished(saved) and not run.extend:
                     return run.result(saved)
+            run.agree_on_choices()
             if directory is not None and not directory.writable:
                 raise OSError(errno.EROFS, f"out_dir {directory.path} cannot be written, and holds no finished run")
             run.prepare_data(data)

@@ -44,6 +44,7 @@ from fastprompt.train.result import FitResult
 from fastprompt.train.sources import RunData
 from fastprompt.train.state import Progress, RunState, best_weights, holds, recorded_identity
 from fastprompt.train.termination import Terminated, polling, requested
+from fastprompt.vit import linear
 
 if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
@@ -98,7 +99,9 @@ class Run:
         self.backbone_dtype = compute_dtype(recipe.dtype, self.device)
         optimizer = make_optimizer(model.trainable_parameters(), recipe)
         identity = run_identity(model, recipe, self.backbone_dtype, identities)
-        self.state = RunState(model, optimizer, identity, environment(self.device), measure=not recipe.deterministic)
+        # each process would measure for itself, and only the first one's choices are saved
+        measure = not recipe.deterministic and ranks.size == 1
+        self.state = RunState(model, optimizer, identity, environment(self.device), measure)
         self.last_commit = monotonic()
         self.good: Saved | None = None
         if directory is not None:
@@ -147,10 +150,16 @@ class Run:
 
     def recall_choices(self, values: Mapping[str, Any]) -> None:
         """Take over the timing choices of the process that wrote the state."""
-        made = self.state.choices.made
-        made |= values.get("choices", {})
-        if self.directory is not None and "run" in values:
-            made |= self.directory.read_choices(values["run"])
+
+        def written() -> dict[str, str]:
+            return self.directory.read_choices(values["run"]) if self.directory and "run" in values else {}
+
+        self.state.choices.made |= {**values.get("choices", {}), **self.ranks.of_main(written)}
+
+    def agree_on_choices(self) -> None:
+        """Take over the first process's choice of the library for float32 products; nothing else is timed then."""
+        if self.ranks.size > 1 and self.device.type == "cpu" and not self.recipe.deterministic:
+            self.state.choices.made.setdefault(linear.PRODUCTS, self.ranks.of_main(linear.faster_product))
 
     def prepare_data(self, data: Mapping[str, Any], like: Run | None = None) -> None:
         """Prepare batches of images, or of what is computed once, after a trial forward.

@@ -102,11 +102,11 @@ def onednn_is_faster() -> bool:
     This is measured once per process. The two differ in their last bits, so a training run records the answer and uses
     it again when it resumes. If measurements are switched off, the answer is False.
     """
-    return stopwatch.decide(PRODUCTS, _faster_product, "MKL") == "oneDNN"
+    return stopwatch.decide(PRODUCTS, faster_product, "MKL") == "oneDNN"
 
 
 @functools.cache
-def _faster_product() -> str:
+def faster_product() -> str:
     """Name the library that takes the least time for a forward and its backward; the machine may do other work too."""
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not torch.backends.mkldnn.is_available():
         return "MKL"

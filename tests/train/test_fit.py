@@ -961,7 +961,7 @@ def test_a_continued_run_chooses_as_the_first_process_did(
 
     def measured(product: str, kernels: float) -> None:
         """What the stopwatch finds in the process that starts now."""
-        monkeypatch.setattr(linear, "_faster_product", lambda: product)
+        monkeypatch.setattr(linear, "faster_product", lambda: product)
         monkeypatch.setattr(dispatch, "measured", {})
         monkeypatch.setattr(dispatch, "seconds_on_cpu", lambda _: kernels if next(turn) % 2 == 0 else 1.0)
 
@@ -991,7 +991,7 @@ def test_a_deterministic_run_needs_no_stopwatch(
     def never(*_: Any) -> Any:
         raise AssertionError("something was measured")
 
-    monkeypatch.setattr(linear, "_faster_product", never)
+    monkeypatch.setattr(linear, "faster_product", never)
     monkeypatch.setattr(dispatch, "seconds_on_cpu", never)
     monkeypatch.setattr(dispatch, "measured", {})
     seen: list[bool] = []

@@ -26,6 +26,7 @@ from fastprompt.train.ranks import (
     find_ranks,
     synced_batch_norms,
 )
+from fastprompt.vit import linear
 
 SCRIPT = """
 import json, os, signal, sys
@@ -34,8 +35,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 import fastprompt as fp
 from fastprompt.train.ranks import SyncedBatchNorm2d, find_ranks
+from fastprompt.vit import linear
 
 torch.set_num_threads(1)
+linear.faster_product = lambda: "MKL" if os.environ.get("RANK") == "1" else "oneDNN"  # each process measures itself
 out, kill = sys.argv[1], int(sys.argv[2])
 rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 COLOURS = torch.tensor([[200, 50, 50], [50, 200, 50], [50, 50, 200], [128, 128, 128]])
@@ -50,6 +53,16 @@ def make(config, classes=4):
     vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
     torch.manual_seed(rank)  # the first process's initial weights count
     return fp.PromptedViT(fp.FrozenViT(vit), config, num_classes=classes)
+
+products, decide = set(), linear.onednn_is_faster
+
+def watched():
+    chosen = decide()
+    if torch.is_grad_enabled():
+        products.add(chosen)
+    return chosen
+
+linear.onednn_is_faster = watched
 
 class Kill(fp.Callback):
     def on_step(self, step):
@@ -71,7 +84,8 @@ if kill:
 methods = {
     "vpt": (fp.VPTConfig(num_prompts=2), {"accumulate": 2}),
     "pgn": (fp.PGNConfig(num_prompts=2, library_size=8, widths=(4, 4, 8, 8)), {}),
-    "rows": (fp.VPTConfig(num_prompts=2), {"loss": "bce", "label_smoothing": 0.0, "class_weights": "none"}),
+    "rows": (fp.VPTConfig(num_prompts=2), {"loss": "bce", "label_smoothing": 0.0, "class_weights": "none",
+                                            "deterministic": False}),
 }
 for name, (config, fields) in methods.items():
     if kill and name != "vpt":
@@ -80,11 +94,12 @@ for name, (config, fields) in methods.items():
     if name == "rows":
         train, val = (train[0], nn.functional.one_hot(train[1], 4)), (val[0], nn.functional.one_hot(val[1], 4))
     model = make(config)
+    products.clear()
     fields = {"recipe": recipe.replace(**fields), "out_dir": f"{out}/{name}", "progress": False}
     result = fp.fit(model, train, val, **fields, callbacks=[Kill()])
     times = ("event", "seconds", "images_per_second")
     rows = [{k: v for k, v in row.items() if k not in times} for row in result.history]
-    found[name] = {"history": rows, "files": result.out_dir is not None}
+    found[name] = {"history": rows, "files": result.out_dir is not None, "oneDNN": [*products]}
     tensors = {key: tensor.double() for key, tensor in model.adapter_state_dict().items()}
     found[name]["sums"] = {key: [float(tensor.sum()), float(tensor.norm())] for key, tensor in tensors.items()}
     assert not any(isinstance(module, SyncedBatchNorm2d) for module in model.modules())
@@ -138,6 +153,12 @@ def test_all_processes_have_the_result_and_the_first_one_the_files(name: str, ru
     first, second = runs["2-0"][name], runs["2-1"][name]
     assert (first["history"], first["sums"]) == (second["history"], second["sums"])
     assert (first["files"], second["files"]) == (True, False)
+
+
+def test_processes_compute_with_what_the_first_one_chose(runs: dict[str, Any]) -> None:
+    assert runs["2-0"]["rows"]["oneDNN"] == runs["2-1"]["rows"]["oneDNN"] == [True]
+    choices = load_state(runs["root"] / "of 2" / "rows" / "last.safetensors")[1]["choices"]
+    assert choices == {linear.PRODUCTS: "oneDNN"}  # nothing that one process alone has timed
 
 
 def test_a_lost_process_ends_the_job_which_resumes_in_another_number_of_them(
