@@ -117,6 +117,28 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"fastprompt {fp.__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "compared"),
+    [
+        (("--epochs", "10"), True),
+        (("--epochs", "9"), False),
+        (("--epochs", "1", "--compare-probe", "yes"), True),
+        (("--epochs", "10", "--compare-probe", "no"), False),
+        (("--epochs", "10", "--method", "linear-sgd"), False),
+        (("--epochs", "10", "--recipe.loss", "bce", "--recipe.label-smoothing", "0"), False),
+    ],
+)
+def test_long_runs_are_compared_with_a_linear_probe(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], compared: bool
+) -> None:
+    command = adapt_command(place, tmp_path / "run", "--lr", "1e-9", "--recipe.head-lr", "1e-9", *words)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert main(command) == 0
+    said = [str(warning.message) for warning in warned] + [capsys.readouterr().err]
+    assert any("below that of a linear probe" in text for text in said) == compared
+
+
 def test_adapt_writes_the_run(run_dir: Path) -> None:
     results = json.loads((run_dir / "results.json").read_text())
     assert results["config"]["library_size"] == 16

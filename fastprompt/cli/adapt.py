@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,8 +127,9 @@ class Adapt:
     """Resume the run in --out; --no-resume starts over."""
     extend: bool = False
     """Go on with a finished run in --out for more --epochs."""
-    compare_probe: bool = False
-    """Fit a linear probe first, and warn if the result is below it."""
+    compare_probe: Literal["auto", "yes", "no"] = "auto"
+    """Fit a linear probe first, which costs a pass over the training images, and warn if the result is below it; auto
+    does so in runs of at least 10 epochs if scikit-learn is installed."""
     cache_dir: Path | None = None
     """Folder for what no training changes, such as VQT's frozen features, which later runs on the same images and
     backbone read; if not given, it is computed once for each run. Needs --augment none."""
@@ -207,8 +210,12 @@ def _adapt_grid(command: Adapt, settings: RunSettings) -> None:
     from fastprompt.runs.tables import grid_table
     from fastprompt.train.termination import sigterm_handled
 
-    for name in ("extend", "compare_probe", "track"):
-        if getattr(command, name):
+    for name, given in (
+        ("extend", command.extend),
+        ("compare_probe", command.compare_probe == "yes"),
+        ("track", command.track),
+    ):
+        if given:
             raise ArgumentError(name, "must not be given with --grid")
     with sigterm_handled():
         runs, best = execute_grid(
@@ -226,6 +233,29 @@ def _adapt_grid(command: Adapt, settings: RunSettings) -> None:
     say(grid_table(runs))
     if best:
         say(f"\nbest on validation: {', '.join(best)}\nadapter: {command.out / best[0] / 'best'}")
+
+
+LONG = 10
+"""Epochs from which on a pass over the training images for a linear probe costs little."""
+
+
+def _compares_probe(command: Adapt, settings: RunSettings) -> bool:
+    """Whether to fit a linear probe first: as asked, else where it costs little and can be compared."""
+    from fastprompt.generators.registry import get_method
+    from fastprompt.train.recipes import adjusted_recipe
+
+    if command.compare_probe != "auto":
+        return command.compare_probe == "yes"
+    method = get_method(settings.method)
+    recipe = adjusted_recipe(settings.method, settings.recipe, train_backbone=settings.train_backbone)
+    return (
+        recipe.epochs >= LONG
+        and recipe.loss == "cross_entropy"
+        and settings.head == "linear"
+        and not method.head_only
+        and os.environ.get("WORLD_SIZE", "1") == "1"
+        and importlib.util.find_spec("sklearn") is not None
+    )
 
 
 def adapt(command: Adapt) -> None:
@@ -255,7 +285,7 @@ def adapt(command: Adapt) -> None:
             device=command.device,
             announce=lambda text: say(text, sys.stderr),
             extend=command.extend,
-            compare_probe=command.compare_probe,
+            compare_probe=_compares_probe(command, settings),
             callbacks=command.track,
             cache_dir=command.cache_dir,
         )
