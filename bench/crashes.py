@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -15,7 +16,9 @@ from typing import Any, NoReturn
 
 
 class Child:
-    """A fork that runs `work` and exits with 0, or with 1 if it raised. The context manager kills it at the end.
+    """A fork that runs `work` and exits with 0, or with 1 if it raised.
+
+    The context manager kills it at the end, and what it has started, such as a loader's processes, which may outlive it.
 
     Args:
         log: the file that receives the fork's output and traceback.
@@ -56,10 +59,13 @@ class Child:
     def __exit__(self, *_: object) -> None:
         self.kill()
         self.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 def _do(work: Callable[[], Any], log: Path | None) -> NoReturn:
     status = 1
+    os.setpgid(0, 0)
     try:
         if log is not None:
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -75,7 +81,8 @@ def _do(work: Callable[[], Any], log: Path | None) -> NoReturn:
 
 def in_a_child(work: Callable[[], Any], log: Path | None = None) -> int:
     """Run `work` in a `Child`; return how it ended."""
-    return Child(work, log).wait()
+    with Child(work, log) as process:
+        return process.wait()
 
 
 def killed_after(seconds: float, work: Callable[[], Any], log: Path | None = None) -> int:
