@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 class Child:
     """A fork that runs `work` and exits with 0, or with 1 if it raised.
 
-    The context manager kills it at the end, and what it has started, such as a loader's processes, which may outlive it.
+    The context manager kills it at the end, with what it has started: a loader's processes may outlive it.
 
     Args:
         log: the file that receives the fork's output and traceback.

@@ -27,11 +27,12 @@ struct PrefixAttention {
   float scale;
 };
 
-// The gradients of out = softmax(scale · q [prefix_k, k]ᵀ) [prefix_v, v], all float32. Of what is null nothing is written.
+// The gradients of out = softmax(scale · q [prefix_k, k]ᵀ) [prefix_v, v]. Of what is null nothing is written.
 struct PrefixAttentionBackward {
   Heads q, k, v, prefix_k, prefix_v, grad;  // grad: of out, (B, H, R, d)
   Heads grad_q, grad_k, grad_v;
-  float *grad_prefix_k, *grad_prefix_v;  // of each image, (B, H, P, d)
+  float *grad_prefix_k, *grad_prefix_v;  // of each image, (B, H, P, d), float32 whatever the type
+  Type type;
   int64_t heads, queries, tokens, prompts, width;  // H, R, T, P, d
   int64_t group;  // images that share a prefix
   float scale;

@@ -162,7 +162,8 @@ Tensor prefix_attention(const Tensor& q, const Tensor& k, const Tensor& v, std::
 }
 
 // grad (B, H, R, d) of the output, q, k, v, prefix_k, prefix_v as above → grad_q like q, grad_k, grad_v like k and v,
-// grad_prefix_k, grad_prefix_v (B, H, P, d) of each image, contiguous; all float32, what is not given is not computed
+// grad_prefix_k, grad_prefix_v (B, H, P, d) of each image, contiguous, float32; the others have q's type, what is not given
+// is not computed
 void prefix_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
                                std::optional<Tensor> prefix_k, std::optional<Tensor> prefix_v, double scale,
                                std::optional<Tensor> grad_q, std::optional<Tensor> grad_k, std::optional<Tensor> grad_v,
@@ -172,19 +173,20 @@ void prefix_attention_backward(const Tensor& grad, const Tensor& q, const Tensor
   const int64_t p = prefix_k ? prefix_k->size(2) : 0, n = prefix_k ? prefix_k->size(0) : 1;
   STD_TORCH_CHECK(prefix_k.has_value() == prefix_v.has_value(), "prefix_k and prefix_v must be given together");
   STD_TORCH_CHECK((n > 0 ? b % n : b) == 0 && p + t > 0, "the prefixes must divide the batch, there must be a key");
-  const auto floats_of = [](const Tensor& x, const char* name, std::initializer_list<int64_t> sizes) {
-    return heads_of(x, name, ScalarType::Float, sizes);
+  const auto part_of = [&q](const Tensor& x, const char* name, std::initializer_list<int64_t> sizes) {
+    return heads_of(x, name, q.scalar_type(), sizes);
   };
   PrefixAttentionBackward a = {};
-  a.q = floats_of(q, "q", {b, h, r, d}), a.grad = floats_of(grad, "grad", {b, h, r, d});
-  a.k = floats_of(k, "k", {b, h, t, d}), a.v = floats_of(v, "v", {b, h, t, d});
+  a.type = type_of(q, "q");
+  a.q = part_of(q, "q", {b, h, r, d}), a.grad = part_of(grad, "grad", {b, h, r, d});
+  a.k = part_of(k, "k", {b, h, t, d}), a.v = part_of(v, "v", {b, h, t, d});
   if (prefix_k) {
-    a.prefix_k = floats_of(*prefix_k, "prefix_k", {n, h, p, d});
-    a.prefix_v = floats_of(*prefix_v, "prefix_v", {n, h, p, d});
+    a.prefix_k = part_of(*prefix_k, "prefix_k", {n, h, p, d});
+    a.prefix_v = part_of(*prefix_v, "prefix_v", {n, h, p, d});
   }
-  if (grad_q) a.grad_q = floats_of(*grad_q, "grad_q", {b, h, r, d});
+  if (grad_q) a.grad_q = part_of(*grad_q, "grad_q", {b, h, r, d});
   STD_TORCH_CHECK(grad_k.has_value() == grad_v.has_value(), "grad_k and grad_v must be given together");
-  if (grad_k) a.grad_k = floats_of(*grad_k, "grad_k", {b, h, t, d}), a.grad_v = floats_of(*grad_v, "grad_v", {b, h, t, d});
+  if (grad_k) a.grad_k = part_of(*grad_k, "grad_k", {b, h, t, d}), a.grad_v = part_of(*grad_v, "grad_v", {b, h, t, d});
   STD_TORCH_CHECK(grad_prefix_k.has_value() == grad_prefix_v.has_value(), "grad_prefix_k needs grad_prefix_v");
   if (grad_prefix_k) {
     a.grad_prefix_k = const_cast<float*>(floats(*grad_prefix_k, "grad_prefix_k", {b, h, p, d}));

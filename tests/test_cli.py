@@ -1513,7 +1513,7 @@ def test_values_are_evaluated_and_predicted(
     assert main(["eval", run, "--data", str(tables["table"]), *where]) == 0
     assert re.search(r"R² +-?\d+\.\d{4}\nmean absolute error  \d", capsys.readouterr().out)
     image = str(place / "images" / "red" / "0.png")
-    assert main(["predict", run, image, *where]) == 0
+    assert main(["predict", run, image, *where, "--dtype", "float32"]) == 0
     header, line = csv.reader(io.StringIO(capsys.readouterr().out))
     assert header == ["file", "heat"]
     model = fp.PromptedViT.from_pretrained(backbone_at(where[1], None), tables["values"] / "best")

@@ -20,9 +20,9 @@ class Bench:
     """Compare methods on the data sets of a protocol, and write table and page.
 
     Each method searches learning rate and weight decay on validation images, and widens its grid while the best lies
-    at an edge. Without --final, the comparison is on validation images too. Run the same command again to resume; start
-    it several times for several processes. The settings of --config are those of the flags, with `methods` either a
-    list or NAME: {method, options, recipe, lrs, weight_decays}.
+    at an edge. Without --final, the comparison is on validation images too. Run the same command again to resume. Start
+    it on several machines that share --out, and they share the runs. The settings of --config are those of the flags,
+    with `methods` either a list or NAME: {method, options, recipe, lrs, weight_decays}.
     """
 
     protocol: tyro.conf.Positional[str]
@@ -57,8 +57,10 @@ class Bench:
     """Train as the protocol's final runs do and read the test split, once for each run."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto uses a GPU if there is one."""
+    workers: int = 1
+    """Number of processes that share the runs."""
     threads: int | None = None
-    """Number of CPU threads; all cores if not given."""
+    """Number of CPU threads of each worker; if not given, the workers share all cores."""
     plugin: Plugins = field(default_factory=list)
     """Module that registers your own methods, as a name or .py file; repeat for several."""
     debug: bool = False
@@ -67,12 +69,25 @@ class Bench:
 
 def bench(command: Bench) -> None:
     """Run `fastprompt bench`."""
+    import torch
+
     from fastprompt.report.bench import build_bench_report, markdown
     from fastprompt.runs.bench import run_bench
 
+    if command.workers < 1:
+        raise ArgumentError("workers", f"must be at least 1, got {command.workers}")
     set_threads(command.threads)
+    if command.threads is None and command.workers > 1:
+        set_threads(max(1, torch.get_num_threads() // command.workers))
     plan = bench_plan(command)
-    summary = run_bench(plan, command.out, device=command.device, announce=lambda text: say(text, sys.stderr))
+    summary = run_bench(
+        plan,
+        command.out,
+        device=command.device,
+        announce=lambda text: say(text, sys.stderr),
+        workers=command.workers,
+        plugins=command.plugin,
+    )
     build_bench_report(summary, command.out)
     say(markdown(summary))
     say(f"written: {command.out / 'summary.json'}, {command.out / 'table.md'}, {command.out / 'report.html'}")

@@ -143,7 +143,7 @@ def evaluate_adapter(command: Eval) -> None:
         found = evaluate_classes(model, split, batch_size=command.batch_size)
     except ValueError as error:
         raise ArgumentError("data", f"must fit the adapter, got {settings.data}: {error}") from error
-    record = evaluation_record(found)
+    record = evaluation_record(found, split)
     names = list(model.class_names or names)  # labels are counted by the model's classes
     record |= {
         "adapter": str(command.adapter),

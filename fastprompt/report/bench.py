@@ -9,6 +9,7 @@ from typing import Any
 from fastprompt.files import atomic_write_many
 from fastprompt.report import plots
 from fastprompt.report.html import figure, table, template
+from fastprompt.report.ranks import LEAST_TASKS, Ranking, ranking
 
 TABLE_FILE, PAGE_FILE = "table.md", "report.html"
 NOTE = (
@@ -96,11 +97,33 @@ def introduction(summary: Mapping[str, Any]) -> str:
     )
 
 
+def ranking_of(summary: Mapping[str, Any]) -> Ranking | None:
+    """Rank the rows with all training images over the tasks; None for fewer than two rows or `LEAST_TASKS` tasks."""
+    rows = [row for row in summary["rows"] if row["per_class"] is None and row["mean"] is not None]
+    if len(rows) < 2 or len(summary["tasks"]) < LEAST_TASKS:
+        return None
+    return ranking(
+        {row["title"]: [row["tasks"][name]["accuracy"]["mean"] for name in summary["tasks"]] for row in rows}
+    )
+
+
+def ranking_text(found: Ranking, summary: Mapping[str, Any]) -> str:
+    """Describe a ranking in words."""
+    ranks = ", ".join(f"{title} {rank:.2f}" for title, rank in found.ranks.items())
+    friedman = "" if found.p is None else f"; Friedman's test that all are alike: p {p_text(found.p)}"
+    return (
+        f"Mean ranks over {len(summary['tasks'])} tasks, 1 is the best: {ranks}. They differ significantly from "
+        f"{found.critical:.2f} on (Nemenyi, 5 %){friedman}."
+    )
+
+
 def markdown(summary: Mapping[str, Any]) -> str:
     """Format the comparison as Markdown."""
     lines = [f"# {summary['title']}", "", introduction(summary), ""]
     for header, rows in (summary_rows(summary), task_rows(summary)):
         lines += [_line(header), "|---|" + "---:|" * (len(header) - 1), *(_line(row) for row in rows), ""]
+    if (found := ranking_of(summary)) is not None:
+        lines += [ranking_text(found, summary), ""]
     return "\n".join([*lines, NOTE, ""])
 
 
@@ -146,6 +169,10 @@ def render(summary: Mapping[str, Any]) -> str:
                     "with a thick line; 95 % intervals.",
                 )
             )
+    if (found := ranking_of(summary)) is not None:
+        text = ranking_text(found, summary)
+        said = f"{text} A bar joins methods that do not differ significantly."
+        figures.append(figure(plots.critical_differences(found), f"Critical-difference diagram. {text}", said))
     few = sorted({row["per_class"] for row in rows if row["per_class"] is not None})
     if len(few) > 1:
         curves = {

@@ -87,6 +87,7 @@ def summary_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) ->
                 percent(r["validation"]["accuracy"]),
                 percent(r["test"]["accuracy"]) if r.get("test") else "–",
                 interval(r["test"]) if r.get("test") else "–",
+                percent(r[split_of(r)].get("calibration_error")),
                 f"{r['images_per_second']:.1f}",
                 f"{r['peak_memory_mib']:,.0f}",
                 f"{r['seconds']:.0f}",
@@ -100,13 +101,15 @@ def summary_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) ->
         "Validation",
         "Test",
         "95 % interval",
+        "Calibration error",
         "Images/s",
         "Peak MiB",
         "Seconds",
     ]
     return table(
         "Test accuracy is measured once, after training, at the epoch that was best on validation. The interval is "
-        "over test images. “By the paper” is the number of the generator's parameters by the paper's formula.",
+        "over test images; the calibration error (15 bins) is on test images, or on validation without them. “By the "
+        "paper” is the number of the generator's parameters by the paper's formula.",
         header,
         rows,
     )
@@ -160,6 +163,7 @@ def run_section(name: str, r: Mapping[str, Any], analyses: Sequence[Mapping[str,
             by_class,
         ),
         "settings": table("Method and recipe", ["Setting", "Value"], settings),
+        "mistakes": _mistakes(name, split, record, classes),
         "library": None,
         "latent": None,
         "analyses": list(analyses),
@@ -182,6 +186,32 @@ def run_section(name: str, r: Mapping[str, Any], analyses: Sequence[Mapping[str,
             "no longer depend on the image.",
         )
     return section
+
+
+def _mistakes(name: str, split: str, record: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any] | None:
+    """The figure of the worst mistakes; None if there are none, or no pictures of them, as in earlier versions."""
+    shown = [mistake for mistake in record.get("mistakes", ()) if mistake["picture"] is not None]
+    if not shown:
+        return None
+
+    def short(label: int) -> str:
+        text = classes[label]
+        return text if len(text) <= 18 else f"{text[:17]}…"
+
+    said = [f"{classes[each['label']]} as {classes[each['predicted']]}" for each in shown]
+    pictures = [
+        (
+            base64.b64decode(each["picture"]),
+            f"{short(each['label'])}\nas {short(each['predicted'])}, {percent(each['probability'])}",
+        )
+        for each in shown
+    ]
+    return figure(
+        plots.pictures(pictures),
+        f"The {len(shown)} worst mistakes of {name} on the {split} images: {'; '.join(said)}",
+        f"The mistakes on {split} images with the highest probability of the wrong class: the true class, the "
+        "predicted one and its probability. results.json names the files.",
+    )
 
 
 def _library_facts(usage: Mapping[str, Any]) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from fastprompt.arguments import ArgumentError
 from fastprompt.extras import needed
+from fastprompt.report.ranks import Ranking
 
 with needed("report", "the report"):
     from matplotlib.axes import Axes
@@ -274,6 +277,51 @@ def differences(rows: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, str],
     axes.set_xlabel(f"Accuracy {literal(label)}, points")
     plain(axes)
     axes.legend(fontsize=8, frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
+    return to_png(figure)
+
+
+def critical_differences(ranking: Ranking) -> bytes:
+    """Plot mean ranks on a line, with a bar over each group of methods that do not differ significantly."""
+    names, shown = list(ranking.ranks), len(ranking.ranks)
+    figure = new_figure(8, 1.4 + 0.22 * (shown / 2 + len(ranking.alike)))
+    axes = figure.subplots()
+    depth, bars = 0.55 * math.ceil(shown / 2), 0.32 * len(ranking.alike)
+    for place, name in enumerate(names):
+        rank, best = ranking.ranks[name], place < math.ceil(shown / 2)
+        line = -bars - 0.55 * ((place if best else shown - 1 - place) + 1)
+        end = 1 - 0.15 if best else shown + 0.15
+        axes.plot([rank, rank, end], [0, line, line], color="#333333", linewidth=0.9)
+        label = f"{literal(name)} {rank:.2f}"
+        axes.text(
+            end, line, f"{label} " if best else f" {label}", ha="right" if best else "left", va="center", fontsize=8
+        )
+    for number, group in enumerate(ranking.alike):
+        ends = [ranking.ranks[group[0]] - 0.04, ranking.ranks[group[-1]] + 0.04]
+        axes.plot(ends, 2 * [-0.32 * (number + 0.6)], color=COLOURS[1], linewidth=3, solid_capstyle="round")
+    axes.plot([1, 1 + ranking.critical], [0.55, 0.55], color=COLOURS[0], linewidth=2, clip_on=False)
+    axes.text(1 + ranking.critical / 2, 0.65, f"critical difference {ranking.critical:.2f}", ha="center", fontsize=8)
+    axes.set_xlim(1 - 0.3, max(shown, 1 + ranking.critical) + 0.3)
+    axes.set_ylim(-bars - depth - 0.3, 0.95)
+    axes.xaxis.tick_top()
+    axes.set_xticks(range(1, shown + 1))
+    axes.set_yticks([])
+    axes.spines["top"].set_position(("data", 0))
+    for side in ("left", "right", "bottom"):
+        axes.spines[side].set_visible(False)
+    return to_png(figure)
+
+
+def pictures(shown: Sequence[tuple[bytes, str]], columns: int = 6) -> bytes:
+    """Draw pictures, the bytes of PNG files, each under a caption of up to two lines."""
+    rows = math.ceil(len(shown) / columns)
+    figure = new_figure(1.55 * columns, 1.95 * rows)
+    cells = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in cells:
+        axes.set_axis_off()
+    for axes, (png, caption) in zip(cells, shown, strict=False):
+        with Image.open(io.BytesIO(png)) as picture:
+            axes.imshow(np.asarray(picture.convert("RGB")), interpolation="nearest")
+        axes.set_title("\n".join(literal(line) for line in caption.splitlines()), fontsize=7)
     return to_png(figure)
 
 

@@ -11,13 +11,17 @@ stopped, and several processes may work on the same OUT.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -373,6 +377,8 @@ def run_bench(
     *,
     device: str = "auto",
     announce: Callable[[str], None] | None = None,
+    workers: int = 1,
+    plugins: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run what is missing of a plan, and return the comparison (`summarise`).
 
@@ -380,8 +386,11 @@ def run_bench(
     worst and the bench goes on. A run that another process works on is left to it.
 
     Args:
-        device: as in `execute`.
-        announce: called with a line before and after each run.
+        device: as in `execute`; with several workers, "auto" and "cuda" give each the next GPU.
+        announce: called with a line before and after each run of this process.
+        workers: number of processes that share the runs, this one included. Each has as many threads as this one, which
+            should be set before.
+        plugins: modules that the other workers import first (`load_plugin`).
 
     Raises:
         FileNotFoundError: tasks are not below the data root; the message names them and says how to get the data.
@@ -390,9 +399,72 @@ def run_bench(
     out = Path(out)
     cells = cells_of(plan, out)
     _check_data(plan, cells)
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise ArgumentError("workers", f"must be a positive integer, got {workers!r}")
     _check_plan(plan, out)
-    said = announce or (lambda text: None)
     finished = Finished()
+    with _other_workers(workers - 1, plan, out, device, plugins):
+        _work(plan, out, cells, finished, device, announce or (lambda text: None))
+    write_records(out, cells, finished)
+    summary = summarise(plan, cells, finished)
+    write_json(out / SUMMARY_FILE, summary)
+    return summary
+
+
+@contextlib.contextmanager
+def _other_workers(count: int, plan: BenchPlan, out: Path, device: str, plugins: Sequence[str]) -> Iterator[None]:
+    """Context in which further processes work on the plan; they are ended if this one fails, and awaited if not.
+
+    Raises:
+        RuntimeError: one of them failed, at the end of the context. What it printed says why.
+    """
+    import torch
+
+    context = multiprocessing.get_context("spawn")
+    threads = torch.get_num_threads()
+    others = [
+        context.Process(target=_other_worker, args=(number, plan, out, device, threads, list(plugins)))
+        for number in range(1, count + 1)
+    ]
+    try:
+        for process in others:
+            process.start()
+        yield
+        for process in others:
+            process.join()
+    finally:
+        for process in others:
+            if process.is_alive():
+                process.terminate()
+    failed = [number for number, process in enumerate(others, 1) if process.exitcode]
+    if failed:
+        raise RuntimeError(f"worker {failed[0]} failed, as it says above; all runs are complete nevertheless")
+
+
+def _other_worker(number: int, plan: BenchPlan, out: Path, device: str, threads: int, plugins: Sequence[str]) -> None:
+    """Work on a plan as one of several processes."""
+    import torch
+
+    from fastprompt.generators import load_plugin
+    from fastprompt.terminal import say
+
+    torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        os.environ["LOCAL_RANK"] = str(number % torch.cuda.device_count())  # which GPU "auto" and "cuda" are
+    for plugin in plugins:
+        load_plugin(plugin)
+    _work(plan, out, cells_of(plan, out), Finished(), device, lambda text: say(f"worker {number} {text}", sys.stderr))
+
+
+def _work(
+    plan: BenchPlan,
+    out: Path,
+    cells: Sequence[Cell],
+    finished: Finished,
+    device: str,
+    said: Callable[[str], None],
+) -> None:
+    """Run what is missing until every cell is complete, leaving to other processes what they work on."""
     number, began = 0, time.monotonic()
     while True:
         waiting = [job for cell in cells for job in jobs_of(cell, finished)]
@@ -414,10 +486,6 @@ def run_bench(
             break  # what is needed next depends on this run
         if not ran:
             time.sleep(1)
-    write_records(out, cells, finished)
-    summary = summarise(plan, cells, finished)
-    write_json(out / SUMMARY_FILE, summary)
-    return summary
 
 
 def _check_data(plan: BenchPlan, cells: Sequence[Cell]) -> None:

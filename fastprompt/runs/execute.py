@@ -99,8 +99,13 @@ def _load_task_data(settings: RunSettings, protocol: Protocol, task: Task, image
         )
 
 
-def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
-    """Convert an `Evaluation` to JSON values. The mean per class is over the classes that occur."""
+def evaluation_record(evaluation: Evaluation, images: Any) -> dict[str, Any]:
+    """Convert an `Evaluation` of `images` to JSON values, with the worst mistakes.
+
+    The mean per class is over the classes that occur.
+    """
+    from fastprompt.runs.mistakes import worst_mistakes
+
     confusion = [[int(n) for n in row] for row in evaluation.confusion]
     return {
         "accuracy": float(evaluation.accuracy),
@@ -114,6 +119,7 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
         "num_images": len(evaluation.labels),
         "labels": [int(label) for label in evaluation.labels],
         "predictions": [int(prediction) for prediction in evaluation.predictions],
+        "mistakes": worst_mistakes(evaluation, images),
         "seconds": float(evaluation.seconds),
     }
 
@@ -407,7 +413,7 @@ def add_test(results: dict[str, Any], out_dir: Path, best: PromptedViT, test_spl
     from fastprompt.train.identity import data_identity
 
     assert best.num_classes is not None
-    results["test"] = evaluation_record(evaluate_classes(best, test_split))
+    results["test"] = evaluation_record(evaluate_classes(best, test_split), test_split)
     if best.domains is not None:
         results["domains"]["test"] = by_domain(best, test_split)
     if "identity" in results:
@@ -541,7 +547,7 @@ def results_of(
         "total_parameters": sum(p.numel() for p in model.parameters()),
         "paper_parameter_count": paper_count,
         **training,
-        "validation": evaluation_record(evaluate_classes(model, splits.val)),
+        "validation": evaluation_record(evaluate_classes(model, splits.val), splits.val),
         "test": None,
     }
     if has_library(model):

@@ -118,7 +118,9 @@ def prefix_attention(
 
         return native.prefix_attention(*arguments)
     if backend == "recompute":
-        natively = not (not_natively or library.obstacle() or dispatch.observed()) and k.dtype == torch.float32
+        natively = not (not_natively or library.obstacle() or dispatch.observed())
+        if k.dtype == torch.bfloat16 and natively:  # tiles multiply bfloat16 several times as fast as float32
+            natively = library.level() != "amx"
         return recompute.prefix_attention(*given, prefix_k, prefix_v, scale, natively)
     return reference.prefix_attention(*arguments)
 

@@ -4,7 +4,7 @@ Per head and 24 or 32 queries: scores s over all keys, p = 2^(log₂e · scale �
 on AVX-512 with its bfloat16 instructions the products of bfloat16 are theirs, and p is rounded to bfloat16 for the
 second; elsewhere all is float32.
 
-The backward, in float32, takes the same weights from q and k again; `recompute.py` calls it.
+The backward, whose products are float32's, takes the same weights from q and k again; `recompute.py` calls it.
 """
 
 from __future__ import annotations

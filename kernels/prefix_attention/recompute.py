@@ -76,12 +76,13 @@ class _PrefixAttention(torch.autograd.Function):
         grad_q = parts[0] if packed == 3 else q.new_empty(b, r, h, d).transpose(1, 2) if wants_q else None
         grads = {3: (whole, None, None), 2: (grad_q, whole, None), 1: (grad_q, grad_k, grad_v)}[packed]
         if ctx.natively:
-            of_prefix = [q.new_empty(b, h, p, d) for _ in range(2)] if wants_prefix else []
+            of_prefix = [q.new_empty(b, h, p, d, dtype=torch.float32) for _ in range(2)] if wants_prefix else []
             written: list[Tensor | None] = [*of_prefix] or [None, None]
             grad = grad if grad.stride(3) == 1 else grad.contiguous()
             native.BACKWARD(grad, q, k, v, prefix_k, prefix_v, ctx.scale, grad_q, grad_k, grad_v, *written)
-            if wants_prefix and prefix_k.shape[0] == 1:
-                written = [x.sum(0, keepdim=True) for x in of_prefix]
+            if wants_prefix:
+                shared = prefix_k.shape[0] == 1
+                written = [(x.sum(0, keepdim=True) if shared else x).to(q.dtype) for x in of_prefix]
             return *grads, *written, None, None
 
         wide = torch.promote_types(q.dtype, torch.float32)

@@ -177,7 +177,7 @@ class TestPrefixAttention:
 
 @needs_library
 class TestPrefixAttentionBackward:
-    """Training on a CPU in float32: `recompute.py` with the C++ kernels."""
+    """Training on a CPU: `recompute.py` with the C++ kernels."""
 
     SIZES = (
         (2, 3, 197, 197, 50, 64, 1),
@@ -204,14 +204,17 @@ class TestPrefixAttentionBackward:
         weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out).to(out.dtype)
         return torch.autograd.grad((out * weights).sum(), [t for t in x if t is not None and t.requires_grad])
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("sizes", SIZES, ids=str)
-    def test_matches_float64(self, level: str, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_matches_float64(
+        self, level: str, sizes: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         from fastprompt.kernels.prefix_attention import native as bound
 
         calls: list[int] = []
         run = bound.BACKWARD
         monkeypatch.setattr(bound, "BACKWARD", lambda *arguments: calls.append(1) or run(*arguments))
-        inputs = tuple(x if x is None else x / 2 for x in attention_inputs(*sizes, torch.float32))
+        inputs = tuple(x if x is None else x / 2 for x in attention_inputs(*sizes, dtype))
         exact = tuple(x if x is None else x.double() for x in inputs)
         prefix = sizes[-1] > 0 and sizes[4] > 0
         for wanted in (
@@ -226,7 +229,7 @@ class TestPrefixAttentionBackward:
             calls.clear()
             found = self.gradients(inputs, wanted, "auto")
             assert dispatch.choices["prefix_attention"].backend == "recompute"
-            assert calls == [1]
+            assert calls == ([] if (level, dtype) == ("amx", torch.bfloat16) else [1])
             plain, best = (self.gradients(x, wanted, "reference") for x in (inputs, exact))
             for ours, theirs, right in zip(found, plain, best, strict=True):
                 within_tolerance(ours, theirs, right)
@@ -277,12 +280,12 @@ class TestPrefixAttentionBackward:
     def test_passes_opcheck(self) -> None:
         from fastprompt.kernels.prefix_attention import native as bound
 
-        q, k, v, *prefix = attention_inputs(2, 3, 5, 6, 4, 16, 1, torch.float32)
-        like = [torch.empty(2, 3, n, 16) for n in (5, 6, 6, 4, 4)]
-        torch.library.opcheck(bound.BACKWARD, (torch.randn(2, 3, 5, 16), q, k, v, *prefix, 0.25, *like))
-        torch.library.opcheck(
-            bound.BACKWARD, (torch.randn(2, 3, 5, 16), q, k, v, None, None, 0.25, like[0], *[None] * 4)
-        )
+        for dtype in (torch.float32, torch.bfloat16):
+            q, k, v, *prefix = attention_inputs(2, 3, 5, 6, 4, 16, 1, dtype)
+            like = [torch.empty(2, 3, n, 16, dtype=dtype) for n in (5, 6, 6)]
+            of_prefix, grad = [torch.empty(2, 3, 4, 16) for _ in range(2)], torch.randn(2, 3, 5, 16).to(dtype)
+            torch.library.opcheck(bound.BACKWARD, (grad, q, k, v, *prefix, 0.25, *like, *of_prefix))
+            torch.library.opcheck(bound.BACKWARD, (grad, q, k, v, None, None, 0.25, like[0], *[None] * 4))
 
 
 def adaptive_inputs(b: int, n: int, p: int, d: int, r: int, dtype: torch.dtype) -> dict[str, Tensor | None]:

@@ -77,3 +77,22 @@ def test_the_page_escapes_and_draws() -> None:
 @pytest.mark.parametrize(("p", "text"), [(None, "–"), (0.0, "< 0.001"), (0.0312, "0.031")])
 def test_p_values(p: float | None, text: str) -> None:
     assert p_text(p) == text
+
+
+def test_ranks_are_told_of_enough_tasks_and_all_images() -> None:
+    def of(name: str, values: list[float], **more: Any) -> dict[str, Any]:
+        made = row(name, name.upper(), values[0], **more)
+        tasks = {f"t{i}": made["tasks"]["dtd"] | {"accuracy": estimate(value)} for i, value in enumerate(values)}
+        return made | {"tasks": tasks}
+
+    rows = [of("a", [0.9] * 6), of("b", [0.5] * 6), of("c", [0.4] * 6), of("a", [0.95] * 6, per_class=5)]
+    many = summary(*rows) | {"tasks": {f"t{i}": f"Task {i}" for i in range(6)}}
+    said = "Mean ranks over 6 tasks, 1 is the best: A 1.00, B 2.00, C 3.00. They differ significantly from 1.35 on"
+    assert said in markdown(many)
+    assert "Friedman's test that all are alike: p 0.002" in markdown(many)
+    page = render(many)
+    assert "Critical-difference diagram" in page
+    assert "A bar joins methods" in page
+    few = many | {"tasks": {f"t{i}": f"Task {i}" for i in range(4)}}
+    for text in (markdown(few), render(few)):
+        assert "Mean ranks" not in text

@@ -100,6 +100,40 @@ def test_a_bench_from_search_to_page(
     assert json.loads((out / "summary.json").read_text()) == summary
 
 
+def test_workers_share_the_runs(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process leaves one of the tasks to the other one, as if that had been faster."""
+    words = ["--methods", "linear", "vpt-deep", "--widenings", "0"]
+    assert main(arguments(place, tmp_path / "alone", *words)) == 0
+    capfd.readouterr()
+    run = bench_module._run
+    monkeypatch.setattr(bench_module, "_run", lambda job, *rest: job.cell.task.name == "dtd" and run(job, *rest))
+    assert main(arguments(place, tmp_path / "shared", *words, "--workers", "2", "--threads", "1")) == 0
+    said = capfd.readouterr().err
+    assert re.search(r"^worker 1 \[1\]", said, re.MULTILINE)
+    runs = [len([*(tmp_path / out).rglob("results.json")]) for out in ("alone", "shared")]
+    assert runs[0] == runs[1]
+    rows = [json.loads((tmp_path / out / "summary.json").read_text())["rows"] for out in ("alone", "shared")]
+    assert [row["mean"]["mean"] for row in rows[0]] == pytest.approx([row["mean"]["mean"] for row in rows[1]])
+
+
+def test_a_worker_that_fails_is_said(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It cannot import what the others have: a plugin that is gone."""
+    plan = plan_from(
+        {"methods": ["linear"], "tasks": ["dtd"], "seeds": [0], "backbone": f"local-dir:{place / 'vit'}"},
+        protocol=str(place / "mini.toml"),
+        data_root=str(place / "data"),
+        final=False,
+    )
+    with pytest.raises(RuntimeError, match="worker 1 failed"):
+        run_bench(plan, tmp_path / "out", device="cpu", workers=2, plugins=[str(tmp_path / "gone.py")])
+    assert "gone.py" in capfd.readouterr().err
+    for workers in (0, True):
+        with pytest.raises(ValueError, match="workers"):
+            run_bench(plan, tmp_path / "out", device="cpu", workers=workers)
+
+
 def test_without_final_the_test_split_stays_locked(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["--methods", "linear", "--tasks", "dtd", "--seeds", "0", "--low-data", "1,3"]
@@ -272,6 +306,7 @@ def test_divergence_is_recorded_and_counts_as_no_image_right(
         (["--methods", "lora"], "must be one of"),
         (["--low-data", "few"], "--low-data must be numbers of images"),
         (["--widenings", "-1"], "--widenings must be at least 0"),
+        (["--workers", "0"], "--workers must be at least 1"),
     ],
 )
 def test_wrong_input_is_refused_before_any_run(
