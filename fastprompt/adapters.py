@@ -23,7 +23,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load as tensors_from_bytes, save as tensors_to_bytes
@@ -90,6 +90,36 @@ class Preprocessing:
         if unknown:
             raise ArgumentError("preprocessing", f"has no option {unknown[0]!r}; a later version may know it")
         return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Check:
+    """What int8 changes about an adapter's predictions, compared with float32 image by image.
+
+    `fastprompt eval --keep-check` makes it.
+
+    Attributes:
+        adapter: digest of the adapter's tensors (`state_digest`); weights: that of the int8 weights.
+        num_images: images that were compared.
+        difference: accuracy in int8 minus that in float32; low, high: its 95 % interval over images.
+        agreement: share of the images that both predict alike.
+    """
+
+    adapter: str
+    weights: str
+    num_images: int
+    difference: float
+    low: float
+    high: float
+    agreement: float
+
+    MOST_LOST: ClassVar[float] = 0.003
+    LOWEST: ClassVar[float] = -0.01
+
+    @property
+    def passed(self) -> bool:
+        """Whether int8 loses at most 0.3 points, and less than 1 point with 97.5 % confidence."""
+        return self.difference >= -self.MOST_LOST and self.low >= self.LOWEST
 
 
 def write_adapter(directory: str | os.PathLike[str], config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
@@ -231,6 +261,35 @@ def _digest(text: str, state: Mapping[str, Tensor]) -> str:
 def _data_digest(content: bytes) -> str:
     """sha256 of the tensor bytes in a safetensors file. The file's first 8 bytes give the length of their header."""
     return hashlib.sha256(memoryview(content)[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """sha256 of an adapter's tensors (`PromptedViT.adapter_state_dict`), wherever they are."""
+    return _digest("", {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+
+
+def int8_check_of(config: Mapping[str, Any]) -> Int8Check | None:
+    """Return the comparison of int8 with float32 of an adapter's configuration; None if none was kept.
+
+    Raises:
+        TypeError: it has other fields than this version knows.
+    """
+    recorded = config["backbone"].get("optional", {}).get("int8_check")
+    return None if recorded is None else Int8Check(**recorded)
+
+
+def keep_int8_check(directory: str | os.PathLike[str], check: Int8Check) -> None:
+    """Write a comparison of int8 with float32 into an adapter's configuration.
+
+    Raises:
+        ValueError: the comparison is of another adapter. FileNotFoundError, OSError: as in `read_adapter` and
+            `write_adapter`.
+    """
+    config, state = read_adapter(directory)
+    if state_digest(without_resampled(state)[0]) != check.adapter:
+        raise ValueError(f"the adapter in {directory} is not the one that was compared")
+    optional = {**config["backbone"].get("optional", {}), "int8_check": dataclasses.asdict(check)}
+    write_adapter(directory, {**config, "backbone": {**config["backbone"], "optional": optional}}, state)
 
 
 def source_of(config: Mapping[str, Any]) -> BackboneSource | None:

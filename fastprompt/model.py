@@ -19,16 +19,19 @@ import torch.nn as nn
 from torch import Tensor
 
 from fastprompt.adapters import (
+    Int8Check,
     Preprocessing,
     as_trained,
     check_sizes,
     config_from,
     domains_of,
     head_from,
+    int8_check_of,
     predicts_of,
     preprocessing_of,
     registered_by,
     source_of,
+    state_digest,
     with_resampled,
     without_resampled,
     write_adapter,
@@ -153,6 +156,7 @@ class PromptedViT(nn.Module):
                 raise ArgumentError("class_names", f"has {len(class_names)} names, num_classes is {self.num_classes}")
         self.class_names = class_names
         self.preprocessing: Preprocessing | None = None
+        self.int8_check: Int8Check | None = None
         self.predicts = "class"
         self.domains: Domains | None = None
         self._autocast: torch.dtype | None = None
@@ -771,6 +775,8 @@ class PromptedViT(nn.Module):
         for key, value in described:
             if value is not None:
                 optional[key] = dataclasses.asdict(value)
+        if self.int8_check is not None and self.int8_check.adapter == state_digest(self.adapter_state_dict()):
+            optional["int8_check"] = dataclasses.asdict(self.int8_check)
         if self.full and not self.config.trains_backbone:
             optional["train_backbone"] = True
         if self.predicts != "class":
@@ -910,6 +916,7 @@ class PromptedViT(nn.Module):
             model.load_adapter_state_dict(state)
             model.preprocessing = preprocessing_of(config)
             model.domains = domains_of(config)
+            model.int8_check = int8_check_of(config)
             model.predicts = predicts_of(config)
             if model.domains is not None:
                 model.domains.check_fits(num_classes or 0)

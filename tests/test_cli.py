@@ -223,6 +223,16 @@ def test_eval_compares_int8_with_float32(
         assert ours["probability"] != exact["probability"]
     assert main(["eval", str(run_dir), "--against", "float32", "--corruptions", "fog"]) == 2
     assert "against" in error_line(capsys)
+    assert main(["eval", str(run_dir), "--dtype", "int8", "--keep-check"]) == 2
+    assert "--keep-check must be given with --dtype int8 --against float32" in error_line(capsys)
+    adapter = tmp_path / "adapter"
+    shutil.copytree(run_dir / "best", adapter)
+    of_adapter = ["eval", str(adapter), "--data", str(place / "images"), "--backbone", f"local-dir:{place / 'vit'}"]
+    assert main([*of_adapter, *command[4:8], "--keep-check"]) == 0
+    assert f"kept in {adapter}; passed: engines may choose int8" in capsys.readouterr().out
+    kept = fp.PromptedViT.from_pretrained(fp.load_backbone(f"local-dir:{place / 'vit'}"), adapter).int8_check
+    assert kept.passed
+    assert kept.weights == fp.Int8Weights.load(file).digest
 
 
 def test_eval_matches_classes_by_name(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

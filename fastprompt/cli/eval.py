@@ -76,6 +76,9 @@ class Eval:
     calibrated on training images and kept there."""
     against: Literal["float32", "bfloat16"] | None = None
     """Also evaluate in this data type, on the same images, and print the paired difference."""
+    keep_check: bool = False
+    """With --dtype int8 --against float32: write the comparison into the adapter. If it passed, `fp.Engine` chooses
+    int8 by itself on processors without bfloat16."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto uses a GPU if there is one."""
     batch_size: int = 64
@@ -105,6 +108,8 @@ def evaluate_adapter(command: Eval) -> None:
 
     place = find_device(command.device)
     set_threads(command.threads)
+    if command.keep_check and (command.dtype, command.against) != ("int8", "float32"):
+        raise ArgumentError("keep_check", "must be given with --dtype int8 --against float32")
     directory = adapter_dir(command.adapter)
     settings = read_settings(command.adapter)
     if settings is None and command.data is None:
@@ -165,6 +170,8 @@ def evaluate_adapter(command: Eval) -> None:
         say(f"  {name[:label_width]:<{label_width}}" + "".join(f"{n:>{width}}" for n in row))
     if command.against is not None:
         record["against"] = _compare(command, exact, split, found)
+    if command.keep_check:
+        _keep_check(command, directory, exact, record)
     if command.out is not None:
         write_json(command.out, record)
         say(f"written: {command.out}")
@@ -190,6 +197,24 @@ def _compare(command: Eval, model: Any, split: Any, found: Any) -> dict[str, Any
         "difference": difference.to_dict(),
         "agreement": agreement,
     }
+
+
+def _keep_check(command: Eval, directory: Path, model: PromptedViT, record: dict[str, Any]) -> None:
+    """Write the comparison with float32 into the adapter, and say whether int8 passed."""
+    from fastprompt.adapters import Int8Check, keep_int8_check, state_digest
+    from fastprompt.int8.weights import find_weights
+
+    against, weights = record["against"], find_weights(model.backbone, command.int8)
+    mean, low, high = (against["difference"][key] for key in ("mean", "low", "high"))
+    if low is None or high is None:
+        raise ArgumentError("keep_check", f"needs at least two images, got {record['num_images']}")
+    digest = state_digest(model.adapter_state_dict())
+    check = Int8Check(digest, weights.digest, record["num_images"], mean, low, high, against["agreement"])
+    keep_int8_check(directory, check)
+    verdict = (
+        "passed: engines may choose int8" if check.passed else "not passed: engines choose int8 if they are told to"
+    )
+    say(f"kept in {directory}; {verdict}")
 
 
 def _evaluate_table(command: Eval, model: PromptedViT) -> None:

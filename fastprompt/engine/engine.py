@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastprompt.adapters import Int8Check, state_digest
 from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.changes import unchanging, watch_optimizers
 from fastprompt.engine import mixed
@@ -82,6 +83,16 @@ class _Change(NamedTuple):
     model: PromptedViT | None
 
 
+def _not_checked(model: PromptedViT | FrozenViT, check: Int8Check | None, weights: Int8Weights) -> str:
+    """Return why a comparison with float32 says nothing of this adapter on these weights; "" if it does."""
+    assert isinstance(model, PromptedViT)
+    assert check is not None
+    if check.weights != weights.digest:
+        return "the adapter was compared with float32 on other int8 weights"
+    same = check.adapter == state_digest(model.adapter_state_dict())
+    return "" if same else "the adapter has changed since it was compared with float32"
+
+
 class Engine:
     """Run a `PromptedViT`, or a bare backbone, in production: `engine(images)`.
 
@@ -98,8 +109,8 @@ class Engine:
     Args:
         model: a `PromptedViT`, or a `FrozenViT`, for which the engine returns the features.
         batch_sizes: the batch sizes to prepare a backend for; other batches are padded or split.
-        dtype: the backbone's dtype; None: bfloat16 if the hardware multiplies it, else float32. "int8": frozen Linears
-            in int8 on a CPU, everything else in float32 (`docs/int8.md`).
+        dtype: the backbone's dtype; "auto" and None: bfloat16 if the hardware multiplies it, else float32, or int8
+            where that is allowed. "int8": frozen Linears in int8 on a CPU, everything else in float32 (`docs/int8.md`).
         backend: "eager", "cuda_graph", "compiled_cuda_graph", "compile", "openvino", or "auto": the fastest of those
             that can run, measured at the first batch of each size and remembered. `fp.explain(engine)` shows which one
             runs and why.
@@ -108,7 +119,8 @@ class Engine:
             that engines in several processes compute the same bits.
         int8: the weights that `dtype="int8"` runs, or their file; None: those that `Int8Weights.save()` keeps in the
             user cache.
-        allow_int8: whether `dtype=None` may mean int8, where it can run and bfloat16 would be emulated.
+        allow_int8: whether "auto" may mean int8, where it can run and bfloat16 would be emulated. It also does for an
+            adapter that was compared in int8 with float32 and passed (`PromptedViT.int8_check`), on the same weights.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the error names it.
@@ -132,9 +144,12 @@ class Engine:
         sizes = tuple(batch_sizes) if isinstance(batch_sizes, (tuple, list)) else ()
         if not sizes or any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in sizes):
             raise ArgumentError("batch_sizes", f"must be positive integers, got {batch_sizes!r}")
-        if dtype is not None and dtype != "int8" and dtype not in DTYPES:
-            raise ArgumentError("dtype", f"must be one of {DTYPES}, 'int8' or None, got {dtype!r}")
-        if int8 is not None and dtype != "int8" and not (dtype is None and allow_int8):
+        if dtype is not None and dtype not in ("int8", "auto") and dtype not in DTYPES:
+            raise ArgumentError("dtype", f"must be one of {DTYPES}, 'int8', 'auto' or None, got {dtype!r}")
+        dtype = None if dtype == "auto" else dtype
+        check = model.int8_check if isinstance(model, PromptedViT) else None
+        checked = check is not None and check.passed
+        if int8 is not None and dtype != "int8" and not (dtype is None and (allow_int8 or checked)):
             raise ArgumentError("int8", f"must be None with dtype={dtype!r}: give dtype='int8' or allow_int8=True")
         if backend != "auto" and backend not in BACKENDS:
             raise ArgumentError("backend", f"must be 'auto' or one of {tuple(BACKENDS)}, got {backend!r}")
@@ -147,11 +162,14 @@ class Engine:
         self.not_int8 = ""
         if dtype == "int8":
             self.int8 = find_weights(given, int8)
-        elif dtype is None and allow_int8 and not bfloat16_is_fast(given.device):
+        elif dtype is None and (allow_int8 or checked) and not bfloat16_is_fast(given.device):
             try:
-                self.int8 = find_weights(given, int8)
+                found = find_weights(given, int8)
             except (ArgumentError, RuntimeError) as reason:
                 self.not_int8 = str(reason)
+            else:
+                self.not_int8 = "" if allow_int8 else _not_checked(model, check, found)
+                self.int8 = None if self.not_int8 else found
         if self.int8 is not None:
             self.dtype = torch.float32  # of all that is not a frozen Linear
         else:

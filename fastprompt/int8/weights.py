@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
+from fastprompt.adapters import state_digest
 from fastprompt.arguments import ArgumentError, ArgumentPathError, ArgumentTypeError
 from fastprompt.fetch import cache_dir
 from fastprompt.files import atomic_write
@@ -101,6 +103,17 @@ class Int8Weights:
             of_half = relative_error(_features(_private(backbone, torch.bfloat16), held), exact)
         size = (images.shape[2], images.shape[3])
         return cls(backbone.fingerprint, blocks, len(calibrating), size, error, of_half)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the rounded weights and of the backbone that they are for."""
+        tensors = {
+            f"{i}.{name}.{kind}": tensor
+            for i, block in enumerate(self.blocks)
+            for name, pair in block.items()
+            for kind, tensor in zip(("weight", "scale"), pair, strict=True)
+        }
+        return hashlib.sha256(f"{self.fingerprint} {state_digest(tensors)}".encode()).hexdigest()
 
     def save(self, path: str | os.PathLike[str] | None = None) -> Path:
         """Write a safetensors file and return its path.

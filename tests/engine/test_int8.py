@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import fastprompt as fp
+from fastprompt.adapters import Int8Check, keep_int8_check, state_digest
 from fastprompt.engine import engine as module
 from fastprompt.int8.linear import LINEARS, Int8Linear, linear_of
 from fastprompt.int8.weights import relative_error
@@ -83,6 +86,44 @@ def test_none_means_int8_only_if_it_is_allowed(
     engine = fp.Engine(other, backend="eager", allow_int8=True, int8=weights)
     assert engine.precision == "float32"
     assert "not int8: int8 are for the backbone with fingerprint" in str(fp.explain(engine))
+
+
+def test_auto_means_int8_for_an_adapter_that_was_checked(
+    build: Build, weights: fp.Int8Weights, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "bfloat16_is_fast", lambda device: False)
+    built = build("vpt-deep")
+    check = Int8Check(state_digest(built.adapter_state_dict()), weights.digest, 500, -0.001, -0.004, 0.002, 0.998)
+    built.save_pretrained(tmp_path)
+    keep_int8_check(tmp_path, check)
+
+    def precision(model: fp.PromptedViT, given: fp.Int8Weights | None = weights) -> str:
+        engine = fp.Engine(model, dtype="auto", backend="eager", int8=given)
+        return f"{engine.precision}{engine.not_int8}"
+
+    model = fp.PromptedViT.from_pretrained(built.backbone, tmp_path)
+    assert model.int8_check == check
+    assert precision(model) == "int8"
+    assert fp.Engine(model, dtype=torch.float32, backend="eager").precision == "float32"
+    with pytest.raises(ValueError, match="int8 must be None with dtype=None"):
+        precision(built)  # not checked
+    other = dataclasses.replace(weights, blocks=weights.blocks[::-1])
+    assert precision(model, other) == "float32the adapter was compared with float32 on other int8 weights"
+    model.save_pretrained(tmp_path / "again")
+    assert fp.PromptedViT.from_pretrained(model.backbone, tmp_path / "again").int8_check == check
+    with torch.no_grad():
+        next(model.generator.parameters()).add_(1)
+    assert precision(model) == "float32the adapter has changed since it was compared with float32"
+    model.save_pretrained(tmp_path / "changed")
+    assert fp.PromptedViT.from_pretrained(model.backbone, tmp_path / "changed").int8_check is None
+    with pytest.raises(ValueError, match="is not the one that was compared"):
+        keep_int8_check(tmp_path / "changed", check)
+    for lost in ({"difference": -0.004}, {"low": -0.02}):
+        failed = dataclasses.replace(check, **lost)
+        assert not failed.passed
+        keep_int8_check(tmp_path, failed)
+        loaded = fp.PromptedViT.from_pretrained(model.backbone, tmp_path)
+        assert precision(loaded, None) == "float32"
 
 
 def model_of(seed: int) -> torch.nn.Module:
