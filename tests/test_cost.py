@@ -45,6 +45,12 @@ def bench() -> ModuleType:
     return module
 
 
+@pytest.fixture(autouse=True)
+def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The formulas count the dispatches of PyTorch's own Linear, also where oneDNN multiplies bfloat16."""
+    monkeypatch.setattr("fastprompt.vit.linear.onednn_has_bfloat16", lambda: False)
+
+
 @pytest.fixture(scope="module")
 def small(bench: ModuleType) -> fp.FrozenViT:
     return bench.random_backbone(**SMALL)
@@ -204,14 +210,19 @@ def test_formula_is_what_runs_where_attention_works_in_chunks(bench: ModuleType)
 
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="PyTorch without oneDNN")
 @pytest.mark.parametrize("readout", ["cls", "patches"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_flops_and_bytes_hold_where_onednn_multiplies(
-    configs: dict[str, PromptConfig], bench: ModuleType, readout: str, monkeypatch: pytest.MonkeyPatch
+    configs: dict[str, PromptConfig], bench: ModuleType, readout: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastprompt.vit.linear.onednn_is_faster", lambda: True)
-    model = fp.PromptedViT(bench.random_backbone(**SMALL).float(), configs["vapt"], num_classes=10, readout=readout)
+    if dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU has no bfloat16 for oneDNN")
+    for name in ("onednn_is_faster", "onednn_has_bfloat16"):
+        monkeypatch.setattr(f"fastprompt.vit.linear.{name}", lambda: True)
+    backbone = bench.random_backbone(**SMALL).to(getattr(torch, dtype))
+    model = fp.PromptedViT(backbone, configs["vapt"], num_classes=10, readout=readout)
     measured = bench.measure(model, torch.randn(2, 3, 64, 64), "rewritten")
     for training, found in ((False, measured.inference), (True, measured.training)):
-        formula = cost(model.backbone, configs["vapt"], readout, "rewritten", training, "float32", 2)
+        formula = cost(model.backbone, configs["vapt"], readout, "rewritten", training, dtype, 2)
         assert formula.flops == pytest.approx(found.flops, rel=0.01)
         assert formula.saved_bytes == pytest.approx(found.saved_bytes, rel=0.05)
         assert found.dispatches <= formula.dispatches

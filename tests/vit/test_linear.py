@@ -74,9 +74,13 @@ def test_other_work_on_the_machine_does_not_decide(
         module.faster_product.cache_clear()
 
 
-def test_only_float32_of_frozen_weights_takes_it(onednn: list[tuple[int, ...]]) -> None:
+def test_only_frozen_weights_of_its_dtypes_take_it(
+    onednn: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, weight = torch.randn(3, 4), torch.randn(5, 4)
     linear(x.double(), weight.double(), None)
+    linear(x.half(), weight.half(), None)
+    monkeypatch.setattr(module, "onednn_has_bfloat16", lambda: False)
     linear(x.bfloat16(), weight.bfloat16(), None)
     linear(x, weight.clone().requires_grad_(), None).sum().backward()
     linear(x[:0], weight, None)
@@ -93,6 +97,37 @@ def test_the_choice_is_measured_once() -> None:
 
 
 needs_bfloat16 = pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16")
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("bias", [True, False])
+def test_bfloat16_products_and_gradients(
+    onednn: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, bias: bool
+) -> None:
+    """At most as far from float64 as PyTorch's own."""
+    monkeypatch.setattr(module, "onednn_has_bfloat16", lambda: True)
+    x, weight = torch.randn(3, 9, 20).bfloat16()[:, 2:].requires_grad_(), torch.randn(12, 20).bfloat16()[:8]
+    b = torch.randn(8).bfloat16() if bias else None
+    exact_x = x.detach().double().requires_grad_()
+    exact = F.linear(exact_x, weight.double(), None if b is None else b.double())
+    (exact_grad,) = torch.autograd.grad(exact.sum(), exact_x)
+    errors = []
+    for y in (linear(x, weight, b), F.linear(x, weight, b)):
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        errors.append([float((found - right).norm()) for found, right in ((y, exact), (grad, exact_grad))])
+    for ours, theirs, right in zip(*errors, (exact, exact_grad), strict=True):
+        assert ours <= theirs + 1e-3 * float(right.detach().norm())
+    assert onednn == [(3, 7, 20), (3, 7, 8)]
+
+
+def test_bfloat16_goes_to_onednn_only_with_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast in (True, False):
+        monkeypatch.setattr(module, "bfloat16_is_fast", lambda device, fast=fast: fast)
+        module.onednn_has_bfloat16.cache_clear()
+        try:
+            assert module.onednn_has_bfloat16() == (fast and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        finally:
+            module.onednn_has_bfloat16.cache_clear()
 
 
 @needs_bfloat16
