@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cpuinfo
 import timm
 import torch
 from torch import Tensor
@@ -74,6 +75,12 @@ BACKBONES: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "tiny": ("ViT-Ti/16, 64 px", lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=0)),
 }
+
+
+def processor() -> str:
+    """The processor's name and instruction set."""
+    name = cpuinfo.get_cpu_info().get("brand_raw", "an unknown processor")
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def speeds(case: Case, vit: fp.FrozenViT, batch: int, sizes: tuple[int, ...]) -> dict[int, float]:
@@ -152,9 +159,10 @@ def main() -> None:
         "# Grids in one batch against separate runs",
         "",
         f"`python bench/grid_table.py --batch {arguments.batch} --minutes {arguments.minutes:g}`, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32, random weights. Adapters × images per "
-        "second in training, in the second epoch, and how many times those of separate runs, one after the other, they "
-        f"are: the median over {len(rounds[arguments.cases[0]])} rounds, in brackets the lowest and the highest.",
+        f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, random weights. "
+        "Adapters × images per second in training, in the second epoch, and how many times those of separate runs, one "
+        f"after the other, they are: the median over {len(rounds[arguments.cases[0]])} rounds, in brackets the lowest "
+        "and the highest.",
         "",
         f"| {' | '.join(titles)} |",
         f"|{'---|' * 4}{'---:|' * (len(titles) - 4)}",

@@ -1,8 +1,8 @@
 """Products with frozen weights, by the faster of the two CPU matrix libraries that PyTorch ships.
 
-PyTorch multiplies float32 matrices with MKL, which leaves half of the hardware unused on non-Intel CPUs. bfloat16 goes to
-oneDNN, but through a wrapper that takes a tenth of the time. oneDNN's own operator has no backward; `linear` adds one,
-which needs no gradient of the frozen weight.
+PyTorch multiplies float32 matrices with MKL, which leaves half of the hardware unused on non-Intel CPUs. bfloat16 goes
+to oneDNN, but through a wrapper that takes a tenth of the time. oneDNN's own operator has no backward; `linear` adds
+one, which needs no gradient of the frozen weight.
 """
 
 from __future__ import annotations

@@ -115,6 +115,31 @@ def test_what_training_costs_is_what_was_measured() -> None:
         assert number in text
 
 
+def test_grids_are_as_measured() -> None:
+    measured = (ROOT / "results" / "grid.md").read_text(encoding="utf-8")
+    ratios = re.findall(r", (\d\.\d\d) × \([^|]*\) \|$", measured, re.MULTILINE)
+    assert len(ratios) == 8
+    text = PAGE.read_text(encoding="utf-8")
+    text = text[text.index("## Grids in one batch") : text.index("## What training keeps")]
+    assert sorted([*re.findall(r"\| (\d\.\d\d) \|$", text, re.MULTILINE), "1.45", "0.90"]) == sorted(ratios)
+
+
+def test_a_training_step_is_as_fast_as_measured() -> None:
+    """The last row and the better of ours, of the machine with bfloat16; ours, of the one without."""
+    text = PAGE.read_text(encoding="utf-8")
+    text = text[text.index("## What training costs") : text.index("## Grids in one batch")]
+    for name, rows in (
+        ("training.md", ("rewritten, the better", "rewritten, bfloat16 compiled", "FLOPs by formula")),
+        ("training-avx2.md", ("rewritten, float32 eager",)),
+    ):
+        measured = (ROOT / "results" / name).read_text(encoding="utf-8")
+        for row in rows:
+            line = next(line for line in measured.splitlines() if line.startswith(f"| {row}"))
+            cells = [cell.split()[0] for cell in line.strip("| ").split(" | ")[1:]]
+            said = f"{cells[0]}, {cells[1]} and {cells[2]}"
+            assert said in " ".join(text.split()), (name, row)
+
+
 @pytest.mark.parametrize("name", ["accuracy.svg", "speed.svg"])
 def test_the_plots_show_the_committed_numbers(name: str) -> None:
     """What is drawn is in the file's description; `make plots` draws it again."""
