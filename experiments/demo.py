@@ -60,7 +60,7 @@ def command(method: str, args: argparse.Namespace) -> list[str]:
     ]
     words += ["--seed", str(args.seed), "--augment", "none", "--test", "--out", str(args.out / method)]
     if method != PROBE:
-        words += ["--epochs", str(args.epochs)]
+        words += ["--epochs", str(args.epochs), "--compare-probe", "no"]  # the table does
     if "first_block" in {field.name for field in dataclasses.fields(get_method(method).config())}:
         words += ["--set", f"first_block={args.first_block}"]
     return words + (["--threads", str(args.threads)] if args.threads else []) + (["--no-resume"] if args.fresh else [])
