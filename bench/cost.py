@@ -34,7 +34,7 @@ import fastprompt as fp
 from fastprompt.cost import GRAPHS, Cost, cost
 from fastprompt.files import atomic_write
 from fastprompt.generators import PromptConfig
-from fastprompt.vit import forward as rewritten, linear
+from fastprompt.vit import forward as rewritten
 
 aten: Any = torch.ops.aten
 
@@ -254,7 +254,6 @@ class Job(NamedTuple):
 def rows(job: Job) -> list[str]:
     """The lines of one method in the table."""
     torch.set_num_threads(1)
-    linear.onednn_has_bfloat16 = lambda: False  # the formulas count PyTorch's own Linear
     model, lines = fp.PromptedViT(random_backbone(), job.config, num_classes=10, readout="cls"), []
     images = torch.randn(job.batch, 3, 224, 224)
     for graph in GRAPHS:

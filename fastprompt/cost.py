@@ -9,8 +9,8 @@ those graphs needs a change here; `tests/test_cost.py` keeps the two consistent.
 * Saved bytes: what a training step's forward leaves allocated for its backward, with each tensor counted once however
   many operators keep it. Parameters and images are not counted.
 * Dispatches: ATen operators below autograd, without views (`bench/cost.py` lists them), for a batch of at least 2
-  images; with a batch of 1, some copies are views. The numbers are those of PyTorch's own Linear; where oneDNN is the
-  faster library (`fastprompt.vit.linear`), there are fewer copies.
+  images; with a batch of 1, some copies are views. The numbers are those of PyTorch's own Linear, which dispatch modes
+  see; where oneDNN is the faster library (`fastprompt.vit.linear`), there are fewer copies.
 
 A training step is a forward and its backward from the logits, without a loss and with gradients that start at None.
 The numbers are those of PyTorch on a CPU; the fused GPU kernels of `fastprompt.kernels` save and dispatch less. Linears

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastprompt as fp
 from fastprompt.vit import linear as module
@@ -34,6 +35,14 @@ def test_products_and_gradients(onednn: list[tuple[int, ...]], bias: bool) -> No
     grads = [torch.autograd.grad(y.sin().sum(), x)[0] for y in (ours, plain)]
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
     assert onednn == [(3, 7, 20), (3, 7, 8)]
+
+
+def test_a_flop_counter_sees_pytorchs_linear(onednn: list[tuple[int, ...]]) -> None:
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    with FlopCounterMode(display=False) as counter:
+        linear(x, weight, None).sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * 3 * 4 * 5
+    assert onednn == []
 
 
 def test_a_model_trains_by_it(

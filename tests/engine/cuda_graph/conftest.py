@@ -16,6 +16,13 @@ import fastprompt as fp
 from fastprompt.generators import PromptConfig
 
 
+@pytest.fixture(autouse=True)
+def pytorchs_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recorded are PyTorch's own products; oneDNN's differ in their last bits."""
+    for name in ("onednn_is_faster", "onednn_has_bfloat16"):
+        monkeypatch.setattr(f"fastprompt.vit.linear.{name}", lambda: False)
+
+
 @pytest.fixture
 def build(
     tiny_vit: VisionTransformer, randomised: Callable[..., nn.Module], configs: dict[str, PromptConfig]
