@@ -115,6 +115,21 @@ def test_what_training_costs_is_what_was_measured() -> None:
         assert number in text
 
 
+def test_costs_are_those_of_the_formulas() -> None:
+    """The page's table is that of results/cost.md for 50 prompts, without what was measured beside it."""
+    lines = (ROOT / "results" / "cost.md").read_text(encoding="utf-8").splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    costs = {(row[0], row[2]): [cell.split(" / ")[0] for cell in row[3:8]] for row in cells if row[1] == "50"}
+    found = re.findall(
+        r"^\| ([^|]+) \| (papers|rewritten|recompute) \| (\S+) GF \| (\S+) GF \| (\S+) MiB \| (\S+) \| (\S+) \|$",
+        PAGE.read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    assert len(found) == 12
+    for name, graph, *numbers in found:
+        assert numbers == costs[name, graph], (name, graph)
+
+
 def test_grids_are_as_measured() -> None:
     measured = (ROOT / "results" / "grid.md").read_text(encoding="utf-8")
     ratios = re.findall(r", (\d\.\d\d) × \([^|]*\) \|$", measured, re.MULTILINE)
