@@ -74,9 +74,9 @@ class Flags:
     """Runs are killed at a random moment so often."""
     within: int = 50
     """Runs are killed within an epoch so often."""
-    workers: int = 20
+    workers: int = 50
     """Runs with two loading processes, and runs on WebDataset shards, are killed at a random moment so often each."""
-    ranks: int = 20
+    ranks: int = 50
     """Runs in two processes lose one or both at a random moment so often."""
     every: int = 1
     """Of a run's operations on files, kill and fill the disk at each, or at every second, third ..."""

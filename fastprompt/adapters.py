@@ -118,7 +118,7 @@ class Int8Check:
 
     @property
     def passed(self) -> bool:
-        """Whether int8 loses at most 0.3 points, and less than 1 point with 97.5 % confidence."""
+        """Whether int8 loses at most 0.3 points, and the interval reaches no lower than a loss of 1 point."""
         return self.difference >= -self.MOST_LOST and self.low >= self.LOWEST
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,7 +127,7 @@ class Adapt:
     """Go on with a finished run in --out for more --epochs."""
     compare_probe: Literal["auto", "yes", "no"] = "auto"
     """Fit a linear probe first, which costs a pass over the training images, and warn if the result is below it; auto
-    does so in runs of at least 10 epochs if scikit-learn is installed."""
+    does so where that costs little: 10 epochs or more, at most 5000 training images, scikit-learn installed."""
     cache_dir: Path | None = None
     """Folder for what no training changes, such as VQT's frozen features, which later runs on the same images and
     backbone read; if not given, it is computed once for each run. Needs --augment none."""
@@ -235,29 +233,6 @@ def _adapt_grid(command: Adapt, settings: RunSettings) -> None:
         say(f"\nbest on validation: {', '.join(best)}\nadapter: {command.out / best[0] / 'best'}")
 
 
-LONG = 10
-"""Epochs from which on a pass over the training images for a linear probe costs little."""
-
-
-def _compares_probe(command: Adapt, settings: RunSettings) -> bool:
-    """Whether to fit a linear probe first: as asked, else where it costs little and can be compared."""
-    from fastprompt.generators.registry import get_method
-    from fastprompt.train.recipes import adjusted_recipe
-
-    if command.compare_probe != "auto":
-        return command.compare_probe == "yes"
-    method = get_method(settings.method)
-    recipe = adjusted_recipe(settings.method, settings.recipe, train_backbone=settings.train_backbone)
-    return (
-        recipe.epochs >= LONG
-        and recipe.loss == "cross_entropy"
-        and settings.head == "linear"
-        and not method.head_only
-        and os.environ.get("WORLD_SIZE", "1") == "1"
-        and importlib.util.find_spec("sklearn") is not None
-    )
-
-
 def adapt(command: Adapt) -> None:
     """Run `fastprompt adapt`."""
     from fastprompt.runs.execute import execute, plan_of
@@ -285,7 +260,7 @@ def adapt(command: Adapt) -> None:
             device=command.device,
             announce=lambda text: say(text, sys.stderr),
             extend=command.extend,
-            compare_probe=_compares_probe(command, settings),
+            compare_probe={"auto": None, "yes": True, "no": False}[command.compare_probe],
             callbacks=command.track,
             cache_dir=command.cache_dir,
         )

@@ -111,6 +111,11 @@ class DomainSet(Dataset[tuple[torch.Tensor, int]]):
     def __len__(self) -> int:
         return len(self._index)
 
+    def file_of(self, index: int) -> str | None:
+        """Return the path of an image's file; None if it is not a file of its own."""
+        number, i = self._index[index]
+        return self.parts[number].file_of(i)
+
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         number, i = self._index[index]
         image, label = self.parts[number][i]

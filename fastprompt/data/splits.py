@@ -108,6 +108,10 @@ class ImageSet(Dataset[tuple[torch.Tensor, int]]):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def file_of(self, index: int) -> str | None:
+        """Return the path of an image's file; None if it is not a file of its own."""
+        return None if self.pool.files is None else str(self.pool.files[self.indices[index]])
+
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} images")

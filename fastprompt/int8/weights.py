@@ -107,13 +107,16 @@ class Int8Weights:
     @property
     def digest(self) -> str:
         """sha256 of the rounded weights and of the backbone that they are for."""
-        tensors = {
-            f"{i}.{name}.{kind}": tensor
+        return hashlib.sha256(f"{self.fingerprint} {state_digest(self._tensors())}".encode()).hexdigest()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Weights and scales under the names that they have in a file."""
+        return {
+            f"{i}.{name}.{kind}": tensor.contiguous()
             for i, block in enumerate(self.blocks)
             for name, pair in block.items()
             for kind, tensor in zip(("weight", "scale"), pair, strict=True)
         }
-        return hashlib.sha256(f"{self.fingerprint} {state_digest(tensors)}".encode()).hexdigest()
 
     def save(self, path: str | os.PathLike[str] | None = None) -> Path:
         """Write a safetensors file and return its path.
@@ -125,17 +128,11 @@ class Int8Weights:
             OSError: the file cannot be written.
         """
         path = cached(self.fingerprint) if path is None else Path(path)
-        tensors = {
-            f"{i}.{name}.{kind}": tensor.contiguous()
-            for i, block in enumerate(self.blocks)
-            for name, pair in block.items()
-            for kind, tensor in zip(("weight", "scale"), pair, strict=True)
-        }
         facts = {
             field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "blocks"
         } | {"depth": len(self.blocks)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, tensors_to_bytes(tensors, {"format": FORMAT, "facts": json.dumps(facts)}))
+        atomic_write(path, tensors_to_bytes(self._tensors(), {"format": FORMAT, "facts": json.dumps(facts)}))
         return path
 
     @classmethod

@@ -438,7 +438,9 @@ def _other_workers(count: int, plan: BenchPlan, out: Path, device: str, plugins:
                 process.terminate()
     failed = [number for number, process in enumerate(others, 1) if process.exitcode]
     if failed:
-        raise RuntimeError(f"worker {failed[0]} failed, as it says above; all runs are complete nevertheless")
+        raise RuntimeError(
+            f"worker {failed[0]} failed, as it says above, but all runs are complete: run the bench again to compare"
+        )
 
 
 def _other_worker(number: int, plan: BenchPlan, out: Path, device: str, threads: int, plugins: Sequence[str]) -> None:

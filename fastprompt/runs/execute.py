@@ -212,7 +212,7 @@ def execute(
     device: str = "auto",
     announce: Callable[[str], None] | None = None,
     extend: bool = False,
-    compare_probe: bool = False,
+    compare_probe: bool | None = False,
     callbacks: Sequence[Callback | str] = (),
     cache_dir: Path | str | None = None,
 ) -> dict[str, Any]:
@@ -227,7 +227,8 @@ def execute(
         announce: called once before training with a line about the run: device, data type, sizes of the splits,
             parameters.
         resume: False starts over and replaces what is in `out_dir`.
-        extend, compare_probe, callbacks, cache_dir: as in `fastprompt.fit`. With `extend`, settings may differ in the
+        compare_probe: as in `fastprompt.fit`; None compares where that costs little.
+        extend, callbacks, cache_dir: as in `fastprompt.fit`. With `extend`, settings may differ in the
             length of the run.
 
     Returns:

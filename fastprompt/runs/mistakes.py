@@ -25,7 +25,8 @@ def worst_mistakes(evaluation: Evaluation, images: Any) -> list[dict[str, Any]]:
     high; None for images that are neither grey nor RGB.
 
     Args:
-        images: the data set that was evaluated; item i is the uint8 image (C, H, W) and the label of row i.
+        images: the data set that was evaluated; item i is the uint8 image (C, H, W) and the label of row i, and
+            `file_of(i)` its file.
     """
     predictions = evaluation.predictions
     sure = evaluation.probabilities.gather(1, predictions[:, None])[:, 0].masked_fill(evaluation.correct, -1.0)
@@ -36,16 +37,11 @@ def worst_mistakes(evaluation: Evaluation, images: Any) -> list[dict[str, Any]]:
             "label": int(evaluation.labels[i]),
             "predicted": int(predictions[i]),
             "probability": float(sure[i]),
-            "file": _file_of(images, i),
+            "file": images.file_of(i),
             "picture": _picture(images[i][0]),
         }
         for i in order.tolist()
     ]
-
-
-def _file_of(images: Any, i: int) -> str | None:
-    files = getattr(getattr(images, "pool", None), "files", None)
-    return None if files is None else str(files[images.indices[i]])
 
 
 def _picture(pixels: Any) -> str | None:

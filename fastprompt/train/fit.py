@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import errno
 import json
@@ -24,6 +25,7 @@ from fastprompt.train.evaluate import activation_bits, backbone_precision, compu
 from fastprompt.train.identity import data_identities
 from fastprompt.train.loop import TrainingDiverged
 from fastprompt.train.plan import Plan
+from fastprompt.train.probe import is_worth_comparing
 from fastprompt.train.prompt_init import check_prompts
 from fastprompt.train.ranks import find_ranks, synced_batch_norms
 from fastprompt.train.recipes import Recipe, adjusted_recipe, default_recipe
@@ -190,6 +192,9 @@ def fit_in(
             raise ArgumentError(name, "must not ask for a linear probe unless labels are classes")
         data = data_identities(train, val, model.head.num_classes, kind) if data is None else data
         recipe = recipe_for(recipe, train)
+        if options.compare_probe is None:
+            compares = ranks.size == 1 and kind == "class" and is_worth_comparing(model, train, recipe)
+            options = dataclasses.replace(options, compare_probe=compares)
         describe_data(model, train)
         model.predicts = kind
         run = Run(model, train, val, recipe, directory, progress, data, announced, callbacks, options, ranks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,12 +18,15 @@ from fastprompt.arguments import ArgumentError
 from fastprompt.domains import Domains
 from fastprompt.extras import needed
 from fastprompt.heads import LinearHead
-from fastprompt.train.batches import Batches, as_tensor_pair, check_data, check_labels, is_tensor_pair
+from fastprompt.train.batches import Batches, as_tensor_pair, check_data, check_labels, is_tensor_pair, num_images
 from fastprompt.train.evaluate import backbone_precision, device_of, evaluation_mode
 
 if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
+    from fastprompt.train.recipes import Recipe
 
+LONG, FEW = 10, 5000
+"""Epochs from which on, and training images up to which a probe costs little beside the run."""
 C_GRID = tuple(10.0 ** (exponent / 2) for exponent in range(-12, 7))
 """Inverse regularisation strengths to try: 1e-6 to 1e3, two per decade."""
 
@@ -52,6 +56,27 @@ class ProbeResult:
     bias: Tensor
     seconds: float
     feature_seconds: float
+
+
+def is_worth_comparing(model: PromptedViT, train: Any, recipe: Recipe) -> bool:
+    """Whether a linear probe can be fitted to compare a run with, and costs little beside it.
+
+    That is from `LONG` epochs and up to `FEW` training images, for a linear head of one label space whose training is
+    not a probe itself, if scikit-learn is installed.
+    """
+    from fastprompt.generators import method_of
+    from fastprompt.model import stated_by
+
+    domains, labels = stated_by(train, "domains"), getattr(train, "labels", None)
+    return (
+        recipe.epochs >= LONG
+        and num_images(train, "train") <= FEW
+        and isinstance(model.head, LinearHead)
+        and not method_of(model.config).head_only
+        and not (isinstance(domains, Domains) and domains.labels == "per-domain")
+        and (labels is None or len({int(label) for label in labels}) > 1)
+        and importlib.util.find_spec("sklearn") is not None
+    )
 
 
 def logistic_regression() -> type[Any]:

@@ -58,10 +58,13 @@ EXTEND_HINT = ". To go on with it for more epochs, pass extend=True (--extend)"
 
 @dataclass(frozen=True)
 class Options:
-    """What `fit` takes that changes neither recipe nor data; see there."""
+    """What `fit` takes that changes neither recipe nor data; see there.
+
+    compare_probe: None compares where that costs little (`fastprompt.train.probe.is_worth_comparing`).
+    """
 
     extend: bool = False
-    compare_probe: bool = False
+    compare_probe: bool | None = False
     callbacks: Sequence[Callback | str] = ()
     cache_dir: Path | None = None
 
@@ -99,8 +102,8 @@ class Run:
         self.backbone_dtype = compute_dtype(recipe.dtype, self.device)
         optimizer = make_optimizer(model.trainable_parameters(), recipe)
         identity = run_identity(model, recipe, self.backbone_dtype, identities)
-        # each process would measure for itself, and only the first one's choices are saved
-        measure = not recipe.deterministic and ranks.size == 1
+        # on a CPU a resumed run ends in the same bits, but only the first process's choices are saved
+        measure = not recipe.deterministic and (ranks.size == 1 or self.device.type != "cpu")
         self.state = RunState(model, optimizer, identity, environment(self.device), measure)
         self.last_commit = monotonic()
         self.good: Saved | None = None
@@ -157,7 +160,7 @@ class Run:
         self.state.choices.made |= {**values.get("choices", {}), **self.ranks.of_main(written)}
 
     def agree_on_choices(self) -> None:
-        """Take over the first process's choice of the library for float32 products; nothing else is timed then."""
+        """On a CPU, take over the first process's choice of the library for float32 products; nothing else is timed."""
         if self.ranks.size > 1 and self.device.type == "cpu" and not self.recipe.deterministic:
             self.state.choices.made.setdefault(linear.PRODUCTS, self.ranks.of_main(linear.faster_product))
 

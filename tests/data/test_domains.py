@@ -189,3 +189,18 @@ def test_a_run_of_several_domains_reports_each(
     assert "--domain must be given, one of pets, farm" in capsys.readouterr().err
     assert main(["predict", str(tmp_path / "run"), picture, "--domain", "farm", "--out", str(tmp_path / "p.csv")]) == 0
     assert ",farm: " in (tmp_path / "p.csv").read_text().splitlines()[1]
+
+
+def test_images_of_domains_name_their_files(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        for label in ("a", "b"):
+            (tmp_path / name / label).mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (32, 32)).save(tmp_path / name / label / f"{i}.png")
+    data = fp.load_data([tmp_path / "first", tmp_path / "second"], image_size=32)
+    for part in (data.train, data.val):
+        for i, domain in enumerate(part.domain_of):
+            path = Path(part.file_of(i))
+            assert path.is_file()
+            assert path.parent.parent.name == domain
+            assert path.parent.name == data.class_names[part[i][1]]

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import yaml
+from made_backbones import write_backbone
 from made_protocols import make_task, small, write_protocol
-from safetensors.torch import save_file
 
 import fastprompt.runs.bench as bench_module
 from fastprompt.cli import main
@@ -34,13 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_protocol(protocol, root / "mini.toml")
     for task in protocol.tasks:
         make_task(task, root / "data")
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
-    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, **sizes)
-    (root / "vit").mkdir()
-    save_file(model.state_dict(), root / "vit" / "model.safetensors")
-    config = {"architecture": "vit_tiny_patch16_224", "model_args": sizes, "num_classes": 0}
-    config["pretrained_cfg"] = {"input_size": [3, 32, 32], "num_classes": 0}
-    (root / "vit" / "config.json").write_text(json.dumps(config))
+    write_backbone(root / "vit", embed_dim=24, depth=1)
     return root
 
 

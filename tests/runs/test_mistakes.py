@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
+from made_backbones import write_backbone
 from PIL import Image
-from safetensors.torch import save_file
 
 from fastprompt.report import build_report
 from fastprompt.runs.execute import execute
@@ -26,13 +25,7 @@ from fastprompt.train.evaluate import summarise
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on noise that learns nothing, so that it makes mistakes."""
     root = tmp_path_factory.mktemp("mistakes")
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
-    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, **sizes)
-    (root / "vit").mkdir()
-    save_file(model.state_dict(), root / "vit" / "model.safetensors")
-    config = {"architecture": "vit_tiny_patch16_224", "model_args": sizes, "num_classes": 0}
-    config["pretrained_cfg"] = {"input_size": [3, 32, 32], "num_classes": 0}
-    (root / "vit" / "config.json").write_text(json.dumps(config))
+    backbone = write_backbone(root / "vit", embed_dim=24, depth=1)
     noise = np.random.default_rng(0)
     for name in ("cat", "dog"):
         (root / "images" / name).mkdir(parents=True)
@@ -42,7 +35,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = RunSettings(
         "vpt-deep",
         str(root / "images"),
-        f"local-dir:{root / 'vit'}",
+        backbone,
         options={"num_prompts": 2},
         recipe={"epochs": 1, "dtype": "float32", "batch_size": 8, "lr": 1e-9, "head_lr": 1e-9},
         num_val=8,
@@ -51,8 +44,13 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "run"
 
 
-def images_of(count: int, shape: tuple[int, ...]) -> list[tuple[torch.Tensor, int]]:
-    return [(torch.full(shape, 10 * i, dtype=torch.uint8), i % 2) for i in range(count)]
+class Images(list[tuple[torch.Tensor, int]]):
+    def file_of(self, index: int) -> None:
+        return None
+
+
+def images_of(count: int, shape: tuple[int, ...]) -> Images:
+    return Images((torch.full(shape, 10 * i, dtype=torch.uint8), i % 2) for i in range(count))
 
 
 def evaluated(right: list[float]) -> Any:

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import fastprompt as fp
+from fastprompt.train import probe
 from fastprompt.train.checkpoint import load_state
 from fastprompt.train.fit import TrainingDiverged, fit
 from fastprompt.train.loop import Loop
@@ -360,6 +361,17 @@ def test_a_result_below_the_linear_probe_is_said(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(make_model(), train, val, recipe.replace(head_init="probe"), progress=False)  # not below: 1.0 as well
+
+
+def test_where_a_probe_costs_little(
+    make_model: Callable[..., Any], colours: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, recipe = colours(12), RECIPE.replace(epochs=probe.LONG)
+    assert probe.is_worth_comparing(make_model(), train, recipe)
+    assert not probe.is_worth_comparing(make_model(), train, RECIPE.replace(epochs=probe.LONG - 1))
+    assert not probe.is_worth_comparing(make_model(fp.LinearProbeConfig()), train, recipe)
+    monkeypatch.setattr(probe, "FEW", 11)
+    assert not probe.is_worth_comparing(make_model(), train, recipe)
 
 
 def test_a_recipe_that_drops_the_methods_own_settings_is_said(
