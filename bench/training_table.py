@@ -61,6 +61,8 @@ MEMORY: dict[str, float | None] = {
     "rewritten, bfloat16": 0.5,
     "rewritten, bfloat16, blocks recomputed": 0.25,
     "rewritten, bfloat16, blocks recomputed, 4 parts": 0.25,
+    "rewritten, bfloat16, one copy, blocks recomputed": 0.25,
+    "rewritten, bfloat16, one copy, blocks recomputed, 4 parts": 0.25,
     "papers' graph, bfloat16": None,
     "rewritten, bfloat16, activations in 0 bits": None,
     "rewritten, bfloat16, activations in 8 bits": None,
@@ -209,6 +211,7 @@ def memory_of(way: str, batch: int) -> dict[str, float]:
     kept, parts = (int(way.split()[-2]) if way.endswith(f" {unit}") else None for unit in ("bits", "parts"))
     model.set_grad_checkpointing(graph == "recompute")
     model.set_activation_bits(kept)
+    model.backbone.set_one_copy("one copy" in way)
     step = stepper(model, model.reference_forward if graph == "papers" else model, parts or 1)
     images, labels = torch.randn(batch, 3, 224, 224), torch.arange(batch) % 10
     onednn_is_faster()  # decided by real products
@@ -365,8 +368,8 @@ def memory_table(part: dict[str, Any]) -> list[str]:
         "goal: ≤ where both shares meet it. glibc keeps "
         "pieces of freed memory between tensors that live on; with `MALLOC_MMAP_THRESHOLD_=1048576` in the environment "
         "it gives them back. Blocks that are computed again keep nothing of their MLPs in the backward either "
-        "(`activation_bits=0`). In 4 parts: the gradients of 4 times a quarter of the images add up to one step "
-        "(`Recipe.accumulate`).",
+        "(`activation_bits=0`). One copy: nothing is folded into the weights (`FrozenViT.set_one_copy`). In 4 parts: "
+        "the gradients of 4 times a quarter of the images add up to one step (`Recipe.accumulate`).",
         "",
         "| one step | MiB | share | MiB, giving back | share | goal |",
         "|---|---:|---:|---:|---:|---:|",

@@ -27,7 +27,7 @@ def folded(vit: Backbone) -> Folded | None:
     if torch.compiler.is_compiling() or (vit.private and vit.kept_fold.value is not None):
         return vit.kept_fold.value
     tensors = tensors_of(vit)
-    facts = (vit.spec.mean, vit.spec.std, *arithmetic(vit.device))
+    facts = (vit.spec.mean, vit.spec.std, vit.one_copy, *arithmetic(vit.device))
     if vit.device.type == "meta" or any(tensor.requires_grad or tensor.is_inference() for tensor in tensors):
         vit.kept_fold.clear()
         return None
@@ -39,10 +39,11 @@ def folded(vit: Backbone) -> Folded | None:
 def fold_backbone(vit: Backbone) -> Folded:
     """Fold everything in a backbone that folds, in full precision even under autocast.
 
-    The result shares memory with the backbone only for tensors that folding leaves unchanged.
+    The result shares memory with the backbone only for tensors that folding leaves unchanged. With `vit.one_copy` it
+    leaves all weights of the blocks unchanged.
     """
     with torch.autocast(vit.device.type, enabled=False):
-        blocks = tuple(fold(block) for block in vit.blocks)
+        blocks = tuple(shared(block) if vit.one_copy else fold(block) for block in vit.blocks)
         patches = Dense(vit.patch_weight, vit.patch_bias)
         return Folded(blocks, fold_pixels(patches, vit.mean, vit.std) if vit.stem is None else None)
 
@@ -105,6 +106,30 @@ def fold(block: Block) -> Block:
         bias=None if block.bias is None else block.bias.folded(),
     )
     return folded.eval()
+
+
+def shared(block: Block) -> Block:
+    """Return the block with its own tensors and constants, and with Linears that know that they are frozen."""
+    mlp = block.mlp
+    found = Block(
+        norm1=block.norm1,
+        qkv=FrozenLinear.sharing(block.qkv),
+        proj=FrozenLinear.sharing(block.proj),
+        norm2=block.norm2,
+        mlp=Mlp(FrozenLinear.sharing(mlp.fc1), FrozenLinear.sharing(mlp.fc2), mlp.act, mlp.norm, mlp.glu),
+        num_heads=block.num_heads,
+        q_norm=block.q_norm,
+        k_norm=block.k_norm,
+        attn_norm=block.attn_norm,
+        ls1=block.ls1,
+        ls2=block.ls2,
+        post_norm=block.post_norm,
+        scale=block.scale,
+        rotary=block.rotary,
+        interleaved=block.interleaved,
+        bias=None if block.bias is None else block.bias.folded(),
+    )
+    return found.eval()
 
 
 def _fold_mlp(block: Block) -> Mlp:

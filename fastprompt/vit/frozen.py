@@ -331,6 +331,15 @@ class FrozenViT(Backbone):
         """
         return self.graph.rewritten.folded(self)
 
+    def set_one_copy(self, enable: bool = True) -> None:
+        """Keep one copy of the blocks' weights: nothing is folded into them, for all models on this backbone.
+
+        Folded blocks otherwise have copies of half of the weights, and of all with LayerScale. Outputs are equal up to
+        rounding, and a training step takes a few per cent longer. Engines and exports fold a copy of their own.
+        """
+        self.one_copy = bool(enable)
+        self._fold_again()
+
     def refold(self) -> None:
         """Fold the constants again, whether or not a change was detected."""
         self._fold_again()

@@ -30,6 +30,13 @@ PRODUCTS = "float32 products"
 class FrozenLinear(Dense):
     """A `Dense` whose weight never trains."""
 
+    @classmethod
+    def sharing(cls, source: Dense) -> FrozenLinear:
+        """Return one with the tensors of another `Dense`."""
+        dense = cls(source.weight[:0], None)
+        dense.weight, dense.bias = source.weight, source.bias
+        return dense
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 

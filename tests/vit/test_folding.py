@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import fastprompt as fp
 from fastprompt.vit import forward, reference
-from fastprompt.vit.folding import fold
-from fastprompt.vit.weights import Norm
+from fastprompt.vit.folding import fold, shared
+from fastprompt.vit.weights import Block, Norm
 
 BLOCKS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -36,19 +36,22 @@ def frozen(randomised: Callable[..., nn.Module], kind: Any = VisionTransformer, 
     return fp.FrozenViT(randomised(kind(**{**sizes, **options}))).double()
 
 
+@pytest.mark.parametrize("rewrite", [fold, shared])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_a_folded_block_computes_the_same(randomised: Callable[..., nn.Module], name: str) -> None:
+def test_a_folded_block_computes_the_same(
+    randomised: Callable[..., nn.Module], name: str, rewrite: Callable[[Block], Block]
+) -> None:
     block = frozen(randomised, **BLOCKS[name]).blocks[1]
     x = torch.randn(2, 7, 48, dtype=torch.float64, requires_grad=True)
     prompts = torch.randn(1, 4, 48, dtype=torch.float64, requires_grad=True)
     results = []
-    for candidate in (block, fold(block)):
+    for candidate in (block, rewrite(block)):
         read = forward.Reads(prefix=forward.prompt_keys(candidate, prompts))
         out = forward.run_block(candidate, forward.Rows(x), [read]).data
         results.append((out, *torch.autograd.grad((out * out.detach().cos()).sum(), (x, prompts))))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
-    alone = forward.run_block(fold(block), forward.Rows(x), [forward.Reads()]).data
+    alone = forward.run_block(rewrite(block), forward.Rows(x), [forward.Reads()]).data
     torch.testing.assert_close(reference.run_block(block, x), alone, rtol=1e-10, atol=1e-11)
 
 
@@ -101,6 +104,30 @@ def test_unchanged_weights_are_shared_and_no_state(randomised: Callable[..., nn.
     assert list(vit.state_dict()) == names
     assert vit.fingerprint == fingerprint
     assert vit.folded() is folded
+
+
+def test_one_copy_of_the_weights(randomised: Callable[..., nn.Module]) -> None:
+    """Nothing is copied, outputs and gradients stay; engines fold all the same."""
+    model = fp.PromptedViT(frozen(randomised, **BLOCKS["layer scale"]), fp.VPTConfig(num_prompts=2), num_classes=3)
+    vit, images = model.backbone, torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    results = []
+    for one_copy in (False, True, False):
+        vit.set_one_copy(one_copy)
+        folded = vit.folded()
+        assert folded is not None
+        own = {p.data_ptr() for p in vit.parameters()}
+        copied = [name for name, p in folded.blocks[0].named_parameters() if p.ndim > 1 and p.data_ptr() not in own]
+        assert bool(copied) != one_copy
+        model.zero_grad()
+        y = model(images)
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad.clone() for p in model.generator.parameters())])
+    for found, exact in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
+    vit.set_one_copy()
+    engine = fp.Engine(model, dtype=torch.float32)
+    assert engine._backbone.folded().blocks[0].ls1 is None
+    assert vit.folded().blocks[0].ls1 is not None
 
 
 @pytest.mark.parametrize("change", ["cast", "load", "assign", "in place"])
