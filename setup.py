@@ -35,10 +35,12 @@ COMMON = [
     "-g0",
 ]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
-AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+AVX512_VNNI = [*AVX512, "-mavx512vnni"]
+AVX512_BF16 = [*AVX512_VNNI, "-mavx512bf16"]
 X86 = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": AVX512,
+    "avx512_vnni": AVX512_VNNI,
     "avx512_bf16": AVX512_BF16,
     "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
 }

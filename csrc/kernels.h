@@ -62,16 +62,18 @@ struct AdaptivePrompts {
 
 enum Activation : int64_t { IDENTITY, GELU, GELU_TANH, SILU };
 
-// act(x Wᵀ + b) → out (rows, columns), float32, contiguous, with x (rows, inner) rounded to integers of 12 bits, each row
-// with a scale of its own, and W int8 with a scale for each column of the result; see int8.inc.
+// act(x Wᵀ + b) → out (rows, columns), contiguous, with x (rows, inner) rounded to integers of 12 or 8 bits, each row with a
+// scale of its own, and W int8 with a scale for each column of the result; see int8.inc.
 struct Int8Linear {
-  const float* x;
-  const int8_t* weight;  // (⌈columns / 16⌉, ⌈inner / 2⌉, 16, 2), zeros behind the last column and the last inner number
-  const float *scale, *bias;  // (columns,); bias may be null
-  float* out;
-  int64_t rows, inner, columns;
+  const void* x;
+  const int8_t* weight;  // (⌈columns / 16⌉, ⌈inner / 4⌉, 16, 4), zeros behind the last column and the last inner number
+  const float *scale, *bias, *factor;  // (columns,), (columns,) or null, (inner,) of x or null
+  const int32_t* sums;  // (columns,) of W over the inner numbers; for 8 bits
+  void* out;
+  int64_t rows, inner, columns, bits;
   int64_t blocks;  // of rows
   int64_t parts;  // tasks that share the columns of one block; task i is part i % parts of block i / parts
+  Type type, out_type;  // of x and out
   Activation activation;
 };
 
@@ -92,7 +94,7 @@ struct Kernels {
 
 extern const Kernels portable;
 #ifdef FASTPROMPT_X86
-extern const Kernels avx2, avx512, avx512_bf16, amx;
+extern const Kernels avx2, avx512, avx512_vnni, avx512_bf16, amx;
 #endif
 
 }  // namespace fastprompt

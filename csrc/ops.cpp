@@ -28,10 +28,15 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using namespace fastprompt;
 
-constexpr int64_t LEVELS = 5;
+constexpr int64_t LEVELS = 6;
 constexpr int64_t GRAIN = 1 << 16;  // numbers that are worth a thread
 
 #ifdef FASTPROMPT_X86
+bool has_avx512_vnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c >> 11 & 1);
+}
+
 bool has_avx512_bf16() {
   unsigned a, b, c, d;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
@@ -57,7 +62,7 @@ int64_t best_level() {
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
     return 1;
-  return !has_avx512_bf16() ? 2 : has_amx() ? 4 : 3;
+  return !has_avx512_vnni() ? 2 : !has_avx512_bf16() ? 3 : has_amx() ? 5 : 4;
 #else
   return 0;
 #endif
@@ -65,7 +70,7 @@ int64_t best_level() {
 
 const Kernels* kernels_of(int64_t level) {
 #ifdef FASTPROMPT_X86
-  static const Kernels* const levels[LEVELS] = {&portable, &avx2, &avx512, &avx512_bf16, &amx};
+  static const Kernels* const levels[LEVELS] = {&portable, &avx2, &avx512, &avx512_vnni, &avx512_bf16, &amx};
   return levels[level];
 #else
   return &portable;
@@ -254,29 +259,40 @@ Tensor adaptive_prompts(const Tensor& tokens, const Tensor& norm_weight, const T
   return out;
 }
 
-// x (..., K), weight (⌈N / 16⌉, ⌈K / 2⌉, 16, 2), scale, bias (N,) → (..., N)
+// x (..., K), weight (⌈N / 16⌉, ⌈K / 4⌉, 16, 4), scale, bias, sums (N,), factor (K,) → (..., N) in bfloat16 or float32
 Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, std::optional<Tensor> bias,
-                   int64_t activation) {
+                   int64_t activation, int64_t bits, std::optional<Tensor> factor, std::optional<Tensor> sums,
+                   bool in_bfloat16) {
   STD_TORCH_CHECK(x.dim() > 0 && scale.dim() == 1, "x must have a dimension and scale be a vector");
   const int64_t inner = x.size(x.dim() - 1), columns = scale.size(0), panels = (columns + 15) / 16;
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous(), "x must be contiguous float32");
+  STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
   STD_TORCH_CHECK(inner <= 8192, "x must have at most 8192 columns: sums of more do not fit 32 bits");
-  check_sizes(weight, "weight", {panels, (inner + 1) / 2, 16, 2});
+  STD_TORCH_CHECK(bits == 12 || (bits == 8 && sums), "bits must be 12, or 8 with sums");
+  check_sizes(weight, "weight", {panels, (inner + 3) / 4, 16, 4});
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char && weight.is_contiguous(), "weight must be contiguous int8");
   Int8Linear a = {};
-  a.x = static_cast<const float*>(x.const_data_ptr());
+  a.type = type_of(x, "x"), a.x = x.const_data_ptr();
   a.weight = static_cast<const int8_t*>(weight.const_data_ptr());
   a.scale = floats(scale, "scale", {columns});
   a.bias = bias ? floats(*bias, "bias", {columns}) : nullptr;
-  a.rows = inner == 0 ? 0 : x.numel() / inner, a.inner = inner, a.columns = columns;
+  a.factor = factor ? floats(*factor, "factor", {inner}) : nullptr;
+  if (sums) {
+    check_sizes(*sums, "sums", {columns});
+    STD_TORCH_CHECK(sums->scalar_type() == ScalarType::Int && sums->is_contiguous(), "sums must be contiguous int32");
+    a.sums = static_cast<const int32_t*>(sums->const_data_ptr());
+  }
+  a.rows = inner == 0 ? 0 : x.numel() / inner, a.inner = inner, a.columns = columns, a.bits = bits;
   a.activation = static_cast<Activation>(activation);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = columns;
-  Tensor out = torch::stable::empty(sizes, ScalarType::Float, std::nullopt, x.device());
-  a.out = static_cast<float*>(out.mutable_data_ptr());
+  a.out_type = in_bfloat16 ? BFLOAT16 : FLOAT32;
+  const ScalarType out_type = in_bfloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+  Tensor out = torch::stable::empty(sizes, out_type, std::nullopt, x.device());
+  a.out = out.mutable_data_ptr();
   if (a.rows * columns == 0) return out;
-  constexpr int64_t strip = 6, cache = 1 << 18;  // bytes of a block's rounded rows, for the L2 cache
-  const int64_t threads = torch::stable::get_num_threads(), most = cache / (2 * inner) > strip ? cache / (2 * inner) : strip;
+  constexpr int64_t strip = 12, cache = 1 << 18;  // bytes of a block's rounded rows, for the L2 cache
+  const int64_t threads = torch::stable::get_num_threads(), fitting = cache / (inner * (bits == 8 ? 1 : 2));
+  const int64_t most = fitting > strip ? fitting : strip;
   a.blocks = (a.rows + most - 1) / most;
   if (a.rows >= threads * strip) a.blocks = (a.blocks + threads - 1) / threads * threads;
   a.parts = parts_of(a.blocks, panels);

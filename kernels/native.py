@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+LEVELS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 """Instruction sets, each with those before it."""
 VARIABLE = "FASTPROMPT_NATIVE_LEVEL"
 """Environment variable that lowers the level; the CPU's own is the highest."""

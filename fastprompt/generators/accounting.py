@@ -83,7 +83,7 @@ class Sizes:
             width=vit.patch_width,
             depth=len(vit.blocks),
             heads=block.num_heads,
-            hidden=block.mlp.fc1.weight.shape[0],
+            hidden=block.mlp.fc1.num_outputs,
             patches=vit.num_patches,
             prefix=vit.num_prefix,
             patch_size=vit.patch_size,

@@ -20,7 +20,7 @@ from fastprompt.vit.weights import Block
 
 def folds(block: Block, count: int) -> bool:
     """Whether `count` prompts are folded into the projections: where it is exact, and costs fewer products."""
-    heads, width = block.num_heads, block.proj.weight.shape[0]
+    heads, width = block.num_heads, block.proj.num_outputs
     return block.q_norm is None and block.attn_norm is None and count * (heads - 1) < width
 
 

@@ -32,7 +32,7 @@ from fastprompt.kernels.prefix_attention.reference import attend, unpacked, with
 from fastprompt.vit import cross, queries, recomputed, reference
 from fastprompt.vit.backbone import Backbone
 from fastprompt.vit.folding import folded as folded
-from fastprompt.vit.linear import linear
+from fastprompt.vit.linear import linear, outputs_of
 from fastprompt.vit.prompts import Apart, Embedding, Group, Prefix, Prompts
 from fastprompt.vit.recomputed import ALL, Keep
 from fastprompt.vit.rotary import rotated, turned
@@ -356,8 +356,7 @@ def one_query(block: Block, rows: slice) -> bool:
 def prompt_keys(block: Block, prompts: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the keys and values of prompts (1 or B, P, D) that enter the block."""
     inner = block.num_heads * block.head_dim
-    bias = None if block.qkv.bias is None else block.qkv.bias[inner:]
-    k, v = heads(block, linear(normed(block, prompts), block.qkv.weight[inner:], bias), 2)
+    k, v = heads(block, outputs_of(block.qkv, normed(block, prompts), slice(inner, None)), 2)
     return _norm(block.k_norm, k), v
 
 
@@ -400,11 +399,10 @@ def attention(block: Block, x: Rows, reads: Sequence[Reads]) -> Tensor:
     if constants:
         rows = block.qkv(normed(block, x.data[:, constants:]))
         projected = [(packed(block, LastRows.apply(projected[0][0].flatten(2), rows), 3), None, None)]
-    weight, bias = block.qkv.weight, block.qkv.bias
     outs = []
-    for part, own, read in zip(of_x.parts(), projected, reads, strict=True):
+    for of_group, own, read in zip(of_x.parts(), projected, reads, strict=True):
         if read.one_query:
-            outs.append(one_query_attention(block, own[0], part, read))
+            outs.append(one_query_attention(block, own[0], of_group, read))
             continue
         prefix, norms = read.prefix, block.q_norm is not None or block.k_norm is not None
         if read.turns is not None and read.rows is None and read.joining is None and not norms:
@@ -412,14 +410,15 @@ def attention(block: Block, x: Rows, reads: Sequence[Reads]) -> Tensor:
         elif read.turns is not None or read.joining is not None or norms:
             query, k, v = unpacked(*own)
             if read.joining is not None:
-                prompt_q, prompt_k, prompt_v = heads(block, linear(normed(block, read.joining), weight, bias), 3)
+                of_prompts = outputs_of(block.qkv, normed(block, read.joining), slice(None)).to(query.dtype)
+                prompt_q, prompt_k, prompt_v = heads(block, of_prompts, 3)
                 query, prefix = _append(query, prompt_q, dim=2), (_norm(block.k_norm, prompt_k), prompt_v)
             own = (
                 turned(_norm(block.q_norm, query), block, read.turns, read.rows),
                 turned(_norm(block.k_norm, k), block, read.turns),
                 v,
             )
-        out = attended(block, *own, prefix, score_bias(block, part, read))
+        out = attended(block, *own, prefix, score_bias(block, of_group, read))
         outs.append(out.transpose(1, 2).flatten(2))
     return block.proj(_norm(block.attn_norm, Rows.pack(outs).data))
 
@@ -427,8 +426,11 @@ def attention(block: Block, x: Rows, reads: Sequence[Reads]) -> Tensor:
 def attended(
     block: Block, q: Tensor, k: Tensor | None, v: Tensor | None, prefix: Prefix | None, bias: Tensor | None
 ) -> Tensor:
-    """Compute attention over [prefix, k] with a bias (1, heads, R, T) of the scores with k, or none."""
-    prefix_k, prefix_v = (None, None) if prefix is None else prefix
+    """Compute attention over [prefix, k] with a bias (1, heads, R, T) of the scores with k, or none.
+
+    Keys and values of prompts are cast to the queries' dtype, which may be narrower than the rows'.
+    """
+    prefix_k, prefix_v = (None, None) if prefix is None else (each.to(q.dtype) for each in prefix)
     if bias is None or (in_slots(q) and not bias.requires_grad):
         return prefix_attention(q, k, v, prefix_k, prefix_v, bias=bias, scale=block.scale)
     q, k, v = unpacked(q, k, v)  # the operator would write the bias out for each image
@@ -449,20 +451,20 @@ def score_bias(block: Block, x: Tensor, read: Reads) -> Tensor | None:
 
 def projections(block: Block, x: Rows, reads: Sequence[Reads]) -> list[Projected]:
     """Compute queries of x[:, rows], keys and values of x for each group. x: the input of the block's projections."""
-    inner, weight, bias = block.num_heads * block.head_dim, block.qkv.weight, block.qkv.bias
-    b_q, b_kv = (None, None) if bias is None else (bias[:inner], bias[inner:])
+    inner = block.num_heads * block.head_dim
     if all(read.rows is None for read in reads):
         qkv = x._replace(data=block.qkv(x.data))
-        return [(packed(block, part, 3), None, None) for part in qkv.parts()]
+        return [(packed(block, rows, 3), None, None) for rows in qkv.parts()]
     parts = x.parts()
-    q = Rows.pack([part if r.rows is None else part[:, r.rows] for part, r in zip(parts, reads, strict=True)])
-    queries = q._replace(data=linear(q.data, weight[:inner], b_q)).parts()
-    projected: list[Projected] = [(packed(block, part, 1).squeeze(2).transpose(1, 2), None, None) for part in queries]
+    q = Rows.pack([rows if r.rows is None else rows[:, r.rows] for rows, r in zip(parts, reads, strict=True)])
+    queries = q._replace(data=outputs_of(block.qkv, q.data, slice(0, inner))).parts()
+    projected: list[Projected] = [(packed(block, rows, 1).squeeze(2).transpose(1, 2), None, None) for rows in queries]
     keyed = [i for i, read in enumerate(reads) if not read.one_query]
     if keyed:
         kv = Rows.pack([parts[i] for i in keyed])
-        for i, part in zip(keyed, kv._replace(data=linear(kv.data, weight[inner:], b_kv)).parts(), strict=True):
-            projected[i] = (projected[i][0], packed(block, part, 2), None)
+        of_kv = kv._replace(data=outputs_of(block.qkv, kv.data, slice(inner, None))).parts()
+        for i, rows in zip(keyed, of_kv, strict=True):
+            projected[i] = (projected[i][0], packed(block, rows, 2), None)
     return projected
 
 
@@ -476,7 +478,8 @@ def join(block: Block, x: Rows, read: Reads) -> Tensor:
     assert prompts is not None
     of_x = x._replace(data=normed(block, x.data) if x.normed is None else x.normed)
     query, k, v = unpacked(*projections(block, of_x, [read])[0])
-    prompt_q, prompt_k, prompt_v = heads(block, linear(normed(block, prompts), block.qkv.weight, block.qkv.bias), 3)
+    of_prompts = outputs_of(block.qkv, normed(block, prompts), slice(None)).to(query.dtype)
+    prompt_q, prompt_k, prompt_v = heads(block, of_prompts, 3)
     keys, prefix = (turned(_norm(block.k_norm, k), block, read.turns), v), (_norm(block.k_norm, prompt_k), prompt_v)
     query, prompt_q = turned(_norm(block.q_norm, query), block, read.turns, read.rows), _norm(block.q_norm, prompt_q)
 

@@ -40,6 +40,28 @@ class FrozenLinear(Dense):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
+    def part(self, x: Tensor, outputs: slice) -> Tensor:
+        """Compute some of the outputs alone, from the weight as it is."""
+        return linear(x, self.weight[outputs], None if self.bias is None else self.bias[outputs])
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """Compute ẋ = ẏ W for gradients ẏ (..., out) of the outputs."""
+        return linear(grad, self.weight.to(grad.dtype).t(), None)
+
+
+def outputs_of(dense: Dense, x: Tensor, outputs: slice) -> Tensor:
+    """Compute some of a Linear's outputs for x (..., in)."""
+    if isinstance(dense, FrozenLinear):
+        return dense.part(x, outputs)
+    return linear(x, dense.weight[outputs], None if dense.bias is None else dense.bias[outputs])
+
+
+def input_gradient(dense: Dense, grad: Tensor) -> Tensor:
+    """Compute ẋ = ẏ W for gradients ẏ (..., out) of a frozen Linear's outputs."""
+    if isinstance(dense, FrozenLinear):
+        return dense.input_gradient(grad)
+    return linear(grad, dense.weight.to(grad.dtype).t(), None)
+
 
 class PackedLinear(FrozenLinear):
     """A `FrozenLinear` that also keeps its weight in oneDNN's layout and fuses an activation: act(x Wᵀ + b).

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastprompt.vit import compressed, reference
 from fastprompt.vit.compressed import joined
-from fastprompt.vit.linear import linear
+from fastprompt.vit.linear import input_gradient
 from fastprompt.vit.weights import Mlp, Norm
 
 BITS = (*compressed.BITS, 0)
@@ -62,7 +62,7 @@ def _plain(norm: Norm | None, module: Mlp, x: Tensor) -> Tensor:
 
 def chunk(module: Mlp, device: torch.device) -> int:
     """Return how many rows are computed at a time."""
-    return max(1, CHUNK.get(device.type, OTHER_CHUNK) // len(module.fc1.weight))
+    return max(1, CHUNK.get(device.type, OTHER_CHUNK) // module.fc1.num_outputs)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -88,7 +88,7 @@ class _Recomputed(torch.autograd.Function):
             with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled):
                 rows = part.detach().requires_grad_()
                 hidden = reference.hidden(module, rows if norm is None else norm(rows))
-            of_hidden = linear(of_part, module.fc2.weight.to(of_part.dtype).t(), None)
+            of_hidden = input_gradient(module.fc2, of_part)
             hidden.backward(of_hidden.to(hidden.dtype))  # the rows are all that has a gradient
             found.append(rows.grad)
         return joined(found).view(x.shape), None, None, None

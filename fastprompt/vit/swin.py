@@ -75,7 +75,7 @@ class SwinBlock(nn.Module):
         super().__init__()
         self.norm1, self.qkv, self.proj, self.norm2, self.mlp = norm1, qkv, proj, norm2, mlp
         self.num_heads, self.post_norm = num_heads, post_norm
-        self.head_dim = qkv.weight.shape[0] // (3 * num_heads)
+        self.head_dim = qkv.num_outputs // (3 * num_heads)
         self.grid, self.window, self.shift = grid, window, shift
         self.bias_table: nn.Parameter = frozen(bias_table)
         self.logit_scale: nn.Parameter | None = frozen(logit_scale)
@@ -93,7 +93,7 @@ class SwinBlock(nn.Module):
 
     @property
     def width(self) -> int:
-        return self.proj.weight.shape[0]
+        return self.proj.num_outputs
 
     def attention_bias(self, grid: Pair) -> Tensor:
         """Return (windows or 1, heads, N, N): relative-position bias, plus the shift mask if windows are shifted."""

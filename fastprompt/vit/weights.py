@@ -87,6 +87,10 @@ class Dense(nn.Module):
         self.weight = frozen(weight)
         self.bias = frozen(bias)
 
+    @property
+    def num_outputs(self) -> int:
+        return self.weight.shape[0]
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
@@ -278,7 +282,7 @@ class Block(nn.Module):
         self.bias = bias
         self.num_heads, self.post_norm = num_heads, post_norm
         self.rotary, self.interleaved = rotary, interleaved
-        self.head_dim = qkv.weight.shape[0] // (3 * num_heads)
+        self.head_dim = qkv.num_outputs // (3 * num_heads)
         self.scale = self.head_dim**-0.5 if scale is None else scale
 
     def forward(self, *inputs: Any) -> Tensor:
@@ -286,7 +290,7 @@ class Block(nn.Module):
 
     @property
     def width(self) -> int:
-        return self.proj.weight.shape[0]
+        return self.proj.num_outputs
 
 
 class Folded(NamedTuple):

@@ -23,6 +23,7 @@ def images() -> Tensor:
     return torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture
-def weights(backbone: fp.FrozenViT, images: Tensor) -> fp.Int8Weights:
-    return fp.Int8Weights.calibrate(backbone, images)
+@pytest.fixture(params=[12, 8])
+def weights(request: pytest.FixtureRequest, backbone: fp.FrozenViT, images: Tensor) -> fp.Int8Weights:
+    """With activations of 12 and of 8 bits."""
+    return fp.Int8Weights.calibrate(backbone, images, activation_bits=request.param)
