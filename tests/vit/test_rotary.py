@@ -14,7 +14,7 @@ from torch import Tensor
 import fastprompt as fp
 from fastprompt.generators import PromptConfig
 from fastprompt.vit import forward, reference, rotary
-from fastprompt.vit.weights import Turns
+from fastprompt.vit.weights import Dense, Turns
 
 DINOV3: dict[str, Any] = {
     "kind": Eva,
@@ -144,10 +144,19 @@ def test_constants_know_the_grid_of_their_images(dinov3: fp.FrozenViT, config: P
 def test_one_query_projects_keys_but_no_values(
     dinov3: fp.FrozenViT, tiny_images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, products, original = fp.PromptedViT(dinov3, fp.VPTConfig(3)).eval(), [], forward.linear
-    monkeypatch.setattr(
-        forward, "linear", lambda x, weight, b: products.append((x.shape[1], len(weight))) or original(x, weight, b)
-    )
+    model, products = fp.PromptedViT(dinov3, fp.VPTConfig(3)).eval(), []
+    linear, outputs_of = forward.linear, forward.outputs_of
+
+    def watched(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        products.append((x.shape[1], len(weight)))
+        return linear(x, weight, bias)
+
+    def of_dense(dense: Dense, x: torch.Tensor, outputs: slice) -> torch.Tensor:
+        products.append((x.shape[1], len(dense.weight[outputs])))
+        return outputs_of(dense, x, outputs)
+
+    monkeypatch.setattr(forward, "linear", watched)
+    monkeypatch.setattr(forward, "outputs_of", of_dense)
     with torch.no_grad():
         model(tiny_images[:2].double())
     assert products == [(3, 96), (1, 48), (19, 48), (3, 48)]  # block 0's prompts; the query, keys of rows and prompts
