@@ -295,13 +295,14 @@ def products(rounds: int) -> None:
     found: dict[str, dict[str, float]] = {}
     with torch.no_grad():
         for linear in int8_products(fp.load_backbone("clip-vit-b16", 224)):
-            exact = linear.x.double() @ (round_weight(linear.weight, linear.scale) * linear.scale[:, None]).double().t()
+            plain = round_weight(linear.weight, linear.scale) * linear.scale[:, None]
+            exact = linear.x.double() @ plain.double().t()
             ways = {
                 "ours": linear.ours,
                 "oneDNN": linear.onednn,
                 "oneDNN with rounding and scales": linear.onednn_whole,
             }
-            for run in (linear.ours, whole):
+            for run in (linear.ours, linear.onednn_whole):
                 assert relative_error(run(), exact) < 0.02
             times: dict[str, list[float]] = {way: [] for way in ways}
             for turn in range(3 * rounds + 1):
