@@ -39,13 +39,14 @@ class Int8Linear(FrozenLinear):
         rounded: weight, scales and bits. bias: (N,) or None.
         weight: (N, K), kept for what reads it directly: the keys and values of prompts, and the one query of a last
             block. None: those get what the int8 weight stands for, computed when they ask.
-        act: the fused activation. out_dtype: of the result; None: that of the rows.
+        act: the fused activation. dtype: the backbone's. out_dtype: of the result; None: that of the rows.
     """
 
     packed: Tensor
     scale: Tensor
     factor: Tensor | None
     sums: Tensor
+    like: Tensor
 
     def __init__(
         self,
@@ -53,6 +54,7 @@ class Int8Linear(FrozenLinear):
         bias: Tensor | None,
         weight: Tensor | None = None,
         act: str = "identity",
+        dtype: torch.dtype = torch.float32,
         out_dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)
@@ -61,6 +63,7 @@ class Int8Linear(FrozenLinear):
         self.register_buffer("scale", rounded.scale)
         self.register_buffer("factor", None if bool((rounded.factor == 1).all()) else rounded.factor)
         self.register_buffer("sums", rounded.weight.sum(dim=1, dtype=torch.int32))
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
         self.bias, self.kept = frozen(bias), None
         if weight is not None:
             self.kept = nn.Parameter(weight, requires_grad=False)
@@ -71,19 +74,14 @@ class Int8Linear(FrozenLinear):
         if self.kept is not None:
             return self.kept
         plain = unpacked(self.packed, *self.sizes) * self.scale[:, None]
-        return (plain if self.factor is None else plain * self.factor).to(self.dtype)
+        return (plain if self.factor is None else plain * self.factor).to(self.like.dtype)
 
     @property
     def num_outputs(self) -> int:
         return self.sizes[0]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the bias, which is the backbone's."""
-        return self.scale.dtype if self.bias is None else self.bias.dtype
-
     def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
-        """Cast the bias and the kept weight, but not scales and factors."""
+        """Cast the bias, the kept weight and `like`, but not scales and factors."""
         exact = {"scale": self.scale, "factor": self.factor}
         super()._apply(fn, recurse)
         for name, tensor in exact.items():
@@ -174,7 +172,8 @@ def quantize_block(block: Block, weights: Mapping[str, Rounded], serving: bool =
         fused = serving and name == "fc1" and mlp.glu == "none" and mlp.act in native.ACTIVATIONS
         out_dtype = (torch.bfloat16 if name in ("qkv", "fc1") else torch.float32) if narrow else None
         kept = source.weight if serving and name in ("qkv", "proj") else None
-        set_linear(block, name, Int8Linear(rounded, source.bias, kept, mlp.act if fused else "identity", out_dtype))
+        act, dtype = mlp.act if fused else "identity", source.weight.dtype
+        set_linear(block, name, Int8Linear(rounded, source.bias, kept, act, dtype, out_dtype))
         if fused:
             mlp.act = "identity"
 

@@ -87,7 +87,7 @@ class Int8Weights:
                 CPU, or the images do not fit it.
             RuntimeError: the C++ kernels are not built.
         """
-        _check_backbone(backbone)
+        check_backbone(backbone)
         backbone.check_images(images)
         if len(images) < LEAST_IMAGES:
             raise ArgumentError("images", f"must be at least {LEAST_IMAGES}, got {len(images)}")
@@ -267,7 +267,7 @@ def find_weights(backbone: FrozenViT, given: Int8Weights | str | os.PathLike[str
         TypeError, ValueError: there are none, or they are not for this backbone or fail the gate, or the backbone is
             none that runs in int8. FileNotFoundError: no such file. RuntimeError: the C++ kernels are not built.
     """
-    _check_backbone(backbone)
+    check_backbone(backbone)
     if reason := native.obstacle():
         raise RuntimeError(f"dtype 'int8' cannot run: {reason}")
     if given is None:
@@ -288,7 +288,8 @@ def find_weights(backbone: FrozenViT, given: Int8Weights | str | os.PathLike[str
     return given
 
 
-def _check_backbone(backbone: FrozenViT) -> None:
+def check_backbone(backbone: FrozenViT) -> None:
+    """Raise TypeError or ValueError if a backbone is none that runs in int8."""
     if not isinstance(backbone, FrozenViT):
         raise ArgumentTypeError("backbone", f"must be a FrozenViT, got {type(backbone).__name__}")
     if backbone.staged:

@@ -370,6 +370,7 @@ def _execute_in(
     from fastprompt.adapters import CONFIG_FILE
     from fastprompt.train.fit import check_model, describe_data, recipe_for
     from fastprompt.train.identity import data_identities, data_identity, run_identity
+    from fastprompt.train.through_int8 import prepare_int8
 
     out_dir = directory.path
     results = _finished(out_dir) if resume else None
@@ -382,6 +383,7 @@ def _execute_in(
     check_model(model)
     data = data_identities(splits.train, splits.val, num_classes)
     describe_data(model, splits.train)
+    prepare_int8(model, splits.train, recipe)
     identity = run_identity(model, recipe, backbone_dtype(recipe, backbone), data)
     if results is not None:
         tested = None if results["test"] is None else data_identity(splits.test, "test", num_classes)
@@ -578,13 +580,13 @@ def run_probe(
     """
     import torch
 
-    from fastprompt.train.evaluate import backbone_precision
     from fastprompt.train.probe import extract_features, fit_linear_probe
+    from fastprompt.train.through_int8 import backbone_of_run
 
     reset_peak_memory()
     began = time.perf_counter()
     views = 1 if splits.train.augment is None else PROBE_VIEWS
-    with backbone_precision(model, backbone_dtype(recipe, model.backbone)):
+    with backbone_of_run(model, recipe):
         train = [extract_features(model, splits.train, epoch=view) for view in range(views)]
         val = extract_features(model, splits.val)
     features, labels = (torch.cat(parts) for parts in zip(*train, strict=True))
@@ -607,13 +609,15 @@ def backbone_dtype(recipe: Recipe, backbone: FrozenViT) -> torch.dtype:
     """Return the dtype in which `fastprompt.fit` computes the backbone."""
     from fastprompt.train.evaluate import compute_dtype
 
-    return compute_dtype(recipe.dtype, backbone.device)
+    return compute_dtype(recipe.computes_in, backbone.device)
 
 
 def load_best(backbone: FrozenViT, out_dir: Path, recipe: Recipe) -> PromptedViT:
-    """Load the adapter that was best on validation, with the backbone dtype of its training."""
+    """Load the adapter that was best on validation, on the backbone as it was trained on, in its dtype or in int8."""
     import fastprompt as fp
 
     model = fp.PromptedViT.from_pretrained(backbone, adapter_dir(out_dir))
+    if recipe.backbone == "int8":
+        return fp.Engine(model, dtype="int8", backend="eager").model
     model.set_backbone_dtype(backbone_dtype(recipe, backbone))
     return model

@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from fastprompt.adapters import state_digest
 from fastprompt.train.batches import Batches
 from fastprompt.train.evaluate import device_of, evaluation_mode
 from fastprompt.train.recipes import Recipe
@@ -211,6 +212,7 @@ class Constants:
             "std": list(backbone.std),
             "backbone_dtype": str(backbone.dtype),
             "interleaved": self._interleaved(),
+            **self._rounded(),
             "torch": torch.__version__,
             "readout": model.readout,
             "layers": list(model.generator.layers),
@@ -223,6 +225,16 @@ class Constants:
         """Whether kept keys have the channels that a rotation pairs side by side."""
         folded = self.model.backbone.folded()
         return folded is not None and any(block.interleaved for block in folded.blocks)
+
+    def _rounded(self) -> dict[str, str]:
+        """What the records owe to int8 weights; nothing if the blocks have none."""
+        from fastprompt.int8.linear import is_int8
+
+        folded = self.model.backbone.folded()
+        if folded is None or not any(is_int8(block) for block in folded.blocks):
+            return {}
+        tensors = {f"{i}.{name}": x for i, block in enumerate(folded.blocks) for name, x in block.named_buffers()}
+        return {"int8": state_digest(tensors)}
 
     def _path(self, name: str) -> Path | None:
         """The file for the images of `name`; None: they are kept in memory."""

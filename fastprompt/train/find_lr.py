@@ -13,13 +13,14 @@ import torch
 from fastprompt.arguments import ArgumentError, ArgumentTypeError
 from fastprompt.train.batches import grouped
 from fastprompt.train.checkpoint import rng_state, set_rng_state
-from fastprompt.train.evaluate import activation_bits, backbone_precision, compute_dtype, device_of
+from fastprompt.train.evaluate import activation_bits
 from fastprompt.train.fit import check_model, chosen_recipe
 from fastprompt.train.identity import data_identities
 from fastprompt.train.loop import Loop, Totals
 from fastprompt.train.optimizer import make_optimizer
 from fastprompt.train.recipes import Recipe
 from fastprompt.train.sources import RunData
+from fastprompt.train.through_int8 import backbone_of_run, prepare_int8
 
 if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
@@ -112,8 +113,8 @@ def _sweep(model: PromptedViT, train: Any, recipe: Recipe, rates: list[float]) -
     lrs: list[float] = []
     losses: list[float] = []
     average = 0.0
-    precision = backbone_precision(model, compute_dtype(recipe.dtype, device_of(model)))
-    with precision, activation_bits(model, recipe.activation_bits):
+    prepare_int8(model, train, recipe)
+    with backbone_of_run(model, recipe), activation_bits(model, recipe.activation_bits):
         batches, _ = data.batches()
         loop = Loop(
             model, make_optimizer(model.trainable_parameters(), flat), flat, data.task, batches, batches, data.cached

@@ -21,7 +21,7 @@ from fastprompt.train.batches import num_batches
 from fastprompt.train.callbacks import Callback, make_callbacks
 from fastprompt.train.checkpoint import rng_state, set_rng_state
 from fastprompt.train.directory import RECIPE_FILE, RunDirectory, open_run
-from fastprompt.train.evaluate import activation_bits, backbone_precision, compute_dtype, device_of
+from fastprompt.train.evaluate import activation_bits, device_of
 from fastprompt.train.identity import data_identities
 from fastprompt.train.loop import TrainingDiverged
 from fastprompt.train.plan import Plan
@@ -33,6 +33,7 @@ from fastprompt.train.result import FitResult
 from fastprompt.train.run import Options, Run
 from fastprompt.train.sources import RunData
 from fastprompt.train.tasks import kind_of_labels
+from fastprompt.train.through_int8 import backbone_of_run, prepare_int8
 
 if TYPE_CHECKING:
     from fastprompt.model import PromptedViT
@@ -144,7 +145,8 @@ def plan(
     kind, directory = kind_of_labels(recipe.loss, train), None if cache_dir is None else Path(cache_dir)
     assert model.head is not None
     facts = None if directory is None else data_identities(train, val, model.head.num_classes, kind)
-    with backbone_precision(model, compute_dtype(recipe.dtype, device_of(model))):
+    prepare_int8(model, train, recipe)
+    with backbone_of_run(model, recipe):
         return RunData(model, train, val, recipe).make_plan(directory, facts)
 
 
@@ -197,11 +199,12 @@ def fit_in(
             options = dataclasses.replace(options, compare_probe=compares)
         describe_data(model, train)
         model.predicts = kind
+        prepare_int8(model, train, recipe, ranks)
         run = Run(model, train, val, recipe, directory, progress, data, announced, callbacks, options, ranks)
         saved = run.shared_state(resume)
         with (
             deterministic_algorithms(recipe.deterministic),
-            backbone_precision(model, run.backbone_dtype),
+            backbone_of_run(model, recipe, run.backbone_dtype),
             activation_bits(model, recipe.activation_bits),
             synced_batch_norms(model, ranks),
             stopwatch.kept(run.state.choices),

@@ -222,6 +222,8 @@ def grid_recipes(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> dict[str,
         raise ArgumentError("rollbacks", f"must be 0 in a grid, whose adapters keep in step, got {recipe.rollbacks}")
     if recipe.compile:
         raise ArgumentError("compile", "must be False in a grid, whose adapters share their steps, got True")
+    if recipe.backbone != "float":
+        raise ArgumentError("backbone", f"must be 'float' in a grid, got {recipe.backbone!r}")
     if not grid:
         raise ArgumentError("grid", f"must name at least one field of the recipe ({', '.join(GRID_FIELDS)})")
     for name, values in grid.items():
@@ -370,7 +372,7 @@ def _one_run(
             assert model.num_classes is not None
             data |= data_identities(train, val, model.num_classes, kind_of_labels(recipe.loss, train))
         describe_data(model, train)
-        identity = run_identity(model, recipe, compute_dtype(recipe.dtype, device_of(model)), data)
+        identity = run_identity(model, recipe, compute_dtype(recipe.computes_in, device_of(model)), data)
         if record is not None:
             _require_same_record(record, identity, run)
             return _result(record, directory)

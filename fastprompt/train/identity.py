@@ -41,7 +41,8 @@ def run_identity(
     """Return everything that must be unchanged to resume a run or to reuse its result.
 
     This is the recipe, configuration, head with its tensors, class names, readout, backbone (fingerprint,
-    normalisation, data types), names of trained parameters, initial values of generator and head, and the data.
+    normalisation, data types, int8 weights), names of trained parameters, initial values of generator and head, and the
+    data.
 
     Args:
         model: the model before training.
@@ -49,7 +50,7 @@ def run_identity(
         data: result of `data_identities`.
     """
     assert model.head is not None
-    backbone, state = model.backbone, model.adapter_state_dict()
+    backbone, state, int8 = model.backbone, model.adapter_state_dict(), int8_digest(model, recipe)
     fixed = {f"head.{name}" for name, _ in model.head.named_buffers()}
     return {
         "recipe": {name: value for name, value in recipe.to_dict().items() if name not in RUNTIME_FIELDS},
@@ -65,10 +66,20 @@ def run_identity(
         "std": list(backbone.std),
         "stored_dtype": str(backbone.dtype).removeprefix("torch."),
         "backbone_dtype": str(backbone_dtype).removeprefix("torch."),
+        **({} if int8 is None else {"int8": int8}),
         "trained": [name for name, _ in model.trainable_parameters()],
         "initial_weights": weights_digest({name: t for name, t in state.items() if name not in fixed}),
         **data,
     }
+
+
+def int8_digest(model: PromptedViT, recipe: Recipe) -> str | None:
+    """Return what tells the int8 weights that a recipe trains through from others; None if it asks for none."""
+    if recipe.backbone != "int8":
+        return None
+    from fastprompt.int8.weights import find_weights
+
+    return find_weights(model.backbone, None).digest
 
 
 def data_identities(train: Any, val: Any, num_classes: int, kind: str = "class") -> dict[str, Any]:

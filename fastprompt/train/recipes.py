@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _CHOICES = {
     "optimizer": ("adamw", "sgd"),
     "dtype": ("auto", "bfloat16", "float32"),
+    "backbone": ("float", "int8"),
     "decay": ("matrices", "all", "all but head bias"),
     "schedule": ("step", "epoch"),
     "head_init": ("default", "probe", "vpt"),
@@ -107,6 +108,10 @@ class Recipe:
         seed: seed of shuffling, dropout, latent noise and augmentation.
         dtype: dtype in which the frozen backbone computes: "auto" (bfloat16 if the device has bfloat16 instructions,
             else float32), "bfloat16" or "float32". Generator, head and losses are always float32.
+        backbone: "float", or "int8": the frozen Linears of a ViT run in int8 on a CPU, forward and backward, so that
+            prompts are trained for the backbone that `fp.Engine(model, dtype="int8")` serves. The weights are those in
+            the user cache (`fp.Int8Weights.save()`); if there are none, they are calibrated on training images and kept
+            there. Everything else computes in `dtype`, "auto" being float32.
         head_init: initial linear head: "default", "probe" (the L-BFGS probe, with C chosen on validation, of the
             features before the first step), or "vpt" (as VPT and VAPT do, `LinearHead.reset`). Other heads ignore it.
         prompt_init: initial prompts: "default", or "data" for prompts that are learned tokens themselves (VPT, free
@@ -167,6 +172,7 @@ class Recipe:
     kl_warmup_epochs: float = 0.0
     seed: int = 0
     dtype: str = "auto"
+    backbone: str = "float"
     head_init: str = "default"
     prompt_init: str = "default"
     select_by: str = "accuracy"
@@ -219,6 +225,11 @@ class Recipe:
         self._check_class_weights()
         self._check_combinations()
 
+    @property
+    def computes_in(self) -> str:
+        """The dtype, "auto" decided as far as the recipe decides it."""
+        return "float32" if self.backbone == "int8" and self.dtype == "auto" else self.dtype
+
     def _check_class_weights(self) -> None:
         weights = self.class_weights
         if isinstance(weights, list):  # from JSON
@@ -245,6 +256,8 @@ class Recipe:
         for name in ("mixup", "cutmix"):
             if self.loss in ("mse", "l1") and getattr(self, name):
                 raise ArgumentError(name, f"must be 0 with loss={self.loss!r}, got {getattr(self, name)}")
+        if self.backbone == "int8" and self.compile:
+            raise ArgumentError("compile", "must be False with backbone='int8', whose products no compiler sees into")
         if self.loss in ("mse", "l1") and self.sampling != "shuffle":
             raise ArgumentError("sampling", f"must be 'shuffle' with loss={self.loss!r}, got {self.sampling!r}")
 

@@ -99,7 +99,7 @@ class Run:
         self.model, self.recipe, self.directory, self.show_progress = model, recipe, directory, show_progress
         self.device = device_of(model)
         self.data = RunData(model, train, val, recipe, ranks)
-        self.backbone_dtype = compute_dtype(recipe.dtype, self.device)
+        self.backbone_dtype = compute_dtype(recipe.computes_in, self.device)
         optimizer = make_optimizer(model.trainable_parameters(), recipe)
         identity = run_identity(model, recipe, self.backbone_dtype, identities)
         # on a CPU a resumed run ends in the same bits, but only the first process's choices are saved
