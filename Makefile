@@ -1,4 +1,4 @@
-# make test | test-long | test-oldest | docs | notebooks | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-training | bench-grid | bench-engine | bench-int8 | bench-rotary | cost | backbones | gates | kernels-report | gpu | gpu-here | gpu-table | tune | release-check | dist | clean | help
+# make test | test-long | test-oldest | docs | notebooks | browser | page | hammer | torture | serve-ray | load | demo | table | pixels | plots | lint | types | bench | bench-forward | bench-training | bench-grid | bench-engine | bench-int8 | bench-int8-adapters | bench-rotary | cost | backbones | gates | kernels-report | gpu | gpu-here | gpu-table | tune | release-check | dist | clean | help
 #   PYTHON=python3.12   interpreter to create the environment with
 #   VENV=path           environment to create or reuse (default .venv)
 #   PIP_FLAGS=...       more flags for pip, for example an extra index with CPU builds of torch
@@ -24,7 +24,7 @@ STAMP := $(VENV)/.fastprompt-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint types pytest test-long test-oldest browser page hammer torture serve-ray load demo table pixels plots docs notebooks bench bench-forward bench-training bench-grid bench-engine bench-int8 bench-rotary cost backbones gates kernels-report gpu gpu-here gpu-table tune release-check dist clean
+.PHONY: help install test lint types pytest test-long test-oldest browser page hammer torture serve-ray load demo table pixels plots docs notebooks bench bench-forward bench-training bench-grid bench-engine bench-int8 bench-int8-adapters bench-rotary cost backbones gates kernels-report gpu gpu-here gpu-table tune release-check dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -151,6 +151,11 @@ cost: $(STAMP)  ## compare FLOPs, saved bytes and dispatches by formula with mea
 
 backbones: $(STAMP)  ## read every pretrained timm name of the supported families, without weights; write results/backbones.md (minutes)
 	OMP_NUM_THREADS=1 $(PY) experiments/backbones.py
+
+bench-int8-adapters: $(STAMP)  ## train adapters on real sets, compare them in int8 and float32, time training through int8; write results/int8-adapters.md
+	$(PY) bench/int8_adapters.py accuracy
+	$(PY) bench/int8_adapters.py steps
+	$(PY) bench/int8_adapters.py table
 
 bench-rotary: $(STAMP)  ## time both graphs on the shape of DINOv3's ViT-B/16; write results/rotary.md (minutes, on an idle machine)
 	$(PY) bench/rotary.py --out results/rotary.md
