@@ -29,6 +29,7 @@ from fastprompt.engine import mixed
 from fastprompt.engine.backends import BACKENDS, Run
 from fastprompt.files import atomic_write, parse_json
 from fastprompt.generators import LinearProbeConfig
+from fastprompt.int8 import native
 from fastprompt.int8.weights import Int8Weights, find_weights
 from fastprompt.kept import Seen, SeenObjects, SeenValues, tensors_of
 from fastprompt.kernels import stopwatch
@@ -93,6 +94,21 @@ def _not_checked(model: PromptedViT | FrozenViT, check: Int8Check | None, weight
     return "" if same else "the adapter has changed since it was compared with float32"
 
 
+def _not_faster(weights: Int8Weights, device: torch.device) -> str:
+    """Return why int8 is slower than bfloat16 here; "" if it is faster, or bfloat16 is emulated."""
+    if not bfloat16_is_fast(device):
+        return ""
+    if not native.beats_bfloat16():
+        return "bfloat16 is faster on this processor"
+    every = sum(len(block) for block in weights.blocks)
+    if 2 * weights.num_bytes < every:
+        return (
+            f"activations of {every - weights.num_bytes} of {every} Linears have 12 bits, and bfloat16 is faster than "
+            "those; calibrate with activation_bits=8"
+        )
+    return ""
+
+
 class Engine:
     """Run a `PromptedViT`, or a bare backbone, in production: `engine(images)`.
 
@@ -119,7 +135,7 @@ class Engine:
             that engines in several processes compute the same bits.
         int8: the weights that `dtype="int8"` runs, or their file; None: those that `Int8Weights.save()` keeps in the
             user cache.
-        allow_int8: whether "auto" may mean int8, where it can run and bfloat16 would be emulated. It also does for an
+        allow_int8: whether "auto" may mean int8, where it can run and is faster than bfloat16. It also does for an
             adapter that was compared in int8 with float32 and passed (`PromptedViT.int8_check`), on the same weights.
 
     Raises:
@@ -162,13 +178,14 @@ class Engine:
         self.not_int8 = ""
         if dtype == "int8":
             self.int8 = find_weights(given, int8)
-        elif dtype is None and (allow_int8 or checked) and not bfloat16_is_fast(given.device):
+        elif dtype is None and (allow_int8 or checked):
             try:
                 found = find_weights(given, int8)
             except (ArgumentError, RuntimeError) as reason:
                 self.not_int8 = str(reason)
             else:
                 self.not_int8 = "" if allow_int8 else _not_checked(model, check, found)
+                self.not_int8 = self.not_int8 or _not_faster(found, given.device)
                 self.int8 = None if self.not_int8 else found
         if self.int8 is not None:
             self.dtype = torch.float32  # of all that is not a frozen Linear

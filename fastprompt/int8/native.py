@@ -56,6 +56,11 @@ def has_bytes() -> bool:
     return not obstacle() and native.level() in BYTES
 
 
+def beats_bfloat16() -> bool:
+    """Whether activations of 8 bits are faster than bfloat16 on a CPU that multiplies both; AMX tiles are faster."""
+    return has_bytes() and native.level() != "amx"
+
+
 def int8_linear(
     x: Tensor,
     weight: Tensor,

@@ -13,6 +13,7 @@ from torch import Tensor
 import fastprompt as fp
 from fastprompt.adapters import Int8Check, keep_int8_check, state_digest
 from fastprompt.engine import engine as module
+from fastprompt.int8 import native
 from fastprompt.int8.linear import LINEARS, Int8Linear, linear_of
 from fastprompt.int8.weights import relative_error
 
@@ -75,13 +76,25 @@ def test_changes_of_the_model_are_followed(build: Build, images: Tensor, weights
 
 
 def test_none_means_int8_only_if_it_is_allowed(
-    build: Build, weights: fp.Int8Weights, monkeypatch: pytest.MonkeyPatch
+    build: Build, images: Tensor, weights: fp.Int8Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build("vpt-deep")
     for fast, allowed, expected in ((False, True, "int8"), (True, True, "bfloat16"), (False, False, "float32")):
         monkeypatch.setattr(module, "bfloat16_is_fast", lambda device, fast=fast: fast)
+        monkeypatch.setattr(native, "beats_bfloat16", lambda: False)
         engine = fp.Engine(model, backend="eager", allow_int8=allowed, int8=weights if allowed else None)
         assert engine.precision == expected
+    assert engine.not_int8 == ""
+    monkeypatch.setattr(module, "bfloat16_is_fast", lambda device: True)
+    assert fp.Engine(model, allow_int8=True, int8=weights).not_int8 == "bfloat16 is faster on this processor"
+    monkeypatch.setattr(native, "beats_bfloat16", lambda: True)
+    wide = fp.Int8Weights.calibrate(model.backbone, images, activation_bits=12)
+    assert (
+        "XX
+    )
+    narrow = fp.Int8Weights.calibrate(model.backbone, images, activation_bits=8)
+    assert fp.Engine(model, backend="eager", allow_int8=True, int8=narrow).precision == "int8"
+    monkeypatch.setattr(module, "bfloat16_is_fast", lambda device: False)
     other = build("vpt-deep", backbone=fp.FrozenViT(model_of(1)))
     engine = fp.Engine(other, backend="eager", allow_int8=True, int8=weights)
     assert engine.precision == "float32"
