@@ -61,9 +61,11 @@ MEMORY: dict[str, float | None] = {
     "rewritten, bfloat16": 0.5,
     "rewritten, bfloat16, blocks recomputed": 0.25,
     "rewritten, bfloat16, blocks recomputed, 4 parts": 0.25,
-    "rewritten, bfloat16, one copy, blocks recomputed": 0.25,
-    "rewritten, bfloat16, one copy, blocks recomputed, 4 parts": 0.25,
+    "rewritten, bfloat16, no copies, blocks recomputed": 0.25,
+    "rewritten, bfloat16, no copies, blocks recomputed, 4 parts": 0.25,
     "papers' graph, bfloat16": None,
+    "rewritten, bfloat16, packed": None,
+    "rewritten, bfloat16, packed, activations in 0 bits": 0.5,
     "rewritten, bfloat16, activations in 0 bits": None,
     "rewritten, bfloat16, activations in 8 bits": None,
     "rewritten, bfloat16, activations in 2 bits": None,
@@ -136,6 +138,8 @@ def steps(rounds: int, minutes: float, numbers: Sequence[int], known: dict[str, 
     plain = random_backbone().float()
     fast = bfloat16_is_fast(torch.device("cpu"))
     dtype, own = ("bfloat16", copy.deepcopy(plain).to(torch.bfloat16)) if fast else ("float32", plain)
+    of_packed = copy.deepcopy(own)
+    of_packed.set_copies("packed")
     images, labels = torch.randn(BATCH, 3, 224, 224), torch.arange(BATCH) % 10
     found = dict(known)
     for num_prompts in numbers:
@@ -147,6 +151,8 @@ def steps(rounds: int, minutes: float, numbers: Sequence[int], known: dict[str, 
         for graph, forward in (("papers' graph", model.reference_forward), ("rewritten", model.forward)):
             ways[f"{graph}, {dtype} eager"] = model, forward
             ways[f"{graph}, {dtype} compiled"] = model, torch.compile(forward)
+        packed = build(num_prompts, dtype, of_packed)
+        ways[f"rewritten, {dtype} eager, packed"] = packed, packed.forward
         correct, errors = gradients(exact, exact.reference_forward, images, labels), {}
         for name, (trained, forward) in ways.items():  # which also compiles
             errors[name] = check_gradient(name, gradients(trained, forward, images, labels), correct, dtype)
@@ -211,7 +217,7 @@ def memory_of(way: str, batch: int) -> dict[str, float]:
     kept, parts = (int(way.split()[-2]) if way.endswith(f" {unit}") else None for unit in ("bits", "parts"))
     model.set_grad_checkpointing(graph == "recompute")
     model.set_activation_bits(kept)
-    model.backbone.set_one_copy("one copy" in way)
+    model.backbone.set_copies("none" if "no copies" in way else "packed" if "packed" in way else "folded")
     step = stepper(model, model.reference_forward if graph == "papers" else model, parts or 1)
     images, labels = torch.randn(batch, 3, 224, 224), torch.arange(batch) % 10
     onednn_is_faster()  # decided by real products
@@ -368,7 +374,8 @@ def memory_table(part: dict[str, Any]) -> list[str]:
         "goal: ≤ where both shares meet it. glibc keeps "
         "pieces of freed memory between tensors that live on; with `MALLOC_MMAP_THRESHOLD_=1048576` in the environment "
         "it gives them back. Blocks that are computed again keep nothing of their MLPs in the backward either "
-        "(`activation_bits=0`). One copy: nothing is folded into the weights (`FrozenViT.set_one_copy`). In 4 parts: "
+        "(`activation_bits=0`). No copies: nothing is folded into the weights "
+        "(`FrozenViT.set_copies`); packed: they are also laid out for oneDNN, forward and backward. In 4 parts: "
         "the gradients of 4 times a quarter of the images add up to one step (`Recipe.accumulate`).",
         "",
         "| one step | MiB | share | MiB, giving back | share | goal |",

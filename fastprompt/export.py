@@ -91,7 +91,7 @@ def export_model(
     with torch.no_grad():
         expected = exact(images if input == "uint8" else images.double())
     plain = exact.float()
-    plain.backbone.set_one_copy(False)
+    plain.backbone.set_copies("folded")
     plain.backbone.folded()
     record = _record(model, input)
     program = _program(plain, images[:2])

@@ -116,7 +116,7 @@ def _openvino(model: PromptedViT, images: Tensor) -> Run:
 def in_float32(model: PromptedViT) -> PromptedViT:
     """Return a copy of the model that computes in float32."""
     copied = copy.deepcopy(model).float()
-    copied.backbone.set_one_copy(False)
+    copied.backbone.set_copies("folded")
     copied.backbone.folded()
     return copied
 

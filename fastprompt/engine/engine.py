@@ -696,7 +696,7 @@ def _copy_backbone(backbone: FrozenViT, dtype: torch.dtype, int8: Int8Weights | 
     backbone.pin_fingerprint()
     with torch.inference_mode(False):
         copied = copy.deepcopy(backbone).requires_grad_(False).to(dtype)
-    copied.set_one_copy(False)
+    copied.set_copies("folded")
     folded, copied.private = copied.folded(), True
     if int8 is not None:
         int8.put_into(copied)

@@ -48,8 +48,8 @@ def running_in_int8(backbone: FrozenViT, weights: Int8Weights) -> Iterator[None]
         TypeError, ValueError, RuntimeError: the weights cannot run (`find_weights`).
     """
     find_weights(backbone, weights)
-    private, one_copy = backbone.private, backbone.one_copy
-    backbone.set_one_copy(False)
+    private, copies = backbone.private, backbone.copies
+    backbone.set_copies("folded")
     backbone.folded()
     backbone.private = True  # it keeps these folded blocks
     try:
@@ -57,7 +57,7 @@ def running_in_int8(backbone: FrozenViT, weights: Int8Weights) -> Iterator[None]
         with _weights_in_a_file(backbone):
             yield
     finally:
-        backbone.private, backbone.one_copy = private, one_copy
+        backbone.private, backbone.copies = private, copies
         backbone.refold()
 
 

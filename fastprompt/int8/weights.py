@@ -307,7 +307,7 @@ def _features(backbone: FrozenViT, batches: Sequence[Tensor]) -> Tensor:
 
 def _private(backbone: FrozenViT, dtype: torch.dtype = torch.float32) -> FrozenViT:
     copied = copy.deepcopy(backbone).requires_grad_(False).to(dtype)
-    copied.set_one_copy(False)
+    copied.set_copies("folded")
     copied.folded()
     copied.private = True
     return copied

@@ -76,7 +76,7 @@ class Backbone(nn.Module):
         merges: for each block, the patch merging before it, or None.
         staged: whether the width changes between stages, as in a Swin transformer.
         kept_fold: the cached result of `folding.folded`.
-        one_copy: fold nothing into the blocks' weights, so that folded blocks share them (`FrozenViT.set_one_copy`).
+        copies: of the blocks' weights: "none", "folded" or "packed" (`FrozenViT.set_copies`).
         private: only the owner changes this backbone, and the owner discards cached results when it does
             (`FrozenViT.refold`). Nothing else checks it for changes.
         head: the pretrained classifier or projection. head_dist: the second one of a distilled DeiT, which reads the
@@ -115,7 +115,7 @@ class Backbone(nn.Module):
         self._pixels_known = False  # whether floating-point images were distinguished from raw pixels
         self._identity: Identity | None = None
         self.kept_fold: Kept[Folded] = Kept()
-        self.one_copy = False
+        self.copies = "folded"
         self.private = False
         self.eval()
         _check_weights("module", self.state_dict())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastprompt.kept import SeenObjects, arithmetic, tensors_of
 from fastprompt.vit.backbone import Backbone
-from fastprompt.vit.linear import FrozenLinear
+from fastprompt.vit.linear import FrozenLinear, pack
 from fastprompt.vit.rotary import COMPLEX
 from fastprompt.vit.weights import Block, Dense, Folded, Mlp, Norm
 
@@ -27,7 +27,7 @@ def folded(vit: Backbone) -> Folded | None:
     if torch.compiler.is_compiling() or (vit.private and vit.kept_fold.value is not None):
         return vit.kept_fold.value
     tensors = tensors_of(vit)
-    facts = (vit.spec.mean, vit.spec.std, vit.one_copy, *arithmetic(vit.device))
+    facts = (vit.spec.mean, vit.spec.std, vit.copies, *arithmetic(vit.device))
     if vit.device.type == "meta" or any(tensor.requires_grad or tensor.is_inference() for tensor in tensors):
         vit.kept_fold.clear()
         return None
@@ -39,11 +39,14 @@ def folded(vit: Backbone) -> Folded | None:
 def fold_backbone(vit: Backbone) -> Folded:
     """Fold everything in a backbone that folds, in full precision even under autocast.
 
-    The result shares memory with the backbone only for tensors that folding leaves unchanged. With `vit.one_copy` it
-    leaves all weights of the blocks unchanged.
+    The result shares memory with the backbone only for tensors that folding leaves unchanged. What happens to the
+    weights of the blocks depends on `vit.copies`.
     """
     with torch.autocast(vit.device.type, enabled=False):
-        blocks = tuple(shared(block) if vit.one_copy else fold(block) for block in vit.blocks)
+        blocks = tuple(shared(block) if vit.copies == "none" else fold(block) for block in vit.blocks)
+        if vit.copies == "packed":
+            for block in blocks:
+                pack(block, trains=True)
         patches = Dense(vit.patch_weight, vit.patch_bias)
         return Folded(blocks, fold_pixels(patches, vit.mean, vit.std) if vit.stem is None else None)
 

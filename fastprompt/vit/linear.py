@@ -66,18 +66,49 @@ def input_gradient(dense: Dense, grad: Tensor) -> Tensor:
 class PackedLinear(FrozenLinear):
     """A `FrozenLinear` that also keeps its weight in oneDNN's layout and fuses an activation: act(x Wᵀ + b).
 
-    It is for inference on a CPU. Elsewhere it computes the same from the plain weight.
+    It is for a CPU. Elsewhere, and where a compiler or a dispatch mode looks, it computes the same from the plain
+    weight.
+
+    Args:
+        trains: keep the layout for the backward, too; no activation is fused then.
     """
 
-    def __init__(self, source: Dense, act: str = "identity") -> None:
-        super().__init__(source.weight, source.bias)
+    def __init__(self, source: Dense, act: str = "identity", trains: bool = False) -> None:
+        super().__init__(source.weight[:0], None)
         self.weight, self.bias, self.act = source.weight, source.bias, act
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(source.weight.detach(), None)
+        weight = source.weight.detach()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self.transposed = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), None) if trains else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != self.weight.dtype or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() == 0:
+        recorded = torch.is_grad_enabled()
+        unfit = x.dtype != self.weight.dtype or x.numel() == 0 or (recorded and self.transposed is None)
+        if unfit or _not_for_onednn():
             return ACTIVATIONS[self.act](super().forward(x))
+        if recorded and x.requires_grad:
+            y: Tensor = _PackedProduct.apply(x, self)
+            return y
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *FUSED[self.act])
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        if self.transposed is None or grad.dtype != self.weight.dtype or grad.numel() == 0 or _not_for_onednn():
+            return super().input_gradient(grad)
+        return _product(grad, self.transposed, None)
+
+
+class _PackedProduct(torch.autograd.Function):
+    """oneDNN's Linear of a packed weight, and ẋ = ẏ W of the one that is packed for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: PackedLinear) -> Tensor:
+        ctx.module = module
+        return _product(x, module.packed, module.bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():  # a second derivative needs an operator that has one
+            return linear(grad, ctx.module.weight.t(), None), None
+        return ctx.module.input_gradient(grad), None
 
 
 FUSED: dict[str, tuple[str, list[Any], str]] = {
@@ -88,10 +119,11 @@ FUSED: dict[str, tuple[str, list[Any], str]] = {
 """oneDNN's names for the activations."""
 
 
-def pack(block: Block) -> None:
-    """Turn the Linears of a frozen block into `PackedLinear`s, with the MLP's activation, if that can be faster.
+def pack(block: Block, trains: bool = False) -> None:
+    """Turn the Linears of a frozen block into `PackedLinear`s, if that can be faster.
 
-    Compilers and exporters cannot read oneDNN's layout; they see the plain weights.
+    For inference they fuse the MLP's activation. Compilers and exporters cannot read oneDNN's layout; they see the
+    plain weights.
     """
     weight, mlp = block.qkv.weight, block.mlp
     if weight.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
@@ -102,10 +134,21 @@ def pack(block: Block) -> None:
         pays = weight.dtype == torch.float32 and onednn_is_faster()
     if not pays:
         return
-    block.qkv, block.proj, mlp.fc2 = PackedLinear(block.qkv), PackedLinear(block.proj), PackedLinear(mlp.fc2)
-    fused = mlp.act in FUSED and mlp.glu == "none"
-    mlp.fc1 = PackedLinear(mlp.fc1, mlp.act if fused else "identity")
+    fused = mlp.act in FUSED and mlp.glu == "none" and not trains
+    block.qkv, block.proj = PackedLinear(block.qkv, trains=trains), PackedLinear(block.proj, trains=trains)
+    mlp.fc1 = PackedLinear(mlp.fc1, mlp.act if fused else "identity", trains)
+    mlp.fc2 = PackedLinear(mlp.fc2, trains=trains)
     mlp.act = "identity" if fused else mlp.act
+
+
+def _not_for_onednn() -> bool:
+    """Whether something looks at the operators that run, or changes them."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.is_autocast_enabled("cpu")
+        or observed()
+    )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -115,10 +158,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         or x.dtype != weight.dtype
         or weight.requires_grad
         or x.numel() == 0
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.is_autocast_enabled("cpu")
-        or observed()
+        or _not_for_onednn()
         or not (
             (x.dtype == torch.float32 and onednn_is_faster()) or (x.dtype == torch.bfloat16 and onednn_has_bfloat16())
         )

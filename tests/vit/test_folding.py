@@ -111,20 +111,20 @@ def test_one_copy_of_the_weights(randomised: Callable[..., nn.Module]) -> None:
     model = fp.PromptedViT(frozen(randomised, **BLOCKS["layer scale"]), fp.VPTConfig(num_prompts=2), num_classes=3)
     vit, images = model.backbone, torch.randn(2, 3, 32, 32, dtype=torch.float64)
     results = []
-    for one_copy in (False, True, False):
-        vit.set_one_copy(one_copy)
+    for copies in ("folded", "none", "folded"):
+        vit.set_copies(copies)
         folded = vit.folded()
         assert folded is not None
         own = {p.data_ptr() for p in vit.parameters()}
         copied = [name for name, p in folded.blocks[0].named_parameters() if p.ndim > 1 and p.data_ptr() not in own]
-        assert bool(copied) != one_copy
+        assert bool(copied) == (copies == "folded")
         model.zero_grad()
         y = model(images)
         y.square().sum().backward()
         results.append([y.detach(), *(p.grad.clone() for p in model.generator.parameters())])
     for found, exact in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
-    vit.set_one_copy()
+    vit.set_copies("none")
     engine = fp.Engine(model, dtype=torch.float32)
     assert engine._backbone.folded().blocks[0].ls1 is None
     assert vit.folded().blocks[0].ls1 is not None

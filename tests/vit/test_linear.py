@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastprompt as fp
 from fastprompt.vit import linear as module
 from fastprompt.vit.linear import FrozenLinear, PackedLinear, bfloat16_is_fast, linear, onednn_is_faster, pack
-from fastprompt.vit.weights import ACTIVATIONS
+from fastprompt.vit.weights import ACTIVATIONS, Dense
 
 
 @pytest.fixture
@@ -197,3 +199,51 @@ def test_bfloat16_is_fast_asks_older_versions_of_torch_too(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert bfloat16_is_fast(torch.device("cpu")) == (avx512 or amx)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_train(
+    make_vit: Callable[..., Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Laid out for both directions: the same outputs and gradients up to rounding."""
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bfloat16 here")
+    monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
+    vit = fp.FrozenViT(make_vit(num_classes=0)).to(dtype)
+    model = fp.PromptedViT(vit, fp.VPTConfig(num_prompts=3), num_classes=4)
+    images, results = torch.randn(3, 3, 32, 32), []
+    exact = copy.deepcopy(model)
+    exact.set_backbone_dtype(torch.float64)
+    for candidate, copies in ((exact, "folded"), (model, "folded"), (model, "packed"), (model, "recomputed")):
+        if copies != "folded":
+            vit.set_copies("packed")
+            blocks = vit.folded().blocks
+            linears = [m for block in blocks for m in block.modules() if isinstance(m, module.PackedLinear)]
+            assert len(linears) == 4 * len(blocks)
+            assert all(linear.transposed is not None and linear.act == "identity" for linear in linears)
+        candidate.set_grad_checkpointing(copies == "recomputed")
+        candidate.zero_grad()
+        y = candidate(images)
+        y.square().sum().backward()
+        found = [y, *(p.grad for p in candidate.generator.parameters())]
+        results.append(torch.cat([t.detach().double().flatten() for t in found]))
+    plain, *packed = ((found - results[0]).norm() for found in results[1:])
+    assert plain > 0
+    assert all(error <= 1.5 * plain for error in packed)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), exact(images).to(torch.float32), rtol=0.1, atol=0.1)
+    vit.set_copies("none")
+    assert not any(isinstance(m, module.PackedLinear) for block in vit.folded().blocks for m in block.modules())
+    with pytest.raises(ValueError, match=r"kind must be one of \('none', 'folded', 'packed'\), got 'all'"):
+        vit.set_copies("all")
+
+
+def test_a_packed_linear_has_second_derivatives() -> None:
+    packed = module.PackedLinear(Dense(torch.randn(6, 5), torch.randn(6)), trains=True)
+    x = torch.randn(4, 5, requires_grad=True)
+    (first,) = torch.autograd.grad(packed(x).pow(3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    y = x.detach().clone().requires_grad_()
+    (expected,) = torch.autograd.grad((y @ packed.weight.t() + packed.bias).pow(3).sum(), y, create_graph=True)
+    torch.testing.assert_close(first, expected)
+    torch.testing.assert_close(second, torch.autograd.grad(expected.square().sum(), y)[0])
