@@ -43,10 +43,15 @@ def find_device(name: str = "auto") -> torch.device:
     return torch.device("cuda", index)
 
 
-def describe(device: torch.device, dtype: torch.dtype) -> str:
-    """Describe device and data type in words: "cuda:0 (NVIDIA H200), bfloat16"."""
+def describe(device: torch.device, dtype: torch.dtype, backbone: str = "float") -> str:
+    """Describe device and data type in words: "cuda:0 (NVIDIA H200), bfloat16".
+
+    Args:
+        backbone: "int8" if the frozen Linears run in int8 (`Recipe.backbone`).
+    """
     import torch
 
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     name = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else name
-    return f"{device}{name}, {str(dtype).removeprefix('torch.')}"
+    around = "int8 and " if backbone == "int8" else ""
+    return f"{device}{name}, {around}{str(dtype).removeprefix('torch.')}"

@@ -397,7 +397,7 @@ def _execute_in(
             results = None  # only the record was kept, not the adapter: train again
     if results is None:
         if announce is not None:
-            announce(summary(model, splits, backbone_dtype(recipe, backbone)))
+            announce(summary(model, splits, recipe))
         if get_method(settings.method).solver != "lbfgs":
             begin()
         results = _train(
@@ -424,15 +424,13 @@ def add_test(results: dict[str, Any], out_dir: Path, best: PromptedViT, test_spl
     write_json(out_dir / RESULTS_FILE, results)
 
 
-def summary(model: PromptedViT, splits: DataSplits, dtype: torch.dtype) -> str:
+def summary(model: PromptedViT, splits: DataSplits, recipe: Recipe) -> str:
     """Describe a run in one line before it starts."""
     data = splits.summary()  # the test split itself may be read only once
     sizes = ", ".join(f"{data[name]:,} {name}" for name in ("train", "val", "test"))
     trained, total = model.num_trainable()["total"], sum(p.numel() for p in model.parameters())
-    return (
-        f"{describe(model.backbone.device, dtype)}; {sizes} images of {len(splits.class_names)} classes; "
-        f"{trained:,} of {total:,} parameters train"
-    )
+    where = describe(model.backbone.device, backbone_dtype(recipe, model.backbone), recipe.backbone)
+    return f"{where}; {sizes} images of {len(splits.class_names)} classes; {trained:,} of {total:,} parameters train"
 
 
 def _require_same_inputs(
@@ -535,7 +533,7 @@ def results_of(
         "fastprompt_version": fp.__version__,
         "torch_version": torch.__version__,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "device": describe(backbone.device, backbone_dtype(recipe, backbone)),
+        "device": describe(backbone.device, backbone_dtype(recipe, backbone), recipe.backbone),
         "method": settings.method,
         "title": method.title,
         "config": model.config.to_dict(),

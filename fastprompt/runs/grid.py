@@ -21,7 +21,6 @@ from fastprompt.runs.directory import (
 )
 from fastprompt.runs.execute import (
     add_test,
-    backbone_dtype,
     build_model,
     load_best,
     load_run_data,
@@ -109,7 +108,7 @@ def execute_grid(
 
     if announce is not None:
         first = make_model(recipe.seed)
-        announce(summary(first, splits, backbone_dtype(recipe, backbone)))
+        announce(summary(first, splits, recipe))
     found = fit_grid(
         make_model,
         splits.train,

@@ -45,8 +45,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 def start_line(event: Mapping[str, Any], epochs: int, steps: int) -> str:
     """Describe a starting run in one line, from its "start" row and the number of epochs and steps per epoch."""
     counts = event["trained_parameters"]
+    around = "int8 and " if event.get("recipe", {}).get("backbone") == "int8" else ""
     return (
-        f"training {event['config']['kind']} on {event['device']} in {event['backbone_dtype']}: "
+        f"training {event['config']['kind']} on {event['device']} in {around}{event['backbone_dtype']}: "
         f"{event['num_train']:,} training and {event['num_val']:,} validation images, "
         f"{counts:,} trained parameters, {epochs} epochs of {steps} steps"
     )

@@ -185,3 +185,10 @@ def test_constants_of_int8_have_files_of_their_own(
         found = {path.name for path in (tmp_path / "c").rglob("*.constants")}
         assert len(found - files) == 2
         files = found
+
+
+def test_a_run_says_that_it_trains_through_int8(
+    make_model: Callable[..., Any], colours: Colours, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fp.fit(make_model(), colours(16), colours(8), RECIPE.replace(epochs=1))
+    assert "training vpt on cpu in int8 and float32: 16 training" in capsys.readouterr().err
