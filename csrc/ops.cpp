@@ -1,6 +1,6 @@
 // The operators, over torch's stable ABI: tensors are checked and described here, the work is done by the kernels of the
 // best instruction set that the CPU has, on torch's own threads. Schemas, fakes and what may be called with what are in
-// kernels/native.py, kernels/<op>/native.py and fastprompt/quantize/native.py.
+// kernels/native.py, kernels/<op>/native.py and fastprompt/int8/native.py.
 
 #include "kernels.h"
 

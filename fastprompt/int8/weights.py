@@ -104,19 +104,28 @@ class Int8Weights:
             images = images if images.dtype == torch.uint8 else images.float()
             held = images[measured][:MOST_MEASURED].split(batch_size)
             calibrating = images[~measured]
-            blocks = round_blocks(_private(backbone), calibrating.split(batch_size), bits)
             exact = _features(_private(backbone), held)
             of_half = relative_error(_features(_private(backbone, torch.bfloat16), held), exact)
-            in_int8 = _private(backbone)
-            for block, rounded in zip(_blocks(in_int8), blocks, strict=True):
-                quantize_block(block, rounded)
 
-            def measure() -> float:
-                return relative_error(_features(in_int8, held), exact)
+            def rounded_to(bits: int) -> tuple[float, list[dict[str, Rounded]]]:
+                """Round for activations of these bits, as far as the gate permits; return the error, too."""
+                blocks, in_int8 = (
+                    round_blocks(_private(backbone), calibrating.split(batch_size), bits),
+                    _private(backbone),
+                )
+                for block, rounded in zip(_blocks(in_int8), blocks, strict=True):
+                    quantize_block(block, rounded)
 
-            if bits == 8:
-                _widen(_blocks(in_int8), blocks, measure, MARGIN * GATE * of_half)
-            error = measure()
+                def measure() -> float:
+                    return relative_error(_features(in_int8, held), exact)
+
+                if bits == 8:
+                    _widen(_blocks(in_int8), blocks, measure, MARGIN * GATE * of_half)
+                return measure(), blocks
+
+            error, blocks = rounded_to(bits)
+            if bits == 8 and not error <= MARGIN * GATE * of_half:  # the factors cost the weights too much
+                error, blocks = min((error, blocks), rounded_to(12), key=lambda found: found[0])
         size = (images.shape[2], images.shape[3])
         return cls(backbone.fingerprint, tuple(blocks), len(calibrating), size, error, of_half)
 
