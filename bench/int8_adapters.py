@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ from training_table import build, machine, stepper
 import fastprompt as fp
 from fastprompt.files import atomic_write
 from fastprompt.int8.training import running_in_int8
+from fastprompt.train.grid import paired_difference
 from fastprompt.train.probe import fit_linear_probe
 from fastprompt.vit.linear import bfloat16_is_fast
 
@@ -205,7 +205,7 @@ def compared(chosen: list[dict[str, Any]]) -> str:
     ours, theirs = (
         [[hit for each in rows for hit in hits(each, way)] for rows in whole] for way in ("int8", "float32")
     )
-    found = fp.paired_difference(ours, theirs)
+    found = paired_difference(ours, theirs)
     difference, low, high = (100 * x for x in (found.difference, *found.image_interval))
     agree = sum(each["agree"] for rows in whole for each in rows) / sum(
         each["images"] for rows in whole for each in rows
@@ -219,6 +219,7 @@ def table() -> None:
     known = records()
     names = [name for name in SETS if any(each["set"] == name for each in known)]
     seeds = sorted({each["seed"] for each in known})
+    of_seeds = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
     machines = sorted({each["machine"] for each in known})
     lines = [
         "# int8 and adapters",
@@ -228,7 +229,7 @@ def table() -> None:
         "## Accuracy",
         "",
         f"Adapters on the ViT-S/14 at 98 px, {TRAIN} training images, {EPOCHS} epochs of the method's own recipe, "
-        f"seeds {', '.join(map(str, seeds))}: accuracy on test images in int8 minus that in float32, in points, with "
+        f"{of_seeds}: accuracy on test images in int8 minus that in float32, in points, with "
         "the 95 % interval over images, the goal, and the share of images that both predict alike. Weights are "
         "calibrated on "
         f"{CALIBRATING} training images of each set. The last row is trained on the backbone in int8, the others in "
@@ -247,8 +248,9 @@ def table() -> None:
         for name in names:
             chosen = [each for each in known if (each["method"], each["set"]) == (method, name)]
             shares = [
-                statistics.mean(sum(hits(each, way)) / each["images"] for each in chosen) if chosen else math.nan
+                statistics.mean(sum(hits(each, way)) / each["images"] for each in chosen)
                 for way in ("float32", "int8")
+                if chosen
             ]
             cells.append(" ".join(f"{share:.3f}" for share in shares))
         lines.append(f"| {method} | {' | '.join(cells)} |")
